@@ -1,0 +1,27 @@
+"""Fused attention kernels for recommender models."""
+
+from importlib.metadata import version
+
+from recattn.functional import (
+    lrea_absorb,
+    lrea_absorbed_attention,
+    lrea_attention,
+    lrea_compress,
+    lrea_nonnegativity_loss,
+    refined_attention,
+    sink_attention,
+    validate,
+)
+
+__version__ = version("recattn")
+
+__all__ = [
+    "lrea_absorb",
+    "lrea_absorbed_attention",
+    "lrea_attention",
+    "lrea_compress",
+    "lrea_nonnegativity_loss",
+    "refined_attention",
+    "sink_attention",
+    "validate",
+]

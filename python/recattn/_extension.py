@@ -1,0 +1,28 @@
+"""Loads the compiled kernels. recattn imports without them; `MISSING` says why one is not there."""
+
+from pathlib import Path
+
+import torch
+
+MISSING: dict[str, str] = {}
+
+
+def _load(name: str, build: str) -> None:
+    found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
+    if not found:
+        MISSING[build] = (
+            f"recattn was installed without its {build} kernels; with torch installed and a compiler at hand, reinstall: "
+            f"RECATTN_BUILD={build} pip install --no-build-isolation ."
+        )
+        return
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        MISSING[build] = f"{found[0].name} does not load with torch {torch.__version__}: {error}"
+
+
+_load("_C", "cpu")
+if torch.version.cuda is None:
+    MISSING["cuda"] = f"torch {torch.__version__} is a CPU build"
+else:
+    _load("_C_cuda", "cuda")

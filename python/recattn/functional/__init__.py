@@ -1,0 +1,23 @@
+"""The public functions: the equation, validation, the choice of implementation."""
+
+from recattn.functional.lrea_attention import (
+    lrea_absorb,
+    lrea_absorbed_attention,
+    lrea_attention,
+    lrea_compress,
+    lrea_nonnegativity_loss,
+)
+from recattn.functional.refined_attention import refined_attention
+from recattn.functional.sink_attention import sink_attention
+from recattn.functional.validation import validate
+
+__all__ = [
+    "lrea_absorb",
+    "lrea_absorbed_attention",
+    "lrea_attention",
+    "lrea_compress",
+    "lrea_nonnegativity_loss",
+    "refined_attention",
+    "sink_attention",
+    "validate",
+]

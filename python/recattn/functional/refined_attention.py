@@ -1,0 +1,2 @@
+def refined_attention(*args, **kwargs):
+    raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Operators: schemas, fake kernels, CPU kernels, autograd. One file an operator."""

@@ -1,0 +1,23 @@
+"""The specification: every operator in plain PyTorch, for any floating dtype and device. Slow and obvious."""
+
+from recattn.reference.lrea_attention import (
+    lrea_absorb,
+    lrea_absorbed_attention,
+    lrea_attention,
+    lrea_compress,
+    lrea_nonnegativity_loss,
+)
+from recattn.reference.refined_attention import refined_attention
+from recattn.reference.sink_attention import sink_attention
+from recattn.reference.wasserstein_attention import wasserstein_attention
+
+__all__ = [
+    "lrea_absorb",
+    "lrea_absorbed_attention",
+    "lrea_attention",
+    "lrea_compress",
+    "lrea_nonnegativity_loss",
+    "refined_attention",
+    "sink_attention",
+    "wasserstein_attention",
+]

@@ -1,0 +1,2 @@
+def wasserstein_attention(*args, **kwargs):
+    raise NotImplementedError

@@ -1,0 +1,100 @@
+"""The error bound that every kernel of recattn is held to, against the float64 reference."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Error:
+    """The error of one output or gradient against float64, and what it may be."""
+
+    name: str
+    max: float
+    max_bound: float
+    mean: float
+    mean_bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max <= self.max_bound and self.mean <= self.mean_bound  # False for NaN
+
+    def __str__(self) -> str:
+        verdict = "ok  " if self.passed else "FAIL"
+        return (
+            f"{verdict} {self.name}: max {self.max:.3e} (bound {self.max_bound:.3e}), "
+            f"mean {self.mean:.3e} (bound {self.mean_bound:.3e})"
+        )
+
+
+def measure_error(name: str, actual: Tensor, low: Tensor, ref64: Tensor, eps: float, factor: float = 2.0) -> Error:
+    """max and mean of |actual - ref64| beside factor · (the same of |low - ref64| + eps · max|ref64|)."""
+    if actual.shape != ref64.shape:
+        raise AssertionError(f"{name}: shape {list(actual.shape)}, reference has {list(ref64.shape)}")
+    if actual.numel() == 0:
+        return Error(name, 0.0, 0.0, 0.0, 0.0)
+    error, low_error = ((tensor.detach().double() - ref64).abs() for tensor in (actual, low))
+    slack = eps * ref64.abs().max().item()
+    return Error(
+        name,
+        error.max().item(),
+        factor * (low_error.max().item() + slack),
+        error.mean().item(),
+        factor * (low_error.mean().item() + slack),
+    )
+
+
+def compare_with_reference(
+    kernel: Callable[..., Tensor | Sequence[Tensor]],
+    reference: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Mapping[str, object],
+    *,
+    grads: Sequence[str] = (),
+    seed: int = 0,
+    factor: float = 2.0,
+) -> list[Error]:
+    """Errors of `kernel(**inputs)`, and of the gradients of the inputs named in `grads`, against float64.
+
+    The inputs are as drawn in the tested dtype. ref64 is the reference on them promoted to float64, low the reference
+    in the tested dtype; eps is that of the coarsest floating dtype among the inputs. Outputs may be one tensor or several;
+    the incoming gradients are standard normal, drawn once and shared.
+    """
+    eps = max(torch.finfo(x.dtype).eps for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point())
+    actual = _run(kernel, inputs, grads, seed)
+    low = _run(reference, inputs, grads, seed)
+    ref64 = _run(reference, {name: _promoted(value) for name, value in inputs.items()}, grads, seed)
+    return [measure_error(name, actual[name], low[name], ref64[name], eps, factor) for name in ref64]
+
+
+def assert_matches_reference(*args, **kwargs) -> None:
+    """`compare_with_reference`, raising an AssertionError that tabulates every error if one is over its bound."""
+    errors = compare_with_reference(*args, **kwargs)
+    if not all(error.passed for error in errors):
+        raise AssertionError("\n".join(map(str, ["error bound exceeded", *errors])))
+
+
+def _promoted(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _run(function: Callable, inputs: Mapping[str, object], grads: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """Outputs and gradients by name."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in grads}
+    outputs = function(**{**inputs, **leaves})
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    results = {f"output {i}" if len(outputs) > 1 else "output": output for i, output in enumerate(outputs)}
+    if grads:
+        differentiable = [output for output in outputs if output.requires_grad]
+        incoming = [_incoming_gradient(output, seed + i) for i, output in enumerate(differentiable)]
+        gradients = torch.autograd.grad(differentiable, list(leaves.values()), incoming)
+        results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def _incoming_gradient(output: Tensor, seed: int) -> Tensor:
+    # Rounded to bfloat16, which every tested dtype represents (float16 but for tiny values): all runs see the same.
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(output.shape, generator=generator).bfloat16()
+    return gradient.to(device=output.device, dtype=output.dtype)

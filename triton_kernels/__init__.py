@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. They know tensors and shapes, nothing else."""
