@@ -12,13 +12,13 @@ def expect(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name} must be {expected}, got {got}")
 
 
-def expect_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+def expect_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        expect(isinstance(value, Tensor), name, "a torch.Tensor", type(value).__name__)
 
 
 def expect_shape(sizes: dict[str, int], name: str, tensor: Tensor, layout: str) -> None:
-    """Check `tensor` against a layout such as "B 1|Hq M M"; a symbol not yet in `sizes` takes its size from the tensor."""
+    """Check `tensor` against a layout such as "B 1|Hq M M"; a symbol new to `sizes` takes its size from the tensor."""
     axes = layout.split()
     fits = tensor.dim() == len(axes)
     if fits:
@@ -34,8 +34,7 @@ def expect_shape(sizes: dict[str, int], name: str, tensor: Tensor, layout: str) 
 
 def expect_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise ValueError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise ValueError(f"{name} must be {' or '.join(map(_dtype_name, allowed))}, got {_dtype_name(tensor.dtype)}")
 
 
 def expect_same_device(like_name: str, like: Tensor, **others: Tensor | None) -> None:
@@ -46,19 +45,18 @@ def expect_same_device(like_name: str, like: Tensor, **others: Tensor | None) ->
 
 def expect_same_dtype(like_name: str, like: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
-        if tensor is not None:
-            expect_dtype_of(name, tensor, like_name, like)
-
-
-def expect_dtype_of(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    if tensor.dtype != like.dtype:
-        expected, got = (str(dtype).removeprefix("torch.") for dtype in (like.dtype, tensor.dtype))
-        raise ValueError(f"{name} must have {like_name}'s dtype {expected}, got {got}")
+        if tensor is not None and tensor.dtype != like.dtype:
+            expected, got = _dtype_name(like.dtype), _dtype_name(tensor.dtype)
+            raise ValueError(f"{name} must have {like_name}'s dtype {expected}, got {got}")
 
 
 def expect_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _size_of(axis: str, sizes: dict[str, int]) -> int | None:
@@ -67,3 +65,42 @@ def _size_of(axis: str, sizes: dict[str, int]) -> int | None:
 
 def _describe(axis: str, sizes: dict[str, int]) -> str:
     return "|".join(str(sizes.get(choice, choice)) for choice in axis.split("|"))
+
+
+# Checks of values: they read tensors, so they belong where that costs no device synchronisation.
+
+
+def expect_sink_positions(sink_positions: Tensor, limits: Tensor | int) -> None:
+    """Positions ascend, lie below `limits` (an int, or one a sequence: [B]) and are padded with -1 at the end."""
+    positions = sink_positions.long()
+    limit = limits[:, None] if isinstance(limits, Tensor) else limits
+    _expect_all("sink_positions", positions < limit, f"below the sequence length {_brief(limits)}", positions)
+    _expect_all("sink_positions", positions >= -1, "token positions, or -1 for padding", positions)
+    previous, following = positions[:, :-1], positions[:, 1:]
+    ascends = (following > previous) & (previous >= 0) | (following == -1)
+    _expect_all("sink_positions", ascends, "strictly ascending, padded with -1 at the end", following)
+
+
+def expect_lengths(name: str, lengths: Tensor, longest: int) -> None:
+    _expect_all(name, (lengths >= 0) & (lengths <= longest), f"between 0 and {longest}", lengths)
+
+
+def expect_offsets(name: str, offsets: Tensor, total: int) -> None:
+    """Offsets of a ragged batch: from 0, never descending, to `total`."""
+    ends = offsets[[0, -1]].tolist()
+    expect(ends == [0, total], name, f"offsets from 0 to {total}", f"offsets from {ends[0]} to {ends[1]}")
+    _expect_all(name, offsets[1:] >= offsets[:-1], "ascending", offsets[1:])
+
+
+def expect_slots(slots: Tensor, table_size: int) -> None:
+    _expect_all("slots", (slots >= 0) & (slots < table_size), f"rows of a table of {table_size}", slots)
+
+
+def _expect_all(name: str, holds: Tensor, expected: str, values: Tensor) -> None:
+    if not bool(holds.all()):
+        index = tuple(torch.nonzero(~holds)[0].tolist())
+        raise ValueError(f"{name} must be {expected}, got {values[index].item()} at index {list(index)}")
+
+
+def _brief(limits: Tensor | int) -> str:
+    return "of each sequence" if isinstance(limits, Tensor) else str(limits)

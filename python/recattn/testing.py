@@ -29,14 +29,19 @@ class Error:
         )
 
 
-def measure_error(name: str, actual: Tensor, low: Tensor, ref64: Tensor, eps: float, factor: float = 2.0) -> Error:
-    """max and mean of |actual - ref64| beside factor · (the same of |low - ref64| + eps · max|ref64|)."""
+def measure_error(
+    name: str, actual: Tensor, low: Tensor, ref64: Tensor, eps: float, factor: float = 2.0, zero_scale: float = 0.0
+) -> Error:
+    """max and mean of |actual - ref64| beside factor · (the same of |low - ref64| + eps · max|ref64|).
+
+    A ref64 that is zero throughout (dq, where a softmax has one term) has no scale of its own: `zero_scale` stands in.
+    """
     if actual.shape != ref64.shape:
         raise AssertionError(f"{name}: shape {list(actual.shape)}, reference has {list(ref64.shape)}")
     if actual.numel() == 0:
         return Error(name, 0.0, 0.0, 0.0, 0.0)
     error, low_error = ((tensor.detach().double() - ref64).abs() for tensor in (actual, low))
-    slack = eps * ref64.abs().max().item()
+    slack = eps * (ref64.abs().max().item() or zero_scale)
     return Error(
         name,
         error.max().item(),
@@ -61,11 +66,13 @@ def compare_with_reference(
     in the tested dtype; eps is that of the coarsest floating dtype among the inputs. Outputs may be one tensor or several;
     the incoming gradients are standard normal, drawn once and shared.
     """
-    eps = max(torch.finfo(x.dtype).eps for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point())
+    floating = [x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    eps = max(torch.finfo(x.dtype).eps for x in floating)
+    largest = max((x.abs().max().item() for x in floating if x.numel()), default=0.0)
     actual = _run(kernel, inputs, grads, seed)
     low = _run(reference, inputs, grads, seed)
     ref64 = _run(reference, {name: _promoted(value) for name, value in inputs.items()}, grads, seed)
-    return [measure_error(name, actual[name], low[name], ref64[name], eps, factor) for name in ref64]
+    return [measure_error(name, actual[name], low[name], ref64[name], eps, factor, largest**2) for name in ref64]
 
 
 def assert_matches_reference(*args, **kwargs) -> None:

@@ -1,2 +1,156 @@
-def sink_attention(*args, **kwargs):
-    raise NotImplementedError
+"""Softmax attention with a learned additive bias between sink tokens (CTR-Sink, arXiv 2508.03668)."""
+
+import math
+
+from torch import Tensor
+
+from recattn import reference
+from recattn._check import (
+    FLOATING,
+    INTEGER,
+    expect,
+    expect_choice,
+    expect_dtype,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+    expect_tensors,
+)
+from recattn._dispatch import select
+from recattn.functional.validation import validate_values
+from recattn.ops import sink_attention as ops
+
+
+def sink_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_positions: Tensor,
+    inter_sink_bias: Tensor,
+    *,
+    sink_logits: Tensor | None = None,
+    causal: bool = False,
+    seq_lens: Tensor | None = None,
+    padding_side: str = "right",
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with a learned bias between sink tokens:
+
+        O = softmax(scale · Q Kᵀ + mask + β) V
+        β[b, h, i, j] = inter_sink_bias[b, h, s(i), s(j)]   where tokens i and j are both sinks, else 0
+
+    A sink here is a token that sits between two behaviours of a user (CTR-Sink, arXiv 2508.03668; the formula is that
+    of its official code). The "attention sink" of other works, a logit in the softmax's denominator, is `sink_logits`.
+
+    Args:
+        q: [B, Hq, N, D], float64, float32, bfloat16 or float16; packed: [T, Hq, D].
+        k, v: [B, Hkv, N, D] and [B, Hkv, N, Dv], q's dtype, Hq a multiple of Hkv; packed: [T, Hkv, D] and [T, Hkv, Dv].
+        sink_positions: [B, M] integer. Where the sinks stand on the N axis (packed: within their sequence), ascending,
+            padded with -1 at the end. Sinks inside padding are ignored.
+        inter_sink_bias: [B, 1 or Hq, M, M], any floating dtype, any sign; -inf suppresses a pair. Gets a gradient.
+        sink_logits: [Hq], added to each row's denominator as exp(sink_logits[h]). Gets a gradient.
+        causal: query i sees the keys j ≤ i.
+        seq_lens: [B] integer, the valid tokens of each sequence, at the end named by `padding_side` from the other.
+        padding_side: "right", or "left" (valid tokens sit at the end).
+        cu_seqlens: [B + 1] integer, offsets of packed sequences; excludes `seq_lens`.
+        dropout_p: probability of dropping an attention weight. On a CPU it goes through the reference.
+        scale: of the scores, 1/√D by default.
+        return_lse: return the log-sum-exp of each row as well.
+        impl: None chooses; "correction" or "reference" insists.
+
+    Returns:
+        [B, Hq, N, Dv] in q's dtype, packed [T, Hq, Dv]; zero at padding and in rows that see no key. With `return_lse`
+        also the log-sum-exp, float32 (float64 for float64 inputs), [B, Hq, N], packed [Hq, T]; it carries no gradient
+        and is -inf where the output is zero for want of keys.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also positions, lengths or offsets out
+            of order or range (elsewhere `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
+        NotImplementedError: an explicit `impl` that cannot serve the call.
+    """
+    _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p)
+    refusals = ops.availability(q.device.type)
+    if dropout_p > 0:
+        refusals["correction"] = refusals["correction"] or "it has no dropout"
+    impl = select("sink_attention", impl, refusals)
+    if impl == "reference":
+        validate_values(
+            q.device,
+            seq_len=q.shape[-2] if cu_seqlens is None else None,
+            num_tokens=q.shape[0],
+            sink_positions=sink_positions,
+            seq_lens=seq_lens,
+            cu_seqlens=cu_seqlens,
+        )
+        return reference.sink_attention(
+            q,
+            k,
+            v,
+            sink_positions,
+            inter_sink_bias,
+            sink_logits=sink_logits,
+            causal=causal,
+            seq_lens=seq_lens,
+            padding_side=padding_side,
+            cu_seqlens=cu_seqlens,
+            dropout_p=dropout_p,
+            scale=scale,
+            return_lse=return_lse,
+        )
+    settings = ops.Settings(causal, padding_side == "left", 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    out, lse = ops.SinkAttention.apply(
+        q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, settings
+    )
+    if not return_lse:
+        return out
+    return out, lse.t() if cu_seqlens is not None else lse
+
+
+def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p):
+    expect_tensors(q=q, k=k, v=v, sink_positions=sink_positions, inter_sink_bias=inter_sink_bias)
+    sizes: dict[str, int] = {}
+    if cu_seqlens is None:
+        expect_shape(sizes, "q", q, "B Hq N D")
+        expect_shape(sizes, "k", k, "B Hkv N D")
+        expect_shape(sizes, "v", v, "B Hkv N Dv")
+    else:
+        expect(seq_lens is None, "seq_lens", "None beside cu_seqlens (packed sequences have no padding)", "both")
+        expect_shape(sizes, "cu_seqlens", cu_seqlens, "B+1")
+        expect(sizes["B+1"] >= 1, "cu_seqlens", "[B + 1]", "no offset")
+        sizes["B"] = sizes["B+1"] - 1
+        expect_shape(sizes, "q", q, "T Hq D")
+        expect_shape(sizes, "k", k, "T Hkv D")
+        expect_shape(sizes, "v", v, "T Hkv Dv")
+        expect_dtype("cu_seqlens", cu_seqlens, INTEGER)
+    for size in ("Hq", "Hkv", "D", "Dv"):
+        expect(sizes[size] > 0, f"{size} of q, k and v", "at least 1", 0)
+    expect(sizes["Hq"] % sizes["Hkv"] == 0, "Hq", f"a multiple of Hkv = {sizes['Hkv']}", sizes["Hq"])
+    expect_dtype("q", q, FLOATING)
+    expect_same_dtype("q", q, k=k, v=v)
+    expect_shape(sizes, "sink_positions", sink_positions, "B M")
+    expect_dtype("sink_positions", sink_positions, INTEGER)
+    expect_shape(sizes, "inter_sink_bias", inter_sink_bias, "B 1|Hq M M")
+    expect_dtype("inter_sink_bias", inter_sink_bias, FLOATING)
+    if sink_logits is not None:
+        expect_shape(sizes, "sink_logits", sink_logits, "Hq")
+        expect_dtype("sink_logits", sink_logits, FLOATING)
+    if seq_lens is not None:
+        expect_shape(sizes, "seq_lens", seq_lens, "B")
+        expect_dtype("seq_lens", seq_lens, INTEGER)
+    expect_choice("padding_side", padding_side, ("right", "left"))
+    expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
+    expect_same_device(
+        "q",
+        q,
+        k=k,
+        v=v,
+        sink_positions=sink_positions,
+        inter_sink_bias=inter_sink_bias,
+        sink_logits=sink_logits,
+        seq_lens=seq_lens,
+        cu_seqlens=cu_seqlens,
+    )

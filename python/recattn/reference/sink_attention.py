@@ -1,2 +1,110 @@
-def sink_attention(*args, **kwargs):
-    raise NotImplementedError
+"""Softmax attention with a learned additive bias between sink tokens (CTR-Sink, arXiv 2508.03668)."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+def sink_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_positions: Tensor,
+    inter_sink_bias: Tensor,
+    *,
+    sink_logits: Tensor | None = None,
+    causal: bool = False,
+    seq_lens: Tensor | None = None,
+    padding_side: str = "right",
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """O = softmax(scale · Q Kᵀ + mask + β) V; see `recattn.sink_attention` for the shapes."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if cu_seqlens is not None:
+        out, lse = _packed(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, cu_seqlens, dropout_p, scale)
+        return (out, lse) if return_lse else out
+
+    valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, padding_side, q.device)  # [B, N]
+    if seq_lens is not None:  # whatever padding holds, NaN included, must not reach a product
+        q, k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+
+    scores = scale * (q @ k.transpose(-2, -1)) + dense_bias(
+        sink_positions, inter_sink_bias, q.shape[2]
+    )  # [B, Hq, N, N]
+    visible = visible_pairs(valid, causal)
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sink_logits is not None:
+        column = sink_logits[:, None, None].to(scores.dtype).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column.masked_fill(~valid[:, None, :, None], -math.inf)], dim=-1)
+    weights = softmax_or_zeros(scores)[..., : k.shape[2]]
+    out = F.dropout(weights, dropout_p).to(v.dtype) @ v
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.logsumexp(scores.detach().to(lse_dtype), dim=-1)
+    return (out, lse) if return_lse else out
+
+
+def valid_tokens(batch: int, length: int, seq_lens: Tensor | None, padding_side: str, device: torch.device) -> Tensor:
+    """[B, N], True where a token is no padding."""
+    position = torch.arange(length, device=device)
+    if seq_lens is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    lengths = seq_lens[:, None]
+    return position < lengths if padding_side == "right" else position >= length - lengths
+
+
+def visible_pairs(valid: Tensor, causal: bool) -> Tensor:
+    """[B, 1, N, N], True where query i may see key j."""
+    visible = valid[:, None, :, None] & valid[:, None, None, :]
+    return visible.tril() if causal else visible
+
+
+def softmax_or_zeros(scores: Tensor) -> Tensor:
+    """Softmax over the last axis; a row of -inf gives zeros, and zero gradients."""
+    empty = (scores == -math.inf).all(dim=-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
+
+
+def dense_bias(sink_positions: Tensor, inter_sink_bias: Tensor, length: int) -> Tensor:
+    """β as [B, 1 or Hq, N, N]: entry (s(i), s(j)) of the bias where tokens i and j are both sinks, else 0."""
+    batch, sinks = sink_positions.shape
+    if sinks == 0:
+        return inter_sink_bias.sum()  # 0, and differentiable
+    # s(i) [B, N], -1 where token i is no sink; padded sinks land in a last column that is cut off.
+    sink_of = torch.full((batch, length + 1), -1, device=sink_positions.device)
+    order = torch.arange(sinks, device=sink_positions.device).expand(batch, sinks)
+    sink_of = sink_of.scatter(1, sink_positions.long().masked_fill(sink_positions < 0, length), order)[:, :length]
+    is_sink = sink_of >= 0
+    row, column = sink_of.clamp(min=0)[:, None, :, None], sink_of.clamp(min=0)[:, None, None, :]
+    b = torch.arange(batch, device=row.device)[:, None, None, None]
+    h = torch.arange(inter_sink_bias.shape[1], device=row.device)[None, :, None, None]
+    both = is_sink[:, None, :, None] & is_sink[:, None, None, :]
+    return inter_sink_bias[b, h, row, column].where(both, 0)
+
+
+def _packed(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, cu_seqlens, dropout_p, scale):
+    """One sequence after another; q [T, Hq, D], lse [Hq, T]."""
+    outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], []
+    offsets = cu_seqlens.tolist()
+    for b, (start, stop) in enumerate(pairwise(offsets)):
+        out, lse = sink_attention(
+            *(x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+            sink_positions[b : b + 1],
+            inter_sink_bias[b : b + 1],
+            sink_logits=sink_logits,
+            causal=causal,
+            dropout_p=dropout_p,
+            scale=scale,
+            return_lse=True,
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    lses = lses or [q.new_zeros(q.shape[1], 0, dtype=torch.promote_types(q.dtype, torch.float32))]
+    return torch.cat(outs), torch.cat(lses, dim=1)

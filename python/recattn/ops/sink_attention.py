@@ -1,0 +1,530 @@
+"""sink_attention on a CPU: the correction path over PyTorch's flash attention.
+
+The bias touches M² of the N² pairs, so any unbiased attention that returns its log-sum-exp serves, corrected at the
+sinks. For a sink row i and the sinks j that it sees, with s = scale · q_i·k_j:
+
+    Δ_ij = exp(s_ij - lse_i) · expm1(β_ij)      z_i = 1 + Σ_j Δ_ij
+    O_i ← (O_i + Σ_j Δ_ij v_j) / z_i            lse_i ← lse_i + log z_i
+
+Where z_i is small the row's mass sat on suppressed sinks and the sum cancels: such a row is redone over all its keys.
+The backward is that of the unbiased attention, given the corrected O and lse, plus what it misses at sink pairs.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from recattn._check import expect_lengths, expect_offsets, expect_sink_positions
+from recattn.ops._library import define
+from recattn.ops._ragged import Bucket, length_buckets
+from recattn.reference.sink_attention import softmax_or_zeros
+
+# A row whose mass the bias divides by more than this is redone over all its keys: the sum cancels that many times.
+_CANCELLED = 2.0
+# Sink rows are taken in blocks of at most this many sink pairs over all heads.
+_BLOCK_PAIRS = 1 << 22
+
+
+def availability(device: str) -> dict[str, str | None]:
+    """Why each implementation cannot run on this device type (None: it can), best first."""
+    cpu_only = None if device == "cpu" else f"it corrects PyTorch's CPU attention, and the tensors are on {device}"
+    return {"correction": cpu_only, "reference": None}
+
+
+class Settings(NamedTuple):
+    """What a call holds besides its tensors."""
+
+    causal: bool
+    left_padded: bool
+    scale: float
+
+
+class SinkAttention(torch.autograd.Function):
+    """Returns (out, lse); lse carries no gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, settings):
+        tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
+        out, lse, sink_lse = sink_attention_fwd(q, k, v, *tensors, *settings)
+        ctx.save_for_backward(q, k, v, out, lse, sink_lse, *tensors)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _dlse):
+        dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(dout, *ctx.saved_tensors, *ctx.settings)
+        return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, None, None, None
+
+
+class _Sinks(NamedTuple):
+    """The sinks of a dense batch, gathered from it. `live` is False at padded sinks, whose position reads 0."""
+
+    positions: Tensor  # [B, M]
+    live: Tensor  # [B, M]
+    bias: Tensor  # [B, 1 or Hq, M, M]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, H, N, ...] -> [B, H, M, ...], contiguous, in at least float32."""
+        b = torch.arange(x.shape[0])[:, None, None]
+        h = torch.arange(x.shape[1])[None, :, None]
+        return _upcast(x[b, h, self.positions[:, None]])
+
+    def write(self, x: Tensor, values: Tensor, *, add: bool = False) -> None:
+        """Put, or add, [B, H, M, ...] into [B, H, N, ...] at the live sinks."""
+        b, m = torch.nonzero(self.live, as_tuple=True)
+        token = (b, self.positions[b, m])
+        rows, values = x.transpose(1, 2), values.transpose(1, 2)[b, m]
+        rows[token] = (rows[token] + values if add else values).to(x.dtype)
+
+    def visible(self, rows: slice, causal: bool) -> Tensor:
+        """[B, 1, m, M], True where sink i of `rows` may see sink j."""
+        visible = self.live[:, rows, None] & self.live[:, None, :]
+        if causal:
+            visible &= self.positions[:, rows, None] >= self.positions[:, None, :]
+        return visible.unsqueeze(1)
+
+    def row_blocks(self, heads: int) -> list[slice]:
+        batch, sinks = self.positions.shape
+        step = max(1, _BLOCK_PAIRS // max(1, batch * heads * sinks))
+        return [slice(start, start + step) for start in range(0, sinks, step)]
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _sum_groups(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, Hq, ...] -> [B, Hkv, ...], summed over the query heads of each key head."""
+    return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)
+
+
+# --- The unbiased attention ---
+
+
+def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Unbiased out [B, Hq, N, Dv] and lse [B, Hq, N] of a dense batch; `mask` [B, 1, 1, N] is added to the scores."""
+    kv_heads, groups, value_dim = k.shape[1], q.shape[1] // k.shape[1], v.shape[-1]
+    q, k, v, mask = _base_inputs(q, k, v, mask)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, settings.causal, attn_mask=mask, scale=settings.scale
+    )
+    return token_major(_unfold(out[..., :value_dim], kv_heads, groups)), token_major(_unfold(lse, kv_heads, groups))
+
+
+def _base_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of the unbiased attention that `out` and `lse` are said to come from."""
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    head_dim, value_dim = k.shape[-1], v.shape[-1]
+    q, k, v, mask = _base_inputs(q, k, v, mask)
+    dout, out = (_fold(_pad(x, q.shape[-1]), kv_heads, groups) for x in (dout, out))
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, _fold(lse, kv_heads, groups), 0.0, settings.causal, attn_mask=mask, scale=settings.scale
+    )
+    dq, dk, dv = (_unfold(x, kv_heads, groups) for x in (dq, dk, dv))
+    dk, dv = _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
+    return token_major(dq[..., :head_dim]), token_major(dk[..., :head_dim]), token_major(dv[..., :value_dim])
+
+
+def _base_inputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What PyTorch's op takes: one head dim, as many key heads as query heads, none of them copied."""
+    kv_heads, groups, dim = k.shape[1], q.shape[1] // k.shape[1], max(q.shape[-1], v.shape[-1])
+    q, k, v = (_pad(x, dim) for x in (q, k, v))
+    if groups > 1:
+        k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, groups, -1, -1) for x in (k, v))
+        mask = None if mask is None else mask.repeat_interleave(kv_heads, dim=0)
+    return _fold(q, kv_heads, groups), k, v, mask
+
+
+def _pad(x: Tensor, dim: int) -> Tensor:
+    x = F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _fold(x: Tensor, kv_heads: int, groups: int) -> Tensor:
+    """[B, Hq, N, ...] -> [B·Hkv, G, N, ...]: query heads that share a key head become the heads of one batch entry."""
+    return x if groups == 1 else x.unflatten(1, (kv_heads, groups)).flatten(0, 1)
+
+
+def _unfold(x: Tensor, kv_heads: int, groups: int) -> Tensor:
+    return x if groups == 1 else x.unflatten(0, (-1, kv_heads)).flatten(1, 2)
+
+
+def token_major(x: Tensor) -> Tensor:
+    """[B, H, N, ...] laid out in memory as [B, N, H, ...], which is how PyTorch's CPU attention writes."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# --- The correction of a dense batch ---
+
+
+def _dense_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: _Sinks,
+    sink_logits: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse, and the unbiased lse at the sinks [B, Hq, M], from which the backward repeats the correction."""
+    out, lse = _base_fwd(q, k, v, mask, settings)
+    sink_lse = sinks.gather(lse)
+    if sinks.positions.shape[1] > 0:
+        _correct(out, lse, q, k, v, sinks, sink_lse, mask, settings)
+    if sink_logits is not None:
+        sink_logits = sink_logits.to(lse.dtype)[:, None]
+        out *= torch.sigmoid(lse - sink_logits).unsqueeze(-1)
+        lse = torch.logaddexp(lse, sink_logits)
+    return out, lse, sink_lse
+
+
+def _correct(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: _Sinks,
+    sink_lse: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+) -> None:
+    """Turn the unbiased `out` and `lse` into the biased ones, in place."""
+    out_s, q_s = sinks.gather(out), sinks.gather(q)
+    k_s, v_s = (_repeat_heads(sinks.gather(x), q.shape[1]) for x in (k, v))
+    lse_s = torch.empty_like(sink_lse)
+    suppressed = torch.zeros_like(sink_lse, dtype=torch.bool)
+    for rows in sinks.row_blocks(q.shape[1]):
+        biased, unbiased, shift = _sink_weights(q_s, k_s, sink_lse, sinks, rows, settings)
+        delta, base = biased.sub_(unbiased), (-shift).exp()
+        z = base + delta.sum(dim=-1, keepdim=True)
+        suppressed[:, :, rows] = _cancels(z, base)
+        out_s[:, :, rows] = (out_s[:, :, rows] * base + delta @ v_s) / z
+        lse_s[:, :, rows] = sink_lse[:, :, rows] + (shift + z.log()).squeeze(-1)
+    for b, h, m in _suppressed_rows(suppressed & sinks.live.unsqueeze(1)):
+        scores = _full_scores(q_s, k, sinks, mask, settings, b, h, m)
+        out_s[b, h, m] = softmax_or_zeros(scores) @ _upcast(v[b, _kv_head(h, q, k)])
+        lse_s[b, h, m] = torch.logsumexp(scores, dim=-1)
+    sinks.write(out, out_s)
+    sinks.write(lse, lse_s)
+
+
+def _dense_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink_lse: Tensor,
+    sinks: _Sinks,
+    sink_logits: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbias, dsink_logits."""
+    dsink_logits = lse.new_empty(0)
+    if sink_logits is not None:
+        sink_logits = sink_logits.to(lse.dtype)
+        row_sum = (_upcast(dout) * out).sum(dim=-1, dtype=torch.float64)  # [B, Hq, N]
+        dsink_logits = -((sink_logits[:, None] - lse).exp() * row_sum).sum(dim=(0, 2))
+    if sinks.positions.shape[1] == 0:
+        return *_base_bwd(dout, q, k, v, out, lse, mask, settings), torch.zeros_like(sinks.bias), dsink_logits
+
+    heads, kv_heads = q.shape[1], k.shape[1]
+    dout_s, q_s = sinks.gather(dout), sinks.gather(q)
+    k_s, v_s = (_repeat_heads(sinks.gather(x), heads) for x in (k, v))
+    row_sum = (dout_s.double() * sinks.gather(out)).sum(dim=-1, keepdim=True)  # [B, Hq, M, 1]
+    dq_s, dk_s, dv_s = (torch.zeros_like(x) for x in (q_s, k_s, v_s))
+    dbias = torch.zeros_like(sinks.bias)
+    suppressed = torch.zeros_like(sink_lse, dtype=torch.bool)
+    for rows in sinks.row_blocks(heads):
+        biased, unbiased, shift = _sink_weights(q_s, k_s, sink_lse, sinks, rows, settings)
+        delta, base = torch.sub(biased, unbiased, out=unbiased), (-shift).exp()
+        z = base + delta.sum(dim=-1, keepdim=True)
+        suppressed[:, :, rows] = cancels = _cancels(z, base)
+        if sink_logits is not None:
+            lse_row = sink_lse[:, :, rows, None] + shift + z.log()
+            z /= torch.sigmoid(lse_row - sink_logits[:, None, None])  # the share of the row that its keys hold
+        z.masked_fill_(cancels.unsqueeze(-1), math.inf)  # those rows are done whole, below
+        delta, biased = delta.div_(z), biased.div_(z)  # P · expm1(β), P · exp(β)
+        dscore = (dout_s[:, :, rows].double() @ v_s.double().transpose(-2, -1) - row_sum[:, :, rows]).to(lse.dtype)
+        dbias[:, :, rows] = (biased.mul_(dscore)).sum_to_size(dbias[:, :, rows].shape)
+        dv_s += delta.transpose(-2, -1) @ dout_s[:, :, rows]
+        delta.mul_(dscore).mul_(settings.scale)
+        dq_s[:, :, rows] = delta @ k_s
+        dk_s += delta.transpose(-2, -1) @ q_s[:, :, rows]
+
+    suppressed &= sinks.live.unsqueeze(1)
+    if bool(suppressed.any()):  # lse = +inf takes those rows out of the unbiased backward
+        lse = lse.clone()
+        sinks.write(lse, sinks.gather(lse).masked_fill(suppressed, math.inf))
+    dq, dk, dv = _base_bwd(dout, q, k, v, out, lse, mask, settings)
+    sinks.write(dq, dq_s, add=True)
+    sinks.write(dk, _sum_groups(dk_s, kv_heads), add=True)
+    sinks.write(dv, _sum_groups(dv_s, kv_heads), add=True)
+    for b, h, m in _suppressed_rows(suppressed):
+        head, live = _kv_head(h, q, k), sinks.live[b]
+        scores = _full_scores(q_s, k, sinks, mask, settings, b, h, m)
+        weights = softmax_or_zeros(scores)  # [m, N]
+        if sink_logits is not None:
+            weights *= torch.sigmoid(torch.logsumexp(scores, dim=-1, keepdim=True) - sink_logits[h])
+        dscore = weights * (dout_s[b, h, m] @ _upcast(v[b, head]).T - row_sum[b, h, m]).to(lse.dtype)
+        dbias[b, h % dbias.shape[1]][m[:, None], torch.nonzero(live).T] += dscore[:, sinks.positions[b, live]]
+        dscore *= settings.scale
+        dq[b, h, sinks.positions[b, m]] += (dscore @ _upcast(k[b, head])).to(dq.dtype)
+        dk[b, head] += (dscore.T @ q_s[b, h, m]).to(dk.dtype)
+        dv[b, head] += (weights.T @ dout_s[b, h, m]).to(dv.dtype)
+    return dq, dk, dv, dbias, dsink_logits
+
+
+def _sink_weights(
+    q_s: Tensor, k_s: Tensor, sink_lse: Tensor, sinks: _Sinks, rows: slice, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(s + β - lse - shift) and exp(s - lse - shift), [B, Hq, m, M], of some sink rows, with their shift.
+
+    The shift [B, Hq, m, 1] keeps a huge β from overflowing. Both are 0 where a sink is not seen.
+    """
+    unseen = ~sinks.visible(rows, settings.causal)
+    x = (q_s[:, :, rows] * settings.scale) @ k_s.transpose(-2, -1)
+    x -= sink_lse[:, :, rows, None]
+    x.masked_fill_(unseen, -math.inf)
+    biased = x + sinks.bias[:, :, rows].masked_fill(unseen, 0)
+    shift = biased.amax(dim=-1, keepdim=True).clamp_(min=0)
+    return biased.sub_(shift).exp_(), x.sub_(shift).exp_(), shift
+
+
+def _cancels(z: Tensor, base: Tensor) -> Tensor:
+    """[B, Hq, m], True where the correction took away most of a row's mass."""
+    return ~(z * _CANCELLED >= base).squeeze(-1)
+
+
+def _suppressed_rows(suppressed: Tensor):
+    """(batch entry, head, sinks) in groups of bounded size, over [B, Hq, M]."""
+    for b, h in torch.nonzero(suppressed.any(dim=-1)).tolist():
+        for m in torch.nonzero(suppressed[b, h]).squeeze(1).split(128):
+            yield b, h, m
+
+
+def _full_scores(
+    q_s: Tensor, k: Tensor, sinks: _Sinks, mask: Tensor | None, settings: Settings, b: int, h: int, m: Tensor
+) -> Tensor:
+    """Biased and masked scores of the sinks `m` of one head over every key: [m, N]."""
+    key = _upcast(k[b, h * k.shape[1] // q_s.shape[1]])
+    scores = (q_s[b, h, m] * settings.scale) @ key.T
+    live = sinks.live[b]
+    scores[:, sinks.positions[b, live]] += sinks.bias[b, h % sinks.bias.shape[1], m][:, live]
+    if mask is not None:
+        scores += mask[b, 0]
+    if settings.causal:
+        future = torch.arange(key.shape[0]) > sinks.positions[b, m].unsqueeze(1)
+        scores.masked_fill_(future, -math.inf)
+    return scores
+
+
+def _kv_head(h: int, q: Tensor, k: Tensor) -> int:
+    return h * k.shape[1] // q.shape[1]
+
+
+# --- Dense and ragged batches ---
+
+
+class _Ragged(NamedTuple):
+    """Sequences as rows of a token axis: [B, N] of a padded batch, [1, T] of a packed one."""
+
+    rows: Tensor | None  # [B] row of each sequence; None where every sequence fills its own row
+    starts: Tensor  # [B]
+    lengths: Tensor  # [B]
+    packed: bool
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """A view of [B, H, N, ...] as [B, N, H, ...], or of [T, H, ...] as [1, T, H, ...]."""
+        return x.unsqueeze(0) if self.packed else x.transpose(1, 2)
+
+
+def _describe_batch(
+    q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None, left_padded: bool
+) -> _Ragged:
+    """Checks the values of the index tensors."""
+    if cu_seqlens is not None:
+        expect_offsets("cu_seqlens", cu_seqlens, q.shape[0])
+        lengths = cu_seqlens.long().diff()
+        expect_sink_positions(sink_positions, lengths)
+        return _Ragged(torch.zeros_like(lengths), cu_seqlens[:-1].long(), lengths, True)
+    batch, length = q.shape[0], q.shape[2]
+    expect_sink_positions(sink_positions, length)
+    if seq_lens is None:
+        return _Ragged(None, torch.zeros(batch, dtype=torch.long), torch.full((batch,), length), False)
+    expect_lengths("seq_lens", seq_lens, length)
+    lengths = seq_lens.long()
+    starts = length - lengths if left_padded else torch.zeros_like(lengths)
+    return _Ragged(torch.arange(batch), starts, lengths, False)
+
+
+class _Part:
+    """Sequences of similar length, gathered into a dense batch padded at the end."""
+
+    def __init__(self, batch: _Ragged, bucket: Bucket):
+        self.batch = batch
+        self.members = bucket.members
+        self.valid = bucket.valid  # [b, n]
+        self.index = (batch.rows[bucket.members].unsqueeze(1), bucket.positions)
+
+    def gather(self, x: Tensor, padding: float | None = None) -> Tensor:
+        """The part's tokens as [b, H, n, ...]; padding repeats a sequence's last token unless a value is given."""
+        gathered = self.batch.tokens(x)[self.index]
+        if padding is not None:
+            gathered[~self.valid] = padding
+        return gathered.transpose(1, 2)
+
+    def scatter(self, x: Tensor, values: Tensor) -> None:
+        row, position = (axis.expand_as(self.valid)[self.valid] for axis in self.index)
+        self.batch.tokens(x)[row, position] = values.transpose(1, 2)[self.valid]
+
+    def mask(self, dtype: torch.dtype, causal: bool) -> Tensor | None:
+        """[b, 1, 1, n], added to the scores; where the mask is causal no valid token sees the padding anyway."""
+        if causal or bool(self.valid.all()):
+            return None
+        return torch.zeros(self.valid.shape, dtype=dtype).masked_fill_(~self.valid, -math.inf)[:, None, None]
+
+
+def _parts(batch: _Ragged) -> list[_Part]:
+    return [_Part(batch, bucket) for bucket in length_buckets(batch.starts, batch.lengths)]
+
+
+def _sinks(batch: _Ragged, members: Tensor | slice, sink_positions: Tensor, bias: Tensor, dtype: torch.dtype) -> _Sinks:
+    """The sinks of some sequences, at positions that count from each sequence's first token."""
+    positions = sink_positions[members].long()
+    live = positions >= 0
+    if not batch.packed:
+        positions = positions - batch.starts[members].unsqueeze(1)
+        live &= (positions >= 0) & (positions < batch.lengths[members].unsqueeze(1))
+    return _Sinks(positions.masked_fill(~live, 0), live, bias[members].to(dtype))
+
+
+def _sink_attention_fwd(
+    q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, causal, left_padded, scale
+):
+    settings, lse_dtype = Settings(causal, left_padded, scale), _lse_dtype(q)
+    batch = _describe_batch(q, sink_positions, seq_lens, cu_seqlens, left_padded)
+    if batch.rows is None and q.numel() > 0:
+        sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse_dtype)
+        return _dense_fwd(q, k, v, sinks, sink_logits, None, settings)
+    out, lse, sink_lse = _empty_outputs(q, v, sink_positions)
+    out.zero_()
+    lse.fill_(-math.inf)
+    sink_lse.zero_()
+    for part in _parts(batch):
+        sinks = _sinks(batch, part.members, sink_positions, inter_sink_bias, lse_dtype)
+        dense = (part.gather(x) for x in (q, k, v))
+        part_out, part_lse, sink_lse[part.members] = _dense_fwd(
+            *dense, sinks, sink_logits, part.mask(q.dtype, causal), settings
+        )
+        part.scatter(out, part_out)
+        part.scatter(lse, part_lse)
+    return out, lse, sink_lse
+
+
+def _sink_attention_bwd(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    sink_lse,
+    sink_positions,
+    inter_sink_bias,
+    sink_logits,
+    seq_lens,
+    cu_seqlens,
+    causal,
+    left_padded,
+    scale,
+):
+    settings = Settings(causal, left_padded, scale)
+    batch = _describe_batch(q, sink_positions, seq_lens, cu_seqlens, left_padded)
+    if batch.rows is None and q.numel() > 0:
+        sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse.dtype)
+        dq, dk, dv, dbias, dsink_logits = _dense_bwd(
+            dout, q, k, v, out, lse, sink_lse, sinks, sink_logits, None, settings
+        )
+    else:
+        dq, dk, dv = (_empty_gradient(x).zero_() for x in (q, k, v))
+        dbias = lse.new_zeros(inter_sink_bias.shape)
+        dsink_logits = lse.new_zeros(0 if sink_logits is None else sink_logits.shape[0])
+        for part in _parts(batch):
+            sinks = _sinks(batch, part.members, sink_positions, inter_sink_bias, lse.dtype)
+            dense = (
+                part.gather(dout, 0.0),
+                *(part.gather(x) for x in (q, k, v, out)),
+                part.gather(lse, math.inf),
+                sink_lse[part.members],
+            )
+            *grads, part_dbias, part_dsink_logits = _dense_bwd(
+                *dense, sinks, sink_logits, part.mask(q.dtype, causal), settings
+            )
+            for gradient, part_gradient in zip((dq, dk, dv), grads, strict=True):
+                part.scatter(gradient, part_gradient)
+            dbias[part.members] = part_dbias
+            dsink_logits += part_dsink_logits
+    sink_logits_dtype = q.dtype if sink_logits is None else sink_logits.dtype
+    return dq, dk, dv, dbias.to(inter_sink_bias.dtype), dsink_logits.to(sink_logits_dtype)
+
+
+# --- Registration ---
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _empty_gradient(x: Tensor) -> Tensor:
+    """Uninitialised, of x's shape; [B, H, N, D] is laid out token by token."""
+    return x.new_empty(x.shape) if x.dim() == 3 else x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _empty_outputs(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised out [B, Hq, N, Dv] (packed [T, Hq, Dv]), lse [B, Hq, N] ([T, Hq]), sink_lse [B, Hq, M]."""
+    packed = q.dim() == 3
+    tokens = q.shape[:-1] if packed else (q.shape[0], q.shape[2], q.shape[1])
+    out, lse = q.new_empty(*tokens, v.shape[-1]), q.new_empty(tokens, dtype=_lse_dtype(q))
+    sink_lse = lse.new_empty(sink_positions.shape[0], tokens[-1], sink_positions.shape[1])
+    return (out, lse, sink_lse) if packed else (out.transpose(1, 2), lse.transpose(1, 2), sink_lse)
+
+
+def _fake_fwd(q, k, v, sink_positions, *_):
+    return _empty_outputs(q, v, sink_positions)
+
+
+def _fake_bwd(dout, q, k, v, out, lse, sink_lse, sink_positions, inter_sink_bias, sink_logits, *_):
+    dsink_logits = q.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits)
+    dbias = inter_sink_bias.new_empty(inter_sink_bias.shape)
+    return *(_empty_gradient(x) for x in (q, k, v)), dbias, dsink_logits
+
+
+_CONTEXT = (
+    "Tensor sink_positions, Tensor inter_sink_bias, Tensor? sink_logits, Tensor? seq_lens, Tensor? cu_seqlens, "
+    "bool causal, bool left_padded, float scale"
+)
+sink_attention_fwd = define(
+    f"sink_attention_fwd(Tensor q, Tensor k, Tensor v, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
+    cpu=_sink_attention_fwd,
+    fake=_fake_fwd,
+)
+sink_attention_bwd = define(
+    "sink_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sink_lse, "
+    f"{_CONTEXT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_sink_attention_bwd,
+    fake=_fake_bwd,
+)
