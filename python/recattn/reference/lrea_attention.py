@@ -1,18 +1,89 @@
-def lrea_absorb(*args, **kwargs):
-    raise NotImplementedError
+"""LREA: target attention over a long history compressed to rank r. Equations as in the public functions."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu, relu
 
 
-def lrea_absorbed_attention(*args, **kwargs):
-    raise NotImplementedError
+def lrea_compress(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None = None) -> Tensor:
+    _, length, _ = behaviors.shape
+    if seq_lens is not None:
+        padding = torch.arange(length, device=behaviors.device) >= seq_lens[:, None]  # [U, L]
+        behaviors = behaviors.masked_fill(padding[..., None], 0)
+    return w_comp[:length].T @ behaviors  # [U, r, d]
 
 
-def lrea_attention(*args, **kwargs):
-    raise NotImplementedError
+def lrea_attention(
+    targets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    w_decomp: Tensor,
+    target_offsets: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    negative_slope: float = 0.01,
+    scale: float | None = None,
+) -> Tensor:
+    scale = targets.shape[-1] ** -0.5 if scale is None else scale
+    outputs = []
+    for user, q in enumerate(_by_user(targets, target_offsets)):  # [H, n, d]
+        w = _decompression(w_decomp, seq_lens, user)  # [r, L]
+        restored_keys, restored_values = w.T @ keys[user], w.T @ values[user]  # [H, L, d], [H, L, dv]
+        scores = leaky_relu(scale * q @ restored_keys.mT, negative_slope)  # [H, n, L]
+        outputs.append(scores @ restored_values)
+    return _join(outputs, targets, values)
 
 
-def lrea_compress(*args, **kwargs):
-    raise NotImplementedError
+def lrea_absorb(
+    keys: Tensor,
+    values: Tensor,
+    w_decomp: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    scale: float | None = None,
+    orientation: str = "scores",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    scale = keys.shape[-1] ** -0.5 if scale is None else scale
+    state_values = []
+    for user in range(len(keys)):
+        w = _decompression(w_decomp, seq_lens, user)
+        weights = leaky_relu(w, negative_slope) if orientation == "weights" else w
+        state_values.append(weights @ w.T @ values[user])
+    return scale * keys, torch.stack(state_values) if state_values else values
 
 
-def lrea_nonnegativity_loss(*args, **kwargs):
-    raise NotImplementedError
+def lrea_absorbed_attention(
+    targets: Tensor,
+    state_keys: Tensor,
+    state_values: Tensor,
+    slots: Tensor,
+    target_offsets: Tensor,
+    *,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    outputs = []
+    for slot, q in zip(slots.tolist(), _by_user(targets, target_offsets), strict=True):
+        scores = leaky_relu(q @ state_keys[slot].mT, negative_slope)  # [H, n, r]
+        outputs.append(scores @ state_values[slot])
+    return _join(outputs, targets, state_values)
+
+
+def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
+    return relu(-w_decomp).square().sum() + relu(-compressed).square().sum()
+
+
+def _by_user(targets: Tensor, target_offsets: Tensor) -> list[Tensor]:
+    """[T, H, d] -> [H, n, d] for each user."""
+    return [q.transpose(0, 1) for q in targets.split(target_offsets.diff().tolist())]
+
+
+def _decompression(w_decomp: Tensor, seq_lens: Tensor | None, user: int) -> Tensor:
+    return w_decomp if seq_lens is None else w_decomp[:, : int(seq_lens[user])]
+
+
+def _join(outputs: list[Tensor], targets: Tensor, values: Tensor) -> Tensor:
+    """[H, n, dv] of each user -> [T, H, dv]"""
+    if not outputs:
+        return targets @ targets.new_zeros(targets.shape[-1], values.shape[-1])  # [0, H, dv]
+    return torch.cat(outputs, dim=1).transpose(0, 1)

@@ -1,0 +1,53 @@
+// Compiles the header named by RECATTN_KERNELS once for each instruction set, each time in a namespace of its own, so
+// that one portable binary picks its code at run time. No include guard. For the including header it defines
+//   RECATTN_ISA            the namespace
+//   RECATTN_TARGET         the attribute every function needs: vectors are lowered before anything is inlined
+//   RECATTN_VECTOR_BYTES   the width of a register
+//   RECATTN_TILE_ROWS, RECATTN_TILE_VECTORS   the register tile of a matrix product
+
+#if defined(__x86_64__)
+
+#define RECATTN_ISA avx512
+#define RECATTN_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define RECATTN_VECTOR_BYTES 64
+#define RECATTN_TILE_ROWS 6
+#define RECATTN_TILE_VECTORS 4
+#include RECATTN_KERNELS
+#undef RECATTN_ISA
+#undef RECATTN_TARGET
+#undef RECATTN_VECTOR_BYTES
+#undef RECATTN_TILE_ROWS
+#undef RECATTN_TILE_VECTORS
+
+#define RECATTN_ISA avx2
+#define RECATTN_TARGET __attribute__((target("avx2,fma,f16c")))
+#define RECATTN_VECTOR_BYTES 32
+#define RECATTN_TILE_ROWS 6
+#define RECATTN_TILE_VECTORS 2
+#include RECATTN_KERNELS
+#undef RECATTN_ISA
+#undef RECATTN_TARGET
+#undef RECATTN_VECTOR_BYTES
+#undef RECATTN_TILE_ROWS
+#undef RECATTN_TILE_VECTORS
+
+#endif
+
+// What every processor of the architecture has: SSE2, or NEON with its 32 registers.
+#define RECATTN_ISA baseline
+#define RECATTN_TARGET
+#define RECATTN_VECTOR_BYTES 16
+#define RECATTN_TILE_ROWS 6
+#if defined(__x86_64__)
+#define RECATTN_TILE_VECTORS 2
+#else
+#define RECATTN_TILE_VECTORS 4
+#endif
+#include RECATTN_KERNELS
+#undef RECATTN_ISA
+#undef RECATTN_TARGET
+#undef RECATTN_VECTOR_BYTES
+#undef RECATTN_TILE_ROWS
+#undef RECATTN_TILE_VECTORS
+
+#undef RECATTN_KERNELS

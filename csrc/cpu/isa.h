@@ -1,0 +1,50 @@
+// Which instruction set the kernels of foreach_isa.h run with on this processor.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include "check.h"
+
+namespace recattn {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
+
+inline Isa best_isa() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+        return Isa::avx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+    return Isa::baseline;
+}
+
+// RECATTN_CPU_CAPABILITY=baseline|avx2|avx512 asks for less than the processor has, never for more.
+inline Isa isa() {
+    static const Isa chosen = [] {
+        const char* asked = std::getenv("RECATTN_CPU_CAPABILITY");
+        if (asked == nullptr) return best_isa();
+        for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+            if (asked == std::string(isa_name(isa))) return std::min(isa, best_isa());
+        }
+        expect(false, "RECATTN_CPU_CAPABILITY must be baseline or avx2 or avx512, got ", asked);
+        return Isa::baseline;
+    }();
+    return chosen;
+}
+
+}  // namespace recattn
+
+#if defined(__x86_64__)
+#define RECATTN_PICK(...)                                         \
+    (recattn::isa() == recattn::Isa::avx512 ? avx512::__VA_ARGS__ \
+     : recattn::isa() == recattn::Isa::avx2 ? avx2::__VA_ARGS__   \
+                                            : baseline::__VA_ARGS__)
+#else
+#define RECATTN_PICK(...) (baseline::__VA_ARGS__)
+#endif

@@ -1,0 +1,30 @@
+"""Every CUDA source compiles for every architecture that is shipped, and spills no register."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+CSRC = Path(__file__).parent.parent / "csrc"
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ("80", "90a", "100")
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc on the PATH")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_compiles_without_spills(source, architecture, tmp_path):
+    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    command = [NVCC, "-c", "-O3", "-std=c++20", "-gencode", target, "-Xptxas", "-v"]
+    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes, f"-I{CSRC}"]
+    result = subprocess.run(
+        [*command, str(source), "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert spills, f"no report from ptxas:\n{result.stderr}"
+    assert set(spills) == {("0", "0")}, result.stderr
