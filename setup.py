@@ -24,7 +24,7 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
 DEFAULT_CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0"
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """Says what is missing and what to do about it."""
 
 
@@ -37,7 +37,7 @@ def import_cpp_extension():
         try:
             from torch.utils import cpp_extension
         except ImportError as error:
-            raise CannotBuild("torch is not installed here: install torch first, then recattn") from error
+            raise CannotBuildError("torch is not installed here: install torch first, then recattn") from error
     return cpp_extension
 
 
@@ -48,7 +48,7 @@ def sources(*folders):
 def compiler(name, default, remedy):
     path = shutil.which(os.environ.get(name, default).split()[0])
     if path is None:
-        raise CannotBuild(f"no {default} on the PATH: {remedy}")
+        raise CannotBuildError(f"no {default} on the PATH: {remedy}")
     return path
 
 
@@ -76,9 +76,9 @@ def cuda_extensions(cpp_extension):
     import torch
 
     if torch.version.cuda is None:
-        raise CannotBuild(f"torch {torch.__version__} is a CPU build: install a CUDA build of torch")
+        raise CannotBuildError(f"torch {torch.__version__} is a CPU build: install a CUDA build of torch")
     if cpp_extension.CUDA_HOME is None:
-        raise CannotBuild("no nvcc found: install the CUDA toolkit or set CUDA_HOME")
+        raise CannotBuildError("no nvcc found: install the CUDA toolkit or set CUDA_HOME")
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA"]
     kernels = cpp_extension.CUDAExtension(
@@ -122,7 +122,7 @@ def extensions():
         found += cpu_extensions(cpp_extension)
         if MODE != "cpu":
             found += cuda_extensions(cpp_extension)
-    except CannotBuild as error:
+    except CannotBuildError as error:
         if MODE != "auto":
             raise SystemExit(f"RECATTN_BUILD={MODE} cannot be met: {error}") from error
         leave_out(str(error))

@@ -2,15 +2,14 @@
 
 import os
 
+import pytest
 import torch
+from hypothesis import settings
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     # Triton reads this when a kernel is decorated: without a GPU its interpreter runs them on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
-
-import pytest
-from hypothesis import settings
 
 settings.register_profile("recattn", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("recattn")

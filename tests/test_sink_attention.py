@@ -392,12 +392,15 @@ BAD = {
     r"q must be \[B, Hq, N, D\] = .* got \[4, 100, 16\]": {"q": torch.zeros(4, 100, 16)},
     r"k must be \[B, Hkv, N, D\] = \[2, 4, 100, 16\], got \[2, 4, 99, 16\]": {"k": torch.zeros(2, 4, 99, 16)},
     r"v must be \[B, Hkv, N, Dv\] = \[2, 4, 100, 16\], got \[3, 4, 100, 16\]": {"v": torch.zeros(3, 4, 100, 16)},
-    "Hq must be a multiple of Hkv = 3, got 4": {"k": torch.zeros(2, 3, 100, 16), "v": torch.zeros(2, 3, 100, 16)},
+    r"\(Hq, Hkv\) of q and k must be a multiple and its divisor, got \(4, 3\)": {
+        "k": torch.zeros(2, 3, 100, 16),
+        "v": torch.zeros(2, 3, 100, 16),
+    },
     "D of q, k and v must be at least 1, got 0": {"q": torch.zeros(2, 4, 100, 0), "k": torch.zeros(2, 4, 100, 0)},
     "q must be float64 or float32 or bfloat16 or float16, got int64": {
         "q": torch.zeros(2, 4, 100, 16, dtype=torch.long)
     },
-    "k must have q's dtype float32, got float16": {"k": torch.zeros(2, 4, 100, 16, dtype=torch.half)},
+    "k must have the dtype of q, float32, got float16": {"k": torch.zeros(2, 4, 100, 16, dtype=torch.half)},
     r"sink_positions must be \[B, M\] = \[2, 3\], got \[3, 3\]": {
         "sink_positions": torch.zeros(3, 3, dtype=torch.long)
     },
@@ -412,6 +415,7 @@ BAD = {
     "seq_lens must be between 0 and 100, got 101 at index": {"seq_lens": torch.tensor([3, 101])},
     "padding_side must be 'right' or 'left', got 'top'": {"padding_side": "top"},
     "dropout_p must be at least 0 and below 1, got 1.0": {"dropout_p": 1.0},
+    "scale must be finite, got nan": {"scale": math.nan},
     "impl must be None or one of .* got 'fast'": {"impl": "fast"},
     "seq_lens must be None beside cu_seqlens": {"seq_lens": torch.ones(2).long(), "cu_seqlens": torch.tensor([0, 1])},
     "sink_positions must be below the sequence length 100, got 100": {
@@ -423,7 +427,7 @@ BAD = {
     "sink_positions must be strictly ascending, padded with -1 at the end, got 3": {
         "sink_positions": torch.tensor([[*range(19), 3]] * 2)
     },
-    "q's device cpu, got meta": {"k": torch.zeros(2, 4, 100, 16, device="meta")},
+    "k must be on the device of q, cpu, got meta": {"k": torch.zeros(2, 4, 100, 16, device="meta")},
 }
 
 

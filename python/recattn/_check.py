@@ -1,5 +1,7 @@
 """Validation shared by the public functions: every message names the argument, what was expected and what came."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,17 +39,23 @@ def expect_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
         raise ValueError(f"{name} must be {' or '.join(map(_dtype_name, allowed))}, got {_dtype_name(tensor.dtype)}")
 
 
+def expect_finite(**options: float | None) -> None:
+    for name, value in options.items():
+        # math.isfinite would break the graph of a compiled call.
+        expect(value is None or -math.inf < value < math.inf, name, "finite", value)
+
+
 def expect_same_device(like_name: str, like: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != like.device:
-            raise ValueError(f"{name} must be on {like_name}'s device {like.device}, got {tensor.device}")
+            raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}")
 
 
 def expect_same_dtype(like_name: str, like: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != like.dtype:
             expected, got = _dtype_name(like.dtype), _dtype_name(tensor.dtype)
-            raise ValueError(f"{name} must have {like_name}'s dtype {expected}, got {got}")
+            raise ValueError(f"{name} must have the dtype of {like_name}, {expected}, got {got}")
 
 
 def expect_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

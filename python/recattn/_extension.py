@@ -11,7 +11,7 @@ def _load(name: str, build: str) -> None:
     found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not found:
         MISSING[build] = (
-            f"recattn was installed without its {build} kernels; with torch installed and a compiler at hand, reinstall: "
+            f"recattn was installed without its {build} kernels; with torch and a compiler installed, reinstall: "
             f"RECATTN_BUILD={build} pip install --no-build-isolation ."
         )
         return

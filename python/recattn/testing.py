@@ -63,8 +63,8 @@ def compare_with_reference(
     """Errors of `kernel(**inputs)`, and of the gradients of the inputs named in `grads`, against float64.
 
     The inputs are as drawn in the tested dtype. ref64 is the reference on them promoted to float64, low the reference
-    in the tested dtype; eps is that of the coarsest floating dtype among the inputs. Outputs may be one tensor or several;
-    the incoming gradients are standard normal, drawn once and shared.
+    in the tested dtype; eps is that of the coarsest floating dtype among the inputs. Outputs may be one tensor or
+    several; the incoming gradients are standard normal, drawn once and shared.
     """
     floating = [x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
     eps = max(torch.finfo(x.dtype).eps for x in floating)

@@ -12,6 +12,7 @@ from recattn._check import (
     expect,
     expect_choice,
     expect_dtype,
+    expect_finite,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -127,7 +128,7 @@ def lrea_attention(
         target_offsets=target_offsets,
         seq_lens=seq_lens,
     )
-    _expect_finite(negative_slope=negative_slope, scale=scale)
+    expect_finite(negative_slope=negative_slope, scale=scale)
 
     impl = select("lrea_attention", impl, ops.availability(targets.device.type, "lrea_attention"))
     scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
@@ -205,7 +206,7 @@ def lrea_absorb(
     expect_same_dtype("keys", keys, values=values, w_decomp=w_decomp)
     _expect_index(sizes, "seq_lens", seq_lens, "U", optional=True)
     expect_same_device("keys", keys, values=values, w_decomp=w_decomp, seq_lens=seq_lens)
-    _expect_finite(negative_slope=negative_slope, scale=scale)
+    expect_finite(negative_slope=negative_slope, scale=scale)
 
     validate_values(keys.device, seq_lens=seq_lens, seq_len=sizes["Lmax"])
     scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
@@ -267,7 +268,7 @@ def lrea_absorbed_attention(
         slots=slots,
         target_offsets=target_offsets,
     )
-    _expect_finite(negative_slope=negative_slope)
+    expect_finite(negative_slope=negative_slope)
 
     refusals = ops.availability(targets.device.type, "lrea_absorbed_attention")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (targets, state_keys, state_values)):
@@ -328,8 +329,3 @@ def _expect_index(sizes: dict[str, int], name: str, tensor: Tensor | None, layou
 def _expect_offsets(sizes: dict[str, int], target_offsets: Tensor) -> None:
     sizes["U+1"] = sizes["U"] + 1
     _expect_index(sizes, "target_offsets", target_offsets, "U+1")
-
-
-def _expect_finite(**options: float | None) -> None:
-    for name, value in options.items():
-        expect(value is None or -math.inf < value < math.inf, name, "finite", value)

@@ -11,6 +11,7 @@ from recattn._check import (
     expect,
     expect_choice,
     expect_dtype,
+    expect_finite,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -73,6 +74,7 @@ def sink_attention(
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
     _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p)
+    expect_finite(scale=scale)
     refusals = ops.availability(q.device.type)
     if dropout_p > 0:
         refusals["correction"] = refusals["correction"] or "it has no dropout"
@@ -128,7 +130,8 @@ def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, p
         expect_dtype("cu_seqlens", cu_seqlens, INTEGER)
     for size in ("Hq", "Hkv", "D", "Dv"):
         expect(sizes[size] > 0, f"{size} of q, k and v", "at least 1", 0)
-    expect(sizes["Hq"] % sizes["Hkv"] == 0, "Hq", f"a multiple of Hkv = {sizes['Hkv']}", sizes["Hq"])
+    heads = (sizes["Hq"], sizes["Hkv"])
+    expect(heads[0] % heads[1] == 0, "(Hq, Hkv) of q and k", "a multiple and its divisor", heads)
     expect_dtype("q", q, FLOATING)
     expect_same_dtype("q", q, k=k, v=v)
     expect_shape(sizes, "sink_positions", sink_positions, "B M")

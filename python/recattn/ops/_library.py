@@ -1,5 +1,6 @@
 """The `recattn::` operator namespace. C++ kernels add themselves to it when the extension loads."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,17 @@ def define(schema: str, *, cpu: Callable, fake: Callable) -> Callable:
     """Define `recattn::<schema>` with its CPU kernel and its fake kernel; returns the operator to call."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, _isolated(cpu), "CPU")
     torch.library.register_fake(f"recattn::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.recattn, name).default
+
+
+def _isolated(kernel: Callable) -> Callable:
+    """What a kernel is made of is neither recorded by autograd nor cast by the caller's autocast."""
+
+    @functools.wraps(kernel)
+    def isolated(*args):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return kernel(*args)
+
+    return isolated

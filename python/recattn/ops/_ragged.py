@@ -15,7 +15,7 @@ class Bucket(NamedTuple):
 
 
 def length_buckets(starts: Tensor, lengths: Tensor) -> list[Bucket]:
-    """Bucket the non-empty sequences that occupy `starts[i] : starts[i] + lengths[i]`; both are int64 [B] on the CPU."""
+    """Bucket the non-empty sequences at `starts[i] : starts[i] + lengths[i]`; both are int64 [B] on the CPU."""
     # frexp's exponent is the number of bits: lengths 1, 2-3, 4-7, ... share a bucket.
     size_class = torch.frexp(lengths.double()).exponent
     buckets = []

@@ -1,2 +1,57 @@
-def refined_attention(*args, **kwargs):
-    raise NotImplementedError
+"""Attention whose weight matrix is refined by a second attention over it (AWRSR, arXiv 2410.21048)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from recattn.reference.sink_attention import softmax_or_zeros, valid_tokens, visible_pairs
+from recattn.reference.wasserstein_attention import squared_wasserstein_distance
+
+
+def refined_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor | None = None,
+    *,
+    mechanism: str = "simple",
+    source: str = "logits",
+    causal: bool = True,
+    seq_lens: Tensor | None = None,
+    padding_side: str = "right",
+    scale: float | None = None,
+) -> Tensor:
+    """O = softmax(mask(M)) V with M refined from A; see `recattn.refined_attention` for M and the shapes."""
+    n = q.shape[2]
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    valid = valid_tokens(q.shape[0], n, seq_lens, padding_side, q.device)  # [B, N]
+    if seq_lens is not None:  # whatever padding holds, NaN included, must not reach a product
+        q, k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k, v))
+    hidden = ~visible_pairs(valid, causal)  # [B, 1, N, N]
+
+    logits = scale * (q @ k.mT)  # [B, H, N, N]
+    a = logits.masked_fill(hidden, 0) if source == "logits" else _masked_softmax(logits, hidden)
+    queries, keys = a @ w_q[..., :n, :], a @ w_k[..., :n, :]  # [B, H, N, R]
+    if mechanism == "stochastic":
+        (mean_q, std_q), (mean_k, std_k) = _gaussians(queries), _gaussians(keys)
+        m = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k) / math.sqrt(mean_q.shape[-1])
+    else:
+        m = queries @ keys.mT / math.sqrt(queries.shape[-1])
+    if mechanism in ("value", "additive"):
+        m = _masked_softmax(m, hidden) @ (a @ w_v[..., :n, :n])
+    if mechanism == "additive":
+        m = a + m
+    return _masked_softmax(m, hidden) @ v
+
+
+def _masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
+    return softmax_or_zeros(scores.masked_fill(hidden, -math.inf))
+
+
+def _gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and √(elu(x) + 1), whose gradient also survives an x so negative that elu(x) rounds to -1."""
+    mean, x = x.chunk(2, dim=-1)
+    return mean, torch.where(x > 0, (1 + x.clamp(min=0)).sqrt(), (x.clamp(max=0) / 2).exp())

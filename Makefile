@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+BUILT_FROM := setup.py pyproject.toml requirements/dev.txt $(wildcard csrc/*.h csrc/*/*)
+
+.PHONY: bench test lint format clean
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.run
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/*)
+
+$(INSTALLED): $(BUILT_FROM)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build python/recattn.egg-info python/recattn/*.so

@@ -1,0 +1,66 @@
+"""What was built, what each operator would run on here, and why anything is missing."""
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import recattn
+from recattn._dispatch import select
+from recattn._extension import MISSING
+from recattn.ops import AVAILABILITY
+
+DEVICES = ("cpu", "cuda")
+
+
+def report() -> str:
+    """The text of `python -m recattn info`."""
+    return "\n".join([*_versions(), "", *_builds(), "", *_operators(), "", *_reasons()])
+
+
+def _versions() -> Iterator[str]:
+    yield f"recattn {recattn.__version__}"
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy"))
+    yield f"Python {platform.python_version()}, {packages}"
+    yield f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield f"GPU: {', '.join(gpus) or 'none'}"
+
+
+def _builds() -> Iterator[str]:
+    yield f"C++ kernels: {MISSING.get('cpu') or 'built with ' + _compiler()}"
+    yield f"CUDA kernels: {MISSING.get('cuda') or 'built'}"
+    triton_missing = _version("triton") == "missing"
+    yield f"Triton kernels: {'triton is not installed: pip install triton' if triton_missing else 'there'}"
+
+
+def _operators() -> Iterator[str]:
+    """One line an operator: what runs where when `impl` is not given."""
+    width = max(map(len, AVAILABILITY))
+    yield f"{'runs on':{width}}  " + "  ".join(f"{device:12}" for device in DEVICES).rstrip()
+    for op, availability in AVAILABILITY.items():
+        chosen = (select(op, None, availability(device)) for device in DEVICES)
+        yield f"{op:{width}}  " + "  ".join(f"{impl:12}" for impl in chosen).rstrip()
+
+
+def _reasons() -> Iterator[str]:
+    yield "not available:"
+    for op, availability in AVAILABILITY.items():
+        for device in DEVICES:
+            for impl, why in availability(device).items():
+                if why is not None:
+                    yield f"  {op} impl={impl!r} on {device}: {why}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _compiler() -> str:
+    from recattn._host import build_info  # only there when something was built
+
+    return build_info()["compiler"]

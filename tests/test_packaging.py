@@ -1,0 +1,123 @@
+"""recattn imports without a compiler, without triton and without its compiled kernels, and says what is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CALL = """
+import torch, recattn
+q = torch.randn(1, 2, 5, 4)
+recattn.sink_attention(q, q, q, torch.tensor([[1, 3]]), torch.zeros(1, 1, 2, 2))
+"""
+BLOCK_TRITON = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def python(code: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def without_kernels(tmp_path_factory) -> str:
+    """A PYTHONPATH on which recattn is a copy without compiled kernels."""
+    folder = tmp_path_factory.mktemp("pure")
+    shutil.copytree(ROOT / "python" / "recattn", folder / "recattn", ignore=shutil.ignore_patterns("*.so"))
+    return str(folder)
+
+
+def test_without_triton():
+    python(BLOCK_TRITON + CALL)
+
+
+def test_without_compiled_kernels(without_kernels):
+    out = python(CALL + "print(recattn.__file__)", PYTHONPATH=without_kernels)
+    assert without_kernels in out
+
+
+def test_a_call_that_needs_missing_kernels_says_how_to_get_them(without_kernels):
+    code = """
+import torch, recattn
+x = torch.zeros(1, 1, 4, 8)
+arguments = (torch.zeros(2, 1, 8), x, x, torch.tensor([0]), torch.tensor([0, 2]))
+assert recattn.lrea_absorbed_attention(*arguments).shape == (2, 1, 8)
+try:
+    recattn.lrea_absorbed_attention(*arguments, impl="cpu")
+except NotImplementedError as error:
+    print(error)
+"""
+    message = python(code, PYTHONPATH=without_kernels)
+    assert "RECATTN_BUILD=cpu pip install --no-build-isolation ." in message
+
+
+def test_info():
+    text = python("import runpy, sys; sys.argv = ['recattn', 'info']; runpy.run_module('recattn', run_name='__main__')")
+    assert "sink_attention" in text and "correction" in text and "C++ kernels: built with" in text
+
+
+def test_info_without_kernels(without_kernels):
+    code = "import runpy, sys; sys.argv = ['recattn', 'info']; runpy.run_module('recattn', run_name='__main__')"
+    text = python(BLOCK_TRITON + code, PYTHONPATH=without_kernels)
+    assert "installed without its cpu kernels" in text
+
+
+def setup_py(tmp_path: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a copy of the project's setup.py."""
+    project = tmp_path / "project"
+    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "build", "*.so", "results")
+    shutil.copytree(ROOT, project, ignore=ignored, dirs_exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "setup.py", *command],
+        cwd=project,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"RECATTN_BUILD": "fast"}, "RECATTN_BUILD must be auto, cuda, cpu or none, got 'fast'"),
+        ({"RECATTN_BUILD": "cpu", "CXX": "no-such-compiler"}, "install a C++20 compiler"),
+        ({"RECATTN_BUILD": "cuda"}, "install a CUDA build of torch"),
+    ],
+)
+def test_a_build_that_cannot_be_met_says_the_remedy(tmp_path, environment, message):
+    import torch
+
+    if environment == {"RECATTN_BUILD": "cuda"} and torch.version.cuda is not None:
+        pytest.skip("torch is a CUDA build here")
+    result = setup_py(tmp_path, "build", **environment)
+    assert result.returncode != 0 and message in result.stderr
+
+
+@pytest.mark.parametrize("environment", [{"RECATTN_BUILD": "none"}, {"CXX": "no-such-compiler"}])
+def test_builds_without_a_compiler(tmp_path, environment):
+    result = setup_py(tmp_path, "build", "--build-base", str(tmp_path / "build"), **environment)
+    assert result.returncode == 0, result.stderr
+    assert ("no c++ on the PATH" in result.stderr) == ("CXX" in environment)
+    built = tmp_path / "build" / "lib" / "recattn"
+    assert (built / "functional" / "sink_attention.py").exists() and (built / "triton_kernels" / "__init__.py").exists()
+    assert not list(built.rglob("*.so"))
+
+
+def test_auto_leaves_out_what_does_not_compile(tmp_path):
+    project = tmp_path / "project"
+    (project / "csrc" / "cpu").mkdir(parents=True)
+    (project / "csrc" / "cpu" / "broken.cpp").write_text("this is no C++\n")
+    result = setup_py(tmp_path, "build", "--build-base", str(tmp_path / "build"), MAX_JOBS="1")
+    assert result.returncode == 0, result.stderr
+    assert "installed without some compiled kernels: recattn._C did not compile" in result.stderr

@@ -1,0 +1,103 @@
+"""Every shipped kernel configuration compiles without spilling, within shared memory, as the committed table says."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import triton_compile_table as table
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(table.__file__)
+PLANTED = """
+    import torch
+    import triton
+    import triton.language as tl
+
+    from recattn.triton_kernels.compilation import Compilation
+
+
+    @triton.jit
+    def normalize_kernel(x, BLOCK: tl.constexpr):
+        index = tl.arange(0, BLOCK)
+        values = tl.load(x + index)
+        tl.store(x + index, values / tl.sum(values))
+
+
+    @triton.jit
+    def matmul_kernel(a, b, c, K, BLOCK: tl.constexpr):
+        index = tl.arange(0, BLOCK)
+        acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for start in range(0, K, BLOCK):
+            a_block = tl.load(a + index[:, None] * K + start + index[None, :])
+            b_block = tl.load(b + (start + index[:, None]) * BLOCK + index[None, :])
+            acc = tl.dot(a_block, b_block, acc)
+        tl.store(c + index[:, None] * BLOCK + index[None, :], acc)
+
+
+    @triton.jit
+    def forgotten_kernel(x):
+        tl.store(x, 0.0)
+
+
+    def shipped_configurations():
+        half, single = (torch.empty(1, dtype=dtype, device="meta") for dtype in (torch.float16, torch.float32))
+        for num_warps in (1, 8):
+            yield Compilation.of(normalize_kernel, "16384", 90, {"x": single, "BLOCK": 16384}, num_warps, 1)
+        arguments = {"a": half, "b": half, "c": single, "K": 4096, "BLOCK": 128}
+        for architecture, num_stages in [(80, 3), (80, 4), (90, 3)]:
+            yield Compilation.of(matmul_kernel, "128x128", architecture, arguments, 8, num_stages)
+"""
+
+
+def run(cache: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """The script in its own process: here the kernels may be the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(cache)}
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_shipped_configurations(tmp_path):
+    check = run(tmp_path, "--check")
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_refuses_spills_oversize_and_unlisted_kernels(tmp_path):
+    (tmp_path / "planted.py").write_text(textwrap.dedent(PLANTED))
+    planted_table = tmp_path / "planted.json"
+    write = run(tmp_path, "--write", "--module", "planted", "--table", planted_table)
+    assert write.returncode == 1 and not planted_table.exists()
+    oversize, spill, unlisted, summary = write.stdout.splitlines()
+    assert (
+        oversize == "matmul_kernel sm_80 128x128 warps=8 stages=4: 196608 bytes of shared memory, the budget is 166912"
+    )
+    assert re.fullmatch(r"normalize_kernel sm_90 16384 warps=1 stages=1: spills [1-9]\d* bytes at \d+ registers", spill)
+    assert unlisted == "planted.forgotten_kernel: in no shipped_configurations()"
+    assert summary == "5 configurations, 3 problems"
+
+
+def row(registers: int) -> dict[str, int]:
+    return {"registers": registers, "spilled_bytes": 0, "shared_bytes": 1024}
+
+
+def test_compares_with_the_table():
+    recorded = {"triton": "3.7.1", "rows": {"kept": row(64), "dropped": row(64)}}
+    problems, notes = table.compare({"kept": row(72), "added": row(64)}, "3.7.1", recorded)
+    assert problems == [
+        "added: not in the table",
+        "dropped: in the table, but no longer shipped",
+        f"kept: {row(72)}, the table says {row(64)}",
+    ]
+    assert notes == []
+
+
+def test_resources_may_differ_under_another_triton():
+    problems, notes = table.compare({"kept": row(72)}, "3.6.0", {"triton": "3.7.1", "rows": {"kept": row(64)}})
+    assert problems == []
+    assert notes == ["this is triton 3.6.0, the table is of 3.7.1", f"kept: {row(72)}, the table says {row(64)}"]

@@ -1,0 +1,166 @@
+"""Registers, spills and shared memory of every shipped kernel configuration, compiled ahead of time without a GPU.
+
+python tests/triton_compile_table.py --write    records them in triton_compile_table.json
+python tests/triton_compile_table.py --check    fails if one spills, is over its architecture's shared memory, or is not
+                                                what the table says
+
+A kernel module takes part by its `shipped_configurations()`, which yields a
+`recattn.triton_kernels.compilation.Compilation` for each.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+TABLE = Path(__file__).with_suffix(".json")
+# What one thread block may use, bytes.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def kernel_modules() -> tuple[str, ...]:
+    import recattn.triton_kernels as package
+
+    return tuple(f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__))
+
+
+@functools.cache
+def compilations(modules: tuple[str, ...]) -> list:
+    found = [importlib.import_module(name) for name in modules]
+    return [c for module in found if hasattr(module, "shipped_configurations") for c in module.shipped_configurations()]
+
+
+def unlisted_kernels(modules: tuple[str, ...]) -> list[str]:
+    """Kernels, by the suffix of their names, that no configuration compiles."""
+    from triton import JITFunction
+
+    listed = {compilation.kernel for compilation in compilations(modules)}
+    return [
+        f"{module}.{name}"
+        for module in modules
+        for name, value in vars(importlib.import_module(module)).items()
+        if name.endswith("_kernel") and isinstance(value, JITFunction) and value not in listed
+    ]
+
+
+def key(compilation) -> str:
+    return (
+        f"{compilation.kernel.__name__} sm_{compilation.architecture} {compilation.label} "
+        f"warps={compilation.num_warps} stages={compilation.num_stages}"
+    )
+
+
+def measure(modules: tuple[str, ...], index: int) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    compilation = compilations(modules)[index]
+    types = {name: kind.partition(":") for name, kind in compilation.signature.items()}
+    source = ASTSource(
+        compilation.kernel,
+        signature={name: base for name, (base, _, _) in types.items()},
+        constexprs=dict(compilation.constexprs),
+        attrs={
+            (i,): [["tt.divisibility", int(divisor)]] for i, (_, _, divisor) in enumerate(types.values()) if divisor
+        },
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", compilation.architecture, 32),
+        options={"num_warps": compilation.num_warps, "num_stages": compilation.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    used = {name: int(amount) for name, amount in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def measure_all(modules: tuple[str, ...], jobs: int) -> dict[str, dict[str, int]]:
+    keys = [key(compilation) for compilation in compilations(modules)]
+    # Forked, the workers have the kernels already.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        rows = dict(zip(keys, pool.map(functools.partial(measure, modules), range(len(keys))), strict=True))
+    if len(rows) < len(keys):
+        raise ValueError(f"labels must tell configurations apart, got {[k for k in rows if keys.count(k) > 1]}")
+    return dict(sorted(rows.items()))
+
+
+def refusals(rows: dict[str, dict[str, int]]) -> list[str]:
+    """What no configuration may do."""
+    problems = []
+    for name, row in rows.items():
+        budget = SHARED_MEMORY[int(re.search(r"sm_(\d+)", name)[1])]
+        if row["spilled_bytes"]:
+            problems.append(f"{name}: spills {row['spilled_bytes']} bytes at {row['registers']} registers")
+        if row["shared_bytes"] > budget:
+            problems.append(f"{name}: {row['shared_bytes']} bytes of shared memory, the budget is {budget}")
+    return problems
+
+
+def compare(rows: dict[str, dict[str, int]], triton_version: str, table: dict) -> tuple[list[str], list[str]]:
+    """Problems and notes: another Triton may use other resources, but the configurations must be those of the table."""
+    recorded = table["rows"]
+    problems = [f"{name}: not in the table" for name in rows if name not in recorded]
+    problems += [f"{name}: in the table, but no longer shipped" for name in recorded if name not in rows]
+    changed = [
+        f"{name}: {row}, the table says {recorded[name]}"
+        for name, row in rows.items()
+        if recorded.get(name, row) != row
+    ]
+    if triton_version == table["triton"]:
+        return problems + changed, []
+    return problems, [f"this is triton {triton_version}, the table is of {table['triton']}", *changed]
+
+
+def to_json(triton_version: str, rows: dict[str, dict[str, int]]) -> str:
+    """One line a row."""
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    return f'{{\n  "triton": "{triton_version}",\n  "rows": {{\n{lines}\n  }}\n}}\n'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", action="store_true")
+    action.add_argument("--check", action="store_true")
+    parser.add_argument("--module", action="append", help="kernel modules instead of all of recattn.triton_kernels")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+
+    # What the interpreter runs cannot be compiled.
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton import __version__ as triton_version
+
+    modules = tuple(options.module or kernel_modules())
+    rows = measure_all(modules, options.jobs)
+    problems = refusals(rows) + [f"{name}: in no shipped_configurations()" for name in unlisted_kernels(modules)]
+    notes = []
+    if options.check:
+        differences, notes = compare(rows, triton_version, json.loads(options.table.read_text()))
+        problems += differences
+    elif not problems:
+        options.table.write_text(to_json(triton_version, rows))
+    print(*notes, *problems, f"{len(rows)} configurations, {len(problems)} problems", sep="\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

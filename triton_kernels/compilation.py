@@ -1,0 +1,74 @@
+"""What a launch compiles to, as a value: for tools that compile ahead of time, without a GPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Ampere, Hopper, Blackwell: every shipped configuration is compiled for each.
+ARCHITECTURES = (80, 90, 100)
+
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel for one architecture, with the types of its arguments and its launch parameters.
+
+    `signature` has the type of every argument, in order, as Triton's own ahead-of-time compiler writes it: "*bf16:16"
+    is a pointer to bfloat16 and "i32:16" an integer, both divisible by 16; a "constexpr" has its value in `constexprs`.
+    """
+
+    kernel: object
+    label: str
+    architecture: int
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object]
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(
+        cls,
+        kernel: object,
+        label: str,
+        architecture: int,
+        arguments: Mapping[str, object],
+        num_warps: int,
+        num_stages: int,
+    ) -> "Compilation":
+        """What a launch of `kernel` with `arguments` compiles. Tensors may be on the meta device."""
+        signature = {parameter.name: _type(parameter, arguments[parameter.name]) for parameter in kernel.params}
+        constexprs = {name: arguments[name] for name, kind in signature.items() if kind == "constexpr"}
+        return cls(kernel, label, architecture, signature, constexprs, num_warps, num_stages)
+
+
+def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """A tensor's strides as kernel arguments: stride_qb, stride_qh, ... for name "q" and axes "bh..."; 0 for None."""
+    values = [0] * len(axes) if tensor is None else tensor.stride()
+    return {f"stride_{name}{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+def _type(parameter: object, value: object) -> str:
+    """The type that an argument of a launch is compiled for; tensors are taken to be aligned."""
+    if parameter.is_constexpr or value is None:
+        return "constexpr"
+    if isinstance(value, Tensor):
+        return f"*{_TYPE_NAMES[value.dtype]}:16"
+    if isinstance(value, float):
+        return "fp32"
+    width = "i32" if -(2**31) <= value < 2**31 else "i64"
+    if parameter.do_not_specialize:
+        return width
+    if value == 1:
+        return "constexpr"
+    return f"{width}:16" if value % 16 == 0 else width
