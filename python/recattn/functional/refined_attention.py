@@ -72,9 +72,10 @@ def refined_attention(
         impl: None chooses; "cpu" or "reference" insists.
 
     Returns:
-        [B, H, N, Dv] in q's dtype; zero at padding. On a CPU sums are float32 (float64 for float64) inside, and the
-        backward saves nothing but the inputs. "simple" and "stochastic" with R < N take memory linear in N; R ≥ N, as
-        by default in the paper, and the other mechanisms hold N × N matrices for a few (batch, head) pairs at a time.
+        [B, H, N, Dv] in q's dtype; zero at padding. On a CPU all arithmetic is float32 (float64 for float64), the
+        backward saves nothing but the inputs, and memory beyond inputs, output and gradients is that of the few
+        (batch, head) pairs computed at a time: N (D + Dv + R) numbers each, besides which "value" and "additive"
+        hold A W_v, N × N, and where R ≥ N (the default in the paper) all but "stochastic" hold A, N × N.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere

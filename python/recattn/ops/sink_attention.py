@@ -6,7 +6,7 @@ sinks. For a sink row i and the sinks j that it sees, with s = scale · q_i·k_j
     Δ_ij = exp(s_ij - lse_i) · expm1(β_ij)      z_i = 1 + Σ_j Δ_ij
     O_i ← (O_i + Σ_j Δ_ij v_j) / z_i            lse_i ← lse_i + log z_i
 
-Where z_i is small the row's mass sat on suppressed sinks and the sum cancels: such a row is redone over all its keys.
+A row much of whose mass sat on suppressed sinks is redone over all its keys, for there the sums cancel.
 The backward is that of the unbiased attention, given the corrected O and lse, plus what it misses at sink pairs.
 """
 
@@ -22,8 +22,9 @@ from recattn.ops._library import define
 from recattn.ops._ragged import Bucket, length_buckets
 from recattn.reference.sink_attention import softmax_or_zeros
 
-# A row whose mass the bias divides by more than this is redone over all its keys: the sum cancels that many times.
-_CANCELLED = 2.0
+# A row that loses more than this share of what it keeps is redone over all its keys: its sums cancel. (z itself does
+# not tell: a row may lose nearly all its mass at some sinks and gain as much at others.)
+_CANCELLED = 0.5
 # Sink rows are taken in blocks of at most this many sink pairs over all heads.
 _BLOCK_PAIRS = 1 << 22
 
@@ -205,12 +206,12 @@ def _correct(
     lse_s = torch.empty_like(sink_lse)
     suppressed = torch.zeros_like(sink_lse, dtype=torch.bool)
     for rows in sinks.row_blocks(q.shape[1]):
-        biased, unbiased, shift = _sink_weights(q_s, k_s, sink_lse, sinks, rows, settings)
-        delta, base = biased.sub_(unbiased), (-shift).exp()
+        biased, unbiased, base, reference = _sink_weights(q_s, k_s, sink_lse, sinks, rows, settings)
+        delta = biased.sub_(unbiased)
         z = base + delta.sum(dim=-1, keepdim=True)
-        suppressed[:, :, rows] = _cancels(z, base)
+        suppressed[:, :, rows] = _cancels(delta, z)
         out_s[:, :, rows] = (out_s[:, :, rows] * base + delta @ v_s) / z
-        lse_s[:, :, rows] = sink_lse[:, :, rows] + (shift + z.log()).squeeze(-1)
+        lse_s[:, :, rows] = (reference + z.log()).squeeze(-1)
     for b, h, m in _suppressed_rows(suppressed & sinks.live.unsqueeze(1)):
         scores = _full_scores(q_s, k, sinks, mask, settings, b, h, m)
         out_s[b, h, m] = softmax_or_zeros(scores) @ _upcast(v[b, _kv_head(h, q, k)])
@@ -249,16 +250,18 @@ def _dense_bwd(
     dbias = torch.zeros_like(sinks.bias)
     suppressed = torch.zeros_like(sink_lse, dtype=torch.bool)
     for rows in sinks.row_blocks(heads):
-        biased, unbiased, shift = _sink_weights(q_s, k_s, sink_lse, sinks, rows, settings)
-        delta, base = torch.sub(biased, unbiased, out=unbiased), (-shift).exp()
+        biased, unbiased, base, reference = _sink_weights(q_s, k_s, sink_lse, sinks, rows, settings)
+        delta = torch.sub(biased, unbiased, out=unbiased)
         z = base + delta.sum(dim=-1, keepdim=True)
-        suppressed[:, :, rows] = cancels = _cancels(z, base)
+        suppressed[:, :, rows] = cancels = _cancels(delta, z)
         if sink_logits is not None:
-            lse_row = sink_lse[:, :, rows, None] + shift + z.log()
-            z /= torch.sigmoid(lse_row - sink_logits[:, None, None])  # the share of the row that its keys hold
+            # Its keys hold this share of the row.
+            z /= torch.sigmoid(reference + z.log() - sink_logits[:, None, None])
         z.masked_fill_(cancels.unsqueeze(-1), math.inf)  # those rows are done whole, below
         delta, biased = delta.div_(z), biased.div_(z)  # P · expm1(β), P · exp(β)
-        dscore = (dout_s[:, :, rows].double() @ v_s.double().transpose(-2, -1) - row_sum[:, :, rows]).to(lse.dtype)
+        # In float64: where a row has one key that counts, its score's gradient is a difference of equal numbers.
+        dweights = dout_s[:, :, rows].double() @ v_s.double().transpose(-2, -1)
+        dscore = (dweights - row_sum[:, :, rows]).to(lse.dtype)
         dbias[:, :, rows] = (biased.mul_(dscore)).sum_to_size(dbias[:, :, rows].shape)
         dv_s += delta.transpose(-2, -1) @ dout_s[:, :, rows]
         delta.mul_(dscore).mul_(settings.scale)
@@ -279,7 +282,8 @@ def _dense_bwd(
         weights = softmax_or_zeros(scores)  # [m, N]
         if sink_logits is not None:
             weights *= torch.sigmoid(torch.logsumexp(scores, dim=-1, keepdim=True) - sink_logits[h])
-        dscore = weights * (dout_s[b, h, m] @ _upcast(v[b, head]).T - row_sum[b, h, m]).to(lse.dtype)
+        dweights = dout_s[b, h, m].double() @ v[b, head].double().T
+        dscore = weights * (dweights - row_sum[b, h, m]).to(lse.dtype)
         dbias[b, h % dbias.shape[1]][m[:, None], torch.nonzero(live).T] += dscore[:, sinks.positions[b, live]]
         dscore *= settings.scale
         dq[b, h, sinks.positions[b, m]] += (dscore @ _upcast(k[b, head])).to(dq.dtype)
@@ -290,23 +294,21 @@ def _dense_bwd(
 
 def _sink_weights(
     q_s: Tensor, k_s: Tensor, sink_lse: Tensor, sinks: _Sinks, rows: slice, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(s + β - lse - shift) and exp(s - lse - shift), [B, Hq, m, M], of some sink rows, with their shift.
-
-    The shift [B, Hq, m, 1] keeps a huge β from overflowing. Both are 0 where a sink is not seen.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """exp(s + β), exp(s) [B, Hq, m, M] and exp(lse) [B, Hq, m, 1] of some sink rows, and the reference they are divided
+    by the exponential of: the larger of lse and max(s + β). The first two are 0 where a sink is not seen."""
     unseen = ~sinks.visible(rows, settings.causal)
-    x = (q_s[:, :, rows] * settings.scale) @ k_s.transpose(-2, -1)
-    x -= sink_lse[:, :, rows, None]
-    x.masked_fill_(unseen, -math.inf)
-    biased = x + sinks.bias[:, :, rows].masked_fill(unseen, 0)
-    shift = biased.amax(dim=-1, keepdim=True).clamp_(min=0)
-    return biased.sub_(shift).exp_(), x.sub_(shift).exp_(), shift
+    scores = ((q_s[:, :, rows] * settings.scale) @ k_s.transpose(-2, -1)).masked_fill_(unseen, -math.inf)
+    biased = scores + sinks.bias[:, :, rows].masked_fill(unseen, 0)
+    lse = sink_lse[:, :, rows, None]
+    reference = torch.maximum(biased.amax(dim=-1, keepdim=True), lse)
+    return biased.sub_(reference).exp_(), scores.sub_(reference).exp_(), (lse - reference).exp_(), reference
 
 
-def _cancels(z: Tensor, base: Tensor) -> Tensor:
-    """[B, Hq, m], True where the correction took away most of a row's mass."""
-    return ~(z * _CANCELLED >= base).squeeze(-1)
+def _cancels(delta: Tensor, z: Tensor) -> Tensor:
+    """[B, Hq, m], True where what the correction takes away is much of what is left."""
+    lost = -delta.clamp(max=0).sum(dim=-1)
+    return ~(lost <= _CANCELLED * z.squeeze(-1))  # True for NaN
 
 
 def _suppressed_rows(suppressed: Tensor):
