@@ -7,20 +7,24 @@ from torch import Tensor
 
 
 class Bucket(NamedTuple):
-    """Sequences whose lengths lie within a factor of two, padded to the longest."""
+    """Sequences of similar length, padded to the longest."""
 
     members: Tensor  # [b] which sequences
     positions: Tensor  # [b, n] index of each token; padding repeats the sequence's last token
     valid: Tensor  # [b, n] False at padding
 
 
-def length_buckets(starts: Tensor, lengths: Tensor) -> list[Bucket]:
-    """Bucket the non-empty sequences at `starts[i] : starts[i] + lengths[i]`; both are int64 [B] on the CPU."""
-    # frexp's exponent is the number of bits: lengths 1, 2-3, 4-7, ... share a bucket.
-    size_class = torch.frexp(lengths.double()).exponent
+def length_buckets(starts: Tensor, lengths: Tensor, *, unit: int = 1, steps: int = 1) -> list[Bucket]:
+    """Bucket the non-empty sequences at `starts[i] : starts[i] + lengths[i]`; both are int64 [B] on the CPU.
+
+    Lengths count in units, rounded up; a doubling of the length is cut into `steps` buckets.
+    """
+    # frexp writes 4, 5, 6, 7 as 0.5 · 2³ to 0.875 · 2³: the exponent names the doubling, the mantissa the step in it.
+    mantissa, exponent = torch.frexp((lengths + unit - 1).div(unit, rounding_mode="floor").double())
+    size_class = exponent * steps + ((2 * mantissa - 1) * steps).long()
     buckets = []
-    for bits in size_class[lengths > 0].unique().tolist():
-        members = torch.nonzero(size_class == bits).squeeze(1)
+    for chosen in size_class[lengths > 0].unique().tolist():
+        members = torch.nonzero((size_class == chosen) & (lengths > 0)).squeeze(1)
         length = lengths[members].unsqueeze(1)
         offset = torch.arange(int(length.max()))
         positions = starts[members].unsqueeze(1) + torch.minimum(offset, length - 1)

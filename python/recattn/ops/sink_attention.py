@@ -88,6 +88,12 @@ class _Sinks(NamedTuple):
             visible &= self.positions[:, rows, None] >= self.positions[:, None, :]
         return visible.unsqueeze(1)
 
+    def trimmed(self) -> "_Sinks":
+        """Without the columns after the last live sink of any sequence."""
+        used = torch.nonzero(self.live.any(dim=0))
+        count = int(used[-1]) + 1 if len(used) else 0
+        return _Sinks(self.positions[:, :count], self.live[:, :count], self.bias[:, :, :count, :count])
+
     def row_blocks(self, heads: int) -> list[slice]:
         batch, sinks = self.positions.shape
         step = max(1, _BLOCK_PAIRS // max(1, batch * heads * sinks))
@@ -401,7 +407,8 @@ class _Part:
 
 
 def _parts(batch: _Ragged) -> list[_Part]:
-    return [_Part(batch, bucket) for bucket in length_buckets(batch.starts, batch.lengths)]
+    # Work grows with the square of the length: padding by an eighth is as much as larger batches are worth.
+    return [_Part(batch, bucket) for bucket in length_buckets(batch.starts, batch.lengths, unit=16, steps=8)]
 
 
 def _sinks(batch: _Ragged, members: Tensor | slice, sink_positions: Tensor, bias: Tensor, dtype: torch.dtype) -> _Sinks:
@@ -427,13 +434,12 @@ def _sink_attention_fwd(
     lse.fill_(-math.inf)
     sink_lse.zero_()
     for part in _parts(batch):
-        sinks = _sinks(batch, part.members, sink_positions, inter_sink_bias, lse_dtype)
+        sinks = _sinks(batch, part.members, sink_positions, inter_sink_bias, lse_dtype).trimmed()
         dense = (part.gather(x) for x in (q, k, v))
-        part_out, part_lse, sink_lse[part.members] = _dense_fwd(
-            *dense, sinks, sink_logits, part.mask(q.dtype, causal), settings
-        )
+        part_out, part_lse, part_sink_lse = _dense_fwd(*dense, sinks, sink_logits, part.mask(q.dtype, causal), settings)
         part.scatter(out, part_out)
         part.scatter(lse, part_lse)
+        sink_lse[part.members, :, : part_sink_lse.shape[2]] = part_sink_lse
     return out, lse, sink_lse
 
 
@@ -466,19 +472,20 @@ def _sink_attention_bwd(
         dbias = lse.new_zeros(inter_sink_bias.shape)
         dsink_logits = lse.new_zeros(0 if sink_logits is None else sink_logits.shape[0])
         for part in _parts(batch):
-            sinks = _sinks(batch, part.members, sink_positions, inter_sink_bias, lse.dtype)
+            sinks = _sinks(batch, part.members, sink_positions, inter_sink_bias, lse.dtype).trimmed()
+            count = sinks.positions.shape[1]
             dense = (
                 part.gather(dout, 0.0),
                 *(part.gather(x) for x in (q, k, v, out)),
                 part.gather(lse, math.inf),
-                sink_lse[part.members],
+                sink_lse[part.members, :, :count],
             )
             *grads, part_dbias, part_dsink_logits = _dense_bwd(
                 *dense, sinks, sink_logits, part.mask(q.dtype, causal), settings
             )
             for gradient, part_gradient in zip((dq, dk, dv), grads, strict=True):
                 part.scatter(gradient, part_gradient)
-            dbias[part.members] = part_dbias
+            dbias[part.members, :, :count, :count] = part_dbias
             dsink_logits += part_dsink_logits
     sink_logits_dtype = q.dtype if sink_logits is None else sink_logits.dtype
     return dq, dk, dv, dbias.to(inter_sink_bias.dtype), dsink_logits.to(sink_logits_dtype)

@@ -1,0 +1,43 @@
+"""What this machine reaches at best, measured in the same run: a large matrix product and a large copy."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.registry import Cost
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    tflops: dict[torch.dtype, float]
+    gbs: float
+
+    def fraction(self, cost: Cost, dtype: torch.dtype, ms: float) -> float:
+        """The least time the work could take here (its arithmetic or its traffic, whichever takes longer) over `ms`."""
+        least = max(cost.flops / self.tflops[dtype] / 1e9, cost.bytes / self.gbs / 1e6)
+        return least / ms
+
+
+def measure_ceilings(
+    device: torch.device, dtypes: Iterable[torch.dtype], clock: Callable[[Callable[[], object]], float], quick: bool
+) -> Ceilings:
+    tflops = {dtype: _matmul_tflops(device, dtype, clock, enough_ms=2 if quick else 20) for dtype in dtypes}
+    size = (2**26 if quick else 2**30 if device.type == "cuda" else 2**28) // 4
+    source, target = torch.randn(2, size).to(device)
+    gbs = 2 * source.nbytes / _best(lambda: target.copy_(source), clock) / 1e6
+    return Ceilings(tflops, gbs)
+
+
+def _matmul_tflops(device, dtype, clock, enough_ms: float) -> float:
+    """Of the first product that takes long enough: a dtype without hardware for it is slow at any size."""
+    for n in (512, 1024, 2048, 4096, 8192):
+        a, b = torch.randn(2, n, n).to(device, dtype)
+        ms = _best(lambda a=a, b=b: a @ b, clock)
+        if ms >= enough_ms:
+            break
+    return 2 * n**3 / ms / 1e9
+
+
+def _best(call: Callable[[], object], clock: Callable[[Callable[[], object]], float], calls: int = 6) -> float:
+    return min(clock(call) for _ in range(calls))

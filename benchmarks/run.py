@@ -1,0 +1,140 @@
+"""`python -m benchmarks.run`: time recattn against its peers, print the tables, write the rows as JSON lines.
+
+The exit status is 1 when an implementation was refused as wrong or failed, 2 when the request cannot be met.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import movielens, results, table
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.registry import Implementation, Operator, load_operators
+from benchmarks.suite import Contest, Settings
+from benchmarks.timing import clock_for
+from benchmarks.workloads import TIERS, Workload
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SECONDS = {"quick": 0.2, "default": 2.0, "full": 10.0}
+
+
+def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operator]) -> argparse.Namespace:
+    workloads = sorted({workload.name for operator in operators.values() for workload in operator.workloads})
+    implementations = sorted({name for operator in operators.values() for name in operator.implementations})
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
+    parser.add_argument("--op", nargs="+", choices=operators, metavar="OP", help=", ".join(operators))
+    parser.add_argument("--workload", nargs="+", choices=workloads, metavar="NAME", help=", ".join(workloads))
+    parser.add_argument("--impl", nargs="+", choices=implementations, metavar="IMPL", help="; ".join(implementations))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="a CUDA device where there is one")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 on a CPU, bfloat16 on CUDA")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", dest="tier", action="store_const", const="quick", help="tiny workloads, seconds")
+    length.add_argument("--full", dest="tier", action="store_const", const="full", help="every workload and peer")
+    parser.add_argument("--seconds", type=float, help=f"of timing a workload and direction, {SECONDS}")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the JSON lines")
+    parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its items")
+    chosen = parser.parse_args(arguments)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
+    chosen.tier = chosen.tier or "default"
+    chosen.device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen.dtype = chosen.dtype or ["bfloat16" if chosen.device.type == "cuda" else "float32"]
+    return chosen
+
+
+def choose(
+    operators: dict[str, Operator], chosen: argparse.Namespace
+) -> list[tuple[Operator, Workload, list[Implementation]]]:
+    """What to run. A name asked for is run whatever its tier."""
+    tiers = TIERS[: TIERS.index(chosen.tier) + 1]
+    plan = []
+    for operator in operators.values():
+        if chosen.op and operator.name not in chosen.op:
+            continue
+        for workload in operator.workloads:
+            # The tiny workloads are for --quick alone.
+            fits = workload.tier in (tiers[1:] or tiers)
+            if not (workload.name in chosen.workload if chosen.workload else fits):
+                continue
+            implementations = [
+                i
+                for i in operator.implementations.values()
+                if i.applies(workload) and (i.name in chosen.impl if chosen.impl else i.tier in tiers)
+            ]
+            if implementations:
+                plan.append((operator, workload, implementations))
+    return plan
+
+
+class Bars:
+    """Progress of the whole run and of its present part. Drawn between timed calls only: no thread of its own."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        columns = BarColumn(bar_width=30), TimeElapsedColumn(), TextColumn("{task.description}")
+        self.progress = Progress(*columns, console=console, transient=True, auto_refresh=False)
+        self.whole, self.part = self.progress.add_task("", total=total), self.progress.add_task("", total=1.0)
+        self.drawn = 0.0
+
+    def begin(self, description: str) -> None:
+        self.progress.update(self.whole, description=description)
+
+    def show(self, doing: str, done: float) -> None:
+        self.progress.update(self.part, description=doing, completed=done)
+        if time.perf_counter() > self.drawn + 0.2:
+            self.progress.refresh()
+            self.drawn = time.perf_counter()
+
+    def end(self) -> None:
+        self.progress.advance(self.whole)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    started = time.perf_counter()
+    operators = load_operators()
+    chosen = parse_arguments(arguments, operators)
+    plan = choose(operators, chosen)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if not plan:
+        console.print("no operator has such a workload and implementation")
+        return 2
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+
+    histories = movielens.load(chosen.offline)
+    clock = clock_for(chosen.device)
+    ceilings = measure_ceilings(chosen.device, map(DTYPES.get, chosen.dtype), clock, quick=chosen.tier == "quick")
+    common = results.environment(chosen.device) | {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ceiling_tflops": {name: ceilings.tflops[DTYPES[name]] for name in chosen.dtype},
+        "ceiling_gbs": ceilings.gbs,
+    }
+    table.print_heading(console, common)
+    rows: list[results.Row] = []
+    bars = Bars(console, len(plan) * len(chosen.dtype))
+    seconds = chosen.seconds or SECONDS[chosen.tier]
+    with bars.progress:
+        for operator, workload, implementations in plan:
+            for dtype in chosen.dtype:
+                bars.begin(f"{operator.name} · {workload.name}")
+                settings = Settings(chosen.device, DTYPES[dtype], histories, ceilings, clock, seconds, bars.show)
+                own = Contest(operator, workload, implementations, settings).run()
+                console.print(table.block(operator, own))
+                bars.end()
+                rows += own
+    table.print_summary(console, rows)
+    path = chosen.results / f"{datetime.now():%Y%m%d-%H%M%S}-{chosen.device.type}.jsonl"
+    results.write(rows, common, path)
+    console.print(f"{len(rows)} rows in {path}, {time.perf_counter() - started:.0f} s")
+    return int(any(row.status in (results.REFUSED, results.FAILED) for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

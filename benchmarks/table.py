@@ -1,0 +1,152 @@
+"""The printed table: a block for each operator and workload, a row for each implementation."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.correctness import PEER_ALLOWANCE
+from benchmarks.registry import FORWARD, TRAINING, Operator
+from benchmarks.results import FAILED, REFUSED, TIMED, Row
+from benchmarks.timing import MAX_SPREAD, MAX_WAITING
+
+VERDICT_STYLE = {"met": "green", "missed": "red", "no verdict": "yellow"}
+
+LEGEND = (
+    "ms: median of single calls.  × : times as fast as the baseline, forward / forward+backward.  "
+    "peak: most memory held at one time beyond the inputs.  ceiling: least time the work could take here (measured "
+    "matrix product and copy) over the time.  error: largest of the output against float64, and in brackets the worst "
+    f"of output and gradients as a share of what it may be (peers may be {PEER_ALLOWANCE:.0f} times farther off).  "
+    f"no verdict: over {MAX_SPREAD:.0%} spread (half the 95% confidence interval of the median of the time ratios of "
+    f"interleaved rounds, relative to it), or over {MAX_WAITING:.0%} of the time spent waiting for other programs."
+)
+
+
+def block(operator: Operator, rows: Sequence[Row]) -> Group:
+    """All rows of one operator and workload."""
+    head = rows[0]
+    shape = " ".join(f"{name}={value}" for name, value in head.shape.items() if value not in (None, False))
+    title = Text.assemble((f"\n{operator.name} · {head.workload}", "bold"), f"  {head.dtype}  {shape}  ({head.data})")
+    by_name: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.impl, {})[row.direction] = row
+    baseline = by_name.get(operator.baseline, {})
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("implementation", no_wrap=True)
+    columns = ("forward ms", "fwd+bwd ms", f"× {operator.baseline}", "peak MB", "ceiling", "error")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("goal")
+    notes = []
+    for name, own in by_name.items():
+        forward, training = own[FORWARD], own.get(TRAINING)
+        if any(row.status in (TIMED, REFUSED, FAILED) for row in own.values()):
+            table.add_row(
+                escape(name),
+                _time(forward),
+                _time(training),
+                f"{_speed(forward, baseline.get(FORWARD))} / {_speed(training, baseline.get(TRAINING))}",
+                _number((training or forward).peak_bytes, 1e-6),
+                _percent((training or forward).ceiling_fraction),
+                _error(forward),
+                _verdict(own.values()),
+            )
+        notes += _notes(name, own.values())
+    for direction, waiting in {row.direction: row.waiting for row in rows if row.waiting is not None}.items():
+        if waiting > MAX_WAITING:
+            notes.append(f"{direction}: other programs kept the threads waiting {waiting:.0%} of the time")
+    checked = next((row for row in rows if row.gate_shape not in (None, row.shape)), None)
+    if checked:
+        notes.append(f"checked against float64 on a batch of {checked.gate_shape['batch']}")
+    return Group(title, table, *(Text(f"  {note}", style="dim") for note in notes))
+
+
+def goals(rows: Sequence[Row]) -> Table:
+    """The goals and what became of them."""
+    table = Table(box=box.SIMPLE_HEAD, title="goals", title_justify="left", title_style="bold", pad_edge=False)
+    for column in ("operator", "workload", "goal", "measured", "spread", "verdict"):
+        table.add_column(column)
+    for row in rows:
+        if row.goal:
+            style = VERDICT_STYLE.get(row.verdict, "yellow")
+            table.add_row(
+                row.op,
+                row.workload,
+                row.goal,
+                _as_goal(row),
+                _percent(row.time_ratio_spread),
+                Text(row.verdict or row.status, style=style),
+            )
+    return table
+
+
+def print_heading(console: Console, common: Mapping[str, object]) -> None:
+    tflops = ", ".join(f"{value:.3g} TFLOP/s {dtype}" for dtype, value in common["ceiling_tflops"].items())
+    commit = f"{(common['commit'] or 'no commit')[:10]}{' with changes' if common['dirty'] else ''}"
+    console.print(
+        f"{common['device']}, {common['threads']} threads; torch {common['torch']}, triton {common['triton']}, "
+        f"Python {common['python']}; {commit}\nceilings measured here: {tflops}, copy {common['ceiling_gbs']:.3g} GB/s",
+        highlight=False,
+    )
+
+
+def print_summary(console: Console, rows: Sequence[Row]) -> None:
+    if any(row.goal for row in rows):
+        console.print(goals(rows))
+    console.print(Text(LEGEND, style="dim"))
+
+
+def _as_goal(row: Row) -> str:
+    """The measured ratio the way the goal puts it."""
+    if row.time_ratio is None:
+        return "–"
+    return f"{row.time_ratio:.2f}×" if "≤" in row.goal else f"{1 / row.time_ratio:.2f}×"
+
+
+def _time(row: Row | None) -> Text:
+    if row is None:
+        return Text("–")
+    if row.p50_ms is None:
+        return Text(row.status, style="red")
+    return Text(_significant(row.p50_ms))
+
+
+def _speed(row: Row | None, baseline: Row | None) -> str:
+    if row is None or baseline is None or row.p50_ms is None or baseline.p50_ms is None:
+        return "–"
+    return _significant(baseline.p50_ms / row.p50_ms)
+
+
+def _significant(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "–" if value is None else f"{value * unit:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _error(row: Row) -> str:
+    return "–" if row.max_error is None else f"{row.max_error:.0e} ({_percent(row.error_share)})"
+
+
+def _verdict(rows: Iterable[Row]) -> Text:
+    parts = [
+        Text(f"{'fwd' if row.direction == FORWARD else 'fwd+bwd'} {row.verdict}", VERDICT_STYLE[row.verdict])
+        for row in rows
+        if row.verdict
+    ]
+    return Text("\n").join(parts)
+
+
+def _notes(name: str, rows: Iterable[Row]) -> list[str]:
+    reasons = {row.reason: row for row in rows if row.reason}
+    return [f"{name}: {row.status}: {reason}" for reason, row in reasons.items()]

@@ -1,0 +1,180 @@
+"""The named workloads, and the generator of their inputs.
+
+The structure of a workload (lengths, positions, offsets) is the same in every set of inputs; the values are fresh.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.movielens import ITEMS, Histories
+
+TIERS = ("quick", "default", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    name: str
+    batch: int  # sequences or users
+    tier: str = "default"
+    gate_batch: int | None = None  # the correctness gate's batch, where float64 on the whole would be too slow
+    histories: bool = False  # lengths and items of real histories
+
+    @property
+    def shape(self) -> dict[str, object]:
+        """What defines the problem, by name."""
+        own = {f.name for f in fields(self)} - {"name", "tier", "gate_batch", "histories"}
+        return {name: value for name, value in asdict(self).items() if name in own}
+
+    @property
+    def gate(self) -> "Workload":
+        return replace(self, batch=self.gate_batch or self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkWorkload(Workload):
+    """With `histories` packed sequences: every behaviour is `tokens_per_behavior` tokens, the last of them its sink."""
+
+    heads: int
+    kv_heads: int
+    length: int
+    dim: int
+    sinks: int
+    causal: bool = False
+    tokens_per_behavior: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinedWorkload(Workload):
+    """Causal and left-padded, as in SASRec."""
+
+    length: int
+    dim: int
+    heads: int = 1
+    mechanism: str = "simple"
+    source: str = "logits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LreaWorkload(Workload):
+    """`targets` per user; `ragged`: 1 to `targets`, n of them with probability ∝ 1/n."""
+
+    rank: int
+    dim: int
+    targets: int = 1
+    ragged: bool = False
+    longest: int | None = None  # behaviours per history
+
+
+SINK = (
+    SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=2, length=64, dim=16, sinks=7, tier="quick"),
+    SinkWorkload(name="headline", batch=4, heads=8, kv_heads=8, length=1024, dim=64, sinks=100, gate_batch=1),
+    # CTR-Sink's encoder (RoBERTa, 4 layers of 8 heads) and its decoder (Qwen2-0.5B: 14 heads on 2).
+    SinkWorkload(name="ctr_sink", batch=8, heads=8, kv_heads=8, length=512, dim=64, sinks=49, gate_batch=2),
+    SinkWorkload(
+        name="ctr_sink_decoder", batch=4, heads=14, kv_heads=2, length=512, dim=64, sinks=49, causal=True, gate_batch=1
+    ),
+    SinkWorkload(
+        name="movielens",
+        batch=16,
+        heads=4,
+        kv_heads=4,
+        length=512,
+        dim=64,
+        sinks=128,
+        tokens_per_behavior=4,
+        histories=True,
+        gate_batch=4,
+    ),
+    *(
+        SinkWorkload(
+            name=f"n{length}{'_causal' if causal else ''}",
+            batch=16384 // length,
+            heads=8,
+            kv_heads=8,
+            length=length,
+            dim=64,
+            sinks=length // 10,
+            causal=causal,
+            gate_batch=1,
+            tier="full",
+        )
+        for length in (128, 512, 2048, 4096)
+        for causal in (False, True)
+    ),
+)
+
+REFINED = (
+    RefinedWorkload(name="tiny", batch=4, length=20, dim=16, heads=2, histories=True, tier="quick"),
+    RefinedWorkload(name="sasrec", batch=256, length=50, dim=50, histories=True),
+    RefinedWorkload(name="sasrec_200", batch=128, length=200, dim=50, histories=True, gate_batch=32),
+    *(
+        RefinedWorkload(
+            name=f"sasrec_{mechanism}_{source}",
+            batch=256,
+            length=50,
+            dim=50,
+            mechanism=mechanism,
+            source=source,
+            histories=True,
+            tier="full",
+        )
+        for mechanism in ("simple", "value", "additive")
+        for source in ("logits", "weights")
+        if (mechanism, source) != ("simple", "logits")
+    ),
+)
+
+LREA_ABSORBED = (
+    LreaWorkload(name="tiny", batch=4, targets=8, rank=8, dim=16, tier="quick"),
+    LreaWorkload(name="256x100", batch=256, targets=100, rank=32, dim=64),
+    LreaWorkload(name="zipf", batch=256, targets=500, rank=32, dim=64, ragged=True),
+    *(
+        LreaWorkload(name=f"{users}x{targets}_r{rank}", batch=users, targets=targets, rank=rank, dim=64, tier="full")
+        for users, targets, rank in ((1, 100, 32), (64, 500, 16), (1024, 256, 32))
+    ),
+)
+
+LREA_COMPRESS = (
+    LreaWorkload(name="tiny", batch=4, rank=8, dim=16, longest=30, histories=True, tier="quick"),
+    LreaWorkload(name="movielens", batch=256, rank=32, dim=64, histories=True),
+    LreaWorkload(name="movielens_all", batch=943, rank=32, dim=64, histories=True, gate_batch=256, tier="full"),
+)
+
+LREA_RESTORED = (
+    LreaWorkload(name="tiny", batch=4, targets=3, rank=8, dim=16, longest=30, histories=True, tier="quick"),
+    LreaWorkload(name="movielens", batch=256, targets=4, rank=32, dim=64, histories=True),
+    LreaWorkload(
+        name="movielens_all", batch=943, targets=4, rank=32, dim=64, histories=True, gate_batch=256, tier="full"
+    ),
+)
+
+
+class Draw:
+    """Draws one set of inputs. What depends on `structure` is the same for every seed."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device, histories: Histories) -> None:
+        self.values = torch.Generator().manual_seed(seed)
+        self.structure = torch.Generator().manual_seed(0)
+        self.dtype, self.device, self.histories = dtype, device, histories
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        return (std * torch.randn(shape, generator=self.values)).to(self.device, self.dtype)
+
+    def index(self, values: Tensor | Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(self.device)
+
+    def embeddings(self, histories: Sequence[Tensor], dim: int, padding_side: str = "right") -> Tensor:
+        """[U, L, dim]: standard normal embeddings of the items, one a behaviour; zeros at padding."""
+        table = torch.randn(ITEMS + 1, dim, generator=self.values)
+        table[0] = 0
+        ids = torch.nn.utils.rnn.pad_sequence(histories, batch_first=True, padding_side=padding_side)  # [U, L]
+        return table[ids].to(self.device, self.dtype)
+
+
+def offsets(lengths: Sequence[int] | Tensor) -> Tensor:
+    """[n + 1] where each of the packed pieces starts, and the total."""
+    lengths = torch.as_tensor(lengths)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
