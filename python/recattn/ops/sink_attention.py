@@ -410,28 +410,36 @@ def _describe_batch(
 
 
 class _Part:
-    """Sequences of similar length, gathered into a dense batch padded at the end."""
+    """Sequences of similar length as a dense batch padded at the end: a view of one, a copy of several."""
 
     def __init__(self, batch: _Ragged, bucket: Bucket):
         self.batch = batch
         self.members = bucket.members
         self.valid = bucket.valid  # [b, n]
-        self.index = (batch.rows[bucket.members].unsqueeze(1), bucket.positions)
+        self.padded = not bool(bucket.valid.all())
+        if len(bucket.members) == 1:
+            row, start = int(batch.rows[bucket.members]), int(bucket.positions[0, 0])
+            self.index = (slice(row, row + 1), slice(start, start + bucket.positions.shape[1]))
+        else:
+            self.index = (batch.rows[bucket.members].unsqueeze(1), bucket.positions)
 
     def gather(self, x: Tensor, padding: float | None = None) -> Tensor:
         """The part's tokens as [b, H, n, ...]; padding repeats a sequence's last token unless a value is given."""
         gathered = self.batch.tokens(x)[self.index]
-        if padding is not None:
+        if self.padded and padding is not None:
             gathered[~self.valid] = padding
         return gathered.transpose(1, 2)
 
     def scatter(self, x: Tensor, values: Tensor) -> None:
-        row, position = (axis.expand_as(self.valid)[self.valid] for axis in self.index)
-        self.batch.tokens(x)[row, position] = values.transpose(1, 2)[self.valid]
+        index, values = self.index, values.transpose(1, 2)
+        if self.padded:
+            index = tuple(axis.expand_as(self.valid)[self.valid] for axis in index)
+            values = values[self.valid]
+        self.batch.tokens(x)[index] = values
 
     def mask(self, dtype: torch.dtype, causal: bool) -> Tensor | None:
         """[b, 1, 1, n], added to the scores; where the mask is causal no valid token sees the padding anyway."""
-        if causal or bool(self.valid.all()):
+        if causal or not self.padded:
             return None
         return torch.zeros(self.valid.shape, dtype=dtype).masked_fill_(~self.valid, -math.inf)[:, None, None]
 
