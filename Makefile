@@ -9,7 +9,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
