@@ -7,7 +7,9 @@ RECATTN_BUILD=none   compile nothing
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -28,16 +30,22 @@ class CannotBuildError(Exception):
     """Says what is missing and what to do about it."""
 
 
+def locate_cuda():
+    """Have torch take CUDA from where nvcc says it lives: the one on the PATH may be a wrapper."""
+    if "CUDA_HOME" not in os.environ and shutil.which("nvcc"):
+        said = subprocess.run(["nvcc", "--dryrun", "-v", "x.cu"], capture_output=True, text=True).stderr
+        if folder := re.search(r"_HERE_=(\S+)", said):
+            os.environ["CUDA_HOME"] = str(Path(folder[1]).parent)
+
+
 def import_cpp_extension():
+    locate_cuda()  # torch looks when it is imported
+    # Build isolation hides the environment that is being installed into: compile against its torch.
+    sys.path.append(sysconfig.get_path("purelib"))
     try:
         from torch.utils import cpp_extension
-    except ImportError:
-        # Build isolation hides the environment that is being installed into: compile against its torch.
-        sys.path.append(sysconfig.get_path("purelib"))
-        try:
-            from torch.utils import cpp_extension
-        except ImportError as error:
-            raise CannotBuildError("torch is not installed here: install torch first, then recattn") from error
+    except ImportError as error:
+        raise CannotBuildError("torch is not installed here: install torch first, then recattn") from error
     return cpp_extension
 
 
@@ -103,7 +111,7 @@ def build_command(cpp_extension):
                     raise
                 leave_out(f"{extension.name} did not compile ({error})")
 
-    return BuildKernels.with_options(no_python_abi_suffix=False)
+    return BuildKernels
 
 
 def leave_out(why):

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 CSRC = Path(__file__).parent.parent / "csrc"
 NVCC = shutil.which("nvcc")
@@ -19,7 +19,8 @@ ARCHITECTURES = ("80", "90a", "100")
 def test_compiles_without_spills(source, architecture, tmp_path):
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
     target = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = [NVCC, "-c", "-O3", "-std=c++20", "-gencode", target, "-Xptxas", "-v"]
+    # setup.py's flags and those that torch adds to them.
+    command = [NVCC, "-c", "-O3", "-std=c++20", "-gencode", target, "-Xptxas", "-v", *COMMON_NVCC_FLAGS]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes, f"-I{CSRC}"]
     result = subprocess.run(
         [*command, str(source), "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True, timeout=60

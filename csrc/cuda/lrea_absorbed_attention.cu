@@ -57,10 +57,14 @@ struct AbsorbedAttention {
     float negative_slope;
 };
 
-template <class T>
-__device__ float to_float(T value) {
-    return static_cast<float>(value);
-}
+// By name, for torch builds extensions without the implicit conversions of CUDA's half types.
+__device__ float to_float(float value) { return value; }
+__device__ float to_float(__half value) { return __half2float(value); }
+__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ void store(float value, float* out) { *out = value; }
+__device__ void store(float value, __half* out) { *out = __float2half(value); }
+__device__ void store(float value, __nv_bfloat16* out) { *out = __float2bfloat16(value); }
 
 // The user of a candidate: the last one whose targets begin at or before it.
 __device__ int64_t find_user(const Indices& offsets, int64_t users, int64_t row) {
@@ -138,7 +142,7 @@ __device__ void attend_user(const AbsorbedAttention<T>& op, SharedMemory<T>& sha
 #pragma unroll
         for (int n = 0; n < kColumnsPerLane; ++n) {
             const int column = n * kLanes + lane;
-            if (row < rows && column < columns) out[column] = static_cast<T>(acc[m][n]);
+            if (row < rows && column < columns) store(acc[m][n], out + column);
         }
     }
 }
