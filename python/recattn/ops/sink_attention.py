@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import expect_lengths, expect_offsets, expect_sink_positions
@@ -56,6 +57,7 @@ class SinkAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, _dlse):
         dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(dout, *ctx.saved_tensors, *ctx.settings)
         return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, None, None, None
