@@ -542,6 +542,13 @@ def test_restored_compiles():
     assert_compiles(recattn.lrea_attention, draws, RESTORED_GRADS)
 
 
+def test_restored_compiles_with_one_tensor_for_keys_and_values():
+    inputs = draw_restored((3, 9, 5), length=40)
+    del inputs["values"]
+    grads = [name for name in RESTORED_GRADS if name != "values"]
+    assert_compiles(lambda keys, **rest: recattn.lrea_attention(keys=keys, values=keys, **rest), [inputs], grads)
+
+
 @compiled_kernels
 def test_compress_compiles():
     draws = [

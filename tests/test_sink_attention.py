@@ -387,6 +387,20 @@ def test_compiles_to_one_graph_without_recompiling():
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_compiles_with_one_tensor_for_q_k_and_v():
+    inputs = draw(length=20, sinks=5)
+    del inputs["k"], inputs["v"]
+
+    def itself(q, **others):
+        return correction(q, q, q, **others)
+
+    leaf = inputs["q"].requires_grad_()
+    out = torch.compile(itself, fullgraph=True, backend="aot_eager")(**inputs)
+    expected = itself(**inputs)
+    assert torch.equal(out, expected)
+    assert torch.equal(*(torch.autograd.grad(x.sum(), leaf)[0] for x in (out, expected)))
+
+
 BAD = {
     "q must be a torch.Tensor, got list": {"q": [1.0]},
     r"q must be \[B, Hq, N, D\] = .* got \[4, 100, 16\]": {"q": torch.zeros(4, 100, 16)},

@@ -21,6 +21,7 @@ from recattn._check import (
 from recattn._dispatch import select
 from recattn.functional.validation import validate_values
 from recattn.ops import lrea_attention as ops
+from recattn.ops._library import distinct
 
 
 def lrea_compress(
@@ -151,7 +152,7 @@ def lrea_attention(
             scale=scale,
         )
     return ops.LreaAttention.apply(
-        targets, keys, values, w_decomp, target_offsets, seq_lens, float(negative_slope), float(scale)
+        targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens, float(negative_slope), float(scale)
     )
 
 

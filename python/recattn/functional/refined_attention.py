@@ -18,6 +18,7 @@ from recattn._check import (
 from recattn._dispatch import select
 from recattn.functional.validation import validate_values
 from recattn.ops import refined_attention as ops
+from recattn.ops._library import distinct
 
 _MECHANISMS = ("simple", "value", "additive", "stochastic")
 
@@ -101,7 +102,7 @@ def refined_attention(
             scale=scale,
         )
     settings = ops.Settings(mechanism, source, causal, padding_side == "left", scale)
-    return ops.RefinedAttention.apply(q, k, v, w_q, w_k, w_v, seq_lens, settings)
+    return ops.RefinedAttention.apply(*distinct(q, k, v, w_q, w_k), w_v, seq_lens, settings)
 
 
 def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, scale):

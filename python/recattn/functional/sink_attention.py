@@ -20,6 +20,7 @@ from recattn._check import (
 from recattn._dispatch import select
 from recattn.functional.validation import validate_values
 from recattn.ops import sink_attention as ops
+from recattn.ops._library import distinct
 
 
 def sink_attention(
@@ -105,7 +106,7 @@ def sink_attention(
         )
     settings = ops.Settings(causal, padding_side == "left", 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     out, lse = ops.SinkAttention.apply(
-        q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, settings
+        *distinct(q, k, v), sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, settings
     )
     if not return_lse:
         return out

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import recattn._extension  # noqa: F401  (registers the compiled operators)
 
@@ -28,3 +29,8 @@ def _isolated(kernel: Callable) -> Callable:
             return kernel(*args)
 
     return isolated
+
+
+def distinct(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, a repeated one as a view: torch.compile takes no autograd.Function with a repeated input."""
+    return [x.view_as(x) if any(x is earlier for earlier in tensors[:i]) else x for i, x in enumerate(tensors)]
