@@ -1,6 +1,7 @@
 """Peak memory of a call, beyond its inputs. Measured outside the timed calls."""
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 
@@ -20,13 +21,13 @@ def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:
-    # The profiler records every allocation and release of torch's CPU allocator.
+    return max(accumulate(cpu_allocations(call)), default=0)
+
+
+def cpu_allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes of every allocation (positive) and release (negative) of torch's CPU allocator during `call`, in order."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import recattn
+from memory import LargestTensor
 from recattn import reference
 from recattn._extension import MISSING
 from recattn.ops import lrea_attention as ops
@@ -462,19 +462,6 @@ def test_every_instruction_set(capability, tmp_path):
         pytest.skip(f"this processor has {used} at most")
     assert_matches_reference(lambda **_: absorbed, reference.lrea_absorbed_attention, inputs[0])
     assert_matches_reference(lambda **_: compressed, reference.lrea_compress, inputs[1])
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any tensor made under it has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
-            if isinstance(output, Tensor) and not func.is_view:
-                self.elements = max(self.elements, output.numel())
-        return outputs
 
 
 @pytest.mark.parametrize("lengths", [None, [2000, 1000]])

@@ -1,11 +1,11 @@
 import functools
 import math
-from itertools import product
+from itertools import accumulate, product
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import cpu_allocations, peak_memory
 from recattn import reference, refined_attention
 from recattn.ops import refined_attention as ops
 from recattn.testing import assert_matches_reference
@@ -288,30 +288,14 @@ def test_empty_sizes(mechanism, sizes, padded):
         assert not gradient.any()
 
 
-def allocations(function):
-    """Bytes of every CPU allocation (positive) and release (negative) while `function` runs, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()
-    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
-
-
-def peak(sizes):
-    total = highest = 0
-    for size in sizes:
-        total += size
-        highest = max(highest, total)
-    return highest
-
-
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("mechanism", ["simple", "stochastic"])
 def test_memory_is_linear_in_the_positions(mechanism, source):
     peaks = {}
     for n in (512, 1024):
         inputs = draw(mechanism, b=2, h=1, n=n, d=32, dv=32, r=16)
-        sizes = allocations(lambda inputs=inputs: gradients(cpu, inputs, mechanism=mechanism, source=source))
-        peaks[n] = peak(sizes)
+        sizes = cpu_allocations(lambda inputs=inputs: gradients(cpu, inputs, mechanism=mechanism, source=source))
+        peaks[n] = max(accumulate(sizes))
     assert max(sizes) <= 1024**2 * 4 / 4  # a quarter of one head's A
     assert peaks[1024] < 2.2 * peaks[512]
 
@@ -319,7 +303,9 @@ def test_memory_is_linear_in_the_positions(mechanism, source):
 def test_memory_is_at_most_half_of_the_reference():
     """Beyond the output, its incoming gradient and the gradients, which both hold."""
     inputs = draw("simple", b=256, h=1, n=50, d=50, dv=50, r=50)
-    ours, eager = (peak(allocations(lambda f=f: gradients(f, inputs))) for f in (cpu, reference.refined_attention))
+    device = inputs["q"].device
+    functions = (cpu, reference.refined_attention)
+    ours, eager = (peak_memory(lambda f=f: gradients(f, inputs), device) for f in functions)
     shared = 5 * inputs["q"].nbytes
     assert ours - shared <= (eager - shared) / 2
 

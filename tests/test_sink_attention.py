@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import recattn
+from memory import LargestTensor
 from recattn import reference
 from recattn.ops import sink_attention as ops
 from recattn.testing import assert_matches_reference
@@ -314,19 +315,6 @@ def test_reruns_agree_to_the_bit():
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most elements that any operator returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
 def test_no_tensor_of_n_squared_elements():
     inputs = draw(batch=1, heads=2, kv_heads=2, length=2048, dim=16, sinks=100)
     arguments = (*inputs.values(), None, None, None, False, False, 0.25)
@@ -424,6 +412,9 @@ BAD = {
     },
     "inter_sink_bias must be float64 .* got int64": {"inter_sink_bias": torch.zeros(2, 1, 20, 20, dtype=torch.long)},
     r"sink_logits must be \[Hq\] = \[4\], got \[2\]": {"sink_logits": torch.zeros(2)},
+    "sink_logits must be a torch.Tensor, got list": {"sink_logits": [0.0] * 4},
+    "seq_lens must be a torch.Tensor, got list": {"seq_lens": [3, 4]},
+    "cu_seqlens must be a torch.Tensor, got list": {"cu_seqlens": [0, 3]},
     r"seq_lens must be \[B\] = \[2\], got \[3\]": {"seq_lens": torch.zeros(3, dtype=torch.long)},
     "seq_lens must be int64 or int32, got float32": {"seq_lens": torch.zeros(2)},
     "seq_lens must be between 0 and 100, got 101 at index": {"seq_lens": torch.tensor([3, 101])},

@@ -39,6 +39,13 @@ def expect_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
         raise ValueError(f"{name} must be {' or '.join(map(_dtype_name, allowed))}, got {_dtype_name(tensor.dtype)}")
 
 
+def expect_index(sizes: dict[str, int], name: str, tensor: object, layout: str) -> None:
+    """Check an index tensor: int64 or int32, of the layout."""
+    expect_tensors(**{name: tensor})
+    expect_shape(sizes, name, tensor, layout)
+    expect_dtype(name, tensor, INTEGER)
+
+
 def expect_finite(**options: float | None) -> None:
     for name, value in options.items():
         # math.isfinite would break the graph of a compiled call.

@@ -8,11 +8,11 @@ from torch import Tensor
 from recattn import reference
 from recattn._check import (
     FLOATING,
-    INTEGER,
     expect,
     expect_choice,
     expect_dtype,
     expect_finite,
+    expect_index,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -56,7 +56,8 @@ def lrea_compress(
         raise ValueError(f"Lmax of w_comp must be at least L = {sizes['L']}, got {sizes['Lmax']}")
     expect_dtype("behaviors", behaviors, FLOATING)
     expect_same_dtype("behaviors", behaviors, w_comp=w_comp)
-    _expect_index(sizes, "seq_lens", seq_lens, "U", optional=True)
+    if seq_lens is not None:
+        expect_index(sizes, "seq_lens", seq_lens, "U")
     expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens)
 
     impl = select("lrea_compress", impl, ops.availability(behaviors.device.type, "lrea_compress"))
@@ -119,7 +120,8 @@ def lrea_attention(
     expect_dtype("targets", targets, FLOATING)
     expect_same_dtype("targets", targets, keys=keys, values=values, w_decomp=w_decomp)
     _expect_offsets(sizes, target_offsets)
-    _expect_index(sizes, "seq_lens", seq_lens, "U", optional=True)
+    if seq_lens is not None:
+        expect_index(sizes, "seq_lens", seq_lens, "U")
     expect_same_device(
         "targets",
         targets,
@@ -205,7 +207,8 @@ def lrea_absorb(
     expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
     expect_dtype("keys", keys, FLOATING)
     expect_same_dtype("keys", keys, values=values, w_decomp=w_decomp)
-    _expect_index(sizes, "seq_lens", seq_lens, "U", optional=True)
+    if seq_lens is not None:
+        expect_index(sizes, "seq_lens", seq_lens, "U")
     expect_same_device("keys", keys, values=values, w_decomp=w_decomp, seq_lens=seq_lens)
     expect_finite(negative_slope=negative_slope, scale=scale)
 
@@ -259,7 +262,7 @@ def lrea_absorbed_attention(
     expect_shape(sizes, "state_values", state_values, "S H r dv")
     expect_dtype("targets", targets, FLOATING)
     expect_same_dtype("targets", targets, state_keys=state_keys, state_values=state_values)
-    _expect_index(sizes, "slots", slots, "U")
+    expect_index(sizes, "slots", slots, "U")
     _expect_offsets(sizes, target_offsets)
     expect_same_device(
         "targets",
@@ -319,14 +322,6 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
     return reference.lrea_nonnegativity_loss(w_decomp, compressed)
 
 
-def _expect_index(sizes: dict[str, int], name: str, tensor: Tensor | None, layout: str, optional: bool = False) -> None:
-    if optional and tensor is None:
-        return
-    expect_tensors(**{name: tensor})
-    expect_shape(sizes, name, tensor, layout)
-    expect_dtype(name, tensor, INTEGER)
-
-
 def _expect_offsets(sizes: dict[str, int], target_offsets: Tensor) -> None:
     sizes["U+1"] = sizes["U"] + 1
-    _expect_index(sizes, "target_offsets", target_offsets, "U+1")
+    expect_index(sizes, "target_offsets", target_offsets, "U+1")

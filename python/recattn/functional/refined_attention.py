@@ -5,11 +5,11 @@ from torch import Tensor
 from recattn import reference
 from recattn._check import (
     FLOATING,
-    INTEGER,
     expect,
     expect_choice,
     expect_dtype,
     expect_finite,
+    expect_index,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -132,9 +132,7 @@ def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side,
     expect_dtype("q", q, FLOATING)
     expect_same_dtype("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v)
     if seq_lens is not None:
-        expect_tensors(seq_lens=seq_lens)
-        expect_shape(sizes, "seq_lens", seq_lens, "B")
-        expect_dtype("seq_lens", seq_lens, INTEGER)
+        expect_index(sizes, "seq_lens", seq_lens, "B")
     expect_same_device("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v, seq_lens=seq_lens)
 
 

@@ -7,11 +7,11 @@ from torch import Tensor
 from recattn import reference
 from recattn._check import (
     FLOATING,
-    INTEGER,
     expect,
     expect_choice,
     expect_dtype,
     expect_finite,
+    expect_index,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -114,7 +114,7 @@ def sink_attention(
 
 
 def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p):
-    expect_tensors(q=q, k=k, v=v, sink_positions=sink_positions, inter_sink_bias=inter_sink_bias)
+    expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
     sizes: dict[str, int] = {}
     if cu_seqlens is None:
         expect_shape(sizes, "q", q, "B Hq N D")
@@ -122,29 +122,27 @@ def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, p
         expect_shape(sizes, "v", v, "B Hkv N Dv")
     else:
         expect(seq_lens is None, "seq_lens", "None beside cu_seqlens (packed sequences have no padding)", "both")
-        expect_shape(sizes, "cu_seqlens", cu_seqlens, "B+1")
+        expect_index(sizes, "cu_seqlens", cu_seqlens, "B+1")
         expect(sizes["B+1"] >= 1, "cu_seqlens", "[B + 1]", "no offset")
         sizes["B"] = sizes["B+1"] - 1
         expect_shape(sizes, "q", q, "T Hq D")
         expect_shape(sizes, "k", k, "T Hkv D")
         expect_shape(sizes, "v", v, "T Hkv Dv")
-        expect_dtype("cu_seqlens", cu_seqlens, INTEGER)
     for size in ("Hq", "Hkv", "D", "Dv"):
         expect(sizes[size] > 0, f"{size} of q, k and v", "at least 1", 0)
     heads = (sizes["Hq"], sizes["Hkv"])
     expect(heads[0] % heads[1] == 0, "(Hq, Hkv) of q and k", "a multiple and its divisor", heads)
     expect_dtype("q", q, FLOATING)
     expect_same_dtype("q", q, k=k, v=v)
-    expect_shape(sizes, "sink_positions", sink_positions, "B M")
-    expect_dtype("sink_positions", sink_positions, INTEGER)
+    expect_index(sizes, "sink_positions", sink_positions, "B M")
     expect_shape(sizes, "inter_sink_bias", inter_sink_bias, "B 1|Hq M M")
     expect_dtype("inter_sink_bias", inter_sink_bias, FLOATING)
     if sink_logits is not None:
+        expect_tensors(sink_logits=sink_logits)
         expect_shape(sizes, "sink_logits", sink_logits, "Hq")
         expect_dtype("sink_logits", sink_logits, FLOATING)
     if seq_lens is not None:
-        expect_shape(sizes, "seq_lens", seq_lens, "B")
-        expect_dtype("seq_lens", seq_lens, INTEGER)
+        expect_index(sizes, "seq_lens", seq_lens, "B")
     expect_choice("padding_side", padding_side, ("right", "left"))
     expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
     expect_same_device(

@@ -360,7 +360,7 @@ def _full_scores(
     q_s: Tensor, k: Tensor, sinks: _Sinks, mask: Tensor | None, settings: Settings, b: int, h: int, m: Tensor
 ) -> Tensor:
     """Biased and masked scores of the sinks `m` of one head over every key: [m, N]."""
-    key = _upcast(k[b, h * k.shape[1] // q_s.shape[1]])
+    key = _upcast(k[b, _kv_head(h, q_s, k)])
     scores = (q_s[b, h, m] * settings.scale) @ key.T
     live = sinks.live[b]
     scores[:, sinks.positions[b, live]] += sinks.bias[b, h % sinks.bias.shape[1], m][:, live]
@@ -392,20 +392,23 @@ class _Ragged(NamedTuple):
         return x.unsqueeze(0) if self.packed else x.transpose(1, 2)
 
 
-def _describe_batch(
-    q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None, left_padded: bool
-) -> _Ragged:
-    """Checks the values of the index tensors."""
+def _check_values(q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
         expect_offsets("cu_seqlens", cu_seqlens, q.shape[0])
+        expect_sink_positions(sink_positions, cu_seqlens.long().diff())
+        return
+    expect_sink_positions(sink_positions, q.shape[2])
+    if seq_lens is not None:
+        expect_lengths("seq_lens", seq_lens, q.shape[2])
+
+
+def _describe_batch(q: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None, left_padded: bool) -> _Ragged:
+    if cu_seqlens is not None:
         lengths = cu_seqlens.long().diff()
-        expect_sink_positions(sink_positions, lengths)
         return _Ragged(torch.zeros_like(lengths), cu_seqlens[:-1].long(), lengths, True)
     batch, length = q.shape[0], q.shape[2]
-    expect_sink_positions(sink_positions, length)
     if seq_lens is None:
         return _Ragged(None, torch.zeros(batch, dtype=torch.long), torch.full((batch,), length), False)
-    expect_lengths("seq_lens", seq_lens, length)
     lengths = seq_lens.long()
     starts = length - lengths if left_padded else torch.zeros_like(lengths)
     return _Ragged(torch.arange(batch), starts, lengths, False)
@@ -465,7 +468,8 @@ def _sink_attention_fwd(
     q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, causal, left_padded, scale
 ):
     settings, lse_dtype = Settings(causal, left_padded, scale), _lse_dtype(q)
-    batch = _describe_batch(q, sink_positions, seq_lens, cu_seqlens, left_padded)
+    _check_values(q, sink_positions, seq_lens, cu_seqlens)  # the backward has the same
+    batch = _describe_batch(q, seq_lens, cu_seqlens, left_padded)
     if batch.rows is None and q.numel() > 0:
         sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse_dtype)
         return _dense_fwd(q, k, v, sinks, sink_logits, None, settings)
@@ -501,7 +505,7 @@ def _sink_attention_bwd(
     scale,
 ):
     settings = Settings(causal, left_padded, scale)
-    batch = _describe_batch(q, sink_positions, seq_lens, cu_seqlens, left_padded)
+    batch = _describe_batch(q, seq_lens, cu_seqlens, left_padded)
     if batch.rows is None and q.numel() > 0:
         sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse.dtype)
         dq, dk, dv, dbias, dsink_logits = _dense_bwd(

@@ -1,0 +1,17 @@
+"""What a test watches to see that an implementation holds no large tensor."""
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any tensor made under it has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            if isinstance(output, Tensor) and not func.is_view:
+                self.elements = max(self.elements, output.numel())
+        return outputs
