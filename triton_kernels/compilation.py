@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton import JITFunction
 
 # Ampere, Hopper, Blackwell: every shipped configuration is compiled for each.
 ARCHITECTURES = (80, 90, 100)
+# As many as there are. Not told how many, the assembler may spill to let more programs run side by side.
+MAX_REGISTERS = 255
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -35,6 +38,7 @@ class Compilation:
     constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     @classmethod
     def of(
@@ -45,17 +49,35 @@ class Compilation:
         arguments: Mapping[str, object],
         num_warps: int,
         num_stages: int,
+        maxnreg: int | None = None,
     ) -> "Compilation":
         """What a launch of `kernel` with `arguments` compiles. Tensors may be on the meta device."""
-        signature = {parameter.name: _type(parameter, arguments[parameter.name]) for parameter in kernel.params}
+        # What the interpreter runs keeps how it was decorated.
+        compiled = kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
+        signature = {parameter.name: _type(parameter, arguments[parameter.name]) for parameter in compiled.params}
         constexprs = {name: arguments[name] for name, kind in signature.items() if kind == "constexpr"}
-        return cls(kernel, label, architecture, signature, constexprs, num_warps, num_stages)
+        return cls(kernel, label, architecture, signature, constexprs, num_warps, num_stages, maxnreg)
 
 
 def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
     """A tensor's strides as kernel arguments: stride_qb, stride_qh, ... for name "q" and axes "bh..."; 0 for None."""
     values = [0] * len(axes) if tensor is None else tensor.stride()
     return {f"stride_{name}{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+def architecture_of(x: Tensor) -> int:
+    """The architecture whose launch parameters a tensor's kernels take: that of its GPU, Hopper's elsewhere."""
+    if x.device.type != "cuda":
+        return 90
+    major, _ = torch.cuda.get_device_capability(x.device)
+    return max(architecture for architecture in ARCHITECTURES if architecture <= max(10 * major, ARCHITECTURES[0]))
+
+
+def as_dense(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Packed tokens [T, H, ...] as a view [B, H, T, ...] whose batch stride is 0; a dense batch as it is."""
+    if cu_seqlens is None:
+        return x
+    return x.transpose(0, 1).unsqueeze(0).expand(cu_seqlens.shape[0] - 1, *x.shape[1::-1], *x.shape[2:])
 
 
 def _type(parameter: object, value: object) -> str:

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from recattn.functional import (
+    inter_sink_bias,
     lrea_absorb,
     lrea_absorbed_attention,
     lrea_attention,
@@ -16,6 +17,7 @@ from recattn.functional import (
 __version__ = version("recattn")
 
 __all__ = [
+    "inter_sink_bias",
     "lrea_absorb",
     "lrea_absorbed_attention",
     "lrea_attention",

@@ -1,5 +1,6 @@
 """The public functions: the equation, validation, the choice of implementation."""
 
+from recattn.functional.inter_sink_bias import inter_sink_bias
 from recattn.functional.lrea_attention import (
     lrea_absorb,
     lrea_absorbed_attention,
@@ -12,6 +13,7 @@ from recattn.functional.sink_attention import sink_attention
 from recattn.functional.validation import validate
 
 __all__ = [
+    "inter_sink_bias",
     "lrea_absorb",
     "lrea_absorbed_attention",
     "lrea_attention",

@@ -11,11 +11,13 @@ import recattn._extension  # noqa: F401  (registers the compiled operators)
 _LIBRARY = torch.library.Library("recattn", "FRAGMENT")
 
 
-def define(schema: str, *, cpu: Callable, fake: Callable) -> Callable:
-    """Define `recattn::<schema>` with its CPU kernel and its fake kernel; returns the operator to call."""
+def define(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: Callable) -> Callable:
+    """Define `recattn::<schema>` with its kernels and its fake kernel; returns the operator to call."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _isolated(cpu), "CPU")
+    if cuda is not None:
+        _LIBRARY.impl(name, _isolated(cuda), "CUDA")
     torch.library.register_fake(f"recattn::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.recattn, name).default
 
@@ -25,7 +27,8 @@ def _isolated(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def isolated(*args):
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return kernel(*args)
 
     return isolated

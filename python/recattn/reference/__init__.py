@@ -1,5 +1,6 @@
 """The specification: every operator in plain PyTorch, for any floating dtype and device. Slow and obvious."""
 
+from recattn.reference.inter_sink_bias import inter_sink_bias
 from recattn.reference.lrea_attention import (
     lrea_absorb,
     lrea_absorbed_attention,
@@ -12,6 +13,7 @@ from recattn.reference.sink_attention import sink_attention
 from recattn.reference.wasserstein_attention import wasserstein_attention
 
 __all__ = [
+    "inter_sink_bias",
     "lrea_absorb",
     "lrea_absorbed_attention",
     "lrea_attention",

@@ -77,16 +77,13 @@ def dense_bias(sink_positions: Tensor, inter_sink_bias: Tensor, length: int) -> 
     batch, sinks = sink_positions.shape
     if sinks == 0:
         return inter_sink_bias.sum()  # 0, and differentiable
-    # s(i) [B, N], -1 where token i is no sink; padded sinks land in a last column that is cut off.
-    sink_of = torch.full((batch, length + 1), -1, device=sink_positions.device)
-    order = torch.arange(sinks, device=sink_positions.device).expand(batch, sinks)
-    sink_of = sink_of.scatter(1, sink_positions.long().masked_fill(sink_positions < 0, length), order)[:, :length]
-    is_sink = sink_of >= 0
-    row, column = sink_of.clamp(min=0)[:, None, :, None], sink_of.clamp(min=0)[:, None, None, :]
-    b = torch.arange(batch, device=row.device)[:, None, None, None]
-    h = torch.arange(inter_sink_bias.shape[1], device=row.device)[None, :, None, None]
-    both = is_sink[:, None, :, None] & is_sink[:, None, None, :]
-    return inter_sink_bias[b, h, row, column].where(both, 0)
+    # Padded sinks land in a last row and column, which are cut off.
+    positions = sink_positions.long().masked_fill(sink_positions < 0, length)
+    b = torch.arange(batch, device=positions.device)[:, None, None, None]
+    h = torch.arange(inter_sink_bias.shape[1], device=positions.device)[:, None, None]
+    dense = inter_sink_bias.new_zeros(batch, inter_sink_bias.shape[1], length + 1, length + 1)
+    dense = dense.index_put((b, h, positions[:, None, :, None], positions[:, None, None, :]), inter_sink_bias)
+    return dense[..., :length, :length]
 
 
 def _packed(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, cu_seqlens, dropout_p, scale):

@@ -1,0 +1,13 @@
+"""Autocast, as PyTorch's own attention takes part in it."""
+
+import torch
+from torch import Tensor
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, floating ones but float64 cast to autocast's dtype where it is on for the device of the first."""
+    device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

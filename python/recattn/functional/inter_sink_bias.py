@@ -1,0 +1,102 @@
+"""The bias between sink tokens that `sink_attention` takes (CTR-Sink, arXiv 2508.03668)."""
+
+import torch
+from torch import Tensor
+
+from recattn import reference
+from recattn._check import (
+    FLOATING,
+    expect,
+    expect_dtype,
+    expect_finite,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+    expect_tensors,
+)
+from recattn._dispatch import select
+from recattn.functional._autocast import autocast_inputs
+from recattn.ops import inter_sink_bias as ops
+from recattn.ops._library import distinct
+from recattn.ops._triton import draw_dropout_seed
+
+
+def inter_sink_bias(
+    q_s: Tensor,
+    k_s: Tensor,
+    *,
+    sink_mask: Tensor | None = None,
+    bias_scale: float | Tensor = 1.0,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """The bias of `sink_attention`, from attention among the sinks of a sequence:
+
+        B[b, i, j] = bias_scale · (1/H) Σ_h dropout(softmax_j(scale · q_s[b, h, i] · k_s[b, h, j]))
+
+    over the sinks j that sink i may see. The formula is that of CTR-Sink's official code (arXiv 2508.03668), where q_s
+    and k_s are projections, with bias, of the layer-normed hidden states at the sinks. That code has no mask: there,
+    padded sinks take part in the softmax, so a result depends on the batch it sits in, and a sink sees later ones.
+
+    Args:
+        q_s, k_s: [B, H, M, D], float64, float32, bfloat16 or float16, both alike; autocast casts them.
+        sink_mask: [B, M] bool, True at the sinks that count (`sink_positions >= 0`, and inside the sequence). The
+            others may hold anything: no sink sees them, and their rows and columns of the bias are zero.
+        bias_scale: a number, or a tensor of one element, of any floating dtype, which gets a gradient. The official
+            code learns it, from 1 in decoder models and from 10 in BERT.
+        causal: sink i sees the sinks j ≤ i, in their order.
+        dropout_p: probability of dropping a weight.
+        scale: of the scores, 1/√D by default.
+        impl: None chooses; "triton" (on CUDA devices, M ≤ 128) or "reference" insists.
+
+    Returns:
+        [B, 1, M, M], float32 (float64 for float64 inputs): one bias for all heads of the attention.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit.
+        NotImplementedError: an explicit `impl` that cannot serve the call.
+    """
+    _validate(q_s, k_s, sink_mask, bias_scale, dropout_p)
+    expect_finite(scale=scale)
+    q_s, k_s = autocast_inputs(q_s, k_s)
+    expect_same_dtype("q_s", q_s, k_s=k_s)
+    if isinstance(bias_scale, Tensor):
+        bias_scale = bias_scale.reshape(())
+    refusals = ops.availability(q_s.device.type)
+    refusals["triton"] = refusals["triton"] or ops.triton_call_refusal(q_s)
+    if select("inter_sink_bias", impl, refusals) == "reference":
+        return reference.inter_sink_bias(
+            q_s, k_s, sink_mask=sink_mask, bias_scale=bias_scale, causal=causal, dropout_p=dropout_p, scale=scale
+        )
+    factor, bias_scale = (1.0, bias_scale) if isinstance(bias_scale, Tensor) else (float(bias_scale), None)
+    seed = draw_dropout_seed(dropout_p, q_s.device)
+    settings = ops.Settings(factor, causal, dropout_p, scale)
+    return ops.InterSinkBias.apply(*distinct(q_s, k_s), sink_mask, bias_scale, seed, settings)
+
+
+def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):
+    expect_tensors(q_s=q_s, k_s=k_s)
+    sizes: dict[str, int] = {}
+    expect_shape(sizes, "q_s", q_s, "B H M D")
+    expect_shape(sizes, "k_s", k_s, "B H M D")
+    for size in ("H", "D"):
+        expect(sizes[size] > 0, f"{size} of q_s and k_s", "at least 1", 0)
+    expect_dtype("q_s", q_s, FLOATING)
+    expect_dtype("k_s", k_s, FLOATING)
+    expect_same_device("q_s", q_s, k_s=k_s)
+    if sink_mask is not None:
+        expect_tensors(sink_mask=sink_mask)
+        expect_shape(sizes, "sink_mask", sink_mask, "B M")
+        expect_dtype("sink_mask", sink_mask, (torch.bool,))
+        expect_same_device("q_s", q_s, sink_mask=sink_mask)
+    one_number = "a number or a tensor of one element"
+    if isinstance(bias_scale, Tensor):
+        expect(bias_scale.numel() == 1, "bias_scale", one_number, f"one of shape {list(bias_scale.shape)}")
+        expect_dtype("bias_scale", bias_scale, FLOATING)
+        expect_same_device("q_s", q_s, bias_scale=bias_scale)
+    else:
+        expect(isinstance(bias_scale, int | float), "bias_scale", one_number, type(bias_scale).__name__)
+        expect_finite(bias_scale=bias_scale)
+    expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)

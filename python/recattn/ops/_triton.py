@@ -1,0 +1,23 @@
+"""What operators whose kernels are Triton's share."""
+
+import torch
+from torch import Tensor
+
+
+@torch.compiler.assume_constant_result
+def triton_refusal(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device type and dtype (None: they can)."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return "triton is not installed: pip install triton"
+    if knobs.runtime.interpret:
+        return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
+    if device_type != "cuda":
+        return f"its kernels are Triton's, for CUDA devices, and the tensors are on {device_type}"
+    return None
+
+
+def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """int64 [1], from PyTorch's own generator: torch.manual_seed, checkpointing and CUDA graphs govern it."""
+    return torch.randint(2**63 - 1, (1,), device=device) if dropout_p > 0 else None
