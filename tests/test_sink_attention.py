@@ -7,56 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import recattn
 from memory import LargestTensor
 from recattn import reference
+from recattn.ops import _sink_attention_cpu as on_cpu
 from recattn.ops import sink_attention as ops
 from recattn.testing import assert_matches_reference
+from sink_inputs import draw, draw_packed
 from strategies import lengths, ragged_lengths, seeds
 
 GRADS = ["q", "k", "v", "inter_sink_bias"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 correction = functools.partial(recattn.sink_attention, impl="correction")
-
-
-def draw(
-    batch=2,
-    heads=4,
-    kv_heads=4,
-    length=100,
-    dim=16,
-    value_dim=None,
-    sinks=20,
-    bias_heads=1,
-    bias_scale=1.0,
-    dtype=torch.float32,
-) -> dict[str, Tensor]:
-    value_dim = dim if value_dim is None else value_dim
-    positions = torch.stack([torch.randperm(length)[:sinks].sort().values for _ in range(batch)])
-    return {
-        "q": torch.randn(batch, heads, length, dim, dtype=dtype),
-        "k": torch.randn(batch, kv_heads, length, dim, dtype=dtype),
-        "v": torch.randn(batch, kv_heads, length, value_dim, dtype=dtype),
-        "sink_positions": positions,
-        "inter_sink_bias": torch.randn(batch, bias_heads, sinks, sinks) * bias_scale,
-    }
-
-
-def draw_packed(sequence_lengths: list[int], sinks: list[int], heads=4, kv_heads=2, dim=16, dtype=torch.float32):
-    total, most = sum(sequence_lengths), max(sinks)
-    positions = torch.full((len(sinks), most), -1)
-    for b, (n, m) in enumerate(zip(sequence_lengths, sinks, strict=True)):
-        positions[b, :m] = torch.randperm(n)[:m].sort().values
-    return {
-        "q": torch.randn(total, heads, dim, dtype=dtype),
-        "k": torch.randn(total, kv_heads, dim, dtype=dtype),
-        "v": torch.randn(total, kv_heads, dim, dtype=dtype),
-        "sink_positions": positions,
-        "inter_sink_bias": torch.randn(len(sinks), heads, most, most),
-        "cu_seqlens": torch.tensor([0, *sequence_lengths]).cumsum(0),
-    }
 
 
 def by_loops(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, valid, scale):
@@ -319,9 +282,9 @@ def test_no_tensor_of_n_squared_elements():
     inputs = draw(batch=1, heads=2, kv_heads=2, length=2048, dim=16, sinks=100)
     arguments = (*inputs.values(), None, None, None, False, False, 0.25)
     with LargestTensor() as forward:
-        out, lse, sink_lse = ops._sink_attention_fwd(*arguments)
+        results = on_cpu.sink_attention_fwd(*arguments)
     with LargestTensor() as backward:
-        ops._sink_attention_bwd(torch.ones_like(out), *arguments[:3], out, lse, sink_lse, *arguments[3:])
+        on_cpu.sink_attention_bwd(torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:])
     assert max(forward.elements, backward.elements) <= 4 * 2048 * 16 * 2 < 2048 * 2048
 
 
@@ -334,7 +297,7 @@ def op_inputs(form: str, dtype=torch.float32):
     )
     seq_lens = torch.tensor([20, 7]) if form == "padded" else None
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias")]
-    return [*arguments, torch.randn(4), seq_lens, inputs.get("cu_seqlens"), True, False, 0.25]
+    return [*arguments, torch.randn(4), seq_lens, inputs.get("cu_seqlens"), None, True, False, 0.25, 0.0, None, "auto"]
 
 
 @pytest.mark.parametrize("form", ["dense", "padded", "packed"])
@@ -342,9 +305,9 @@ def op_inputs(form: str, dtype=torch.float32):
 def test_opcheck(form, dtype):
     arguments = op_inputs(form, dtype)
     torch.library.opcheck(ops.sink_attention_fwd, arguments)
-    out, lse, sink_lse = ops.sink_attention_fwd(*arguments)
+    results = ops.sink_attention_fwd(*arguments)
     torch.library.opcheck(
-        ops.sink_attention_bwd, [torch.ones_like(out), *arguments[:3], out, lse, sink_lse, *arguments[3:]]
+        ops.sink_attention_bwd, [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
     )
 
 
@@ -465,5 +428,5 @@ def test_bad_offsets(cu_seqlens, message):
 
 
 def test_an_impl_that_does_not_exist_says_what_does():
-    with pytest.raises(NotImplementedError, match="has no impl='cuda'; it has 'correction', 'reference'"):
+    with pytest.raises(NotImplementedError, match="has no impl='cuda'; it has 'correction', 'triton', 'reference'"):
         recattn.sink_attention(**draw(), impl="cuda")

@@ -41,6 +41,13 @@ PLANTED = """
 
 
     @triton.jit
+    def rounded_kernel(a, BLOCK: tl.constexpr):
+        index = tl.arange(0, BLOCK)
+        block = tl.load(a + index[:, None] * BLOCK + index[None, :])
+        tl.store(a + index[:, None] * BLOCK + index[None, :], tl.dot(block, block, input_precision="tf32"))
+
+
+    @triton.jit
     def forgotten_kernel(x):
         tl.store(x, 0.0)
 
@@ -52,6 +59,7 @@ PLANTED = """
         arguments = {"a": half, "b": half, "c": single, "K": 4096, "BLOCK": 128}
         for architecture, num_stages in [(80, 3), (80, 4), (90, 3)]:
             yield Compilation.of(matmul_kernel, "128x128", architecture, arguments, 8, num_stages)
+        yield Compilation.of(rounded_kernel, "float32", 80, {"a": single, "BLOCK": 32}, 4, 1)
 """
 
 
@@ -73,13 +81,14 @@ def test_refuses_spills_oversize_and_unlisted_kernels(tmp_path):
     planted_table = tmp_path / "planted.json"
     write = run(tmp_path, "--write", "--module", "planted", "--table", planted_table)
     assert write.returncode == 1 and not planted_table.exists()
-    oversize, spill, unlisted, summary = write.stdout.splitlines()
+    oversize, spill, rounded, unlisted, summary = write.stdout.splitlines()
     assert (
         oversize == "matmul_kernel sm_80 128x128 warps=8 stages=4: 196608 bytes of shared memory, the budget is 166912"
     )
     assert re.fullmatch(r"normalize_kernel sm_90 16384 warps=1 stages=1: spills [1-9]\d* bytes at \d+ registers", spill)
+    assert re.fullmatch(r"rounded_kernel sm_80 .*: [1-9]\d* instructions round float32 to tf32", rounded)
     assert unlisted == "planted.forgotten_kernel: in no shipped_configurations()"
-    assert summary == "5 configurations, 3 problems"
+    assert summary == "6 configurations, 4 problems"
 
 
 def row(registers: int) -> dict[str, int]:

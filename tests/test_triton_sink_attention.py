@@ -1,5 +1,6 @@
-"""The Triton kernels of sink_attention against a full softmax in float64, on a GPU or by the interpreter."""
+"""The fused path of sink_attention, on a GPU or by Triton's interpreter, against the reference in float64."""
 
+import functools
 import math
 
 import pytest
@@ -7,261 +8,372 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
-from recattn.testing import measure_error
-from recattn.triton_kernels.sink_attention import CorrectionConfig, launch_sink_attention_correction_fwd
+import recattn
+from memory import LargestTensor
+from recattn import reference
+from recattn.ops import sink_attention as ops
+from recattn.testing import assert_matches_reference
+from recattn.triton_kernels import sink_attention as kernels
+from recattn.triton_kernels.primitives import dropout_weights
+from recattn.triton_kernels.sink_attention_config import TILES, SinkAttentionConfig
+from sink_inputs import draw, draw_packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
-SCALE = 0.3
+GRADS = ["q", "k", "v", "inter_sink_bias"]
+fused = functools.partial(recattn.sink_attention, impl="triton")
 
 
-def random_inputs(N, M, *, B=2, Hq=2, Hkv=1, D=32, Dv=None, bias_heads=1, dtype=torch.float32, seq_lens=None) -> dict:
-    """Sinks at random positions, each sequence with one less than the one before; the bias of ignored sinks is NaN."""
-    seq_lens = torch.tensor([N] * B if seq_lens is None else seq_lens)
-    sink_positions = torch.full((B, M), -1)
-    bias = torch.randn(B, bias_heads, M, M)
-    for b in range(B):
-        sinks = torch.randperm(N)[: max(M - b, 0)].sort().values
-        sink_positions[b, : len(sinks)] = sinks
-        ignored = (sink_positions[b] < 0) | (sink_positions[b] >= seq_lens[b])
-        bias[b].masked_fill_(ignored[:, None] | ignored, math.nan)
-    inputs = {
-        "q": torch.randn(B, Hq, N, D).to(dtype),
-        "k": torch.randn(B, Hkv, N, D).to(dtype),
-        "v": torch.randn(B, Hkv, N, Dv or D).to(dtype),
-        "sink_positions": sink_positions,
-        "bias": bias,
-        "seq_lens": seq_lens,
+def on_device(inputs: dict) -> dict:
+    return {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
+def small(**options) -> dict:
+    """Few heads: the interpreter runs one program after another."""
+    return on_device(draw(**{"batch": 1, "heads": 2, "kv_heads": 1, "length": 63, "sinks": 20, **options}))
+
+
+def assert_fused(inputs: dict, grads=GRADS) -> None:
+    assert_matches_reference(fused, reference.sink_attention, inputs, grads=grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"length": 1, "sinks": 1},
+        {"length": 1, "sinks": 0},
+        {"length": 100, "sinks": 0},
+        {"sinks": 63, "bias_scale": 30.0},
+        {"length": 129, "sinks": 40, "bias_heads": 2},
+        {"length": 192, "sinks": 30, "batch": 2, "kv_heads": 2},
+    ],
+    ids=str,
+)
+def test_dense(dtype, causal, shape):
+    assert_fused({**small(**shape, dtype=dtype), "causal": causal})
+
+
+@pytest.mark.parametrize("dim, value_dim", [(32, 32), (64, 64), (50, 20), (8, 24), (128, 128), (256, 256)])
+def test_head_dims(dim, value_dim):
+    assert_fused({**small(length=40, dim=dim, value_dim=value_dim, dtype=torch.float16), "causal": True})
+    assert_fused(small(length=40, dim=dim, value_dim=value_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bias", [-50.0, 200.0, -math.inf, 1e-6])
+def test_extreme_bias(dtype, causal, bias):
+    """Every token a sink, rows that lose every key, overflow of exp(β), a tiny β."""
+    inputs = small(sinks=63, dtype=dtype)
+    chosen = torch.rand(inputs["inter_sink_bias"].shape, device=DEVICE) < 0.5
+    inputs["inter_sink_bias"] = torch.where(chosen, bias, 0.0)
+    inputs["inter_sink_bias"][:, :, 3] = bias
+    assert_fused({**inputs, "causal": causal})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
+def test_any_scale(dtype, scale):
+    assert_fused({**small(dtype=dtype), "scale": scale, "causal": True})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_padded(dtype, causal, padding_side):
+    inputs = small(batch=5, length=70, sinks=30, bias_scale=3.0, dtype=dtype)
+    inputs["sink_positions"][1, 20:] = -1
+    inputs |= {"seq_lens": torch.tensor([70, 0, 37, 1, 64], device=DEVICE), "padding_side": padding_side}
+    assert_fused({**inputs, "causal": causal})
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed(causal, index_dtype):
+    inputs = on_device(draw_packed([129, 0, 63, 1, 70], [30, 0, 63, 1, 0], heads=2, kv_heads=1))
+    for name in ("sink_positions", "cu_seqlens"):
+        inputs[name] = inputs[name].to(index_dtype)
+    assert_fused({**inputs, "causal": causal})
+
+
+@pytest.mark.parametrize("form", ["dense", "padded", "packed"])
+def test_sink_logits(form):
+    if form == "packed":
+        inputs = on_device(draw_packed([70, 0, 1], [30, 0, 1], heads=2, kv_heads=1, dtype=torch.float16))
+    else:
+        inputs = small(batch=2, bias_scale=3.0)
+    if form == "padded":
+        inputs["seq_lens"] = torch.tensor([41, 63], device=DEVICE)
+    inputs |= {"sink_logits": torch.randn(2, device=DEVICE), "causal": True}
+    assert_fused(inputs, [*GRADS, "sink_logits"])
+
+
+def test_sink_logits_of_rows_without_other_mass():
+    inputs = small(sinks=63)
+    inputs["inter_sink_bias"].fill_(-math.inf)
+    assert_fused({**inputs, "sink_logits": torch.randn(2, device=DEVICE)}, [*GRADS, "sink_logits"])
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_padding_may_hold_anything(padding_side):
+    inputs = {**small(batch=2, sinks=30), "seq_lens": torch.tensor([40, 13], device=DEVICE), "causal": True}
+    dirty = {name: inputs[name].clone() for name in GRADS}
+    for b, n in enumerate((40, 13)):
+        padding = slice(n, None) if padding_side == "right" else slice(0, 63 - n)
+        for name in ("q", "k", "v"):
+            dirty[name][b, :, padding] = math.nan
+        ignored = torch.isin(inputs["sink_positions"][b], torch.arange(63, device=DEVICE)[padding])
+        dirty["inter_sink_bias"][b].masked_fill_(ignored[:, None] | ignored, math.nan)
+    results = []
+    for values in ({}, dirty):
+        leaves = {name: {**inputs, **values}[name].clone().requires_grad_() for name in GRADS}
+        out = fused(**{**inputs, **leaves}, padding_side=padding_side)
+        results.append((out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))))
+    assert all(map(torch.equal, *results))
+
+
+def test_views_that_are_not_contiguous():
+    inputs = small(heads=4, kv_heads=4, batch=2)
+    views = {
+        "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2),
+        "k": torch.randn(2, 4, 16, 63, device=DEVICE).transpose(2, 3),
+        "v": torch.randn(2, 8, 63, 32, device=DEVICE)[:, ::2, :, ::2],
+        "sink_positions": inputs["sink_positions"].t().contiguous().t(),
+        "inter_sink_bias": torch.randn(2, 20, 20, 1, device=DEVICE).permute(0, 3, 2, 1),
     }
-    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    assert_fused({**inputs, **views})
 
 
-def sinks_of(inputs: dict, b: int) -> Tensor:
-    sinks = inputs["sink_positions"][b].long()
-    return sinks[(sinks >= 0) & (sinks < inputs["seq_lens"][b])]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_bias_of_another_dtype(dtype):
+    inputs = small()
+    inputs["inter_sink_bias"] = inputs["inter_sink_bias"].to(dtype)
+    assert_fused(inputs)
 
 
-def softmax_attention(scores: Tensor, v: Tensor, seq_lens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """out and lse; rows that see no key have zeros and -inf."""
-    token = torch.arange(scores.shape[-1], device=scores.device)
-    valid = token < seq_lens[:, None]  # [B, N]
-    visible = valid[:, None, :] & valid[:, :, None]  # [B, N, N]
-    if causal:
-        visible = visible & (token <= token[:, None])
-    scores = scores.masked_fill(~visible[:, None], -math.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
-    return weights.to(v.dtype) @ v.repeat_interleave(scores.shape[1] // v.shape[1], 1), lse
+def test_log_sum_exp():
+    inputs = {**small(batch=3, bias_scale=5.0), "seq_lens": torch.tensor([63, 0, 20], device=DEVICE)}
+    out, lse = fused(**inputs, return_lse=True)
+    _, expected = reference.sink_attention(**inputs, return_lse=True)
+    assert lse.dtype == torch.float32 and not lse.requires_grad
+    torch.testing.assert_close(lse, expected)
+    assert torch.equal(out == 0, expected.isneginf().unsqueeze(-1).expand_as(out))
 
 
-def scores_of(q: Tensor, k: Tensor) -> Tensor:
-    return SCALE * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+def test_nothing_to_do(batch, length):
+    inputs = {name: x[:batch] for name, x in small(batch=2, length=5, sinks=3).items()}
+    inputs |= {name: inputs[name][:, :, :length] for name in ("q", "k", "v")}
+    inputs["sink_positions"] = inputs["sink_positions"].where(inputs["sink_positions"] < length, -1)
+    leaves = {name: inputs[name].requires_grad_() for name in GRADS}
+    fused(**inputs).sum().backward()
+    assert all(leaf.grad.shape == leaf.shape for leaf in leaves.values())
 
 
-def biased_attention(inputs: dict, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(scale · Q Kᵀ + mask + β) V with β in full, in the inputs' dtype."""
-    scores, bias = scores_of(inputs["q"], inputs["k"]), inputs["bias"]
-    beta = torch.zeros_like(scores, dtype=bias.dtype)
-    for b in range(len(beta)):
-        sinks = sinks_of(inputs, b)
-        beta[b, :, sinks[:, None], sinks] = bias[b, :, : len(sinks), : len(sinks)]
-    return softmax_attention(scores + beta, inputs["v"], inputs["seq_lens"], causal)
-
-
-def unbiased_attention(inputs: dict, causal: bool) -> tuple[Tensor, Tensor]:
-    """As a fused attention leaves it: computed in float32, out in the inputs' dtype and lse in float32."""
-    q, k, v = (inputs[name].float() for name in "qkv")
-    out, lse = softmax_attention(scores_of(q, k), v, inputs["seq_lens"], causal)
-    return out.to(inputs["q"].dtype), lse
-
-
-def correct(inputs: dict, out: Tensor, lse: Tensor, causal: bool, config: CorrectionConfig | None = None) -> None:
-    launch_sink_attention_correction_fwd(
-        inputs["q"],
-        inputs["k"],
-        inputs["v"],
-        out,
-        lse,
-        inputs["sink_positions"],
-        inputs["bias"],
-        inputs["seq_lens"],
-        causal=causal,
-        scale=SCALE,
-        config=config,
-    )
-
-
-def assert_corrects(inputs: dict, causal: bool, config: CorrectionConfig | None = None) -> tuple[Tensor, Tensor]:
-    """The correction meets the error bound at the sink rows and touches no other."""
-    base_out, base_lse = unbiased_attention(inputs, causal)
-    out, lse = base_out.clone(), base_lse.clone()
-    correct(inputs, out, lse, causal, config)
-    low_out, low_lse = biased_attention(inputs, causal)
-    promoted = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    ref_out, ref_lse = biased_attention(promoted, causal)
-    finite = ref_lse.isfinite()
-    assert torch.equal(lse.isneginf(), ~finite)
-    eps = torch.finfo(out.dtype).eps
-    errors = [
-        measure_error("out", out, low_out, ref_out, eps),
-        measure_error("lse", lse[finite], low_lse[finite], ref_lse[finite], eps),
-    ]
-    assert all(error.passed for error in errors), "\n".join(map(str, errors))
-    for b in range(len(out)):
-        others = torch.ones(out.shape[2], dtype=torch.bool, device=out.device).index_fill_(
-            0, sinks_of(inputs, b), False
-        )
-        assert torch.equal(out[b][:, others], base_out[b][:, others])
-        assert torch.equal(lse[b][:, others], base_lse[b][:, others])
-    return out, lse
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N, M", [(1, 0), (1, 1), (63, 20), (100, 1), (100, 100), (129, 40)])
-def test_full_softmax(N, M, dtype, causal):
-    assert_corrects(random_inputs(N, M, dtype=dtype), causal)
-
-
-@pytest.mark.parametrize("Hq, Hkv, bias_heads", [(2, 2, 1), (2, 2, 2), (4, 1, 4)])
-def test_heads(Hq, Hkv, bias_heads):
-    assert_corrects(random_inputs(63, 30, B=1, Hq=Hq, Hkv=Hkv, bias_heads=bias_heads), causal=True)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ragged(dtype, causal):
-    out, lse = assert_corrects(random_inputs(129, 129, B=4, Hq=1, dtype=dtype, seq_lens=[129, 0, 1, 64]), causal)
-    assert (out[1] == 0).all() and lse[1].isneginf().all()
-
-
-def test_no_seq_lens():
-    inputs = random_inputs(100, 20)
-    expected = unbiased_attention(inputs, causal=True)
-    correct(inputs, *expected, causal=True)
-    actual = unbiased_attention(inputs, causal=True)
-    correct(inputs | {"seq_lens": None}, *actual, causal=True)
-    assert all(map(torch.equal, actual, expected))
-
-
-def some_suppressed(bias: Tensor) -> Tensor:
-    return bias.masked_fill(bias > 0.5, -math.inf)
-
-
-BIASES = {
-    "30": lambda bias: 30 * bias,
-    "-50": lambda bias: torch.full_like(bias, -50.0),
-    "-50 and less": lambda bias: bias - 50,
-    "-1.5": lambda bias: bias - 1.5,
-    "+200": lambda bias: bias + 200,
-    "200": lambda bias: 200 * bias,
-    "some -inf": some_suppressed,
-    "some -inf, others 30": lambda bias: 30 * some_suppressed(bias),
-}
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("M", [30, 63])
-@pytest.mark.parametrize("bias", BIASES)
-def test_bias_range(bias, M, causal):
-    """Every token a sink: no key but the suppressed ones is left to carry a row."""
-    inputs = random_inputs(63, M, B=1)
-    inputs["bias"] = BIASES[bias](inputs["bias"])
-    assert_corrects(inputs, causal)
-
-
-@pytest.mark.parametrize("bias", ["-50", "200", "some -inf"])
-def test_bias_range_float16(bias):
-    inputs = random_inputs(63, 63, B=1, dtype=torch.float16)
-    inputs["bias"] = BIASES[bias](inputs["bias"])
-    assert_corrects(inputs, causal=True)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_no_mass(causal):
-    """A sequence of sinks that suppress each other: zeros, not NaN."""
-    inputs = random_inputs(63, 63, B=1)
-    inputs["bias"].fill_(-math.inf)
-    out, lse = assert_corrects(inputs, causal)
-    assert (out == 0).all() and lse.isneginf().all()
-
-
-@pytest.mark.parametrize("bias", [1e-12, -1e-12, 1e-6, 1e-3, 0.499, 0.501])
-def test_small_bias_relative_accuracy(bias):
-    """Correcting an output of zeros leaves Σ Δ v / z alone, which is then held to its own scale."""
-    inputs = random_inputs(63, 63, B=1)
-    inputs["bias"].fill_(bias)
-    _, lse = unbiased_attention(inputs, causal=False)
-    out = torch.zeros_like(inputs["q"])
-
-    def correction_of_zeros(q, k, v, bias, lse):
-        delta = (scores_of(q, k) - lse[..., None]).exp() * bias.expm1()
-        return delta @ v.repeat_interleave(q.shape[1] // v.shape[1], 1) / (1 + delta.sum(-1, keepdim=True))
-
-    tensors = [inputs["q"], inputs["k"], inputs["v"], inputs["bias"], lse]
-    low, ref64 = correction_of_zeros(*tensors), correction_of_zeros(*(x.double() for x in tensors))
-    correct(inputs, out, lse.clone(), causal=False)
-    error = measure_error("out", out, low, ref64, torch.finfo(torch.float32).eps)
-    assert error.passed, error
-
-
-@pytest.mark.parametrize("D, Dv", [(16, 64), (64, 16), (50, 50), (100, 24), (256, 256)])
-@pytest.mark.parametrize("suppressed", [False, True])
-def test_head_dims(D, Dv, suppressed):
-    inputs = random_inputs(40, 40, B=1, D=D, Dv=Dv)
-    if suppressed:
-        inputs["bias"] -= 50
-    assert_corrects(inputs, causal=True)
-
-
-def strided_copy(x: Tensor) -> Tensor:
-    """The same values with the axes reversed in memory and NaN, or the largest integer, between them."""
-    gap = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
-    memory = x.new_full((*x.shape[::-1][:-1], 3 * x.shape[0]), gap)
-    view = memory[..., ::3].permute(*reversed(range(x.dim())))
-    return view.copy_(x)
-
-
-@pytest.mark.parametrize("suppressed", [False, True])
-def test_non_contiguous(suppressed):
-    inputs = random_inputs(63, 40, bias_heads=2)
-    if suppressed:
-        inputs["bias"] -= 50
-    expected = unbiased_attention(inputs, causal=True)
-    strided = [strided_copy(x) for x in expected]
-    correct(inputs, *expected, causal=True)
-    correct({name: strided_copy(x) for name, x in inputs.items()}, *strided, causal=True)
-    assert all(map(torch.equal, strided, expected))
-
-
-def test_int32_indices():
-    inputs = random_inputs(63, 40, seq_lens=[63, 30])
-    narrow = inputs | {name: inputs[name].int() for name in ("sink_positions", "seq_lens")}
-    expected, actual = (unbiased_attention(inputs, causal=True) for _ in range(2))
-    correct(inputs, *expected, causal=True)
-    correct(narrow, *actual, causal=True)
-    assert all(map(torch.equal, actual, expected))
-
-
-@pytest.mark.parametrize("block_m, block_n, block_k", [(16, 16, 16), (32, 16, 64), (16, 64, 32), (64, 64, 16)])
-def test_any_tile(block_m, block_n, block_k):
-    inputs = random_inputs(100, 70, B=1)
-    inputs["bias"] = BIASES["-50"](inputs["bias"]) + 60 * inputs["bias"]
-    assert_corrects(inputs, causal=True, config=CorrectionConfig(block_m, block_n, block_k, num_warps=4, num_stages=1))
-
-
-def test_bitwise_equal_reruns():
-    inputs = random_inputs(100, 100)
-    inputs["bias"] *= 30
-    runs = [unbiased_attention(inputs, causal=True) for _ in range(2)]
-    for out, lse in runs:
-        correct(inputs, out, lse, causal=True)
+def test_reruns_agree_to_the_bit():
+    inputs = {**small(length=129, sinks=60, bias_scale=10.0), "causal": True}
+    runs = []
+    for _ in range(2):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in GRADS}
+        out = fused(**{**inputs, **leaves})
+        runs.append((out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))))
     assert all(map(torch.equal, *runs))
 
 
-@pytest.mark.parametrize("empty", [{"B": 0}, {"N": 0, "M": 0}, {"Dv": 0}])
-def test_nothing_to_do(empty):
-    inputs = random_inputs(**({"N": 4, "M": 2, "seq_lens": None} | empty))
-    correct(inputs, *unbiased_attention(inputs, causal=True), causal=True)
+def test_no_tensor_of_n_squared_elements():
+    inputs = small(heads=1, length=1024, sinks=10)
+    arguments = (*inputs.values(), None, None, None, None, True, False, 0.25, 0.0, None, "triton")
+    with LargestTensor() as forward:
+        results = ops.sink_attention_fwd(*arguments)
+    with LargestTensor() as backward:
+        ops.sink_attention_bwd(torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:])
+    assert max(forward.elements, backward.elements) <= 1024 * 16
+
+
+# --- Dropout ---
+
+
+@triton.jit
+def store_dropout_weights_kernel(seed, out, plane, kind, rows, dropped, COLUMNS: tl.constexpr):
+    index = tl.arange(0, 16) + 16 * tl.program_id(0)
+    weights = dropout_weights(tl.load(seed), plane, kind, index, 0, dropped, COLUMNS)
+    addresses = out + index[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(addresses, weights, mask=(index < rows)[:, None])
+
+
+def dropout_mask(seed: Tensor, plane: int, kind: int, size: int, dropped: int) -> Tensor:
+    columns = triton.next_power_of_2(max(size, 16))
+    out = torch.empty(size, columns, device=DEVICE)
+    if size > 0:
+        grid = (triton.cdiv(size, 16),)
+        store_dropout_weights_kernel[grid](seed, out, plane, kind, size, dropped, columns)
+    return out[:, :size]
+
+
+def attention_with_mask(q, k, v, sink_positions, inter_sink_bias, keep, causal):
+    """softmax(QKᵀ/√D + β) ∘ keep · V in full."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1]) + reference.sink_attention.__globals__["dense_bias"](
+        sink_positions, inter_sink_bias, q.shape[2]
+    )
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    return (scores.softmax(-1) * keep).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout(dtype, causal):
+    """Against an explicit mask: pairs of sinks are numbered by sink, all others by token."""
+    inputs = small(batch=2, kv_heads=1, length=70, dtype=dtype)
+    torch.manual_seed(7)
+    seed = torch.randint(2**63 - 1, (1,), device=DEVICE)  # what the call draws
+    keep = torch.empty(2, 2, 70, 70, device=DEVICE)
+    for b in range(2):
+        sinks = inputs["sink_positions"][b]
+        for h in range(2):
+            keep[b, h] = dropout_mask(seed, 2 * b + h, 0, 70, 19661)
+            keep[b, h, sinks[:, None], sinks] = dropout_mask(seed, 2 * b + h, 1, 20, 19661)
+    assert 0.25 < (keep == 0).float().mean() < 0.35
+
+    def kernel(keep, **arguments):
+        torch.manual_seed(7)
+        return fused(**arguments, dropout_p=0.3)
+
+    assert_matches_reference(kernel, attention_with_mask, {**inputs, "keep": keep, "causal": causal}, grads=GRADS)
+
+
+def test_dropout_keeps_the_mean_and_follows_the_seed():
+    inputs = small(length=20, sinks=5, dim=8)
+    mean = torch.stack([fused(**inputs, dropout_p=0.5) for _ in range(50)]).mean(0)
+    assert (mean - fused(**inputs)).abs().mean() < 0.1
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(fused(**inputs, dropout_p=0.5))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_dropout_under_checkpointing():
+    inputs = small()
+    leaf = inputs["q"].requires_grad_()
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(3)
+        call = functools.partial(fused, **{**inputs, "q": leaf}, dropout_p=0.4)
+        out = torch.utils.checkpoint.checkpoint(call, use_reentrant=False) if checkpointed else call()
+        gradients.append(torch.autograd.grad(out.square().sum(), leaf)[0])
+    assert torch.equal(*gradients)
+
+
+# --- The operator ---
+
+
+@pytest.mark.parametrize("form", ["dense", "padded", "packed"])
+def test_opcheck(form):
+    packed = form == "packed"
+    inputs = on_device(draw_packed([20, 0, 13], [5, 0, 3])) if packed else small(length=20, sinks=5)
+    heads = inputs["q"].shape[1]
+    seq_lens = torch.tensor([7], device=DEVICE) if form == "padded" else None
+    seed = torch.tensor([5], device=DEVICE)
+    arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias")]
+    arguments += [torch.randn(heads, device=DEVICE), seq_lens, inputs.get("cu_seqlens"), seed]
+    arguments += [True, False, 0.25, 0.1, None, "triton"]
+    torch.library.opcheck(ops.sink_attention_fwd, arguments)
+    results = ops.sink_attention_fwd(*arguments)
+    backward = [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
+    torch.library.opcheck(ops.sink_attention_bwd, backward)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_compiles_to_one_graph_without_recompiling(dropout_p):
+    torch._dynamo.reset()
+    call = functools.partial(fused, causal=True, dropout_p=dropout_p)
+    compiled = torch.compile(lambda **inputs: call(**inputs), fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, length, sinks in ((3, 20, 5), (4, 33, 9), (5, 40, 12)):
+        inputs = small(batch=batch, length=length, sinks=sinks, heads=2, kv_heads=2)
+        leaves = {name: inputs[name].requires_grad_() for name in GRADS}
+        results = []
+        for function in (compiled, call):
+            torch.manual_seed(0)
+            with torch.compiler.set_stance("fail_on_recompile" if batch > 3 else "default"):
+                out = function(**inputs)
+            results.append((out, *torch.autograd.grad(out.sum(), list(leaves.values()))))
+        assert all(map(torch.equal, *results))
+
+
+def test_functional_call():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(1, 1, 20, 20, device=DEVICE))
+
+        def forward(self, q, k, v, sink_positions):
+            return fused(q, k, v, sink_positions, self.bias)
+
+    inputs = small()
+    bias = inputs.pop("inter_sink_bias").requires_grad_()
+    out = torch.func.functional_call(Attention(), {"bias": bias}, kwargs=inputs)
+    expected = reference.sink_attention(**inputs, inter_sink_bias=bias)
+    torch.testing.assert_close(out, expected)
+    assert torch.autograd.grad(out.sum(), bias)[0].abs().max() > 0
+
+
+def signature(kernel, B: int, N: int, M: int) -> dict:
+    """What a launch on these sizes compiles for."""
+    q, kv = (torch.empty(B, heads, N, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 4))
+    positions = torch.empty(B, M, dtype=torch.int64, device="meta")
+    streams = kernels.Streams(
+        torch.empty(B, N, dtype=torch.int8, device="meta"),
+        torch.empty(B, N, dtype=torch.int32, device="meta"),
+        torch.empty(B, 2, dtype=torch.int32, device="meta"),
+    )
+    row = torch.empty(B, 8, N, device="meta")
+    tensors = dict.fromkeys(("q", "out", "dout", "dq"), q) | dict.fromkeys(("k", "v", "dk", "dv"), kv)
+    tensors |= dict.fromkeys(("lse", "delta", "sink_delta", "sink_state"), row)
+    tensors |= dict.fromkeys(("seq_lens", "cu_seqlens", "sink_logits"))
+    tensors |= {"sink_positions": positions, "inter_sink_bias": torch.empty(B, 1, M, M, device="meta")}
+    tensors |= {"streams": streams, "dropout": kernels.NO_DROPOUT}
+    options = {"causal": N % 2 == 0, "left_padded": False, "scale": 1 / N}
+    config = kernels.TileConfig(64, 64, 4, 2)
+    if kernel is kernels.sink_attention_streams_kernel:
+        arguments = kernels._stream_arguments(streams, positions, None, None, False, N)
+    else:
+        arguments = kernels._arguments(kernel, tensors, options, config)
+    compilation = kernels.Compilation.of(kernel, "", 90, arguments, 4, 2)
+    return {"signature": compilation.signature, "constexprs": compilation.constexprs}
+
+
+@pytest.mark.parametrize("name", ["streams", "fwd", "bwd_dq", "bwd_dkdv"])
+def test_no_recompile_for_other_sizes(name):
+    kernel = getattr(kernels, f"sink_attention_{name}_kernel")
+    sizes = [(8, 4096, 400), (1, 512, 49), (16, 77, 16), (3, 1, 1)]
+    signatures = [signature(kernel, *size) for size in sizes]
+    assert all(other == signatures[0] for other in signatures[1:])
+
+
+# --- Launch parameters ---
+
+
+def test_autotuned_launches(monkeypatch):
+    """With one candidate, all that the interpreter can try."""
+    monkeypatch.setenv("RECATTN_AUTOTUNE", "1")
+    monkeypatch.setattr(kernels, "candidates", lambda kernel, kind: [kernels.TileConfig(32, 32, 4, 1)])
+    kernels._autotuned.cache_clear()
+    try:
+        assert_fused({**small(length=70), "causal": True})
+    finally:
+        kernels._autotuned.cache_clear()
+
+
+def test_every_head_dim_has_tiles():
+    for (_, kind), tiles in TILES.items():
+        assert sorted(tiles) == [32, 64, 128, 256], kind
+    assert SinkAttentionConfig.heuristic(33, torch.bfloat16, 90) == TILES[90, "half"][64]
+    assert SinkAttentionConfig.heuristic(8, torch.float32, 80, dropout=True) == TILES[80, "single dropout"][32]

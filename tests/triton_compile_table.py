@@ -1,8 +1,8 @@
-"""Registers, spills and shared memory of every shipped kernel configuration, compiled ahead of time without a GPU.
+"""Registers, spills, shared memory and precision of every shipped kernel configuration, compiled without a GPU.
 
 python tests/triton_compile_table.py --write    records them in triton_compile_table.json
-python tests/triton_compile_table.py --check    fails if one spills, is over its architecture's shared memory, or is not
-                                                what the table says
+python tests/triton_compile_table.py --check    fails if one spills, rounds float32 to tf32, is over its architecture's
+                                                shared memory, or is not what the table says
 
 A kernel module takes part by its `shipped_configurations()`, which yields a
 `recattn.triton_kernels.compilation.Compilation` for each.
@@ -77,7 +77,7 @@ def measure(modules: tuple[str, ...], index: int) -> dict[str, int]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", compilation.architecture, 32),
-        options={"num_warps": compilation.num_warps, "num_stages": compilation.num_stages},
+        options={name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -89,6 +89,8 @@ def measure(modules: tuple[str, ...], index: int) -> dict[str, int]:
         "registers": used["REG"],
         "spilled_bytes": used["STACK"] + used["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
+        # Some tiles get tf32 for a product in full precision: on sm_100, those of 64 rows.
+        "tf32": compiled.asm["ptx"].count("tf32"),
     }
 
 
@@ -109,6 +111,8 @@ def refusals(rows: dict[str, dict[str, int]]) -> list[str]:
         budget = SHARED_MEMORY[int(re.search(r"sm_(\d+)", name)[1])]
         if row["spilled_bytes"]:
             problems.append(f"{name}: spills {row['spilled_bytes']} bytes at {row['registers']} registers")
+        if row["tf32"] and "float32" in name:
+            problems.append(f"{name}: {row['tf32']} instructions round float32 to tf32")
         if row["shared_bytes"] > budget:
             problems.append(f"{name}: {row['shared_bytes']} bytes of shared memory, the budget is {budget}")
     return problems

@@ -18,9 +18,12 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._dispatch import select
+from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import validate_values
 from recattn.ops import sink_attention as ops
 from recattn.ops._library import distinct
+from recattn.ops._triton import draw_dropout_seed
+from recattn.ops.base_attention import BASES
 
 
 def sink_attention(
@@ -38,6 +41,8 @@ def sink_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     return_lse: bool = False,
+    max_seqlen: int | None = None,
+    base: str | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with a learned bias between sink tokens:
@@ -59,10 +64,16 @@ def sink_attention(
         seq_lens: [B] integer, the valid tokens of each sequence, at the end named by `padding_side` from the other.
         padding_side: "right", or "left" (valid tokens sit at the end).
         cu_seqlens: [B + 1] integer, offsets of packed sequences; excludes `seq_lens`.
-        dropout_p: probability of dropping an attention weight. On a CPU it goes through the reference.
+        dropout_p: probability of dropping an attention weight, on a GPU in steps of 1/65536. On a CPU it goes through
+            the reference.
         scale: of the scores, 1/√D by default.
         return_lse: return the log-sum-exp of each row as well.
-        impl: None chooses; "correction" or "reference" insists.
+        max_seqlen: a bound on the lengths of packed sequences, known on the host. Without it a GPU runs the fused
+            kernel, for the attentions that a correction stands on need it.
+        base: which unbiased attention the correction stands on, on a GPU: "flash", "cudnn" or "efficient" (PyTorch's),
+            "flash_attn_2", "flash_attn_3" or "flash_attn_4" (where installed); goes with impl="correction".
+        impl: None chooses; "correction" (of an unbiased attention at the sinks), "triton" (one fused kernel) or
+            "reference" insists.
 
     Returns:
         [B, Hq, N, Dv] in q's dtype, packed [T, Hq, Dv]; zero at padding and in rows that see no key. With `return_lse`
@@ -74,13 +85,18 @@ def sink_attention(
             of order or range (elsewhere `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
+    expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
+    q, k, v = autocast_inputs(q, k, v)
     _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p)
     expect_finite(scale=scale)
-    refusals = ops.availability(q.device.type)
-    if dropout_p > 0:
-        refusals["correction"] = refusals["correction"] or "it has no dropout"
-    impl = select("sink_attention", impl, refusals)
-    if impl == "reference":
+    if base is not None:
+        expect_choice("base", base, tuple(BASES))
+        expect(
+            impl == "correction" and q.device.type != "cpu", "base", "None but with impl='correction' on a GPU", base
+        )
+    expect(max_seqlen is None or cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
+    chosen = select("sink_attention", impl, ops.refusals(q, v, padded=seq_lens is not None, dropout_p=dropout_p))
+    if chosen == "reference" or q.device.type != "cpu":
         validate_values(
             q.device,
             seq_len=q.shape[-2] if cu_seqlens is None else None,
@@ -89,6 +105,7 @@ def sink_attention(
             seq_lens=seq_lens,
             cu_seqlens=cu_seqlens,
         )
+    if chosen == "reference":
         return reference.sink_attention(
             q,
             k,
@@ -104,9 +121,12 @@ def sink_attention(
             scale=scale,
             return_lse=return_lse,
         )
-    settings = ops.Settings(causal, padding_side == "left", 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    path = "auto" if impl is None else chosen if base is None else f"{chosen}:{base}"
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    settings = ops.Settings(causal, padding_side == "left", scale, dropout_p, max_seqlen, path)
+    seed = draw_dropout_seed(dropout_p, q.device)
     out, lse = ops.SinkAttention.apply(
-        *distinct(q, k, v), sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, settings
+        *distinct(q, k, v), sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, seed, settings
     )
     if not return_lse:
         return out
@@ -114,7 +134,6 @@ def sink_attention(
 
 
 def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p):
-    expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
     sizes: dict[str, int] = {}
     if cu_seqlens is None:
         expect_shape(sizes, "q", q, "B Hq N D")

@@ -15,11 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import expect_lengths, expect_offsets, expect_sink_positions
-from recattn.ops._library import define
 from recattn.ops._ragged import Bucket, length_buckets
 from recattn.reference.sink_attention import softmax_or_zeros
 
@@ -30,37 +28,10 @@ _CANCELLED = 0.5
 _BLOCK_PAIRS = 1 << 22
 
 
-def availability(device: str) -> dict[str, str | None]:
-    """Why each implementation cannot run on this device type (None: it can), best first."""
-    cpu_only = None if device == "cpu" else f"it corrects PyTorch's CPU attention, and the tensors are on {device}"
-    return {"correction": cpu_only, "reference": None}
-
-
-class Settings(NamedTuple):
-    """What a call holds besides its tensors."""
-
+class _Settings(NamedTuple):
     causal: bool
     left_padded: bool
     scale: float
-
-
-class SinkAttention(torch.autograd.Function):
-    """Returns (out, lse); lse carries no gradient."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, settings):
-        tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
-        out, lse, sink_lse = sink_attention_fwd(q, k, v, *tensors, *settings)
-        ctx.save_for_backward(q, k, v, out, lse, sink_lse, *tensors)
-        ctx.settings = settings
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, _dlse):
-        dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(dout, *ctx.saved_tensors, *ctx.settings)
-        return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, None, None, None
 
 
 class _Sinks(NamedTuple):
@@ -141,7 +112,7 @@ def _sum_groups(x: Tensor, kv_heads: int) -> Tensor:
 # --- The unbiased attention ---
 
 
-def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
+def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor]:
     """Unbiased out [B, Hq, N, Dv] and lse [B, Hq, N] of a dense batch; `mask` [B, 1, 1, N] is added to the scores."""
     follows_tokens = is_token_major(q)
     kv_heads, groups, value_dim = k.shape[1], q.shape[1] // k.shape[1], v.shape[-1]
@@ -155,7 +126,7 @@ def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Se
 
 
 def _base_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, settings: Settings
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, settings: _Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the unbiased attention that `out` and `lse` are said to come from."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
@@ -213,47 +184,56 @@ def _dense_fwd(
     sinks: _Sinks,
     sink_logits: Tensor | None,
     mask: Tensor | None,
-    settings: Settings,
+    settings: _Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse, and the unbiased lse at the sinks [B, Hq, M], from which the backward repeats the correction."""
+    """out, lse, and what the backward reads of the sink rows: see `_correct`."""
     out, lse = _base_fwd(q, k, v, mask, settings)
-    sink_lse = sinks.gather(lse)
-    if sinks.positions.shape[1] > 0:
-        _correct(out, lse, q, k, v, sinks, sink_lse, mask, settings)
     if sink_logits is not None:
+        # Further mass in each row's softmax, which the correction then finds there.
         sink_logits = sink_logits.to(lse.dtype)[:, None]
         out *= torch.sigmoid(lse - sink_logits).unsqueeze(-1)
-        lse = torch.logaddexp(lse, sink_logits)
-    return out, lse, sink_lse
+        lse = token_major(torch.logaddexp(lse, sink_logits))
+    sink_state = lse.new_empty(2, *lse.shape[:2], sinks.positions.shape[1])
+    if sinks.positions.shape[1] > 0:
+        _correct(out, lse, sink_state, q, k, v, sinks, sink_logits, mask, settings)
+    return out, lse, sink_state
 
 
 def _correct(
     out: Tensor,
     lse: Tensor,
+    sink_state: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     sinks: _Sinks,
-    sink_lse: Tensor,
+    sink_logits: Tensor | None,
     mask: Tensor | None,
-    settings: Settings,
+    settings: _Settings,
 ) -> None:
-    """Turn the unbiased `out` and `lse` into the biased ones, in place."""
-    out_s, q_s = sinks.gather(out), sinks.gather(q)
+    """Turn the unbiased `out` and `lse` into the biased ones, in place, and write the sink rows' shift and mass:
+
+    P_ij = exp(s_ij + β_ij - shift_i) / mass_i        mass < 0 marks a row that was redone over all its keys
+    """
+    out_s, q_s, lse_s = sinks.gather(out), sinks.gather(q), sinks.gather(lse)
     k_s, v_s = (_repeat_heads(sinks.gather(x), q.shape[1]) for x in (k, v))
-    lse_s = torch.empty_like(sink_lse)
-    suppressed = torch.zeros_like(sink_lse, dtype=torch.bool)
+    shift, mass = sink_state.unsqueeze(-1)
+    redone = torch.zeros_like(lse_s, dtype=torch.bool)
     for rows in sinks.row_blocks(q.shape[1]):
-        biased, unbiased, base, reference = _sink_weights(q_s, k_s, sink_lse, sinks, rows, settings)
-        delta = biased.sub_(unbiased)
-        z = base + delta.sum(dim=-1, keepdim=True)
-        suppressed[:, :, rows] = _cancels(delta, z)
-        out_s[:, :, rows] = (out_s[:, :, rows] * base + delta @ v_s) / z
-        lse_s[:, :, rows] = (reference + z.log()).squeeze(-1)
-    for b, h, m in _suppressed_rows(suppressed & sinks.live.unsqueeze(1)):
-        scores = _full_scores(q_s, k, sinks, mask, settings, b, h, m)
-        out_s[b, h, m] = softmax_or_zeros(scores) @ _upcast(v[b, _kv_head(h, q, k)])
-        lse_s[b, h, m] = torch.logsumexp(scores, dim=-1)
+        scores, biased = _sink_scores(q_s, k_s, sinks, rows, settings)
+        base = lse_s[:, :, rows, None]
+        shift[:, :, rows] = torch.maximum(biased.amax(dim=-1, keepdim=True), base)
+        delta = _exp(biased, shift[:, :, rows]).sub_(_exp(scores, shift[:, :, rows]))
+        base = (base - shift[:, :, rows]).exp_()
+        mass[:, :, rows] = base + delta.sum(dim=-1, keepdim=True)
+        redone[:, :, rows] = _cancels(delta, mass[:, :, rows])
+        out_s[:, :, rows] = (out_s[:, :, rows] * base + delta @ v_s) / mass[:, :, rows]
+    lse_s = (shift + mass.log()).squeeze(-1)
+    redone &= sinks.live.unsqueeze(1)
+    mass[redone] = -1
+    for b, h, m in _redone_rows(redone):
+        weights, lse_s[b, h, m] = _full_softmax(q_s, k, sinks, sink_logits, mask, settings, b, h, m)
+        out_s[b, h, m] = weights @ _upcast(v[b, _kv_head(h, q, k)])
     sinks.write(out, out_s)
     sinks.write(lse, lse_s)
 
@@ -265,18 +245,18 @@ def _dense_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    sink_lse: Tensor,
+    sink_state: Tensor,
     sinks: _Sinks,
     sink_logits: Tensor | None,
     mask: Tensor | None,
-    settings: Settings,
+    settings: _Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias, dsink_logits."""
     dsink_logits = lse.new_empty(0)
     if sink_logits is not None:
-        sink_logits = sink_logits.to(lse.dtype)
+        sink_logits = sink_logits.to(lse.dtype)[:, None]
         row_sum = (_upcast(dout) * out).sum(dim=-1, dtype=torch.float64)  # [B, Hq, N]
-        dsink_logits = -((sink_logits[:, None] - lse).exp() * row_sum).sum(dim=(0, 2))
+        dsink_logits = -((sink_logits - lse).exp() * row_sum).sum(dim=(0, 2))
     if sinks.positions.shape[1] == 0:
         return *_base_bwd(dout, q, k, v, out, lse, mask, settings), torch.zeros_like(sinks.bias), dsink_logits
 
@@ -286,17 +266,14 @@ def _dense_bwd(
     row_sum = (dout_s.double() * sinks.gather(out)).sum(dim=-1, keepdim=True)  # [B, Hq, M, 1]
     dq_s, dk_s, dv_s = (torch.zeros_like(x) for x in (q_s, k_s, v_s))
     dbias = torch.zeros_like(sinks.bias)
-    suppressed = torch.zeros_like(sink_lse, dtype=torch.bool)
+    shift, mass = sink_state
+    redone = (mass < 0) & sinks.live.unsqueeze(1)
+    shift = shift.masked_fill(redone, math.inf).unsqueeze(-1)  # those rows are done whole, below
     for rows in sinks.row_blocks(heads):
-        biased, unbiased, base, reference = _sink_weights(q_s, k_s, sink_lse, sinks, rows, settings)
-        delta = torch.sub(biased, unbiased, out=unbiased)
-        z = base + delta.sum(dim=-1, keepdim=True)
-        suppressed[:, :, rows] = cancels = _cancels(delta, z)
-        if sink_logits is not None:
-            # Its keys hold this share of the row.
-            z /= torch.sigmoid(reference + z.log() - sink_logits[:, None, None])
-        z.masked_fill_(cancels.unsqueeze(-1), math.inf)  # those rows are done whole, below
-        delta, biased = delta.div_(z), biased.div_(z)  # P · expm1(β), P · exp(β)
+        scores, biased = _sink_scores(q_s, k_s, sinks, rows, settings)
+        row_mass = mass[:, :, rows, None]
+        biased = _exp(biased, shift[:, :, rows]).div_(row_mass)  # P
+        delta = torch.sub(biased, _exp(scores, shift[:, :, rows]).div_(row_mass), out=scores)  # what the base lacks
         # In float64: where a row has one key that counts, its score's gradient is a difference of equal numbers.
         dweights = dout_s[:, :, rows].double() @ v_s.double().transpose(-2, -1)
         dscore = (dweights - row_sum[:, :, rows]).to(lse.dtype)
@@ -306,20 +283,16 @@ def _dense_bwd(
         dq_s[:, :, rows] = delta @ k_s
         dk_s += delta.transpose(-2, -1) @ q_s[:, :, rows]
 
-    suppressed &= sinks.live.unsqueeze(1)
-    if bool(suppressed.any()):  # lse = +inf takes those rows out of the unbiased backward
+    if bool(redone.any()):  # lse = +inf takes those rows out of the unbiased backward
         lse = lse.clone()
-        sinks.write(lse, sinks.gather(lse).masked_fill(suppressed, math.inf))
+        sinks.write(lse, sinks.gather(lse).masked_fill(redone, math.inf))
     dq, dk, dv = _base_bwd(dout, q, k, v, out, lse, mask, settings)
     sinks.write(dq, dq_s, add=True)
     sinks.write(dk, _sum_groups(dk_s, kv_heads), add=True)
     sinks.write(dv, _sum_groups(dv_s, kv_heads), add=True)
-    for b, h, m in _suppressed_rows(suppressed):
+    for b, h, m in _redone_rows(redone):
         head, live = _kv_head(h, q, k), sinks.live[b]
-        scores = _full_scores(q_s, k, sinks, mask, settings, b, h, m)
-        weights = softmax_or_zeros(scores)  # [m, N]
-        if sink_logits is not None:
-            weights *= torch.sigmoid(torch.logsumexp(scores, dim=-1, keepdim=True) - sink_logits[h])
+        weights, _ = _full_softmax(q_s, k, sinks, sink_logits, mask, settings, b, h, m)  # [m, N]
         dweights = dout_s[b, h, m].double() @ v[b, head].double().T
         dscore = weights * (dweights - row_sum[b, h, m]).to(lse.dtype)
         dbias[b, h % dbias.shape[1]][m[:, None], torch.nonzero(live).T] += dscore[:, sinks.positions[b, live]]
@@ -330,34 +303,52 @@ def _dense_bwd(
     return dq, dk, dv, dbias, dsink_logits
 
 
-def _sink_weights(
-    q_s: Tensor, k_s: Tensor, sink_lse: Tensor, sinks: _Sinks, rows: slice, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """exp(s + β), exp(s) [B, Hq, m, M] and exp(lse) [B, Hq, m, 1] of some sink rows, and the reference they are divided
-    by the exponential of: the larger of lse and max(s + β). The first two are 0 where a sink is not seen."""
+def _sink_scores(q_s: Tensor, k_s: Tensor, sinks: _Sinks, rows: slice, settings: _Settings) -> tuple[Tensor, Tensor]:
+    """s and s + β of some sink rows over the sinks, [B, Hq, m, M]; -inf where a sink is not seen."""
     unseen = ~sinks.visible(rows, settings.causal)
     scores = ((q_s[:, :, rows] * settings.scale) @ k_s.transpose(-2, -1)).masked_fill_(unseen, -math.inf)
-    biased = scores + sinks.bias[:, :, rows].masked_fill(unseen, 0)
-    lse = sink_lse[:, :, rows, None]
-    reference = torch.maximum(biased.amax(dim=-1, keepdim=True), lse)
-    return biased.sub_(reference).exp_(), scores.sub_(reference).exp_(), (lse - reference).exp_(), reference
+    return scores, scores + sinks.bias[:, :, rows].masked_fill(unseen, 0)
 
 
-def _cancels(delta: Tensor, z: Tensor) -> Tensor:
+def _exp(scores: Tensor, shift: Tensor) -> Tensor:
+    """exp(scores - shift), in place."""
+    return scores.sub_(shift).exp_()
+
+
+def _cancels(delta: Tensor, mass: Tensor) -> Tensor:
     """[B, Hq, m], True where what the correction takes away is much of what is left."""
     lost = -delta.clamp(max=0).sum(dim=-1)
-    return ~(lost <= _CANCELLED * z.squeeze(-1))  # True for NaN
+    return ~(lost <= _CANCELLED * mass.squeeze(-1))  # True for NaN
 
 
-def _suppressed_rows(suppressed: Tensor):
+def _redone_rows(redone: Tensor):
     """(batch entry, head, sinks) in groups of bounded size, over [B, Hq, M]."""
-    for b, h in torch.nonzero(suppressed.any(dim=-1)).tolist():
-        for m in torch.nonzero(suppressed[b, h]).squeeze(1).split(128):
+    for b, h in torch.nonzero(redone.any(dim=-1)).tolist():
+        for m in torch.nonzero(redone[b, h]).squeeze(1).split(128):
             yield b, h, m
 
 
+def _full_softmax(
+    q_s: Tensor,
+    k: Tensor,
+    sinks: _Sinks,
+    sink_logits: Tensor | None,
+    mask: Tensor | None,
+    settings: _Settings,
+    b: int,
+    h: int,
+    m: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weights [m, N] and lse [m] of the sinks `m` of one head over every key."""
+    scores = _full_scores(q_s, k, sinks, mask, settings, b, h, m)
+    weights, lse = softmax_or_zeros(scores), torch.logsumexp(scores, dim=-1)
+    if sink_logits is None:
+        return weights, lse
+    return weights * torch.sigmoid(lse - sink_logits[h]).unsqueeze(-1), torch.logaddexp(lse, sink_logits[h])
+
+
 def _full_scores(
-    q_s: Tensor, k: Tensor, sinks: _Sinks, mask: Tensor | None, settings: Settings, b: int, h: int, m: Tensor
+    q_s: Tensor, k: Tensor, sinks: _Sinks, mask: Tensor | None, settings: _Settings, b: int, h: int, m: Tensor
 ) -> Tensor:
     """Biased and masked scores of the sinks `m` of one head over every key: [m, N]."""
     key = _upcast(k[b, _kv_head(h, q_s, k)])
@@ -464,37 +455,37 @@ def _sinks(batch: _Ragged, members: Tensor | slice, sink_positions: Tensor, bias
     return _Sinks(positions.masked_fill(~live, 0), live, bias[members].to(dtype))
 
 
-def _sink_attention_fwd(
+def sink_attention_fwd(
     q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, causal, left_padded, scale
 ):
-    settings, lse_dtype = Settings(causal, left_padded, scale), _lse_dtype(q)
+    settings, lse_dtype = _Settings(causal, left_padded, scale), _lse_dtype(q)
     _check_values(q, sink_positions, seq_lens, cu_seqlens)  # the backward has the same
     batch = _describe_batch(q, seq_lens, cu_seqlens, left_padded)
     if batch.rows is None and q.numel() > 0:
         sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse_dtype)
         return _dense_fwd(q, k, v, sinks, sink_logits, None, settings)
-    out, lse, sink_lse = _empty_outputs(q, v, sink_positions)
+    out, lse, sink_state = empty_fwd(q, v, sink_positions)
     out.zero_()
     lse.fill_(-math.inf)
-    sink_lse.zero_()
+    sink_state.zero_()
     for part in _parts(batch):
         sinks = _sinks(batch, part.members, sink_positions, inter_sink_bias, lse_dtype).trimmed()
         dense = (part.gather(x) for x in (q, k, v))
-        part_out, part_lse, part_sink_lse = _dense_fwd(*dense, sinks, sink_logits, part.mask(q.dtype, causal), settings)
+        part_out, part_lse, part_state = _dense_fwd(*dense, sinks, sink_logits, part.mask(q.dtype, causal), settings)
         part.scatter(out, part_out)
         part.scatter(lse, part_lse)
-        sink_lse[part.members, :, : part_sink_lse.shape[2]] = part_sink_lse
-    return out, lse, sink_lse
+        sink_state[:, part.members, :, : part_state.shape[3]] = part_state
+    return out, lse, sink_state
 
 
-def _sink_attention_bwd(
+def sink_attention_bwd(
     dout,
     q,
     k,
     v,
     out,
     lse,
-    sink_lse,
+    sink_state,
     sink_positions,
     inter_sink_bias,
     sink_logits,
@@ -504,12 +495,12 @@ def _sink_attention_bwd(
     left_padded,
     scale,
 ):
-    settings = Settings(causal, left_padded, scale)
+    settings = _Settings(causal, left_padded, scale)
     batch = _describe_batch(q, seq_lens, cu_seqlens, left_padded)
     if batch.rows is None and q.numel() > 0:
         sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse.dtype)
         dq, dk, dv, dbias, dsink_logits = _dense_bwd(
-            dout, q, k, v, out, lse, sink_lse, sinks, sink_logits, None, settings
+            dout, q, k, v, out, lse, sink_state, sinks, sink_logits, None, settings
         )
     else:
         dq, dk, dv = (_empty_gradient(x).zero_() for x in (q, k, v))
@@ -522,7 +513,7 @@ def _sink_attention_bwd(
                 part.gather(dout, 0.0),
                 *(part.gather(x) for x in (q, k, v, out)),
                 part.gather(lse, math.inf),
-                sink_lse[part.members, :, :count],
+                sink_state[:, part.members, :, :count],
             )
             *grads, part_dbias, part_dsink_logits = _dense_bwd(
                 *dense, sinks, sink_logits, part.mask(q.dtype, causal), settings
@@ -535,7 +526,7 @@ def _sink_attention_bwd(
     return dq, dk, dv, dbias.to(inter_sink_bias.dtype), dsink_logits.to(sink_logits_dtype)
 
 
-# --- Registration ---
+# --- Layouts ---
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -547,8 +538,8 @@ def _empty_gradient(x: Tensor) -> Tensor:
     return x.new_empty(x.shape) if x.dim() == 3 else x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
-def _empty_outputs(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised out [B, Hq, N, Dv] (packed [T, Hq, Dv]), lse [B, Hq, N] ([T, Hq]), sink_lse [B, Hq, M]."""
+def empty_fwd(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised out [B, Hq, N, Dv] (packed [T, Hq, Dv]), lse [B, Hq, N] ([T, Hq]), sink_state [2, B, Hq, M]."""
     packed = q.dim() == 3
     heads = q.shape[1]
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
@@ -556,32 +547,9 @@ def _empty_outputs(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor
         out = _empty_gradient(out)
     tokens = q.shape[:-1] if packed else (q.shape[0], q.shape[2], heads)
     lse = q.new_empty(tokens, dtype=_lse_dtype(q))
-    sink_lse = lse.new_empty(sink_positions.shape[0], heads, sink_positions.shape[1])
-    return out, lse if packed else lse.transpose(1, 2), sink_lse
+    sink_state = lse.new_empty(2, sink_positions.shape[0], heads, sink_positions.shape[1])
+    return out, lse if packed else lse.transpose(1, 2), sink_state
 
 
-def _fake_fwd(q, k, v, sink_positions, *_):
-    return _empty_outputs(q, v, sink_positions)
-
-
-def _fake_bwd(dout, q, k, v, out, lse, sink_lse, sink_positions, inter_sink_bias, sink_logits, *_):
-    dsink_logits = q.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits)
-    dbias = inter_sink_bias.new_empty(inter_sink_bias.shape)
-    return *(_empty_gradient(x) for x in (q, k, v)), dbias, dsink_logits
-
-
-_CONTEXT = (
-    "Tensor sink_positions, Tensor inter_sink_bias, Tensor? sink_logits, Tensor? seq_lens, Tensor? cu_seqlens, "
-    "bool causal, bool left_padded, float scale"
-)
-sink_attention_fwd = define(
-    f"sink_attention_fwd(Tensor q, Tensor k, Tensor v, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
-    cpu=_sink_attention_fwd,
-    fake=_fake_fwd,
-)
-sink_attention_bwd = define(
-    "sink_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sink_lse, "
-    f"{_CONTEXT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_sink_attention_bwd,
-    fake=_fake_bwd,
-)
+def empty_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradient(q), _empty_gradient(k), _empty_gradient(v)

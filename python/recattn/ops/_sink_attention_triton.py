@@ -1,0 +1,207 @@
+"""sink_attention by Triton kernels: the fused path, and the correction of an unbiased attention (CUDA).
+
+Both return the same three tensors, so that either is one operator to its callers.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recattn.ops.base_attention import BASES, empty_backward, empty_forward
+from recattn.ops.sink_attention_dispatch import FUSED, resolve
+
+
+class Context(NamedTuple):
+    """What a call holds besides q, k and v, as the operators' schemas list it."""
+
+    sink_positions: Tensor
+    inter_sink_bias: Tensor
+    sink_logits: Tensor | None
+    seq_lens: Tensor | None
+    cu_seqlens: Tensor | None
+    dropout_seed: Tensor | None
+    causal: bool
+    left_padded: bool
+    scale: float
+    dropout_p: float
+    max_seqlen: int | None
+    path: str
+
+    @property
+    def order(self) -> dict[str, object]:
+        return {"causal": self.causal, "left_padded": self.left_padded, "scale": self.scale}
+
+    @property
+    def base_options(self) -> dict[str, object]:
+        lengths = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.max_seqlen}
+        return {"causal": self.causal, "scale": self.scale, **lengths}
+
+    def resolved_path(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        if q.device.type != "cuda":  # the interpreter, which is told what to run
+            return self.path
+        return resolve(
+            self.path,
+            q,
+            k,
+            v,
+            self.sink_positions,
+            self.seq_lens,
+            self.cu_seqlens,
+            causal=self.causal,
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            max_seqlen=self.max_seqlen,
+        )
+
+
+def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *context) -> tuple[Tensor, Tensor, Tensor]:
+    c = Context(*context)
+    path = c.resolved_path(q, k, v)
+    if path == FUSED or q.numel() == 0:
+        return _fused_fwd(q, k, v, c)
+    return _correction_fwd(q, k, v, c, path.partition(":")[2])
+
+
+def sink_attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink_state: Tensor, *context
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    c = Context(*context)
+    path = c.resolved_path(q, k, v)
+    if path == FUSED or q.numel() == 0:
+        dq, dk, dv, dbias = _fused_bwd(dout, q, k, v, out, lse, sink_state, c)
+    else:
+        dq, dk, dv, dbias = _correction_bwd(dout, q, k, v, out, lse, sink_state, c, path.partition(":")[2])
+    return dq, dk, dv, dbias.to(c.inter_sink_bias.dtype), _dsink_logits(dout, out, lse, c)
+
+
+def empty_fwd(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised out [B, Hq, N, Dv] (packed [T, Hq, Dv]), lse [B, Hq, N] ([T, Hq]), sink_state [2, B, Hq, M]."""
+    out, lse = empty_forward(q, v)
+    # Zeros, for what belongs to sinks that are ignored is not written.
+    return out, lse, lse.new_zeros(2, sink_positions.shape[0], q.shape[1], sink_positions.shape[1])
+
+
+empty_bwd = empty_backward
+
+
+# --- The fused path ---
+
+
+def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple[Tensor, Tensor, Tensor]:
+    from recattn.triton_kernels.sink_attention import launch_sink_attention_fwd, launch_sink_attention_streams
+
+    out, lse, sink_state = empty_fwd(q, v, c.sink_positions)
+    if c.seq_lens is not None:  # the kernel writes no padding
+        out.zero_()
+        lse.fill_(-math.inf)
+    sequences = _sequences(c)
+    streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.left_padded)
+    launch_sink_attention_fwd(
+        *(q, k, v, out, lse, sink_state, c.sink_positions, c.inter_sink_bias, c.sink_logits),
+        *sequences,
+        streams,
+        _dropout(c),
+        **c.order,
+    )
+    return out, lse, sink_state
+
+
+def _fused_bwd(dout, q, k, v, out, lse, sink_state, c: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from recattn.triton_kernels.sink_attention import launch_sink_attention_bwd, launch_sink_attention_streams
+    from recattn.triton_kernels.sink_attention_pairs import launch_sink_attention_pairs_bwd
+
+    dq, dk, dv = empty_bwd(q, k, v)
+    if c.seq_lens is not None:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+    sequences = _sequences(c)
+    streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.left_padded)
+    dropout = _dropout(c)
+    sink_delta = launch_sink_attention_bwd(
+        *(q, k, v, out, dout, lse, sink_state, dq, dk, dv, c.sink_positions, c.inter_sink_bias),
+        *sequences,
+        streams,
+        dropout,
+        **c.order,
+    )
+    dbias = launch_sink_attention_pairs_bwd(
+        *(q, k, v, dout, c.sink_positions, c.inter_sink_bias, sink_state, sink_delta, None, dk, dv),
+        *sequences,
+        *dropout,
+        corrects=False,
+        **c.order,
+    )
+    return dq, dk, dv, dbias
+
+
+def _dropout(c: Context):
+    from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout
+
+    if c.dropout_seed is None:
+        return NO_DROPOUT
+    return Dropout(c.dropout_seed, min(round(c.dropout_p * 65536), 65535))
+
+
+def _sequences(c: Context) -> tuple[Tensor | None, Tensor | None]:
+    return tuple(None if x is None else x.contiguous() for x in (c.seq_lens, c.cu_seqlens))
+
+
+# --- The correction ---
+
+
+def _correction_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, base: str) -> tuple[Tensor, Tensor, Tensor]:
+    from recattn.triton_kernels.sink_attention_correction import launch_sink_attention_correction_fwd
+
+    out, lse = BASES[base].forward(q, k, v, **c.base_options)
+    if c.sink_logits is not None:
+        # Further mass in each row's softmax, which the correction then finds there.
+        logits = _per_row(c.sink_logits, lse)
+        out *= torch.sigmoid(lse - logits).unsqueeze(-1)
+        torch.logaddexp(lse, logits, out=lse)
+    sink_state = launch_sink_attention_correction_fwd(
+        *(q, k, v, out, lse, c.sink_positions, c.inter_sink_bias, c.sink_logits, *_sequences(c)), **c.order
+    )
+    return out, lse, sink_state
+
+
+def _correction_bwd(
+    dout, q, k, v, out, lse, sink_state, c: Context, base: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from recattn.triton_kernels.sink_attention_correction import launch_sink_attention_correction_delta
+    from recattn.triton_kernels.sink_attention_pairs import launch_sink_attention_pairs_bwd
+
+    sequences = _sequences(c)
+    base_lse = lse.clone()
+    sink_delta = launch_sink_attention_correction_delta(
+        out, dout, c.sink_positions, sink_state, base_lse, *sequences, left_padded=c.left_padded
+    )
+    dq, dk, dv = BASES[base].backward(dout, q, k, v, out, base_lse, **c.base_options)
+    dbias = launch_sink_attention_pairs_bwd(
+        *(q, k, v, dout, c.sink_positions, c.inter_sink_bias, sink_state, sink_delta, dq, dk, dv),
+        *sequences,
+        *(None, 0),
+        corrects=True,
+        **c.order,
+    )
+    return dq, dk, dv, dbias
+
+
+# --- sink_logits ---
+
+
+def _per_row(sink_logits: Tensor, lse: Tensor) -> Tensor:
+    """[Hq] to be broadcast against lse [B, Hq, N] or [T, Hq]."""
+    logits = sink_logits.to(lse.dtype)
+    return logits[:, None] if lse.dim() == 3 else logits
+
+
+def _dsink_logits(dout: Tensor, out: Tensor, lse: Tensor, c: Context) -> Tensor:
+    """-Σ exp(sink_logit - lse) · dO·O over the rows of each head."""
+    if c.sink_logits is None:
+        return dout.new_empty(0)
+    rows = (dout.float() * out).sum(-1) * (_per_row(c.sink_logits, lse) - lse).exp()
+    if c.seq_lens is not None:  # padding has no mass
+        rows = rows.masked_fill(lse.isneginf(), 0)
+    return -rows.sum((0, 2) if lse.dim() == 3 else 0).to(c.sink_logits.dtype)
