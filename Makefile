@@ -3,10 +3,14 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILT_FROM := setup.py pyproject.toml requirements/dev.txt $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: bench test lint format clean
+.PHONY: bench gpu test lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
+
+# With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [PROFILE=1]
+gpu:
+	$(PYTHON) -m benchmarks.gpu --results $(or $(RESULTS),results/gpu) $(if $(filter-out 0,$(PROFILE)),--profile)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4

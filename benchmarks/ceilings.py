@@ -24,7 +24,7 @@ def measure_ceilings(
 ) -> Ceilings:
     tflops = {dtype: _matmul_tflops(device, dtype, clock, enough_ms=2 if quick else 20) for dtype in dtypes}
     size = (2**26 if quick else 2**30 if device.type == "cuda" else 2**28) // 4
-    source, target = torch.randn(2, size).to(device)
+    source, target = torch.randn(2, size, device=device)
     gbs = 2 * source.nbytes / _best(lambda: target.copy_(source), clock) / 1e6
     return Ceilings(tflops, gbs)
 
@@ -32,7 +32,7 @@ def measure_ceilings(
 def _matmul_tflops(device, dtype, clock, enough_ms: float) -> float:
     """Of the first product that takes long enough: a dtype without hardware for it is slow at any size."""
     for n in (512, 1024, 2048, 4096, 8192):
-        a, b = torch.randn(2, n, n).to(device, dtype)
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
         ms = _best(lambda a=a, b=b: a @ b, clock)
         if ms >= enough_ms:
             break

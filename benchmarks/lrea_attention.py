@@ -8,7 +8,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 
 import recattn
-from benchmarks.registry import FORWARD, Cost, Goal, Inputs, Operator, register
+from benchmarks.goals import TimeGoal
+from benchmarks.registry import FORWARD, Cost, Inputs, Operator, register
 from benchmarks.workloads import LREA_ABSORBED, LREA_COMPRESS, LREA_RESTORED, Draw, LreaWorkload, offsets
 from recattn import reference
 from recattn.ops.lrea_attention import availability
@@ -20,8 +21,7 @@ def target_counts(workload: LreaWorkload, draw: Draw) -> Tensor:
     """[U] number of targets of each user."""
     if not workload.ragged:
         return torch.full((workload.batch,), workload.targets)
-    sizes = torch.arange(1, workload.targets + 1)
-    return sizes[torch.multinomial(1 / sizes, workload.batch, replacement=True, generator=draw.structure)]
+    return draw.zipf(workload.batch, workload.targets)
 
 
 def batch_targets(inputs: Inputs) -> Inputs:
@@ -72,8 +72,8 @@ ABSORBED = register(
         baseline="eager",
         workloads=LREA_ABSORBED,
         goals=(
-            Goal("256x100", FORWARD, against="eager", time_ratio=1 / 1.8),
-            Goal("zipf", FORWARD, against="eager", time_ratio=1 / 3),
+            TimeGoal(workload="256x100", direction=FORWARD, against=("eager",), time_ratio=1 / 1.8),
+            TimeGoal(workload="zipf", direction=FORWARD, against=("eager",), time_ratio=1 / 3),
         ),
     )
 )

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import recattn
-from benchmarks.registry import FORWARD, TRAINING, Cost, Goal, Inputs, Operator, register
+from benchmarks.goals import TimeGoal
+from benchmarks.registry import FORWARD, TRAINING, Cost, Inputs, Operator, register
 from benchmarks.workloads import REFINED, Draw, RefinedWorkload
 from recattn import reference
 from recattn.ops.refined_attention import availability
@@ -61,7 +62,7 @@ REFINED_ATTENTION = register(
         grads=("q", "k", "v", "w_q", "w_k", "w_v"),
         baseline="eager",
         workloads=REFINED,
-        goals=(Goal("sasrec", TRAINING, against="eager", time_ratio=1 / 1.5),),
+        goals=(TimeGoal(workload="sasrec", direction=TRAINING, against=("eager",), time_ratio=1 / 1.5),),
     )
 )
 REFINED_ATTENTION.add_recattn(recattn.refined_attention, availability)

@@ -10,9 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.goals import Goal
 from benchmarks.workloads import Draw, Workload
 
-FORWARD, TRAINING = "forward", "forward+backward"
+FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
+# What is measured unless asked otherwise. On a CPU a backward on its own says little that the other two do not.
+DIRECTIONS = {"cpu": (FORWARD, TRAINING), "cuda": (FORWARD, BACKWARD, TRAINING)}
+# What runs are in unless asked otherwise, and their goals always.
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 Inputs = dict[str, object]
 # Of a device type: implementation -> why it cannot run there, best first.
@@ -45,23 +50,8 @@ class Implementation:
     grads: tuple[str, ...] | None = None
     forward_only: Callable[[torch.device], bool] = lambda device: False
     tier: str = "quick"
+    devices: tuple[str, ...] = ("cpu", "cuda")  # takes part on these; elsewhere only if named
     ours: bool = False
-
-
-@dataclass(frozen=True)
-class Goal:
-    """time of `implementation` ≤ time_ratio · time of `against`."""
-
-    workload: str
-    direction: str
-    against: str
-    time_ratio: float
-    implementation: str = "recattn"
-
-    def __str__(self) -> str:
-        if self.time_ratio >= 1:
-            return f"{self.direction} ≤ {self.time_ratio:.2f}× the time of {self.against}"
-        return f"{self.direction} ≥ {1 / self.time_ratio:.1f}× as fast as {self.against}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ class Operator:
     name: str
     reference: Callable[..., Tensor]  # the specification, in any dtype
     inputs: Callable[[Workload, Draw], Inputs]
-    cost: Callable[[Workload, Inputs, str], Cost]  # by direction
+    cost: Callable[[Workload, Inputs, str], Cost]  # of the forward, and of both together
     grads: tuple[str, ...]  # inputs that need a gradient; none: an inference operator
     baseline: str  # the implementation that speed-ups are relative to
     workloads: tuple[Workload, ...]
@@ -94,17 +84,20 @@ class Operator:
                 self.implementation(f"recattn {impl}", unavailable=unavailable, ours=True)(partial(function, impl=impl))
 
     def directions(self, implementation: Implementation, device: torch.device) -> tuple[str, ...]:
+        """What can be measured of it."""
         trainable = self.grads and not implementation.forward_only(device)
-        return (FORWARD, TRAINING) if trainable else (FORWARD,)
+        return (FORWARD, BACKWARD, TRAINING) if trainable else (FORWARD,)
 
-    def goal(self, workload: str, direction: str, implementation: str) -> Goal | None:
-        wanted = (workload, direction, implementation)
-        return next((g for g in self.goals if (g.workload, g.direction, g.implementation) == wanted), None)
+    def cost_of(self, workload: Workload, inputs: Inputs, direction: str) -> Cost:
+        if direction != BACKWARD:
+            return self.cost(workload, inputs, direction)
+        both, forward = (self.cost(workload, inputs, d) for d in (TRAINING, FORWARD))
+        return Cost(both.flops - forward.flops, both.bytes - forward.bytes)
 
-    def judged(self, workload: str, direction: str) -> set[str]:
-        """The implementations whose times the verdicts on a workload rest on."""
-        goals = [goal for goal in self.goals if (goal.workload, goal.direction) == (workload, direction)]
-        return {name for goal in goals for name in (goal.implementation, goal.against)}
+    def goals_of(self, workload: Workload, device: torch.device, dtype: torch.dtype) -> list[Goal]:
+        if dtype != DTYPES[device.type]:
+            return []
+        return [goal for goal in self.goals if (goal.workload, goal.device) == (workload.name, device.type)]
 
 
 def _unavailable_in_recattn(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.goals import Outcome
+
 TIMED, NOT_RUN, REFUSED, FAILED = "timed", "not run", "refused: wrong", "failed"
 
 
@@ -28,6 +30,7 @@ class Row:
     p10_ms: float | None = None
     p50_ms: float | None = None
     p90_ms: float | None = None
+    host_ms: float | None = None  # until a call on an idle GPU returns, before its results are there
     samples: int = 0
     spread: float | None = None  # half the 95% confidence interval of the median time, relative to it
     waiting: float | None = None  # share of the time that threads waited for a core taken by other programs
@@ -39,10 +42,7 @@ class Row:
     error_share: float | None = None  # the worst error of output and gradients as a share of its bound
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     gate_shape: dict[str, object] | None = None
-    goal: str | None = None
-    time_ratio: float | None = None  # to the time of the implementation that the goal names
-    time_ratio_spread: float | None = None
-    verdict: str | None = None
+    goals: list[Outcome] = field(default_factory=list)
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -65,10 +65,11 @@ def device_name(device: torch.device) -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def write(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:
+def append(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:
     """One JSON object a row; what the rows of a run have in common stands in each of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({**asdict(row), **common}, allow_nan=False) + "\n" for row in rows))
+    with path.open("a") as file:
+        file.writelines(json.dumps({**asdict(row), **common}, allow_nan=False) + "\n" for row in rows)
 
 
 def _triton_version() -> str | None:

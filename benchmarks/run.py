@@ -1,6 +1,6 @@
 """`python -m benchmarks.run`: time recattn against its peers, print the tables, write the rows as JSON lines.
 
-The exit status is 1 when an implementation was refused as wrong or failed, 2 when the request cannot be met.
+The exit status is 1 when an implementation of recattn was refused as wrong or failed, 2 when the request cannot be met.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import movielens, results, table
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.registry import Implementation, Operator, load_operators
+from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Implementation, Operator, load_operators
+from benchmarks.registry import DTYPES as DEFAULT_DTYPES
 from benchmarks.suite import Contest, Settings
 from benchmarks.timing import clock_for
 from benchmarks.workloads import TIERS, Workload
@@ -34,6 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operat
     parser.add_argument("--impl", nargs="+", choices=implementations, metavar="IMPL", help="; ".join(implementations))
     parser.add_argument("--device", choices=("cpu", "cuda"), help="a CUDA device where there is one")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 on a CPU, bfloat16 on CUDA")
+    directions = (FORWARD, BACKWARD, TRAINING)
+    parser.add_argument("--direction", nargs="+", choices=directions, help="all; on a CPU all but the backward alone")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", dest="tier", action="store_const", const="quick", help="tiny workloads, seconds")
     length.add_argument("--full", dest="tier", action="store_const", const="full", help="every workload and peer")
@@ -46,28 +49,32 @@ def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operat
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
     chosen.tier = chosen.tier or "default"
     chosen.device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen.dtype = chosen.dtype or ["bfloat16" if chosen.device.type == "cuda" else "float32"]
+    default_dtype = DEFAULT_DTYPES[chosen.device.type]
+    chosen.dtype = chosen.dtype or [name for name, dtype in DTYPES.items() if dtype == default_dtype]
+    chosen.direction = tuple(chosen.direction or DIRECTIONS[chosen.device.type])
     return chosen
 
 
 def choose(
     operators: dict[str, Operator], chosen: argparse.Namespace
 ) -> list[tuple[Operator, Workload, list[Implementation]]]:
-    """What to run. A name asked for is run whatever its tier."""
+    """What to run. A name asked for is run whatever its tier and device."""
     tiers = TIERS[: TIERS.index(chosen.tier) + 1]
+    device = chosen.device.type
     plan = []
     for operator in operators.values():
         if chosen.op and operator.name not in chosen.op:
             continue
         for workload in operator.workloads:
             # The tiny workloads are for --quick alone.
-            fits = workload.tier in (tiers[1:] or tiers)
+            fits = workload.tier in (tiers[1:] or tiers) and device in workload.devices
             if not (workload.name in chosen.workload if chosen.workload else fits):
                 continue
             implementations = [
                 i
                 for i in operator.implementations.values()
-                if i.applies(workload) and (i.name in chosen.impl if chosen.impl else i.tier in tiers)
+                if i.applies(workload)
+                and (i.name in chosen.impl if chosen.impl else i.tier in tiers and device in i.devices)
             ]
             if implementations:
                 plan.append((operator, workload, implementations))
@@ -119,21 +126,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.print_heading(console, common)
     rows: list[results.Row] = []
     bars = Bars(console, len(plan) * len(chosen.dtype))
-    seconds = chosen.seconds or SECONDS[chosen.tier]
+    seconds = SECONDS[chosen.tier] if chosen.seconds is None else chosen.seconds
+    path = chosen.results / f"{datetime.now():%Y%m%d-%H%M%S}-{chosen.device.type}.jsonl"
+    ours_broke = False
     with bars.progress:
         for operator, workload, implementations in plan:
             for dtype in chosen.dtype:
                 bars.begin(f"{operator.name} · {workload.name}")
-                settings = Settings(chosen.device, DTYPES[dtype], histories, ceilings, clock, seconds, bars.show)
+                settings = Settings(
+                    chosen.device, DTYPES[dtype], histories, ceilings, clock, seconds, chosen.direction, bars.show
+                )
                 own = Contest(operator, workload, implementations, settings).run()
-                console.print(table.block(operator, own))
+                results.append(own, common, path)
+                if own:
+                    console.print(table.block(operator, own))
                 bars.end()
                 rows += own
+                ours_broke |= any(
+                    operator.implementations[row.impl].ours and row.status in (results.REFUSED, results.FAILED)
+                    for row in own
+                )
     table.print_summary(console, rows)
-    path = chosen.results / f"{datetime.now():%Y%m%d-%H%M%S}-{chosen.device.type}.jsonl"
-    results.write(rows, common, path)
     console.print(f"{len(rows)} rows in {path}, {time.perf_counter() - started:.0f} s")
-    return int(any(row.status in (results.REFUSED, results.FAILED) for row in rows))
+    return int(ours_broke)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """sink_attention against eager PyTorch and SDPA with a dense bias; the limit is attention without the bias."""
 
 import math
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import recattn
-from benchmarks.registry import FORWARD, TRAINING, Cost, Goal, Inputs, Operator, register
-from benchmarks.workloads import SINK, Draw, SinkWorkload, offsets
+from benchmarks.goals import Goal, MemoryGoal, TimeGoal
+from benchmarks.registry import BACKWARD, FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.workloads import CPU, CUDA, SINK, Draw, SinkWorkload, offsets
 from recattn import reference
-from recattn.ops.sink_attention import availability
+from recattn.ops.base_attention import BASES
 
 # CTR-Sink scales its softmax-ed biases by 10 in its encoders.
 BIAS_SCALE = 10
@@ -21,8 +25,10 @@ BIAS_SCALE = 10
 def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
     if workload.histories:
         return _packed_histories(workload, draw)
+    if workload.ragged:
+        return _packed_at_random(workload, draw)
     batch, length, dim = workload.batch, workload.length, workload.dim
-    spots = [torch.randperm(length, generator=draw.structure)[: workload.sinks].sort().values for _ in range(batch)]
+    spots = [_random_positions(length, workload.sinks, draw) for _ in range(batch)]
     return {
         "q": draw.normal(batch, workload.heads, length, dim),
         "k": draw.normal(batch, workload.kv_heads, length, dim),
@@ -30,6 +36,26 @@ def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
         "sink_positions": draw.index(torch.stack(spots)),
         "inter_sink_bias": _bias(workload.batch, workload.sinks, draw),
         "causal": workload.causal,
+    }
+
+
+def _random_positions(length: int, sinks: int, draw: Draw) -> Tensor:
+    return torch.randperm(length, generator=draw.structure)[:sinks].sort().values
+
+
+def _packed_at_random(workload: SinkWorkload, draw: Draw) -> Inputs:
+    lengths = draw.zipf(workload.batch, workload.length)
+    lengths[lengths.argmax()] = workload.length
+    spots = [_random_positions(n, n * workload.sinks // workload.length, draw) for n in lengths.tolist()]
+    q, k, v = (draw.normal(int(lengths.sum()), heads, workload.dim) for heads in _head_counts(workload))
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "sink_positions": draw.index(torch.nn.utils.rnn.pad_sequence(spots, batch_first=True, padding_value=-1)),
+        "inter_sink_bias": _bias(workload.batch, workload.sinks, draw),
+        "causal": workload.causal,
+        "cu_seqlens": draw.index(offsets(lengths), torch.int32),
     }
 
 
@@ -52,7 +78,7 @@ def _packed_histories(workload: SinkWorkload, draw: Draw) -> Inputs:
         "sink_positions": draw.index(positions),
         "inter_sink_bias": _bias(workload.batch, sinks, draw),
         "causal": workload.causal,
-        "cu_seqlens": draw.index(offsets(behaviors * per_behavior)),
+        "cu_seqlens": draw.index(offsets(behaviors * per_behavior), torch.int32),
     }
 
 
@@ -78,6 +104,43 @@ def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
     return Cost(3.5 * flops, forward + (forward + q.nbytes) + (q.nbytes + k.nbytes + v.nbytes + bias.nbytes))
 
 
+# By SDPA's names.
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+UNBIASED = tuple(f"unbiased {backend}" for backend in BACKENDS)
+# Not cuDNN, for which PyTorch builds a new plan at every packed call.
+UNBIASED_PACKED = ("unbiased varlen flash", "unbiased varlen efficient")
+FLEX = "FlexAttention"
+# cuDNN gives the bias no gradient.
+DENSE_BIAS = {
+    FORWARD: ("SDPA cuDNN, dense bias", "SDPA efficient, dense bias"),
+    BACKWARD: ("SDPA efficient, dense bias",),
+}
+
+
+def gpu_goals() -> Iterator[Goal]:
+    """How many times as fast as each peer, and how little memory on top of unbiased attention's."""
+    for workload in SINK:
+        if workload.devices != CUDA or workload.name == "gpu_memory":
+            continue
+        for direction in (FORWARD, BACKWARD):
+            if workload.packed:
+                speeds = {UNBIASED_PACKED: 0.95, (FLEX,): 2.5}
+            elif workload.length <= 512:
+                speeds = {UNBIASED: 1.0, (FLEX,): 1.5, DENSE_BIAS[direction]: 3}
+            elif direction == FORWARD:
+                speeds = {UNBIASED: 0.97, (FLEX,): 1.8, DENSE_BIAS[direction]: 3}
+            else:
+                speeds = {UNBIASED: 0.95, (FLEX,): 2.5, DENSE_BIAS[direction]: 5}
+            for against, speed in speeds.items():
+                goal = {"workload": workload.name, "direction": direction, "against": against, "device": "cuda"}
+                yield TimeGoal(**goal, time_ratio=1 / speed)
+    yield MemoryGoal(workload="gpu_memory", direction=TRAINING, against=UNBIASED, device="cuda", extra_bytes=46_000_000)
+
+
 SINK_ATTENTION = register(
     Operator(
         "sink_attention",
@@ -88,12 +151,36 @@ SINK_ATTENTION = register(
         baseline="eager",
         workloads=SINK,
         goals=(
-            Goal("headline", FORWARD, against="unbiased SDPA", time_ratio=1.10),
-            Goal("headline", TRAINING, against="unbiased SDPA", time_ratio=1.15),
+            TimeGoal(workload="headline", direction=FORWARD, against=("unbiased SDPA",), time_ratio=1.10),
+            TimeGoal(workload="headline", direction=TRAINING, against=("unbiased SDPA",), time_ratio=1.15),
+            *gpu_goals(),
         ),
     )
 )
-SINK_ATTENTION.add_recattn(recattn.sink_attention, availability)
+
+
+def with_longest(inputs: Inputs) -> Inputs:
+    """Packed sequences with `max_seqlen`, which kernels for them want on the host."""
+    if "cu_seqlens" not in inputs:
+        return inputs
+    return {**inputs, "max_seqlen": int(inputs["cu_seqlens"].diff().max())}
+
+
+def needs_cuda(workload: SinkWorkload, device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "it needs a CUDA device"
+
+
+# What recattn can be told to run on a GPU: the fused path, or the correction of an unbiased attention.
+PATHS = {
+    "triton": {"impl": "triton"},
+    **{f"correction:{base}": {"impl": "correction", "base": base} for base in BASES},
+}
+
+SINK_ATTENTION.implementation("recattn", prepare=with_longest, ours=True)(recattn.sink_attention)
+for path, options in PATHS.items():
+    SINK_ATTENTION.implementation(
+        f"recattn {path}", prepare=with_longest, unavailable=needs_cuda, devices=CUDA, ours=True
+    )(partial(recattn.sink_attention, **options))
 
 
 def pad(inputs: Inputs) -> Inputs:
@@ -144,15 +231,39 @@ def eager(q, k, v, sink_positions, inter_sink_bias, causal, valid=None):
     return scores.softmax(-1) @ v
 
 
-@SINK_ATTENTION.implementation("SDPA, dense bias", prepare=pad, restore=unpad)
-def sdpa_dense_bias(q, k, v, sink_positions, inter_sink_bias, causal, valid=None):
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | None = None, causal: bool = False):
+    options = {"is_causal": causal, "enable_gqa": q.shape[1] != k.shape[1]}
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
+    with sdpa_kernel(BACKENDS[backend]):
+        try:
+            return F.scaled_dot_product_attention(q, k, v, mask, **options)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise NotImplementedError(f"SDPA's {backend} backend does not serve this call") from error
+
+
+def sdpa_dense_bias(q, k, v, sink_positions, inter_sink_bias, causal, valid=None, backend=None):
     mask = dense_bias(q, sink_positions, inter_sink_bias, valid)
     if causal:
         mask = mask.masked_fill(future(q.shape[2], q.device), -math.inf)
-    return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), enable_gqa=q.shape[1] != k.shape[1])
+    return sdpa(q, k, v, mask.to(q.dtype), backend)
 
 
-@SINK_ATTENTION.implementation("SDPA, dense bias, one by one", applies=lambda workload: workload.histories)
+SINK_ATTENTION.implementation("SDPA, dense bias", prepare=pad, restore=unpad, devices=CPU)(sdpa_dense_bias)
+for backend in ("cuDNN", "efficient"):
+    SINK_ATTENTION.implementation(
+        f"SDPA {backend}, dense bias",
+        prepare=pad,
+        restore=unpad,
+        unavailable=needs_cuda,
+        devices=CUDA,
+        forward_only=lambda device, backend=backend: backend == "cuDNN",
+    )(partial(sdpa_dense_bias, backend=backend))
+
+
+@SINK_ATTENTION.implementation("SDPA, dense bias, one by one", applies=lambda workload: workload.packed)
 def sdpa_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens):
     outputs = []
     bounds, sinks = cu_seqlens.tolist(), (sink_positions >= 0).sum(1).tolist()
@@ -166,57 +277,116 @@ def sdpa_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens
 
 
 @cache
-def compiled_eager():
-    return torch.compile(eager, dynamic=False)
+def compiled(function):
+    """Compiled anew for every shape. (One shape too many would run uncompiled, in silence but for fullgraph.)"""
+    torch._dynamo.config.recompile_limit = 128
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 @SINK_ATTENTION.implementation("eager, torch.compile", prepare=pad, restore=unpad, tier="full")
 def eager_compiled(**inputs):
-    return compiled_eager()(**inputs)
-
-
-@cache
-def compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(eager)(**inputs)
 
 
 def prepare_flex(inputs: Inputs) -> Inputs:
-    """With sink_of [B, N]: which sink a token is, -1 if none."""
-    batch, sinks = inputs["sink_positions"].shape
-    sink_of = torch.full((batch, inputs["q"].shape[2]), -1, device=inputs["q"].device)
-    order = torch.arange(sinks, device=sink_of.device).expand(batch, sinks)
-    return {**inputs, "sink_of": sink_of.scatter(1, inputs["sink_positions"], order)}
+    """[B, H, N, D]; packed sequences as one, of which a block mask lets each see itself.
+
+    `sink_of` [B, N] is which sink a token is. One that is none has the sink before it there, and is told apart by
+    `is_sink`: the gradient of the bias is gathered by atomic adds, of zeros too, which would all fall on one entry.
+    """
+    q, k, v, positions, causal = (inputs[name] for name in ("q", "k", "v", "sink_positions", "causal"))
+    sequence_of, before = None, torch.zeros((), dtype=torch.int64, device=q.device)
+    if "cu_seqlens" in inputs:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v))
+        starts, lengths = inputs["cu_seqlens"][:-1].long(), inputs["cu_seqlens"].diff()
+        sequence_of = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)  # [T]
+        real = positions >= 0
+        positions = (positions + starts[:, None])[real].unsqueeze(0)
+        before = (real.sum(1).cumsum(0) - real.sum(1))[sequence_of]  # sinks of the sequences before a token's
+    batch, length = q.shape[0], q.shape[2]
+    is_sink = torch.zeros(batch, length, dtype=torch.bool, device=q.device).scatter(1, positions, True)
+    sink_of = (is_sink.cumsum(1) - 1 - before).clamp(min=0).int()
+
+    def visible(b, h, i, j):
+        own = i >= 0 if sequence_of is None else sequence_of[i] == sequence_of[j]
+        return own & (i >= j) if causal else own
+
+    unmasked = sequence_of is None and not causal
+    block_mask = None if unmasked else create_block_mask(visible, None, None, length, length, device=q.device)
+    bias = inputs["inter_sink_bias"]
+    own = {"sequence_of": sequence_of, "sink_of": sink_of, "is_sink": is_sink, "block_mask": block_mask}
+    return {"q": q, "k": k, "v": v, "inter_sink_bias": bias, **own}
+
+
+def restore_flex(output: Tensor, inputs: Inputs) -> Tensor:
+    return output[0].transpose(0, 1) if "cu_seqlens" in inputs else output
 
 
 @SINK_ATTENTION.implementation(
-    "FlexAttention",
-    applies=lambda workload: not (workload.histories or workload.causal),
+    FLEX,
     prepare=prepare_flex,
+    restore=restore_flex,
     forward_only=lambda device: device.type == "cpu",  # its backward does not exist there
-    tier="full",
+    devices=CUDA,
 )
-def flex(q, k, v, sink_positions, inter_sink_bias, causal, sink_of):
-    def add_bias(score, b, h, i, j):
-        row, column = sink_of[b, i], sink_of[b, j]
-        bias = inter_sink_bias[b, 0, row.clamp(min=0), column.clamp(min=0)]
-        return score + torch.where((row >= 0) & (column >= 0), bias, 0)
+def flex(q, k, v, inter_sink_bias, sequence_of, sink_of, is_sink, block_mask):
+    bias = inter_sink_bias.float()  # so that its gradient is added up in float32
 
-    return compiled_flex_attention()(q, k, v, score_mod=add_bias, enable_gqa=q.shape[1] != k.shape[1])
+    def add_bias(score, b, h, i, j):
+        sequence = b if sequence_of is None else sequence_of[i]
+        return score + torch.where(is_sink[b, i] & is_sink[b, j], bias[sequence, 0, sink_of[b, i], sink_of[b, j]], 0)
+
+    grouped = q.shape[1] != k.shape[1]
+    return compiled(flex_attention)(q, k, v, score_mod=add_bias, block_mask=block_mask, enable_gqa=grouped)
 
 
 def without_bias(q, k, v, sink_positions, inter_sink_bias, **options):
     return reference.sink_attention(q, k, v, sink_positions[:, :0], inter_sink_bias[..., :0, :0], **options)
 
 
-@SINK_ATTENTION.implementation(
-    "unbiased SDPA", prepare=pad, restore=unpad, reference=without_bias, grads=("q", "k", "v")
+UNBIASED_OPTIONS = {"reference": without_bias, "grads": ("q", "k", "v")}
+
+
+def unbiased_sdpa(q, k, v, sink_positions, inter_sink_bias, causal, valid=None, backend=None):
+    return sdpa(q, k, v, None if valid is None else valid[:, None, None, :], backend, causal)
+
+
+SINK_ATTENTION.implementation("unbiased SDPA", prepare=pad, restore=unpad, devices=CPU, **UNBIASED_OPTIONS)(
+    unbiased_sdpa
 )
-def unbiased_sdpa(q, k, v, sink_positions, inter_sink_bias, causal, valid=None):
-    mask = None if valid is None else valid[:, None, None, :]
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+for name, backend in zip(UNBIASED, BACKENDS, strict=True):
+    SINK_ATTENTION.implementation(
+        name,
+        applies=lambda workload: not workload.packed,
+        unavailable=needs_cuda,
+        devices=CUDA,
+        **UNBIASED_OPTIONS,
+    )(partial(unbiased_sdpa, backend=backend))
+
+
+# The operators beneath PyTorch's attention over packed and nested sequences, without their wrappers' time.
+
+
+def varlen_flash(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens, max_seqlen):
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False)[0]
+
+
+def varlen_efficient(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens, max_seqlen):
+    lengths, wants_lse = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), q.requires_grad
+    q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    return torch.ops.aten._efficient_attention_forward(q, k, v, None, *lengths, 0.0, int(causal), wants_lse)[0][0]
+
+
+for name, function in zip(UNBIASED_PACKED, (varlen_flash, varlen_efficient), strict=True):
+    SINK_ATTENTION.implementation(
+        name,
+        applies=lambda workload: workload.packed,
+        prepare=with_longest,
+        unavailable=needs_cuda,
+        devices=CUDA,
+        **UNBIASED_OPTIONS,
+    )(function)
 
 
 def flash_attention_missing(workload: SinkWorkload, device: torch.device) -> str | None:
@@ -231,13 +401,12 @@ def flash_attention_missing(workload: SinkWorkload, device: torch.device) -> str
 
 @SINK_ATTENTION.implementation(
     "unbiased FlashAttention",
-    applies=lambda workload: not workload.histories,
+    applies=lambda workload: not workload.packed,
     unavailable=flash_attention_missing,
     prepare=lambda inputs: {**inputs, **{name: inputs[name].transpose(1, 2) for name in ("q", "k", "v")}},
     restore=lambda output, inputs: output.transpose(1, 2),
-    reference=without_bias,
-    grads=("q", "k", "v"),
-    tier="full",
+    devices=CUDA,
+    **UNBIASED_OPTIONS,
 )
 def unbiased_flash_attention(q, k, v, sink_positions, inter_sink_bias, causal):
     from flash_attn import flash_attn_func

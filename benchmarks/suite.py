@@ -1,8 +1,9 @@
 """Runs one operator on one workload: gate, time, judge. Every implementation gives rows, whatever becomes of it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.ceilings import Ceilings
 from benchmarks.correctness import Error, check, gradients, passes, share_of_bound
+from benchmarks.goals import Goal, Measured, Outcome
 from benchmarks.memory import peak_memory
 from benchmarks.movielens import Histories
-from benchmarks.registry import FORWARD, Implementation, Inputs, Operator
+from benchmarks.registry import BACKWARD, FORWARD, Implementation, Inputs, Operator
 from benchmarks.results import FAILED, NOT_RUN, REFUSED, Row
 from benchmarks.workloads import Draw, Workload
 
@@ -29,6 +31,7 @@ class Settings:
     ceilings: Ceilings
     clock: Callable[[Callable[[], object]], float]
     seconds: float  # of timing for all implementations of a workload in one direction
+    directions: tuple[str, ...]
     progress: Callable[[str, float], None] = lambda doing, done: None  # what is being done, and how much of it is
 
 
@@ -48,14 +51,14 @@ class Contest:
         passed = [implementation for implementation in self.implementations if self._passes_gate(implementation)]
         if passed:
             sets = self._input_sets()
-            for direction in sorted({direction for _, direction in self.rows}):
+            for direction in self.settings.directions:
                 self._time(direction, [i for i in passed if (i.name, direction) in self.rows], sets)
         return list(self.rows.values())
 
     def _enter(self) -> None:
         for implementation in self.implementations:
-            for direction in self.operator.directions(implementation, self.settings.device):
-                goal = self.operator.goal(self.workload.name, direction, implementation.name)
+            possible = self.operator.directions(implementation, self.settings.device)
+            for direction in (d for d in self.settings.directions if d in possible):
                 self.rows[implementation.name, direction] = Row(
                     op=self.operator.name,
                     workload=self.workload.name,
@@ -64,13 +67,22 @@ class Contest:
                     impl=implementation.name,
                     direction=direction,
                     data=self.settings.histories.source if self.workload.histories else "drawn",
-                    goal=None if goal is None else str(goal),
+                    goals=[Outcome(str(goal)) for goal in self._goals(direction, implementation.name)],
                 )
+
+    def _goals(self, direction: str, implementation: str | None = None) -> list[Goal]:
+        return [
+            goal
+            for goal in self.operator.goals_of(self.workload, self.settings.device, self.settings.dtype)
+            if goal.direction == direction and implementation in (None, goal.implementation)
+        ]
 
     def _passes_gate(self, implementation: Implementation) -> bool:
         """Whether it may be timed; if not, its rows say why."""
         self.settings.progress(f"checking {implementation.name}", 0)
         own = {direction: row for (name, direction), row in self.rows.items() if name == implementation.name}
+        if not own:  # it has no backward, and only that is asked for
+            return False
         unavailable = implementation.unavailable(self.workload, self.settings.device)
         if unavailable is not None:
             _give_up(own.values(), NOT_RUN, unavailable)
@@ -83,8 +95,8 @@ class Contest:
         for row in own.values():
             row.gate_shape = self.workload.gate.shape
             row.errors = {error.name: _recorded(error) for error in errors}
-            row.max_error = _finite(max(error.max for error in errors if error.name.startswith("output")))
-            row.error_share = _finite(max(map(share_of_bound, errors)))
+            row.max_error = timing.finite(max(error.max for error in errors if error.name.startswith("output")))
+            row.error_share = timing.finite(max(map(share_of_bound, errors)))
         if not passes(implementation, errors):
             _give_up(own.values(), REFUSED, "; ".join(str(error) for error in errors if not error.passed))
             return False
@@ -97,8 +109,10 @@ class Contest:
             self.settings.progress(f"{direction}: warming up {implementation.name}", 0)
             try:
                 call = timed_call(self.operator, implementation, direction, sets)
-                call(0)
-                row.peak_bytes = peak_memory(lambda call=call: call(0), self.settings.device)
+                call(0)()
+                row.peak_bytes = peak_memory(call(0), self.settings.device)
+                if self.settings.device.type == "cuda":
+                    row.host_ms = timing.host_time(call)
             except Exception as error:  # out of memory, most likely
                 _give_up([row], *_outcome(error))
             else:
@@ -107,30 +121,21 @@ class Contest:
             calls,
             self.settings.clock,
             self.settings.seconds,
-            judged=self.operator.judged(self.workload.name, direction),
+            judged={name for goal in self._goals(direction) for name in (goal.implementation, *goal.against)},
             progress=lambda done: self.settings.progress(f"{direction}: timing", done),
         )
+        measured = {name: Measured(taken, self.rows[name, direction].peak_bytes) for name, taken in samples.items()}
         for name, taken in samples.items():
-            self._record(self.rows[name, direction], taken, sets[0])
-            self._judge(self.rows[name, direction], samples)
+            row = self.rows[name, direction]
+            self._record(row, taken, sets[0])
+            row.goals = [_judged(goal, measured) for goal in self._goals(direction, name)]
 
     def _record(self, row: Row, taken: timing.Samples, inputs: Inputs) -> None:
-        cost = self.operator.cost(self.workload, inputs, row.direction)
+        cost = self.operator.cost_of(self.workload, inputs, row.direction)
         row.p10_ms, row.p50_ms, row.p90_ms = (taken.percentile(p) for p in (10, 50, 90))
-        row.samples, row.spread, row.waiting = len(taken.times), _finite(taken.spread), taken.waiting
+        row.samples, row.spread, row.waiting = len(taken.times), timing.finite(taken.spread), taken.waiting
         row.tflops, row.gbs = cost.flops / row.p50_ms / 1e9, cost.bytes / row.p50_ms / 1e6
         row.ceiling_fraction = self.settings.ceilings.fraction(cost, self.settings.dtype, row.p50_ms)
-
-    def _judge(self, row: Row, samples: Mapping[str, timing.Samples]) -> None:
-        goal = self.operator.goal(row.workload, row.direction, row.impl)
-        if goal is None:
-            return
-        if goal.against not in samples:
-            row.verdict = "no verdict"
-            return
-        ratio, spread = timing.time_ratio(samples[row.impl], samples[goal.against])
-        row.time_ratio, row.time_ratio_spread = ratio, _finite(spread)
-        row.verdict = timing.verdict(ratio, spread, row.waiting, goal.time_ratio)
 
     def _input_sets(self) -> list[Inputs]:
         first = self._draw(self.workload, seed=1)
@@ -145,17 +150,20 @@ class Contest:
 
 def timed_call(
     operator: Operator, implementation: Implementation, direction: str, sets: Sequence[Inputs]
-) -> Callable[[int], None]:
-    """One call on the set of inputs whose turn it is; its results are released before it returns."""
+) -> Callable[[int], Callable[[], None]]:
+    """What is timed, on the set of inputs whose turn it is; its results are released before it returns.
+
+    The forward of a backward runs before, each time anew: a graph kept for the next time would hold the memory that a
+    backward releases as it goes, and compiled graphs refuse to be kept.
+    """
     prepared = [dict(implementation.prepare(inputs)) for inputs in sets]
 
+    def forward(inputs: Inputs) -> None:
+        with torch.no_grad():
+            implementation.run(**inputs)
+
     if direction == FORWARD:
-
-        def forward(turn: int) -> None:
-            with torch.no_grad():
-                implementation.run(**prepared[turn % len(prepared)])
-
-        return forward
+        return lambda turn: partial(forward, prepared[turn % len(prepared)])
 
     names = gradients(operator, implementation, prepared[0])
     for inputs in prepared:
@@ -163,11 +171,23 @@ def timed_call(
     with torch.no_grad():
         incoming = torch.randn_like(implementation.run(**prepared[0]))
 
-    def forward_and_backward(turn: int) -> None:
-        inputs = prepared[turn % len(prepared)]
-        torch.autograd.grad(implementation.run(**inputs), [inputs[name] for name in names], incoming)
+    def differentiate(output: Tensor, inputs: Inputs) -> None:
+        torch.autograd.grad(output, [inputs[name] for name in names], incoming)
 
-    return forward_and_backward
+    def backward(turn: int) -> Callable[[], None]:
+        inputs = prepared[turn % len(prepared)]
+        return partial(differentiate, implementation.run(**inputs), inputs)
+
+    def forward_and_backward(turn: int) -> Callable[[], None]:
+        inputs = prepared[turn % len(prepared)]
+        return lambda: differentiate(implementation.run(**inputs), inputs)
+
+    return backward if direction == BACKWARD else forward_and_backward
+
+
+def _judged(goal: Goal, measured: dict[str, Measured]) -> Outcome:
+    others = {name: measured[name] for name in goal.against if name in measured}
+    return goal.judge(measured[goal.implementation], others) if others else Outcome(str(goal))
 
 
 def _give_up(rows, status: str, reason: str) -> None:
@@ -185,8 +205,4 @@ def _outcome(error: Exception) -> tuple[str, str]:
 
 
 def _recorded(error: Error) -> dict[str, float | None]:
-    return {name: _finite(getattr(error, name)) for name in ("max", "max_bound", "mean", "mean_bound")}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {name: timing.finite(getattr(error, name)) for name in ("max", "max_bound", "mean", "mean_bound")}

@@ -9,14 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.correctness import PEER_ALLOWANCE
-from benchmarks.registry import FORWARD, TRAINING, Operator
-from benchmarks.results import FAILED, REFUSED, TIMED, Row
+from benchmarks.goals import NOT_MEASURED, Outcome
+from benchmarks.registry import BACKWARD, FORWARD, TRAINING, Operator
+from benchmarks.results import NOT_RUN, TIMED, Row
 from benchmarks.timing import MAX_SPREAD, MAX_WAITING
 
-VERDICT_STYLE = {"met": "green", "missed": "red", "no verdict": "yellow"}
+VERDICT_STYLE = {"met": "green", "missed": "red"}
+HEADINGS = {FORWARD: "forward ms", BACKWARD: "backward ms", TRAINING: "fwd+bwd ms"}
 
 LEGEND = (
-    "ms: median of single calls.  × : times as fast as the baseline, forward / forward+backward.  "
+    "ms: median of single calls.  × : times as fast as the baseline, in each direction.  "
     "peak: most memory held at one time beyond the inputs.  ceiling: least time the work could take here (measured "
     "matrix product and copy) over the time.  error: largest of the output against float64, and in brackets the worst "
     f"of output and gradients as a share of what it may be (peers may be {PEER_ALLOWANCE:.0f} times farther off).  "
@@ -30,6 +32,7 @@ def block(operator: Operator, rows: Sequence[Row]) -> Group:
     head = rows[0]
     shape = " ".join(f"{name}={value}" for name, value in head.shape.items() if value not in (None, False))
     title = Text.assemble((f"\n{operator.name} · {head.workload}", "bold"), f"  {head.dtype}  {shape}  ({head.data})")
+    directions = [direction for direction in HEADINGS if any(row.direction == direction for row in rows)]
     by_name: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_name.setdefault(row.impl, {})[row.direction] = row
@@ -37,28 +40,30 @@ def block(operator: Operator, rows: Sequence[Row]) -> Group:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("implementation", no_wrap=True)
-    columns = ("forward ms", "fwd+bwd ms", f"× {operator.baseline}", "peak MB", "ceiling", "error")
+    columns = (*map(HEADINGS.get, directions), f"× {operator.baseline}", "peak MB", "ceiling", "error")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("goal")
     notes = []
     for name, own in by_name.items():
-        forward, training = own[FORWARD], own.get(TRAINING)
-        if any(row.status in (TIMED, REFUSED, FAILED) for row in own.values()):
+        last = list(own.values())[-1]
+        if any(row.status != NOT_RUN for row in own.values()):
             table.add_row(
                 escape(name),
-                _time(forward),
-                _time(training),
-                f"{_speed(forward, baseline.get(FORWARD))} / {_speed(training, baseline.get(TRAINING))}",
-                _number((training or forward).peak_bytes, 1e-6),
-                _percent((training or forward).ceiling_fraction),
-                _error(forward),
-                _verdict(own.values()),
+                *(_time(own.get(direction)) for direction in directions),
+                " / ".join(_speed(own.get(direction), baseline.get(direction)) for direction in directions),
+                _number(last.peak_bytes, 1e-6),
+                _percent(last.ceiling_fraction),
+                _error(last),
             )
         notes += _notes(name, own.values())
     for direction, waiting in {row.direction: row.waiting for row in rows if row.waiting is not None}.items():
         if waiting > MAX_WAITING:
             notes.append(f"{direction}: other programs kept the threads waiting {waiting:.0%} of the time")
+    notes += [
+        f"{row.impl}, {row.direction}: launching it takes the host {row.host_ms:.2f} ms, longer than the GPU takes"
+        for row in rows
+        if row.host_ms and row.p50_ms and row.host_ms > row.p50_ms
+    ]
     checked = next((row for row in rows if row.gate_shape not in (None, row.shape)), None)
     if checked:
         notes.append(f"checked against float64 on a batch of {checked.gate_shape['batch']}")
@@ -71,15 +76,14 @@ def goals(rows: Sequence[Row]) -> Table:
     for column in ("operator", "workload", "goal", "measured", "spread", "verdict"):
         table.add_column(column)
     for row in rows:
-        if row.goal:
-            style = VERDICT_STYLE.get(row.verdict, "yellow")
+        for goal in row.goals:
             table.add_row(
                 row.op,
                 row.workload,
-                row.goal,
-                _as_goal(row),
-                _percent(row.time_ratio_spread),
-                Text(row.verdict or row.status, style=style),
+                goal.goal,
+                _measured(goal, row),
+                _percent(goal.spread),
+                Text(goal.verdict, style=VERDICT_STYLE.get(goal.verdict, "yellow")),
             )
     return table
 
@@ -95,16 +99,20 @@ def print_heading(console: Console, common: Mapping[str, object]) -> None:
 
 
 def print_summary(console: Console, rows: Sequence[Row]) -> None:
-    if any(row.goal for row in rows):
+    if any(row.goals for row in rows):
         console.print(goals(rows))
     console.print(Text(LEGEND, style="dim"))
 
 
-def _as_goal(row: Row) -> str:
-    """The measured ratio the way the goal puts it."""
-    if row.time_ratio is None:
-        return "–"
-    return f"{row.time_ratio:.2f}×" if "≤" in row.goal else f"{1 / row.time_ratio:.2f}×"
+def _measured(outcome: Outcome, row: Row) -> str:
+    """What was measured, the way the goal puts it, or why nothing was."""
+    if outcome.verdict == NOT_MEASURED:
+        return row.status if row.status != TIMED else "nothing to compare with was timed"
+    if outcome.extra_bytes is not None:
+        value = f"{outcome.extra_bytes / 1e6:.1f} MB"
+    else:
+        value = f"{outcome.time_ratio:.2f}×" if "≤" in outcome.goal else f"{1 / outcome.time_ratio:.2f}×"
+    return f"{value} ({outcome.against})" if "the best of" in outcome.goal else value
 
 
 def _time(row: Row | None) -> Text:
@@ -136,15 +144,6 @@ def _percent(value: float | None) -> str:
 
 def _error(row: Row) -> str:
     return "–" if row.max_error is None else f"{row.max_error:.0e} ({_percent(row.error_share)})"
-
-
-def _verdict(rows: Iterable[Row]) -> Text:
-    parts = [
-        Text(f"{'fwd' if row.direction == FORWARD else 'fwd+bwd'} {row.verdict}", VERDICT_STYLE[row.verdict])
-        for row in rows
-        if row.verdict
-    ]
-    return Text("\n").join(parts)
 
 
 def _notes(name: str, rows: Iterable[Row]) -> list[str]:

@@ -70,6 +70,11 @@ def time_ratio(contestant: Samples, against: Samples) -> tuple[float, float]:
     return percentile(ratios, 50), spread(ratios)
 
 
+def finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
+
+
 def verdict(ratio: float, ratio_spread: float, waiting: float, goal: float) -> str:
     # Waiting for a core slows whoever synchronises its threads more often: it biases a ratio and may not spread it.
     if ratio_spread > MAX_SPREAD or waiting > MAX_WAITING:
@@ -94,7 +99,7 @@ def contestants_of_round(names: Sequence[str], judged: Collection[str], finished
 
 
 def measure(
-    calls: Mapping[str, Callable[[int], object]],
+    calls: Mapping[str, Callable[[int], Callable[[], object]]],
     clock: Callable[[Callable[[], object]], float],
     seconds: float,
     judged: Collection[str] = (),
@@ -102,15 +107,15 @@ def measure(
 ) -> dict[str, Samples]:
     """Samples of each call within about `seconds`; those whose times a verdict rests on get all the rounds it takes.
 
-    A call takes its turn's number, to pick a set of inputs by. The turn counts over all contestants, so none finds in
-    the cache what the one before it has read.
+    A call takes its turn's number, to pick a set of inputs by, and returns what is timed. The turn counts over all
+    contestants, so none finds in the cache what the one before it has read.
     """
     if not calls:
         return {}
     times: dict[str, list[float]] = {name: [] for name in calls}
     turn = 0
     for name in interleaved(list(calls), WARM_UP_CALLS // 2):
-        calls[name](turn)
+        calls[name](turn)()
         turn += 1
     gc.collect()
     gc.disable()
@@ -121,8 +126,7 @@ def measure(
             if not names:
                 break
             for name in interleaved(names, 1):
-                call = calls[name]
-                times[name].append(clock(lambda call=call, turn=turn: call(turn)))
+                times[name].append(clock(calls[name](turn)))
                 turn += 1
             done = (time.perf_counter() - start) / max(seconds, 1e-9)
             progress(min(done, 1.0))
@@ -152,9 +156,13 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events around a call, in milliseconds, the L2 cache flushed before."""
+    """Time between two events around a call, in milliseconds, the L2 cache flushed before.
 
-    FLUSH_BYTES = 256 * 2**20
+    The device is busy flushing for about half a millisecond, the lead that the host has for launching: what is timed is
+    the device's work, however long the host took to ask for it (`host_time`), unless that is longer still.
+    """
+
+    FLUSH_BYTES = 2**31
 
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(self.FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -167,6 +175,16 @@ class CudaClock:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop)
+
+
+def host_time(call: Callable[[int], Callable[[], object]], calls: int = 3) -> float:
+    """Milliseconds until a call on an idle CUDA device returns, which is before its results are there: the median."""
+    times = []
+    for turn in range(calls):
+        timed = call(turn)
+        torch.cuda.synchronize()
+        times.append(CpuClock()(timed))
+    return percentile(times, 50)
 
 
 def clock_for(device: torch.device) -> Callable[[Callable[[], object]], float]:

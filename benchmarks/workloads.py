@@ -21,11 +21,12 @@ class Workload:
     tier: str = "default"
     gate_batch: int | None = None  # the correctness gate's batch, where float64 on the whole would be too slow
     histories: bool = False  # lengths and items of real histories
+    devices: tuple[str, ...] = ("cpu", "cuda")  # run on these; elsewhere only if named
 
     @property
     def shape(self) -> dict[str, object]:
         """What defines the problem, by name."""
-        own = {f.name for f in fields(self)} - {"name", "tier", "gate_batch", "histories"}
+        own = {f.name for f in fields(self)} - {"name", "tier", "gate_batch", "histories", "devices"}
         return {name: value for name, value in asdict(self).items() if name in own}
 
     @property
@@ -35,7 +36,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class SinkWorkload(Workload):
-    """With `histories` packed sequences: every behaviour is `tokens_per_behavior` tokens, the last of them its sink."""
+    """With `histories` packed sequences: every behaviour is `tokens_per_behavior` tokens, the last of them its sink.
+
+    `ragged`: packed sequences of 1 to `length` tokens, n of them with probability ∝ 1/n, the same share of them sinks.
+    """
 
     heads: int
     kv_heads: int
@@ -43,7 +47,12 @@ class SinkWorkload(Workload):
     dim: int
     sinks: int
     causal: bool = False
+    ragged: bool = False
     tokens_per_behavior: int | None = None
+
+    @property
+    def packed(self) -> bool:
+        return self.histories or self.ragged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +77,24 @@ class LreaWorkload(Workload):
     longest: int | None = None  # behaviours per history
 
 
+def sink_workload(name: str, tokens: int, length: int, dim: int, sinks: int, **options) -> SinkWorkload:
+    """`tokens` in sequences of `length`, as many heads as make 1024 columns."""
+    heads = 1024 // dim
+    shape = {"batch": tokens // length, "heads": heads, "kv_heads": heads, "length": length, "dim": dim, "sinks": sinks}
+    return SinkWorkload(name=name, devices=("cuda",), **{**shape, **options})
+
+
+CPU, CUDA = ("cpu",), ("cuda",)
+
 SINK = (
     SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=2, length=64, dim=16, sinks=7, tier="quick"),
-    SinkWorkload(name="headline", batch=4, heads=8, kv_heads=8, length=1024, dim=64, sinks=100, gate_batch=1),
+    SinkWorkload(
+        name="headline", batch=4, heads=8, kv_heads=8, length=1024, dim=64, sinks=100, gate_batch=1, devices=CPU
+    ),
     # CTR-Sink's encoder (RoBERTa, 4 layers of 8 heads) and its decoder (Qwen2-0.5B: 14 heads on 2).
-    SinkWorkload(name="ctr_sink", batch=8, heads=8, kv_heads=8, length=512, dim=64, sinks=49, gate_batch=2),
+    SinkWorkload(
+        name="ctr_sink", batch=8, heads=8, kv_heads=8, length=512, dim=64, sinks=49, gate_batch=2, devices=CPU
+    ),
     SinkWorkload(
         name="ctr_sink_decoder", batch=4, heads=14, kv_heads=2, length=512, dim=64, sinks=49, causal=True, gate_batch=1
     ),
@@ -88,6 +110,20 @@ SINK = (
         histories=True,
         gate_batch=4,
     ),
+    # For a GPU: every length with both head dims, full and causal alternating, 5 to 20% of the tokens sinks. Where
+    # float64 of the whole fits, the gate sees what is timed: peers compile for a shape.
+    sink_workload("gpu_1k_d64", 32768, 1024, 64, 102),
+    sink_workload("gpu_1k_d128_causal", 32768, 1024, 128, 205, causal=True),
+    sink_workload("gpu_2k_d64_causal", 32768, 2048, 64, 205, causal=True),
+    sink_workload("gpu_2k_d128", 32768, 2048, 128, 102),
+    sink_workload("gpu_4k_d64", 16384, 4096, 64, 819),
+    sink_workload("gpu_4k_d128_causal", 16384, 4096, 128, 410, causal=True),
+    sink_workload("gpu_8k_d64_causal", 16384, 8192, 64, 410, causal=True, gate_batch=1),
+    sink_workload("gpu_8k_d128", 16384, 8192, 128, 819),
+    sink_workload("gpu_ctr_sink", 32768, 512, 64, 49, heads=8, kv_heads=8),
+    sink_workload("gpu_zipf", 2048, 2048, 64, 205, batch=64, ragged=True),
+    sink_workload("gpu_zipf_causal", 2048, 2048, 64, 205, batch=64, ragged=True, causal=True),
+    sink_workload("gpu_memory", 65536, 8192, 64, 800, gate_batch=1),
     *(
         SinkWorkload(
             name=f"n{length}{'_causal' if causal else ''}",
@@ -156,22 +192,27 @@ class Draw:
     """Draws one set of inputs. What depends on `structure` is the same for every seed."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device, histories: Histories) -> None:
-        self.values = torch.Generator().manual_seed(seed)
+        self.values = torch.Generator(device).manual_seed(seed)
         self.structure = torch.Generator().manual_seed(0)
         self.dtype, self.device, self.histories = dtype, device, histories
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        return (std * torch.randn(shape, generator=self.values)).to(self.device, self.dtype)
+        return (std * torch.randn(shape, generator=self.values, device=self.device)).to(self.dtype)
+
+    def zipf(self, count: int, largest: int) -> Tensor:
+        """[count] of 1 to `largest`, n with probability ∝ 1/n."""
+        sizes = torch.arange(1, largest + 1)
+        return sizes[torch.multinomial(1 / sizes, count, replacement=True, generator=self.structure)]
 
     def index(self, values: Tensor | Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
 
     def embeddings(self, histories: Sequence[Tensor], dim: int, padding_side: str = "right") -> Tensor:
         """[U, L, dim]: standard normal embeddings of the items, one a behaviour; zeros at padding."""
-        table = torch.randn(ITEMS + 1, dim, generator=self.values)
+        table = torch.randn(ITEMS + 1, dim, generator=self.values, device=self.device).to(self.dtype)
         table[0] = 0
         ids = torch.nn.utils.rnn.pad_sequence(histories, batch_first=True, padding_side=padding_side)  # [U, L]
-        return table[ids].to(self.device, self.dtype)
+        return table[ids.to(self.device)]
 
 
 def offsets(lengths: Sequence[int] | Tensor) -> Tensor:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import correctness, memory, movielens, results, run, suite, table, timing
+from benchmarks import correctness, memory, movielens, results, run, sink_attention, suite, table, timing
 from benchmarks.ceilings import Ceilings
-from benchmarks.registry import FORWARD, TRAINING, Cost, Goal, Operator, load_operators
+from benchmarks.goals import NOT_MEASURED, Measured, MemoryGoal, Outcome, TimeGoal
+from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Cost, Operator, load_operators
 from benchmarks.workloads import Draw, LreaWorkload, RefinedWorkload, SinkWorkload, Workload
 
 ROOT = Path(run.__file__).parent.parent
@@ -33,7 +34,7 @@ def histories():
 @pytest.fixture
 def settings(histories):
     ceilings = Ceilings({torch.float32: 0.1}, 10.0)
-    return suite.Settings(CPU, torch.float32, histories, ceilings, timing.CpuClock(), seconds=0.01)
+    return suite.Settings(CPU, torch.float32, histories, ceilings, timing.CpuClock(), 0.01, DIRECTIONS["cpu"])
 
 
 @pytest.fixture
@@ -43,15 +44,19 @@ def product():
     def draw_inputs(workload, draw):
         return {"x": draw.normal(workload.batch, 8), "w": draw.normal(8, 3)}
 
+    def cost(workload, inputs, direction):
+        passes = 1 if direction == FORWARD else 3
+        return Cost(passes * 48 * workload.batch, passes * 44 * workload.batch)
+
     operator = Operator(
         "product",
         lambda x, w: x @ w,
         draw_inputs,
-        lambda workload, inputs, direction: Cost(48 * workload.batch, 44 * workload.batch),
+        cost,
         grads=("x", "w"),
         baseline="eager",
         workloads=(Workload(name="small", batch=16, gate_batch=4),),
-        goals=(Goal("small", TRAINING, against="eager", time_ratio=1.5),),
+        goals=(TimeGoal(workload="small", direction=TRAINING, against=("eager",), time_ratio=1.5),),
     )
     operator.implementation("eager")(lambda x, w: x @ w)
     return operator
@@ -153,7 +158,7 @@ def test_a_layout_of_its_own_is_undone_for_the_gate_and_not_timed(product, setti
 
 def test_contestants_interleave_forward_then_reversed():
     seen = []
-    calls = {name: lambda turn, name=name: seen.append((name, turn)) for name in "abc"}
+    calls = {name: lambda turn, name=name: lambda: seen.append((name, turn)) for name in "abc"}
     samples = timing.measure(calls, timing.CpuClock(), seconds=1e-3)
     names = "".join(name for name, _ in seen)
     assert names == "abccba" * (len(names) // 6)
@@ -236,10 +241,131 @@ def test_a_drift_of_the_machine_cancels_in_the_ratio():
 
 def test_goals_are_judged_by_the_measured_ratio(product, settings):
     product.implementation("recattn")(lambda x, w: x @ w)
+    rows = run_all(product, settings)
+    row = rows["recattn", TRAINING]
+    (outcome,) = row.goals
+    assert outcome.goal == "forward+backward ≤ 1.50× the time of eager"
+    assert outcome.verdict == timing.verdict(outcome.time_ratio, outcome.spread or math.inf, row.waiting, 1.5)
+    assert outcome.against == "eager"
+    assert rows["recattn", FORWARD].goals == rows["eager", TRAINING].goals == []
+
+
+def measured(*milliseconds: float, peak: int = 0) -> Measured:
+    """Eight rounds of the same times."""
+    return Measured(timing.Samples(milliseconds * 8), peak)
+
+
+def test_a_goal_against_several_is_against_the_best_of_those_measured():
+    goal = TimeGoal(workload="", direction=BACKWARD, against=("slow", "fast", "absent"), time_ratio=1 / 1.8)
+    assert str(goal) == "backward ≥ 1.8× as fast as the best of slow, fast, absent"
+    outcome = goal.judge(measured(1.0, 1.0), {"slow": measured(9.0, 9.0), "fast": measured(2.0, 2.0)})
+    assert outcome == Outcome(str(goal), "met", "fast", time_ratio=0.5, spread=0.0)
+    assert goal.judge(measured(1.5, 1.5), {"fast": measured(2.0, 2.0)}).verdict == "missed"
+
+
+def test_the_best_is_one_opponent_for_all_rounds():
+    goal = TimeGoal(workload="", direction=FORWARD, against=("a", "b"), time_ratio=1.0)
+    own = Measured(timing.Samples((1.0,) * 40), 0)
+    # Each is the faster one in every other round; nobody can have both.
+    a = Measured(timing.Samples((0.9, 0.9, 1.3, 1.3) * 10), 0)
+    b = Measured(timing.Samples((1.3, 1.3, 0.89, 0.89) * 10), 0)
+    outcome = goal.judge(own, {"a": a, "b": b})
+    assert outcome.against == "b" and outcome.verdict == "no verdict"
+    assert outcome.time_ratio < 1
+
+
+def test_a_memory_goal_is_against_the_leanest():
+    goal = MemoryGoal(workload="", direction=TRAINING, against=("a", "b"), extra_bytes=46_000_000)
+    assert str(goal) == "forward+backward ≤ 46 MB more than the best of a, b"
+    others = {"a": measured(1.0, 1.0, peak=10**9), "b": measured(5.0, 5.0, peak=10**9 - 10**6)}
+    outcome = goal.judge(measured(1.0, 1.0, peak=10**9 + 45 * 10**6), others)
+    assert outcome == Outcome(str(goal), "met", "b", extra_bytes=46 * 10**6)
+    assert goal.judge(measured(1.0, 1.0, peak=10**9 + 45 * 10**6 + 1), others).verdict == "missed"
+
+
+def test_a_memory_goal_is_judged_by_peaks(product, settings):
+    goal = MemoryGoal(workload="small", direction=FORWARD, against=("eager",), extra_bytes=10**6)
+    product = replace(product, goals=(goal,))
+    product.implementation("recattn")(lambda x, w: x.repeat(4096, 1)[: len(x)] @ w)
+    rows = run_all(product, settings)
+    (outcome,) = rows["recattn", FORWARD].goals
+    assert outcome.verdict == "missed"
+    assert outcome.extra_bytes == rows["recattn", FORWARD].peak_bytes - rows["eager", FORWARD].peak_bytes > 10**6
+
+
+def test_goals_are_those_of_the_device_and_its_dtype(product):
+    workload, cuda = product.workloads[0], torch.device("cuda")
+    on_cuda = TimeGoal(workload="small", direction=FORWARD, against=("eager",), time_ratio=1.0, device="cuda")
+    product = replace(product, goals=(*product.goals, on_cuda))
+    assert product.goals_of(workload, CPU, torch.float32) == [product.goals[0]]
+    assert product.goals_of(workload, cuda, torch.bfloat16) == [on_cuda]
+    assert product.goals_of(workload, CPU, torch.bfloat16) == product.goals_of(workload, cuda, torch.float32) == []
+
+
+@pytest.mark.parametrize("name", ["recattn", "eager"])
+def test_a_goal_that_could_not_be_measured_stands_there(product, settings, name):
+    product.implementation("recattn")(lambda x, w: x @ w)
+    product.implementation(name)(lambda x, w: x @ w + 1)
     row = run_all(product, settings)["recattn", TRAINING]
-    assert row.goal == "forward+backward ≤ 1.50× the time of eager"
-    assert row.verdict == timing.verdict(row.time_ratio, row.time_ratio_spread or math.inf, row.waiting, 1.5)
-    assert str(Goal("", FORWARD, "eager", 1 / 1.8)) == "forward ≥ 1.8× as fast as eager"
+    assert [outcome.verdict for outcome in row.goals] == [NOT_MEASURED]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table.goals([row]))
+    reason = "refused: wrong" if name == "recattn" else "nothing to compare with"
+    text = console.export_text()
+    assert "not measured" in text and reason in text
+
+
+# Directions
+
+
+def test_a_backward_leaves_its_forward_outside_the_clock(product, settings):
+    events = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            events.append("forward")
+            ctx.save_for_backward(x, w)
+            return x @ w
+
+        @staticmethod
+        def backward(ctx, incoming):
+            events.append("backward")
+            x, w = ctx.saved_tensors
+            return incoming @ w.mT, x.mT @ incoming
+
+    product.implementation("recattn")(lambda x, w: Watched.apply(x, w))
+
+    def clock(call):
+        events.append("start")
+        call()
+        events.append("stop")
+        return 1.0
+
+    rows = run_all(product, replace(settings, clock=clock, directions=(BACKWARD,)))
+    assert {direction for _, direction in rows} == {BACKWARD}
+    assert set(rows["recattn", BACKWARD].errors) == {"output", "dx", "dw"}
+    timed = [events[i : i + 4] for i, event in enumerate(events) if event == "forward" and events[i + 1] == "start"]
+    assert len(timed) == rows["recattn", BACKWARD].samples > 0
+    assert all(events == ["forward", "start", "backward", "stop"] for events in timed)
+    # two of the three passes, 48 · 16 operations each, in a millisecond
+    assert rows["recattn", BACKWARD].tflops == pytest.approx(2 * 768 / 1e9)
+
+
+def test_what_has_no_backward_is_left_out_of_it(product, settings):
+    product.implementation("recattn", forward_only=lambda device: True)(lambda x, w: (x @ w).detach())
+    rows = run_all(product, replace(settings, directions=DIRECTIONS["cuda"]))
+    assert [direction for name, direction in rows if name == "recattn"] == [FORWARD]
+    assert [direction for name, direction in rows if name == "eager"] == [FORWARD, BACKWARD, TRAINING]
+    assert ("recattn", BACKWARD) not in run_all(product, replace(settings, directions=(BACKWARD,)))
+
+
+def test_memory_of_a_backward_is_its_own(product, settings):
+    rows = run_all(product, replace(settings, directions=DIRECTIONS["cuda"]))
+    peaks = {direction: row.peak_bytes for (_, direction), row in rows.items()}
+    # dx [16, 8] and dw [8, 3]; the output [16, 3] is there already
+    assert peaks[BACKWARD] == 4 * (16 * 8 + 8 * 3)
+    assert peaks[TRAINING] == peaks[BACKWARD] + peaks[FORWARD]
 
 
 def test_peak_memory_counts_what_is_held_at_one_time():
@@ -252,6 +378,32 @@ def test_peak_memory_counts_what_is_held_at_one_time():
         return second * 2
 
     assert 8000 <= memory.peak_memory(call, CPU) <= 8400  # rounded up to the allocator's alignment
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_a_gpu():
+    x = torch.randn(2**18, device="cuda")
+
+    def call():
+        first = x + 1
+        del first
+        return (x + 1) * 2
+
+    assert memory.peak_memory(call, x.device) == 2 * x.nbytes
+
+
+@pytest.mark.gpu
+def test_the_time_on_a_gpu_is_that_of_the_device():
+    clock = timing.CudaClock(torch.device("cuda"))
+    x = torch.randn(2**24, device="cuda")
+    for _ in range(3):  # what is slow the first time
+        launched_late = clock(lambda: timing.time.sleep(1e-4))
+        copied = clock(x.clone)
+    assert launched_late < 0.05
+    # 128 MiB moved, at 0.2 to 20 TB/s
+    assert 0.006 < copied < 0.6
+    waits = timing.host_time(lambda turn: lambda: timing.time.sleep(2e-3))
+    assert 2 <= waits < 20
 
 
 def test_the_ceiling_is_the_slower_of_arithmetic_and_traffic():
@@ -313,6 +465,7 @@ SMALL = {
             tokens_per_behavior=4,
             histories=True,
         ),
+        SinkWorkload(name="zipf", batch=5, heads=2, kv_heads=2, length=70, dim=8, sinks=20, ragged=True, causal=True),
     ),
     "refined_attention": tuple(
         RefinedWorkload(
@@ -335,7 +488,7 @@ def implementations_to_check():
         for workload in SMALL[operator.name]:
             for name, implementation in operator.implementations.items():
                 applies = implementation.applies(workload) and implementation.unavailable(workload, CPU) is None
-                if applies and implementation.tier == "quick":
+                if applies and implementation.tier == "quick" and "cpu" in implementation.devices:
                     yield pytest.param(operator, workload, name, id=f"{operator.name}-{workload.name}-{name}")
 
 
@@ -347,14 +500,49 @@ def test_every_contestant_passes_the_gate(operator, workload, name, histories):
     assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
 
 
+@pytest.mark.parametrize("workload", SMALL["sink_attention"], ids=lambda workload: workload.name)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_computes_the_same(workload, histories, monkeypatch):
+    """Uncompiled, which needs no GPU."""
+    monkeypatch.setattr(sink_attention, "compiled", lambda function: function)
+    implementation = sink_attention.SINK_ATTENTION.implementations["FlexAttention"]
+    inputs = sink_attention.draw_inputs(workload, Draw(0, torch.float32, CPU, histories))
+    errors = correctness.check(sink_attention.SINK_ATTENTION, implementation, (FORWARD,), inputs)
+    assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
+
+
+@pytest.mark.parametrize("name", sink_attention.UNBIASED_PACKED)
+def test_packed_unbiased_attention_is_called_as_declared(name, histories):
+    inputs = sink_attention.draw_inputs(SMALL["sink_attention"][-1], Draw(0, torch.bfloat16, CPU, histories))
+    inputs = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    out = sink_attention.SINK_ATTENTION.implementations[name].run(**inputs, max_seqlen=70)
+    assert out.shape == inputs["q"].shape and out.dtype == torch.bfloat16
+
+
+def test_zipf_lengths(histories):
+    workload = replace(SMALL["sink_attention"][-1], batch=400, length=100, sinks=10)
+    inputs = sink_attention.draw_inputs(workload, Draw(0, torch.float32, CPU, histories))
+    lengths = inputs["cu_seqlens"].diff()
+    assert lengths.min() == 1 and lengths.max() == 100
+    # With probability ∝ 1/n, 56% have at most 10 tokens.
+    assert 0.5 < (lengths <= 10).float().mean() < 0.62
+    positions = inputs["sink_positions"]
+    assert torch.equal((positions >= 0).sum(1), lengths // 10)
+    assert (positions < lengths[:, None]).all()
+
+
 @pytest.mark.parametrize("operator", load_operators().values(), ids=load_operators())
 def test_goals_name_what_exists(operator):
     workloads = {workload.name: workload for workload in operator.workloads}
     assert len(workloads) == len(operator.workloads)
     assert operator.baseline in operator.implementations
     for goal in operator.goals:
-        assert goal.implementation in operator.implementations
-        assert operator.implementations[goal.against].applies(workloads[goal.workload])
+        workload = workloads[goal.workload]
+        assert goal.device in workload.devices and workload.tier == "default"
+        for name in (goal.implementation, *goal.against):
+            implementation = operator.implementations[name]
+            assert implementation.applies(workload) and goal.device in implementation.devices
+            assert goal.direction == FORWARD or not implementation.forward_only(torch.device(goal.device))
 
 
 # The command
@@ -368,12 +556,18 @@ def only_product(product, monkeypatch, histories):
 
 
 def test_a_refusal_makes_the_run_fail_and_is_printed(only_product, tmp_path, capsys):
-    only_product.implementation("recattn")(lambda x, w: x @ w + 1)
+    only_product.implementation("recattn", ours=True)(lambda x, w: x @ w + 1)
     assert run.main(["--workload", "small", "--quick", "--seconds", "0.01", "--results", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "refused: wrong: FAIL output" in printed
     assert printed.split("goals")[1].split("ms: median")[0].count("refused: wrong") == 1  # the goal is not forgotten
     assert all(len(line) <= 120 for line in printed.splitlines())
+
+
+def test_a_peer_that_is_wrong_is_a_finding(only_product, tmp_path, capsys):
+    only_product.implementation("peer")(lambda x, w: x @ w + 1)
+    assert run.main(["--workload", "small", "--quick", "--seconds", "0.01", "--results", str(tmp_path)]) == 0
+    assert "peer: refused: wrong: FAIL output" in capsys.readouterr().out
 
 
 def test_every_row_has_every_field(only_product, tmp_path):
@@ -386,17 +580,19 @@ def test_every_row_has_every_field(only_product, tmp_path):
     for row in rows:
         assert set(row) == {f.name for f in fields(results.Row)} | common
         unknown = {name for name, value in row.items() if value is None}
-        assert unknown <= {"reason", "goal", "time_ratio", "time_ratio_spread", "verdict", "triton", "commit"}
+        assert unknown <= {"reason", "host_ms", "triton", "commit"}
         assert 0 < row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"]
         assert row["gate_shape"] == {"batch": 4} and row["shape"] == {"batch": 16}
-        # flops / ms: 48 · 16 operations
-        assert row["tflops"] == pytest.approx(768 / row["p50_ms"] / 1e9)
+        # flops / ms: 48 · 16 operations a pass
+        passes = 1 if row["direction"] == FORWARD else 3
+        assert row["tflops"] == pytest.approx(passes * 768 / row["p50_ms"] / 1e9)
     assert set(rows[1]["errors"]) == {"output", "dx", "dw"}
 
 
 def test_the_table_fits_120_columns_and_says_what_was_not_run(product, settings):
     product.implementation("peer", unavailable=lambda workload, device: "no peer here")(None)
-    rows = list(run_all(product, settings).values())
+    product.implementation("recattn correction:flash_attn_2")(lambda x, w: x @ w)
+    rows = list(run_all(product, replace(settings, directions=DIRECTIONS["cuda"])).values())
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(table.block(product, rows), table.goals(rows))
     text = console.export_text()
@@ -422,6 +618,32 @@ def test_tiers(product):
     assert plan() == [("default", ["eager"])]
     assert plan("--full") == [("default", ["eager", "slow peer"]), ("full", ["eager", "slow peer"])]
     assert plan("--workload", "full", "--impl", "slow peer") == [("full", ["slow peer"])]
+
+
+def test_what_is_for_a_gpu_runs_on_a_cpu_only_if_named(product):
+    on_gpu = Workload(name="large", batch=1, devices=("cuda",))
+    product = replace(product, workloads=(*product.workloads, on_gpu))
+    product.implementation("backend", devices=("cuda",))(None)
+
+    def plan(*arguments):
+        chosen = run.parse_arguments(["--device", "cpu", *arguments], {"product": product})
+        return {
+            w.name: [i.name for i in implementations] for _, w, implementations in run.choose({"": product}, chosen)
+        }
+
+    assert plan() == {"small": ["eager"]}
+    assert plan("--workload", "large") == {"large": ["eager"]}
+    assert plan("--impl", "backend") == {"small": ["backend"]}
+
+
+def test_directions_of_a_run(product, monkeypatch):
+    def directions(*arguments):
+        return run.parse_arguments(arguments, {"product": product}).direction
+
+    assert directions("--device", "cpu") == (FORWARD, TRAINING)
+    assert directions("--direction", "backward") == (BACKWARD,)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert directions("--device", "cuda") == (FORWARD, BACKWARD, TRAINING)
 
 
 def run_command(*arguments):

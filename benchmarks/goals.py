@@ -1,0 +1,82 @@
+"""Goals: what an implementation must reach against the best of several others, and what became of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from benchmarks import timing
+
+NOT_MEASURED = "not measured"
+
+
+class Measured(NamedTuple):
+    """What goals are judged by."""
+
+    samples: timing.Samples
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a goal. None: it does not apply, or was not measured."""
+
+    goal: str
+    verdict: str = NOT_MEASURED
+    against: str | None = None  # the one that it was decided against
+    time_ratio: float | None = None
+    spread: float | None = None  # of the ratio
+    extra_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A goal against the best of those in `against` that were measured: each of them must be matched.
+
+    It is stated for one kind of device, and for the dtype that runs on it are in by default.
+    """
+
+    workload: str
+    direction: str
+    against: tuple[str, ...]
+    implementation: str = "recattn"
+    device: str = "cpu"
+
+    @property
+    def opponents(self) -> str:
+        return self.against[0] if len(self.against) == 1 else f"the best of {', '.join(self.against)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeGoal(Goal):
+    """Time ≤ time_ratio · time of the best."""
+
+    time_ratio: float
+
+    def __str__(self) -> str:
+        if self.time_ratio >= 1:
+            return f"{self.direction} ≤ {self.time_ratio:.2f}× the time of {self.opponents}"
+        return f"{self.direction} ≥ {1 / self.time_ratio:.1f}× as fast as {self.opponents}"
+
+    def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
+        # The best is one opponent for the whole run: the fastest of each round, which nobody can choose, would be a
+        # minimum over noise. The ratio to it is still taken round by round.
+        ratios = {name: timing.time_ratio(own.samples, other.samples) for name, other in others.items()}
+        best = max(ratios, key=ratios.get)
+        ratio, spread = ratios[best]
+        verdict = timing.verdict(ratio, spread, own.samples.waiting, self.time_ratio)
+        return Outcome(str(self), verdict, best, ratio, timing.finite(spread))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryGoal(Goal):
+    """Peak memory beyond the inputs ≤ that of the leanest + extra_bytes."""
+
+    extra_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.direction} ≤ {self.extra_bytes / 1e6:.0f} MB more than {self.opponents}"
+
+    def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
+        leanest = min(others, key=lambda name: others[name].peak_bytes)
+        extra = own.peak_bytes - others[leanest].peak_bytes
+        return Outcome(str(self), "met" if extra <= self.extra_bytes else "missed", leanest, extra_bytes=extra)

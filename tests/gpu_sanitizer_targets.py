@@ -1,0 +1,108 @@
+"""Every Triton kernel of sink_attention and inter_sink_bias once or more, on small shapes, for compute-sanitizer.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/gpu_sanitizer_targets.py
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import recattn
+
+N, M = 129, 21
+FUSED = {"impl": "triton"}
+CORRECTION = {"impl": "correction", "base": "flash"}
+# The memory-efficient attention is the one that takes float32.
+CORRECTION_FP32 = {"impl": "correction", "base": "efficient"}
+# What a kernel's text depends on: each dtype and head dim, and each option, with another.
+PLAIN = (
+    (FUSED, torch.bfloat16, 32),
+    (FUSED, torch.bfloat16, 128),
+    (FUSED, torch.bfloat16, 256),
+    (FUSED, torch.float32, 64),
+    (CORRECTION, torch.bfloat16, 32),
+    (CORRECTION, torch.bfloat16, 128),
+    (CORRECTION, torch.float16, 256),
+    (CORRECTION_FP32, torch.float32, 64),
+)
+OPTIONS = {
+    "grouped": {"heads": 4},
+    "a bias a head": {"bias_heads": 2, "causal": True},
+    "suppressed": {"bias": -50.0, "causal": True},
+    "sink_logits": {"sink_logits": True},
+    "padded": {"lengths": (N, 0, 70)},
+    "left-padded": {"lengths": (N, 0, 70), "padding_side": "left", "causal": True},
+    "packed": {"lengths": (N, 0, 70), "packed": True, "causal": True, "bias": -50.0},
+}
+
+
+def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
+    """On a CPU they run what is the default there."""
+    for path, dtype, dim in PLAIN:
+        yield f"{'-'.join(path.values())} {dtype} D={dim}", partial(attend, device, path, dtype, dim)
+    for name, options in OPTIONS.items():
+        # No base masks the padding of a dense batch.
+        for path in (FUSED,) if "lengths" in options and "packed" not in options else (FUSED, CORRECTION):
+            yield f"{'-'.join(path.values())} {name}", partial(attend, device, path, torch.bfloat16, 64, **options)
+    yield "dropout", partial(attend, device, FUSED, torch.bfloat16, 64, dropout_p=0.2)
+    for heads, sinks, causal in ((1, 1, True), (4, 49, False), (3, 129, True)):
+        yield f"inter_sink_bias M={sinks}", partial(bias_of_sinks, device, (2, heads, sinks, 32), causal)
+
+
+def attend(
+    device: torch.device,
+    path: dict[str, str],
+    dtype: torch.dtype,
+    dim: int,
+    *,
+    heads: int = 2,
+    bias_heads: int = 1,
+    bias: float = 1.0,
+    lengths: tuple[int, ...] = (),
+    packed: bool = False,
+    sink_logits: bool = False,
+    **options,
+) -> None:
+    """One forward and backward."""
+    batch, kv_heads = len(lengths) or 2, 2
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    if packed:
+        tensors = [normal(sum(lengths), h, dim) for h in (heads, kv_heads, kv_heads)]
+        ends = torch.tensor(lengths, device=device).cumsum(0)
+        options |= {"cu_seqlens": torch.nn.functional.pad(ends, (1, 0)).int(), "max_seqlen": max(lengths)}
+    else:
+        tensors = [normal(batch, h, N, dim) for h in (heads, kv_heads, kv_heads)]
+        if lengths:
+            options["seq_lens"] = torch.tensor(lengths, device=device)
+    spots = [torch.randperm(n)[: M * n // N].sort().values for n in lengths or (N,) * batch]
+    positions = torch.nn.utils.rnn.pad_sequence(spots, batch_first=True, padding_value=-1)
+    if options.get("padding_side") == "left":
+        positions = torch.where(positions < 0, -1, positions + N - torch.tensor(lengths)[:, None])
+    inter_sink_bias = torch.full((batch, bias_heads, M, M), bias, device=device, requires_grad=True)
+    if sink_logits:
+        options["sink_logits"] = torch.randn(heads, device=device, requires_grad=True)
+    if device.type == "cuda":
+        options |= path
+    out = recattn.sink_attention(*tensors, positions.to(device), inter_sink_bias, **options)
+    out.sum().backward()
+
+
+def bias_of_sinks(device: torch.device, shape: tuple[int, ...], causal: bool) -> None:
+    q_s, k_s = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
+    recattn.inter_sink_bias(q_s, k_s, causal=causal).sum().backward()
+
+
+def main() -> None:
+    for name, call in cases(torch.device("cuda")):
+        call()
+        torch.cuda.synchronize()
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
