@@ -62,7 +62,8 @@ class PairsConfig:
             # Without tensor cores a dot product holds its operands in registers.
             return cls(16, 16, block_k=16, num_warps=8, num_stages=1)
         if head_dim <= 128:
-            return cls(64, 16, block_k=64, num_warps=4, num_stages=1)
+            block_m = 32 if architecture >= 100 and head_dim > 64 else 64
+            return cls(block_m, 16, block_k=64, num_warps=4, num_stages=1)
         return cls(16 if architecture < 90 else 64, 16, block_k=64, num_warps=8, num_stages=1)
 
 
