@@ -49,7 +49,7 @@ def assert_corrects(inputs: dict) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N, M", [(1, 0), (1, 1), (63, 63), (100, 1), (129, 40)])
 def test_full_softmax(N, M, dtype, causal):
-    assert_corrects(random_inputs(N, M, dtype=dtype, causal=causal))
+    assert_corrects(random_inputs(N, M, B=1, dtype=dtype, causal=causal))
 
 
 @pytest.mark.parametrize("Hq, Hkv, bias_heads", [(2, 2, 1), (2, 2, 2), (4, 1, 4), (4, 2, 1)])
@@ -70,7 +70,7 @@ def test_ragged(bias, causal, layout):
 
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_ragged_float16(layout):
-    inputs = random_inputs(63, 63, lengths=[63, 0, 30], layout=layout, dtype=torch.float16)
+    inputs = random_inputs(63, 63, Hq=1, lengths=[63, 0, 30], layout=layout, dtype=torch.float16)
     inputs["inter_sink_bias"] -= 1.5
     assert_corrects(inputs)
 
@@ -91,18 +91,18 @@ def test_bias_range_float16(bias):
 
 
 @pytest.mark.parametrize("logit", [-math.inf, 5.0])
-@pytest.mark.parametrize("bias", ["30", "-8", "-1.5"])
+@pytest.mark.parametrize("bias", ["small", "-8", "-1.5"])
 def test_sink_logits(bias, logit):
-    inputs = random_inputs(40, 40, lengths=[40, 20], layout="packed", causal=True)
+    inputs = random_inputs(40, 40, Hq=1, lengths=[40, 20], layout="packed", causal=True)
     inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
-    inputs["sink_logits"] = logit + torch.randn(2, device=inputs["q"].device)
+    inputs["sink_logits"] = logit + torch.randn(1, device=inputs["q"].device)
     assert_corrects(inputs)
 
 
 @pytest.mark.parametrize("D, Dv", [(16, 64), (64, 16), (50, 50), (100, 24), (256, 256)])
 @pytest.mark.parametrize("suppressed", [False, True])
 def test_head_dims(D, Dv, suppressed):
-    inputs = random_inputs(40, 30, B=1, D=D, Dv=Dv, causal=True)
+    inputs = random_inputs(40, 30, B=1, Hq=1, D=D, Dv=Dv, causal=True)
     inputs["inter_sink_bias"] -= 50 * suppressed
     assert_corrects(inputs)
 
@@ -152,7 +152,7 @@ def gradients(inputs: dict, dout: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("suppressed", [False, True])
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
-    inputs = random_inputs(63, 50, Hq=1, lengths=[63, 0, 41], layout=layout)
+    inputs = random_inputs(40, 30, Hq=1, lengths=[40, 0, 25], layout=layout)
     inputs["inter_sink_bias"] -= 50 * suppressed
     dout = torch.randn_like(inputs["q"])
     expected = gradients(inputs, dout)
@@ -163,9 +163,9 @@ def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
         poisoned["inter_sink_bias"][b].masked_fill_(pairs, math.nan)
         assert (expected[3][b][:, pairs] == 0).all()
     if layout != "packed":
-        position = torch.arange(63, device=dout.device)
+        position = torch.arange(40, device=dout.device)
         lengths = inputs["seq_lens"][:, None]
-        padding = (position >= lengths if layout == "right" else position < 63 - lengths)[:, None, :, None]
+        padding = (position >= lengths if layout == "right" else position < 40 - lengths)[:, None, :, None]
         poisoned |= {name: x.masked_fill(padding, math.nan) for name, x in inputs.items() if name in "qkv"}
         dout = dout.masked_fill(padding, math.nan)
     assert all(map(torch.equal, gradients(poisoned, dout), expected))
@@ -198,7 +198,7 @@ def test_touches_sink_rows_only(layout):
 @pytest.mark.parametrize("suppressed", [False, True])
 @pytest.mark.parametrize("layout", ["right", "packed"])
 def test_non_contiguous(layout, suppressed):
-    inputs = random_inputs(63, 40, bias_heads=2, lengths=[63], layout=layout, causal=True)
+    inputs = random_inputs(40, 20, bias_heads=2, lengths=[40], layout=layout, causal=True)
     inputs["inter_sink_bias"] -= 50 * suppressed
     dout = torch.randn_like(inputs["q"])
     strided = {name: strided_copy(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
@@ -207,7 +207,7 @@ def test_non_contiguous(layout, suppressed):
 
 @pytest.mark.parametrize("layout", ["right", "packed"])
 def test_int32_indices(layout):
-    inputs = random_inputs(63, 40, lengths=[63, 30], layout=layout)
+    inputs = random_inputs(40, 20, Hq=1, lengths=[40, 30], layout=layout)
     narrow = {n: x.int() if isinstance(x, Tensor) and not x.is_floating_point() else x for n, x in inputs.items()}
     dout = torch.randn_like(inputs["q"])
     assert all(map(torch.equal, gradients(narrow, dout), gradients(inputs, dout)))
@@ -215,7 +215,7 @@ def test_int32_indices(layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_bias_dtypes(dtype):
-    inputs = random_inputs(63, 40)
+    inputs = random_inputs(40, 20, Hq=1)
     inputs["inter_sink_bias"] = inputs["inter_sink_bias"].to(dtype)
     single = inputs | {"inter_sink_bias": inputs["inter_sink_bias"].float()}
     dout = torch.randn_like(inputs["q"])

@@ -57,7 +57,7 @@ class PairsConfig:
 
     @classmethod
     def heuristic(cls, head_dim: int, dtype: torch.dtype, architecture: int) -> "PairsConfig":
-        """Among the tiles that do not spill, the largest."""
+        """The largest tiles that were found not to spill."""
         if dtype == torch.float32:
             # Without tensor cores a dot product holds its operands in registers.
             return cls(16, 16, block_k=16, num_warps=8, num_stages=1)
