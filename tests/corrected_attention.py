@@ -18,7 +18,7 @@ from recattn.triton_kernels.sink_attention_pairs import PairsConfig, launch_sink
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
-SCALE = 0.2
+SCALE = 0.3
 # The interpreter's time goes by the number of tiles.
 CORRECTION_TILES = CorrectionConfig(64, 64, 32, num_warps=4, num_stages=1) if DEVICE == "cpu" else None
 PAIRS_TILES = PairsConfig(64, 64, 32, num_warps=4, num_stages=1) if DEVICE == "cpu" else None

@@ -80,7 +80,10 @@ def test_extreme_bias(dtype, causal, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
 def test_any_scale(dtype, scale):
-    assert_fused({**small(dtype=dtype), "scale": scale, "causal": True})
+    """Scores of ordinary size: the error of large ones is that of their dot products, in any order of summation."""
+    inputs = small(dtype=dtype)
+    inputs["q"] *= 0.25
+    assert_fused({**inputs, "scale": scale, "causal": True})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -607,7 +607,9 @@ def sink_attention_bwd_dq_kernel(
     score_scale = scale * score_unit(q_tile)
     dout_tile = load_tokens(dout, rows, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
     out_tile = load_tokens(out, rows, V_HEAD_DIM, BLOCK_DV)
-    row_delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)  # [BM]
+    # The kernel of the pairs sums dout · v of float32 in float64: where one key holds a row, the two are equal.
+    SUM: tl.constexpr = tl.float64 if out_tile.dtype == tl.float32 else tl.float32
+    row_delta = tl.sum(dout_tile.to(SUM) * out_tile.to(SUM), 1).to(tl.float32)  # [BM]
     tl.store(delta + lse_rows, row_delta, mask=rows.valid)
     row_shift = lse_of_weights(tl.load(lse + lse_rows, mask=rows.valid, other=float("inf")), q_tile)
     divisor = tl.full([BLOCK_M], 1.0, tl.float32)
