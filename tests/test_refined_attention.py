@@ -316,15 +316,16 @@ def test_memory_is_at_most_half_of_the_reference():
 def operator_inputs(mechanism, left_padded):
     inputs = draw(mechanism)
     tensors = [inputs.get(name) for name in TENSORS]
-    return (*tensors, torch.tensor([9, 0, 4]), mechanism, "logits", True, left_padded, 0.4)
+    return (*tensors, torch.tensor([9, 0, 4]), None, mechanism, "logits", True, left_padded, 0.4, 0.0, "auto")
 
 
 @pytest.mark.parametrize("mechanism", ["simple", "value"])
 def test_opcheck(mechanism):
     arguments = operator_inputs(mechanism, left_padded=True)
     torch.library.opcheck(torch.ops.recattn.refined_attention_fwd.default, arguments)
-    dout = torch.randn_like(arguments[2])
-    torch.library.opcheck(torch.ops.recattn.refined_attention_bwd.default, (dout, *arguments))
+    out, lse = torch.ops.recattn.refined_attention_fwd(*arguments)
+    backward = (torch.randn_like(out), out, lse, *arguments)
+    torch.library.opcheck(torch.ops.recattn.refined_attention_bwd.default, backward)
 
 
 @pytest.mark.parametrize("mechanism", ["simple", "additive"])

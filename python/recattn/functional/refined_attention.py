@@ -19,6 +19,7 @@ from recattn._dispatch import select
 from recattn.functional.validation import validate_values
 from recattn.ops import refined_attention as ops
 from recattn.ops._library import distinct
+from recattn.ops._triton import draw_dropout_seed
 
 _MECHANISMS = ("simple", "value", "additive", "stochastic")
 
@@ -36,6 +37,7 @@ def refined_attention(
     causal: bool = True,
     seq_lens: Tensor | None = None,
     padding_side: str = "right",
+    dropout_p: float = 0.0,
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -69,6 +71,7 @@ def refined_attention(
         causal: query i sees the keys j ≤ i.
         seq_lens: [B] integer, the valid tokens of each sequence, at the end named by `padding_side` from the other.
         padding_side: "right", or "left" (valid tokens sit at the end).
+        dropout_p: probability of dropping one of the final weights. On a CPU it goes through the reference.
         scale: of the logits, 1/√D by default.
         impl: None chooses; "cpu" or "reference" insists.
 
@@ -83,9 +86,9 @@ def refined_attention(
             `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
-    _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, scale)
-    impl = select("refined_attention", impl, ops.availability(q.device.type))
-    if impl == "reference":
+    _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale)
+    chosen = select("refined_attention", impl, ops.refusals(q, dropout_p=dropout_p))
+    if chosen == "reference":
         validate_values(q.device, seq_len=q.shape[2], seq_lens=seq_lens)
         return reference.refined_attention(
             q,
@@ -99,17 +102,20 @@ def refined_attention(
             causal=causal,
             seq_lens=seq_lens,
             padding_side=padding_side,
+            dropout_p=dropout_p,
             scale=scale,
         )
-    settings = ops.Settings(mechanism, source, causal, padding_side == "left", scale)
-    return ops.RefinedAttention.apply(*distinct(q, k, v, w_q, w_k), w_v, seq_lens, settings)
+    settings = ops.Settings(mechanism, source, causal, padding_side == "left", scale, dropout_p, impl or "auto")
+    seed = draw_dropout_seed(dropout_p, q.device)
+    return ops.RefinedAttention.apply(*distinct(q, k, v, w_q, w_k), w_v, seq_lens, seed, settings)
 
 
-def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, scale):
+def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale):
     expect_choice("mechanism", mechanism, _MECHANISMS)
     expect_choice("source", source, ("logits", "weights"))
     expect_choice("padding_side", padding_side, ("right", "left"))
     expect_finite(scale=scale)
+    expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
     expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k)
     sizes: dict[str, int] = {}
     expect_shape(sizes, "q", q, "B H N D")

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from recattn.reference.sink_attention import softmax_or_zeros, valid_tokens, visible_pairs
 from recattn.reference.wasserstein_attention import squared_wasserstein_distance
@@ -22,6 +23,7 @@ def refined_attention(
     causal: bool = True,
     seq_lens: Tensor | None = None,
     padding_side: str = "right",
+    dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
     """O = softmax(mask(M)) V with M refined from A; see `recattn.refined_attention` for M and the shapes."""
@@ -44,7 +46,7 @@ def refined_attention(
         m = _masked_softmax(m, hidden) @ (a @ w_v[..., :n, :n])
     if mechanism == "additive":
         m = a + m
-    return _masked_softmax(m, hidden) @ v
+    return F.dropout(_masked_softmax(m, hidden), dropout_p) @ v
 
 
 def _masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
