@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.memory import cpu_allocations, peak_memory
 from recattn import reference, refined_attention
-from recattn.ops import refined_attention as ops
+from recattn.ops import _refined_attention_cpu as on_cpu
 from recattn.testing import assert_matches_reference
 
 MECHANISMS = ("simple", "value", "additive", "stochastic")
@@ -171,8 +171,8 @@ def test_cpu_sizes(mechanism, causal, n):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_cpu_slices_and_blocks(mechanism, monkeypatch):
     """One pair a slice, and three rows a block, where the defaults would make one of each."""
-    monkeypatch.setattr(ops, "_SLICE_ELEMENTS", 1)
-    monkeypatch.setattr(ops, "_BLOCK_ROWS", 3)
+    monkeypatch.setattr(on_cpu, "_SLICE_ELEMENTS", 1)
+    monkeypatch.setattr(on_cpu, "_BLOCK_ROWS", 3)
     for rank, causal, source in product((4, 10), (True, False), SOURCES):
         inputs = draw(mechanism, n=10, r=rank)
         check(inputs, mechanism=mechanism, source=source, causal=causal, seq_lens=torch.tensor([10, 4, 7]))
