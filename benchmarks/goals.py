@@ -26,6 +26,7 @@ class Outcome:
     time_ratio: float | None = None
     spread: float | None = None  # of the ratio
     extra_bytes: int | None = None
+    memory_ratio: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class TimeGoal(Goal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryGoal(Goal):
+class ExtraMemoryGoal(Goal):
     """Peak memory beyond the inputs ≤ that of the leanest + extra_bytes."""
 
     extra_bytes: int
@@ -77,6 +78,27 @@ class MemoryGoal(Goal):
         return f"{self.direction} ≤ {self.extra_bytes / 1e6:.0f} MB more than {self.opponents}"
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
-        leanest = min(others, key=lambda name: others[name].peak_bytes)
-        extra = own.peak_bytes - others[leanest].peak_bytes
+        leanest, peak = _leanest(others)
+        extra = own.peak_bytes - peak
         return Outcome(str(self), "met" if extra <= self.extra_bytes else "missed", leanest, extra_bytes=extra)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryGoal(Goal):
+    """Peak memory beyond the inputs ≤ memory_ratio · that of the leanest."""
+
+    memory_ratio: float
+
+    def __str__(self) -> str:
+        share = "" if self.memory_ratio == 1 else f"1/{1 / self.memory_ratio:.0f} of "
+        return f"{self.direction} ≤ {share}the memory of {self.opponents}"
+
+    def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
+        leanest, peak = _leanest(others)
+        ratio = own.peak_bytes / peak
+        return Outcome(str(self), "met" if ratio <= self.memory_ratio else "missed", leanest, memory_ratio=ratio)
+
+
+def _leanest(others: Mapping[str, Measured]) -> tuple[str, int]:
+    name = min(others, key=lambda name: others[name].peak_bytes)
+    return name, others[name].peak_bytes

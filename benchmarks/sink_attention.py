@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import recattn
-from benchmarks.goals import Goal, MemoryGoal, TimeGoal
+from benchmarks.compiled import compiled
+from benchmarks.goals import ExtraMemoryGoal, Goal, TimeGoal
 from benchmarks.registry import BACKWARD, FORWARD, TRAINING, Cost, Inputs, Operator, register
 from benchmarks.workloads import CPU, CUDA, SINK, Draw, SinkWorkload, offsets
 from recattn import reference
@@ -138,7 +139,9 @@ def gpu_goals() -> Iterator[Goal]:
             for against, speed in speeds.items():
                 goal = {"workload": workload.name, "direction": direction, "against": against, "device": "cuda"}
                 yield TimeGoal(**goal, time_ratio=1 / speed)
-    yield MemoryGoal(workload="gpu_memory", direction=TRAINING, against=UNBIASED, device="cuda", extra_bytes=46_000_000)
+    yield ExtraMemoryGoal(
+        workload="gpu_memory", direction=TRAINING, against=UNBIASED, device="cuda", extra_bytes=46_000_000
+    )
 
 
 SINK_ATTENTION = register(
@@ -274,13 +277,6 @@ def sdpa_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens
         output = sdpa_dense_bias(*sequence, positions, bias, causal)
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
-
-
-@cache
-def compiled(function):
-    """Compiled anew for every shape. (One shape too many would run uncompiled, in silence but for fullgraph.)"""
-    torch._dynamo.config.recompile_limit = 128
-    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 @SINK_ATTENTION.implementation("eager, torch.compile", prepare=pad, restore=unpad, tier="full")

@@ -110,6 +110,8 @@ def _measured(outcome: Outcome, row: Row) -> str:
         return row.status if row.status != TIMED else "nothing to compare with was timed"
     if outcome.extra_bytes is not None:
         value = f"{outcome.extra_bytes / 1e6:.1f} MB"
+    elif outcome.memory_ratio is not None:
+        value = f"{outcome.memory_ratio:.2g} of it"
     else:
         value = f"{outcome.time_ratio:.2f}×" if "≤" in outcome.goal else f"{1 / outcome.time_ratio:.2f}×"
     return f"{value} ({outcome.against})" if "the best of" in outcome.goal else value

@@ -57,10 +57,11 @@ class SinkWorkload(Workload):
 
 @dataclass(frozen=True, kw_only=True)
 class RefinedWorkload(Workload):
-    """Causal and left-padded, as in SASRec."""
+    """Causal, as in SASRec; with `histories` left-padded, else every sequence is of full length."""
 
     length: int
     dim: int
+    rank: int | None = None  # of W_q and W_k; `length` by default
     heads: int = 1
     mechanism: str = "simple"
     source: str = "logits"
@@ -82,6 +83,13 @@ def sink_workload(name: str, tokens: int, length: int, dim: int, sinks: int, **o
     heads = 1024 // dim
     shape = {"batch": tokens // length, "heads": heads, "kv_heads": heads, "length": length, "dim": dim, "sinks": sinks}
     return SinkWorkload(name=name, devices=("cuda",), **{**shape, **options})
+
+
+def refined_workload(name: str, pairs: int, length: int, **options) -> RefinedWorkload:
+    """`pairs` of a sequence and one of its two heads."""
+    return RefinedWorkload(
+        name=name, batch=pairs // 2, heads=2, length=length, dim=64, gate_batch=16, devices=("cuda",), **options
+    )
 
 
 CPU, CUDA = ("cpu",), ("cuda",)
@@ -146,6 +154,13 @@ REFINED = (
     RefinedWorkload(name="tiny", batch=4, length=20, dim=16, heads=2, histories=True, tier="quick"),
     RefinedWorkload(name="sasrec", batch=256, length=50, dim=50, histories=True),
     RefinedWorkload(name="sasrec_200", batch=128, length=200, dim=50, histories=True, gate_batch=32),
+    # For a GPU: where sequential recommenders live, and beyond, where W has a rank for the paper's claim to hold.
+    refined_workload("gpu_50", 8192, 50),
+    refined_workload("gpu_100", 4096, 100),
+    refined_workload("gpu_200", 1024, 200),
+    refined_workload("gpu_50_value", 8192, 50, mechanism="value"),
+    refined_workload("gpu_512", 512, 512, rank=64),
+    refined_workload("gpu_2048", 64, 2048, rank=64),
     *(
         RefinedWorkload(
             name=f"sasrec_{mechanism}_{source}",

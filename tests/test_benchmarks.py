@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import correctness, memory, movielens, results, run, sink_attention, suite, table, timing
 from benchmarks.ceilings import Ceilings
-from benchmarks.goals import NOT_MEASURED, Measured, MemoryGoal, Outcome, TimeGoal
+from benchmarks.goals import NOT_MEASURED, ExtraMemoryGoal, Measured, MemoryGoal, Outcome, TimeGoal
 from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Cost, Operator, load_operators
 from benchmarks.workloads import Draw, LreaWorkload, RefinedWorkload, SinkWorkload, Workload
 
@@ -274,8 +274,8 @@ def test_the_best_is_one_opponent_for_all_rounds():
     assert outcome.time_ratio < 1
 
 
-def test_a_memory_goal_is_against_the_leanest():
-    goal = MemoryGoal(workload="", direction=TRAINING, against=("a", "b"), extra_bytes=46_000_000)
+def test_an_extra_memory_goal_is_against_the_leanest():
+    goal = ExtraMemoryGoal(workload="", direction=TRAINING, against=("a", "b"), extra_bytes=46_000_000)
     assert str(goal) == "forward+backward ≤ 46 MB more than the best of a, b"
     others = {"a": measured(1.0, 1.0, peak=10**9), "b": measured(5.0, 5.0, peak=10**9 - 10**6)}
     outcome = goal.judge(measured(1.0, 1.0, peak=10**9 + 45 * 10**6), others)
@@ -283,8 +283,17 @@ def test_a_memory_goal_is_against_the_leanest():
     assert goal.judge(measured(1.0, 1.0, peak=10**9 + 45 * 10**6 + 1), others).verdict == "missed"
 
 
-def test_a_memory_goal_is_judged_by_peaks(product, settings):
-    goal = MemoryGoal(workload="small", direction=FORWARD, against=("eager",), extra_bytes=10**6)
+def test_a_memory_goal_is_a_share_of_the_leanest():
+    goal = MemoryGoal(workload="", direction=TRAINING, against=("a", "b"), memory_ratio=1 / 8)
+    assert str(goal) == "forward+backward ≤ 1/8 of the memory of the best of a, b"
+    others = {"a": measured(1.0, 1.0, peak=8000), "b": measured(5.0, 5.0, peak=16000)}
+    outcome = goal.judge(measured(1.0, 1.0, peak=1000), others)
+    assert outcome == Outcome(str(goal), "met", "a", memory_ratio=1 / 8)
+    assert goal.judge(measured(1.0, 1.0, peak=1001), others).verdict == "missed"
+
+
+def test_an_extra_memory_goal_is_judged_by_peaks(product, settings):
+    goal = ExtraMemoryGoal(workload="small", direction=FORWARD, against=("eager",), extra_bytes=10**6)
     product = replace(product, goals=(goal,))
     product.implementation("recattn")(lambda x, w: x.repeat(4096, 1)[: len(x)] @ w)
     rows = run_all(product, settings)
