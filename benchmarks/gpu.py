@@ -47,7 +47,7 @@ class Outcome:
 
 def stages(results: Path, scratch: Path, profile: bool) -> list[list[Step]]:
     """One after another; the steps of a stage side by side. Measurements have the machine to themselves."""
-    from benchmarks.workloads import CUDA, SINK
+    from benchmarks.workloads import CUDA, REFINED, SINK
 
     python = (sys.executable, "-m")
     pip = (*python, "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
@@ -58,22 +58,24 @@ def stages(results: Path, scratch: Path, profile: bool) -> list[list[Step]]:
         *(ROOT / f"tests/test_{name}.py" for name in ("sink_attention", "inter_sink_bias", "base_attention")),
     ]
     tests = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--kernel-name", "kernel_substring=sink", "--tool")
+    own_kernels = ("--kernel-name", "kernel_substring=sink", "--kernel-name", "kernel_substring=refined")
+    sanitizer = ("compute-sanitizer", "--error-exitcode", "1", *own_kernels, "--tool")
     targets = (sys.executable, str(ROOT / "tests" / "gpu_sanitizer_targets.py"))
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    workloads = [workload.name for workload in SINK if workload.devices == CUDA]
-    bench = (*python, "benchmarks.run", "--device", "cuda", "--op", "sink_attention", "--offline")
+    bench = (*python, "benchmarks.run", "--device", "cuda", "--offline", "--op")
+    sink, refined = ([workload.name for workload in group if workload.devices == CUDA] for group in (SINK, REFINED))
     # Compiling takes longer than timing: the compilers' caches are filled while the tests run.
-    compiled = ("FlexAttention", "recattn triton", "recattn correction:flash")
-    filling = (*bench, "--seconds", "0", "--results", str(scratch), "--impl", *compiled, "--workload")
+    filling = ("--seconds", "0", "--results", str(scratch), "--impl")
+    sink_compiled = ("sink_attention", *filling, "FlexAttention", "recattn triton", "recattn correction:flash")
     fills = [
-        Step(f"compile {i + 1}", (*filling, *workloads[i::3]), 170, {"TORCHINDUCTOR_COMPILE_THREADS": "2"})
-        for i in range(3)
+        *((*bench, *sink_compiled, "--workload", *sink[i::3]) for i in range(3)),
+        (*bench, "refined_attention", *filling, "eager, torch.compile", "recattn", "--workload", *refined),
     ]
-    measuring = (*bench, "--seconds", "1", "--results", str(results), "--workload", *workloads)
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    measuring = ("--results", str(results), "--workload")
     table = results / "sink_attention_dispatch.json"
     installed = ROOT / "python" / "recattn" / "ops" / table.name
-    dispatch = (*python, "benchmarks.dispatch", "--seconds", "80", "--table", str(installed), str(table))
+    dispatch = (*python, "benchmarks.dispatch", "--seconds", "60", "--table", str(installed), str(table))
     planned = [
         [Step("build", (*pip, "--editable", str(ROOT)), 100)],
         [
@@ -81,10 +83,12 @@ def stages(results: Path, scratch: Path, profile: bool) -> list[list[Step]]:
             Step("kernel tests", (*pytest, "-m", "not gpu", *map(str, kernel_tests)), 170, tests),
             Step("memcheck", (*sanitizer, "memcheck", *targets), 170, uncached),
             Step("racecheck", (*sanitizer, "racecheck", *targets), 170, uncached),
-            *fills,
+            *(Step(f"compile {i + 1}", command, 170, threads) for i, command in enumerate(fills)),
         ],
-        [Step("dispatch", dispatch, 105)],
-        [Step("benchmark", measuring, 180)],  # by the table that was just written
+        [Step("dispatch", dispatch, 80)],
+        # By the table that was just written.
+        [Step("sink benchmark", (*bench, "sink_attention", "--seconds", "0.8", *measuring, *sink), 150)],
+        [Step("refined benchmark", (*bench, "refined_attention", "--seconds", "0.8", *measuring, *refined), 55)],
     ]
     if profile:
         planned.append([Step("profile", (*python, "benchmarks.profile", "--results", str(results)), 120)])

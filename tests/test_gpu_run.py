@@ -12,7 +12,7 @@ import gpu_sanitizer_targets
 from benchmarks import dispatch, gpu, profile
 from benchmarks.dispatch import Point
 from benchmarks.sink_attention import PATHS
-from benchmarks.workloads import CUDA, SINK
+from benchmarks.workloads import CUDA, REFINED, SINK
 
 SANITIZER_TARGETS = dict(gpu_sanitizer_targets.cases(torch.device("cpu")))
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -97,13 +97,19 @@ def test_the_plan_fits_its_time_and_downloads_nothing(tmp_path):
     assert sum(max(step.seconds for step in stage) for stage in planned) < 9 * 60 + 20
     names = [step.name for stage in planned for step in stage]
     assert len(set(names)) == len(names)
-    assert [stage[0].name for stage in planned] == ["build", "GPU tests", "dispatch", "benchmark"]
+    assert [stage[0].name for stage in planned] == [
+        "build",
+        "GPU tests",
+        "dispatch",
+        "sink benchmark",
+        "refined benchmark",
+    ]
     assert "--no-index" in planned[0][0].command
-    for step in planned[1] + planned[3]:
+    for step in planned[1] + planned[3] + planned[4]:
         if "benchmarks.run" in step.command:
             assert "--offline" in step.command
     filled = [word for step in planned[1] if step.name.startswith("compile") for word in step.command]
-    assert {workload.name for workload in SINK if workload.devices == CUDA} <= set(filled)
+    assert {workload.name for workload in SINK + REFINED if workload.devices == CUDA} <= set(filled)
     profiled = gpu.stages(tmp_path, tmp_path, profile=True)
     assert [step.name for step in profiled[-1]] == ["profile"] and len(profiled) == len(planned) + 1
 
