@@ -2,8 +2,11 @@
 // that one portable binary picks its code at run time. No include guard. For the including header it defines
 //   RECATTN_ISA            the namespace
 //   RECATTN_TARGET         the attribute every function needs: vectors are lowered before anything is inlined
+//   RECATTN_INLINE         that of a function to inline
 //   RECATTN_VECTOR_BYTES   the width of a register
 //   RECATTN_TILE_ROWS, RECATTN_TILE_VECTORS   the register tile of a matrix product
+
+#define RECATTN_INLINE RECATTN_TARGET __attribute__((always_inline)) inline
 
 #if defined(__x86_64__)
 
@@ -50,4 +53,5 @@
 #undef RECATTN_TILE_ROWS
 #undef RECATTN_TILE_VECTORS
 
+#undef RECATTN_INLINE
 #undef RECATTN_KERNELS

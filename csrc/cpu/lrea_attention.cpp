@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/host.h"
 #include "cpu/isa.h"
 #include "lrea_absorbed_attention.h"
 
@@ -23,21 +24,6 @@ using torch::stable::Tensor;
 
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Zeroed memory that begins on a cache line.
-template <class A>
-class Scratch {
-  public:
-    explicit Scratch(int64_t size) : lines_(size / per_line + 1) {}
-    A* data() { return lines_.data()->values; }
-
-  private:
-    static constexpr int64_t per_line = 64 / sizeof(A);
-    struct alignas(64) Line {
-        A values[per_line];
-    };
-    std::vector<Line> lines_;
-};
 
 // One state table [S, H, r, columns] whose last axis is contiguous.
 template <class T>
@@ -77,24 +63,6 @@ struct Compress {
 
 namespace recattn {
 namespace {
-
-// The same work, whatever the shape, before another thread is worth waking.
-constexpr int64_t kMultiplyAddsPerThread = 1 << 18;
-
-int64_t grain(int64_t multiply_adds) {
-    return std::max<int64_t>(1, kMultiplyAddsPerThread / std::max<int64_t>(1, multiply_adds));
-}
-
-Tensor with_contiguous_rows(const Tensor& tensor) {
-    return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-std::vector<int64_t> to_vector(const Tensor& tensor) {
-    const Tensor contiguous = torch::stable::contiguous(tensor);
-    const auto copy = [&](const auto* data) { return std::vector<int64_t>(data, data + contiguous.numel()); };
-    return contiguous.scalar_type() == ScalarType::Int ? copy(contiguous.const_data_ptr<int32_t>())
-                                                       : copy(contiguous.const_data_ptr<int64_t>());
-}
 
 std::vector<int64_t> checked_slots(const Tensor& tensor, int64_t table_size) {
     const auto slots = to_vector(tensor);

@@ -1,5 +1,9 @@
 """refined_attention on a CPU.
 
+There are two ways. Where the extension is compiled, up to _LONGEST_PAIR positions in any dtype but float64 go through
+csrc/cpu/refined_attention.cpp, where a thread computes one (batch, head) pair at a time, whole in its cache. All else,
+and the stochastic mechanism, goes through slices in PyTorch:
+
 A slice of (batch, head) pairs is computed at a time, small enough to stay in the cache, and the backward recomputes the
 forward of its slice: nothing but the inputs is saved. A product with A is taken one of two ways. Where A itself is
 needed no further and holds raw logits, it is linear attention with W for values,
@@ -19,7 +23,10 @@ import torch
 from torch import Tensor
 
 from recattn._check import expect_lengths
+from recattn._extension import MISSING
 
+# Positions of the longest pair that is computed whole in C++, where a thread works in up to 4 MB: 12 to 14 of N × N.
+_LONGEST_PAIR = 256
 # Rows of a block, and positions of a chunk of the linear form.
 _BLOCK_ROWS = 64
 # Elements of the largest tensor of a slice that holds more than one pair.
@@ -405,13 +412,17 @@ class _Weights:
         for gradient, part in zip(gradients, dw.split([g.shape[1] for g in gradients], dim=1), strict=True):
             gradient += part
 
-    def finish(self) -> list[Tensor]:
-        """The gradients of w_q, w_k and, where there is one, w_v."""
+    def _finish(self) -> list[Tensor]:
         if self.folded:
             dproduct, *dw_v = self.gradients
             return [dproduct @ self.w_k * self.scale, dproduct.T @ self.w_q, *dw_v]
         dw_q, *others = self.gradients
         return [dw_q * self.scale, *others]
+
+    def add_to(self, totals: list[Tensor]) -> None:
+        """Add the gradients of w_q, w_k and, where there is one, w_v."""
+        for total, gradient in zip(totals, self._finish(), strict=True):
+            total.add_(gradient)
 
     def _cut(self, matrices: list[Tensor], positions: slice) -> list[Tensor]:
         # The columns of W_q W_kᵀ and of W_v are positions too.
@@ -444,12 +455,10 @@ def _head_slices(
     return _slices(batch, n, seq_lens, settings.left_padded, width)
 
 
-def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> Tensor:
-    if seq_lens is not None:
-        expect_lengths("seq_lens", seq_lens, q.shape[2])
-    settings = _Settings(*settings)
-    plan, matrices, future = _prepare(q, w_q, w_k, w_v, settings)
-    out = _output(v, seq_lens)
+def _slices_fwd(
+    q: Tensor, k: Tensor, v: Tensor, matrices: list[Tensor], seq_lens: Tensor | None, plan: _Plan, settings: _Settings
+) -> Tensor:
+    out, future = _output(v, seq_lens), _future(q, matrices[0].dtype, settings)
     for head in _heads(q, matrices):
         weights = _Weights(plan, *_leading(matrices, head, q.shape[2]))
         inputs, out_pairs = [_pairs(x, head) for x in (q, k, v)], _pairs(out, head)
@@ -461,11 +470,20 @@ def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> Tensor
     return out
 
 
-def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> list[Tensor]:
-    settings = _Settings(*settings)
-    plan, matrices, future = _prepare(q, w_q, w_k, w_v, settings)
+def _slices_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    matrices: list[Tensor],
+    seq_lens: Tensor | None,
+    plan: _Plan,
+    settings: _Settings,
+) -> list[Tensor]:
+    """dq, dk, dv and the gradients of the matrices."""
     dq, dk, dv = (_output(x, seq_lens) for x in (q, k, v))
     dmatrices = [torch.zeros_like(w) for w in matrices]
+    future = _future(q, matrices[0].dtype, settings)
     for head in _heads(q, matrices):
         weights = _Weights(plan, *_leading(matrices, head, q.shape[2]))
         inputs = [_pairs(x, head) for x in (dout, q, k, v)]
@@ -480,9 +498,8 @@ def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> 
             part.store(dv_pairs, dv_s)
             weights.add_gradient(part.positions, dw)
             del dq_s, dk_s, dv_s  # not held while the next slice is computed
-        for total, gradient in zip(_leading(dmatrices, head, q.shape[2]), weights.finish(), strict=True):
-            total.add_(gradient)
-    return [dq, dk, dv, *(total.to(w_q.dtype) for total in dmatrices)]
+        weights.add_to(_leading(dmatrices, head, q.shape[2]))
+    return [dq, dk, dv, *dmatrices]
 
 
 def _output(like: Tensor, seq_lens: Tensor | None) -> Tensor:
@@ -490,12 +507,77 @@ def _output(like: Tensor, seq_lens: Tensor | None) -> Tensor:
     return like.new_empty(like.shape) if seq_lens is None else like.new_zeros(like.shape)
 
 
-def _prepare(
-    q: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None, settings: _Settings
-) -> tuple[_Plan, list[Tensor], Tensor | None]:
-    """The plan, the matrices in the dtype of the computation, and the -inf of the future (None: not causal)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    matrices = [w.to(dtype) for w in (w_q, w_k, w_v) if w is not None]
+def _future(q: Tensor, dtype: torch.dtype, settings: _Settings) -> Tensor | None:
+    """The -inf of the future in a block on the diagonal (None: not causal)."""
     size = min(q.shape[2], _BLOCK_ROWS)
-    future = torch.full((size, size), -math.inf, dtype=dtype).triu_(1) if settings.causal else None
-    return _plan(q, w_q, settings), matrices, future
+    return torch.full((size, size), -math.inf, dtype=dtype).triu_(1) if settings.causal else None
+
+
+# --- Pairs in C++ (csrc/cpu/refined_attention.cpp) ---
+
+
+def _served_by_pairs(q: Tensor, v: Tensor, settings: _Settings) -> bool:
+    return (
+        "cpu" not in MISSING
+        and settings.mechanism != "stochastic"
+        and q.dtype != torch.float64
+        and q.shape[2] <= _LONGEST_PAIR
+        and q.numel() > 0
+        and v.numel() > 0
+    )
+
+
+def _pair_weights(q: Tensor, matrices: list[Tensor], plan: _Plan) -> tuple[list[_Weights], Tensor]:
+    """The matrices of each head that has its own, and side by side [heads or 1, N, P]."""
+    n = q.shape[2]
+    heads = [_Weights(plan, *_leading(matrices, head, n)) for head in _heads(q, matrices)]
+    return heads, torch.stack([weights.rows(slice(0, n)) for weights in heads])
+
+
+def _pair_options(plan: _Plan, settings: _Settings) -> tuple:
+    additive, softmax_source = plan.mechanism == "additive", plan.source == "weights"
+    return plan.folded, plan.has_values, additive, softmax_source, plan.causal, settings.left_padded, plan.scale
+
+
+def _pairs_fwd(q, k, v, matrices, seq_lens, plan, settings) -> Tensor:
+    _, weights = _pair_weights(q, matrices, plan)
+    return torch.ops.recattn.refined_attention_pairs_fwd(q, k, v, weights, seq_lens, *_pair_options(plan, settings))
+
+
+def _pairs_bwd(dout, q, k, v, matrices, seq_lens, plan, settings) -> list[Tensor]:
+    """dq, dk, dv and the gradients of the matrices."""
+    heads, weights = _pair_weights(q, matrices, plan)
+    dq, dk, dv, dweights = torch.ops.recattn.refined_attention_pairs_bwd(
+        dout, q, k, v, weights, seq_lens, *_pair_options(plan, settings)
+    )
+    n = q.shape[2]
+    dmatrices = [torch.zeros_like(w) for w in matrices]
+    for head, head_weights, dw in zip(_heads(q, matrices), heads, dweights, strict=True):
+        head_weights.add_gradient(slice(0, n), dw)
+        head_weights.add_to(_leading(dmatrices, head, n))
+    return [dq, dk, dv, *dmatrices]
+
+
+# --- The operators' kernels ---
+
+
+def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> Tensor:
+    if seq_lens is not None:
+        expect_lengths("seq_lens", seq_lens, q.shape[2])
+    settings = _Settings(*settings)
+    forward = _pairs_fwd if _served_by_pairs(q, v, settings) else _slices_fwd
+    return forward(q, k, v, _matrices(w_q, w_k, w_v), seq_lens, _plan(q, w_q, settings), settings)
+
+
+def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> list[Tensor]:
+    settings = _Settings(*settings)
+    backward = _pairs_bwd if _served_by_pairs(q, v, settings) else _slices_bwd
+    dq, dk, dv, *dmatrices = backward(
+        dout, q, k, v, _matrices(w_q, w_k, w_v), seq_lens, _plan(q, w_q, settings), settings
+    )
+    return [dq, dk, dv, *(dmatrix.to(w_q.dtype) for dmatrix in dmatrices)]
+
+
+def _matrices(*weights: Tensor | None) -> list[Tensor]:
+    """In the dtype of the computation."""
+    return [w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights if w is not None]

@@ -1,0 +1,46 @@
+// What the host sides of the CPU kernels share.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace recattn {
+
+// Zeroed memory that begins on a cache line.
+template <class A>
+class Scratch {
+  public:
+    explicit Scratch(int64_t size) : lines_(size / per_line + 1) {}
+    A* data() { return lines_.data()->values; }
+    const A* data() const { return lines_.data()->values; }
+
+  private:
+    static constexpr int64_t per_line = 64 / sizeof(A);
+    struct alignas(64) Line {
+        A values[per_line];
+    };
+    std::vector<Line> lines_;
+};
+
+// The same work, whatever the shape, before another thread is worth waking.
+inline constexpr int64_t kMultiplyAddsPerThread = 1 << 18;
+
+inline int64_t grain(int64_t multiply_adds) {
+    return std::max<int64_t>(1, kMultiplyAddsPerThread / std::max<int64_t>(1, multiply_adds));
+}
+
+inline torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor) {
+    return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline std::vector<int64_t> to_vector(const torch::stable::Tensor& tensor) {
+    const torch::stable::Tensor contiguous = torch::stable::contiguous(tensor);
+    const auto copy = [&](const auto* data) { return std::vector<int64_t>(data, data + contiguous.numel()); };
+    return contiguous.scalar_type() == torch::headeronly::ScalarType::Int ? copy(contiguous.const_data_ptr<int32_t>())
+                                                                          : copy(contiguous.const_data_ptr<int64_t>());
+}
+
+}  // namespace recattn

@@ -1,0 +1,330 @@
+"""The two ways refined_attention runs on a CPU: whole pairs in C++, and slices of pairs in PyTorch."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+from recattn import reference, refined_attention
+from recattn._extension import MISSING
+from recattn.ops import _refined_attention_cpu as on_cpu
+from recattn.testing import assert_matches_reference
+
+MECHANISMS = ("simple", "value", "additive")
+SOURCES = ("logits", "weights")
+cpu = functools.partial(refined_attention, impl="cpu")
+compiled_kernels = pytest.mark.skipif("cpu" in MISSING, reason="needs the compiled extension")
+with_pairs = pytest.param("pairs", marks=compiled_kernels)
+
+
+@pytest.fixture(params=[with_pairs, "slices"])
+def path(request, monkeypatch):
+    """Both ways, of calls that both can serve."""
+    if request.param == "slices":
+        monkeypatch.setattr(on_cpu, "_LONGEST_PAIR", 0)
+    return request.param
+
+
+@pytest.fixture
+def served_by(monkeypatch):
+    """The ways that calls took, in order."""
+    calls = []
+    for name in ("pairs_fwd", "pairs_bwd", "slices_fwd", "slices_bwd"):
+        function = getattr(on_cpu, f"_{name}")
+        monkeypatch.setattr(
+            on_cpu, f"_{name}", lambda *args, name=name, function=function: calls.append(name) or function(*args)
+        )
+    return calls
+
+
+def draw(mechanism, b=3, h=2, n=21, d=13, dv=7, r=5, n_max=None, per_head=False, dtype=torch.float32):
+    """q, k, v and the matrices; scores stay moderate."""
+    n_max = n + 2 if n_max is None else n_max
+    columns = {"w_q": r, "w_k": r} | ({} if mechanism == "simple" else {"w_v": n_max})
+    heads = [h] if per_head else []
+    inputs = {"q": torch.randn(b, h, n, d), "k": torch.randn(b, h, n, d), "v": torch.randn(b, h, n, dv)}
+    for name, width in columns.items():
+        inputs[name] = torch.randn(*heads, n_max, width) / (2 * max(n, 1) ** 0.5)
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+def check(inputs, **options):
+    kernel, low = (functools.partial(f, **options) for f in (cpu, reference.refined_attention))
+    assert_matches_reference(kernel, low, inputs, grads=list(inputs))
+
+
+def run(function, inputs, **options):
+    """The output and the gradients."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = function(**leaves, **options)
+    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming)]
+
+
+# --- Errors ---
+
+
+@pytest.mark.parametrize("rank", [5, 24])  # below N, and at least N: W_q W_kᵀ folded
+@pytest.mark.parametrize("lengths, padding_side", [(None, "right"), ([21, 0, 1, 8], "right"), ([21, 0, 1, 8], "left")])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_error(mechanism, source, causal, lengths, padding_side, rank, path):
+    seq_lens = None if lengths is None else torch.tensor(lengths)
+    options = {"causal": causal, "seq_lens": seq_lens, "padding_side": padding_side}
+    check(draw(mechanism, b=4, r=rank), mechanism=mechanism, source=source, **options)
+
+
+@pytest.mark.parametrize("n", [1, 15, 63, 100, 129])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_sizes(mechanism, causal, n, path):
+    """Odd sizes of every axis; ragged, as far as the length goes."""
+    for source, rank, padding_side in product(SOURCES, (7, n + 1), ("right", "left")):
+        seq_lens = torch.tensor([n, (n + 1) // 2, 0], dtype=torch.int32)
+        options = {"source": source, "causal": causal, "seq_lens": seq_lens, "padding_side": padding_side}
+        check(draw(mechanism, h=1, n=n, d=17, dv=33, r=rank), mechanism=mechanism, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [5, 24])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_half_precision(mechanism, rank, dtype, path):
+    for source in SOURCES:
+        inputs = draw(mechanism, r=rank, d=40, dtype=dtype)
+        check(inputs, mechanism=mechanism, source=source, seq_lens=torch.tensor([21, 9, 0]), padding_side="left")
+
+
+@pytest.mark.parametrize("rank", [5, 24])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_matrices_per_head(mechanism, rank, path):
+    inputs = draw(mechanism, h=3, r=rank, per_head=True)
+    check(inputs, mechanism=mechanism, seq_lens=torch.tensor([21, 4, 0]), padding_side="left")
+
+
+@pytest.mark.parametrize("rank", [5, 24])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_views(mechanism, rank, path):
+    """Heads behind tokens, a cut last axis, a transposed last axis, a transposed matrix, expanded gradients."""
+    inputs = draw(mechanism, d=16, r=rank)
+    views = {
+        "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2),
+        "k": torch.cat([inputs["k"]] * 2, dim=-1)[..., :16],
+        "v": inputs["v"].mT.contiguous().mT,
+        "w_q": inputs["w_q"].T.contiguous().T,
+    }
+    check(inputs | views, mechanism=mechanism)
+    leaves = {name: x.requires_grad_() for name, x in (inputs | views).items()}
+    gradients = torch.autograd.grad(cpu(**leaves, mechanism=mechanism).sum(), list(leaves.values()))
+    out = reference.refined_attention(**leaves, mechanism=mechanism)
+    for actual, expected in zip(gradients, torch.autograd.grad(out.sum(), list(leaves.values())), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_slices_and_blocks(mechanism, monkeypatch):
+    """One pair a slice, and three rows a block, where the defaults would make one of each."""
+    monkeypatch.setattr(on_cpu, "_LONGEST_PAIR", 0)
+    monkeypatch.setattr(on_cpu, "_SLICE_ELEMENTS", 1)
+    monkeypatch.setattr(on_cpu, "_BLOCK_ROWS", 3)
+    for rank, causal, source in product((4, 10), (True, False), SOURCES):
+        inputs = draw(mechanism, n=10, r=rank)
+        check(inputs, mechanism=mechanism, source=source, causal=causal, seq_lens=torch.tensor([10, 4, 7]))
+
+
+@compiled_kernels
+@pytest.mark.parametrize("magnitude", [1e2, 1e4])
+@pytest.mark.parametrize("source", SOURCES)
+def test_scores_beyond_what_exp_holds(source, magnitude):
+    """Weights down to zero, in the C++ exponential too."""
+    inputs = {name: x.double() for name, x in draw("additive", r=24).items()}
+    options = {"mechanism": "additive", "source": source, "scale": magnitude}
+    actual = run(cpu, {name: x.float() for name, x in inputs.items()}, **options)
+    assert all(x.isfinite().all() for x in actual)
+    low = run(reference.refined_attention, {name: x.float() for name, x in inputs.items()}, **options)[0]
+    expected = run(reference.refined_attention, inputs, **options)[0]
+    assert (actual[0] - expected).abs().max() <= 2 * (low - expected).abs().max() + 1e-5
+
+
+# --- Padding ---
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_padding_never_matters(mechanism, padding_side, causal, path):
+    """Whatever it holds, and that of the matrices beyond every token: results are those of the tokens alone."""
+    n, length = 21, 17
+    for source, rank in product(SOURCES, (5, n)):
+        options = {"mechanism": mechanism, "source": source, "causal": causal}
+        inputs = draw(mechanism, n=n, r=rank, n_max=n)
+        padding = slice(length, n) if padding_side == "right" else slice(0, n - length)
+        clean, dirty = ({name: x.clone() for name, x in inputs.items()} for _ in range(2))
+        for name in ("q", "k", "v"):
+            for x, filling in ((clean, 0), (dirty, math.nan)):
+                x[name][0, :, padding] = filling
+                x[name][1] = filling
+        seq_lens = {"seq_lens": torch.tensor([length, 0, n]), "padding_side": padding_side}
+        actual, expected = (run(cpu, x, **options, **seq_lens) for x in (dirty, clean))
+        assert all(map(torch.equal, actual, expected))
+        for x in actual[:4]:  # out, dq, dk, dv
+            assert not x[0, :, padding].any() and not x[1].any()
+        assert all(x.isfinite().all() for x in actual)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_sequence_never_sees_another(mechanism, path):
+    """One full of NaN before it in the batch changes nothing, nor does what it leaves behind in the scratch memory."""
+    for rank, causal in product((5, 24), (True, False)):
+        inputs = draw(mechanism, b=6, r=rank)
+        options = {"mechanism": mechanism, "causal": causal, "seq_lens": torch.tensor([21, 4, 21, 7, 21, 18])}
+        expected = run(cpu, inputs, **options)
+        for name in ("q", "k", "v"):
+            inputs[name][::2] = math.nan
+        for actual, clean in zip(run(cpu, inputs, **options)[:4], expected, strict=False):
+            assert torch.equal(actual[1::2], clean[1::2])
+
+
+# --- Determinism ---
+
+
+@pytest.mark.parametrize("rank", [5, 50])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_reruns_are_bitwise_equal(mechanism, rank, path):
+    inputs = draw(mechanism, b=40, n=50, r=rank)
+    options = {"mechanism": mechanism, "seq_lens": torch.randint(51, (40,)), "padding_side": "left"}
+    assert all(map(torch.equal, run(cpu, inputs, **options), run(cpu, inputs, **options)))
+
+
+@compiled_kernels
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_threads_change_no_bit(mechanism):
+    inputs = draw(mechanism, b=40, n=50, r=50)
+    options = {"mechanism": mechanism, "seq_lens": torch.randint(51, (40,)), "padding_side": "left"}
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(on_cpu_results(inputs, options))
+    torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+def on_cpu_results(inputs, options):
+    """What the C++ operators return: the products of the matrices around them are BLAS's."""
+    settings = on_cpu._Settings(options["mechanism"], "logits", True, True, None)
+    plan = on_cpu._plan(inputs["q"], inputs["w_q"], settings)
+    n = inputs["q"].shape[2]
+    columns = n * (1 if options["mechanism"] == "simple" else 2)
+    weights = torch.randn(1, n, columns, generator=torch.Generator().manual_seed(1)) / n**0.5
+    tensors = (inputs["q"], inputs["k"], inputs["v"], weights, options["seq_lens"])
+    scalars = on_cpu._pair_options(plan, settings)
+    out = torch.ops.recattn.refined_attention_pairs_fwd(*tensors, *scalars)
+    return [out, *torch.ops.recattn.refined_attention_pairs_bwd(out, *tensors, *scalars)]
+
+
+# --- Instruction sets ---
+
+CAPABILITY = """
+import sys, torch, recattn
+cases, results = torch.load(sys.argv[1]), []
+for inputs, incoming, options in cases:
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    out = recattn.refined_attention(**leaves, **options, impl="cpu")
+    results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming)])
+torch.save((torch.ops.recattn.cpu_capability(), results), sys.argv[2])
+"""
+
+
+@compiled_kernels
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(capability, tmp_path):
+    cases = []
+    for mechanism, source, causal, rank in product(MECHANISMS, SOURCES, (True, False), (19, 71)):
+        inputs = draw(mechanism, n=63, d=37, dv=45, r=rank)
+        options = {"mechanism": mechanism, "source": source, "causal": causal, "padding_side": "left"}
+        cases.append((inputs, torch.randn_like(inputs["v"]), options | {"seq_lens": torch.tensor([63, 0, 22])}))
+    torch.save(cases, tmp_path / "inputs")
+    environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", CAPABILITY, str(tmp_path / "inputs"), str(tmp_path / "outputs")]
+    subprocess.run(command, env=environment, check=True)
+    used, results = torch.load(tmp_path / "outputs")
+    if used != capability:
+        pytest.skip(f"this processor has {used} at most")
+    for (inputs, incoming, options), result in zip(cases, results, strict=True):
+
+        def all_results(inputs=inputs, incoming=incoming, options=options, **tensors):
+            leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+            out = reference.refined_attention(**leaves, **options)
+            return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming.to(out.dtype))]
+
+        assert_matches_reference(lambda result=result, **_: result, all_results, inputs)
+
+
+# --- What runs where ---
+
+
+@compiled_kernels
+def test_what_the_compiled_kernels_serve(served_by):
+    run(cpu, draw("simple"))
+    run(cpu, draw("value", dtype=torch.bfloat16), mechanism="value")
+    assert served_by == ["pairs_fwd", "pairs_bwd"] * 2
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        draw("simple", dtype=torch.float64),
+        draw("simple", n=on_cpu._LONGEST_PAIR + 1, b=1, h=1),
+        draw("simple", b=0),
+        draw("simple", n=0),
+        draw("additive", dv=0) | {"mechanism": "additive"},
+    ],
+    ids=["float64", "long", "no sequences", "no positions", "no values"],
+)
+def test_what_the_slices_serve(inputs, served_by):
+    options = {"mechanism": inputs.get("mechanism", "simple")}
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+    out, *gradients = run(cpu, tensors, **options)
+    assert served_by == ["slices_fwd", "slices_bwd"]
+    expected, *expected_gradients = run(reference.refined_attention, tensors, **options)
+    torch.testing.assert_close(out, expected)
+    for actual, gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_slices_serve_all_without_the_extension(served_by, monkeypatch):
+    monkeypatch.setitem(on_cpu.MISSING, "cpu", "not compiled")
+    for mechanism in MECHANISMS:
+        check(draw(mechanism), mechanism=mechanism)
+    assert set(served_by) == {"slices_fwd", "slices_bwd"}
+
+
+@compiled_kernels
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"k": torch.zeros(3, 2, 21, 12)}, "k must have size 13 along axis 3, got 12"),
+        ({"v": torch.zeros(3, 2, 20, 7)}, "v must have size 21 along axis 2, got 20"),
+        ({"v": torch.zeros(3, 2, 21, 7).half()}, "v must be Float, got Half"),
+        ({"weights": torch.zeros(3, 21, 10)}, "weights must be of 1 or 2 heads, got 3"),
+        ({"weights": torch.zeros(1, 21, 9)}, "weights must have an even number of columns .* got 9"),
+        ({"seq_lens": torch.tensor([21, 22, 0])}, "seq_lens must be between 0 and 21, got 22"),
+        ({"seq_lens": torch.tensor([21, -1, 0])}, "seq_lens must be between 0 and 21, got -1"),
+        ({"seq_lens": torch.tensor([21, 1])}, "seq_lens must have size 3 along axis 0, got 2"),
+    ],
+)
+def test_operators_refuse_what_does_not_fit(changes, message):
+    inputs = draw("simple")
+    tensors = {name: inputs[name] for name in "qkv"} | {"weights": torch.zeros(1, 21, 10), "seq_lens": None} | changes
+    options = (False, False, False, False, True, True, 1.0)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.recattn.refined_attention_pairs_fwd(*tensors.values(), *options)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.recattn.refined_attention_pairs_bwd(inputs["v"], *tensors.values(), *options)
