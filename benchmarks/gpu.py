@@ -58,7 +58,8 @@ def stages(results: Path, scratch: Path, profile: bool) -> list[list[Step]]:
         *(ROOT / f"tests/test_{name}.py" for name in ("sink_attention", "inter_sink_bias", "base_attention")),
     ]
     tests = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    own_kernels = ("--kernel-name", "kernel_substring=sink", "--kernel-name", "kernel_substring=refined")
+    operators = ("sink", "refined", "wasserstein")
+    own_kernels = [word for name in operators for word in ("--kernel-name", f"kernel_substring={name}")]
     sanitizer = ("compute-sanitizer", "--error-exitcode", "1", *own_kernels, "--tool")
     targets = (sys.executable, str(ROOT / "tests" / "gpu_sanitizer_targets.py"))
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

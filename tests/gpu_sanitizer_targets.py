@@ -1,4 +1,4 @@
-"""Every Triton kernel of sink_attention and inter_sink_bias once or more, on small shapes, for compute-sanitizer.
+"""Every Triton kernel once or more, on small shapes, for compute-sanitizer.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/gpu_sanitizer_targets.py
 """
@@ -36,6 +36,18 @@ OPTIONS = {
     "left-padded": {"lengths": (N, 0, 70), "padding_side": "left", "causal": True},
     "packed": {"lengths": (N, 0, 70), "packed": True, "causal": True, "bias": -50.0},
 }
+# Sequences that one program holds, in one launch of the backward and in several, and longer ones.
+REFINED = (
+    ("simple", "logits", torch.bfloat16, 50, True),
+    ("additive", "weights", torch.bfloat16, 50, False),
+    ("simple", "weights", torch.bfloat16, 100, True),
+    ("value", "logits", torch.bfloat16, 100, True),
+    ("value", "logits", torch.float32, 20, True),
+    ("simple", "logits", torch.bfloat16, 300, True),
+    ("simple", "logits", torch.float32, 300, False),
+    ("stochastic", "weights", torch.bfloat16, 129, True),
+    ("value", "logits", torch.bfloat16, 200, True),
+)
 
 
 def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -47,6 +59,11 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
         for path in (FUSED,) if "lengths" in options and "packed" not in options else (FUSED, CORRECTION):
             yield f"{'-'.join(path.values())} {name}", partial(attend, device, path, torch.bfloat16, 64, **options)
     yield "dropout", partial(attend, device, FUSED, torch.bfloat16, 64, dropout_p=0.2)
+    for mechanism, source, dtype, length, causal in REFINED:
+        name = f"refined_attention {mechanism} {source} {dtype} N={length} causal={causal}"
+        yield name, partial(refine, device, mechanism, source, dtype, length, causal)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"wasserstein_attention {dtype}", partial(attend_gaussians, device, dtype)
     for heads, sinks, causal in ((1, 1, True), (4, 49, False), (3, 129, True)):
         yield f"inter_sink_bias M={sinks}", partial(bias_of_sinks, device, (2, heads, sinks, 32), causal)
 
@@ -95,6 +112,26 @@ def attend(
 def bias_of_sinks(device: torch.device, shape: tuple[int, ...], causal: bool) -> None:
     q_s, k_s = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
     recattn.inter_sink_bias(q_s, k_s, causal=causal).sum().backward()
+
+
+def refine(device: torch.device, mechanism: str, source: str, dtype: torch.dtype, length: int, causal: bool) -> None:
+    """One forward and backward, of left-padded sequences and with dropout where it is served."""
+    q, k, v = (torch.randn(2, 2, length, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    columns = [64, 64] + ([length] if mechanism in ("value", "additive") else [])
+    weights = [torch.randn(length, n, device=device, dtype=dtype, requires_grad=True) for n in columns]
+    options = {"mechanism": mechanism, "source": source, "causal": causal, "padding_side": "left"}
+    options["seq_lens"] = torch.tensor([length, length // 3], device=device)
+    options["dropout_p"] = 0.2 if mechanism == "simple" or length <= 128 else 0.0
+    recattn.refined_attention(q, k, v, *weights, **options).sum().backward()
+
+
+def attend_gaussians(device: torch.device, dtype: torch.dtype) -> None:
+    """STOSA's attention, refined too."""
+    tensors = [torch.rand(2, 2, N, 16, device=device, dtype=dtype, requires_grad=True) for _ in range(6)]
+    weights = [torch.randn(N, 32, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
+    for options in ({}, {"w_q": weights[0], "w_k": weights[1]}):
+        mean, cov = recattn.wasserstein_attention(*tensors, **options, dropout_p=0.1)
+        (mean + cov).sum().backward()
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import torch
 from recattn import reference, refined_attention
 from recattn._extension import MISSING
 from recattn.ops import _refined_attention_cpu as on_cpu
+from recattn.ops import _refined_attention_slices as slices
 from recattn.testing import assert_matches_reference
 
 MECHANISMS = ("simple", "value", "additive")
@@ -35,9 +36,9 @@ def served_by(monkeypatch):
     """The ways that calls took, in order."""
     calls = []
     for name in ("pairs_fwd", "pairs_bwd", "slices_fwd", "slices_bwd"):
-        function = getattr(on_cpu, f"_{name}")
+        function = getattr(on_cpu, name)
         monkeypatch.setattr(
-            on_cpu, f"_{name}", lambda *args, name=name, function=function: calls.append(name) or function(*args)
+            on_cpu, name, lambda *args, name=name, function=function: calls.append(name) or function(*args)
         )
     return calls
 
@@ -130,8 +131,8 @@ def test_views(mechanism, rank, path):
 def test_slices_and_blocks(mechanism, monkeypatch):
     """One pair a slice, and three rows a block, where the defaults would make one of each."""
     monkeypatch.setattr(on_cpu, "_LONGEST_PAIR", 0)
-    monkeypatch.setattr(on_cpu, "_SLICE_ELEMENTS", 1)
-    monkeypatch.setattr(on_cpu, "_BLOCK_ROWS", 3)
+    monkeypatch.setattr(slices, "_SLICE_ELEMENTS", 1)
+    monkeypatch.setattr(slices, "BLOCK_ROWS", 3)
     for rank, causal, source in product((4, 10), (True, False), SOURCES):
         inputs = draw(mechanism, n=10, r=rank)
         check(inputs, mechanism=mechanism, source=source, causal=causal, seq_lens=torch.tensor([10, 4, 7]))
@@ -218,8 +219,8 @@ def test_threads_change_no_bit(mechanism):
 
 def on_cpu_results(inputs, options):
     """What the C++ operators return: the products of the matrices around them are BLAS's."""
-    settings = on_cpu._Settings(options["mechanism"], "logits", True, True, None)
-    plan = on_cpu._plan(inputs["q"], inputs["w_q"], settings)
+    settings = slices.Settings(options["mechanism"], "logits", True, True, None)
+    plan = slices.plan_of(inputs["q"], inputs["w_q"], settings)
     n = inputs["q"].shape[2]
     columns = n * (1 if options["mechanism"] == "simple" else 2)
     weights = torch.randn(1, n, columns, generator=torch.Generator().manual_seed(1)) / n**0.5

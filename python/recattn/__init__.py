@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from recattn import nn
 from recattn.functional import (
     inter_sink_bias,
     lrea_absorb,
@@ -12,6 +13,7 @@ from recattn.functional import (
     refined_attention,
     sink_attention,
     validate,
+    wasserstein_attention,
 )
 
 __version__ = version("recattn")
@@ -23,7 +25,9 @@ __all__ = [
     "lrea_attention",
     "lrea_compress",
     "lrea_nonnegativity_loss",
+    "nn",
     "refined_attention",
     "sink_attention",
     "validate",
+    "wasserstein_attention",
 ]

@@ -11,6 +11,7 @@ from recattn.functional.lrea_attention import (
 from recattn.functional.refined_attention import refined_attention
 from recattn.functional.sink_attention import sink_attention
 from recattn.functional.validation import validate
+from recattn.functional.wasserstein_attention import wasserstein_attention
 
 __all__ = [
     "inter_sink_bias",
@@ -22,4 +23,5 @@ __all__ = [
     "refined_attention",
     "sink_attention",
     "validate",
+    "wasserstein_attention",
 ]

@@ -16,9 +16,9 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._dispatch import select
+from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import validate_values
 from recattn.ops import refined_attention as ops
-from recattn.ops._library import distinct
 from recattn.ops._triton import draw_dropout_seed
 
 _MECHANISMS = ("simple", "value", "additive", "stochastic")
@@ -57,7 +57,7 @@ def refined_attention(
     Source: AWRSR (arXiv 2410.21048). Its method section could not be recovered; the names of the mechanisms, the
     learnable matrices and the two backbones are the paper's, the formulas are our reading, and `source` is a switch
     because the paper may mean either. The distance is scaled as in STOSA, whose code calls this squared form the
-    2-Wasserstein distance. To refine STOSA's own attention see `recattn.reference.wasserstein_attention`.
+    2-Wasserstein distance. To refine STOSA's own attention see `recattn.wasserstein_attention`.
 
     Args:
         q, k: [B, H, N, D], float64, float32, bfloat16 or float16.
@@ -71,25 +71,39 @@ def refined_attention(
         causal: query i sees the keys j ≤ i.
         seq_lens: [B] integer, the valid tokens of each sequence, at the end named by `padding_side` from the other.
         padding_side: "right", or "left" (valid tokens sit at the end).
-        dropout_p: probability of dropping one of the final weights. On a CPU it goes through the reference.
+        dropout_p: probability of dropping one of the final weights, on a GPU in steps of 1/65536. On a CPU it goes
+            through the reference.
         scale: of the logits, 1/√D by default.
-        impl: None chooses; "cpu" or "reference" insists.
+        impl: None chooses; "cpu", "triton", "cuda" (slices of PyTorch's products) or "reference" insists.
 
     Returns:
-        [B, H, N, Dv] in q's dtype; zero at padding. On a CPU all arithmetic is float32 (float64 for float64), the
-        backward saves nothing but the inputs, and memory beyond inputs, output and gradients is that of the few
-        (batch, head) pairs computed at a time: N (D + Dv + R) numbers each, besides which "value" and "additive"
-        hold A W_v, N × N, and where R ≥ N (the default in the paper) all but "stochastic" hold A, N × N.
+        [B, H, N, Dv] in q's dtype; zero at padding.
+
+        On a CPU all arithmetic is float32 (float64 for float64), and the backward saves nothing but the inputs. Up to
+        N = 256 a thread holds the dozen N × N matrices of one (batch, head) pair, beyond (and for "stochastic" and
+        float64) memory beyond inputs, output and gradients is that of the few pairs computed at a time: N (D + Dv + R)
+        numbers each, besides which "value" and "additive" hold A W_v, N × N, and where R ≥ N (the default in the
+        paper) all but "stochastic" hold A, N × N.
+
+        On a GPU Triton's kernels take up to 128 tokens (64 below Hopper, 32 in float32) in one program a pair, which
+        saves nothing but the inputs; beyond, "simple" and "stochastic" with up to 256 columns in w_q take memory linear
+        in N: A W_q and A W_k, the output and a number a row are saved. All else goes through slices in float32, of
+        2^25 elements or a single pair's N × N matrices.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere
             `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
+    values = {} if w_v is None else {"w_v": w_v}
+    expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k, **values)
+    q, k, v, w_q, w_k, *values = autocast_inputs(q, k, v, w_q, w_k, *values.values())
+    w_v = values[0] if values else None
     _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale)
-    chosen = select("refined_attention", impl, ops.refusals(q, dropout_p=dropout_p))
-    if chosen == "reference":
+    chosen = select("refined_attention", impl, ops.refusals(q, v, w_q, mechanism, dropout_p=dropout_p))
+    if chosen != "cpu":
         validate_values(q.device, seq_len=q.shape[2], seq_lens=seq_lens)
+    if chosen == "reference":
         return reference.refined_attention(
             q,
             k,
@@ -105,9 +119,9 @@ def refined_attention(
             dropout_p=dropout_p,
             scale=scale,
         )
-    settings = ops.Settings(mechanism, source, causal, padding_side == "left", scale, dropout_p, impl or "auto")
+    settings = ops.Settings(mechanism, source, causal, padding_side == "left", scale, dropout_p, chosen)
     seed = draw_dropout_seed(dropout_p, q.device)
-    return ops.RefinedAttention.apply(*distinct(q, k, v, w_q, w_k), w_v, seq_lens, seed, settings)
+    return ops.refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, seed, settings)
 
 
 def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale):
@@ -116,7 +130,6 @@ def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side,
     expect_choice("padding_side", padding_side, ("right", "left"))
     expect_finite(scale=scale)
     expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
-    expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k)
     sizes: dict[str, int] = {}
     expect_shape(sizes, "q", q, "B H N D")
     expect_shape(sizes, "k", k, "B H N D")

@@ -52,8 +52,13 @@ def validate(
 
 def validate_values(device: torch.device, **arguments: object) -> None:
     """`validate` where it is free, or asked for."""
-    if not torch.compiler.is_compiling() and (device.type == "cpu" or os.environ.get("RECATTN_CHECK") == "1"):
+    if values_are_checked(device):
         validate(**arguments)
+
+
+def values_are_checked(device: torch.device) -> bool:
+    """Reading a tensor's values costs a synchronisation on a GPU, and breaks the graph of a compiled call."""
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or os.environ.get("RECATTN_CHECK") == "1")
 
 
 def _given(name: str, size: int | None, needed_by: str) -> int:

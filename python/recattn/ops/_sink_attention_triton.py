@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recattn.ops._triton import launched_dropout
 from recattn.ops.base_attention import BASES, empty_backward, empty_forward
 from recattn.ops.sink_attention_dispatch import FUSED, resolve
 
@@ -102,7 +103,7 @@ def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple[Tensor, Ten
         *(q, k, v, out, lse, sink_state, c.sink_positions, c.inter_sink_bias, c.sink_logits),
         *sequences,
         streams,
-        _dropout(c),
+        launched_dropout(c.dropout_seed, c.dropout_p),
         **c.order,
     )
     return out, lse, sink_state
@@ -118,7 +119,7 @@ def _fused_bwd(dout, q, k, v, out, lse, sink_state, c: Context) -> tuple[Tensor,
             gradient.zero_()
     sequences = _sequences(c)
     streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.left_padded)
-    dropout = _dropout(c)
+    dropout = launched_dropout(c.dropout_seed, c.dropout_p)
     sink_delta = launch_sink_attention_bwd(
         *(q, k, v, out, dout, lse, sink_state, dq, dk, dv, c.sink_positions, c.inter_sink_bias),
         *sequences,
@@ -134,14 +135,6 @@ def _fused_bwd(dout, q, k, v, out, lse, sink_state, c: Context) -> tuple[Tensor,
         **c.order,
     )
     return dq, dk, dv, dbias
-
-
-def _dropout(c: Context):
-    from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout
-
-    if c.dropout_seed is None:
-        return NO_DROPOUT
-    return Dropout(c.dropout_seed, min(round(c.dropout_p * 65536), 65535))
 
 
 def _sequences(c: Context) -> tuple[Tensor | None, Tensor | None]:

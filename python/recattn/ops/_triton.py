@@ -21,3 +21,10 @@ def triton_refusal(device_type: str, dtype: torch.dtype | None = None) -> str | 
 def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """int64 [1], from PyTorch's own generator: torch.manual_seed, checkpointing and CUDA graphs govern it."""
     return torch.randint(2**63 - 1, (1,), device=device) if dropout_p > 0 else None
+
+
+def launched_dropout(seed: Tensor | None, dropout_p: float):
+    """Dropout as the kernels take it, in steps of 1/65536."""
+    from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout
+
+    return NO_DROPOUT if seed is None else Dropout(seed, min(round(dropout_p * 65536), 65535))

@@ -1,4 +1,8 @@
-"""refined_attention: schemas, autograd, and what runs where."""
+"""refined_attention: schemas, autograd, and what runs where.
+
+On a CPU in C++ or by slices of PyTorch's products. On a GPU by Triton, short sequences whole in one program, longer
+ones as a projection and a plain attention; what Triton's kernels do not serve goes through slices too.
+"""
 
 from typing import NamedTuple
 
@@ -7,18 +11,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recattn.ops import _refined_attention_cpu as on_cpu
-from recattn.ops._library import define
+from recattn.ops import _refined_attention_long as long
+from recattn.ops import _refined_attention_slices as by_slices
+from recattn.ops import _refined_attention_triton as short
+from recattn.ops._library import define, distinct
+from recattn.ops._triton import triton_refusal
 
 
 def availability(device: str) -> dict[str, str | None]:
     """Why each implementation cannot run on this device type (None: it can), best first."""
-    return {"cpu": None if device == "cpu" else f"the tensors are on {device}", "reference": None}
+    elsewhere = f"the tensors are on {device}"
+    if device == "cpu":
+        return {"cpu": None, "triton": triton_refusal(device), "cuda": elsewhere, "reference": None}
+    cuda = None if device == "cuda" else elsewhere
+    return {"triton": triton_refusal(device), "cuda": cuda, "cpu": elsewhere, "reference": None}
 
 
-def refusals(q: Tensor, *, dropout_p: float) -> dict[str, str | None]:
+def refusals(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str, *, dropout_p: float) -> dict[str, str | None]:
     """The same, of a call."""
-    needs = {"cpu": "it has no dropout" if dropout_p > 0 else None}
+    no_dropout = "it has no dropout" if dropout_p > 0 else None
+    needs = {"cpu": no_dropout, "cuda": no_dropout, "triton": _triton_limits(q, v, w_q, mechanism)}
     return {name: why or needs.get(name) for name, why in availability(q.device.type).items()}
+
+
+def _triton_limits(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
+    in_one_program = short.refusal(q, v, mechanism)
+    if in_one_program is None:
+        return None
+    in_two = long.refusal(q, v, w_q, mechanism)
+    # Beyond one program "value" and "additive" are not served at all.
+    return in_two and (in_one_program if mechanism in ("value", "additive") else in_two)
 
 
 class Settings(NamedTuple):
@@ -33,14 +55,33 @@ class Settings(NamedTuple):
     path: str = "auto"
 
 
+def refined_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor | None,
+    seq_lens: Tensor | None,
+    dropout_seed: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """The call by what `settings.path` names, which serves it."""
+    tensors = distinct(q, k, v, w_q, w_k)
+    if settings.path == "triton" and short.refusal(q, v, settings.mechanism) is not None:
+        # On a GPU a plain attention of any kind may serve; the interpreter has Triton's own.
+        path = "auto" if q.device.type == "cuda" else "triton"
+        return long.refined_attention(*tensors, seq_lens, dropout_seed, settings._replace(path=path))
+    return RefinedAttention.apply(*tensors, w_v, seq_lens, dropout_seed, settings)
+
+
 class RefinedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, settings):
         tensors = (q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed)
-        out, lse = refined_attention_fwd(*tensors, *settings)
-        ctx.save_for_backward(out, lse, *tensors)
+        ctx.save_for_backward(*tensors)
         ctx.settings = settings
-        return out
+        return refined_attention_fwd(*tensors, *settings)
 
     @staticmethod
     @once_differentiable
@@ -49,21 +90,24 @@ class RefinedAttention(torch.autograd.Function):
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None
 
 
-def _cpu_fwd(q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, *settings):
-    mechanism, source, causal, left_padded, scale, _dropout_p, _path = settings
-    out = on_cpu.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, mechanism, source, causal, left_padded, scale)
-    return out, _empty_lse(q)
+def _without_dropout(kernel, *arguments):
+    """A kernel that knows neither dropout nor paths."""
+    *tensors, _dropout_seed, mechanism, source, causal, left_padded, scale, _dropout_p, _path = arguments
+    return kernel(*tensors, mechanism, source, causal, left_padded, scale)
 
 
-def _cpu_bwd(dout, _out, _lse, q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, *settings):
-    mechanism, source, causal, left_padded, scale, _dropout_p, _path = settings
-    tensors = (q, k, v, w_q, w_k, w_v, seq_lens)
-    return on_cpu.refined_attention_bwd(dout, *tensors, mechanism, source, causal, left_padded, scale)
+def _fwd(*arguments) -> Tensor:
+    if arguments[-1] == "triton":
+        return short.refined_attention_fwd(*arguments)
+    module = on_cpu if arguments[0].device.type == "cpu" else by_slices
+    return _without_dropout(module.refined_attention_fwd, *arguments)
 
 
-def _empty_lse(q: Tensor) -> Tensor:
-    """The log-sum-exps that a backward reads: on a CPU none, for it recomputes them."""
-    return q.new_empty(0, dtype=torch.float32)
+def _bwd(*arguments) -> list[Tensor]:
+    if arguments[-1] == "triton":
+        return short.refined_attention_bwd(*arguments)
+    module = on_cpu if arguments[0].device.type == "cpu" else by_slices
+    return _without_dropout(module.refined_attention_bwd, *arguments)
 
 
 _ARGUMENTS = (
@@ -72,15 +116,17 @@ _ARGUMENTS = (
 )
 
 refined_attention_fwd = define(
-    f"refined_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor)",
-    cpu=_cpu_fwd,
-    fake=lambda q, k, v, *_: (v.new_empty(v.shape), _empty_lse(q)),
+    f"refined_attention_fwd({_ARGUMENTS}) -> Tensor",
+    cpu=_fwd,
+    cuda=_fwd,
+    fake=lambda q, k, v, *_: v.new_empty(v.shape),
 )
 
 refined_attention_bwd = define(
-    f"refined_attention_bwd(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor[]",
-    cpu=_cpu_bwd,
-    fake=lambda dout, out, lse, q, k, v, w_q, w_k, w_v, *_: [
+    f"refined_attention_bwd(Tensor dout, {_ARGUMENTS}) -> Tensor[]",
+    cpu=_bwd,
+    cuda=_bwd,
+    fake=lambda dout, q, k, v, w_q, w_k, w_v, *_: [
         x.new_empty(x.shape) for x in (q, k, v, w_q, w_k, w_v) if x is not None
     ],
 )

@@ -1,10 +1,10 @@
-"""Attention between Gaussians, as STOSA has it (Fan et al., Sequential Recommendation via Stochastic Self-Attention,
-WWW 2022)."""
+"""Attention between Gaussians (STOSA, WWW 2022), and its refinement (AWRSR, arXiv 2410.21048)."""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from recattn.reference.sink_attention import softmax_or_zeros, valid_tokens, visible_pairs
 
@@ -17,44 +17,32 @@ def wasserstein_attention(
     mean_v: Tensor,
     cov_v: Tensor,
     *,
+    w_q: Tensor | None = None,
+    w_k: Tensor | None = None,
+    source: str = "logits",
     causal: bool = True,
     seq_lens: Tensor | None = None,
     padding_side: str = "right",
+    dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention between Gaussians with diagonal covariances:
-
-        W²(i, j) = ‖μ_i − μ_j‖² + ‖√Σ_i − √Σ_j‖²
-        P = softmax(mask(−scale · W²))        mean = P μ_v        covariance = (P∘P) Σ_v
-
-    W² is the squared 2-Wasserstein distance; STOSA's code, whose formula this is, calls it the 2-Wasserstein distance
-    and uses it without the root. It is a dot product plus a row and a column term,
-
-        W²(i, j) = ‖[μ_i, √Σ_i]‖² + ‖[μ_j, √Σ_j]‖² − 2 [μ_i, √Σ_i]·[μ_j, √Σ_j],
-
-    and the softmax drops the row's.
-
-    Args:
-        mean_q, cov_q, mean_k, cov_k: [B, H, N, D], one floating dtype. A covariance is its diagonal, never negative;
-            below the smallest normal number it counts as that number and takes no gradient.
-        mean_v, cov_v: [B, H, N, Dv], the same dtype.
-        causal: query i sees the keys j ≤ i.
-        seq_lens: [B] integer, the valid tokens of each sequence.
-        padding_side: "right", or "left" (valid tokens sit at the end).
-        scale: of the distances, 1/√D by default.
-
-    Returns:
-        Mean and covariance, [B, H, N, Dv]; zero at padding.
-    """
+    """P μ_v and (P∘P) Σ_v; see `recattn.wasserstein_attention` for P and the shapes."""
+    n = mean_q.shape[2]
     scale = 1 / math.sqrt(mean_q.shape[3]) if scale is None else scale
-    valid = valid_tokens(mean_q.shape[0], mean_q.shape[2], seq_lens, padding_side, mean_q.device)  # [B, N]
+    valid = valid_tokens(mean_q.shape[0], n, seq_lens, padding_side, mean_q.device)  # [B, N]
     tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
     if seq_lens is not None:  # whatever padding holds, NaN included, must not reach a product
         tensors = (x.masked_fill(~valid[:, None, :, None], 0) for x in tensors)
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = tensors
+    hidden = ~visible_pairs(valid, causal)  # [B, 1, N, N]
+
     std_q, std_k = (cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt() for cov in (cov_q, cov_k))
     scores = -scale * squared_wasserstein_distance(mean_q, std_q, mean_k, std_k)  # [B, H, N, N]
-    p = softmax_or_zeros(scores.masked_fill(~visible_pairs(valid, causal), -math.inf))
+    if w_q is not None:
+        a = scores.masked_fill(hidden, 0) if source == "logits" else _masked_softmax(scores, hidden)
+        (mean_q, std_q), (mean_k, std_k) = _gaussians(a @ w_q[..., :n, :]), _gaussians(a @ w_k[..., :n, :])
+        scores = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k) / math.sqrt(mean_q.shape[-1])
+    p = F.dropout(_masked_softmax(scores, hidden), dropout_p)
     return p @ mean_v, p.square() @ cov_v
 
 
@@ -63,3 +51,13 @@ def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, 
     query, key = torch.cat([mean_q, std_q], dim=-1), torch.cat([mean_k, std_k], dim=-1)
     row, column = query.square().sum(-1).unsqueeze(-1), key.square().sum(-1).unsqueeze(-2)
     return row + column - 2 * (query @ key.mT)
+
+
+def _masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
+    return softmax_or_zeros(scores.masked_fill(hidden, -math.inf))
+
+
+def _gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and √(elu(x) + 1), whose gradient also survives an x so negative that elu(x) rounds to -1."""
+    mean, x = x.chunk(2, dim=-1)
+    return mean, torch.where(x > 0, (1 + x.clamp(min=0)).sqrt(), (x.clamp(max=0) / 2).exp())

@@ -1,0 +1,141 @@
+"""Attention between Gaussians (STOSA, WWW 2022), and its refinement (AWRSR, arXiv 2410.21048)."""
+
+from torch import Tensor
+
+from recattn import reference
+from recattn._check import (
+    FLOATING,
+    expect,
+    expect_choice,
+    expect_dtype,
+    expect_finite,
+    expect_index,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+    expect_tensors,
+)
+from recattn._dispatch import select
+from recattn.functional._autocast import autocast_inputs
+from recattn.functional.validation import validate_values
+from recattn.ops import wasserstein_attention as ops
+from recattn.ops._library import distinct
+from recattn.ops._triton import draw_dropout_seed
+
+
+def wasserstein_attention(
+    mean_q: Tensor,
+    cov_q: Tensor,
+    mean_k: Tensor,
+    cov_k: Tensor,
+    mean_v: Tensor,
+    cov_v: Tensor,
+    *,
+    w_q: Tensor | None = None,
+    w_k: Tensor | None = None,
+    source: str = "logits",
+    causal: bool = True,
+    seq_lens: Tensor | None = None,
+    padding_side: str = "right",
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention between Gaussians with diagonal covariances:
+
+        W²(i, j) = ‖μ_i − μ_j‖² + ‖√Σ_i − √Σ_j‖²
+        P = softmax(mask(−scale · W²))        mean = P μ_v        covariance = (P∘P) Σ_v
+
+    where mask hides the future (`causal`) and padding. With w_q and w_k, each [W^μ | W^Σ], P is refined:
+
+        A = −scale · W², or softmax(mask(−scale · W²)) with source="weights"; 0 at future and padded entries
+        query i: μ = A_i W_q^μ, Σ = elu(A_i W_q^Σ) + 1        key j: μ = A_j W_k^μ, Σ = elu(A_j W_k^Σ) + 1
+        M = −W² of these / √R        P = softmax(mask(M))
+
+    Source: STOSA (Fan et al., Sequential Recommendation via Stochastic Self-Attention, WWW 2022), whose code has these
+    formulas: it calls the squared distance the 2-Wasserstein distance and uses it without the root, and drops weights
+    of P before both products. The refinement is our reading of AWRSR (arXiv 2410.21048), whose method section could
+    not be recovered; it is that of `recattn.refined_attention` with mechanism="stochastic".
+
+    Args:
+        mean_q, cov_q, mean_k, cov_k: [B, H, N, D], float64, float32, bfloat16 or float16, all alike; autocast casts
+            them. A covariance is its diagonal, never negative; below the smallest normal number (of float32 for half
+            precision) it counts as that number and takes no gradient.
+        mean_v, cov_v: [B, H, N, Dv], the same dtype.
+        w_q, w_k: [Nmax, 2R], or [H, Nmax, 2R] for matrices a head, Nmax ≥ N, the same dtype. The first N rows are used:
+            rows are positions on the N axis, whichever side the padding is on.
+        source: "logits" or "weights".
+        causal: query i sees the keys j ≤ i.
+        seq_lens: [B] integer, the valid tokens of each sequence, at the end named by `padding_side` from the other.
+        padding_side: "right", or "left" (valid tokens sit at the end).
+        dropout_p: probability of dropping one of the weights P. On a CPU it goes through the reference.
+        scale: of the distances, 1/√D by default.
+        impl: None chooses; "cpu", "triton" (on CUDA devices; no float64; 2D, 2Dv and 2R up to 256, to refine 2D up to
+            252) or "reference" insists.
+
+    Returns:
+        Mean and covariance, [B, H, N, Dv]; zero at padding. Nothing N × N is in memory. On a CPU all arithmetic is
+        float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere
+            `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
+        NotImplementedError: an explicit `impl` that cannot serve the call.
+    """
+    tensors = {"mean_q": mean_q, "cov_q": cov_q, "mean_k": mean_k, "cov_k": cov_k, "mean_v": mean_v, "cov_v": cov_v}
+    if w_q is not None or w_k is not None:
+        tensors |= {"w_q": w_q, "w_k": w_k}
+    _validate(tensors, source, seq_lens, padding_side, dropout_p, scale)
+    tensors = dict(zip(tensors, autocast_inputs(*tensors.values()), strict=True))
+    expect_same_dtype("mean_q", tensors["mean_q"], **tensors)
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k = (*tensors.values(), None, None)[:8]
+    chosen = select("wasserstein_attention", impl, ops.refusals(mean_q, mean_v, w_q, dropout_p=dropout_p))
+    if chosen == "reference" or mean_q.device.type != "cpu":
+        validate_values(mean_q.device, seq_len=mean_q.shape[2], seq_lens=seq_lens)
+    if chosen == "reference":
+        return reference.wasserstein_attention(
+            mean_q,
+            cov_q,
+            mean_k,
+            cov_k,
+            mean_v,
+            cov_v,
+            w_q=w_q,
+            w_k=w_k,
+            source=source,
+            causal=causal,
+            seq_lens=seq_lens,
+            padding_side=padding_side,
+            dropout_p=dropout_p,
+            scale=scale,
+        )
+    settings = ops.Settings(source, causal, padding_side == "left", scale, dropout_p, chosen)
+    seed = draw_dropout_seed(dropout_p, mean_q.device)
+    values = distinct(mean_v, cov_v)
+    return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, *values, w_q, w_k, seq_lens, seed, settings)
+
+
+def _validate(tensors, source, seq_lens, padding_side, dropout_p, scale):
+    expect_choice("source", source, ("logits", "weights"))
+    expect_choice("padding_side", padding_side, ("right", "left"))
+    expect_finite(scale=scale)
+    expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
+    expect_tensors(**tensors)
+    sizes: dict[str, int] = {}
+    for name, x in tensors.items():
+        expect_shape(sizes, name, x, _layout(name, x))
+        expect_dtype(name, x, FLOATING)
+    expect(sizes["D"] > 0, "D of mean_q and mean_k", "at least 1", 0)
+    if "w_q" in tensors:
+        if sizes["Nmax"] < sizes["N"]:  # torch.compile would fix a size that is formatted, so only now
+            expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
+        expect(sizes["2R"] > 0 and sizes["2R"] % 2 == 0, "2R of w_q and w_k", "even and at least 2", sizes["2R"])
+    if seq_lens is not None:
+        expect_index(sizes, "seq_lens", seq_lens, "B")
+    expect_same_device("mean_q", tensors["mean_q"], **tensors, seq_lens=seq_lens)
+
+
+def _layout(name: str, x: Tensor) -> str:
+    if name in ("w_q", "w_k"):
+        return "H Nmax 2R" if x.dim() == 3 else "Nmax 2R"
+    return "B H N Dv" if name.endswith("v") else "B H N D"

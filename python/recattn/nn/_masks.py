@@ -1,0 +1,58 @@
+"""nn.MultiheadAttention's masks, read as what the operators take."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from recattn._check import expect, expect_shape, expect_tensors
+from recattn.functional.validation import values_are_checked
+from recattn.reference.sink_attention import valid_tokens
+
+
+def lengths_of_padding(key_padding_mask: Tensor, batch: int, length: int, padding_side: str) -> Tensor:
+    """seq_lens [B] of a padding mask [B, N], True (or -inf) at padding, all of it on one side."""
+    expect_tensors(key_padding_mask=key_padding_mask)
+    expect_shape({"B": batch, "N": length}, "key_padding_mask", key_padding_mask, "B N")
+    hidden = _hidden("key_padding_mask", key_padding_mask)
+    lengths = (~hidden).sum(dim=1)
+    if values_are_checked(hidden.device):
+        valid = valid_tokens(batch, length, lengths, padding_side, hidden.device)
+        misplaced = (hidden == valid).any(dim=1).nonzero()
+        if len(misplaced):
+            row = misplaced[0].item()
+            end = "starts" if padding_side == "left" else "ends"
+            raise ValueError(
+                f"key_padding_mask must be True at the {end} of the sequences only (padding_side={padding_side!r}), "
+                f"got {hidden[row].int().tolist()} in row {row}"
+            )
+    return lengths
+
+
+def is_causal_mask(attn_mask: Tensor, length: int) -> bool:
+    """True; of a mask that is not the causal one, an error where reading it costs no synchronisation."""
+    expect_tensors(attn_mask=attn_mask)
+    expect_shape({"N": length}, "attn_mask", attn_mask, "N N")
+    hidden = _hidden("attn_mask", attn_mask)
+    if values_are_checked(hidden.device):
+        differing = (hidden != torch.ones_like(hidden).triu(diagonal=1)).nonzero()
+        if len(differing):
+            i, j = differing[0].tolist()
+            raise ValueError(
+                "attn_mask must be the causal mask, hiding the keys after a query and no other (None: all keys are "
+                f"visible; padding goes into key_padding_mask), got one that {'hides' if hidden[i, j] else 'shows'} "
+                f"key {j} {'from' if hidden[i, j] else 'to'} query {i}"
+            )
+    return True
+
+
+def _hidden(name: str, mask: Tensor) -> Tensor:
+    """A mask in its boolean form; in its additive one, -inf hides and 0 does not."""
+    if mask.dtype == torch.bool:
+        return mask
+    expect(mask.is_floating_point(), name, "bool, or floating with -inf for hidden and 0 for visible", mask.dtype)
+    hidden = mask == -math.inf
+    if values_are_checked(mask.device):
+        other = mask[~hidden & (mask != 0)]
+        expect(len(other) == 0, name, "0 where visible and -inf where hidden", other[:1].tolist())
+    return hidden

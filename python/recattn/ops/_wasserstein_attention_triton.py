@@ -1,0 +1,72 @@
+"""wasserstein_attention by Triton kernels (CUDA, or the interpreter)."""
+
+import torch
+from torch import Tensor
+
+# Of the random bits that decide whether a weight is dropped.
+_DROPOUT_STEPS = 65536
+
+
+def wasserstein_attention_fwd(
+    query, key, mean_v, cov_v, seq_lens, dropout_seed, causal, left_padded, scale, dropout_p
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, cov, and of each row's softmax the shift and the mass [2, B, H, N]."""
+    from recattn.triton_kernels.wasserstein_attention import launch_wasserstein_attention_fwd
+
+    mean, cov = (_output(x, seq_lens) for x in (mean_v, cov_v))
+    statistics = _output(query.new_empty(2, *query.shape[:3], dtype=torch.float32), seq_lens)
+    launch_wasserstein_attention_fwd(
+        *(x.contiguous() for x in (query, key, mean_v, cov_v)),
+        *(mean, cov, *statistics),
+        None if seq_lens is None else seq_lens.contiguous(),
+        _dropout(dropout_seed, dropout_p),
+        causal=causal,
+        left_padded=left_padded,
+        scale=scale,
+    )
+    return mean, cov, statistics
+
+
+def wasserstein_attention_bwd(
+    dmean,
+    dcov,
+    mean,
+    cov,
+    statistics,
+    query,
+    key,
+    mean_v,
+    cov_v,
+    seq_lens,
+    dropout_seed,
+    causal,
+    left_padded,
+    scale,
+    dropout_p,
+) -> tuple[Tensor, ...]:
+    """dquery, dkey, dmean_v, dcov_v."""
+    from recattn.triton_kernels.wasserstein_attention import launch_wasserstein_attention_bwd
+
+    gradients = tuple(_output(x, seq_lens) for x in (query, key, mean_v, cov_v))
+    launch_wasserstein_attention_bwd(
+        *(x.contiguous() for x in (query, key, mean_v, cov_v)),
+        *(mean, cov, *statistics),
+        *(dmean.contiguous(), dcov.contiguous(), *gradients),
+        None if seq_lens is None else seq_lens.contiguous(),
+        _dropout(dropout_seed, dropout_p),
+        causal=causal,
+        left_padded=left_padded,
+        scale=scale,
+    )
+    return gradients
+
+
+def _output(like: Tensor, seq_lens: Tensor | None) -> Tensor:
+    """Contiguous; zero where the kernels will not write."""
+    return like.new_empty(like.shape) if seq_lens is None else like.new_zeros(like.shape)
+
+
+def _dropout(seed: Tensor | None, p: float):
+    from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout
+
+    return NO_DROPOUT if seed is None else Dropout(seed, min(round(p * _DROPOUT_STEPS), _DROPOUT_STEPS - 1))

@@ -1,0 +1,254 @@
+"""wasserstein_attention: schemas, autograd, and what runs where.
+
+The distance of two Gaussians with diagonal covariances is that of the vectors [μ, √Σ], so everything is attention over
+vectors. With w_q and w_k the vectors come from x = A [W_q | W_k], another product with an attention matrix.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recattn.ops import _wasserstein_attention_cpu as on_cpu
+from recattn.ops import _wasserstein_attention_triton as by_triton
+from recattn.ops._library import define
+from recattn.ops._refined_attention_long import project
+from recattn.ops._triton import triton_refusal
+from recattn.ops.sink_attention import MAX_HEAD_DIM
+from recattn.reference.sink_attention import valid_tokens
+
+
+def availability(device: str) -> dict[str, str | None]:
+    """Why each implementation cannot run on this device type (None: it can), best first."""
+    if device == "cpu":  # where Triton's is an interpreter
+        return {"cpu": None, "reference": None, "triton": triton_refusal(device)}
+    return {"triton": triton_refusal(device), "cpu": f"the tensors are on {device}", "reference": None}
+
+
+def refusals(mean_q: Tensor, mean_v: Tensor, w_q: Tensor | None, *, dropout_p: float) -> dict[str, str | None]:
+    """The same, of a call."""
+    needs = {"cpu": "it has no dropout" if dropout_p > 0 else None, "triton": _triton_limits(mean_q, mean_v, w_q)}
+    return {name: why or needs.get(name) for name, why in availability(mean_q.device.type).items()}
+
+
+def _triton_limits(mean_q: Tensor, mean_v: Tensor, w_q: Tensor | None) -> str | None:
+    if mean_q.dtype == torch.float64:
+        return "its kernels compute in float32, and mean_q is float64"
+    # A projection's vectors have up to four further columns.
+    vectors = 2 * mean_q.shape[3] + (0 if w_q is None else 4)
+    widest = max(vectors, 2 * mean_v.shape[3], 0 if w_q is None else w_q.shape[-1])
+    if widest > MAX_HEAD_DIM:
+        return f"its kernels hold 2D (to refine 2D + 4), 2Dv and 2R up to {MAX_HEAD_DIM}, and one is {widest}"
+    return triton_refusal(mean_q.device.type, mean_q.dtype)
+
+
+class Settings(NamedTuple):
+    """What a call holds besides its tensors."""
+
+    source: str
+    causal: bool
+    left_padded: bool
+    scale: float | None  # None: 1/√D, which torch.compile would fix in its graph were it computed outside the operator
+    dropout_p: float = 0.0
+    path: str = "cpu"  # or "triton"
+
+
+# --- Gaussians as vectors ---
+
+
+def wasserstein_attention(
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, dropout_seed, settings
+) -> tuple[Tensor, Tensor]:
+    """What `recattn.wasserstein_attention` returns."""
+    s = settings
+    # A CPU computes in float32 whatever the inputs are.
+    dtype = mean_v.dtype if s.path == "triton" else torch.promote_types(mean_v.dtype, torch.float32)
+    tensors = mean_q, cov_q, mean_k, cov_k
+    if seq_lens is not None:  # what padding holds must not reach a product of the gradients of these vectors
+        side = "left" if s.left_padded else "right"
+        valid = valid_tokens(mean_q.shape[0], mean_q.shape[2], seq_lens, side, mean_q.device)[:, None, :, None]
+        tensors = [x.masked_fill(~valid, 0) for x in tensors]
+    mean_q, cov_q, mean_k, cov_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+    query, key = _vectors(mean_q, cov_q), _vectors(mean_k, cov_k)
+    scale = s.scale
+    if w_q is not None:
+        x = _project(query, key, w_q, w_k, seq_lens, s, dtype)
+        query, key = (_refined_vectors(part) for part in x.to(query.dtype).chunk(2, dim=-1))
+        scale = None
+    options = (s.causal, s.left_padded, scale, s.dropout_p, s.path)
+    return WassersteinAttention.apply(query.to(dtype), key.to(dtype), mean_v, cov_v, seq_lens, dropout_seed, options)
+
+
+def _vectors(mean: Tensor, cov: Tensor) -> Tensor:
+    """[μ, √Σ]"""
+    return torch.cat([mean, cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt()], dim=-1)
+
+
+def _refined_vectors(x: Tensor) -> Tensor:
+    """[μ, √Σ - 1] of Σ = elu(x) + 1: a shift changes no distance, and near 0 their products do not cancel."""
+    mean, x = x.chunk(2, dim=-1)
+    positive, negative = x.clamp(min=0), x.clamp(max=0)
+    return torch.cat([mean, torch.where(x > 0, positive / ((1 + positive).sqrt() + 1), (negative / 2).expm1())], dim=-1)
+
+
+def _project(query, key, w_q, w_k, seq_lens, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """A [W_q | W_k], [B, H, N, 4R], with A_ij = -scale · ‖query_i - key_j‖² or its softmax."""
+    s = settings
+    queries, keys = _distance_factors(query, key, dtype)
+    if s.path == "triton":
+        return project(queries, keys, w_q, w_k, seq_lens, s._replace(scale=_resolved(s.scale, query)))
+    w = _side_by_side(w_q, w_k, query).to(dtype)
+    return WassersteinProjection.apply(queries, keys, w, seq_lens, (s.source, s.causal, s.left_padded, s.scale))
+
+
+def _side_by_side(w_q: Tensor, w_k: Tensor, query: Tensor) -> Tensor:
+    """[W_q | W_k]: [N, 4R], or [H, N, 4R] where either is a head's own."""
+    w_q, w_k = (w[..., : query.shape[2], :] for w in (w_q, w_k))
+    if w_q.dim() != w_k.dim():
+        w_q, w_k = (w.expand(query.shape[1], -1, -1) for w in (w_q, w_k))
+    return torch.cat([w_q, w_k], dim=-1)
+
+
+def _distance_factors(query: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Vectors whose products are -‖query_i - key_j‖²."""
+    query_norms, key_norms = (_columns(-x.square().sum(-1, keepdim=True), dtype) for x in (query, key))
+    ones = torch.ones_like(query_norms)
+    return torch.cat([(2 * query).to(dtype), query_norms, ones], -1), torch.cat([key.to(dtype), ones, key_norms], -1)
+
+
+def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A column in another dtype; in half precision two that add up to it, for one would lose its last bits."""
+    high = x.to(dtype)
+    return high if dtype == x.dtype else torch.cat([high, (x - high).to(dtype)], dim=-1)
+
+
+# --- Autograd ---
+
+
+class WassersteinAttention(torch.autograd.Function):
+    """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²))."""
+
+    @staticmethod
+    def forward(ctx, query, key, mean_v, cov_v, seq_lens, dropout_seed, options):
+        tensors = (query, key, mean_v, cov_v, seq_lens, dropout_seed)
+        mean, cov, state = wasserstein_attention_fwd(*tensors, *options)
+        ctx.save_for_backward(mean, cov, state, *tensors)
+        ctx.options = options
+        return mean, cov
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dmean, dcov):
+        return *wasserstein_attention_bwd(dmean, dcov, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+class WassersteinProjection(torch.autograd.Function):
+    """A W with A = scale · query keyᵀ or its softmax, on a CPU; scale None is for vectors with two further columns."""
+
+    @staticmethod
+    def forward(ctx, query, key, w, seq_lens, options):
+        ctx.save_for_backward(query, key, w, seq_lens)
+        ctx.options = options
+        return wasserstein_projection_fwd(query, key, w, seq_lens, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx):
+        return *wasserstein_projection_bwd(dx, *ctx.saved_tensors, *ctx.options), None, None
+
+
+# --- Registration ---
+
+
+def _fwd(query, key, mean_v, cov_v, seq_lens, dropout_seed, causal, left_padded, scale, dropout_p, path):
+    scale = _resolved(scale, query)
+    if path == "cpu":
+        outs = on_cpu.wasserstein_attention_fwd(query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale)
+        return *outs, _empty_state(query, path)
+    tensors = (query, key, mean_v, cov_v, seq_lens, dropout_seed)
+    return by_triton.wasserstein_attention_fwd(*tensors, causal, left_padded, scale, dropout_p)
+
+
+def _bwd(
+    dmean,
+    dcov,
+    mean,
+    cov,
+    state,
+    query,
+    key,
+    mean_v,
+    cov_v,
+    seq_lens,
+    dropout_seed,
+    causal,
+    left_padded,
+    scale,
+    *others,
+):
+    scale = _resolved(scale, query)
+    if others[-1] == "cpu":
+        tensors = (dmean, dcov, query, key, mean_v, cov_v, seq_lens)
+        return on_cpu.wasserstein_attention_bwd(*tensors, causal, left_padded, scale)
+    tensors = (dmean, dcov, mean, cov, state, query, key, mean_v, cov_v, seq_lens, dropout_seed)
+    return by_triton.wasserstein_attention_bwd(*tensors, causal, left_padded, scale, others[0])
+
+
+def _resolved(scale: float | None, vectors: Tensor, further_columns: int = 0) -> float:
+    """1/√D where no scale is given, of vectors of 2D columns and further ones."""
+    return 1 / math.sqrt((vectors.shape[-1] - further_columns) // 2) if scale is None else scale
+
+
+def _projection_fwd(query, key, w, seq_lens, source, causal, left_padded, scale):
+    scale = _resolved(scale, query, further_columns=2)
+    return on_cpu.projection_fwd(query, key, w, seq_lens, source, causal, left_padded, scale)
+
+
+def _projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, scale):
+    scale = _resolved(scale, query, further_columns=2)
+    return on_cpu.projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, scale)
+
+
+def _empty_state(query: Tensor, path: str) -> Tensor:
+    """The shift and the mass of each softmax, which a backward reads: on a CPU none, for it repeats the softmax."""
+    return query.new_empty(0 if path == "cpu" else (2, *query.shape[:3]), dtype=torch.float32)
+
+
+def _fake_fwd(query, key, mean_v, cov_v, *context):
+    return mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape), _empty_state(query, context[-1])
+
+
+def _fake_bwd(dmean, dcov, mean, cov, state, query, key, mean_v, cov_v, *_):
+    return tuple(x.new_empty(x.shape) for x in (query, key, mean_v, cov_v))
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor mean_v, Tensor cov_v, Tensor? seq_lens, Tensor? dropout_seed, "
+    "bool causal, bool left_padded, float? scale, float dropout_p, str path"
+)
+wasserstein_attention_fwd = define(
+    f"wasserstein_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", cpu=_fwd, cuda=_fwd, fake=_fake_fwd
+)
+wasserstein_attention_bwd = define(
+    "wasserstein_attention_bwd(Tensor dmean, Tensor dcov, Tensor mean, Tensor cov, Tensor state, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_bwd,
+    cuda=_bwd,
+    fake=_fake_bwd,
+)
+
+_PROJECTION = (
+    "Tensor query, Tensor key, Tensor w, Tensor? seq_lens, str source, bool causal, bool left_padded, float? scale"
+)
+wasserstein_projection_fwd = define(
+    f"wasserstein_projection_fwd({_PROJECTION}) -> Tensor",
+    cpu=_projection_fwd,
+    fake=lambda query, key, w, *_: query.new_empty(*query.shape[:3], w.shape[-1]),
+)
+wasserstein_projection_bwd = define(
+    f"wasserstein_projection_bwd(Tensor dx, {_PROJECTION}) -> (Tensor, Tensor, Tensor)",
+    cpu=_projection_bwd,
+    fake=lambda dx, query, key, w, *_: tuple(x.new_empty(x.shape) for x in (query, key, w)),
+)

@@ -1,0 +1,117 @@
+"""Which of its ways refined_attention takes on a GPU, tried by Triton's interpreter on a CPU."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import recattn
+from recattn import reference
+from recattn.ops import _refined_attention_long as long
+from recattn.ops import _refined_attention_slices as slices
+from recattn.ops import _refined_attention_triton as short
+from recattn.ops import refined_attention as ops
+from recattn.testing import assert_matches_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MECHANISMS = ("simple", "value", "additive", "stochastic")
+
+
+def draw(mechanism="simple", n=20, r=8, dtype=torch.float32, device=DEVICE, **options) -> dict:
+    """Two heads; scores stay moderate."""
+    columns = {"w_q": r, "w_k": r} if mechanism != "stochastic" else {"w_q": 2 * r, "w_k": 2 * r}
+    columns |= {"w_v": n} if mechanism in ("value", "additive") else {}
+    tensors = {name: torch.randn(2, 2, n, 16) for name in ("q", "k", "v")}
+    tensors |= {name: torch.randn(n, width) / (2 * n**0.5) for name, width in columns.items()}
+    inputs = {name: x.to(device, dtype) for name, x in tensors.items()}
+    return inputs | {"mechanism": mechanism, "seq_lens": torch.tensor([n, n // 2], device=device), **options}
+
+
+def triton(**inputs):
+    return recattn.refined_attention(**inputs, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "mechanism, n, whole",
+    [("simple", 20, True), ("additive", 20, True), ("stochastic", 20, False), ("simple", 130, False)],
+)
+def test_short_sequences_go_through_one_program(mechanism, n, whole, dtype, monkeypatch):
+    taken = []
+    for module, name in ((short, "refined_attention_fwd"), (long, "refined_attention")):
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, module=module, function=function: taken.append(module) or function(*args)
+        )
+    inputs = draw(mechanism, n, dtype=dtype, padding_side="left")
+    assert_matches_reference(
+        triton, reference.refined_attention, inputs, grads=[name for name in inputs if name[0] in "qkvw"]
+    )
+    assert taken == [short if whole else long]
+
+
+def test_dropout_is_drawn_anew_and_by_the_generator():
+    inputs = draw(n=30) | {"dropout_p": 0.5}
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(triton(**inputs))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(
+    "mechanism, n, d, r, reason",
+    [
+        ("value", 129, 16, 8, "tokens in float16, and there are 129"),
+        ("simple", 129, 16, 257, "257"),
+        ("simple", 129, 257, 8, "257"),
+        ("stochastic", 20, 16, 200, "400"),
+    ],
+)
+def test_what_triton_refuses(mechanism, n, d, r, reason):
+    """And says why, rather than take another way."""
+    inputs = draw(mechanism, n, r, dtype=torch.float16)
+    inputs["q"] = inputs["k"] = torch.zeros(2, 2, n, d, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(NotImplementedError, match=reason):
+        triton(**inputs)
+
+
+def test_what_a_gpu_runs_in_order():
+    availability = ops.availability("cuda")
+    assert list(availability) == ["triton", "cuda", "cpu", "reference"]
+    assert availability["cuda"] is None and availability["reference"] is None
+    assert "on cpu" in ops.availability("cpu")["cuda"]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_slices_that_read_no_lengths(mechanism, padding_side, causal, monkeypatch):
+    """On a GPU slices are cut without a look at the lengths, which would wait for the device."""
+    monkeypatch.setattr(slices, "_SLICE_ELEMENTS_ON_GPU", 3 * 20 * 20)
+    cut = slices.cut_slices
+    monkeypatch.setattr(slices, "cut_slices", lambda *args: cut(*args[:-1], torch.device("cuda")))
+
+    class Sliced(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, *settings):
+            ctx.save_for_backward(q, k, v, w_q, w_k, w_v, seq_lens)
+            ctx.settings = settings
+            return slices.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, *settings)
+
+        @staticmethod
+        def backward(ctx, dout):
+            gradients = slices.refined_attention_bwd(dout, *ctx.saved_tensors, *ctx.settings)
+            return *gradients, *[None] * (12 - len(gradients))
+
+    def sliced(q, k, v, w_q, w_k, w_v=None, **inputs):
+        settings = (mechanism, "logits", causal, padding_side == "left", 0.25)
+        return Sliced.apply(q, k, v, w_q, w_k, w_v, inputs["seq_lens"], *settings)
+
+    inputs = draw(mechanism, device="cpu", padding_side=padding_side, causal=causal, scale=0.25)
+    inputs["seq_lens"] = torch.tensor([20, 0])
+    inputs["q"] = inputs["q"].masked_fill(torch.tensor([False, True])[:, None, None, None], math.nan)
+    grads = [name for name in inputs if name[0] in "qkvw"]
+    assert_matches_reference(sliced, reference.refined_attention, inputs, grads=grads)

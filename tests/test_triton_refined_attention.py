@@ -1,0 +1,287 @@
+"""The Triton kernels of refined_attention, on a GPU or by Triton's interpreter, against the reference in float64."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from recattn import reference
+from recattn.ops._refined_attention_triton import refusal
+from recattn.testing import assert_matches_reference
+from recattn.triton_kernels import refined_attention as kernels
+from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation
+from recattn.triton_kernels.primitives import dropout_weights
+from recattn.triton_kernels.refined_attention_config import RefinedAttentionConfig, StageConfig, TileConfig, largest_n
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+MECHANISMS = ("simple", "value", "additive")
+SOURCES = ("logits", "weights")
+TENSORS = ("q", "k", "v", "w_q", "w_k", "w_v")
+LENGTHS = (1, 16, 32, 50, 63, 100, 128)
+
+
+class Launched(torch.autograd.Function):
+    """The launchers as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout, options):
+        ctx.arguments, ctx.options = (q, k, v, w_q, w_k, w_v, seq_lens, dropout), options
+        return kernels.launch_refined_attention_fwd(*ctx.arguments, **options)
+
+    @staticmethod
+    def backward(ctx, dout):
+        gradients = kernels.launch_refined_attention_bwd(dout, *ctx.arguments, **ctx.options)
+        return *gradients, *([None] * (9 - len(gradients)))
+
+
+def launched(
+    q,
+    k,
+    v,
+    w_q,
+    w_k,
+    w_v=None,
+    *,
+    mechanism="simple",
+    source="logits",
+    causal=True,
+    seq_lens=None,
+    padding_side="right",
+    scale=None,
+    dropout=kernels.NO_DROPOUT,
+    config=None,
+):
+    options = {"mechanism": mechanism, "source": source, "causal": causal, "left_padded": padding_side == "left"}
+    options |= {"scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale, "config": config}
+    return Launched.apply(q, k, v, w_q, w_k, w_v, seq_lens, dropout, options)
+
+
+def draw(mechanism="simple", b=2, h=1, n=20, d=16, dv=None, r=None, n_max=None, per_head=(), dtype=torch.float32):
+    """q, k, v and the matrices as keyword arguments; `per_head` names the matrices that each head has its own of.
+
+    Scores stay moderate: a row of large ones would decide every largest error by the luck of its own rounding.
+    """
+    n_max, r = n if n_max is None else n_max, n if r is None else r
+    columns = {"w_q": r, "w_k": r} | ({} if mechanism == "simple" else {"w_v": n_max})
+    inputs = {name: torch.randn(b, h, n, width) for name, width in (("q", d), ("k", d), ("v", dv or d))}
+    for name, width in columns.items():
+        inputs[name] = torch.randn(*([h] if name in per_head else []), n_max, width) / (2 * max(n, 1) ** 0.5)
+    return {name: x.to(DEVICE, dtype) for name, x in inputs.items()} | {"mechanism": mechanism}
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values, device=DEVICE)
+
+
+def gradients(function, inputs: dict) -> list[Tensor]:
+    """The output and every gradient, for an incoming gradient that tells entries apart."""
+    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in TENSORS if name in inputs}
+    out = function(**{**inputs, **leaves})
+    incoming = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming)]
+
+
+def check(inputs: dict, expected=reference.refined_attention) -> None:
+    assert_matches_reference(launched, expected, inputs, grads=[name for name in TENSORS if name in inputs])
+
+
+# --- Against the reference ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_error(mechanism, source, causal, dtype):
+    """Padding, R apart from N, Nmax above it, several launches of the backward."""
+    inputs = draw(mechanism, b=3, h=2, n=27, d=24, dv=20, r=30, n_max=37, dtype=dtype)
+    side = "left" if causal else "right"
+    check({**inputs, "source": source, "causal": causal, "seq_lens": lengths(27, 0, 19), "padding_side": side})
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("n, dtype", [(n, dtype) for dtype in DTYPES for n in LENGTHS if n <= largest_n(dtype, 90)])
+def test_lengths(n, dtype, mechanism):
+    check(draw(mechanism, b=1, n=n, dtype=dtype))
+
+
+@pytest.mark.parametrize("source, causal, side", [("logits", True, "left"), ("weights", False, "right")])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_blocks_of_rows(mechanism, source, causal, side):
+    """What longer sequences take: a program a block of rows, and a backward of three launches."""
+    stages = tuple(StageConfig(16, 16, 4, stage) for stage in (1, 2, 3))
+    config = RefinedAttentionConfig(TileConfig(16, 16, 4), stages)
+    inputs = draw(mechanism, b=3, h=2, n=27, d=24, dv=20, per_head=("w_k",))
+    inputs |= {"source": source, "causal": causal, "seq_lens": lengths(27, 0, 19), "padding_side": side}
+    kernel = functools.partial(launched, config=config)
+    grads = [name for name in TENSORS if name in inputs]
+    assert_matches_reference(kernel, reference.refined_attention, inputs, grads=grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d, dv, r", [(7, 13, 3), (64, 32, 90), (20, 256, 256)])
+def test_dimensions(d, dv, r, dtype):
+    check(draw(n=24, d=d, dv=dv, r=r, dtype=dtype))
+
+
+@pytest.mark.parametrize("per_head", [("w_q",), ("w_k",), ("w_v",), ("w_q", "w_k", "w_v")], ids=str)
+def test_matrices_a_head(per_head):
+    check(draw("additive", b=3, h=2, n=20, n_max=25, r=10, per_head=per_head))
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
+def test_any_scale(scale):
+    inputs = draw("value")
+    inputs["q"] *= 0.25
+    check({**inputs, "scale": scale})
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_padding_may_hold_anything(mechanism, padding_side):
+    inputs = {**draw(mechanism, b=3), "seq_lens": lengths(12, 0, 20), "padding_side": padding_side}
+    dirty = {name: inputs[name].clone() for name in ("q", "k", "v")}
+    for b, length in enumerate((12, 0, 20)):
+        padding = slice(length, None) if padding_side == "right" else slice(0, 20 - length)
+        for x in dirty.values():
+            x[b, :, padding] = math.nan
+    clean, spoiled = (gradients(launched, {**inputs, **values}) for values in ({}, dirty))
+    assert all(map(torch.equal, clean, spoiled))
+    out, dq, dk, dv, *_ = clean
+    for b, length in enumerate((12, 0, 20)):
+        padding = slice(length, None) if padding_side == "right" else slice(0, 20 - length)
+        assert not any(x[b, :, padding].any() for x in (out, dq, dk, dv))
+
+
+def test_views_that_are_not_contiguous():
+    views = {
+        "q": torch.randn(2, 20, 2, 16, device=DEVICE).transpose(1, 2),
+        "k": torch.randn(2, 2, 16, 20, device=DEVICE).transpose(2, 3),
+        "v": torch.randn(2, 4, 20, 32, device=DEVICE)[:, ::2, :, ::2],
+        "w_q": torch.randn(9, 20, device=DEVICE).t() / 9,
+        "w_k": torch.randn(20, 18, device=DEVICE)[:, ::2] / 9,
+        "w_v": torch.randn(25, 25, device=DEVICE).t()[:20, :20] / 9,
+    }
+    check({**views, "mechanism": "additive"})
+
+
+def test_incoming_gradient_that_is_expanded():
+    inputs = draw("value")
+    results = []
+    for function in (launched, reference.refined_attention):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in TENSORS}
+        out = function(**{**inputs, **leaves})
+        results.append(torch.autograd.grad(out.sum(), list(leaves.values())))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("b, n, dv", [(0, 5, 16), (2, 0, 16)])
+def test_nothing_to_do(b, n, dv):
+    inputs = draw("value", b=b, n=n, dv=dv, r=4, n_max=5)
+    for actual, expected in zip(
+        gradients(launched, inputs), gradients(reference.refined_attention, inputs), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_reruns_agree_to_the_bit(mechanism):
+    inputs = draw(mechanism, b=4, h=2, per_head=("w_q",))
+    assert all(map(torch.equal, gradients(launched, inputs), gradients(launched, inputs)))
+
+
+# --- Dropout ---
+
+
+@triton.jit
+def store_dropout_weights_kernel(seed, out, plane, dropped, SIZE: tl.constexpr):
+    rows = tl.arange(0, SIZE)
+    weights = dropout_weights(tl.load(seed), plane, 0, rows, 0, dropped, SIZE)
+    tl.store(out + rows[:, None] * SIZE + rows[None, :], weights)
+
+
+def dropout_mask(dropout: kernels.Dropout, planes: int, n: int) -> Tensor:
+    size = max(16, triton.next_power_of_2(n))
+    out = torch.empty(planes, size, size, device=DEVICE)
+    for plane in range(planes):
+        store_dropout_weights_kernel[(1,)](dropout.seed, out[plane], plane, dropout.dropped, size)
+    return out[:, :n, :n]
+
+
+def with_mask(keep, v, **inputs):
+    """The equation with an explicit mask: with V the identity, the reference returns the weights themselves."""
+    n = v.shape[2]
+    identity = torch.eye(n, dtype=v.dtype, device=v.device).expand(*v.shape[:3], n)
+    return (reference.refined_attention(v=identity, **inputs) * keep).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_dropout(mechanism, dtype):
+    inputs = draw(mechanism, b=2, h=2, n=40, dtype=dtype)
+    dropout = kernels.Dropout(torch.tensor([1234567], device=DEVICE), 19661)
+    keep = dropout_mask(dropout, 4, 40).view(2, 2, 40, 40)
+    assert 0.25 < (keep == 0).float().mean() < 0.35
+
+    def kernel(keep, **arguments):
+        return launched(**arguments, dropout=dropout)
+
+    grads = [name for name in TENSORS if name in inputs]
+    assert_matches_reference(kernel, with_mask, {**inputs, "keep": keep}, grads=grads)
+
+
+# --- Launches ---
+
+
+def signature(B: int, N: int, R: int) -> list:
+    """What the launches of these sizes compile for."""
+    q = torch.empty(B, 8, N, 64, dtype=torch.bfloat16, device="meta")
+    w_v, g = (torch.empty(size, size, dtype=torch.bfloat16, device="meta") for size in (N + R, 64))
+    row, config = torch.empty(B, 8, N, device="meta"), StageConfig(64, 32, 4)
+    options = (None, kernels.NO_DROPOUT, "value", "logits", N % 2 == 0, False, 1 / N, config)
+    calls = [
+        (kernels.refined_attention_fwd_kernel, kernels._fwd_arguments(q, q, q, q, g[None], w_v, *options)),
+        (
+            kernels.refined_attention_bwd_kernel,
+            kernels._bwd_arguments(q, q, q, q, q, q, q, [row, row], None, g[None], w_v, 7 * N, *options),
+        ),
+    ]
+    compilations = [Compilation.of(kernel, "", 90, arguments, 4, 1) for kernel, arguments in calls]
+    return [(c.signature, c.constexprs) for c in compilations]
+
+
+def test_no_recompile_for_other_sizes():
+    signatures = [signature(*sizes) for sizes in [(8, 64, 64), (1, 33, 200), (16, 48, 48), (3, 50, 15)]]
+    assert all(other == signatures[0] for other in signatures[1:])
+
+
+def test_what_is_refused():
+    def why(mechanism="simple", dtype=torch.float16, n=20, d=16, dv=16):
+        q, v = (torch.empty(1, 1, n, width, dtype=dtype, device=DEVICE) for width in (d, dv))
+        return refusal(q, v, mechanism)
+
+    assert why() is None and why("additive", n=64) is None and why(dtype=torch.float32, n=32) is None
+    assert why("stochastic") == "it has no mechanism 'stochastic'"
+    assert why(dtype=torch.float64) == "it computes in float32, and q is float64"
+    assert why(dv=257) == "it holds head dims up to 256, and one is 257"
+    assert why(n=129).endswith("tokens in float16, and there are 129")
+    assert why(dtype=torch.float32, n=33) == "it holds up to 32 tokens in float32, and there are 33"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_registers_of_a_launch_fit_a_multiprocessor(dtype, architecture):
+    """The compiler is granted 255 a thread, of the 65536 there are."""
+    for n, mechanism in itertools.product(range(1, largest_n(dtype, architecture) + 1, 7), MECHANISMS):
+        fwd, bwd = RefinedAttentionConfig.heuristic(n, 64, dtype, architecture, mechanism)
+        assert all(tiles.num_warps <= 8 for tiles in (fwd, *bwd))

@@ -1,0 +1,38 @@
+"""Inputs of wasserstein_attention."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+NAMES = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
+
+
+def draw(
+    b=2, h=2, n=5, d=3, dv=2, rank=None, n_max=None, per_head=(), source="logits", dtype=torch.float64
+) -> dict[str, Tensor]:
+    """Normal means, covariances as STOSA makes them, and with a `rank` matrices that keep M of the order of 1.
+
+    Distances and M stay moderate: a row that all but ignores its other keys has gradients of rounding alone.
+    `per_head` names the matrices that each head has its own of.
+    """
+    sizes = dict.fromkeys(NAMES, d) | {"mean_v": dv, "cov_v": dv}
+    inputs = {name: torch.randn(b, h, n, size) for name, size in sizes.items()}
+    inputs = {name: F.elu(x) + 1 if name.startswith("cov") else x / 2 for name, x in inputs.items()}
+    if rank is not None:
+        squares = 1 if source == "weights" else max(n, 1) * d
+        for name in ("w_q", "w_k"):
+            heads = [h] if name in per_head else []
+            matrix = torch.randn(*heads, n if n_max is None else n_max, 2 * rank)
+            inputs[name] = matrix * (rank**0.5 * squares) ** -0.5
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+def gradients(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
+    """Both outputs, and the gradients of all inputs for incoming gradients drawn once."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    outs = function(**leaves, **options)
+    torch.manual_seed(7)
+    incoming = [torch.randn(out.shape).to(out) for out in outs]
+    grads = torch.autograd.grad(outs, list(leaves.values()), incoming)
+    outs = {"mean": outs[0].detach(), "cov": outs[1].detach()}
+    return outs | {f"d{name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
