@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -50,7 +51,9 @@ def load(offline: bool = False) -> Histories:
     for row in rows:
         event = (float(row["timestamp:float"]), int(row["item_id:token"]))
         histories.setdefault(row["user_id:token"], []).append(event)
-    items = [torch.tensor([item for _, item in sorted(events)]) for events in histories.values()]
+    # Items of one second stay in the file's order: by their ids the newest would be the least popular.
+    in_time_order = (sorted(events, key=itemgetter(0)) for events in histories.values())
+    items = [torch.tensor([item for _, item in events]) for events in in_time_order]
     return Histories(sorted(items, key=len), "MovieLens-100k")
 
 
