@@ -100,7 +100,7 @@ def refined_attention(
     q, k, v, w_q, w_k, *values = autocast_inputs(q, k, v, w_q, w_k, *values.values())
     w_v = values[0] if values else None
     _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale)
-    chosen = select("refined_attention", impl, ops.refusals(q, v, w_q, mechanism, dropout_p=dropout_p))
+    chosen = select("refined_attention", impl, ops.refusals(q, v, w_q, mechanism, dropout_p=dropout_p, impl=impl))
     if chosen != "cpu":
         validate_values(q.device, seq_len=q.shape[2], seq_lens=seq_lens)
     if chosen == "reference":

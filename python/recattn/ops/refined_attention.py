@@ -22,15 +22,21 @@ def availability(device: str) -> dict[str, str | None]:
     """Why each implementation cannot run on this device type (None: it can), best first."""
     elsewhere = f"the tensors are on {device}"
     if device == "cpu":
-        return {"cpu": None, "triton": triton_refusal(device), "cuda": elsewhere, "reference": None}
+        return {"cpu": None, "reference": None, "triton": triton_refusal(device), "cuda": elsewhere}
     cuda = None if device == "cuda" else elsewhere
     return {"triton": triton_refusal(device), "cuda": cuda, "cpu": elsewhere, "reference": None}
 
 
-def refusals(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str, *, dropout_p: float) -> dict[str, str | None]:
+def refusals(
+    q: Tensor, v: Tensor, w_q: Tensor, mechanism: str, *, dropout_p: float, impl: str | None
+) -> dict[str, str | None]:
     """The same, of a call."""
     no_dropout = "it has no dropout" if dropout_p > 0 else None
-    needs = {"cpu": no_dropout, "cuda": no_dropout, "triton": _triton_limits(q, v, w_q, mechanism)}
+    needs = {"cpu": no_dropout, "cuda": no_dropout}
+    if (
+        q.device.type != "cpu" or impl == "triton"
+    ):  # no choice of a CPU; torch.compile fixes the range of a size looked at
+        needs["triton"] = _triton_limits(q, v, w_q, mechanism)
     return {name: why or needs.get(name) for name, why in availability(q.device.type).items()}
 
 
