@@ -8,9 +8,9 @@ BUILT_FROM := setup.py pyproject.toml requirements/dev.txt $(wildcard csrc/*.h c
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 
-# With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [PROFILE=1]
+# With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [OP=refined_attention] [PROFILE=1]
 gpu:
-	$(PYTHON) -m benchmarks.gpu --results $(or $(RESULTS),results/gpu) $(if $(filter-out 0,$(PROFILE)),--profile)
+	$(PYTHON) -m benchmarks.gpu --results $(or $(RESULTS),results/gpu) $(if $(OP),--op $(OP)) $(if $(filter-out 0,$(PROFILE)),--profile)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4

@@ -45,35 +45,51 @@ class Outcome:
     returncode: int | None
 
 
-def stages(results: Path, scratch: Path, profile: bool) -> list[list[Step]]:
+# The operators, each with the patterns of its tests. They are not marked, for they run on a CPU too.
+KERNEL_TESTS = {
+    "sink_attention": ("triton_sink_*", "inter_sink_bias", "sink_attention", "base_attention"),
+    "refined_attention": (
+        "triton_refined_*",
+        "triton_wasserstein_*",
+        "refined_attention_long",
+        "refined_attention_paths",
+    ),
+}
+
+
+def stages(
+    results: Path, scratch: Path, profile: bool, operators: Sequence[str] = tuple(KERNEL_TESTS)
+) -> list[list[Step]]:
     """One after another; the steps of a stage side by side. Measurements have the machine to themselves."""
     from benchmarks.workloads import CUDA, REFINED, SINK
 
     python = (sys.executable, "-m")
     pip = (*python, "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
     pytest = (*python, "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", "-n", "6")
-    # They are not marked, for they run on a CPU too. Not the table of compiled kernels: it needs no GPU.
-    kernel_tests = [
-        *sorted(set(ROOT.glob("tests/test_triton_*.py")) - {ROOT / "tests/test_triton_compile.py"}),
-        *(ROOT / f"tests/test_{name}.py" for name in ("sink_attention", "inter_sink_bias", "base_attention")),
-    ]
+    patterns = [pattern for operator in operators for pattern in KERNEL_TESTS[operator]]
+    kernel_tests = sorted(str(file) for pattern in patterns for file in ROOT.glob(f"tests/test_{pattern}.py"))
     tests = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    operators = ("sink", "refined", "wasserstein")
-    own_kernels = [word for name in operators for word in ("--kernel-name", f"kernel_substring={name}")]
+    own = ("sink", "refined", "wasserstein")
+    own_kernels = [word for name in own for word in ("--kernel-name", f"kernel_substring={name}")]
     sanitizer = ("compute-sanitizer", "--error-exitcode", "1", *own_kernels, "--tool")
     targets = (sys.executable, str(ROOT / "tests" / "gpu_sanitizer_targets.py"))
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     bench = (*python, "benchmarks.run", "--device", "cuda", "--offline", "--op")
-    sink, refined = ([workload.name for workload in group if workload.devices == CUDA] for group in (SINK, REFINED))
+    groups = {"sink_attention": SINK, "refined_attention": REFINED}
+    workloads = {name: [w.name for w in groups[name] if w.devices == CUDA] for name in operators}
     # Compiling takes longer than timing: the compilers' caches are filled while the tests run.
+    slow_to_compile = {
+        "sink_attention": ("FlexAttention", "recattn triton", "recattn correction:flash"),
+        "refined_attention": ("eager, torch.compile", "recattn"),
+    }
     filling = ("--seconds", "0", "--results", str(scratch), "--impl")
-    sink_compiled = ("sink_attention", *filling, "FlexAttention", "recattn triton", "recattn correction:flash")
     fills = [
-        *((*bench, *sink_compiled, "--workload", *sink[i::3]) for i in range(3)),
-        (*bench, "refined_attention", *filling, "eager, torch.compile", "recattn", "--workload", *refined),
+        (*bench, name, *filling, *slow_to_compile[name], "--workload", *workloads[name][i::3])
+        for name in operators
+        for i in range(3)
     ]
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    measuring = ("--results", str(results), "--workload")
+    measuring = ("--seconds", "0.8", "--results", str(results), "--workload")
     table = results / "sink_attention_dispatch.json"
     installed = ROOT / "python" / "recattn" / "ops" / table.name
     dispatch = (*python, "benchmarks.dispatch", "--seconds", "60", "--table", str(installed), str(table))
@@ -81,16 +97,17 @@ def stages(results: Path, scratch: Path, profile: bool) -> list[list[Step]]:
         [Step("build", (*pip, "--editable", str(ROOT)), 100)],
         [
             Step("GPU tests", (*pytest, "-m", "gpu", str(ROOT / "tests")), 170, tests),
-            Step("kernel tests", (*pytest, "-m", "not gpu", *map(str, kernel_tests)), 170, tests),
+            Step("kernel tests", (*pytest, "-m", "not gpu", *kernel_tests), 170, tests),
             Step("memcheck", (*sanitizer, "memcheck", *targets), 170, uncached),
             Step("racecheck", (*sanitizer, "racecheck", *targets), 170, uncached),
             *(Step(f"compile {i + 1}", command, 170, threads) for i, command in enumerate(fills)),
         ],
-        [Step("dispatch", dispatch, 80)],
-        # By the table that was just written.
-        [Step("sink benchmark", (*bench, "sink_attention", "--seconds", "0.8", *measuring, *sink), 150)],
-        [Step("refined benchmark", (*bench, "refined_attention", "--seconds", "0.8", *measuring, *refined), 55)],
     ]
+    if "sink_attention" in operators:  # measured by the table that is written first
+        planned.append([Step("dispatch", dispatch, 80)])
+    for name in operators:
+        seconds = 150 if name == "sink_attention" else 55
+        planned.append([Step(f"benchmark of {name}", (*bench, name, *measuring, *workloads[name]), seconds)])
     if profile:
         planned.append([Step("profile", (*python, "benchmarks.profile", "--results", str(results)), 120)])
     return planned
@@ -179,6 +196,7 @@ def report(outcome: Outcome, output: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, required=True, help="folder of the log and the records")
+    parser.add_argument("--op", nargs="+", choices=KERNEL_TESTS, default=tuple(KERNEL_TESTS), help="both by default")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"until what still runs is ended, {SECONDS}")
     parser.add_argument("--profile", action="store_true", help="also profile the hottest kernels with ncu")
     chosen = parser.parse_args(arguments)
@@ -191,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     results = chosen.results.resolve()
     with tempfile.TemporaryDirectory() as scratch:
-        outcomes = run(stages(results, Path(scratch), chosen.profile), results, chosen.seconds)
+        outcomes = run(stages(results, Path(scratch), chosen.profile, chosen.op), results, chosen.seconds)
     log = results / "gpu.log"
     print(f"{sum(o.status == PASSED for o in outcomes)} of {len(outcomes)} steps passed; output in {log}")
     return int(any(outcome.status != PASSED for outcome in outcomes))

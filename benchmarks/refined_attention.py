@@ -40,12 +40,17 @@ def weight_names(workload: RefinedWorkload) -> tuple[str, ...]:
 
 
 def cost(workload: RefinedWorkload, inputs: Inputs, direction: str) -> Cost:
-    """The products of the equation over the visible pairs; the backward has two for each of the forward."""
+    """The fewest products known over the visible pairs; the backward has two for each of the forward.
+
+    A rank of N or more folds into A (W_q W_kᵀ) Aᵀ. Of that, and of the products with W_v, what is causal is n³/3.
+    """
     lengths = inputs["seq_lens"]
-    n = torch.full((workload.batch,), workload.length) if lengths is None else lengths
-    pairs = float((n.double() * (n + 1) / 2).sum()) * workload.heads
-    products = 3 * inputs["w_q"].shape[1] + (0 if workload.mechanism == "simple" else 2 * workload.length)
-    flops = pairs * (4 * workload.dim + 2 * products)
+    n = (torch.full((workload.batch,), workload.length) if lengths is None else lengths).double()
+    pairs, rank = n * (n + 1) / 2, inputs["w_q"].shape[1]
+    refining = torch.minimum(6 * rank * pairs, 2 * n**3 / 3)
+    if workload.mechanism != "simple":
+        refining += 2 * n**3 / 3
+    flops = workload.heads * float((4 * workload.dim * pairs + refining).sum())
     weights = sum(inputs[name].nbytes for name in weight_names(workload))
     forward = 4 * inputs["q"].nbytes + weights
     if direction == FORWARD:

@@ -478,7 +478,7 @@ SMALL = {
     ),
     "refined_attention": tuple(
         RefinedWorkload(
-            name=f"{mechanism}-{source}", batch=3, length=40, dim=8, mechanism=mechanism, source=source, histories=True
+            name=f"{mechanism}-{source}", batch=3, length=30, dim=8, mechanism=mechanism, source=source, histories=True
         )
         for mechanism in ("simple", "value", "additive")
         for source in ("logits", "weights")

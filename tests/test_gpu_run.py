@@ -101,8 +101,8 @@ def test_the_plan_fits_its_time_and_downloads_nothing(tmp_path):
         "build",
         "GPU tests",
         "dispatch",
-        "sink benchmark",
-        "refined benchmark",
+        "benchmark of sink_attention",
+        "benchmark of refined_attention",
     ]
     assert "--no-index" in planned[0][0].command
     for step in planned[1] + planned[3] + planned[4]:
@@ -110,6 +110,8 @@ def test_the_plan_fits_its_time_and_downloads_nothing(tmp_path):
             assert "--offline" in step.command
     filled = [word for step in planned[1] if step.name.startswith("compile") for word in step.command]
     assert {workload.name for workload in SINK + REFINED if workload.devices == CUDA} <= set(filled)
+    refined = gpu.stages(tmp_path, tmp_path, profile=False, operators=["refined_attention"])
+    assert [stage[0].name for stage in refined] == ["build", "GPU tests", "benchmark of refined_attention"]
     profiled = gpu.stages(tmp_path, tmp_path, profile=True)
     assert [step.name for step in profiled[-1]] == ["profile"] and len(profiled) == len(planned) + 1
 

@@ -115,3 +115,31 @@ def test_slices_that_read_no_lengths(mechanism, padding_side, causal, monkeypatc
     inputs["q"] = inputs["q"].masked_fill(torch.tensor([False, True])[:, None, None, None], math.nan)
     grads = [name for name in inputs if name[0] in "qkvw"]
     assert_matches_reference(sliced, reference.refined_attention, inputs, grads=grads)
+
+
+@pytest.mark.parametrize("mechanism, dropout_p", [("simple", 0.2), ("additive", 0.0)])
+def test_opcheck(mechanism, dropout_p):
+    inputs = draw(mechanism)
+    tensors = [inputs.get(name) for name in ("q", "k", "v", "w_q", "w_k", "w_v", "seq_lens")]
+    seed = torch.tensor([3], device=DEVICE) if dropout_p else None
+    arguments = (*tensors, seed, mechanism, "logits", True, True, 0.25, dropout_p, "triton")
+    torch.library.opcheck(torch.ops.recattn.refined_attention_fwd.default, arguments)
+    dout = torch.randn_like(inputs["v"])
+    torch.library.opcheck(torch.ops.recattn.refined_attention_bwd.default, (dout, *arguments))
+
+
+def test_compiles_whole_without_recompiling():
+    torch.compiler.reset()
+    compiled = torch.compile(triton, fullgraph=True, dynamic=True, backend="aot_eager")
+    for b, n in ((3, 9), (5, 20), (4, 31)):
+        inputs = draw(n=n)
+        inputs |= {name: x[:1].expand(b, -1, -1, -1).clone() for name, x in inputs.items() if name in ("q", "k", "v")}
+        inputs |= {"seq_lens": torch.randint(n, (b,), device=DEVICE), "dropout_p": 0.0}
+        leaves = {name: inputs[name].requires_grad_() for name in inputs if name[0] in "qkvw"}
+        results = []
+        with torch.compiler.set_stance("fail_on_recompile" if b > 3 else "default"):
+            for function in (triton, compiled):
+                out = function(**inputs)
+                results.append([out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)

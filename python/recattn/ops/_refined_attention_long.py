@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recattn.ops._library import define
+from recattn.ops._refined_attention_slices import gaussians, gaussians_backward
 from recattn.ops._triton import triton_refusal
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttention
 from recattn.ops.sink_attention import Settings as AttentionSettings
@@ -116,7 +117,7 @@ class _GaussianOperands(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_q, x_k):
-        gaussian_q, gaussian_k = _gaussians(x_q), _gaussians(x_k)
+        gaussian_q, gaussian_k = gaussians(x_q), gaussians(x_k)
         column = gaussian_k.float().square().sum(-1, keepdim=True) / -2
         columns = [column.to(x_k.dtype)]
         if x_k.dtype != torch.float32:
@@ -134,20 +135,9 @@ class _GaussianOperands(torch.autograd.Function):
         width = ctx.width
         gaussian_k = keys[..., :width]
         dgaussian_k = dkeys[..., :width].float() - gaussian_k.float() * dkeys[..., width : width + 1].float()
-        dx_q = _gaussians_backward(dqueries[..., :width].float(), queries[..., :width])
-        return dx_q, _gaussians_backward(dgaussian_k, gaussian_k)
-
-
-def _gaussians(x: Tensor) -> Tensor:
-    mean, x = x.chunk(2, dim=-1)
-    shifted_std = torch.where(x > 0, x / ((1.0 + x.float()).sqrt() + 1.0), (x.float() / 2).expm1())
-    return torch.cat([mean, shifted_std.to(mean.dtype)], dim=-1)
-
-
-def _gaussians_backward(dgaussians: Tensor, gaussians: Tensor) -> Tensor:
-    dmean, dstd = dgaussians.chunk(2, dim=-1)
-    std = gaussians.chunk(2, dim=-1)[1].float() + 1
-    return torch.cat([dmean, dstd * torch.minimum(std, 1 / std) / 2], dim=-1).to(gaussians.dtype)
+        dx_q = gaussians_backward(dqueries[..., :width].float(), queries[..., :width])
+        dx_k = gaussians_backward(dgaussian_k, gaussian_k)
+        return dx_q.to(queries.dtype), dx_k.to(keys.dtype)
 
 
 def _filled(parts: list[Tensor]) -> Tensor:

@@ -269,7 +269,7 @@ def _refine(x: Tensor, a: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Te
 
 def _gaussian_operands(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Vectors whose product is -W²/√R but for the query's own term, which the softmax drops."""
-    gaussian_q, gaussian_k = map(_gaussians, x.chunk(2, dim=-1))
+    gaussian_q, gaussian_k = map(gaussians, x.chunk(2, dim=-1))
     queries = torch.cat([gaussian_q, torch.ones_like(gaussian_q[..., :1])], dim=-1) * (2 / math.sqrt(rank))
     return queries, torch.cat([gaussian_k, gaussian_k.square().sum(-1, keepdim=True) / -2], dim=-1)
 
@@ -278,18 +278,20 @@ def _gaussian_operands_backward(dqueries: Tensor, dkeys: Tensor, queries: Tensor
     scale = 2 / math.sqrt(rank)
     gaussian_q, gaussian_k = queries[..., :-1] / scale, keys[..., :-1]
     dgaussian_q, dgaussian_k = dqueries[..., :-1] * scale, dkeys[..., :-1] - gaussian_k * dkeys[..., -1:]
-    return torch.cat([_gaussians_backward(dgaussian_q, gaussian_q), _gaussians_backward(dgaussian_k, gaussian_k)], -1)
+    return torch.cat([gaussians_backward(dgaussian_q, gaussian_q), gaussians_backward(dgaussian_k, gaussian_k)], -1)
 
 
-def _gaussians(x: Tensor) -> Tensor:
+def gaussians(x: Tensor) -> Tensor:
     """[mean, x] -> [mean, √(elu(x) + 1) - 1]: a shift changes no distance, and near 0 their products do not cancel."""
     mean, x = x.chunk(2, dim=-1)
-    return torch.cat([mean, torch.where(x > 0, x / ((1 + x).sqrt() + 1), (x / 2).expm1())], dim=-1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    std = torch.where(x > 0, x / ((1 + x).sqrt() + 1), (x / 2).expm1())
+    return torch.cat([mean, std.to(mean.dtype)], dim=-1)
 
 
-def _gaussians_backward(dgaussians: Tensor, gaussians: Tensor) -> Tensor:
+def gaussians_backward(dgaussians: Tensor, gaussians: Tensor) -> Tensor:
     dmean, dstd = dgaussians.chunk(2, dim=-1)
-    std = gaussians.chunk(2, dim=-1)[1] + 1
+    std = gaussians.chunk(2, dim=-1)[1].to(dstd.dtype) + 1
     return torch.cat([dmean, dstd * torch.minimum(std, 1 / std) / 2], dim=-1)
 
 

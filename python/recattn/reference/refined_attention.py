@@ -2,12 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from recattn.reference.sink_attention import softmax_or_zeros, valid_tokens, visible_pairs
-from recattn.reference.wasserstein_attention import squared_wasserstein_distance
+from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.wasserstein_attention import gaussians, masked_softmax, squared_wasserstein_distance
 
 
 def refined_attention(
@@ -35,25 +34,15 @@ def refined_attention(
     hidden = ~visible_pairs(valid, causal)  # [B, 1, N, N]
 
     logits = scale * (q @ k.mT)  # [B, H, N, N]
-    a = logits.masked_fill(hidden, 0) if source == "logits" else _masked_softmax(logits, hidden)
+    a = logits.masked_fill(hidden, 0) if source == "logits" else masked_softmax(logits, hidden)
     queries, keys = a @ w_q[..., :n, :], a @ w_k[..., :n, :]  # [B, H, N, R]
     if mechanism == "stochastic":
-        (mean_q, std_q), (mean_k, std_k) = _gaussians(queries), _gaussians(keys)
+        (mean_q, std_q), (mean_k, std_k) = gaussians(queries), gaussians(keys)
         m = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k) / math.sqrt(mean_q.shape[-1])
     else:
         m = queries @ keys.mT / math.sqrt(queries.shape[-1])
     if mechanism in ("value", "additive"):
-        m = _masked_softmax(m, hidden) @ (a @ w_v[..., :n, :n])
+        m = masked_softmax(m, hidden) @ (a @ w_v[..., :n, :n])
     if mechanism == "additive":
         m = a + m
-    return F.dropout(_masked_softmax(m, hidden), dropout_p) @ v
-
-
-def _masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
-    return softmax_or_zeros(scores.masked_fill(hidden, -math.inf))
-
-
-def _gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and √(elu(x) + 1), whose gradient also survives an x so negative that elu(x) rounds to -1."""
-    mean, x = x.chunk(2, dim=-1)
-    return mean, torch.where(x > 0, (1 + x.clamp(min=0)).sqrt(), (x.clamp(max=0) / 2).exp())
+    return F.dropout(masked_softmax(m, hidden), dropout_p) @ v

@@ -39,10 +39,10 @@ def wasserstein_attention(
     std_q, std_k = (cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt() for cov in (cov_q, cov_k))
     scores = -scale * squared_wasserstein_distance(mean_q, std_q, mean_k, std_k)  # [B, H, N, N]
     if w_q is not None:
-        a = scores.masked_fill(hidden, 0) if source == "logits" else _masked_softmax(scores, hidden)
-        (mean_q, std_q), (mean_k, std_k) = _gaussians(a @ w_q[..., :n, :]), _gaussians(a @ w_k[..., :n, :])
+        a = scores.masked_fill(hidden, 0) if source == "logits" else masked_softmax(scores, hidden)
+        (mean_q, std_q), (mean_k, std_k) = gaussians(a @ w_q[..., :n, :]), gaussians(a @ w_k[..., :n, :])
         scores = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k) / math.sqrt(mean_q.shape[-1])
-    p = F.dropout(_masked_softmax(scores, hidden), dropout_p)
+    p = F.dropout(masked_softmax(scores, hidden), dropout_p)
     return p @ mean_v, p.square() @ cov_v
 
 
@@ -53,11 +53,11 @@ def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, 
     return row + column - 2 * (query @ key.mT)
 
 
-def _masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
+def masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
     return softmax_or_zeros(scores.masked_fill(hidden, -math.inf))
 
 
-def _gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
+def gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and √(elu(x) + 1), whose gradient also survives an x so negative that elu(x) rounds to -1."""
     mean, x = x.chunk(2, dim=-1)
     return mean, torch.where(x > 0, (1 + x.clamp(min=0)).sqrt(), (x.clamp(max=0) / 2).exp())
