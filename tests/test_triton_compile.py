@@ -76,6 +76,13 @@ def test_shipped_configurations(tmp_path):
     assert check.returncode == 0, check.stdout + check.stderr
 
 
+def test_refuses_too_much_tensor_memory():
+    row = {"registers": 4, "spilled_bytes": 0, "shared_bytes": 0, "tf32": 0, "tensor_columns": 512}
+    assert table.refusals({"a_kernel sm_100": row}) == []
+    (problem,) = table.refusals({"a_kernel sm_100": row | {"tensor_columns": 1024}})
+    assert problem == "a_kernel sm_100: 1024 columns of tensor memory, there are 512"
+
+
 def test_refuses_spills_oversize_and_unlisted_kernels(tmp_path):
     (tmp_path / "planted.py").write_text(textwrap.dedent(PLANTED))
     planted_table = tmp_path / "planted.json"

@@ -2,7 +2,7 @@
 
 python tests/triton_compile_table.py --write    records them in triton_compile_table.json
 python tests/triton_compile_table.py --check    fails if one spills, rounds float32 to tf32, is over its architecture's
-                                                shared memory, or is not what the table says
+                                                shared or tensor memory, or is not what the table says
 
 A kernel module takes part by its `shipped_configurations()`, which yields a
 `recattn.triton_kernels.compilation.Compilation` for each.
@@ -25,6 +25,8 @@ from pathlib import Path
 TABLE = Path(__file__).with_suffix(".json")
 # What one thread block may use, bytes.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Of tensor memory, which sm_100 has. Beyond it Triton was seen to compile a kernel to nothing.
+TENSOR_COLUMNS = 512
 
 
 def kernel_modules() -> tuple[str, ...]:
@@ -91,6 +93,7 @@ def measure(modules: tuple[str, ...], index: int) -> dict[str, int]:
         "shared_bytes": compiled.metadata.shared,
         # Some tiles get tf32 for a product in full precision: on sm_100, those of 64 rows.
         "tf32": compiled.asm["ptx"].count("tf32"),
+        "tensor_columns": compiled.metadata.tmem_size,
     }
 
 
@@ -113,6 +116,8 @@ def refusals(rows: dict[str, dict[str, int]]) -> list[str]:
             problems.append(f"{name}: spills {row['spilled_bytes']} bytes at {row['registers']} registers")
         if row["tf32"] and "float32" in name:
             problems.append(f"{name}: {row['tf32']} instructions round float32 to tf32")
+        if row["tensor_columns"] > TENSOR_COLUMNS:
+            problems.append(f"{name}: {row['tensor_columns']} columns of tensor memory, there are {TENSOR_COLUMNS}")
         if row["shared_bytes"] > budget:
             problems.append(f"{name}: {row['shared_bytes']} bytes of shared memory, the budget is {budget}")
     return problems

@@ -135,10 +135,10 @@ def wasserstein_attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    plane = tl.program_id(1)
+    plane = tl.program_id(0)
     start, length, _ = locate_sequence(plane // num_heads, N, seq_lens, None, left_padded)
     first = plane.to(tl.int64) * N + start
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # where the mask is causal, the long ones first
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # where the mask is causal, the long ones first
     if tile * BLOCK_M >= length:
         return
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -242,10 +242,10 @@ def wasserstein_attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    plane = tl.program_id(1)
+    plane = tl.program_id(0)
     start, length, _ = locate_sequence(plane // num_heads, N, seq_lens, None, left_padded)
     first = plane.to(tl.int64) * N + start
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
     if tile * BLOCK_M >= length:
         return
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -322,10 +322,10 @@ def wasserstein_attention_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    plane = tl.program_id(1)
+    plane = tl.program_id(0)
     start, length, _ = locate_sequence(plane // num_heads, N, seq_lens, None, left_padded)
     first = plane.to(tl.int64) * N + start
-    first_key = tl.program_id(0) * BLOCK_N
+    first_key = tl.program_id(1) * BLOCK_N
     if first_key >= length:
         return
     keys = first_key + tl.arange(0, BLOCK_N)
@@ -454,7 +454,8 @@ def _launch(kernel, tensors: dict[str, object], options: dict[str, object], tile
         return
     arguments = _arguments(kernel, tensors, options, tile)
     with torch.cuda.device_of(tensors["query"]):
-        kernel[triton.cdiv(N, block), B * H](
+        # Only the first axis of a grid can be longer than 65535.
+        kernel[B * H, triton.cdiv(N, block)](
             **arguments, num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS
         )
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# Of the random bits that decide whether a weight is dropped.
-_DROPOUT_STEPS = 65536
+from recattn.ops._refined_attention_slices import new_output
+from recattn.ops._triton import launched_dropout
 
 
 def wasserstein_attention_fwd(
@@ -13,13 +13,13 @@ def wasserstein_attention_fwd(
     """mean, cov, and of each row's softmax the shift and the mass [2, B, H, N]."""
     from recattn.triton_kernels.wasserstein_attention import launch_wasserstein_attention_fwd
 
-    mean, cov = (_output(x, seq_lens) for x in (mean_v, cov_v))
-    statistics = _output(query.new_empty(2, *query.shape[:3], dtype=torch.float32), seq_lens)
+    mean, cov = (new_output(x, seq_lens) for x in (mean_v, cov_v))
+    statistics = new_output(query.new_empty(2, *query.shape[:3], dtype=torch.float32), seq_lens)
     launch_wasserstein_attention_fwd(
         *(x.contiguous() for x in (query, key, mean_v, cov_v)),
         *(mean, cov, *statistics),
         None if seq_lens is None else seq_lens.contiguous(),
-        _dropout(dropout_seed, dropout_p),
+        launched_dropout(dropout_seed, dropout_p),
         causal=causal,
         left_padded=left_padded,
         scale=scale,
@@ -47,26 +47,15 @@ def wasserstein_attention_bwd(
     """dquery, dkey, dmean_v, dcov_v."""
     from recattn.triton_kernels.wasserstein_attention import launch_wasserstein_attention_bwd
 
-    gradients = tuple(_output(x, seq_lens) for x in (query, key, mean_v, cov_v))
+    gradients = tuple(new_output(x, seq_lens) for x in (query, key, mean_v, cov_v))
     launch_wasserstein_attention_bwd(
         *(x.contiguous() for x in (query, key, mean_v, cov_v)),
         *(mean, cov, *statistics),
         *(dmean.contiguous(), dcov.contiguous(), *gradients),
         None if seq_lens is None else seq_lens.contiguous(),
-        _dropout(dropout_seed, dropout_p),
+        launched_dropout(dropout_seed, dropout_p),
         causal=causal,
         left_padded=left_padded,
         scale=scale,
     )
     return gradients
-
-
-def _output(like: Tensor, seq_lens: Tensor | None) -> Tensor:
-    """Contiguous; zero where the kernels will not write."""
-    return like.new_empty(like.shape) if seq_lens is None else like.new_zeros(like.shape)
-
-
-def _dropout(seed: Tensor | None, p: float):
-    from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout
-
-    return NO_DROPOUT if seed is None else Dropout(seed, min(round(p * _DROPOUT_STEPS), _DROPOUT_STEPS - 1))
