@@ -456,7 +456,7 @@ def _head_slices(
 def slices_fwd(
     q: Tensor, k: Tensor, v: Tensor, matrices: list[Tensor], seq_lens: Tensor | None, plan: Plan, settings: Settings
 ) -> Tensor:
-    out, future = new_output(v, seq_lens), _future(q, matrices[0].dtype, settings)
+    out, future = new_output(v, seq_lens), future_in_block(q.shape[2], settings.causal, matrices[0])
     for head in heads_apart(q, matrices):
         weights = Weights(plan, *leading(matrices, head, q.shape[2]))
         inputs, out_pairs = [pairs_of(x, head) for x in (q, k, v)], pairs_of(out, head)
@@ -481,7 +481,7 @@ def slices_bwd(
     """dq, dk, dv and the gradients of the matrices."""
     dq, dk, dv = (new_output(x, seq_lens) for x in (q, k, v))
     dmatrices = [torch.zeros_like(w) for w in matrices]
-    future = _future(q, matrices[0].dtype, settings)
+    future = future_in_block(q.shape[2], settings.causal, matrices[0])
     for head in heads_apart(q, matrices):
         weights = Weights(plan, *leading(matrices, head, q.shape[2]))
         inputs = [pairs_of(x, head) for x in (dout, q, k, v)]
@@ -505,10 +505,10 @@ def new_output(like: Tensor, seq_lens: Tensor | None) -> Tensor:
     return like.new_empty(like.shape) if seq_lens is None else like.new_zeros(like.shape)
 
 
-def _future(q: Tensor, dtype: torch.dtype, settings: Settings) -> Tensor | None:
+def future_in_block(n: int, causal: bool, like: Tensor) -> Tensor | None:
     """The -inf of the future in a block on the diagonal (None: not causal)."""
-    size = min(q.shape[2], BLOCK_ROWS)
-    return torch.full((size, size), -math.inf, dtype=dtype, device=q.device).triu_(1) if settings.causal else None
+    size = min(n, BLOCK_ROWS)
+    return torch.full((size, size), -math.inf, dtype=like.dtype, device=like.device).triu_(1) if causal else None
 
 
 def in_compute_dtype(*weights: Tensor | None) -> list[Tensor]:

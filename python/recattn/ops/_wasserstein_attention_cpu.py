@@ -3,7 +3,6 @@
 Blocks of P are computed once for both products, and again by the backward: nothing but the inputs is saved.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -156,7 +155,6 @@ def _slices(
     batch, heads, n, width = query.shape
     if head is None:
         batch, seq_lens = batch * heads, None if seq_lens is None else seq_lens.repeat_interleave(heads)
-    size = min(n, refined.BLOCK_ROWS)
-    future = torch.full((size, size), -math.inf, dtype=query.dtype).triu_(1) if causal else None
+    future = refined.future_in_block(n, causal, query)
     for part in refined.cut_slices(batch, n, seq_lens, left_padded, max(width, widest.shape[-1]), query.device):
         yield part, Mask(future, part.padding)
