@@ -18,12 +18,12 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/*)
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 
 $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv

@@ -1,36 +1,61 @@
-// What the CPU and the CUDA kernel of lrea_absorbed_attention share: sizes and their checks.
+// What the CPU and the CUDA kernel of lrea_absorbed_attention share: sizes and their checks, worded as Python's.
 #pragma once
+
+#include <optional>
 
 #include "check.h"
 
 namespace recattn {
 
 struct AbsorbedSizes {
-    int64_t rows, users, slots, heads, rank, query_dim, value_dim;
+    int64_t rows, items, users, slots, heads, rank, query_dim, value_dim;
+    bool quantized;  // int8 states, each row with a scale
 };
 
-// targets [T, H, d], state_keys [S, H, r, d], state_values [S, H, r, dv], slots [U], target_offsets [U+1]
+// targets [T, H, d] (with item_ids [T] a table [I, H, d]), state_keys [S, H, r, d], state_values [S, H, r, dv],
+// slots [U], target_offsets [U+1]; int8 states have key_scales and value_scales [S, H, r].
 inline AbsorbedSizes check_absorbed(const torch::stable::Tensor& targets, const torch::stable::Tensor& state_keys,
                                     const torch::stable::Tensor& state_values, const torch::stable::Tensor& slots,
-                                    const torch::stable::Tensor& target_offsets) {
-    expect_dim("targets", targets, 3);
-    expect_dim("state_keys", state_keys, 4);
-    expect_dim("state_values", state_values, 4);
-    expect_dim("slots", slots, 1);
-    expect_dim("target_offsets", target_offsets, 1);
-    const AbsorbedSizes sizes{targets.size(0),    slots.size(0),   state_keys.size(0),  targets.size(1),
-                              state_keys.size(2), targets.size(2), state_values.size(3)};
-    expect_size("state_keys", state_keys, 1, sizes.heads);
-    expect_size("state_keys", state_keys, 3, sizes.query_dim);
-    expect_size("state_values", state_values, 0, sizes.slots);
-    expect_size("state_values", state_values, 1, sizes.heads);
-    expect_size("state_values", state_values, 2, sizes.rank);
-    expect_size("target_offsets", target_offsets, 0, sizes.users + 1);
-    expect_dtype("state_keys", state_keys, targets.scalar_type());
-    expect_dtype("state_values", state_values, targets.scalar_type());
+                                    const torch::stable::Tensor& target_offsets,
+                                    const std::optional<torch::stable::Tensor>& item_ids,
+                                    const std::optional<torch::stable::Tensor>& key_scales,
+                                    const std::optional<torch::stable::Tensor>& value_scales) {
+    using torch::headeronly::ScalarType;
+    expect_shape("targets", targets, {{item_ids ? "I" : "T"}, {"H"}, {"d"}});
+    if (item_ids) {
+        expect_shape("item_ids", *item_ids, {{"T"}});
+        expect_integer("item_ids", *item_ids);
+    }
+    const int64_t heads = targets.size(1), query_dim = targets.size(2);
+    expect_shape("state_keys", state_keys, {{"S"}, {"H", heads}, {"r"}, {"d", query_dim}});
+    const int64_t table_size = state_keys.size(0), rank = state_keys.size(2);
+    expect_shape("state_values", state_values, {{"S", table_size}, {"H", heads}, {"r", rank}, {"dv"}});
+    const bool quantized = state_keys.scalar_type() == ScalarType::Char;
+    if (!quantized) expect_dtype_of("targets", targets, "state_keys", state_keys);
+    expect_dtype_of("state_keys", state_keys, "state_values", state_values);
+    const int given = key_scales.has_value() + value_scales.has_value();
+    expect(given == (quantized ? 2 : 0),
+           "key_scales and value_scales must be both given with int8 states, neither with others, got ",
+           dtype_name(state_keys.scalar_type()), " states and ", given, " of them");
+    if (quantized) {
+        expect_shape("key_scales", *key_scales, {{"S", table_size}, {"H", heads}, {"r", rank}});
+        expect_shape("value_scales", *value_scales, {{"S", table_size}, {"H", heads}, {"r", rank}});
+        expect_dtype("key_scales", *key_scales, ScalarType::Float);
+        expect_dtype("value_scales", *value_scales, ScalarType::Float);
+    }
+    expect_shape("slots", slots, {{"U"}});
     expect_integer("slots", slots);
+    expect_shape("target_offsets", target_offsets, {{"U+1", slots.size(0) + 1}});
     expect_integer("target_offsets", target_offsets);
-    return sizes;
+    return {(item_ids ? *item_ids : targets).size(0),
+            targets.size(0),
+            slots.size(0),
+            table_size,
+            heads,
+            rank,
+            query_dim,
+            state_values.size(3),
+            quantized};
 }
 
 }  // namespace recattn

@@ -311,14 +311,14 @@ def test_slices_serve_all_without_the_extension(served_by, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"k": torch.zeros(3, 2, 21, 12)}, "k must have size 13 along axis 3, got 12"),
-        ({"v": torch.zeros(3, 2, 20, 7)}, "v must have size 21 along axis 2, got 20"),
-        ({"v": torch.zeros(3, 2, 21, 7).half()}, "v must be Float, got Half"),
+        ({"k": torch.zeros(3, 2, 21, 12)}, r"k must be \[B, H, N, D\] = \[3, 2, 21, 13\], got \[3, 2, 21, 12\]"),
+        ({"v": torch.zeros(3, 2, 20, 7)}, r"v must be \[B, H, N, Dv\] = \[3, 2, 21, 7\], got \[3, 2, 20, 7\]"),
+        ({"v": torch.zeros(3, 2, 21, 7).half()}, "v must have the dtype of q, float32, got float16"),
         ({"weights": torch.zeros(3, 21, 10)}, "weights must be of 1 or 2 heads, got 3"),
         ({"weights": torch.zeros(1, 21, 9)}, "weights must have an even number of columns .* got 9"),
         ({"seq_lens": torch.tensor([21, 22, 0])}, "seq_lens must be between 0 and 21, got 22"),
         ({"seq_lens": torch.tensor([21, -1, 0])}, "seq_lens must be between 0 and 21, got -1"),
-        ({"seq_lens": torch.tensor([21, 1])}, "seq_lens must have size 3 along axis 0, got 2"),
+        ({"seq_lens": torch.tensor([21, 1])}, r"seq_lens must be \[B\] = \[3\], got \[2\]"),
     ],
 )
 def test_operators_refuse_what_does_not_fit(changes, message):

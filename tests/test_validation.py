@@ -43,6 +43,15 @@ def test_accepts_what_is_right():
         ({"cu_seqlens": torch.tensor([1, 4]), "num_tokens": 4}, "offsets from 0 to 4, got offsets from 1 to 4"),
         ({"target_offsets": torch.tensor([0, 3, 2, 4]), "num_targets": 4}, r"ascending, got 2 at index \[1\]"),
         ({"slots": torch.tensor([0, 4]), "num_slots": 4}, r"slots must be rows of a table of 4, got 4 at index \[1\]"),
+        (
+            {
+                "item_ids": torch.tensor([[9, 1], [1, 9]]),
+                "num_items": 4,
+                "seq_lens": torch.tensor([0, 2]),
+                "seq_len": 2,
+            },
+            r"item_ids must be rows of a table of 4, got 9 at index \[1, 1\]",
+        ),
         ({"slots": torch.tensor([0])}, "num_slots must be given to check slots, got None"),
     ],
 )

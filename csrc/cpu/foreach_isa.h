@@ -5,16 +5,27 @@
 //   RECATTN_INLINE         that of a function to inline
 //   RECATTN_VECTOR_BYTES   the width of a register
 //   RECATTN_TILE_ROWS, RECATTN_TILE_VECTORS   the register tile of a matrix product
+// Kernels that gain from AVX512-BF16 and VNNI ask for it by RECATTN_WITH_BF16; then the including header sees
+// RECATTN_HAS_BF16.
 
 #define RECATTN_INLINE RECATTN_TARGET __attribute__((always_inline)) inline
 
 #if defined(__x86_64__)
 
-#define RECATTN_ISA avx512
-#define RECATTN_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define RECATTN_VECTOR_BYTES 64
 #define RECATTN_TILE_ROWS 6
 #define RECATTN_TILE_VECTORS 4
+#if defined(RECATTN_WITH_BF16)
+#define RECATTN_ISA avx512_bf16
+#define RECATTN_HAS_BF16 1
+#define RECATTN_TARGET __attribute__((target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#include RECATTN_KERNELS
+#undef RECATTN_ISA
+#undef RECATTN_HAS_BF16
+#undef RECATTN_TARGET
+#endif
+#define RECATTN_ISA avx512
+#define RECATTN_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include RECATTN_KERNELS
 #undef RECATTN_ISA
 #undef RECATTN_TARGET
@@ -55,3 +66,4 @@
 
 #undef RECATTN_INLINE
 #undef RECATTN_KERNELS
+#undef RECATTN_WITH_BF16

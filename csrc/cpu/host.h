@@ -43,4 +43,25 @@ inline std::vector<int64_t> to_vector(const torch::stable::Tensor& tensor) {
                                                                           : copy(contiguous.const_data_ptr<int64_t>());
 }
 
+// The entries of an integer tensor as int64: where they lie if they can be, else copied.
+class Indices {
+  public:
+    explicit Indices(const torch::stable::Tensor& tensor)
+        : lie_there_(tensor.scalar_type() == torch::headeronly::ScalarType::Long && tensor.is_contiguous()),
+          copy_(lie_there_ ? std::vector<int64_t>{} : to_vector(tensor)),
+          data_(lie_there_ ? tensor.const_data_ptr<int64_t>() : copy_.data()),
+          size_(tensor.numel()) {}
+    Indices(const Indices&) = delete;
+
+    const int64_t* data() const { return data_; }
+    int64_t size() const { return size_; }
+    int64_t operator[](int64_t i) const { return data_[i]; }
+
+  private:
+    bool lie_there_;
+    std::vector<int64_t> copy_;
+    const int64_t* data_;
+    int64_t size_;
+};
+
 }  // namespace recattn

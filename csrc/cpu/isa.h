@@ -9,30 +9,35 @@
 
 namespace recattn {
 
-enum class Isa { baseline, avx2, avx512 };
+// Each has what those before it have; avx512_bf16 has VNNI too.
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
-inline const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
+inline const char* isa_name(Isa isa) {
+    constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+    return names[static_cast<int>(isa)];
+}
 
 inline Isa best_isa() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-        return Isa::avx512;
+        return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? Isa::avx512_bf16
+                                                                                            : Isa::avx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
     return Isa::baseline;
 }
 
-// RECATTN_CPU_CAPABILITY=baseline|avx2|avx512 asks for less than the processor has, never for more.
+// RECATTN_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 asks for less than the processor has, never for more.
 inline Isa isa() {
     static const Isa chosen = [] {
         const char* asked = std::getenv("RECATTN_CPU_CAPABILITY");
         if (asked == nullptr) return best_isa();
-        for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+        for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
             if (asked == std::string(isa_name(isa))) return std::min(isa, best_isa());
         }
-        expect(false, "RECATTN_CPU_CAPABILITY must be baseline or avx2 or avx512, got ", asked);
+        expect(false, "RECATTN_CPU_CAPABILITY must be baseline or avx2 or avx512 or avx512_bf16, got ", asked);
         return Isa::baseline;
     }();
     return chosen;
@@ -42,7 +47,7 @@ inline Isa isa() {
 
 #if defined(__x86_64__)
 #define RECATTN_PICK(...)                                         \
-    (recattn::isa() == recattn::Isa::avx512 ? avx512::__VA_ARGS__ \
+    (recattn::isa() >= recattn::Isa::avx512 ? avx512::__VA_ARGS__ \
      : recattn::isa() == recattn::Isa::avx2 ? avx2::__VA_ARGS__   \
                                             : baseline::__VA_ARGS__)
 #else

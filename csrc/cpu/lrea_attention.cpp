@@ -4,7 +4,15 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -25,23 +33,40 @@ using torch::stable::Tensor;
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// One state table [S, H, r, columns] whose last axis is contiguous.
+// Rows of a matrix whose last axis is contiguous: those at the indices, or where there are none one after another.
 template <class T>
-struct StateTable {
+struct Rows {
     const T* data;
-    int64_t slot, head, row;
+    int64_t row;
+    const int64_t* indices;
 
-    const T* at(int64_t slot_index, int64_t head_index) const { return data + slot_index * slot + head_index * head; }
+    const T* at(int64_t i) const { return data + (indices == nullptr ? i : indices[i]) * row; }
 };
 
-template <class T>
+// One state table [S, H, r, columns] whose last axis is contiguous, and the scales of its rows if it is quantised.
+template <class S>
+struct StateTable {
+    const S* data;
+    int64_t slot, head, row;
+    const float* scales;
+    int64_t scale_slot, scale_head;
+
+    const S* at(int64_t slot_index, int64_t head_index) const { return data + slot_index * slot + head_index * head; }
+    const float* scales_at(int64_t slot_index, int64_t head_index) const {
+        return scales + slot_index * scale_slot + head_index * scale_head;
+    }
+};
+
+// Of targets of type T and states of type S.
+template <class T, class S>
 struct AbsorbedAttention {
     const T* targets;
     int64_t target_row, target_head;
-    StateTable<T> keys, values;
+    const int64_t* item_ids;  // or null: candidate t is row t of targets
+    StateTable<S> keys, values;
     const int64_t *slots, *offsets;
     T* out;  // [T, H, dv]
-    int64_t users, heads, rank, query_dim, value_dim;
+    int64_t candidates, users, heads, rank, query_dim, value_dim;
     double negative_slope;
 };
 
@@ -49,39 +74,51 @@ template <class T>
 struct Compress {
     const T* behaviors;
     int64_t behavior_user, behavior_row;
+    const int64_t* item_ids;  // [U, L], or null: behaviour l of user u is row l of theirs
+    int64_t longest;
     const accumulate_t<T>* w_comp;  // [Lmax, r]
     const int64_t* starts;          // where each user begins when a user of n behaviours takes n + 1 places
     T* out;                         // [U, r, d]
     int64_t rank, dim;
+
+    Rows<T> history(int64_t user) const {
+        return {behaviors + user * behavior_user, behavior_row,
+                item_ids == nullptr ? nullptr : item_ids + user * longest};
+    }
 };
 
 }  // namespace
 }  // namespace recattn
 
 #define RECATTN_KERNELS "cpu/lrea_kernels.h"
+#define RECATTN_WITH_BF16
 #include "cpu/foreach_isa.h"
 
 namespace recattn {
 namespace {
 
-std::vector<int64_t> checked_slots(const Tensor& tensor, int64_t table_size) {
-    const auto slots = to_vector(tensor);
-    for (size_t i = 0; i < slots.size(); ++i) {
-        expect(slots[i] >= 0 && slots[i] < table_size, "slots must be rows of a table of ", table_size, ", got ",
-               slots[i], " at index [", i, "]");
-    }
-    return slots;
+// The place of the first index that is no row of a table of `size`, `count` if there is none.
+int64_t first_outside(const int64_t* indices, int64_t count, int64_t size) {
+    uint64_t signs = 0;  // of the indices and of what is left from them to the last row: no branch, so it vectorises
+    for (int64_t i = 0; i < count; ++i) signs |= indices[i] | (static_cast<uint64_t>(size) - 1 - indices[i]);
+    if (static_cast<int64_t>(signs) >= 0) return count;
+    return std::find_if(indices, indices + count, [&](int64_t i) { return i < 0 || i >= size; }) - indices;
 }
 
-std::vector<int64_t> checked_offsets(const Tensor& tensor, int64_t rows) {
-    const auto offsets = to_vector(tensor);
-    expect(offsets.front() == 0 && offsets.back() == rows, "target_offsets must be offsets from 0 to ", rows,
-           ", got offsets from ", offsets.front(), " to ", offsets.back());
-    for (size_t i = 1; i < offsets.size(); ++i) {
-        expect(offsets[i - 1] <= offsets[i], "target_offsets must be ascending, got ", offsets[i], " at index [", i - 1,
+void expect_rows(const char* name, const Indices& indices, int64_t size) {
+    const int64_t i = first_outside(indices.data(), indices.size(), size);
+    if (i == indices.size()) return;
+    expect(false, name, " must be rows of a table of ", size, ", got ", indices[i], " at index [", i, "]");
+}
+
+void expect_offsets(const Indices& offsets, int64_t rows) {
+    const int64_t last = offsets.size() - 1;
+    expect(offsets[0] == 0 && offsets[last] == rows, "target_offsets must be offsets from 0 to ", rows,
+           ", got offsets from ", offsets[0], " to ", offsets[last]);
+    for (int64_t i = 0; i < last; ++i) {
+        expect(offsets[i] <= offsets[i + 1], "target_offsets must be ascending, got ", offsets[i + 1], " at index [", i,
                "]");
     }
-    return offsets;
 }
 
 // Running sum of (length + 1) over the users, from 0.
@@ -96,9 +133,20 @@ std::vector<int64_t> checked_starts(const std::optional<Tensor>& seq_lens, int64
     return starts;
 }
 
+// Of item_ids [U, longest] those that are no padding.
+void expect_items(const Indices& item_ids, const std::vector<int64_t>& starts, int64_t longest, int64_t size) {
+    for (size_t user = 0; user + 1 < starts.size(); ++user) {
+        const int64_t* ids = item_ids.data() + user * longest;
+        const int64_t length = starts[user + 1] - starts[user] - 1, i = first_outside(ids, length, size);
+        if (i == length) continue;
+        expect(false, "item_ids must be rows of a table of ", size, ", got ", ids[i], " at index [", user, ", ", i,
+               "]");
+    }
+}
+
 template <class Function>
-void dispatch(ScalarType dtype, const Function& function) {
-    switch (dtype) {
+void dispatch(const char* name, const Tensor& tensor, const Function& function) {
+    switch (tensor.scalar_type()) {
         case ScalarType::Double:
             return function(double{});
         case ScalarType::Float:
@@ -108,68 +156,129 @@ void dispatch(ScalarType dtype, const Function& function) {
         case ScalarType::Half:
             return function(Half{});
         default:
-            expect(false, "targets and behaviors must be float64 or float32 or bfloat16 or float16, got ", dtype);
+            expect(false, name, " must be float64 or float32 or bfloat16 or float16, got ",
+                   dtype_name(tensor.scalar_type()));
     }
+}
+
+// A state table and its scales, kept while its rows are read.
+template <class S>
+class StateRows {
+  public:
+    StateRows(const Tensor& state, const std::optional<Tensor>& scales) : state_(with_contiguous_rows(state)) {
+        if (scales) scales_ = with_contiguous_rows(*scales);
+    }
+
+    StateTable<S> table() const {
+        StateTable<S> table{
+            state_.const_data_ptr<S>(), state_.stride(0), state_.stride(1), state_.stride(2), nullptr, 0, 0};
+        if (scales_) {
+            table.scales = scales_->const_data_ptr<float>();
+            table.scale_slot = scales_->stride(0);
+            table.scale_head = scales_->stride(1);
+        }
+        return table;
+    }
+
+  private:
+    Tensor state_;
+    std::optional<Tensor> scales_;
+};
+
+template <class T, class S>
+auto absorbed_kernel() {
+#if defined(__x86_64__)
+    using Pair = avx512_bf16::PairOf<std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, int16_t>>;
+    constexpr bool by_pairs = std::is_same_v<T, BFloat16> || (std::is_same_v<S, int8_t> && !std::is_same_v<T, double>);
+    if constexpr (by_pairs) {
+        if (isa() == Isa::avx512_bf16) return avx512_bf16::attend<T, S, Pair>;
+    }
+#endif
+    return RECATTN_PICK(attend<T, S, accumulate_t<T>>);
 }
 
 Tensor lrea_absorbed_attention(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
-                               const Tensor& slots, const Tensor& target_offsets, double negative_slope) {
-    const AbsorbedSizes sizes = check_absorbed(targets, state_keys, state_values, slots, target_offsets);
-    const auto slot_of_user = checked_slots(slots, sizes.slots);
-    const auto offsets = checked_offsets(target_offsets, sizes.rows);
-    const Tensor q = with_contiguous_rows(targets), k = with_contiguous_rows(state_keys),
-                 v = with_contiguous_rows(state_values);
+                               const Tensor& slots, const Tensor& target_offsets, double negative_slope,
+                               const std::optional<Tensor>& item_ids, const std::optional<Tensor>& key_scales,
+                               const std::optional<Tensor>& value_scales) {
+    const AbsorbedSizes sizes =
+        check_absorbed(targets, state_keys, state_values, slots, target_offsets, item_ids, key_scales, value_scales);
+    expect(std::isfinite(negative_slope), "negative_slope must be finite, got ", negative_slope);
+    const Indices user_slots(slots), offsets(target_offsets);
+    expect_rows("slots", user_slots, sizes.slots);
+    expect_offsets(offsets, sizes.rows);
+    std::optional<Indices> ids;
+    if (item_ids) expect_rows("item_ids", ids.emplace(*item_ids), sizes.items);
+    const Tensor q = with_contiguous_rows(targets);
     const Tensor out = torch::stable::new_empty(targets, {sizes.rows, sizes.heads, sizes.value_dim});
-    dispatch(targets.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        const auto table = [](const Tensor& t) {
-            return StateTable<T>{t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
-        };
-        const AbsorbedAttention<T> op{q.const_data_ptr<T>(),
-                                      q.stride(0),
-                                      q.stride(1),
-                                      table(k),
-                                      table(v),
-                                      slot_of_user.data(),
-                                      offsets.data(),
-                                      out.mutable_data_ptr<T>(),
-                                      sizes.users,
-                                      sizes.heads,
-                                      sizes.rank,
-                                      sizes.query_dim,
-                                      sizes.value_dim,
-                                      negative_slope};
-        const auto kernel = RECATTN_PICK(attend<T>);
+    const auto run = [&](auto target, auto state) {
+        using T = decltype(target);
+        using S = decltype(state);
+        const StateRows<S> keys(state_keys, key_scales), values(state_values, value_scales);
+        const AbsorbedAttention<T, S> op{.targets = q.const_data_ptr<T>(),
+                                         .target_row = q.stride(0),
+                                         .target_head = q.stride(1),
+                                         .item_ids = ids ? ids->data() : nullptr,
+                                         .keys = keys.table(),
+                                         .values = values.table(),
+                                         .slots = user_slots.data(),
+                                         .offsets = offsets.data(),
+                                         .out = out.mutable_data_ptr<T>(),
+                                         .candidates = sizes.rows,
+                                         .users = sizes.users,
+                                         .heads = sizes.heads,
+                                         .rank = sizes.rank,
+                                         .query_dim = sizes.query_dim,
+                                         .value_dim = sizes.value_dim,
+                                         .negative_slope = negative_slope};
+        const auto kernel = absorbed_kernel<T, S>();
         const int64_t cost = sizes.heads * sizes.rank * (sizes.query_dim + sizes.value_dim);
         torch::stable::parallel_for(0, sizes.rows, grain(cost),
                                     [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
-    });
+    };
+    dispatch("targets", targets, [&](auto zero) { sizes.quantized ? run(zero, int8_t{}) : run(zero, zero); });
     return out;
 }
 
-Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::optional<Tensor>& seq_lens) {
-    expect_dim("behaviors", behaviors, 3);
-    expect_dim("w_comp", w_comp, 2);
-    const int64_t users = behaviors.size(0), longest = behaviors.size(1), dim = behaviors.size(2),
+Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::optional<Tensor>& seq_lens,
+                     const std::optional<Tensor>& item_ids) {
+    if (item_ids) {
+        expect_shape("behaviors", behaviors, {{"I"}, {"d"}});
+        expect_shape("item_ids", *item_ids, {{"U"}, {"L"}});
+        expect_integer("item_ids", *item_ids);
+    } else {
+        expect_shape("behaviors", behaviors, {{"U"}, {"L"}, {"d"}});
+    }
+    expect_shape("w_comp", w_comp, {{"Lmax"}, {"r"}});
+    const Tensor& histories = item_ids ? *item_ids : behaviors;
+    const int64_t users = histories.size(0), longest = histories.size(1), dim = behaviors.size(behaviors.dim() - 1),
                   rank = w_comp.size(1);
-    expect(w_comp.size(0) >= longest, "w_comp must have a row for each of ", longest, " behaviors, got ",
-           w_comp.size(0));
-    expect_dtype("w_comp", w_comp, behaviors.scalar_type());
+    expect(w_comp.size(0) >= longest, "Lmax of w_comp must be at least L = ", longest, ", got ", w_comp.size(0));
+    expect_dtype_of("behaviors", behaviors, "w_comp", w_comp);
     if (seq_lens) {
-        expect_dim("seq_lens", *seq_lens, 1);
-        expect_size("seq_lens", *seq_lens, 0, users);
+        expect_shape("seq_lens", *seq_lens, {{"U", users}});
         expect_integer("seq_lens", *seq_lens);
     }
     const auto starts = checked_starts(seq_lens, users, longest);
+    std::optional<Indices> ids;
+    if (item_ids) expect_items(ids.emplace(*item_ids), starts, longest, behaviors.size(0));
     const Tensor e = with_contiguous_rows(behaviors);
     const Tensor out = torch::stable::new_empty(behaviors, {users, rank, dim});
-    dispatch(behaviors.scalar_type(), [&](auto zero) {
+    dispatch("behaviors", behaviors, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;
         const auto dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
         const Tensor w = torch::stable::contiguous(torch::stable::to(w_comp, dtype));
-        const Compress<T> op{e.const_data_ptr<T>(),     e.stride(0), e.stride(1), w.const_data_ptr<A>(), starts.data(),
-                             out.mutable_data_ptr<T>(), rank,        dim};
+        const Compress<T> op{.behaviors = e.const_data_ptr<T>(),
+                             .behavior_user = ids ? 0 : e.stride(0),
+                             .behavior_row = e.stride(e.dim() - 2),
+                             .item_ids = ids ? ids->data() : nullptr,
+                             .longest = longest,
+                             .w_comp = w.const_data_ptr<A>(),
+                             .starts = starts.data(),
+                             .out = out.mutable_data_ptr<T>(),
+                             .rank = rank,
+                             .dim = dim};
         const auto kernel = RECATTN_PICK(compress<T>);
         // A thread takes the users that begin in its share, so long and short histories balance.
         torch::stable::parallel_for(0, starts.back(), grain(rank * dim), [&](int64_t begin, int64_t end) {
@@ -187,8 +296,9 @@ std::string cpu_capability() { return isa_name(isa()); }
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
     m.def(
         "lrea_absorbed_attention(Tensor targets, Tensor state_keys, Tensor state_values, Tensor slots, "
-        "Tensor target_offsets, float negative_slope) -> Tensor");
-    m.def("lrea_compress(Tensor behaviors, Tensor w_comp, Tensor? seq_lens) -> Tensor");
+        "Tensor target_offsets, float negative_slope, Tensor? item_ids, Tensor? key_scales, Tensor? value_scales) "
+        "-> Tensor");
+    m.def("lrea_compress(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? item_ids) -> Tensor");
     m.def("cpu_capability() -> str");
 }
 

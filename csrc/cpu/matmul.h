@@ -14,16 +14,31 @@ RECATTN_INLINE int64_t round_up_to_lanes(int64_t size) {
     return (size + Vector<A>::lanes - 1) / Vector<A>::lanes * Vector<A>::lanes;
 }
 
+// What the factors of a product consist of: here of numbers of its own type.
+template <class E>
+struct Element {
+    using Sum = E;
+    static constexpr int64_t numbers = 1;
+
+    RECATTN_INLINE static typename Vector<E>::type multiply_add(E scalar, typename Vector<E>::type row,
+                                                                typename Vector<E>::type sum) {
+        return sum + scalar * row;
+    }
+};
+
+template <class E>
+using sum_t = typename Element<E>::Sum;
+
 // a[m, k] = data[m * row + k * column]: read by scalars, so any layout will do.
-template <class A>
+template <class E>
 struct Left {
-    const A* data;
+    const E* data;
     int64_t row, column;
 };
 
-template <class A>
+template <class E>
 struct Right {
-    const A* data;
+    const E* data;
     int64_t row;
 };
 
@@ -35,79 +50,102 @@ struct Product {
 };
 
 // out[m, n] (+)= sum_k a[m, k] b[k, n] for M rows and V registers of columns.
-template <int M, int V, class A>
-RECATTN_INLINE void multiply_tile(Left<A> a, Right<A> b, Product<A> out, int64_t depth) {
-    using Vec = typename Vector<A>::type;
-    constexpr int64_t lanes = Vector<A>::lanes;
-    Vec acc[M][V];
+template <int M, int V, class E>
+RECATTN_INLINE void multiply_tile(Left<E> a, Right<E> b, Product<sum_t<E>> out, int64_t depth) {
+    using Row = typename Vector<E>::type;
+    using Vec = typename Vector<sum_t<E>>::type;
+    constexpr int64_t lanes = Vector<E>::lanes;
+    Vec acc[M][V] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+        Row row[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) row[v] = *reinterpret_cast<const Row*>(b.data + k * b.row + v * lanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const E scalar = a.data[m * a.row + k * a.column];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) acc[m][v] = Element<E>::multiply_add(scalar, row[v], acc[m][v]);
+        }
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
-            acc[m][v] = out.accumulate ? *reinterpret_cast<const Vec*>(out.data + m * out.row + v * lanes) : Vec{};
+            Vec* sum = reinterpret_cast<Vec*>(out.data + m * out.row + v * lanes);
+            *sum = out.accumulate ? *sum + acc[m][v] : acc[m][v];  // at the end: a sum in parts rounds less
         }
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-        Vec row[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) row[v] = *reinterpret_cast<const Vec*>(b.data + k * b.row + v * lanes);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            const A scalar = a.data[m * a.row + k * a.column];
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) acc[m][v] += scalar * row[v];
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(out.data + m * out.row + v * lanes) = acc[m][v];
     }
 }
 
 // The same for any number of columns, a multiple of the lanes.
-template <int M, int V, class A>
-RECATTN_INLINE void multiply_columns(Left<A> a, Right<A> b, Product<A> out, int64_t depth, int64_t columns) {
-    constexpr int64_t step = V * Vector<A>::lanes;
+template <int M, int V, class E>
+RECATTN_INLINE void multiply_columns(Left<E> a, Right<E> b, Product<sum_t<E>> out, int64_t depth, int64_t columns) {
+    constexpr int64_t step = V * Vector<E>::lanes;
     for (; columns >= step; columns -= step, b.data += step, out.data += step) multiply_tile<M, V>(a, b, out, depth);
     if constexpr (V > 1) multiply_columns<M, V / 2>(a, b, out, depth, columns);
 }
 
 // The same for any number of rows too.
-template <int M, class A>
-RECATTN_TARGET void multiply(Left<A> a, Right<A> b, Product<A> out, int64_t rows, int64_t depth, int64_t columns) {
+template <int M, class E>
+RECATTN_TARGET void multiply(Left<E> a, Right<E> b, Product<sum_t<E>> out, int64_t rows, int64_t depth,
+                             int64_t columns) {
     for (; rows >= M; rows -= M, a.data += M * a.row, out.data += M * out.row) {
         multiply_columns<M, RECATTN_TILE_VECTORS>(a, b, out, depth, columns);
     }
     if constexpr (M > 1) multiply<M / 2>(a, b, out, rows, depth, columns);
 }
 
-// out[n, m] = in[m, n] for a block of 4 x 4, by two rounds of pairwise interleaving.
-template <class A>
-RECATTN_INLINE void transpose_block(const A* in, int64_t in_row, A* out, int64_t out_row) {
-    typedef A Quad __attribute__((vector_size(4 * sizeof(A)), aligned(alignof(A)), may_alias));
-    const Quad a = *reinterpret_cast<const Quad*>(in), b = *reinterpret_cast<const Quad*>(in + in_row);
-    const Quad c = *reinterpret_cast<const Quad*>(in + 2 * in_row), d = *reinterpret_cast<const Quad*>(in + 3 * in_row);
-    const Quad ab_low = {a[0], b[0], a[1], b[1]}, ab_high = {a[2], b[2], a[3], b[3]};
-    const Quad cd_low = {c[0], d[0], c[1], d[1]}, cd_high = {c[2], d[2], c[3], d[3]};
-    *reinterpret_cast<Quad*>(out) = Quad{ab_low[0], ab_low[1], cd_low[0], cd_low[1]};
-    *reinterpret_cast<Quad*>(out + out_row) = Quad{ab_low[2], ab_low[3], cd_low[2], cd_low[3]};
-    *reinterpret_cast<Quad*>(out + 2 * out_row) = Quad{ab_high[0], ab_high[1], cd_high[0], cd_high[1]};
-    *reinterpret_cast<Quad*>(out + 3 * out_row) = Quad{ab_high[2], ab_high[3], cd_high[2], cd_high[3]};
+// The lanes of a and b in turn: those of their first halves, or of their second.
+template <bool kSecond, class Vec, int... kLane>
+RECATTN_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+    constexpr int lanes = sizeof...(kLane), first = kSecond ? lanes / 2 : 0;
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, (first + kLane / 2 + kLane % 2 * lanes)...);
+#else
+    return Vec{(kLane % 2 ? b : a)[first + kLane / 2]...};
+#endif
 }
 
-// out[n, m] = in[m, n]
-template <class A>
-RECATTN_TARGET void transpose(Left<A> in, int64_t rows, int64_t columns, A* out, int64_t out_row) {
-    const int64_t block_rows = rows / 4 * 4, block_columns = columns / 4 * 4;
-    for (int64_t n = 0; n < block_columns; n += 4) {
-        for (int64_t m = 0; m < block_rows; m += 4) {
-            transpose_block(in.data + m * in.row + n, in.row, out + n * out_row + m, out_row);
+// out[n, m] = in[m, n] for `rows` rows of as many columns as there are lanes; whole registers, zeros past the rows.
+template <class E>
+RECATTN_INLINE void transpose_block(const E* in, int64_t in_row, int64_t rows, E* out, int64_t out_row) {
+    using Vec = typename Vector<E>::type;
+    constexpr int lanes = Vector<E>::lanes;
+    using Lanes = std::make_integer_sequence<int, lanes>;
+    Vec block[lanes], shuffled[lanes];
+#pragma GCC unroll 16
+    for (int m = 0; m < lanes; ++m) block[m] = m < rows ? *reinterpret_cast<const Vec*>(in + m * in_row) : Vec{};
+#pragma GCC unroll 4
+    for (int distance = 1; distance < lanes; distance *= 2) {  // each round moves one bit of m to one of n
+#pragma GCC unroll 8
+        for (int m = 0; m < lanes / 2; ++m) {
+            shuffled[2 * m] = interleave<false>(block[m], block[m + lanes / 2], Lanes{});
+            shuffled[2 * m + 1] = interleave<true>(block[m], block[m + lanes / 2], Lanes{});
         }
+#pragma GCC unroll 16
+        for (int m = 0; m < lanes; ++m) block[m] = shuffled[m];
     }
-    for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t n = m < block_rows ? block_columns : 0; n < columns; ++n)
-            out[n * out_row + m] = in.data[m * in.row + n];
+#pragma GCC unroll 16
+    for (int n = 0; n < lanes; ++n) *reinterpret_cast<Vec*>(out + n * out_row) = block[n];
+}
+
+// out[n, m] = in[m, n]; rows of `out` are written in whole registers.
+template <class E>
+RECATTN_TARGET void transpose(Left<E> in, int64_t rows, int64_t columns, E* out, int64_t out_row) {
+    constexpr int64_t lanes = Vector<E>::lanes;
+    for (int64_t m = 0; m < rows; m += lanes) {
+        const E* block = in.data + m * in.row;
+        const int64_t block_rows = std::min(lanes, rows - m);
+        if (columns < lanes) {
+            for (int64_t n = 0; n < columns; ++n) {
+                for (int64_t i = 0; i < lanes; ++i)
+                    out[n * out_row + m + i] = i < block_rows ? block[i * in.row + n] : E{};
+            }
+        }
+        for (int64_t n = 0; n < columns && columns >= lanes; n += lanes) {
+            const int64_t first = std::min(n, columns - lanes);  // the last block overlaps the one before
+            transpose_block(block + first, in.row, block_rows, out + first * out_row + m, out_row);
+        }
     }
 }
 

@@ -173,8 +173,7 @@ struct Options {
 
 std::vector<int64_t> checked_lengths(const std::optional<Tensor>& seq_lens, int64_t batch, int64_t longest) {
     if (!seq_lens) return std::vector<int64_t>(batch, longest);
-    expect_dim("seq_lens", *seq_lens, 1);
-    expect_size("seq_lens", *seq_lens, 0, batch);
+    expect_shape("seq_lens", *seq_lens, {{"B", batch}});
     expect_integer("seq_lens", *seq_lens);
     auto lengths = to_vector(*seq_lens);
     for (const int64_t length : lengths) {
@@ -184,21 +183,16 @@ std::vector<int64_t> checked_lengths(const std::optional<Tensor>& seq_lens, int6
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weights, const Options& options) {
-    expect_dim("q", q, 4);
-    expect_dim("k", k, 4);
-    expect_dim("v", v, 4);
-    expect_dim("weights", weights, 3);
-    for (const int axis : {0, 1, 2}) {
-        expect_size("k", k, axis, q.size(axis));
-        expect_size("v", v, axis, q.size(axis));
-    }
-    expect_size("k", k, 3, q.size(3));
-    expect_dtype("k", k, q.scalar_type());
-    expect_dtype("v", v, q.scalar_type());
+    expect_shape("q", q, {{"B"}, {"H"}, {"N"}, {"D"}});
+    const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2);
+    expect_shape("k", k, {{"B", batch}, {"H", heads}, {"N", n}, {"D", q.size(3)}});
+    expect_shape("v", v, {{"B", batch}, {"H", heads}, {"N", n}, {"Dv"}});
+    expect_dtype_of("q", q, "k", k);
+    expect_dtype_of("q", q, "v", v);
+    expect_shape("weights", weights, {{"1 or H"}, {"N", n}, {"C"}});
     expect_dtype("weights", weights, ScalarType::Float);
-    expect(weights.size(0) == 1 || weights.size(0) == q.size(1), "weights must be of 1 or ", q.size(1), " heads, got ",
+    expect(weights.size(0) == 1 || weights.size(0) == heads, "weights must be of 1 or ", heads, " heads, got ",
            weights.size(0));
-    expect_size("weights", weights, 1, q.size(2));
     const int64_t rank = weights.size(2) - (options.has_values ? q.size(2) : 0);
     if (options.folded) {
         expect(rank == q.size(2), "folded weights must have ", q.size(2), " columns, got ", rank);
@@ -290,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refined_attention_pairs_bwd(
     const Options options{folded, has_values, adds_source, softmax_source, causal, left_padded, scale};
     check(q, k, v, weights, options);
     check(q, k, dout, weights, options);
-    expect_size("dout", dout, 3, v.size(3));
+    expect_shape("dout", dout, {{"B"}, {"H"}, {"N"}, {"Dv", v.size(3)}});
     const auto lengths = checked_lengths(seq_lens, q.size(0), q.size(2));
     const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v),
                  dout_rows = with_contiguous_rows(dout);

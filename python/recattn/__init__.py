@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from recattn import nn
+from recattn import nn, serving
 from recattn.functional import (
     inter_sink_bias,
     lrea_absorb,
@@ -10,6 +10,7 @@ from recattn.functional import (
     lrea_attention,
     lrea_compress,
     lrea_nonnegativity_loss,
+    lrea_quantize,
     refined_attention,
     sink_attention,
     validate,
@@ -25,8 +26,10 @@ __all__ = [
     "lrea_attention",
     "lrea_compress",
     "lrea_nonnegativity_loss",
+    "lrea_quantize",
     "nn",
     "refined_attention",
+    "serving",
     "sink_attention",
     "validate",
     "wasserstein_attention",

@@ -107,8 +107,12 @@ def expect_offsets(name: str, offsets: Tensor, total: int) -> None:
     _expect_all(name, offsets[1:] >= offsets[:-1], "ascending", offsets[1:])
 
 
-def expect_slots(slots: Tensor, table_size: int) -> None:
-    _expect_all("slots", (slots >= 0) & (slots < table_size), f"rows of a table of {table_size}", slots)
+def expect_rows(name: str, rows: Tensor, table_size: int, seq_lens: Tensor | None = None) -> None:
+    """Rows of a table; of `rows` [U, L] only the first seq_lens[u] of each user."""
+    holds = (rows >= 0) & (rows < table_size)
+    if seq_lens is not None:
+        holds |= torch.arange(rows.shape[-1], device=rows.device) >= seq_lens[:, None]
+    _expect_all(name, holds, f"rows of a table of {table_size}", rows)
 
 
 def _expect_all(name: str, holds: Tensor, expected: str, values: Tensor) -> None:

@@ -7,6 +7,7 @@ from recattn.functional.lrea_attention import (
     lrea_attention,
     lrea_compress,
     lrea_nonnegativity_loss,
+    lrea_quantize,
 )
 from recattn.functional.refined_attention import refined_attention
 from recattn.functional.sink_attention import sink_attention
@@ -20,6 +21,7 @@ __all__ = [
     "lrea_attention",
     "lrea_compress",
     "lrea_nonnegativity_loss",
+    "lrea_quantize",
     "refined_attention",
     "sink_attention",
     "validate",

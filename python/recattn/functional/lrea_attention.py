@@ -19,38 +19,53 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._dispatch import select
-from recattn.functional.validation import validate_values
+from recattn.functional.validation import validate_values, values_are_checked
 from recattn.ops import lrea_attention as ops
 from recattn.ops._library import distinct
 
+INT8_MAX = 127
+
 
 def lrea_compress(
-    behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None = None, *, impl: str | None = None
+    behaviors: Tensor,
+    w_comp: Tensor,
+    seq_lens: Tensor | None = None,
+    *,
+    item_ids: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """A history of L behaviours compressed to r rows:
 
         C_u = W_compᵀ E_u        over the first seq_lens[u] behaviours of user u
 
+    With `item_ids` behaviour l of user u is row item_ids[u, l] of an embedding table, read where it lies.
+
     Source: LREA (arXiv 2503.02542), whose reviews confirm this step; what it does to padding is our reading: nothing
     of it is read.
 
     Args:
-        behaviors: E [U, L, d], float64, float32, bfloat16 or float16.
+        behaviors: E [U, L, d], float64, float32, bfloat16 or float16; with `item_ids` a table [I, d].
         w_comp: [Lmax, r], Lmax ≥ L, behaviors' dtype; its first L rows are used.
         seq_lens: [U] integer, how many behaviours of each user count; the rest is padding.
-        impl: None chooses; "cpu" (compiled) or "reference" insists.
+        item_ids: [U, L] integer, rows of the table; at padding any number may stand.
+        impl: None chooses; "cpu" (compiled), "triton" or "reference" insists. With `item_ids` the kernels have no
+            gradient, so None takes the reference where one is needed.
 
     Returns:
-        [U, r, d] in behaviors' dtype, differentiable; sums are float32 inside (float64 for float64). impl="cpu" reads
-        each behaviour once; its backward allocates dE and, for dW_comp, a few MB of products at a time.
+        [U, r, d] in behaviors' dtype, differentiable; sums are float32 inside (float64 for float64). The kernels read
+        each behaviour once; impl="cpu" allocates dE in its backward and, for dW_comp, a few MB of products at a time.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on a CPU also lengths out of range.
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU also lengths and item ids out of range.
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
     expect_tensors(behaviors=behaviors, w_comp=w_comp)
     sizes: dict[str, int] = {}
-    expect_shape(sizes, "behaviors", behaviors, "U L d")
+    if item_ids is None:
+        expect_shape(sizes, "behaviors", behaviors, "U L d")
+    else:
+        expect_shape(sizes, "behaviors", behaviors, "I d")
+        expect_index(sizes, "item_ids", item_ids, "U L")
     expect_shape(sizes, "w_comp", w_comp, "Lmax r")
     if sizes["Lmax"] < sizes["L"]:  # a message made beforehand would fix the sizes in a compiled graph
         raise ValueError(f"Lmax of w_comp must be at least L = {sizes['L']}, got {sizes['Lmax']}")
@@ -58,13 +73,26 @@ def lrea_compress(
     expect_same_dtype("behaviors", behaviors, w_comp=w_comp)
     if seq_lens is not None:
         expect_index(sizes, "seq_lens", seq_lens, "U")
-    expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens)
+    expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens, item_ids=item_ids)
 
-    impl = select("lrea_compress", impl, ops.availability(behaviors.device.type, "lrea_compress"))
+    refusals = ops.availability(behaviors.device.type, "lrea_compress", behaviors.dtype, sizes["r"])
+    if item_ids is not None:
+        refusals = _without_gradient(refusals, behaviors, w_comp)
+    path = _path_of(impl)
+    impl = select("lrea_compress", impl, refusals)
+    if impl == "reference" or behaviors.device.type != "cpu":  # on a CPU the operators check what they read
+        validate_values(
+            behaviors.device,
+            seq_lens=seq_lens,
+            seq_len=sizes["L"],
+            item_ids=item_ids,
+            num_items=None if item_ids is None else sizes["I"],
+        )
     if impl == "reference":
-        validate_values(behaviors.device, seq_lens=seq_lens, seq_len=sizes["L"])
-        return reference.lrea_compress(behaviors, w_comp, seq_lens)
-    return ops.LreaCompress.apply(behaviors, w_comp, seq_lens)
+        return reference.lrea_compress(behaviors, w_comp, seq_lens, item_ids=item_ids)
+    if item_ids is not None:
+        return ops.lrea_compress_items(behaviors, w_comp, seq_lens, item_ids, path)
+    return ops.LreaCompress.apply(behaviors, w_comp, seq_lens, path)
 
 
 def lrea_attention(
@@ -100,7 +128,7 @@ def lrea_attention(
         seq_lens: [U] integer, the length of each user's history, Lmax by default. A user of length 0 gets zeros.
         negative_slope: of φ.
         scale: of the scores, 1/√d by default.
-        impl: None chooses; "cpu" or "reference" insists.
+        impl: None chooses; "cpu", "triton" or "reference" insists.
 
     Returns:
         [T, H, dv] in targets' dtype, differentiable in targets, keys, values and w_decomp.
@@ -133,9 +161,11 @@ def lrea_attention(
     )
     expect_finite(negative_slope=negative_slope, scale=scale)
 
-    impl = select("lrea_attention", impl, ops.availability(targets.device.type, "lrea_attention"))
+    path = _path_of(impl)
+    refusals = ops.availability(targets.device.type, "lrea_attention", targets.dtype, sizes["r"])
+    impl = select("lrea_attention", impl, refusals)
     scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
-    if impl == "reference":
+    if impl == "reference" or targets.device.type != "cpu":
         validate_values(
             targets.device,
             target_offsets=target_offsets,
@@ -143,6 +173,7 @@ def lrea_attention(
             seq_lens=seq_lens,
             seq_len=sizes["Lmax"],
         )
+    if impl == "reference":
         return reference.lrea_attention(
             targets,
             keys,
@@ -154,7 +185,7 @@ def lrea_attention(
             scale=scale,
         )
     return ops.LreaAttention.apply(
-        targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens, float(negative_slope), float(scale)
+        targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens, float(negative_slope), float(scale), path
     )
 
 
@@ -218,6 +249,33 @@ def lrea_absorb(
     return scale * keys, state_values
 
 
+def lrea_quantize(state: Tensor) -> tuple[Tensor, Tensor]:
+    """State rows as int8 with a scale each, for `lrea_absorbed_attention`:
+
+        row ≈ scale · int8,    scale = max |row| / 127
+
+    An entry is off by at most half a scale. A row of zeros has scale 0.
+
+    Source: our own.
+
+    Args:
+        state: [..., r, d] state_keys or state_values, float64, float32, bfloat16 or float16.
+
+    Returns:
+        int8 [..., r, d], and the scales, float32 [..., r].
+
+    Raises:
+        ValueError: not a floating tensor of at least one axis.
+    """
+    expect_tensors(state=state)
+    expect(state.dim() > 0 and state.shape[-1] > 0, "state", "[..., r, d] with d of at least 1", list(state.shape))
+    expect_dtype("state", state, FLOATING)
+    rows = state.detach().to(torch.promote_types(state.dtype, torch.float32))
+    scales = (rows.abs().amax(-1) / INT8_MAX).float()
+    steps = scales.where(scales > 0, 1.0)[..., None]
+    return (rows / steps).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales
+
+
 def lrea_absorbed_attention(
     targets: Tensor,
     state_keys: Tensor,
@@ -225,6 +283,9 @@ def lrea_absorbed_attention(
     slots: Tensor,
     target_offsets: Tensor,
     *,
+    item_ids: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     negative_slope: float = 0.01,
     impl: str | None = None,
 ) -> Tensor:
@@ -232,36 +293,84 @@ def lrea_absorbed_attention(
 
         h = φ(q state_keys[s]ᵀ) state_values[s]        s = slots[u] for user u, φ leaky ReLU
 
-    The states (from `lrea_absorb`, or any of their shape) are read where they lie in the tables: no gathered copy.
+    The states (from `lrea_absorb`, or any of their shape) are read where they lie in the tables: no gathered copy. With
+    `item_ids` so are the targets: q = targets[item_ids[t]]. Row k of an int8 state stands for scales[s, h, k] · row.
 
     Source: LREA (arXiv 2503.02542), which stores two tensors a user; what they hold is our reading, see `lrea_absorb`.
 
     Args:
         targets: q [T, H, d], float64, float32, bfloat16 or float16; user u owns rows target_offsets[u] up to
-            target_offsets[u + 1].
-        state_keys: table [S, H, r, d], targets' dtype; the scale is folded in.
-        state_values: table [S, H, r, dv], targets' dtype.
+            target_offsets[u + 1]. With `item_ids` a table [I, H, d]. A target of every head may be expanded.
+        state_keys: table [S, H, r, d], targets' dtype or int8; the scale of the scores is folded in.
+        state_values: table [S, H, r, dv], state_keys' dtype.
         slots: [U] integer, the row of each user in the tables; users may share one.
         target_offsets: [U + 1] integer, from 0 to T, never descending.
+        item_ids: [T] integer, the row of each target in the table.
+        key_scales, value_scales: [S, H, r] float32, of int8 states (`lrea_quantize`).
         negative_slope: of φ; 1.0 for states of orientation="weights".
         impl: None chooses; "cpu" (compiled), "cuda" (compiled) or "reference" insists. "cpu" and "cuda" have no
             gradient, so None takes the reference where one is needed.
 
     Returns:
-        [T, H, dv] in targets' dtype; sums are float32 inside (float64 for float64).
+        [T, H, dv] in targets' dtype; sums are float32 inside (float64 for float64). Int8 rows are taken exactly, but a
+        CPU with VNNI rounds float32 and float16 targets, and their scores, to 16 bits: 1/258 of an int8 row's step.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on a CPU also slots out of range and offsets that do not
-            ascend from 0 to T (elsewhere `recattn.validate` checks them, or RECATTN_CHECK=1).
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU also slots and item ids out of range and offsets
+            that do not ascend from 0 to T (elsewhere `recattn.validate` checks them, or RECATTN_CHECK=1).
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
-    expect_tensors(targets=targets, state_keys=state_keys, state_values=state_values, slots=slots)
+    expect_tensors(targets=targets)
+    expect_finite(negative_slope=negative_slope)
+    refusals = ops.availability(targets.device.type, "lrea_absorbed_attention")
+    refusals = _without_gradient(refusals, targets, state_keys, state_values, key_scales, value_scales)
+    impl = select("lrea_absorbed_attention", impl, refusals)
+    tensors = (targets, state_keys, state_values, slots, target_offsets)
+    if impl != "reference":
+        # It checks its arguments itself, with the same words: here that would take longer than the call.
+        if targets.is_cuda and values_are_checked(targets.device):
+            _check_absorbed(*tensors, item_ids, key_scales, value_scales)
+        return torch.ops.recattn.lrea_absorbed_attention.default(
+            *tensors, negative_slope, item_ids, key_scales, value_scales
+        )
+    _check_absorbed(*tensors, item_ids, key_scales, value_scales)
+    return reference.lrea_absorbed_attention(
+        *tensors, item_ids=item_ids, key_scales=key_scales, value_scales=value_scales, negative_slope=negative_slope
+    )
+
+
+def _check_absorbed(
+    targets: Tensor,
+    state_keys: Tensor,
+    state_values: Tensor,
+    slots: Tensor,
+    target_offsets: Tensor,
+    item_ids: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> None:
+    expect_tensors(state_keys=state_keys, state_values=state_values, slots=slots)
     sizes: dict[str, int] = {}
-    expect_shape(sizes, "targets", targets, "T H d")
+    expect_shape(sizes, "targets", targets, "T H d" if item_ids is None else "I H d")
+    if item_ids is not None:
+        expect_index(sizes, "item_ids", item_ids, "T")
     expect_shape(sizes, "state_keys", state_keys, "S H r d")
     expect_shape(sizes, "state_values", state_values, "S H r dv")
     expect_dtype("targets", targets, FLOATING)
-    expect_same_dtype("targets", targets, state_keys=state_keys, state_values=state_values)
+    quantized = state_keys.dtype == torch.int8
+    if not quantized:
+        expect_same_dtype("targets", targets, state_keys=state_keys)
+    expect_same_dtype("state_keys", state_keys, state_values=state_values)
+    scales = {name: x for name, x in (("key_scales", key_scales), ("value_scales", value_scales)) if x is not None}
+    expect(
+        len(scales) == (2 if quantized else 0),
+        "key_scales and value_scales",
+        "both given with int8 states, neither with others",
+        f"{str(state_keys.dtype).removeprefix('torch.')} states and {len(scales)} of them",
+    )
+    for name, given in scales.items():
+        expect_shape(sizes, name, given, "S H r")
+        expect_dtype(name, given, (torch.float32,))
     expect_index(sizes, "slots", slots, "U")
     _expect_offsets(sizes, target_offsets)
     expect_same_device(
@@ -271,27 +380,17 @@ def lrea_absorbed_attention(
         state_values=state_values,
         slots=slots,
         target_offsets=target_offsets,
+        item_ids=item_ids,
+        **scales,
     )
-    expect_finite(negative_slope=negative_slope)
-
-    refusals = ops.availability(targets.device.type, "lrea_absorbed_attention")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (targets, state_keys, state_values)):
-        no_gradient = 'it has no gradient; call it under torch.no_grad(), or take impl="reference"'
-        refusals |= {compiled: refusals[compiled] or no_gradient for compiled in ("cpu", "cuda")}
-    impl = select("lrea_absorbed_attention", impl, refusals)
-    if impl == "reference":
-        validate_values(
-            targets.device,
-            target_offsets=target_offsets,
-            num_targets=sizes["T"],
-            slots=slots,
-            num_slots=sizes["S"],
-        )
-        return reference.lrea_absorbed_attention(
-            targets, state_keys, state_values, slots, target_offsets, negative_slope=negative_slope
-        )
-    return torch.ops.recattn.lrea_absorbed_attention(
-        targets, state_keys, state_values, slots, target_offsets, float(negative_slope)
+    validate_values(
+        targets.device,
+        target_offsets=target_offsets,
+        num_targets=sizes["T"],
+        slots=slots,
+        num_slots=sizes["S"],
+        item_ids=item_ids,
+        num_items=None if item_ids is None else sizes["I"],
     )
 
 
@@ -325,3 +424,16 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
 def _expect_offsets(sizes: dict[str, int], target_offsets: Tensor) -> None:
     sizes["U+1"] = sizes["U"] + 1
     expect_index(sizes, "target_offsets", target_offsets, "U+1")
+
+
+def _without_gradient(refusals: dict[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
+    """The same, where one of the tensors needs a gradient, which only the reference has."""
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        return refusals
+    why = 'it has no gradient; call it under torch.no_grad(), or take impl="reference"'
+    return {impl: refusal or (None if impl == "reference" else why) for impl, refusal in refusals.items()}
+
+
+def _path_of(impl: str | None) -> str:
+    """What the operators are told: on a CPU only an explicit "triton" takes Triton's interpreter."""
+    return "triton" if impl == "triton" else "auto"

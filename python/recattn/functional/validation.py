@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from recattn._check import expect, expect_lengths, expect_offsets, expect_sink_positions, expect_slots
+from recattn._check import expect, expect_lengths, expect_offsets, expect_rows, expect_sink_positions
 
 
 def validate(
@@ -15,10 +15,12 @@ def validate(
     cu_seqlens: Tensor | None = None,
     target_offsets: Tensor | None = None,
     slots: Tensor | None = None,
+    item_ids: Tensor | None = None,
     seq_len: int | None = None,
     num_tokens: int | None = None,
     num_targets: int | None = None,
     num_slots: int | None = None,
+    num_items: int | None = None,
 ) -> None:
     """Check the values of the index tensors of a call, on any device, named as the public functions name them.
 
@@ -32,7 +34,9 @@ def validate(
         cu_seqlens: [B + 1], from 0 to `num_tokens`, never descending.
         target_offsets: [U + 1], from 0 to `num_targets`, never descending.
         slots: [U], between 0 and `num_slots` - 1.
-        seq_len, num_tokens, num_targets, num_slots: N, T (packed tokens), T (targets) and S of the call.
+        item_ids: [T] or [U, L], between 0 and `num_items` - 1; [U, L] with `seq_lens` only where they say that an item
+            stands.
+        seq_len, num_tokens, num_targets, num_slots, num_items: N, T (packed tokens), T (targets), S and I of the call.
 
     Raises:
         ValueError: names the argument, what was expected, and the first entry that is not it.
@@ -47,7 +51,9 @@ def validate(
     if target_offsets is not None:
         expect_offsets("target_offsets", target_offsets, _given("num_targets", num_targets, "target_offsets"))
     if slots is not None:
-        expect_slots(slots, _given("num_slots", num_slots, "slots"))
+        expect_rows("slots", slots, _given("num_slots", num_slots, "slots"))
+    if item_ids is not None:
+        expect_rows("item_ids", item_ids, _given("num_items", num_items, "item_ids"), seq_lens)
 
 
 def validate_values(device: torch.device, **arguments: object) -> None:

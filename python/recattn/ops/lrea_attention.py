@@ -1,72 +1,79 @@
-"""LREA on a CPU.
+"""LREA: schemas, autograd, and what runs where.
 
 The restored form never restores: with z = scale · q keysᵀ and y = φ(z W) Wᵀ it is y values, and the middle factor, a
 two-layer map of hidden width L that all users share, is computed tile by tile. The backward recomputes its tiles.
-`lrea_compress` and `lrea_absorbed_attention` are C++ (csrc/cpu), there when the extension was built.
+On a GPU the kernels of training are Triton's, on a CPU C++ (csrc/cpu) beside PyTorch's products; those of serving are
+C++ on both (csrc/cpu, csrc/cuda).
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import leaky_relu, leaky_relu_, pad
+from torch.nn.functional import leaky_relu, pad
 
-from recattn._check import expect_lengths, expect_offsets
+from recattn._check import expect_lengths, expect_offsets, expect_rows, expect_same_device
 from recattn._extension import MISSING
+from recattn.ops import _lrea_attention_triton as by_triton
 from recattn.ops._library import define
 from recattn.ops._ragged import length_buckets
 
-# Rows and columns of a tile of the middle factor: its scores stay in the cache.
-_TILE_ROWS, _TILE_COLUMNS = 256, 512
 # Elements of the products that the gradient of w_comp sums over users at a time.
 _CHUNK_ELEMENTS = 1 << 20
 
 
-def availability(device: str, op: str = "lrea_absorbed_attention") -> dict[str, str | None]:
-    """Why each implementation of `op` cannot run on this device type (None: it can), best first."""
-    cpu = None if device == "cpu" else f"the tensors are on {device}"
-    if op == "lrea_attention":
-        return {"cpu": cpu, "reference": None}
-    cpu = cpu or MISSING.get("cpu")
-    if op == "lrea_compress":
-        return {"cpu": cpu, "reference": None}
-    cuda = MISSING.get("cuda", MISSING.get("cpu")) if device == "cuda" else f"the tensors are on {device}"
-    if device == "cpu":
+def availability(
+    device: str, op: str = "lrea_absorbed_attention", dtype: torch.dtype | None = None, rank: int = 0
+) -> dict[str, str | None]:
+    """Why each implementation of `op` cannot run on this device type (None: it can), best first.
+
+    Of Triton's with a dtype and a rank: why not a call with these.
+    """
+    cpu = MISSING.get("cpu") if device == "cpu" else f"the tensors are on {device}"
+    if op == "lrea_absorbed_attention":
+        cuda = MISSING.get("cuda", MISSING.get("cpu")) if device == "cuda" else f"the tensors are on {device}"
         return {"cuda": cuda, "cpu": cpu, "reference": None}
-    return {"reference": None, "cuda": cuda, "cpu": cpu}
+    triton = by_triton.refusal(device, dtype, rank)
+    if device == "cpu":  # where Triton's is an interpreter
+        return {"cpu": cpu, "reference": None, "triton": triton}
+    return {"triton": triton, "cpu": cpu, "reference": None}
+
+
+def _takes_triton(x: Tensor, path: str) -> bool:
+    """What `path` names: "auto" is Triton's on a GPU only, "triton" everywhere."""
+    return path == "triton" or x.device.type != "cpu"
 
 
 class LreaAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, targets, keys, values, w_decomp, target_offsets, seq_lens, negative_slope, scale):
-        z = lrea_user_matmul(targets, keys.mT, target_offsets) * scale  # [T, H, r]
-        y = lrea_middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope)
+    def forward(ctx, targets, keys, values, w_decomp, target_offsets, seq_lens, negative_slope, scale, path):
+        z = lrea_user_matmul(targets, keys.mT, target_offsets, path) * scale  # [T, H, r]
+        y = lrea_middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope, path)
         ctx.save_for_backward(targets, keys, values, w_decomp, target_offsets, seq_lens, z, y)
-        ctx.negative_slope, ctx.scale = negative_slope, scale
-        return lrea_user_matmul(y, values, target_offsets).to(targets.dtype)
+        ctx.negative_slope, ctx.scale, ctx.path = negative_slope, scale, path
+        return lrea_user_matmul(y, values, target_offsets, path).to(targets.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         targets, keys, values, w_decomp, offsets, seq_lens, z, y = ctx.saved_tensors
-        dvalues = lrea_user_outer(y, dout, offsets)
-        dy = lrea_user_matmul(dout, values.mT, offsets)
-        dz, dw_decomp = lrea_middle_factor_bwd(dy, z, w_decomp, offsets, seq_lens, ctx.negative_slope)
+        dvalues = lrea_user_outer(y, dout, offsets, ctx.path)
+        dy = lrea_user_matmul(dout, values.mT, offsets, ctx.path)
+        dz, dw_decomp = lrea_middle_factor_bwd(dy, z, w_decomp, offsets, seq_lens, ctx.negative_slope, ctx.path)
         dz = dz * ctx.scale
-        dkeys = lrea_user_outer(dz, targets, offsets)
-        dtargets = lrea_user_matmul(dz, keys, offsets)
+        dkeys = lrea_user_outer(dz, targets, offsets, ctx.path)
+        dtargets = lrea_user_matmul(dz, keys, offsets, ctx.path)
         gradients = (gradient.to(targets.dtype) for gradient in (dtargets, dkeys, dvalues, dw_decomp))
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 class LreaCompress(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, behaviors, w_comp, seq_lens):
+    def forward(ctx, behaviors, w_comp, seq_lens, path):
         ctx.save_for_backward(behaviors, w_comp, seq_lens)
-        return torch.ops.recattn.lrea_compress(behaviors, w_comp, seq_lens)
+        ctx.path = path
+        return lrea_compress_items(behaviors, w_comp, seq_lens, None, path)
 
     @staticmethod
     @once_differentiable
@@ -74,11 +81,20 @@ class LreaCompress(torch.autograd.Function):
         behaviors, w_comp, seq_lens = ctx.saved_tensors
         dbehaviors = dw_comp = None
         if ctx.needs_input_grad[0]:
-            dbehaviors = _compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1])
+            dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1], ctx.path)
         if ctx.needs_input_grad[1]:
-            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens).to(w_comp.dtype)
+            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens, ctx.path).to(w_comp.dtype)
             dw_comp = pad(dw_comp, (0, 0, 0, w_comp.shape[0] - behaviors.shape[1]))
-        return dbehaviors, dw_comp, None
+        return dbehaviors, dw_comp, None, None
+
+
+def lrea_compress_items(
+    table: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None, path: str
+) -> Tensor:
+    """Without a gradient; item_ids None: the table is behaviors [U, L, d]."""
+    if _takes_triton(table, path):
+        return lrea_compress_fwd(table, w_comp, seq_lens, item_ids)
+    return torch.ops.recattn.lrea_compress(table, w_comp, seq_lens, item_ids)
 
 
 def absorb_values(values: Tensor, w_decomp: Tensor, seq_lens: Tensor | None, negative_slope: float) -> Tensor:
@@ -110,10 +126,16 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 # --- Products of every target with a matrix of its user ---
 
 
-def _user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor) -> Tensor:
+def _user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
     """out[t, h] = rows[t, h] matrices[user of t, h]: [T, H, k], [U, H, k, n] -> [T, H, n]"""
-    expect_offsets("target_offsets", target_offsets, rows.shape[0])
+    if rows.device.type == "cpu":
+        expect_offsets("target_offsets", target_offsets, rows.shape[0])
+    if _takes_triton(rows, path):
+        return by_triton.user_matmul(rows, matrices, target_offsets)
     dtype = _accumulate_dtype(rows.dtype)
+    if count := _even_count(target_offsets):
+        by_user = rows.to(dtype).unflatten(0, (-1, count)).transpose(1, 2)  # [U, H, n, k]
+        return (by_user @ matrices.to(dtype)).transpose(1, 2).flatten(0, 1).contiguous()
     out = rows.new_empty(*rows.shape[:2], matrices.shape[-1], dtype=dtype)
     for bucket in _user_buckets(target_offsets):
         gathered = rows[bucket.positions].to(dtype).transpose(1, 2)  # [b, H, n, k]
@@ -122,10 +144,16 @@ def _user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor) -> Tens
     return out
 
 
-def _user_outer(left: Tensor, right: Tensor, target_offsets: Tensor) -> Tensor:
+def _user_outer(left: Tensor, right: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
     """out[u, h] = Σ left[t, h] ⊗ right[t, h] over the targets of u: [T, H, k], [T, H, n] -> [U, H, k, n]"""
-    expect_offsets("target_offsets", target_offsets, left.shape[0])
+    if left.device.type == "cpu":
+        expect_offsets("target_offsets", target_offsets, left.shape[0])
+    if _takes_triton(left, path):
+        return by_triton.user_outer(left, right, target_offsets)
     dtype = _accumulate_dtype(left.dtype)
+    if count := _even_count(target_offsets):
+        left, right = (x.to(dtype).unflatten(0, (-1, count)) for x in (left, right))  # [U, n, H, k]
+        return left.permute(0, 2, 3, 1) @ right.transpose(1, 2)
     users = target_offsets.shape[0] - 1
     out = left.new_zeros(users, left.shape[1], left.shape[2], right.shape[2], dtype=dtype)
     for bucket in _user_buckets(target_offsets):
@@ -134,29 +162,37 @@ def _user_outer(left: Tensor, right: Tensor, target_offsets: Tensor) -> Tensor:
     return out
 
 
+def _even_count(target_offsets: Tensor) -> int:
+    """How many targets every user has; 0: not all as many, or none."""
+    counts = target_offsets.diff()
+    return int(counts[0]) if counts.numel() and bool((counts == counts[0]).all()) else 0
+
+
 def _user_buckets(target_offsets: Tensor):
     offsets = target_offsets.long()
     return length_buckets(offsets[:-1], offsets.diff())
 
 
-def _user_matmul_fake(rows, matrices, target_offsets):
+def _user_matmul_fake(rows, matrices, target_offsets, path="auto"):
     return rows.new_empty(*rows.shape[:2], matrices.shape[-1], dtype=_accumulate_dtype(rows.dtype))
 
 
-def _user_outer_fake(left, right, target_offsets):
+def _user_outer_fake(left, right, target_offsets, path="auto"):
     users = target_offsets.shape[0] - 1
     dtype = _accumulate_dtype(left.dtype)
     return left.new_empty(users, left.shape[1], left.shape[2], right.shape[2], dtype=dtype)
 
 
 lrea_user_matmul = define(
-    "lrea_user_matmul(Tensor rows, Tensor matrices, Tensor target_offsets) -> Tensor",
+    'lrea_user_matmul(Tensor rows, Tensor matrices, Tensor target_offsets, str path="auto") -> Tensor',
     cpu=_user_matmul,
+    cuda=_user_matmul,
     fake=_user_matmul_fake,
 )
 lrea_user_outer = define(
-    "lrea_user_outer(Tensor left, Tensor right, Tensor target_offsets) -> Tensor",
+    'lrea_user_outer(Tensor left, Tensor right, Tensor target_offsets, str path="auto") -> Tensor',
     cpu=_user_outer,
+    cuda=_user_outer,
     fake=_user_outer_fake,
 )
 
@@ -164,53 +200,28 @@ lrea_user_outer = define(
 # --- The middle factor y = φ(z W) Wᵀ ---
 
 
-class _RowBlock(NamedTuple):
-    """Rows of z computed together."""
-
-    members: slice | Tensor
-    lengths: Tensor | None  # [n] columns of W that each row sees, descending; None: all
-    longest: int
-
-    def columns(self) -> Iterator[tuple[slice, Tensor | None]]:
-        """Blocks of columns, and the entries [n, c] that are padding."""
-        for start in range(0, self.longest, _TILE_COLUMNS):
-            stop = min(start + _TILE_COLUMNS, self.longest)
-            padding = None
-            if self.lengths is not None and self.lengths[-1] < stop:
-                padding = torch.arange(start, stop) >= self.lengths[:, None]
-            yield slice(start, stop), padding
-
-
-def _row_blocks(z: Tensor, length: int, target_offsets: Tensor, seq_lens: Tensor | None) -> Iterator[_RowBlock]:
-    """Cut the T·H rows of z; with seq_lens, rows that see similar numbers of columns together."""
-    targets, heads, _ = z.shape
+def _row_lengths(z: Tensor, target_offsets: Tensor, seq_lens: Tensor | None) -> Tensor | None:
+    """[T·H] how many columns of W each row of z sees (None: all)."""
     if seq_lens is None:
-        for start in range(0, targets * heads, _TILE_ROWS):
-            yield _RowBlock(slice(start, start + _TILE_ROWS), None, length)
-        return
-    expect_lengths("seq_lens", seq_lens, length)
-    lengths = seq_lens.long().repeat_interleave(target_offsets.long().diff()).repeat_interleave(heads)
-    descending, order = lengths.sort(descending=True, stable=True)
-    for members, seen in zip(order.split(_TILE_ROWS), descending.split(_TILE_ROWS), strict=True):
-        yield _RowBlock(members, seen, int(seen.max()) if len(seen) else 0)
+        return None
+    return seq_lens.repeat_interleave(target_offsets.diff()).repeat_interleave(z.shape[1])
 
 
 def _middle_factor_fwd(
-    z: Tensor, w_decomp: Tensor, target_offsets: Tensor, seq_lens: Tensor | None, negative_slope: float
+    z: Tensor,
+    w_decomp: Tensor,
+    target_offsets: Tensor,
+    seq_lens: Tensor | None,
+    negative_slope: float,
+    path: str = "auto",
 ) -> Tensor:
-    w = w_decomp.to(z.dtype)
-    z_rows = z.flatten(0, 1)
-    y = z_rows.new_empty(z_rows.shape)
-    for block in _row_blocks(z, w.shape[1], target_offsets, seq_lens):
-        z_block = z_rows[block.members]  # [n, r]
-        y_block = torch.zeros_like(z_block)
-        for columns, padding in block.columns():
-            weights = leaky_relu_(z_block @ w[:, columns], negative_slope)  # [n, c]
-            if padding is not None:
-                weights.masked_fill_(padding, 0)
-            y_block.addmm_(weights, w[:, columns].T)
-        y[block.members] = y_block
-    return y.view(z.shape)
+    if z.device.type == "cpu" and seq_lens is not None:
+        expect_lengths("seq_lens", seq_lens, w_decomp.shape[1])
+    if _takes_triton(z, path):
+        return by_triton.middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope)
+    lengths = _row_lengths(z, target_offsets, seq_lens)
+    rows_fwd = torch.ops.recattn.lrea_middle_factor_rows_fwd
+    return rows_fwd(z.flatten(0, 1), w_decomp.to(z.dtype), lengths, negative_slope).view(z.shape)
 
 
 def _middle_factor_bwd(
@@ -220,44 +231,36 @@ def _middle_factor_bwd(
     target_offsets: Tensor,
     seq_lens: Tensor | None,
     negative_slope: float,
+    path: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    w = w_decomp.to(z.dtype)
-    z_rows, dy_rows = z.flatten(0, 1), dy.flatten(0, 1)
-    dz, dw = z_rows.new_empty(z_rows.shape), w.new_zeros(w.shape)
-    for block in _row_blocks(z, w.shape[1], target_offsets, seq_lens):
-        z_block, dy_block = z_rows[block.members], dy_rows[block.members]
-        dz_block = torch.zeros_like(z_block)
-        for columns, padding in block.columns():
-            scores = z_block @ w[:, columns]
-            dscores = torch.ops.aten.leaky_relu_backward(dy_block @ w[:, columns], scores, negative_slope, False)
-            weights = leaky_relu_(scores, negative_slope)
-            if padding is not None:
-                weights.masked_fill_(padding, 0)
-                dscores.masked_fill_(padding, 0)
-            dz_block.addmm_(dscores, w[:, columns].T)
-            dw[:, columns].addmm_(z_block.T, dscores).addmm_(dy_block.T, weights)
-        dz[block.members] = dz_block
+    if _takes_triton(z, path):
+        return by_triton.middle_factor_bwd(dy, z, w_decomp, target_offsets, seq_lens, negative_slope)
+    lengths = _row_lengths(z, target_offsets, seq_lens)
+    rows_bwd = torch.ops.recattn.lrea_middle_factor_rows_bwd
+    dz, dw = rows_bwd(dy.flatten(0, 1), z.flatten(0, 1), w_decomp.to(z.dtype), lengths, negative_slope)
     return dz.view(z.shape), dw
 
 
-def _middle_factor_fwd_fake(z, w_decomp, target_offsets, seq_lens, negative_slope):
+def _middle_factor_fwd_fake(z, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"):
     return z.new_empty(z.shape)
 
 
-def _middle_factor_bwd_fake(dy, z, w_decomp, target_offsets, seq_lens, negative_slope):
+def _middle_factor_bwd_fake(dy, z, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"):
     return z.new_empty(z.shape), z.new_empty(w_decomp.shape)
 
 
 lrea_middle_factor_fwd = define(
-    "lrea_middle_factor_fwd(Tensor z, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens, float negative_slope)"
-    " -> Tensor",
+    "lrea_middle_factor_fwd(Tensor z, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens, float negative_slope,"
+    ' str path="auto") -> Tensor',
     cpu=_middle_factor_fwd,
+    cuda=_middle_factor_fwd,
     fake=_middle_factor_fwd_fake,
 )
 lrea_middle_factor_bwd = define(
     "lrea_middle_factor_bwd(Tensor dy, Tensor z, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens,"
-    " float negative_slope) -> (Tensor, Tensor)",
+    ' float negative_slope, str path="auto") -> (Tensor, Tensor)',
     cpu=_middle_factor_bwd,
+    cuda=_middle_factor_bwd,
     fake=_middle_factor_bwd_fake,
 )
 
@@ -270,15 +273,30 @@ def _padding(seq_lens: Tensor, length: int) -> Tensor:
     return (torch.arange(length, device=seq_lens.device) >= seq_lens[:, None]).unsqueeze(-1)
 
 
-def _compress_bwd_behaviors(dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int) -> Tensor:
+def _compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
+    if behaviors.device.type == "cpu":
+        if seq_lens is not None:
+            expect_lengths("seq_lens", seq_lens, (behaviors if item_ids is None else item_ids).shape[1])
+        if item_ids is not None:
+            expect_rows("item_ids", item_ids, behaviors.shape[0], seq_lens)
+    return by_triton.compress_fwd(behaviors, w_comp, seq_lens, item_ids)
+
+
+def _compress_bwd_behaviors(
+    dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int, path: str = "auto"
+) -> Tensor:
     """dE = W dC [U, L, d]; allocates nothing else of that size."""
+    if _takes_triton(dcompressed, path):
+        return by_triton.compress_bwd_behaviors(dcompressed, w_comp, seq_lens, length)
     w = w_comp[:length].expand(dcompressed.shape[0], -1, -1)  # [U, L, r]
     dbehaviors = torch.bmm(w, dcompressed)
     return dbehaviors if seq_lens is None else dbehaviors.masked_fill_(_padding(seq_lens, length), 0)
 
 
-def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None) -> Tensor:
+def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, path: str = "auto") -> Tensor:
     """dW = Σ E dCᵀ over users [L, r]; the users of a chunk have their products in memory, and E's copy in float32."""
+    if _takes_triton(behaviors, path):
+        return by_triton.compress_bwd_w_comp(dcompressed, behaviors, seq_lens)
     dtype = _accumulate_dtype(behaviors.dtype)
     _, length, _ = behaviors.shape
     rank = dcompressed.shape[1]
@@ -293,14 +311,38 @@ def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tenso
     return dw_comp
 
 
-def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens):
+def _compress_fake(behaviors, w_comp, seq_lens, item_ids):
+    users = behaviors.shape[0] if item_ids is None else item_ids.shape[0]
+    return behaviors.new_empty(users, w_comp.shape[1], behaviors.shape[-1])
+
+
+def _compress_bwd_behaviors_fake(dcompressed, w_comp, seq_lens, length, path="auto"):
+    return dcompressed.new_empty(dcompressed.shape[0], length, dcompressed.shape[2])
+
+
+def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens, path="auto"):
     dtype = _accumulate_dtype(behaviors.dtype)
     return behaviors.new_empty(behaviors.shape[1], dcompressed.shape[1], dtype=dtype)
 
 
+# Triton's; that of a CPU is C++.
+lrea_compress_fwd = define(
+    "lrea_compress_fwd(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? item_ids) -> Tensor",
+    cpu=_compress_fwd,
+    cuda=_compress_fwd,
+    fake=_compress_fake,
+)
+lrea_compress_bwd_behaviors = define(
+    "lrea_compress_bwd_behaviors(Tensor dcompressed, Tensor w_comp, Tensor? seq_lens, SymInt length,"
+    ' str path="auto") -> Tensor',
+    cpu=_compress_bwd_behaviors,
+    cuda=_compress_bwd_behaviors,
+    fake=_compress_bwd_behaviors_fake,
+)
 lrea_compress_bwd_w_comp = define(
-    "lrea_compress_bwd_w_comp(Tensor dcompressed, Tensor behaviors, Tensor? seq_lens) -> Tensor",
+    'lrea_compress_bwd_w_comp(Tensor dcompressed, Tensor behaviors, Tensor? seq_lens, str path="auto") -> Tensor',
     cpu=_compress_bwd_w_comp,
+    cuda=_compress_bwd_w_comp,
     fake=_compress_bwd_w_comp_fake,
 )
 
@@ -308,11 +350,13 @@ lrea_compress_bwd_w_comp = define(
 # --- The operators in C++ ---
 
 if "cpu" not in MISSING:
-
-    @torch.library.register_fake("recattn::lrea_compress")
-    def _compress_fake(behaviors, w_comp, seq_lens):
-        return behaviors.new_empty(behaviors.shape[0], w_comp.shape[1], behaviors.shape[2])
+    torch.library.register_fake("recattn::lrea_compress", _compress_fake)
 
     @torch.library.register_fake("recattn::lrea_absorbed_attention")
-    def _absorbed_fake(targets, state_keys, state_values, slots, target_offsets, negative_slope):
-        return targets.new_empty(*targets.shape[:2], state_values.shape[-1])
+    def _absorbed_fake(
+        targets, state_keys, state_values, slots, target_offsets, negative_slope, item_ids, key_scales, value_scales
+    ):
+        states = {"state_keys": state_keys, "state_values": state_values}
+        expect_same_device("targets", targets, **states, slots=slots, target_offsets=target_offsets, item_ids=item_ids)
+        rows = targets.shape[0] if item_ids is None else item_ids.shape[0]
+        return targets.new_empty(rows, targets.shape[1], state_values.shape[-1])

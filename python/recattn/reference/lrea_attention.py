@@ -5,7 +5,11 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, relu
 
 
-def lrea_compress(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None = None) -> Tensor:
+def lrea_compress(
+    behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None = None, *, item_ids: Tensor | None = None
+) -> Tensor:
+    if item_ids is not None:
+        behaviors = behaviors[_without_padding(item_ids, seq_lens)]
     _, length, _ = behaviors.shape
     if seq_lens is not None:
         padding = torch.arange(length, device=behaviors.device) >= seq_lens[:, None]  # [U, L]
@@ -60,8 +64,16 @@ def lrea_absorbed_attention(
     slots: Tensor,
     target_offsets: Tensor,
     *,
+    item_ids: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
+    if item_ids is not None:
+        targets = targets[item_ids.long()]
+    if key_scales is not None:
+        state_keys = _dequantized(state_keys, key_scales, targets.dtype)
+        state_values = _dequantized(state_values, value_scales, targets.dtype)
     outputs = []
     for slot, q in zip(slots.tolist(), _by_user(targets, target_offsets), strict=True):
         scores = leaky_relu(q @ state_keys[slot].mT, negative_slope)  # [H, n, r]
@@ -71,6 +83,18 @@ def lrea_absorbed_attention(
 
 def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
     return relu(-w_decomp).square().sum() + relu(-compressed).square().sum()
+
+
+def _without_padding(item_ids: Tensor, seq_lens: Tensor | None) -> Tensor:
+    """The ids, 0 at padding, where any number may stand."""
+    if seq_lens is None:
+        return item_ids.long()
+    padding = torch.arange(item_ids.shape[1], device=item_ids.device) >= seq_lens[:, None]
+    return item_ids.long().masked_fill(padding, 0)
+
+
+def _dequantized(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return (rows * scales[..., None]).to(dtype)
 
 
 def _by_user(targets: Tensor, target_offsets: Tensor) -> list[Tensor]:

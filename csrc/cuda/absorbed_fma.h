@@ -1,0 +1,115 @@
+// lrea_absorbed_attention by fused multiply-adds in float: any dtype, any sizes, any strides.
+//
+// A block takes a tile of candidates and kColumns columns of the output. It walks the rank in steps of a warp: lane k
+// holds the score of rank row k, then shares it with the others.
+#pragma once
+
+#include "absorbed_operands.h"
+#include "convert.h"
+
+namespace recattn::fma {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kBlocksPerProcessor = 4;  // leaves each thread 128 registers
+constexpr int kRowsPerWarp = 4;
+constexpr int kShift = 4;
+constexpr int kRows = 1 << kShift;
+constexpr int kDepth = 64;  // columns of q and keys that are staged at a time
+constexpr int kColumnsPerLane = 4;
+constexpr int kColumns = kColumnsPerLane * kLanes;
+static_assert(kRows == kWarps * kRowsPerWarp);
+
+template <class T>
+struct SharedMemory {
+    const T* rows[kRows];
+    float targets[kRows][kDepth];
+    float keys[kLanes][kDepth + 1];  // lanes read a column each: an odd stride keeps them in different banks
+    float values[kLanes][kColumns];
+};
+
+// out[m, n] = at(m, n), zero beyond `rows` and `columns`; the whole block takes part.
+template <int kStagedRows, int kWidth, int kStride, class At>
+__device__ void stage(int rows, int columns, float (*out)[kStride], const At& at) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kStagedRows * kWidth; i += kThreads) {
+        const int m = i / kWidth, n = i % kWidth;
+        out[m][n] = m < rows && n < columns ? at(m, n) : 0.f;
+    }
+}
+
+// Rank rows first .. first+rows of a user's state, from a column on.
+template <class T, int kWidth, int kStride>
+__device__ void stage_state(const StateTable& table, int64_t slot, int head, int first, int rows, int first_column,
+                            int columns, float (*out)[kStride]) {
+    const int64_t start = slot * table.slot + head * table.head + first * table.row + first_column * table.column;
+    if (table.scales == nullptr) {
+        const T* data = static_cast<const T*>(table.data) + start;
+        stage<kLanes, kWidth>(rows, columns, out,
+                              [&](int m, int n) { return to_float(data[m * table.row + n * table.column]); });
+    } else {
+        const int8_t* data = static_cast<const int8_t*>(table.data) + start;
+        const float* scales =
+            table.scales + slot * table.scale_slot + head * table.scale_head + first * table.scale_row;
+        stage<kLanes, kWidth>(rows, columns, out, [&](int m, int n) {
+            return to_float(data[m * table.row + n * table.column]) * scales[m * table.scale_row];
+        });
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attention_kernel(const Operands<T> op) {
+    __shared__ SharedMemory<T> shared;
+    expect_offsets(op);
+    const Tile tile = find_tile(op);
+    if (tile.rows == 0) return;
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const int head = blockIdx.y, first_column = blockIdx.z * kColumns;
+    const int columns = min(kColumns, op.value_dim - first_column);
+    if (threadIdx.x < tile.rows) shared.rows[threadIdx.x] = target_of(op, tile.first + threadIdx.x, head);
+    float acc[kRowsPerWarp][kColumnsPerLane] = {};
+    for (int k = 0; k < op.rank; k += kLanes) {
+        const int ranks = min(kLanes, op.rank - k);
+        float scores[kRowsPerWarp] = {};  // of rank row k + lane
+        for (int c = 0; c < op.query_dim; c += kDepth) {
+            const int depth = min(kDepth, op.query_dim - c);
+            __syncthreads();
+            stage<kRows, kDepth>(tile.rows, depth, shared.targets,
+                                 [&](int m, int n) { return to_float(shared.rows[m][(c + n) * op.target_column]); });
+            stage_state<T, kDepth>(op.keys, tile.slot, head, k, ranks, c, depth, shared.keys);
+            __syncthreads();
+#pragma unroll 4
+            for (int i = 0; i < depth; ++i) {
+                const float key = shared.keys[lane][i];
+#pragma unroll
+                for (int m = 0; m < kRowsPerWarp; ++m) scores[m] += shared.targets[warp * kRowsPerWarp + m][i] * key;
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < kRowsPerWarp; ++m) scores[m] = leaky_relu(scores[m], op.negative_slope);
+        __syncthreads();
+        stage_state<T, kColumns>(op.values, tile.slot, head, k, ranks, first_column, columns, shared.values);
+        __syncthreads();
+#pragma unroll 4
+        for (int i = 0; i < ranks; ++i) {
+#pragma unroll
+            for (int m = 0; m < kRowsPerWarp; ++m) {
+                const float score = __shfl_sync(0xffffffff, scores[m], i);
+#pragma unroll
+                for (int n = 0; n < kColumnsPerLane; ++n) acc[m][n] += score * shared.values[i][n * kLanes + lane];
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < kRowsPerWarp; ++m) {
+        const int row = warp * kRowsPerWarp + m;
+        T* out = op.out + ((tile.first + row) * op.heads + head) * op.value_dim + first_column;
+#pragma unroll
+        for (int n = 0; n < kColumnsPerLane; ++n) {
+            const int column = n * kLanes + lane;
+            if (row < tile.rows && column < columns) store(acc[m][n], out + column);
+        }
+    }
+}
+
+}  // namespace recattn::fma

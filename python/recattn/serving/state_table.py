@@ -1,0 +1,285 @@
+"""The states that `lrea_absorbed_attention` reads, one row a user, in tensors allocated once."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recattn._check import FLOATING, expect, expect_dtype, expect_index, expect_shape, expect_tensors
+from recattn.functional import lrea_absorbed_attention, lrea_quantize
+from recattn.serving.slot_map import SlotMap
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+class Tables(NamedTuple):
+    """One tensor a field. Their last row is nobody's: zeros, for users who are not there."""
+
+    keys: Tensor  # [S + 1, H, r, d]
+    values: Tensor  # [S + 1, H, r, dv]
+    key_scales: Tensor | None  # [S + 1, H, r], of int8 states
+    value_scales: Tensor | None
+
+    def named(self) -> dict[str, Tensor]:
+        return {name: table for name, table in self._asdict().items() if table is not None}
+
+
+class Request:
+    """The rows of some users, nobody else's as long as the `with` of `StateTable.request` lasts.
+
+    Attributes:
+        slots: [U] int64 on the table's device, the row of each user in `tables`; of a user who is not there the last
+            one, which is zeros.
+        found: [U] bool on the CPU, who is there.
+        tables: keys, values and, of int8 states, key_scales and value_scales, as `lrea_absorbed_attention` takes them.
+    """
+
+    def __init__(self, tables: Tables, rows: Tensor) -> None:
+        self.tables = tables
+        self.found = rows >= 0
+        self.slots = rows.where(self.found, len(tables.keys) - 1).to(tables.keys.device)
+        self._over = False
+
+    def attend(
+        self,
+        targets: Tensor,
+        target_offsets: Tensor,
+        *,
+        item_ids: Tensor | None = None,
+        negative_slope: float = 0.01,
+        impl: str | None = None,
+    ) -> Tensor:
+        """`recattn.lrea_absorbed_attention` of targets over the states of these users, in their order.
+
+        Returns:
+            [T, H, dv] in targets' dtype; zeros for the (finite) targets of a user who is not there.
+
+        Raises:
+            RuntimeError: the `with` is over. Everything else as `lrea_absorbed_attention` has it.
+        """
+        if self._over:
+            raise RuntimeError("this request is over: its rows may be other users' by now")
+        return lrea_absorbed_attention(
+            targets,
+            self.tables.keys,
+            self.tables.values,
+            self.slots,
+            target_offsets,
+            item_ids=item_ids,
+            key_scales=self.tables.key_scales,
+            value_scales=self.tables.value_scales,
+            negative_slope=negative_slope,
+            impl=impl,
+        )
+
+
+class StateTable:
+    """The absorbed states of up to `capacity` users, as `lrea_absorbed_attention` reads them:
+
+        keys [S, H, r, d],  values [S, H, r, dv],  int8 also key_scales, value_scales [S, H, r]
+
+    `put` writes a state to a row that nobody reads and only then shows it, so a request sees each user's last state as
+    a whole, or that there is none. Where no row is free it evicts users whom no request asked for lately (CLOCK). An
+    update needs a second row until it is shown: in a full table it evicts somebody else.
+
+    Every method may be called from any thread. Writers take turns; a request never waits for a state to be copied.
+
+    On a CUDA device reads and writes are ordered by the current stream. Who uses several streams must have one wait for
+    the stream of `put` and `grow` before it reads what they wrote, and for its own reads before it leaves the `with` of
+    a request.
+
+    Source: our own.
+
+    Args:
+        capacity: S, how many users have room; one more row of zeros is allocated.
+        heads, rank, dim: H, r, d.
+        value_dim: dv, dim by default.
+        dtype: float32, bfloat16, float16, or int8 with a scale a row (`lrea_quantize`).
+        device: of the tensors; who lies where is kept on the host.
+
+    Raises:
+        ValueError: sizes or a dtype that do not fit.
+        NotImplementedError: recattn was installed without its compiled host module.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        heads: int,
+        rank: int,
+        dim: int,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        value_dim = dim if value_dim is None else value_dim
+        self._sizes = {"H": heads, "r": rank, "d": dim, "dv": value_dim}
+        sizes = {"capacity": capacity, "heads": heads, "rank": rank, "dim": dim, "value_dim": value_dim}
+        for name, size in sizes.items():
+            expect(isinstance(size, int) and size > 0, name, "a positive integer", size)
+        expect(dtype in STATE_DTYPES, "dtype", f"one of {', '.join(map(str, STATE_DTYPES))}", dtype)
+        self.dtype = dtype
+        self._slot_map = SlotMap(capacity)
+        self._writing = threading.Lock()
+        self._tables = self._allocate(capacity, torch.device(device))
+
+    def put(
+        self,
+        user_ids: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
+    ) -> None:
+        """Write users' states in place of those they had. Of a user given twice the last state counts.
+
+        Args:
+            user_ids: [U] int64 or int32 on the CPU, any numbers.
+            keys: [U, H, r, d] floating, of any device, rounded to the table's dtype (int8: by `lrea_quantize`); or int8
+                with its scales.
+            values: [U, H, r, dv], as keys.
+            key_scales, value_scales: [U, H, r] float32, of int8 keys and values.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit.
+            RuntimeError: more users than rows, or requests hold too many of them; nothing has changed.
+        """
+        ids = _user_ids(user_ids)
+        states = self._as_stored(len(ids), keys, values, key_scales, value_scales)
+        with self._writing:
+            rows = self._slot_map.reserve(ids)
+            try:
+                index = torch.from_numpy(rows).to(self.device)
+                for name, table in self._tables.named().items():
+                    table.index_copy_(0, index, states[name])
+            except BaseException:
+                self._slot_map.abandon(rows)
+                raise
+            self._slot_map.publish(rows)
+
+    @contextmanager
+    def request(self, user_ids: Tensor) -> Iterator[Request]:
+        """Hold the rows of users while a request reads them:
+
+            with table.request(user_ids) as request:
+                scores = request.attend(targets, target_offsets)
+
+        Args:
+            user_ids: [U] int64 or int32 on the CPU; a user may come twice.
+        """
+        rows = self._slot_map.acquire(_user_ids(user_ids))
+        try:
+            # Read after the rows were pinned: tables that `grow` made meanwhile hold them too, older ones may not.
+            request = Request(self._tables, torch.from_numpy(rows))
+            try:
+                yield request
+            finally:
+                request._over = True
+        finally:
+            self._slot_map.release(rows)
+
+    def attend(self, targets: Tensor, user_ids: Tensor, target_offsets: Tensor, **options: object) -> Tensor:
+        """`Request.attend` in a request of its own."""
+        with self.request(user_ids) as request:
+            return request.attend(targets, target_offsets, **options)
+
+    def contains(self, user_ids: Tensor) -> Tensor:
+        """[U] bool on the CPU: who is there. Does not count as asking for a user."""
+        return torch.from_numpy(self._slot_map.contains(_user_ids(user_ids)))
+
+    def erase(self, user_ids: Tensor) -> int:
+        """Forget users; returns how many were there."""
+        return self._slot_map.erase(_user_ids(user_ids))
+
+    def grow(self, capacity: int) -> None:
+        """Room for more users. New tensors take over all rows, while requests in progress keep those they began with;
+        both are in memory for that time."""
+        expect(isinstance(capacity, int), "capacity", "an integer", capacity)
+        with self._writing:
+            expect(capacity >= self.capacity, "capacity", f"at least {self.capacity}", capacity)
+            tables = self._allocate(capacity, self.device)
+            for name, table in tables.named().items():
+                table[: self.capacity].copy_(getattr(self._tables, name)[: self.capacity])
+            # The tables first: no request is to get a row that its tables lack.
+            self._tables = tables
+            self._slot_map.grow(capacity)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of all states on the CPU, to save; `put(**state_dict)` takes them back."""
+        user_ids = torch.from_numpy(self._slot_map.ids())
+        with self.request(user_ids) as request:
+            rows = request.slots[request.found.to(self.device)]
+            states = {name: table[rows].cpu() for name, table in request.tables.named().items()}
+            return {"user_ids": user_ids[request.found], **states}
+
+    def stats(self) -> dict[str, int]:
+        """Users found and not found by requests, and evicted by `put`, since the start."""
+        return self._slot_map.stats()
+
+    def __len__(self) -> int:
+        return len(self._slot_map)
+
+    @property
+    def capacity(self) -> int:
+        return self._slot_map.capacity
+
+    @property
+    def device(self) -> torch.device:
+        return self._tables.keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return sum(table.nbytes for table in self._tables.named().values())
+
+    def _allocate(self, capacity: int, device: torch.device) -> Tables:
+        heads, rank, dim, value_dim = self._sizes.values()
+        shape = (capacity + 1, heads, rank)
+        scaled = self.dtype == torch.int8
+        tables = Tables(
+            torch.empty(*shape, dim, dtype=self.dtype, device=device),
+            torch.empty(*shape, value_dim, dtype=self.dtype, device=device),
+            torch.empty(shape, device=device, dtype=torch.float32) if scaled else None,
+            torch.empty(shape, device=device, dtype=torch.float32) if scaled else None,
+        )
+        for table in tables.named().values():
+            table[-1].zero_()
+        return tables
+
+    def _as_stored(
+        self, num_users: int, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The states in the dtype and on the device of the tables."""
+        sizes = {"U": num_users, **self._sizes}
+        expect_tensors(keys=keys, values=values)
+        expect_shape(sizes, "keys", keys, "U H r d")
+        expect_shape(sizes, "values", values, "U H r dv")
+        states = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+        if self.dtype == torch.int8 and keys.dtype == torch.int8:
+            expect_dtype("values", values, (torch.int8,))
+            for name in ("key_scales", "value_scales"):
+                expect_tensors(**{name: states[name]})
+                expect_shape(sizes, name, states[name], "U H r")
+                expect_dtype(name, states[name], (torch.float32,))
+        else:
+            expect_dtype("keys", keys, FLOATING)
+            expect_dtype("values", values, FLOATING)
+            for name in ("key_scales", "value_scales"):
+                expect(states[name] is None, name, "None: they belong to int8 states in an int8 table", states[name])
+            if self.dtype == torch.int8:
+                states["keys"], states["key_scales"] = lrea_quantize(keys)
+                states["values"], states["value_scales"] = lrea_quantize(values)
+        return {
+            name: states[name].detach().to(table.device, table.dtype) for name, table in self._tables.named().items()
+        }
+
+
+def _user_ids(user_ids: Tensor):
+    """As the slot map reads them: int64 on the host, without a copy where they already are."""
+    expect_index({}, "user_ids", user_ids, "U")
+    expect(user_ids.device.type == "cpu", "user_ids", "on the CPU", user_ids.device)
+    return user_ids.numpy()

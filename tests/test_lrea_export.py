@@ -1,0 +1,89 @@
+"""lrea_absorbed_attention as a ranking service uses it: exported, compiled to a file, run from it without recattn."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import recattn
+from recattn import reference
+from recattn._extension import MISSING
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif("cpu" in MISSING, reason=MISSING.get("cpu", ""))),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif("cuda" in MISSING, reason=MISSING.get("cuda", ""))]
+    ),
+]
+KERNELS = Path(recattn.__file__).parent
+
+
+class Ranker(nn.Module):
+    """Scores of candidates, read by item id, for users whose states lie in int8 tables."""
+
+    def forward(self, items, keys, values, key_scales, value_scales, slots, target_offsets, item_ids):
+        interest = recattn.lrea_absorbed_attention(
+            items,
+            keys,
+            values,
+            slots,
+            target_offsets,
+            item_ids=item_ids,
+            key_scales=key_scales,
+            value_scales=value_scales,
+        )
+        return (interest * items[item_ids]).sum((1, 2))
+
+
+def draw(counts: list[int], device: str) -> tuple[torch.Tensor, ...]:
+    keys, key_scales = recattn.lrea_quantize(torch.randn(16, 1, 8, 32))
+    values, value_scales = recattn.lrea_quantize(torch.randn(16, 1, 8, 32))
+    drawn = (
+        torch.randn(50, 1, 32),
+        keys,
+        values,
+        key_scales,
+        value_scales,
+        torch.randint(16, (len(counts),)),
+        torch.tensor([0, *counts]).cumsum(0),
+        torch.randint(50, (sum(counts),)),
+    )
+    return tuple(x.to(device) for x in drawn)
+
+
+def expected_scores(items, keys, values, key_scales, value_scales, slots, target_offsets, item_ids):
+    keys, values = keys * key_scales[..., None], values * value_scales[..., None]
+    targets = items[item_ids]
+    return (reference.lrea_absorbed_attention(targets, keys, values, slots, target_offsets) * targets).sum((1, 2))
+
+
+RUN_FROM_FILE = """
+import sys, torch
+for library in sys.argv[4:]:
+    torch.ops.load_library(library)
+run, batches = torch._inductor.aoti_load_package(sys.argv[1]), torch.load(sys.argv[2])
+torch.save([run(*batch) for batch in batches], sys.argv[3])
+assert "recattn" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_exports_compiles_and_runs_from_a_file(device, tmp_path):
+    per_user = {0: Dim.DYNAMIC}
+    shapes = (None, None, None, None, None, per_user, per_user, per_user)
+    with torch.no_grad():
+        exported = torch.export.export(Ranker(), draw([4, 0, 9], device), dynamic_shapes=shapes)
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "ranker.pt2"))
+    batches = [draw([4, 0, 9], device), draw([1, 30, 2, 0, 5], device)]
+    torch.save(batches, tmp_path / "batches")
+    libraries = [str(path) for path in sorted(KERNELS.glob("_C*.so"))]
+    command = [sys.executable, "-c", RUN_FROM_FILE, package, str(tmp_path / "batches"), str(tmp_path / "scores")]
+    subprocess.run([*command, *libraries], check=True)
+    for batch, scores in zip(batches, torch.load(tmp_path / "scores"), strict=True):
+        # An int8 state is as exact as its steps; what is tested here is the way through the file.
+        expected = expected_scores(*batch)
+        torch.testing.assert_close(scores, expected, rtol=0, atol=0.02 * expected.abs().max().item())

@@ -1,0 +1,419 @@
+"""StateTable: growth, eviction and reuse never mix two users' states; what it serves is lrea_absorbed_attention."""
+
+import threading
+import time
+from collections import Counter
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import recattn.reference
+from recattn.serving import StateTable
+from recattn.testing import assert_matches_reference
+
+pytestmark = pytest.mark.skipif(find_spec("recattn._host") is None, reason="recattn has no compiled host module here")
+
+H, R, D, DV = 2, 4, 8, 12
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def make_table(capacity: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StateTable:
+    return StateTable(capacity, heads=H, rank=R, dim=D, value_dim=DV, dtype=dtype, device=device)
+
+
+def random_states(users: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(users, H, R, D).to(dtype), torch.randn(users, H, R, DV).to(dtype)
+
+
+def ids(*user_ids: int) -> torch.Tensor:
+    return torch.tensor(user_ids, dtype=torch.int64)
+
+
+def stamped(stamps: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """States that say everywhere whose and which they are."""
+    stamp = torch.tensor(stamps, dtype=torch.float32)[:, None, None, None]
+    return stamp.expand(-1, H, R, D), -stamp.expand(-1, H, R, DV)
+
+
+def stamps_of(request) -> list[int]:
+    """The stamp of each user's row, 0 of nobody's; torn or foreign rows show in it."""
+    keys, values = (table[request.slots].flatten(1) for table in (request.tables.keys, request.tables.values))
+    rows = torch.cat([keys, -values], 1)
+    assert bool((rows == rows[:, :1]).all()), "a row holds parts of two states"
+    return rows[:, 0].long().tolist()
+
+
+# The contract, against a model
+
+USERS = range(9)
+batches = st.lists(st.sampled_from(USERS), min_size=1, max_size=5)
+
+
+class AgainstAModel(RuleBasedStateMachine):
+    """A user's row holds the last state put, until it is erased or evicted; a request holds the rows it found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.capacity = 4
+        self.table = make_table(self.capacity)
+        self.states: dict[int, int] = {}  # the last stamp of every user who is there
+        self.requests: list[tuple[object, object, list[int]]] = []  # context, request, the stamps it found
+        self.last_stamp = 0
+        self.evictions = 0
+
+    def pinned(self) -> set[int]:
+        return {stamp for _, _, stamps in self.requests for stamp in stamps if stamp != 0}
+
+    @rule(users=batches)
+    def put(self, users):
+        stamps = [self.last_stamp + 1 + i for i in range(len(users))]
+        self.last_stamp = stamps[-1]
+        pinned = self.pinned()
+        retired = pinned - set(self.states.values())
+        needed = max(0, len(users) - (self.capacity - len(self.states) - len(retired)))
+        evictable = {user for user, stamp in self.states.items() if stamp not in pinned}
+        if needed > len(evictable):
+            with pytest.raises(RuntimeError, match="no room"):
+                self.table.put(ids(*users), *stamped(stamps))
+            return
+        self.table.put(ids(*users), *stamped(stamps))
+        self.evictions += needed
+        there = {user for user in USERS if self.table.contains(ids(user))}
+        gone = self.states.keys() - there
+        assert gone <= evictable - set(users)
+        assert len(gone) == min(needed, len(evictable - set(users)))
+        self.states = {user: stamp for user, stamp in self.states.items() if user in there}
+        self.states.update(zip(users, stamps, strict=True))
+        assert there == self.states.keys()
+
+    @rule(users=batches)
+    def begin_request(self, users):
+        context = self.table.request(ids(*users))
+        request = context.__enter__()
+        expected = [self.states.get(user, 0) for user in users]
+        assert request.found.tolist() == [stamp != 0 for stamp in expected]
+        self.requests.append((context, request, expected))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def end_request(self, data):
+        context, _, _ = self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))
+        context.__exit__(None, None, None)
+
+    @rule(users=batches)
+    def erase(self, users):
+        assert self.table.erase(ids(*users)) == len(self.states.keys() & set(users))
+        for user in users:
+            self.states.pop(user, None)
+
+    @precondition(lambda self: self.capacity < 8)
+    @rule(more=st.integers(0, 2))
+    def grow(self, more):
+        self.capacity += more
+        self.table.grow(self.capacity)
+
+    @invariant()
+    def every_read_gives_that_users_last_state(self):
+        with self.table.request(ids(*USERS)) as request:
+            assert stamps_of(request) == [self.states.get(user, 0) for user in USERS]
+
+    @invariant()
+    def requests_keep_what_they_found(self):
+        for _, request, expected in self.requests:
+            assert stamps_of(request) == expected
+
+    @invariant()
+    def counts(self):
+        assert len(self.table) == len(self.states) and self.table.capacity == self.capacity
+        assert self.table.stats()["evictions"] == self.evictions
+
+
+TestAgainstAModel = AgainstAModel.TestCase
+TestAgainstAModel.settings = settings(max_examples=60, stateful_step_count=40)
+TestAgainstAModel.pytestmark = pytestmark
+
+
+def test_threads_never_see_another_users_state():
+    """Readers check whose rows they hold while writers put, erase and grow."""
+    users, seconds = 48, 2.0
+    table = make_table(16)
+    ends, failures, counts = time.monotonic() + seconds, [], Counter()
+
+    def thread(work):
+        def run(seed: int):
+            random = torch.Generator().manual_seed(seed)
+            try:
+                while time.monotonic() < ends and not failures:
+                    work(torch.randint(users, (6,), generator=random))
+                    counts[work.__name__] += 1
+            except BaseException as error:
+                failures.append(error)
+
+        return run
+
+    def read(batch):
+        with table.request(batch) as request:
+            for _ in range(3):
+                stamps = torch.tensor(stamps_of(request))
+                assert torch.equal(stamps % 64, torch.where(request.found, batch + 1, 0)), "another user's state"
+                time.sleep(0)
+            counts["found"] += int(request.found.sum())
+
+    def put(batch):
+        counts["stamp"] += 1  # the user in the low six bits of a stamp, some number above
+        try:
+            table.put(batch, *stamped((batch + 1 + 64 * (counts["stamp"] % 1000)).tolist()))
+        except RuntimeError as error:
+            assert "no room" in str(error)
+            counts["no room"] += 1
+
+    def erase(batch):
+        table.erase(batch[:2])
+        time.sleep(0.001)
+
+    def grow(_):
+        if table.capacity < 40:
+            table.grow(table.capacity + 1)
+        time.sleep(0.05)
+
+    threads = [
+        threading.Thread(target=thread(work), args=(seed,))
+        for seed, work in enumerate([read, read, read, put, put, erase, grow])
+    ]
+    for started in threads:
+        started.start()
+    for started in threads:
+        started.join()
+    assert not failures, failures[0]
+    assert table.capacity > 16 and counts["found"] > 100 and counts["put"] > 100, counts
+    assert table.stats()["evictions"] > 0 and counts["erase"] > 10, counts
+
+
+# Serving
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_serves_the_absorbed_attention(dtype):
+    keys, values = random_states(5)
+    table = make_table(8, dtype)
+    table.put(ids(50, 51, 52, 53, 54), keys, values)
+    target_dtype = torch.float32 if dtype == torch.int8 else dtype
+    targets, offsets = torch.randn(9, H, D).to(target_dtype), torch.tensor([0, 2, 2, 5, 9])
+    out = table.attend(targets, ids(53, 50, 50, 51), offsets, negative_slope=0.2)
+
+    if dtype == torch.int8:
+        states, scales = zip(recattn.lrea_quantize(keys), recattn.lrea_quantize(values), strict=True)
+        scales = dict(zip(("key_scales", "value_scales"), scales, strict=True))
+    else:
+        states, scales = (keys.to(dtype), values.to(dtype)), {}
+    expected = recattn.lrea_absorbed_attention(
+        targets, *states, torch.tensor([3, 0, 0, 1]), offsets, negative_slope=0.2, **scales
+    )
+    assert out.dtype == target_dtype and torch.equal(out, expected)
+
+
+def test_gathers_targets_and_meets_the_reference():
+    keys, values = random_states(3)
+    table = make_table()
+    table.put(ids(7, 8, 9), keys, values)
+    offsets, item_ids = torch.tensor([0, 3, 5, 6]), torch.tensor([4, 0, 4, 1, 2, 3])
+
+    def serve(targets, keys, values):
+        return table.attend(targets, ids(9, 7, 8), offsets, item_ids=item_ids)
+
+    def reference(targets, keys, values):
+        slots = torch.tensor([2, 0, 1])
+        return recattn.reference.lrea_absorbed_attention(targets, keys, values, slots, offsets, item_ids=item_ids)
+
+    inputs = {"targets": torch.randn(5, H, D), "keys": keys, "values": values}
+    assert_matches_reference(serve, reference, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_users_who_are_not_there_get_zeros(dtype):
+    keys, values = random_states(2)
+    table = make_table(2, dtype)
+    targets = torch.randn(6, H, D)
+    if dtype != torch.int8:
+        targets = targets.to(dtype)
+    offsets = torch.tensor([0, 2, 3, 6])
+    assert not table.attend(targets, ids(1, 2, 3), offsets).any()  # nobody's row in a table that nobody wrote to
+    table.put(ids(1, 3), keys, values)
+    with table.request(ids(1, 2, 3)) as request:
+        assert request.found.tolist() == [True, False, True]
+        out = request.attend(targets, offsets)
+    assert torch.equal(out[2:3], torch.zeros_like(out[2:3])) and out[:2].all() and out[3:].all()
+    alone = table.attend(targets[3:], ids(3), torch.tensor([0, 3]))
+    assert torch.equal(out[3:], alone)
+
+
+def test_quantized_states_are_taken_as_they_are():
+    (keys, key_scales), (values, value_scales) = map(recattn.lrea_quantize, random_states(3))
+    table = make_table(4, torch.int8)
+    table.put(ids(1, 2, 3), keys, values, key_scales, value_scales)
+    saved = table.state_dict()
+    order = (saved.pop("user_ids") - 1).tolist()
+    expected = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+    assert saved.keys() == expected.keys()
+    for name, state in saved.items():
+        assert state.dtype == expected[name].dtype and torch.equal(state, expected[name][order]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_saved_table_is_put_back(dtype):
+    table, again = make_table(4, dtype), make_table(3, dtype)
+    table.put(ids(-5, 2**40, 3), *random_states(3))
+    table.erase(ids(3))
+    saved = table.state_dict()
+    assert set(saved["user_ids"].tolist()) == {-5, 2**40}
+    again.put(**saved)
+    targets, offsets = torch.randn(4, H, D), torch.tensor([0, 2, 4])
+    if dtype != torch.int8:
+        targets = targets.to(dtype)
+    served = [one.attend(targets, ids(2**40, -5), offsets) for one in (table, again)]
+    assert served[0].all() and torch.equal(*served)
+
+
+def test_puts_states_of_another_dtype_and_of_a_graph():
+    keys, values = random_states(2, torch.float64)
+    table = make_table()
+    table.put(ids(1, 2).int(), keys.requires_grad_(), values[..., :DV])
+    states = table.state_dict()
+    assert torch.equal(states["keys"], keys.detach().float()[states["user_ids"] - 1])
+    assert not states["keys"].requires_grad
+
+
+def test_a_request_keeps_its_tables_while_the_table_grows():
+    table = make_table(2)
+    table.put(ids(1, 2), *stamped([1, 2]))
+    with table.request(ids(1)) as request:
+        before = request.tables.keys.data_ptr()
+        table.grow(5)
+        table.put(ids(1, 3, 4), *stamped([11, 3, 4]))
+        assert request.tables.keys.data_ptr() == before and stamps_of(request) == [1]
+        with table.request(ids(1, 2, 3, 4, 5)) as later:
+            assert later.tables.keys.data_ptr() != before and stamps_of(later) == [11, 2, 3, 4, 0]
+
+
+def test_a_request_lets_go_after_an_error():
+    table = make_table(1)
+    table.put(ids(1), *stamped([1]))
+    with pytest.raises(KeyError), table.request(ids(1)):
+        with pytest.raises(RuntimeError, match="no room for 1 users"):
+            table.put(ids(2), *stamped([2]))
+        raise KeyError
+    table.put(ids(2), *stamped([2]))
+    assert table.contains(ids(1, 2)).tolist() == [False, True]
+
+
+def test_a_request_that_is_over_serves_no_more():
+    table = make_table()
+    with table.request(ids(1)) as request:
+        pass
+    with pytest.raises(RuntimeError, match="this request is over"):
+        request.attend(torch.randn(1, H, D), torch.tensor([0, 1]))
+
+
+def test_a_put_that_fails_gives_its_rows_back(monkeypatch):
+    table = make_table(1)
+    monkeypatch.setattr(torch.Tensor, "index_copy_", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        table.put(ids(1), *stamped([1]))
+    monkeypatch.undo()
+    assert not table.contains(ids(1)).any()
+    table.put(ids(2), *stamped([2]))
+    assert len(table) == 1
+
+
+def test_empty_batches():
+    table = make_table()
+    table.put(ids(), *random_states(0))
+    assert table.erase(ids()) == 0 and table.contains(ids()).shape == (0,)
+    assert table.attend(torch.empty(0, H, D), ids(), torch.tensor([0])).shape == (0, H, DV)
+
+
+@pytest.mark.parametrize("dtype, per_row", [(torch.float32, 4 * (D + DV)), (torch.int8, D + DV + 2 * 4)])
+def test_nbytes(dtype, per_row):
+    assert make_table(10, dtype).nbytes == 11 * H * R * per_row
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"user_ids": torch.tensor([1.0, 2.0])}, "user_ids must be int64 or int32, got float32"),
+        ({"user_ids": torch.tensor([[1, 2]])}, r"user_ids must be \[U\] = \[U\], got \[1, 2\]"),
+        ({"user_ids": [1, 2]}, "user_ids must be a torch.Tensor, got list"),
+        ({"user_ids": torch.empty(2, dtype=torch.int64, device="meta")}, "user_ids must be on the CPU, got meta"),
+        ({"user_ids": ids(1)}, r"keys must be \[U, H, r, d\] = \[1, 2, 4, 8\], got \[2, 2, 4, 8\]"),
+        ({"keys": torch.zeros(2, H, R, D + 1)}, r"keys must be \[U, H, r, d\] = \[2, 2, 4, 8\], got \[2, 2, 4, 9\]"),
+        ({"values": torch.zeros(2, H, R, D)}, r"values must be \[U, H, r, dv\] = \[2, 2, 4, 12\], got \[2, 2, 4, 8\]"),
+        ({"keys": torch.zeros(2, H, R, D, dtype=torch.int8)}, "keys must be float64 or float32 .* got int8"),
+        ({"values": torch.zeros(2, H, R, DV).int()}, "values must be float64 or float32 .* got int32"),
+        ({"key_scales": torch.zeros(2, H, R)}, "key_scales must be None"),
+    ],
+)
+def test_refuses_to_put(change, message):
+    table = make_table()
+    keys, values = random_states(2)
+    with pytest.raises(ValueError, match=message):
+        table.put(**{"user_ids": ids(1, 2), "keys": keys, "values": values, **change})
+    assert len(table) == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"key_scales": None}, "key_scales must be a torch.Tensor, got NoneType"),
+        ({"value_scales": torch.zeros(2, H)}, r"value_scales must be \[U, H, r\] = \[2, 2, 4\], got \[2, 2\]"),
+        ({"key_scales": torch.zeros(2, H, R).half()}, "key_scales must be float32, got float16"),
+        ({"values": torch.zeros(2, H, R, DV)}, "values must be int8, got float32"),
+        ({"keys": torch.zeros(2, H, R, D)}, "values must be float64 .* got int8"),
+    ],
+)
+def test_refuses_to_put_quantized(change, message):
+    (keys, key_scales), (values, value_scales) = map(recattn.lrea_quantize, random_states(2))
+    states = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+    with pytest.raises(ValueError, match=message):
+        make_table(4, torch.int8).put(ids(1, 2), **{**states, **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"capacity": 0}, "capacity must be a positive integer, got 0"),
+        ({"rank": -4}, "rank must be a positive integer, got -4"),
+        ({"dim": 8.0}, "dim must be a positive integer, got 8.0"),
+        ({"dtype": torch.float64}, "dtype must be one of torch.float32, .* got torch.float64"),
+    ],
+)
+def test_refuses_other_tables(change, message):
+    with pytest.raises(ValueError, match=message):
+        StateTable(**{"capacity": 4, "heads": H, "rank": R, "dim": D, **change})
+
+
+def test_does_not_shrink():
+    table = make_table(4)
+    with pytest.raises(ValueError, match="capacity must be at least 4, got 3"):
+        table.grow(3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_serves_from_a_gpu(dtype):
+    """As from the CPU, after growth and with a user who is not there."""
+    keys, values = random_states(3)
+    target_dtype = torch.float32 if dtype == torch.int8 else dtype
+    targets, offsets = torch.randn(7, H, D).to(target_dtype), torch.tensor([0, 3, 4, 7])
+    outputs = []
+    for device in ("cpu", "cuda"):
+        table = make_table(3, dtype, device)
+        table.put(ids(1, 2, 3), keys, values)
+        table.grow(5)
+        outputs.append(table.attend(targets.to(device), ids(3, 9, 1), offsets.to(device)).cpu())
+        assert table.state_dict()["keys"].device.type == "cpu"
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert not outputs[1][3].any()
