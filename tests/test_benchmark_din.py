@@ -1,0 +1,213 @@
+"""The click-through benchmark's samples, attentions, training and serving, on a few synthetic ratings."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks import din, movielens
+from benchmarks.din import LREA_RANKS, MODELS, Hyperparameters, Ratings
+
+HYPER = Hyperparameters(length=32, dim=8, batch=64, epochs=25, patience=10, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def ratings():
+    """A user likes either the items up to 20 or those beyond: only the history tells."""
+    generator = torch.Generator().manual_seed(0)
+    items = [1 + torch.randint(40, (n,), generator=generator) for n in range(10, 50)]
+    liked = [(x <= 20).long() if user % 2 else (x > 20).long() for user, x in enumerate(items)]
+    return Ratings(items, liked, "two tastes")
+
+
+# --- Data ---
+
+
+def test_samples_and_their_histories():
+    ratings = Ratings([torch.arange(1, 11), torch.tensor([7, 8])], [torch.arange(10) % 2, torch.tensor([1, 0])], "")
+    training, validation, test = (ratings.samples(*part) for part in ((0, 0.8), (0.8, 0.9), (0.9, 1)))
+    assert training.tolist() == [[0, p] for p in range(1, 8)]  # user 1's first rating has no history
+    assert validation.tolist() == [[0, 8]] and test.tolist() == [[0, 9], [1, 1]]
+    batch = ratings.batch(torch.tensor([[0, 6], [1, 1], [0, 2]]), 4)
+    assert batch.items.tolist() == [[7], [8], [3]] and batch.labels.tolist() == [[0.0], [0.0], [0.0]]
+    assert batch.history.tolist() == [[3, 4, 5, 6], [7, 0, 0, 0], [1, 2, 0, 0]]
+    assert batch.liked.tolist() == [[0, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0]]
+    assert batch.lengths.tolist() == [4, 1, 2]
+
+
+def test_ratings_of_the_file(tmp_path, monkeypatch):
+    """In time order, those of one second as the file has them; liked from 4 on."""
+    path = tmp_path / "ml-100k.inter"
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    path.write_text(header + "1\t9\t4\t20\n1\t4\t3\t20\n2\t5\t5\t1\n1\t7\t5\t10\n")
+    monkeypatch.setattr(movielens, "CACHED", path)
+    monkeypatch.setattr(movielens, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    ratings = din.load(offline=True)
+    assert ratings.items.tolist() == [[7, 9, 4], [5, 0, 0]] and ratings.liked.tolist() == [[1, 1, 0], [1, 0, 0]]
+    assert ratings.counts.tolist() == [3, 1] and ratings.source == "MovieLens-100k"
+
+
+def test_without_the_data_ratings_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(movielens, "CACHED", tmp_path / "nothing")
+    ratings = din.load(offline=True)
+    assert ratings.source.endswith("drawn ratings") and len(ratings.counts) == 943
+    assert 0.3 < ratings.liked.sum() / ratings.counts.sum() < 0.7
+
+
+def test_batches_of_similar_lengths_hold_every_sample_once():
+    samples = torch.stack([torch.arange(1000), torch.arange(1000) % 97], dim=1)
+    batches = din.batches_of_similar_lengths(samples, 32, torch.Generator().manual_seed(0))
+    assert torch.cat(batches)[:, 0].sort().values.tolist() == list(range(1000))
+    spreads = [float(batch[:, 1].max() - batch[:, 1].min()) for batch in batches]
+    assert sum(spreads) / len(spreads) < 12 and [len(batch) for batch in batches].count(32) >= 30
+    lengths = [int(batch[0, 1]) for batch in batches]
+    assert lengths != sorted(lengths)
+
+
+def test_area_under_curve():
+    scores, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.9]), torch.tensor([0.0, 1, 0, 0, 1])
+    # Pairs won: 0.4 over 0.1, half of 0.4 against 0.4; 0.9 over all three.
+    assert din.area_under_curve(scores, labels) == pytest.approx(4.5 / 6)
+    assert din.area_under_curve(torch.zeros(5), labels) == pytest.approx(0.5)
+
+
+# --- Models ---
+
+
+def test_activation_unit_is_an_mlp_of_target_behaviour_difference_and_product():
+    unit = din.ActivationUnit(8, 5)
+    targets, behaviors = torch.randn(3, 4, 8), torch.randn(3, 6, 8)
+    lengths = torch.tensor([6, 0, 2])
+    q, k = torch.broadcast_tensors(targets[:, :, None], behaviors[:, None])  # [U, n, L, d]
+    hidden = unit.first(torch.cat([q, k, q - k, q * k], dim=-1))
+    weights = unit.second(torch.where(hidden > 0, hidden, unit.activation.weight * hidden)).squeeze(-1)
+    for user, length in enumerate(lengths):
+        expected = weights[user, :, :length] @ behaviors[user, :length] / max(length, 1)
+        torch.testing.assert_close(unit(targets, behaviors, lengths)[user], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_dot_product_and_mean_by_hand():
+    dot, mean = din.DotProductAttention(8), din.MeanPooling()
+    targets, behaviors = torch.randn(2, 3, 8), torch.randn(2, 6, 8)
+    lengths = torch.tensor([6, 2])
+    for user, length in enumerate(lengths):
+        history = behaviors[user, :length]
+        scores = F.leaky_relu(dot.query(targets[user]) @ dot.key(history).T / 8**0.5)
+        expected = scores @ dot.value(history) / length
+        torch.testing.assert_close(dot(targets, behaviors, lengths)[user], expected)
+        torch.testing.assert_close(mean(targets, behaviors, lengths)[user], history.mean(0).expand(3, 8))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_score_depends_on_its_candidate_and_its_history_alone(model, ratings):
+    ranker = din.Ranker(model, HYPER)
+    batch = ratings.batch(torch.tensor([[30, 5], [31, 20], [32, 1]]), HYPER.length)
+    several = batch._replace(items=torch.tensor([[3, 9, 1], [30, 2, 5], [4, 4, 8]]))
+    scores, _ = ranker(several)
+    for i in range(3):
+        one = several._replace(items=several.items[:, i : i + 1])
+        torch.testing.assert_close(ranker(one)[0], scores[:, i : i + 1])
+    padding = torch.arange(batch.history.shape[1]) >= batch.lengths[:, None]
+    other = several._replace(history=several.history.masked_fill(padding, 17))
+    assert padding.any() and torch.equal(ranker(other)[0], scores)
+
+
+def test_the_penalty_is_that_of_lrea_alone(ratings):
+    batch = ratings.batch(torch.tensor([[30, 5], [31, 20]]), HYPER.length)
+    ranker = din.Ranker("LREA 4", HYPER)
+    _, behaviors = ranker.embed(batch)
+    loss = ranker.attention.loss(ranker.attention.compress(behaviors, batch.lengths))
+    torch.testing.assert_close(ranker(batch, 0.5)[1], 0.5 * loss / 2)
+    assert din.Ranker(din.DIN, HYPER)(batch, 0.5)[1] == 0
+
+
+# --- Training ---
+
+
+@pytest.mark.parametrize("model", [din.MEAN, din.DOT, din.DIN, "LREA 4"])
+def test_it_learns_the_tastes(model, ratings):
+    row = din.train(model, 0, ratings, HYPER)
+    assert row.auc > 0.9 and row.validation_auc > 0.9 and 1 <= row.best_epoch <= 25 and row.epoch_seconds > 0
+    if model in LREA_RANKS:
+        assert set(row.served_auc) == set(row.fidelity) == set(din.SERVED)
+        assert all(0.5 < auc <= 1 for auc in row.served_auc.values())
+        assert abs(row.served_auc["float32"] - row.served_auc["int8"]) < 0.01
+        assert [figures["rank"] for figures in row.fidelity["int8"]] == [4]
+        assert row.fidelity["float32"][0]["relative_error"] != row.fidelity["int8"][0]["relative_error"]
+
+
+@pytest.mark.parametrize("model", [din.DIN, "LREA 4"])
+def test_a_training_repeats(model, ratings):
+    rows = [din.train(model, seed, ratings, replace(HYPER, epochs=1)) for seed in (0, 0, 1)]
+    first, again, other = (replace(row, epoch_seconds=0.0, seed=0) for row in rows)
+    assert again == first and other.auc != first.auc
+
+
+# --- Serving ---
+
+
+def test_what_is_timed_is_the_attention():
+    calls = din.serving_calls(700, 64, HYPER)
+    assert set(calls) == {(din.DOT, "float32"), (din.DIN, "float32")} | {
+        (model, dtype) for model in LREA_RANKS for dtype in ("float32", "bfloat16", "int8")
+    }
+    assert calls[din.DOT, "float32"][0] == 2 * 700 * 8 * 4 and calls[din.DIN, "float32"][0] == 700 * 8 * 4
+    assert calls["LREA 8", "bfloat16"][0] == 2 * 8 * 8 * 2 and calls["LREA 8", "int8"][0] == 2 * 8 * (8 + 4)
+    torch.manual_seed(0)
+    targets, behaviors, lengths = torch.randn(1, 64, 8), torch.randn(1, 700, 8), torch.tensor([700])
+    for attention, key in ((din.DotProductAttention(8), din.DOT), (din.ActivationUnit(8, 36), din.DIN)):
+        torch.testing.assert_close(calls[key, "float32"][1](), attention(targets, behaviors, lengths))
+    exact = calls["LREA 16", "float32"][1]()
+    for dtype, bound in (("bfloat16", 0.03), ("int8", 0.03)):
+        assert 0 < (calls["LREA 16", dtype][1]().float() - exact).norm() < bound * exact.norm()
+
+
+# --- The command ---
+
+
+def test_command(ratings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(din, "load", lambda offline: ratings)
+    measure = din.measure_serving
+    monkeypatch.setattr(din, "measure_serving", lambda seconds, hyper: measure(seconds, hyper, (50,)))
+    options = ["--models", "mean", "LREA 4", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--seconds", "0.05"]
+    assert din.main([*options, "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    trained = [row for row in rows if row["workload"] == din.QUALITY]
+    assert sorted((row["model"], row["seed"]) for row in trained) == [
+        ("LREA 4", 0),
+        ("LREA 4", 1),
+        ("mean", 0),
+        ("mean", 1),
+    ]
+    served = [row for row in rows if row["workload"] == din.SERVING]
+    assert len(served) == 14 and all(row["p50_ms"] > 0 and row["length"] == 50 for row in served)
+    assert all(row["torch"] == torch.__version__ and row["threads"] == 1 for row in rows)
+    printed = capsys.readouterr().out
+    assert "two tastes" in printed and "truncation error" in printed and str(path) in printed
+    assert din.main(["--serving-only", "--seconds", "0.05", "--results", str(tmp_path / "serving")]) == 0
+    (path,) = (tmp_path / "serving").iterdir()
+    assert {json.loads(line)["workload"] for line in path.read_text().splitlines()} == {din.SERVING}
+
+
+def test_requests_that_cannot_be_met(capsys):
+    for options, message in (
+        (["--seeds", "0"], "--seeds, --epochs and --jobs must be at least 1"),
+        (["--nonnegativity", "nan"], "--nonnegativity must be finite and at least 0"),
+        (["--serving-only", "--training-only"], "not allowed with"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            din.main(options)
+        assert message in capsys.readouterr().err
+
+
+def test_hidden_layers_are_every_models():
+    """What differs between two models is the attention."""
+    torch.manual_seed(0)
+    rankers = [din.Ranker(model, HYPER) for model in MODELS]
+    shapes = [{name: p.shape for name, p in r.named_parameters() if not name.startswith("attention")} for r in rankers]
+    assert all(shape == shapes[0] for shape in shapes) and all(isinstance(r.norm, nn.LayerNorm) for r in rankers)
