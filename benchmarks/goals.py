@@ -14,6 +14,8 @@ class Measured(NamedTuple):
 
     samples: timing.Samples
     peak_bytes: int
+    host_ms: float | None = None
+    ceiling_fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,20 @@ class Outcome:
     spread: float | None = None  # of the ratio
     extra_bytes: int | None = None
     memory_ratio: float | None = None
+    milliseconds: float | None = None
+    ceiling_fraction: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A goal against the best of those in `against` that were measured: each of them must be matched.
+    """A goal against the best of those in `against` that were measured: each of them must be matched. None: absolute.
 
     It is stated for one kind of device, and for the dtype that runs on it are in by default.
     """
 
     workload: str
     direction: str
-    against: tuple[str, ...]
+    against: tuple[str, ...] = ()
     implementation: str = "recattn"
     device: str = "cpu"
 
@@ -97,6 +101,38 @@ class MemoryGoal(Goal):
         leanest, peak = _leanest(others)
         ratio = own.peak_bytes / peak
         return Outcome(str(self), "met" if ratio <= self.memory_ratio else "missed", leanest, memory_ratio=ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyGoal(Goal):
+    """One call alone ≤ milliseconds: the device's time, and the host's before it where `host`."""
+
+    milliseconds: float
+    host: bool = False
+
+    def __str__(self) -> str:
+        return f"{'host + device' if self.host else 'device'} ≤ {1e3 * self.milliseconds:g} µs a call"
+
+    def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
+        taken = own.samples.percentile(50) + (own.host_ms or 0.0 if self.host else 0.0)
+        spread = own.samples.spread
+        verdict = timing.verdict(taken / self.milliseconds, spread, own.samples.waiting, 1.0)
+        return Outcome(str(self), verdict, spread=timing.finite(spread), milliseconds=taken)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CeilingGoal(Goal):
+    """The least time that the work could take here, by the measured ceilings, ≥ fraction of the time it takes."""
+
+    fraction: float
+
+    def __str__(self) -> str:
+        return f"{self.direction} ≥ {self.fraction:.0%} of the ceiling"
+
+    def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
+        spread = own.samples.spread
+        verdict = timing.verdict(self.fraction / own.ceiling_fraction, spread, own.samples.waiting, 1.0)
+        return Outcome(str(self), verdict, spread=timing.finite(spread), ceiling_fraction=own.ceiling_fraction)
 
 
 def _leanest(others: Mapping[str, Measured]) -> tuple[str, int]:

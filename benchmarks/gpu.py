@@ -54,14 +54,15 @@ KERNEL_TESTS = {
         "refined_attention_long",
         "refined_attention_paths",
     ),
+    "lrea_attention": ("triton_lrea_*",),
 }
+# Those that fit in the time together; another is named.
+TOGETHER = ("sink_attention", "refined_attention")
 
 
-def stages(
-    results: Path, scratch: Path, profile: bool, operators: Sequence[str] = tuple(KERNEL_TESTS)
-) -> list[list[Step]]:
+def stages(results: Path, scratch: Path, profile: bool, operators: Sequence[str] = TOGETHER) -> list[list[Step]]:
     """One after another; the steps of a stage side by side. Measurements have the machine to themselves."""
-    from benchmarks.workloads import CUDA, REFINED, SINK
+    from benchmarks.workloads import CUDA, LREA_ABSORBED, LREA_COMPRESS, LREA_RESTORED, REFINED, SINK
 
     python = (sys.executable, "-m")
     pip = (*python, "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
@@ -69,22 +70,30 @@ def stages(
     patterns = [pattern for operator in operators for pattern in KERNEL_TESTS[operator]]
     kernel_tests = sorted(str(file) for pattern in patterns for file in ROOT.glob(f"tests/test_{pattern}.py"))
     tests = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    own = ("sink", "refined", "wasserstein")
+    own = ("sink", "refined", "wasserstein", "lrea", "absorbed")
     own_kernels = [word for name in own for word in ("--kernel-name", f"kernel_substring={name}")]
     sanitizer = ("compute-sanitizer", "--error-exitcode", "1", *own_kernels, "--tool")
     targets = (sys.executable, str(ROOT / "tests" / "gpu_sanitizer_targets.py"))
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     bench = (*python, "benchmarks.run", "--device", "cuda", "--offline", "--op")
-    groups = {"sink_attention": SINK, "refined_attention": REFINED}
+    groups = {
+        "sink_attention": SINK,
+        "refined_attention": REFINED,
+        "lrea_attention": (*LREA_RESTORED, *LREA_COMPRESS, *LREA_ABSORBED),
+    }
     workloads = {name: [w.name for w in groups[name] if w.devices == CUDA] for name in operators}
+    measured = {name: (name,) for name in operators}
+    if "lrea_attention" in operators:
+        measured["lrea_attention"] += ("lrea_compress", "lrea_compress_items", "lrea_absorbed_attention")
     # Compiling takes longer than timing: the compilers' caches are filled while the tests run.
     slow_to_compile = {
         "sink_attention": ("FlexAttention", "recattn triton", "recattn correction:flash"),
         "refined_attention": ("eager, torch.compile", "recattn"),
+        "lrea_attention": ("eager, torch.compile", "eager, factored, torch.compile", "recattn"),
     }
     filling = ("--seconds", "0", "--results", str(scratch), "--impl")
     fills = [
-        (*bench, name, *filling, *slow_to_compile[name], "--workload", *workloads[name][i::3])
+        (*bench, *measured[name], *filling, *slow_to_compile[name], "--workload", *workloads[name][i::3])
         for name in operators
         for i in range(3)
     ]
@@ -106,8 +115,8 @@ def stages(
     if "sink_attention" in operators:  # measured by the table that is written first
         planned.append([Step("dispatch", dispatch, 80)])
     for name in operators:
-        seconds = 150 if name == "sink_attention" else 55
-        planned.append([Step(f"benchmark of {name}", (*bench, name, *measuring, *workloads[name]), seconds)])
+        seconds = {"sink_attention": 150, "refined_attention": 55, "lrea_attention": 110}[name]
+        planned.append([Step(f"benchmark of {name}", (*bench, *measured[name], *measuring, *workloads[name]), seconds)])
     if profile:
         planned.append([Step("profile", (*python, "benchmarks.profile", "--results", str(results)), 120)])
     return planned
@@ -196,7 +205,9 @@ def report(outcome: Outcome, output: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, required=True, help="folder of the log and the records")
-    parser.add_argument("--op", nargs="+", choices=KERNEL_TESTS, default=tuple(KERNEL_TESTS), help="both by default")
+    parser.add_argument(
+        "--op", nargs="+", choices=KERNEL_TESTS, default=TOGETHER, help=f"{' and '.join(TOGETHER)} by default"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"until what still runs is ended, {SECONDS}")
     parser.add_argument("--profile", action="store_true", help="also profile the hottest kernels with ncu")
     chosen = parser.parse_args(arguments)

@@ -1,4 +1,7 @@
-"""LREA against chains of batched products: compressing a history, training on it, serving from the stored state."""
+"""LREA against chains of batched products: compressing a history, training on it, serving from the stored state.
+
+Serving is also held against what it replaces, attention over the whole history.
+"""
 
 from functools import partial
 
@@ -8,13 +11,23 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 
 import recattn
-from benchmarks.goals import TimeGoal
-from benchmarks.registry import FORWARD, Cost, Inputs, Operator, register
-from benchmarks.workloads import LREA_ABSORBED, LREA_COMPRESS, LREA_RESTORED, Draw, LreaWorkload, offsets
+from benchmarks.compiled import compiled
+from benchmarks.goals import CeilingGoal, LatencyGoal, MemoryGoal, TimeGoal
+from benchmarks.movielens import ITEMS
+from benchmarks.registry import FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.workloads import CPU, CUDA, LREA_ABSORBED, LREA_COMPRESS, LREA_RESTORED, Draw, LreaWorkload, offsets
 from recattn import reference
 from recattn.ops.lrea_attention import availability
 
 NEGATIVE_SLOPE = 0.01
+EAGER, COMPILED, FACTORED, COMPILED_FACTORED = (
+    "eager",
+    "eager, torch.compile",
+    "eager, factored",
+    "eager, factored, torch.compile",
+)
+JAGGED, REPLAYED, FULL_ATTENTION = "jagged bmm", "recattn, graph replay", "SDPA over the history"
+HALF, INT8 = "recattn, bfloat16", "recattn, int8 states"
 
 
 def target_counts(workload: LreaWorkload, draw: Draw) -> Tensor:
@@ -69,21 +82,51 @@ ABSORBED = register(
         draw_absorbed,
         absorbed_cost,
         grads=(),
-        baseline="eager",
+        baseline=EAGER,
         workloads=LREA_ABSORBED,
         goals=(
-            TimeGoal(workload="256x100", direction=FORWARD, against=("eager",), time_ratio=1 / 1.8),
-            TimeGoal(workload="zipf", direction=FORWARD, against=("eager",), time_ratio=1 / 3),
+            TimeGoal(workload="256x100", direction=FORWARD, against=(EAGER,), time_ratio=1 / 1.8),
+            TimeGoal(workload="256x100", direction=FORWARD, against=(COMPILED,), time_ratio=1 / 1.5),
+            TimeGoal(workload="256x100", direction=FORWARD, against=("recattn",), time_ratio=1.0, implementation=HALF),
+            TimeGoal(workload="256x100", direction=FORWARD, against=("recattn",), time_ratio=1.0, implementation=INT8),
+            TimeGoal(workload="zipf", direction=FORWARD, against=(EAGER,), time_ratio=1 / 3),
+            LatencyGoal(workload="gpu_1x1000", direction=FORWARD, device="cuda", milliseconds=0.008, host=True),
+            LatencyGoal(
+                workload="gpu_1x1000", direction=FORWARD, device="cuda", milliseconds=0.0035, implementation=REPLAYED
+            ),
+            TimeGoal(workload="gpu_1x1000", direction=FORWARD, device="cuda", against=(COMPILED,), time_ratio=1 / 5),
+            CeilingGoal(workload="gpu_1000x200", direction=FORWARD, device="cuda", fraction=0.85),
+            TimeGoal(
+                workload="gpu_1000x200",
+                direction=FORWARD,
+                device="cuda",
+                against=(EAGER, COMPILED, JAGGED),
+                time_ratio=1 / 1.9,
+            ),
+            TimeGoal(
+                workload="gpu_1000x200", direction=FORWARD, device="cuda", against=(FULL_ATTENTION,), time_ratio=1 / 100
+            ),
         ),
     )
 )
 ABSORBED.add_recattn(recattn.lrea_absorbed_attention, partial(availability, op="lrea_absorbed_attention"))
 
 
-@ABSORBED.implementation("eager", prepare=batch_targets, restore=unbatch_targets)
+@ABSORBED.implementation(EAGER, prepare=batch_targets, restore=unbatch_targets)
 def absorbed_eager(targets, state_keys, state_values, slots):
     scores = F.leaky_relu(targets @ state_keys[slots].mT, NEGATIVE_SLOPE)  # [U, H, targets, r]
     return scores @ state_values[slots]
+
+
+@ABSORBED.implementation(
+    COMPILED,
+    applies=lambda workload: not workload.ragged,
+    prepare=batch_targets,
+    restore=unbatch_targets,
+    tier="default",
+)
+def absorbed_compiled(**inputs):
+    return compiled(absorbed_eager)(**inputs)
 
 
 @ABSORBED.implementation("eager, user by user", applies=lambda workload: workload.ragged)
@@ -94,11 +137,132 @@ def absorbed_user_by_user(targets, state_keys, state_values, slots, target_offse
     )
 
 
+@ABSORBED.implementation(
+    JAGGED,
+    prepare=lambda inputs: {**inputs, "longest": int(inputs["target_offsets"].diff().max())},
+    devices=CUDA,
+)
+def absorbed_jagged(targets, state_keys, state_values, slots, target_offsets, longest):
+    """One head: the targets of each user as a row of a jagged tensor."""
+    jagged = torch.nested.nested_tensor_from_jagged(targets[:, 0], target_offsets, max_seqlen=longest)  # [U, *, d]
+    scores = F.leaky_relu(torch.bmm(jagged, state_keys[slots, 0].mT), NEGATIVE_SLOPE)
+    return torch.bmm(scores, state_values[slots, 0]).values().unsqueeze(1)
+
+
+def capture(inputs: Inputs) -> Inputs:
+    """A graph of the call on these inputs, as a service captures one for each size of batch."""
+    graph = torch.cuda.CUDAGraph()
+    recattn.lrea_absorbed_attention(**inputs)  # what is made once is not part of it
+    with torch.cuda.graph(graph):
+        output = recattn.lrea_absorbed_attention(**inputs)
+    return {"graph": graph, "output": output}
+
+
+@ABSORBED.implementation(REPLAYED, prepare=capture, devices=CUDA, ours=True)
+def absorbed_replayed(graph, output):
+    graph.replay()
+    return output
+
+
+# The same in fewer bits, for inputs rounded beforehand.
+
+
+def in_bfloat16(inputs: Inputs) -> Inputs:
+    return {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def bfloat16_reference(**inputs: Tensor) -> Tensor:
+    """What bfloat16 computes: in float64 on inputs rounded to it, else in it."""
+    rounded = in_bfloat16(inputs)
+    if inputs["targets"].dtype == torch.float64:
+        rounded = {name: x.double() if x.is_floating_point() else x for name, x in rounded.items()}
+    return reference.lrea_absorbed_attention(**rounded).to(inputs["targets"].dtype)
+
+
+@ABSORBED.implementation(
+    HALF,
+    applies=lambda workload: workload.name == "256x100",
+    prepare=in_bfloat16,
+    restore=lambda output, inputs: output.float(),
+    reference=bfloat16_reference,
+    devices=CPU,
+    ours=True,
+)
+def absorbed_bfloat16(**inputs):
+    return recattn.lrea_absorbed_attention(**inputs)
+
+
+def with_int8_states(inputs: Inputs) -> Inputs:
+    (keys, key_scales), (values, value_scales) = map(
+        recattn.lrea_quantize, (inputs["state_keys"], inputs["state_values"])
+    )
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    return {**inputs, "state_keys": keys, "state_values": values, **scales}
+
+
+def int8_reference(**inputs: Tensor) -> Tensor:
+    """Over the quantised states: in float64 exactly, else with targets of 16 bits, as VNNI takes them."""
+    targets = inputs["targets"]
+    if targets.dtype != torch.float64:
+        step = targets.abs().amax(-1, keepdim=True) / 32767
+        targets = (targets / step).round() * step
+    states = {name: x.float() if name.startswith("state") else x for name, x in inputs.items()}
+    return reference.lrea_absorbed_attention(**{**with_int8_states(states), "targets": targets})
+
+
+@ABSORBED.implementation(
+    INT8,
+    applies=lambda workload: workload.name == "256x100",
+    prepare=with_int8_states,
+    reference=int8_reference,
+    devices=CPU,
+    ours=True,
+)
+def absorbed_int8(**inputs):
+    return recattn.lrea_absorbed_attention(**inputs)
+
+
+# What serving from a state replaces.
+
+
+def full_history(inputs: Inputs) -> Inputs:
+    """Histories of 10,000 behaviours, the rows of each state again and again: SDPA does not look at what they are."""
+    batched = batch_targets(inputs)
+    rank = batched["state_keys"].shape[2]
+    rows = torch.arange(10_000, device=batched["slots"].device) % rank
+    keys, values = (batched[name][batched["slots"]][:, :, rows] for name in ("state_keys", "state_values"))
+    return {"q": batched["targets"], "k": keys, "v": values}  # [U, H, targets, d], [U, H, L, d]
+
+
+def full_reference(**inputs: Tensor) -> Tensor:
+    q, k, v = full_history(inputs).values()
+    return unbatch_targets((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v, inputs)
+
+
+@ABSORBED.implementation(
+    FULL_ATTENTION,
+    applies=lambda workload: workload.length is not None,
+    prepare=full_history,
+    restore=unbatch_targets,
+    reference=full_reference,
+    devices=CUDA,
+)
+def full_attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 # Compressing histories.
 
 
+def draw_histories(workload: LreaWorkload, draw: Draw) -> list[Tensor]:
+    if workload.length is None:
+        return draw.histories.sample(workload.batch, longest=workload.longest)
+    items = torch.randint(1, ITEMS + 1, (workload.batch, workload.length), generator=draw.structure)
+    return list(items)
+
+
 def draw_compress(workload: LreaWorkload, draw: Draw) -> Inputs:
-    histories = draw.histories.sample(workload.batch, longest=workload.longest)
+    histories = draw_histories(workload, draw)
     behaviors = draw.embeddings(histories, workload.dim)  # [U, L, d]
     return {
         "behaviors": behaviors,
@@ -127,7 +291,7 @@ COMPRESS = register(
         draw_compress,
         compress_cost,
         grads=("behaviors", "w_comp"),
-        baseline="eager",
+        baseline=EAGER,
         workloads=LREA_COMPRESS,
     )
 )
@@ -143,17 +307,58 @@ def prepare_valid(inputs: Inputs) -> Inputs:
     return {**inputs, "valid": valid.unsqueeze(1)}
 
 
-@COMPRESS.implementation("eager", prepare=prepare_valid)
+@COMPRESS.implementation(EAGER, prepare=prepare_valid)
 def compress_eager(behaviors, w_comp, valid):
     return w_comp.mT @ (behaviors * valid.mT)
+
+
+# Compressing histories of item ids: building states, without a gradient.
+
+
+def draw_compress_items(workload: LreaWorkload, draw: Draw) -> Inputs:
+    histories = draw_histories(workload, draw)
+    longest = max(map(len, histories))
+    return {
+        "behaviors": draw.normal(ITEMS + 1, workload.dim),
+        "w_comp": draw.normal(longest, workload.rank, std=longest**-0.5),
+        "seq_lens": draw.index([len(history) for history in histories]),
+        "item_ids": draw.index(pad_sequence(histories, batch_first=True)),
+    }
+
+
+def compress_items_cost(workload: LreaWorkload, inputs: Inputs, direction: str) -> Cost:
+    """As from dense behaviours: that a table this small stays in the cache is luck."""
+    row = workload.dim * inputs["behaviors"].element_size()
+    events = int(inputs["seq_lens"].sum())
+    moved = events * (row + 8) + inputs["w_comp"].nbytes + workload.batch * workload.rank * row
+    return Cost(2 * events * workload.rank * workload.dim, moved)
+
+
+COMPRESS_ITEMS = register(
+    Operator(
+        "lrea_compress_items",
+        reference.lrea_compress,
+        draw_compress_items,
+        compress_items_cost,
+        grads=(),
+        baseline=EAGER,
+        workloads=LREA_COMPRESS,
+    )
+)
+COMPRESS_ITEMS.add_recattn(recattn.lrea_compress, partial(availability, op="lrea_compress"))
+
+
+@COMPRESS_ITEMS.implementation(EAGER)
+def compress_items_eager(behaviors, w_comp, seq_lens, item_ids):
+    valid = torch.arange(item_ids.shape[1], device=item_ids.device) < seq_lens[:, None]
+    return compress_eager(behaviors[item_ids], w_comp, valid.unsqueeze(1))
 
 
 # Training: the restored form.
 
 
 def draw_restored(workload: LreaWorkload, draw: Draw) -> Inputs:
-    histories = draw.histories.sample(workload.batch, longest=workload.longest)
-    lengths = [len(history) for history in histories]
+    lengths = [len(history) for history in draw_histories(workload, draw)]
     counts = target_counts(workload, draw)
     rank, dim, longest = workload.rank, workload.dim, max(lengths)
     return {
@@ -184,8 +389,15 @@ RESTORED = register(
         draw_restored,
         restored_cost,
         grads=("targets", "keys", "values", "w_decomp"),
-        baseline="eager",
+        baseline=EAGER,
         workloads=LREA_RESTORED,
+        goals=(
+            TimeGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(FACTORED,), time_ratio=1 / 4),
+            TimeGoal(
+                workload="gpu_16k", direction=TRAINING, device="cuda", against=(COMPILED_FACTORED,), time_ratio=1 / 2
+            ),
+            MemoryGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(FACTORED,), memory_ratio=1 / 8),
+        ),
     )
 )
 RESTORED.add_recattn(recattn.lrea_attention, partial(availability, op="lrea_attention"))
@@ -196,7 +408,7 @@ def prepare_restored(inputs: Inputs) -> Inputs:
     return {**batched, "valid": batched["valid"].unsqueeze(1)}  # [U, 1, 1, L]
 
 
-@RESTORED.implementation("eager", prepare=prepare_restored, restore=unbatch_targets)
+@RESTORED.implementation(EAGER, prepare=prepare_restored, restore=unbatch_targets)
 def restored_eager(targets, keys, values, w_decomp, valid):
     """The history restored, as the equation reads."""
     scale = targets.shape[-1] ** -0.5
@@ -205,9 +417,14 @@ def restored_eager(targets, keys, values, w_decomp, valid):
     return scores @ restored_values
 
 
-@RESTORED.implementation("eager, factored", prepare=prepare_restored, restore=unbatch_targets)
+@RESTORED.implementation(FACTORED, prepare=prepare_restored, restore=unbatch_targets)
 def factored_eager(targets, keys, values, w_decomp, valid):
     """Nothing of size L·d, but still the scores of all positions."""
     compressed_scores = targets.shape[-1] ** -0.5 * targets @ keys.mT  # [U, H, targets, r]
     scores = F.leaky_relu(compressed_scores @ w_decomp, NEGATIVE_SLOPE) * valid
     return (scores @ w_decomp.mT) @ values
+
+
+@RESTORED.implementation(COMPILED_FACTORED, prepare=prepare_restored, restore=unbatch_targets, devices=CUDA)
+def factored_compiled(**inputs):
+    return compiled(factored_eager)(**inputs)

@@ -124,11 +124,13 @@ class Contest:
             judged={name for goal in self._goals(direction) for name in (goal.implementation, *goal.against)},
             progress=lambda done: self.settings.progress(f"{direction}: timing", done),
         )
-        measured = {name: Measured(taken, self.rows[name, direction].peak_bytes) for name, taken in samples.items()}
+        measured = {}
         for name, taken in samples.items():
             row = self.rows[name, direction]
             self._record(row, taken, sets[0])
-            row.goals = [_judged(goal, measured) for goal in self._goals(direction, name)]
+            measured[name] = Measured(taken, row.peak_bytes, row.host_ms, row.ceiling_fraction)
+        for name in measured:
+            self.rows[name, direction].goals = [_judged(goal, measured) for goal in self._goals(direction, name)]
 
     def _record(self, row: Row, taken: timing.Samples, inputs: Inputs) -> None:
         cost = self.operator.cost_of(self.workload, inputs, row.direction)
@@ -187,7 +189,7 @@ def timed_call(
 
 def _judged(goal: Goal, measured: dict[str, Measured]) -> Outcome:
     others = {name: measured[name] for name in goal.against if name in measured}
-    return goal.judge(measured[goal.implementation], others) if others else Outcome(str(goal))
+    return goal.judge(measured[goal.implementation], others) if others or not goal.against else Outcome(str(goal))
 
 
 def _give_up(rows, status: str, reason: str) -> None:

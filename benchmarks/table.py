@@ -110,6 +110,10 @@ def _measured(outcome: Outcome, row: Row) -> str:
         return row.status if row.status != TIMED else "nothing to compare with was timed"
     if outcome.extra_bytes is not None:
         value = f"{outcome.extra_bytes / 1e6:.1f} MB"
+    elif outcome.milliseconds is not None:
+        value = f"{1e3 * outcome.milliseconds:.1f} µs"
+    elif outcome.ceiling_fraction is not None:
+        value = _percent(outcome.ceiling_fraction)
     elif outcome.memory_ratio is not None:
         value = f"{outcome.memory_ratio:.2g} of it"
     else:

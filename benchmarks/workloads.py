@@ -69,13 +69,17 @@ class RefinedWorkload(Workload):
 
 @dataclass(frozen=True, kw_only=True)
 class LreaWorkload(Workload):
-    """`targets` per user; `ragged`: 1 to `targets`, n of them with probability ∝ 1/n."""
+    """`targets` per user; `ragged`: 1 to `targets`, n of them with probability ∝ 1/n.
+
+    Histories are real, up to their `longest` newest behaviours, or all of the same `length`.
+    """
 
     rank: int
     dim: int
     targets: int = 1
     ragged: bool = False
-    longest: int | None = None  # behaviours per history
+    longest: int | None = None
+    length: int | None = None
 
 
 def sink_workload(name: str, tokens: int, length: int, dim: int, sinks: int, **options) -> SinkWorkload:
@@ -186,12 +190,17 @@ LREA_ABSORBED = (
         LreaWorkload(name=f"{users}x{targets}_r{rank}", batch=users, targets=targets, rank=rank, dim=64, tier="full")
         for users, targets, rank in ((1, 100, 32), (64, 500, 16), (1024, 256, 32))
     ),
+    LreaWorkload(name="gpu_1x1000", batch=1, targets=1000, rank=32, dim=64, length=10_000, devices=CUDA),
+    LreaWorkload(
+        name="gpu_1000x200", batch=1000, targets=200, rank=32, dim=64, length=10_000, gate_batch=32, devices=CUDA
+    ),
 )
 
 LREA_COMPRESS = (
     LreaWorkload(name="tiny", batch=4, rank=8, dim=16, longest=30, histories=True, tier="quick"),
     LreaWorkload(name="movielens", batch=256, rank=32, dim=64, histories=True),
     LreaWorkload(name="movielens_all", batch=943, rank=32, dim=64, histories=True, gate_batch=256, tier="full"),
+    LreaWorkload(name="gpu_10k", batch=256, rank=32, dim=64, length=10_000, gate_batch=32, devices=CUDA),
 )
 
 LREA_RESTORED = (
@@ -200,6 +209,7 @@ LREA_RESTORED = (
     LreaWorkload(
         name="movielens_all", batch=943, targets=4, rank=32, dim=64, histories=True, gate_batch=256, tier="full"
     ),
+    LreaWorkload(name="gpu_16k", batch=256, targets=64, rank=32, dim=64, length=10_000, gate_batch=16, devices=CUDA),
 )
 
 

@@ -64,6 +64,13 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
         yield name, partial(refine, device, mechanism, source, dtype, length, causal)
     for dtype in (torch.float32, torch.bfloat16):
         yield f"wasserstein_attention {dtype}", partial(attend_gaussians, device, dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        for lengths in ((N, N, N), (N, 0, 70)):
+            yield f"lrea_attention {dtype} {lengths}", partial(attend_histories, device, dtype, lengths)
+            yield f"lrea_compress {dtype} {lengths}", partial(compress_histories, device, dtype, lengths)
+    for dtype in (torch.float32, torch.bfloat16):
+        for sizes in ((20, 40, 70), (33, 72, 24)):
+            yield f"lrea_absorbed_attention {dtype} {sizes}", partial(serve_states, device, dtype, *sizes)
     for heads, sinks, causal in ((1, 1, True), (4, 49, False), (3, 129, True)):
         yield f"inter_sink_bias M={sinks}", partial(bias_of_sinks, device, (2, heads, sinks, 32), causal)
 
@@ -132,6 +139,38 @@ def attend_gaussians(device: torch.device, dtype: torch.dtype) -> None:
     for options in ({}, {"w_q": weights[0], "w_k": weights[1]}):
         mean, cov = recattn.wasserstein_attention(*tensors, **options, dropout_p=0.1)
         (mean + cov).sum().backward()
+
+
+def attend_histories(device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    """LREA's restored form, of users with many targets, none and one."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    offsets = torch.tensor([0, 100, 100, 101], device=device)
+    tensors = (normal(101, 2, 40), normal(3, 2, 20, 40), normal(3, 2, 20, 70), normal(20, N))
+    seq_lens = torch.tensor(lengths, device=device)
+    recattn.lrea_attention(*tensors, offsets, seq_lens=seq_lens if 0 in lengths else None).sum().backward()
+
+
+def compress_histories(device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    behaviors, w_comp = (torch.randn(size, device=device, dtype=dtype) for size in ((3, N, 70), (N, 20)))
+    seq_lens = torch.tensor(lengths, device=device)
+    item_ids = torch.randint(N, (3, N), device=device)
+    recattn.lrea_compress(behaviors[0], w_comp, seq_lens, item_ids=item_ids)
+    recattn.lrea_compress(behaviors.requires_grad_(), w_comp.requires_grad_(), seq_lens).sum().backward()
+
+
+def serve_states(device: torch.device, dtype: torch.dtype, rank: int, dim: int, value_dim: int) -> None:
+    """Items read by id, for users of many candidates, none and one, from states as they are and in int8."""
+    offsets, slots = torch.tensor([0, 150, 150, 151], device=device), torch.tensor([4, 0, 2], device=device)
+    items = torch.randn(30, 2, dim, device=device, dtype=dtype)
+    item_ids = torch.randint(30, (151,), device=device)
+    states = [torch.randn(5, 2, rank, width, device=device, dtype=dtype) for width in (dim, value_dim)]
+    recattn.lrea_absorbed_attention(items, *states, slots, offsets, item_ids=item_ids)
+    (keys, key_scales), (values, value_scales) = map(recattn.lrea_quantize, states)
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    recattn.lrea_absorbed_attention(items, keys, values, slots, offsets, item_ids=item_ids, **scales)
 
 
 def main() -> None:

@@ -14,9 +14,29 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import correctness, memory, movielens, results, run, sink_attention, suite, table, timing
+from benchmarks import (
+    correctness,
+    lrea_attention,
+    memory,
+    movielens,
+    results,
+    run,
+    sink_attention,
+    suite,
+    table,
+    timing,
+)
 from benchmarks.ceilings import Ceilings
-from benchmarks.goals import NOT_MEASURED, ExtraMemoryGoal, Measured, MemoryGoal, Outcome, TimeGoal
+from benchmarks.goals import (
+    NOT_MEASURED,
+    CeilingGoal,
+    ExtraMemoryGoal,
+    LatencyGoal,
+    Measured,
+    MemoryGoal,
+    Outcome,
+    TimeGoal,
+)
 from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Cost, Operator, load_operators
 from benchmarks.workloads import Draw, LreaWorkload, RefinedWorkload, SinkWorkload, Workload
 
@@ -292,6 +312,38 @@ def test_a_memory_goal_is_a_share_of_the_leanest():
     assert goal.judge(measured(1.0, 1.0, peak=1001), others).verdict == "missed"
 
 
+def test_a_latency_goal_counts_the_host_where_it_says_so():
+    own = measured(0.005, 0.005)._replace(host_ms=0.004)
+    device = LatencyGoal(workload="", direction=FORWARD, milliseconds=0.006)
+    assert str(device) == "device ≤ 6 µs a call"
+    assert device.judge(own, {}) == Outcome(str(device), "met", spread=0.0, milliseconds=0.005)
+    both = LatencyGoal(workload="", direction=FORWARD, milliseconds=0.008, host=True)
+    assert str(both) == "host + device ≤ 8 µs a call"
+    assert both.judge(own, {}).verdict == "missed"
+    assert both.judge(own._replace(host_ms=0.003), {}).verdict == "met"
+
+
+def test_a_ceiling_goal_is_a_share_of_it():
+    goal = CeilingGoal(workload="", direction=FORWARD, fraction=0.85)
+    assert str(goal) == "forward ≥ 85% of the ceiling"
+    near, far = (measured(1.0, 1.0)._replace(ceiling_fraction=share) for share in (0.86, 0.84))
+    assert goal.judge(near, {}) == Outcome(str(goal), "met", spread=0.0, ceiling_fraction=0.86)
+    assert goal.judge(far, {}).verdict == "missed"
+
+
+def test_a_goal_against_nobody_is_judged(product, settings):
+    goals = (
+        LatencyGoal(workload="small", direction=FORWARD, milliseconds=1e6),
+        CeilingGoal(workload="small", direction=FORWARD, fraction=1e-9),
+    )
+    product = replace(product, goals=goals)
+    product.implementation("recattn")(lambda x, w: x @ w)
+    row = run_all(product, settings)["recattn", FORWARD]
+    latency, ceiling = row.goals
+    assert latency.milliseconds == row.p50_ms and ceiling.ceiling_fraction == row.ceiling_fraction
+    assert {latency.verdict, ceiling.verdict} <= {"met", "no verdict"}
+
+
 def test_an_extra_memory_goal_is_judged_by_peaks(product, settings):
     goal = ExtraMemoryGoal(workload="small", direction=FORWARD, against=("eager",), extra_bytes=10**6)
     product = replace(product, goals=(goal,))
@@ -488,6 +540,7 @@ SMALL = {
         LreaWorkload(name="ragged", batch=9, targets=40, rank=4, dim=8, ragged=True),
     ),
     "lrea_compress": (LreaWorkload(name="histories", batch=3, rank=4, dim=8, longest=40, histories=True),),
+    "lrea_compress_items": (LreaWorkload(name="histories", batch=3, rank=4, dim=8, longest=40, histories=True),),
     "lrea_attention": (LreaWorkload(name="histories", batch=3, targets=5, rank=4, dim=8, longest=40, histories=True),),
 }
 
@@ -518,6 +571,32 @@ def test_flex_attention_computes_the_same(workload, histories, monkeypatch):
     inputs = sink_attention.draw_inputs(workload, Draw(0, torch.float32, CPU, histories))
     errors = correctness.check(sink_attention.SINK_ATTENTION, implementation, (FORWARD,), inputs)
     assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
+
+
+@pytest.mark.parametrize(
+    "operator, workload, name",
+    [
+        ("ABSORBED", "even", lrea_attention.COMPILED),
+        ("ABSORBED", "even", lrea_attention.JAGGED),
+        ("ABSORBED", "ragged", lrea_attention.JAGGED),
+        ("ABSORBED", "even", lrea_attention.FULL_ATTENTION),
+        ("RESTORED", "histories", lrea_attention.COMPILED_FACTORED),
+    ],
+)
+def test_peers_of_a_gpu_compute_the_same(operator, workload, name, histories, monkeypatch):
+    """On a CPU, and uncompiled."""
+    monkeypatch.setattr(lrea_attention, "compiled", lambda function: function)
+    operator = getattr(lrea_attention, operator)
+    workload = next(w for w in SMALL[operator.name] if w.name == workload)
+    inputs = operator.inputs(workload, Draw(0, torch.float32, CPU, histories))
+    errors = correctness.check(operator, operator.implementations[name], (FORWARD,), inputs)
+    assert correctness.passes(operator.implementations[name], errors), "\n".join(map(str, errors))
+
+
+def test_histories_of_one_length(histories):
+    workload = LreaWorkload(name="", batch=3, rank=4, dim=8, length=50)
+    inputs = lrea_attention.draw_compress(workload, Draw(0, torch.float32, CPU, histories))
+    assert inputs["behaviors"].shape == (3, 50, 8) and inputs["seq_lens"].tolist() == [50] * 3
 
 
 @pytest.mark.parametrize("name", sink_attention.UNBIASED_PACKED)
