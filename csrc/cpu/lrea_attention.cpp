@@ -188,10 +188,11 @@ class StateRows {
 template <class T, class S>
 auto absorbed_kernel() {
 #if defined(__x86_64__)
-    using Pair = avx512_bf16::PairOf<std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, int16_t>>;
-    constexpr bool by_pairs = std::is_same_v<T, BFloat16> || (std::is_same_v<S, int8_t> && !std::is_same_v<T, double>);
-    if constexpr (by_pairs) {
-        if (isa() == Isa::avx512_bf16) return avx512_bf16::attend<T, S, Pair>;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (bf16_products_pay()) return avx512_bf16::attend<T, S, avx512_bf16::PairOf<BFloat16>>;
+    }
+    if constexpr (std::is_same_v<S, int8_t> && !std::is_same_v<T, double>) {
+        if (isa() == Isa::avx512_bf16) return avx512_bf16::attend<T, S, avx512_bf16::PairOf<int16_t>>;
     }
 #endif
     return RECATTN_PICK(attend<T, S, accumulate_t<T>>);

@@ -13,15 +13,22 @@ RECATTN_INLINE int64_t elements(int64_t numbers) {
     return (numbers + Element<E>::numbers - 1) / Element<E>::numbers;
 }
 
-// Asks for a row ahead of its use (kWrite 0) or of its being written (1).
-template <int kWrite, class T>
+// Asks for a row ahead of its use: into the nearest cache (kLocality 3) or the next (2).
+template <int kLocality, class T>
 RECATTN_INLINE void prefetch_row(const T* row, int64_t columns) {
-    for (int64_t n = 0; n < columns; n += 64 / sizeof(T)) __builtin_prefetch(row + n, kWrite);
+    for (int64_t n = 0; n < columns; n += 64 / sizeof(T)) __builtin_prefetch(row + n, 0, kLocality);
 }
 
 template <class T>
 RECATTN_INLINE void prefetch_rows(const Rows<T>& in, int64_t begin, int64_t end, int64_t columns) {
-    for (int64_t m = begin; m < end; ++m) prefetch_row<0>(in.at(m), columns);
+    for (int64_t m = begin; m < end; ++m) prefetch_row<3>(in.at(m), columns);
+}
+
+template <class S>
+RECATTN_INLINE void prefetch_state(const StateTable<S>& table, int64_t slot, int64_t head, int64_t begin, int64_t end,
+                                   int64_t columns) {
+    const S* rows = table.at(slot, head);
+    for (int64_t k = begin; k < end; ++k) prefetch_row<2>(rows + k * table.row, columns);
 }
 
 // out = a b, summed in parts: few roundings follow one another.
@@ -127,11 +134,13 @@ RECATTN_TARGET void store_output(AttendScratch<E>& scratch, int64_t rows, int64_
     for (int64_t m = 0; m < rows; ++m) copy_row(scratch.output.data() + m * width, columns, out + m * out_row);
 }
 
-// h = leaky_relu(q keys^T) values for candidates begin..end, all of one user, and one head.
+// h = leaky_relu(q keys^T) values for candidates begin..end, all of one user, and one head. Meanwhile the same head of
+// the next user's state is fetched: it lies anywhere in the table, where no processor would look by itself.
 template <class T, class S, class E>
 RECATTN_TARGET void attend_head(const AbsorbedAttention<T, S>& op, AttendScratch<E>& scratch, int64_t slot,
-                                int64_t head, int64_t begin, int64_t end) {
+                                int64_t next_slot, int64_t head, int64_t begin, int64_t end) {
     constexpr bool quantized = !std::is_same_v<S, T>;
+    const int64_t first = begin, count = end - begin;
     const int64_t rank = round_up_to_lanes<E>(op.rank), width = round_up_to_lanes<E>(op.value_dim);
     const int64_t depth = elements<E>(op.query_dim), out_row = op.heads * op.value_dim;
     const Rows<T> targets{op.targets + head * op.target_head, op.target_row, op.item_ids};
@@ -149,7 +158,9 @@ RECATTN_TARGET void attend_head(const AbsorbedAttention<T, S>& op, AttendScratch
         const int64_t rows = next - begin;
         T* out = op.out + begin * out_row + head * op.value_dim;
         prefetch_rows(targets, next, std::min(next + scratch.block, op.candidates), op.query_dim);
-        for (int64_t m = 0; m < rows; ++m) prefetch_row<1>(out + m * out_row, op.value_dim);
+        const int64_t fetched = op.rank * (begin - first) / count, fetch_to = op.rank * (next - first) / count;
+        prefetch_state(op.keys, next_slot, head, fetched, fetch_to, op.query_dim);
+        prefetch_state(op.values, next_slot, head, fetched, fetch_to, op.value_dim);
         const Left<E> q = load_targets(scratch, targets, begin, next, op.query_dim);
         multiply_in_parts(q, keys, {scratch.scores.data(), rank, false}, rows, depth, rank);
         const Left<E> weights = activate<quantized>(scratch, rows, rank, op.negative_slope);
@@ -170,9 +181,10 @@ RECATTN_TARGET void attend(const AbsorbedAttention<T, S>& op, int64_t begin, int
     AttendScratch<E> scratch(end - begin, op.rank, op.query_dim, op.value_dim);
     int64_t user = std::upper_bound(op.offsets, op.offsets + op.users, begin) - op.offsets - 1;
     while (begin < end) {
-        const int64_t stop = std::min(end, op.offsets[user + 1]);
+        const int64_t stop = std::min(end, op.offsets[user + 1]),
+                      next_slot = op.slots[std::min(user + 1, op.users - 1)];
         for (int64_t head = 0; begin < stop && head < op.heads; ++head) {
-            attend_head(op, scratch, op.slots[user], head, begin, stop);
+            attend_head(op, scratch, op.slots[user], next_slot, head, begin, stop);
         }
         begin = stop;
         ++user;

@@ -21,6 +21,8 @@ from recattn.ops._ragged import length_buckets
 
 # Elements of the products that the gradient of w_comp sums over users at a time.
 _CHUNK_ELEMENTS = 1 << 20
+# Targets whose products are summed one after another: few roundings follow one another.
+_PART_TARGETS = 64
 
 
 def availability(
@@ -152,14 +154,23 @@ def _user_outer(left: Tensor, right: Tensor, target_offsets: Tensor, path: str =
         return by_triton.user_outer(left, right, target_offsets)
     dtype = _accumulate_dtype(left.dtype)
     if count := _even_count(target_offsets):
-        left, right = (x.to(dtype).unflatten(0, (-1, count)) for x in (left, right))  # [U, n, H, k]
-        return left.permute(0, 2, 3, 1) @ right.transpose(1, 2)
+        return _outer_in_parts(*(x.to(dtype).unflatten(0, (-1, count)) for x in (left, right)))
     users = target_offsets.shape[0] - 1
     out = left.new_zeros(users, left.shape[1], left.shape[2], right.shape[2], dtype=dtype)
     for bucket in _user_buckets(target_offsets):
         gathered = left[bucket.positions].to(dtype).masked_fill_(~bucket.valid[..., None, None], 0)  # [b, n, H, k]
-        out[bucket.members] = gathered.permute(0, 2, 3, 1) @ right[bucket.positions].to(dtype).transpose(1, 2)
+        out[bucket.members] = _outer_in_parts(gathered, right[bucket.positions].to(dtype))
     return out
+
+
+def _outer_in_parts(left: Tensor, right: Tensor) -> Tensor:
+    """Σ left[:, t] ⊗ right[:, t]: [U, n, H, k], [U, n, H, m] -> [U, H, k, m]"""
+    whole = left.shape[1] - left.shape[1] % _PART_TARGETS
+    rest = left[:, whole:].permute(0, 2, 3, 1) @ right[:, whole:].transpose(1, 2)
+    if not whole:
+        return rest
+    left, right = (x[:, :whole].unflatten(1, (-1, _PART_TARGETS)) for x in (left, right))  # [U, parts, 64, H, k]
+    return (left.permute(0, 1, 3, 4, 2) @ right.transpose(2, 3)).sum(1) + rest
 
 
 def _even_count(target_offsets: Tensor) -> int:
