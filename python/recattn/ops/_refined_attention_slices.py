@@ -413,7 +413,9 @@ class Weights:
     def _finish(self) -> list[Tensor]:
         if self.folded:
             dproduct, *dw_v = self.gradients
-            return [dproduct @ self.w_k * self.scale, dproduct.T @ self.w_q, *dw_v]
+            # Its terms are larger than their sums: those of float32 would be the largest error of all.
+            dproduct, w_q, w_k = (x.double() for x in (dproduct, self.w_q, self.w_k))
+            return [dproduct @ w_k * self.scale, dproduct.T @ w_q, *dw_v]
         dw_q, *others = self.gradients
         return [dw_q * self.scale, *others]
 
