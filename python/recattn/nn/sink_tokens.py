@@ -1,0 +1,608 @@
+"""The [SINK] tokens of CTR-Sink (arXiv 2508.03668): their embeddings, their places, and training in two stages."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from recattn._check import (
+    FLOATING,
+    INTEGER,
+    expect,
+    expect_choice,
+    expect_dtype,
+    expect_index,
+    expect_lengths,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+)
+from recattn.functional.validation import validate_values, values_are_checked
+from recattn.reference.sink_attention import valid_tokens
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+TokenIds = Sequence[int] | Tensor
+TEN_YEARS = 10 * 365 * 24 * 3600
+TABLES = {
+    "temporal": ("temporal",),
+    "similarity": ("similarity",),
+    "both": ("temporal", "similarity"),
+    "none": ("none",),
+}
+STAGES = ("sinks", "tokens")
+
+
+class SinkTokens(NamedTuple):
+    """Token ids with sinks among them; `insert_sinks` makes them."""
+
+    input_ids: Tensor  # [B, N] int64
+    attention_mask: Tensor  # [B, N] int64, 0 at padding
+    sink_positions: Tensor  # [B, M] int64, padded with -1
+    sink_behaviors: Tensor  # [B, M] int64, which behaviour of the list a sink follows; padded with -1
+
+
+class SinkEmbeddings(NamedTuple):
+    """Embeddings with sinks among them; `insert_sink_embeddings` makes them."""
+
+    embeddings: Tensor  # [B, N, d], 0 at padding
+    attention_mask: Tensor  # [B, N] int64, 0 at padding
+    sink_positions: Tensor  # [B, M] int64, padded with -1
+    sink_behaviors: Tensor  # [B, M] int64, which behaviour a sink follows; padded with -1
+
+
+class SinkTokenEmbedding(nn.Module):
+    """The embedding of a [SINK] token, from the ids of what is known about the behaviour before it:
+
+        e = MLP(Σ_s Embed_s(id_s))        MLP: `depth` linear maps with GELU between them
+
+    summed over the signals s. One signal and one linear map over a table of 100 × 256 are CTR-Sink's official code,
+    whose temporal id is the behaviour's index in its list. More depth, ids of real time (`time_ids`) and the sum of
+    two signals are ours.
+
+    Args:
+        hidden_size: of the embeddings made.
+        signal: "temporal" or "similarity" (one table), "both" (two), or "none" (one vector, learned, for every sink).
+        num_ids: of a table.
+        embedding_dim: of a table.
+        depth: the linear maps; those before the last keep embedding_dim.
+        max_age: where the buckets of `time_ids` end, in the unit of the timestamps; ten years of seconds by default.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        signal: str = "temporal",
+        *,
+        num_ids: int = 100,
+        embedding_dim: int = 256,
+        depth: int = 1,
+        max_age: float = TEN_YEARS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        expect_choice("signal", signal, tuple(TABLES))
+        sizes = {"hidden_size": hidden_size, "num_ids": num_ids, "embedding_dim": embedding_dim, "depth": depth}
+        for name, size in sizes.items():
+            expect(size > 0, name, "at least 1", size)
+        expect(0 < max_age < math.inf, "max_age", "above 0 and finite", max_age)
+        self.hidden_size, self.signal, self.num_ids = hidden_size, signal, num_ids
+        self.embedding_dim, self.depth, self.max_age = embedding_dim, depth, max_age
+
+        options = {"device": device, "dtype": dtype}
+        rows = 1 if signal == "none" else num_ids
+        self.tables = nn.ModuleDict({name: nn.Embedding(rows, embedding_dim, **options) for name in TABLES[signal]})
+        self.mlp = nn.Sequential()
+        for _ in range(depth - 1):
+            self.mlp.extend([nn.Linear(embedding_dim, embedding_dim, **options), nn.GELU()])
+        self.mlp.append(nn.Linear(embedding_dim, hidden_size, **options))
+
+    def reset_parameters(self) -> None:
+        """nn.Embedding's and nn.Linear's own values."""
+        for module in (*self.tables.values(), *self.mlp):
+            if not isinstance(module, nn.GELU):
+                module.reset_parameters()
+
+    def forward(self, *ids: Tensor) -> Tensor:
+        """
+        Args:
+            ids: [B, M] integers, one tensor a signal ("both": the temporal ids, then those of similarity; "none": any,
+                for their shape). -1 is padding; ids beyond the table are its last, as the official code clips them.
+
+        Returns:
+            [B, M, hidden_size], 0 at padding.
+
+        Raises:
+            ValueError: a number, shape, dtype or device of ids that does not fit.
+        """
+        expected = f"one tensor for each signal, {' and '.join(self.tables)}"
+        expect(len(ids) == len(self.tables), "ids", expected, f"{len(ids)} tensors")
+        sizes: dict[str, int] = {}
+        for name, x in zip(self.tables, ids, strict=True):
+            expect_index(sizes, f"{name} ids", x, "B M")
+            expect_same_device("the parameters", self.mlp[0].weight, **{f"{name} ids": x})
+        rows = [table(x.clamp(0, table.num_embeddings - 1)) for table, x in zip(self.tables.values(), ids, strict=True)]
+        padding = (torch.stack(ids) < 0).any(dim=0)
+        return self.mlp(sum(rows)).masked_fill(padding[..., None], 0)
+
+    def time_ids(self, timestamps: Tensor, mask: Tensor | None = None, *, now: Tensor | None = None) -> Tensor:
+        """How long ago each behaviour was, in buckets whose bounds grow geometrically:
+
+            id = ⌊(num_ids − 1) · log(1 + age)/log(1 + max_age)⌋,  age = now − timestamp, at most max_age
+
+        Ours: with ten years of seconds and 100 ids, a bucket ends at 1.22 times the age it begins with.
+
+        Args:
+            timestamps: [B, k], int64, int32, float64, or float32 (which holds the seconds since 1970 to 128 only).
+            mask: [B, k], True or 1 where there is a behaviour.
+            now: [B], of the same dtype, when the prediction is made; by default the latest timestamp of each row.
+
+        Returns:
+            [B, k] int64, -1 where there is no behaviour.
+
+        Raises:
+            ValueError: shapes, dtypes and devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also a
+                behaviour after `now`, or a timestamp that is not finite.
+        """
+        sizes: dict[str, int] = {}
+        valid = _signal_mask(sizes, "timestamps", timestamps, mask, (*INTEGER, torch.float64, torch.float32))
+        if now is None:
+            lowest = torch.finfo if timestamps.is_floating_point() else torch.iinfo
+            hidden = timestamps.masked_fill(~valid, lowest(timestamps.dtype).min)
+            now = hidden.amax(dim=1) if hidden.shape[1] else hidden.new_zeros(len(hidden))
+        else:
+            expect_tensors(now=now)
+            expect_shape(sizes, "now", now, "B")
+            expect_dtype("now", now, (timestamps.dtype,))
+            expect_same_device("timestamps", timestamps, now=now)
+        age = (now[:, None] - timestamps).double().masked_fill(~valid, 0)
+        if values_are_checked(age.device):
+            negative = age[age < 0]
+            expect(
+                len(negative) == 0, "now", "at or after the timestamps of its row", f"ages of {negative[:1].tolist()}"
+            )
+        share = torch.log1p(age.clamp(max=self.max_age)) / math.log1p(self.max_age)
+        return _ids_of_shares(share, self.num_ids, valid)
+
+    def similarity_ids(self, similarities: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How similar each behaviour is to the candidate, between the least and the most similar of its list:
+
+            id = ⌊(s − min)/(max − min) · (num_ids − 1)⌋,  0 in a list whose similarities are all the same
+
+        This is the official code's formula; its s are cosines of a retrieval model's embeddings.
+
+        Args:
+            similarities: [B, k] floats.
+            mask: [B, k], True or 1 where there is a behaviour.
+
+        Returns:
+            [B, k] int64, -1 where there is no behaviour.
+
+        Raises:
+            ValueError: shapes, dtypes and devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also a
+                similarity that is not finite.
+        """
+        valid = _signal_mask({}, "similarities", similarities, mask, FLOATING)
+        s = similarities.double()
+        if s.shape[1] == 0:
+            return s.long()
+        low = s.masked_fill(~valid, math.inf).amin(dim=1, keepdim=True)
+        high = s.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
+        spread = (high - low).masked_fill(high <= low, 1)
+        return _ids_of_shares(((s - low) / spread).masked_fill(~valid, 0), self.num_ids, valid)
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, signal={self.signal!r}, num_ids={self.num_ids}, "
+            f"embedding_dim={self.embedding_dim}, depth={self.depth}, max_age={self.max_age}"
+        )
+
+
+def at_sinks(values: Tensor, sink_behaviors: Tensor) -> Tensor:
+    """values[b, sink_behaviors[b, m]]: ids of behaviours [B, k] as ids of sinks [B, M], -1 at padding.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also a sink
+            of a behaviour that `values` does not have.
+    """
+    sizes: dict[str, int] = {}
+    expect_index(sizes, "values", values, "B k")
+    expect_index(sizes, "sink_behaviors", sink_behaviors, "B M")
+    expect_same_device("values", values, sink_behaviors=sink_behaviors)
+    if values_are_checked(values.device) and sink_behaviors.numel():
+        most = int(sink_behaviors.max())
+        expect(most < sizes["k"], "values", f"those of at least {most + 1} behaviours", sizes["k"])
+    # A column of -1 for padding.
+    padded = torch.cat([values.new_full((len(values), 1), -1), values], dim=1)
+    return padded.gather(1, sink_behaviors.long() + 1)
+
+
+def insert_sinks(
+    behaviors: Sequence[Sequence[TokenIds]],
+    sink_token_id: int,
+    *,
+    pad_token_id: int = 0,
+    prefix_ids: TokenIds | Sequence[TokenIds] = (),
+    suffix_ids: TokenIds | Sequence[TokenIds] = (),
+    after_last: bool = False,
+    max_length: int | None = None,
+    padding_side: str = "right",
+    device: torch.device | str | None = None,
+) -> SinkTokens:
+    """The token ids of a batch of histories, with a sink after each behaviour but the last:
+
+        prefix, b_1, [SINK], b_2, [SINK], …, b_k, suffix
+
+    as CTR-Sink's official code has them, where a behaviour is the text of an item.
+
+    Args:
+        behaviors: for each row its behaviours, the oldest first, each a list or 1-D tensor of token ids.
+        sink_token_id: of [SINK].
+        pad_token_id: of the padding.
+        prefix_ids, suffix_ids: token ids around the behaviours, for all rows or a list of them for each.
+        after_last: a sink after the last behaviour, too.
+        max_length: of a row. The oldest behaviours are left out, whole and with their sinks, until it fits: all of
+            them where not even the last fits.
+        padding_side: "right" or "left".
+        device: of the tensors made.
+
+    Raises:
+        ValueError: token ids that are no integers, `sink_token_id` among them, numbers of rows that differ, or a
+            `max_length` that prefix and suffix exceed.
+    """
+    expect_choice("padding_side", padding_side, ("right", "left"))
+    expect(len(behaviors) > 0, "behaviors", "at least one row", "none")
+    prefixes = _of_rows("prefix_ids", prefix_ids, len(behaviors))
+    suffixes = _of_rows("suffix_ids", suffix_ids, len(behaviors))
+    rows, positions, followed = [], [], []
+    for b, (prefix, history, suffix) in enumerate(zip(prefixes, behaviors, suffixes, strict=True)):
+        blocks = _blocks(f"behaviors[{b}]", history, sink_token_id, after_last)
+        first = 0
+        if max_length is not None:
+            around = len(prefix) + len(suffix)
+            expect(max_length >= around, "max_length", f"at least the {around} of prefix and suffix", max_length)
+            first = _first_that_fits([len(block) for block in blocks], max_length - around)
+        ids, ends = [*prefix], []
+        for block in blocks[first:]:
+            ids += block
+            ends.append(len(ids) - 1)
+        ids += suffix
+        sinks = ends if after_last else ends[:-1]
+        found = ids.count(sink_token_id)
+        expect(
+            found == len(sinks), f"sink_token_id {sink_token_id}", f"at the {len(sinks)} sinks of row {b} only", found
+        )
+        rows.append(torch.tensor(ids, dtype=torch.int64))
+        positions.append(torch.tensor(sinks, dtype=torch.int64))
+        followed.append(torch.arange(first, first + len(sinks)))
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = pad_sequence(rows, True, pad_token_id, padding_side)
+    valid = valid_tokens(*input_ids.shape, lengths, padding_side, input_ids.device)
+    if padding_side == "left":
+        positions = [p + input_ids.shape[1] - n for p, n in zip(positions, lengths, strict=True)]
+    padded = (pad_sequence(x, True, -1) for x in (positions, followed))
+    return SinkTokens(*(x.to(device=device) for x in (input_ids, valid.long(), *padded)))
+
+
+def insert_sink_embeddings(
+    behaviors: Tensor,
+    sinks: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    after_last: bool = False,
+    padding_side: str = "right",
+) -> SinkEmbeddings:
+    """Behaviours that are vectors already, with the embedding of a sink after each but the last; differentiable:
+
+        b_1, sink_1, b_2, sink_2, …, b_k
+
+    Args:
+        behaviors: [B, k, d], a vector each, or [B, k, t, d], up to t each; the oldest first. Padding may hold anything.
+        sinks: [B, k, d], that of a behaviour in its place; cast to the dtype of `behaviors`.
+        lengths: [B] integer, the behaviours of each row; of behaviours of t vectors [B, k], the vectors of each, 0
+            where there is no behaviour. By default all.
+        after_last: a sink after the last behaviour, too.
+        padding_side: "right" or "left".
+
+    Returns:
+        As long as the longest row, which on a GPU costs a synchronisation.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also lengths
+            out of range.
+    """
+    expect_choice("padding_side", padding_side, ("right", "left"))
+    expect_tensors(behaviors=behaviors, sinks=sinks)
+    sizes: dict[str, int] = {}
+    whole = behaviors.dim() == 3
+    expect_shape(sizes, "behaviors", behaviors, "B k d" if whole else "B k t d")
+    expect_shape(sizes, "sinks", sinks, "B k d")
+    expect_same_device("behaviors", behaviors, sinks=sinks, lengths=lengths)
+    if whole:
+        behaviors = behaviors[:, :, None]
+    batch, k, t, d = behaviors.shape
+    device = behaviors.device
+    if lengths is None:
+        lengths = torch.full((batch, k), t, device=device)
+    else:
+        expect_index(sizes, "lengths", lengths, "B" if whole else "B k")
+        if values_are_checked(device):
+            expect_lengths("lengths", lengths, k if whole else t)
+        if whole:
+            lengths = valid_tokens(batch, k, lengths, "right", device).long()
+
+    present = lengths > 0  # [B, k]
+    has_sink = present if after_last else present & (present.flip(1).cumsum(1).flip(1) > 1)
+    # Each behaviour has t places for its vectors and one for its sink.
+    filled = torch.cat([torch.arange(t, device=device) < lengths[..., None], has_sink[..., None]], dim=2).flatten(1)
+    places = torch.cat([behaviors, sinks[:, :, None].to(behaviors.dtype)], dim=2).flatten(1, 2)  # [B, k(t+1), d]
+    row_lengths = filled.sum(dim=1)
+    n = int(row_lengths.max()) if batch else 0
+    valid = valid_tokens(batch, n, row_lengths, padding_side, device)
+    # Both masks run through the vectors in one order.
+    embeddings = places.new_zeros(batch, n, d).masked_scatter(valid[..., None], places[filled])
+    shift = (n - row_lengths if padding_side == "left" else torch.zeros_like(row_lengths))[:, None]
+    position = (filled.cumsum(dim=1) - 1 + shift).unflatten(1, (k, t + 1))[..., -1]
+    positions, followed = position.masked_fill(~has_sink, n).sort(dim=1)
+    padding = positions == n
+    count = k if after_last else max(k - 1, 0)
+    positions, followed = (x.masked_fill(padding, -1)[:, :count] for x in (positions, followed))
+    return SinkEmbeddings(embeddings, valid.long(), positions, followed)
+
+
+def replace_sink_embeddings(inputs_embeds: Tensor, sink_positions: Tensor, sinks: Tensor) -> Tensor:
+    """`inputs_embeds` with the vectors at the sinks replaced, as CTR-Sink's official code replaces them:
+
+        out[b, sink_positions[b, m]] = sinks[b, m]
+
+    Args:
+        inputs_embeds: [B, N, d], left as they are. No gradient passes to the vectors replaced.
+        sink_positions: [B, M], ascending, padded with -1.
+        sinks: [B, M, d], such as `SinkTokenEmbedding` makes; cast to the dtype of `inputs_embeds`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also positions
+            out of range or order.
+    """
+    expect_tensors(inputs_embeds=inputs_embeds, sinks=sinks)
+    sizes: dict[str, int] = {}
+    expect_shape(sizes, "inputs_embeds", inputs_embeds, "B N d")
+    expect_index(sizes, "sink_positions", sink_positions, "B M")
+    expect_shape(sizes, "sinks", sinks, "B M d")
+    expect_same_device("inputs_embeds", inputs_embeds, sink_positions=sink_positions, sinks=sinks)
+    n = sizes["N"]
+    validate_values(inputs_embeds.device, sink_positions=sink_positions, seq_len=n)
+    # Padded sinks land in a last row, which is cut off.
+    padded = torch.cat([inputs_embeds, inputs_embeds.new_zeros(sizes["B"], 1, sizes["d"])], dim=1)
+    index = sink_positions.long().masked_fill(sink_positions < 0, n)[..., None].expand_as(sinks)
+    return padded.scatter(1, index, sinks.to(padded.dtype))[:, :n]
+
+
+def mask_of_sinks(sink_positions: Tensor, length: int) -> Tensor:
+    """[B, N] bool, True at the sinks."""
+    index = sink_positions.long().masked_fill(sink_positions < 0, length)
+    mask = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
+    return mask.scatter(1, index, True)[:, :length]
+
+
+class SinkPooling(nn.Module):
+    """The user's vector: the mean of the hidden states of a set of tokens S,
+
+        u = (1/|S|) Σ_{i∈S} h_i        S: the sinks (stage "sinks"), or all tokens but padding (stage "tokens")
+
+    CTR-Sink's official code trains by the first, then by the second, and evaluates by the second always. So does this
+    module: `stage` counts while `training`; in eval it is "tokens". A row without sinks is pooled over all its tokens
+    (ours); one without tokens is 0. The module has no parameters, and its stage is no part of the state dict:
+    `TwoStageSchedule` keeps it.
+    """
+
+    def __init__(self, stage: str = "tokens") -> None:
+        super().__init__()
+        self.stage = stage
+
+    @property
+    def stage(self) -> str:
+        """Of training: "sinks" or "tokens"."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: str) -> None:
+        expect_choice("stage", stage, STAGES)
+        self._stage = stage
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        sink_positions: Tensor | None = None,
+        *,
+        stage: str | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: [B, N, d]. Padding may hold anything.
+            attention_mask: [B, N], True or 1 at tokens, False or 0 at padding, on any side.
+            sink_positions: [B, M], padded with -1; those of padding do not count. Stage "tokens" needs none.
+            stage: for this call, whatever the mode.
+
+        Returns:
+            [B, d], of the dtype of `hidden_states`; summed in float32 at least.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit, or stage "sinks" without `sink_positions`; on a CPU
+                (elsewhere under RECATTN_CHECK=1) also values that do.
+        """
+        if stage is None:
+            stage = self.stage if self.training else "tokens"
+        expect_choice("stage", stage, STAGES)
+        expect_tensors(hidden_states=hidden_states)
+        sizes: dict[str, int] = {}
+        expect_shape(sizes, "hidden_states", hidden_states, "B N d")
+        device, n = hidden_states.device, sizes["N"]
+        expect_same_device("hidden_states", hidden_states, attention_mask=attention_mask, sink_positions=sink_positions)
+        if attention_mask is None:
+            pooled = torch.ones(sizes["B"], n, dtype=torch.bool, device=device)
+        else:
+            pooled = as_mask(sizes, "attention_mask", attention_mask, "B N")
+        if stage == "sinks":
+            expect(sink_positions is not None, "sink_positions", "given to pool the sinks", None)
+            expect_index(sizes, "sink_positions", sink_positions, "B M")
+            validate_values(device, sink_positions=sink_positions, seq_len=n)
+            sinks = mask_of_sinks(sink_positions, n) & pooled
+            pooled = torch.where(sinks.any(dim=1, keepdim=True), sinks, pooled)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        total = hidden_states.masked_fill(~pooled[..., None], 0).sum(dim=1, dtype=dtype)
+        return (total / pooled.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"stage={self.stage!r}"
+
+
+class TwoStageSchedule:
+    """CTR-Sink's two stages: `pooling.stage` is "sinks" for the first epochs (or optimizer steps), then "tokens".
+
+    The official recipe is three epochs of each, with one AdamW and one cosine schedule across both, and all weights
+    trained in both: nothing but the pooling changes. In a loop of your own, call `start_epoch` before each epoch, or
+    with `sink_steps` `step` after each optimizer step; for transformers' Trainer there is `trainer_callback`.
+
+    Args:
+        pooling: the model's.
+        sink_epochs, sink_steps: how long the first stage is; one of the two.
+    """
+
+    def __init__(self, pooling: SinkPooling, *, sink_epochs: int | None = None, sink_steps: int | None = None) -> None:
+        expect(isinstance(pooling, SinkPooling), "pooling", "a SinkPooling", type(pooling).__name__)
+        one = "given without the other of sink_epochs and sink_steps"
+        expect((sink_epochs is None) != (sink_steps is None), "sink_epochs", one, (sink_epochs, sink_steps))
+        self.pooling = pooling
+        self.unit, self.switch_at = ("step", sink_steps) if sink_epochs is None else ("epoch", sink_epochs)
+        expect(self.switch_at >= 0, f"sink_{self.unit}s", "at least 0", self.switch_at)
+        self._reach(0)
+
+    @property
+    def stage(self) -> str:
+        return self.pooling.stage
+
+    def start_epoch(self, epoch: int) -> None:
+        """Epoch `epoch` begins, counted from 0."""
+        self._expect_unit("epoch", "start_epoch")
+        expect(epoch >= 0, "epoch", "at least 0", epoch)
+        self._reach(epoch)
+
+    def step(self) -> None:
+        """One more optimizer step is done."""
+        self._expect_unit("step", "step")
+        self._reach(self.count + 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {self.unit: self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up the stage of a saved state."""
+        expect(set(state) == {self.unit}, "state", f"of a schedule counted by the {self.unit}", state)
+        self._reach(state[self.unit])
+
+    def trainer_callback(self) -> "TrainerCallback":
+        """A callback of transformers' Trainer that sets the stage before each epoch (or step) it trains.
+
+        The Trainer's own count decides, which it restores from a checkpoint. A dataset without a length is one epoch
+        to it: use `sink_steps` there.
+        """
+        try:
+            from transformers import TrainerCallback
+        except ImportError as error:
+            raise ImportError("trainer_callback needs transformers: pip install transformers") from error
+        schedule = self
+
+        class TwoStageCallback(TrainerCallback):
+            def on_epoch_begin(self, args, state, control, **kwargs):
+                if schedule.unit == "epoch":
+                    # The fraction of an epoch that a checkpoint within it was saved at.
+                    schedule._reach(int(state.epoch))
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                if schedule.unit == "step":
+                    schedule._reach(state.global_step)
+
+        return TwoStageCallback()
+
+    def _reach(self, count: int) -> None:
+        self.count = count
+        self.pooling.stage = "sinks" if count < self.switch_at else "tokens"
+
+    def _expect_unit(self, unit: str, method: str) -> None:
+        expect(self.unit == unit, method, f"called on a schedule of sink_{unit}s", f"one of sink_{self.unit}s")
+
+
+def as_mask(sizes: dict[str, int], name: str, mask: object, layout: str) -> Tensor:
+    """A mask of bool, or of integers 0 and 1, as bool."""
+    expect_tensors(**{name: mask})
+    expect_shape(sizes, name, mask, layout)
+    expect_dtype(name, mask, (torch.bool, torch.int64, torch.int32, torch.uint8))
+    if values_are_checked(mask.device):
+        other = mask[mask != mask.bool()]
+        expect(len(other) == 0, name, "0 or 1", other[:1].tolist())
+    return mask.bool()
+
+
+def _signal_mask(
+    sizes: dict[str, int], name: str, signal: Tensor, mask: Tensor | None, allowed: tuple[torch.dtype, ...]
+) -> Tensor:
+    """Where a signal [B, k] has a behaviour, as bool; its values there are finite."""
+    expect_tensors(**{name: signal})
+    expect_shape(sizes, name, signal, "B k")
+    expect_dtype(name, signal, allowed)
+    expect_same_device(name, signal, mask=mask)
+    valid = torch.ones_like(signal, dtype=torch.bool) if mask is None else as_mask(sizes, "mask", mask, "B k")
+    if values_are_checked(signal.device):
+        wrong = signal[valid & ~signal.isfinite()]
+        expect(len(wrong) == 0, name, "finite where there is a behaviour", wrong[:1].tolist())
+    return valid
+
+
+def _ids_of_shares(share: Tensor, num_ids: int, valid: Tensor) -> Tensor:
+    """⌊share · (num_ids − 1)⌋ of a share between 0 and 1, -1 where it is not valid."""
+    return (share * (num_ids - 1)).floor().long().masked_fill(~valid, -1)
+
+
+def _token_ids(name: str, ids: TokenIds) -> list[int]:
+    expected = "a list or 1-D tensor of token ids"
+    if isinstance(ids, Tensor):
+        integers = not ids.is_floating_point() and ids.dtype != torch.bool
+        expect(ids.dim() == 1 and integers, name, expected, f"{list(ids.shape)} of {ids.dtype}")
+        return ids.tolist()
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        raise ValueError(f"{name} must be {expected}, got {ids!r}") from None
+
+
+def _of_rows(name: str, ids: TokenIds | Sequence[TokenIds], batch: int) -> list[list[int]]:
+    """Token ids for each row, from such or from those that all share."""
+    if isinstance(ids, Tensor) or not any(isinstance(x, Sequence | Tensor) for x in ids):
+        return [_token_ids(name, ids)] * batch
+    expect(len(ids) == batch, name, f"one list of token ids, or {batch}", f"{len(ids)}")
+    return [_token_ids(f"{name}[{b}]", x) for b, x in enumerate(ids)]
+
+
+def _blocks(name: str, history: Sequence[TokenIds], sink_token_id: int, after_last: bool) -> list[list[int]]:
+    """The token ids of each behaviour, and of the sink after it."""
+    expect(isinstance(history, Sequence | Tensor), name, "a list of behaviours", type(history).__name__)
+    blocks = [_token_ids(f"{name}[{j}]", ids) for j, ids in enumerate(history)]
+    last = len(blocks) - 1
+    return [[*ids, sink_token_id] if after_last or j < last else ids for j, ids in enumerate(blocks)]
+
+
+def _first_that_fits(lengths: list[int], room: int) -> int:
+    """The first block from which on all fit into the room."""
+    first = len(lengths)
+    while first > 0 and lengths[first - 1] <= room:
+        first -= 1
+        room -= lengths[first]
+    return first
