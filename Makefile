@@ -1,12 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-BUILT_FROM := setup.py pyproject.toml requirements/dev.txt $(wildcard csrc/*.h csrc/*/*)
+BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: bench gpu test lint format clean
+.PHONY: bench examples gpu test lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
+
+examples: $(INSTALLED)
+	for name in ctr_sink sasrec lrea embedding_bag; do $(BIN)/python -m benchmarks.examples.$$name || exit 1; done
 
 # With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [OP=refined_attention] [PROFILE=1]
 gpu:
@@ -28,6 +31,7 @@ format: $(INSTALLED)
 $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/clients.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -16,6 +16,7 @@ from recattn.functional import (
     validate,
     wasserstein_attention,
 )
+from recattn.integrations.patching import patch
 
 __version__ = version("recattn")
 
@@ -28,6 +29,7 @@ __all__ = [
     "lrea_nonnegativity_loss",
     "lrea_quantize",
     "nn",
+    "patch",
     "refined_attention",
     "serving",
     "sink_attention",

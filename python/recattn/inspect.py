@@ -1,0 +1,245 @@
+"""How much attention a Hugging Face model pays to sink tokens (CTR-Sink, arXiv 2508.03668)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recattn._check import expect, expect_choice, expect_index, expect_same_device, expect_shape
+from recattn.functional.validation import validate_values
+from recattn.nn.sink_tokens import as_mask, mask_of_sinks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class SinkMass(NamedTuple):
+    """Attention to the sinks, float32 (float64 of a float64 model); `sink_mass` has the formulas."""
+
+    to_sinks: Tensor  # [layers, B, H], of all tokens
+    among_sinks: Tensor  # [layers, B, H], of the sinks; NaN in a row without sinks
+    uniform_to_sinks: Tensor  # [layers, B], were all visible keys given the same weight
+    uniform_among_sinks: Tensor  # [layers, B], the same of the sinks
+    layers: tuple[int, ...]
+
+
+def sink_mass(
+    model: nn.Module,
+    batch: Mapping[str, object],
+    *,
+    sink_positions: Tensor | None = None,
+    sink_token_id: int | None = None,
+    layers: Sequence[int] | None = None,
+) -> SinkMass:
+    """The share of attention that falls on the sinks, in each layer, row and head:
+
+        to_sinks    = mean over the tokens i of Σ_{j sink} P_ij        i, j without padding
+        among_sinks = mean over the sinks i of Σ_{j sink} P_ij
+
+    and what either would be if P_ij were the same for all keys j that i sees. A key counts as visible where the layer
+    gives weight, in some head and row of the batch, to keys both as near and as far: so causal masks and sliding
+    windows are seen as they are, masks of other shapes are not.
+
+    The model runs once, in eval mode and without gradients, and its modes are restored. Where its attention is one of
+    transformers' own that return no weights (sdpa, flash, flex), eager attention takes its place for this call; any
+    other, recattn's among them, is kept, and must return them. The weights of all layers, [B, H, N, N] each, are in
+    memory together.
+
+    Args:
+        model: a transformers model that returns `attentions` [B, H, N, N].
+        batch: the arguments of its forward. `attention_mask` [B, N] in it tells the padding, on any side.
+        sink_positions: [B, M], padded with -1; by default those in the batch. The model gets them where its attention
+            is not transformers' own.
+        sink_token_id: in their place: the sinks are where `input_ids` of the batch have this id.
+        layers: which, counted from 0, all by default.
+
+    Raises:
+        ValueError: no sinks, attention weights that the model does not return, or arguments that do not fit.
+    """
+    expect(hasattr(model, "set_attn_implementation"), "model", "a transformers model", type(model).__name__)
+    batch = dict(batch)
+    of_batch = batch.pop("sink_positions", None)
+    of_model = of_batch if sink_positions is None else sink_positions
+    if of_model is not None and not _is_of_transformers(model.config._attn_implementation):
+        batch["sink_positions"] = of_model
+    if sink_token_id is None:
+        sink_positions = of_model
+    attentions = _attentions(model, batch)
+    sizes: dict[str, int] = {}
+    for layer, weights in enumerate(attentions):
+        expect_shape(sizes, f"attentions[{layer}] of the model", weights, "B H N N")
+    valid = _valid(batch, sizes)
+    sinks = _sinks(batch, sizes, valid, sink_positions, sink_token_id)
+    count = len(attentions)
+    layers = tuple(range(count)) if layers is None else tuple(layers)
+    for layer in layers:
+        expect(0 <= layer < count, "layers", f"between 0 and {count - 1}", layer)
+    expect(len(layers) > 0, "layers", "at least one", "none")
+    masses = zip(*(_mass_of_layer(attentions[layer].to(valid.device), valid, sinks) for layer in layers), strict=True)
+    return SinkMass(*map(torch.stack, masses), layers)
+
+
+def plot_sink_mass(
+    before: SinkMass,
+    after: SinkMass,
+    *,
+    quantity: str = "to_sinks",
+    labels: tuple[str, str] = ("before", "after"),
+    ax: "Axes | None" = None,
+    path: str | PathLike | None = None,
+) -> "Figure":
+    """Attention to the sinks by layer, before and after training: lines for the means over rows and heads, bands from
+    the lowest head to the highest, dashes where all visible keys would have the same weight.
+
+    It shows what Figure 3 of CTR-Sink (arXiv 2508.03668) is about; the drawing is ours.
+
+    Args:
+        before, after: of `sink_mass`, of the same layers and batch.
+        quantity: "to_sinks" or "among_sinks".
+        labels: of the two.
+        ax: of matplotlib, to draw into; by default a new figure, which needs no display.
+        path: where to save the figure, if anywhere.
+
+    Raises:
+        ValueError: masses of different layers or batches.
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError("plot_sink_mass needs matplotlib: pip install matplotlib") from error
+    expect_choice("quantity", quantity, ("to_sinks", "among_sinks"))
+    expect(before.layers == after.layers, "after", f"of the layers of before, {before.layers}", after.layers)
+    uniform = getattr(before, f"uniform_{quantity}")
+    other = getattr(after, f"uniform_{quantity}")
+    same = uniform.shape == other.shape and torch.allclose(uniform.double(), other.double(), rtol=1e-3, equal_nan=True)
+    expect(same, "after", "of the batch of before", "other sinks or visible keys")
+    if ax is None:
+        ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+    for mass, label in zip((before, after), labels, strict=True):
+        by_head = getattr(mass, quantity).nanmean(dim=1).cpu()  # [layers, H]
+        (line,) = ax.plot(mass.layers, by_head.mean(dim=1), marker="o", label=label)
+        lowest, highest = by_head.aminmax(dim=1)
+        ax.fill_between(mass.layers, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
+    ax.plot(before.layers, uniform.nanmean(dim=1).cpu(), color="gray", linestyle="--", label="uniform attention")
+    ax.set_xlabel("layer")
+    ax.set_ylabel("attention to sinks" if quantity == "to_sinks" else "attention of sinks to sinks")
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend()
+    if path is not None:
+        ax.figure.savefig(path, dpi=150)
+    return ax.figure
+
+
+def _attentions(model: nn.Module, batch: dict[str, object]) -> tuple[Tensor, ...]:
+    """The weights of all layers, [B, H, N, N] each."""
+    with _evaluating(model), _returning_weights(model), torch.no_grad():
+        outputs = model(**batch, output_attentions=True, return_dict=True)
+        used = model.config._attn_implementation
+    attentions = tuple(getattr(outputs, "attentions", None) or ())
+    returned = sum(weights is not None for weights in attentions)
+    expected = getattr(model.config, "num_hidden_layers", len(attentions))
+    expect(
+        returned == len(attentions) == expected and returned > 0,
+        "model",
+        f"one that returns the attention weights of all its {expected} layers with output_attentions=True",
+        f"those of {returned} from {type(model).__name__} with {used!r} attention",
+    )
+    return attentions
+
+
+def _is_of_transformers(implementation: str) -> bool:
+    return implementation in ("eager", "sdpa", "flex_attention") or implementation.startswith("flash_attention")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _returning_weights(model: nn.Module) -> Iterator[None]:
+    """Eager attention in the place of transformers' others, which compute the same and return no weights."""
+    own = model.config._attn_implementation
+    if own == "eager" or not _is_of_transformers(own):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def _valid(batch: dict[str, object], sizes: dict[str, int]) -> Tensor:
+    """[B, N] bool, False at padding."""
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return as_mask(sizes, "attention_mask of the batch", mask, "B N")
+    device = next(x.device for x in batch.values() if isinstance(x, Tensor))
+    return torch.ones(sizes["B"], sizes["N"], dtype=torch.bool, device=device)
+
+
+def _sinks(
+    batch: dict[str, object],
+    sizes: dict[str, int],
+    valid: Tensor,
+    sink_positions: Tensor | None,
+    sink_token_id: int | None,
+) -> Tensor:
+    """[B, N] bool, True at the sinks."""
+    one = "given, or sink_token_id in its place (one of them)"
+    expect((sink_positions is None) != (sink_token_id is None), "sink_positions", one, (sink_positions, sink_token_id))
+    if sink_token_id is None:
+        expect_index(sizes, "sink_positions", sink_positions, "B M")
+        expect_same_device("the batch", valid, sink_positions=sink_positions)
+        validate_values(valid.device, sink_positions=sink_positions, seq_len=sizes["N"])
+        sinks = mask_of_sinks(sink_positions, sizes["N"]) & valid
+    else:
+        ids = batch.get("input_ids")
+        expect(ids is not None, "input_ids", "in the batch, to find sink_token_id in", sorted(batch))
+        sinks = (ids == sink_token_id) & valid
+    name = "sink_positions" if sink_token_id is None else f"sink_token_id {sink_token_id}"
+    expect(bool(sinks.any()), name, "somewhere in the batch, outside padding", "no sink")
+    return sinks
+
+
+def _mass_of_layer(weights: Tensor, valid: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first four fields of `SinkMass`, of one layer."""
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    visible = _visible_pairs(weights, valid).to(weights.dtype)
+    keys = sinks.to(weights.dtype)
+    mass = torch.einsum("bhij,bj->bhi", weights, keys)
+    uniform = torch.einsum("bij,bj->bi", visible, keys) / visible.sum(dim=-1)
+    return (
+        _mean_where(valid[:, None], mass),
+        _mean_where(sinks[:, None], mass),
+        _mean_where(valid, uniform),
+        _mean_where(sinks, uniform),
+    )
+
+
+def _visible_pairs(weights: Tensor, valid: Tensor) -> Tensor:
+    """[B, N, N] bool: the pairs whose distance i − j lies between the extremes of those that get weight anywhere."""
+    pairs = valid[:, :, None] & valid[:, None, :]
+    position = torch.arange(valid.shape[1], device=valid.device)
+    distance = position[:, None] - position
+    seen = distance[((weights > 0).any(dim=1) & pairs).any(dim=0)]
+    return pairs & (distance >= seen.min()) & (distance <= seen.max())
+
+
+def _mean_where(mask: Tensor, x: Tensor) -> Tensor:
+    """The mean over the last axis, of the entries that the mask shows."""
+    return x.masked_fill(~mask, 0).sum(dim=-1) / mask.sum(dim=-1)

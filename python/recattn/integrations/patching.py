@@ -1,0 +1,176 @@
+"""Replacing modules of a model that is already built, by instance, and putting them back."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from recattn._check import expect
+from recattn.nn._projections import MultiheadProjections
+
+Factory = Callable[[nn.Module, str], nn.Module | None]
+
+
+class _Replacement(NamedTuple):
+    """`parent.<attribute>`, called `name` in the model, was `old` and is `new`."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    old: nn.Module
+    new: nn.Module
+
+
+def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | type[nn.Module]]) -> PatchHandle:
+    """Replace the submodules of `model` that are instances of a key, where they stand; classes are left alone.
+
+        handle = recattn.patch(model, {nn.MultiheadAttention: partial(recattn.nn.RefinedSelfAttention, max_len=50)})
+
+    A value is called as `value(old_module, qualified_name)` and returns the new module, or None to leave the old one.
+    `recattn.nn.RefinedSelfAttention` and `recattn.nn.SinkAttention`, or a functools.partial of them with keywords, take
+    the place of nn.MultiheadAttention: they are built with its sizes, dropout, device, dtype and mode, and share its
+    very parameters. Names in the state_dict stay, an optimizer made before trains them on, and only the parameters
+    without a counterpart, `handle.added_parameters`, are new to it.
+
+    The most derived key decides. A module that stands in several places is replaced by one new module in all of them.
+    What is within a replaced module is not looked at. Forward hooks of a replaced module do not move to the new one.
+    An nn.TransformerEncoder above a replaced module no longer makes nested tensors. A module of your own in the place
+    of `nn.TransformerEncoderLayer.self_attn` needs `_qkv_same_embed_dim = False`, or inference reads its weights and
+    does not call it.
+
+    Args:
+        model: whose submodules are replaced; it cannot be replaced itself.
+        replacements: from a module class to what makes the new module.
+
+    Returns:
+        The handle that undoes it, also as a context manager.
+
+    Raises:
+        ValueError: nothing to replace; keys or results that are no modules; an nn.MultiheadAttention with kdim, vdim,
+            add_bias_kv or add_zero_attn for our classes. The model is then as it was.
+    """
+    expect(isinstance(model, nn.Module), "model", "an nn.Module", type(model).__name__)
+    for key in replacements:
+        expect(isinstance(key, type) and issubclass(key, nn.Module), "replacements' keys", "nn.Module classes", key)
+    factories = {key: _factory(value) for key, value in replacements.items()}
+    made = list(_replacements(model, "", factories, {}))
+    if not made:
+        keys = " or ".join(key.__name__ for key in factories)
+        found = Counter(type(module).__name__ for module in model.modules() if module is not model)
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "nothing"
+        raise ValueError(f"model must have a {keys} inside that is replaced, got a {type(model).__name__} of {listed}")
+    return PatchHandle(model, made)
+
+
+class PatchHandle:
+    """What `recattn.patch` did. `replaced` names the places; `restore`, or the end of a `with` block, undoes it."""
+
+    def __init__(self, model: nn.Module, replacements: list[_Replacement]) -> None:
+        self.replaced = [replacement.name for replacement in replacements]
+        self._new_of = {replacement.old: replacement.new for replacement in replacements}
+        self._standing = replacements
+        self._shared = [pair for old, new in self._new_of.items() for pair in _shared_parameters(old, new)]
+        self._nesting = list(_nesting_encoders(model, {replacement.parent for replacement in replacements}))
+        for _, parent, attribute, _, new in replacements:
+            setattr(parent, attribute, new)
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = False
+
+    @property
+    def added_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the new modules that the old ones had not."""
+        known = set(nn.ModuleList(self._new_of).parameters())
+        return [parameter for parameter in nn.ModuleList(self._new_of.values()).parameters() if parameter not in known]
+
+    def restore(self) -> None:
+        """Put the very same old modules back; parameters that were shared are as trained meanwhile. Twice is once.
+
+        Raises:
+            RuntimeError: a place was changed by somebody else since. The model is then left as it is.
+        """
+        for name, parent, attribute, _, new in self._standing:
+            if getattr(parent, attribute, None) is not new:
+                raise RuntimeError(f"{name} was replaced again since: restore the later patch first")
+        for (owner, name), (new_owner, new_name) in self._shared:
+            # Loading with assign=True, say, gives the new module other objects.
+            owner.register_parameter(name, getattr(new_owner, new_name))
+        for _, parent, attribute, old, new in self._standing:
+            setattr(parent, attribute, old.train(new.training))
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = True
+        self._standing, self._shared, self._nesting = [], [], []
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+
+def _factory(value: Factory | type[nn.Module]) -> Factory:
+    kind, options = value, {}
+    if isinstance(value, functools.partial):
+        kind, options = value.func, value.keywords
+    if isinstance(kind, type) and issubclass(kind, MultiheadProjections):
+        positional = getattr(value, "args", ())
+        expect(not positional, f"options of {kind.__name__}", "keywords in functools.partial", positional)
+        return functools.partial(_in_place_of_multihead_attention, kind, options)
+    return value
+
+
+def _in_place_of_multihead_attention(
+    kind: type[MultiheadProjections], options: Mapping[str, object], old: nn.Module, name: str
+) -> nn.Module:
+    try:
+        return kind.from_multihead_attention(old, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _factory_of(module: nn.Module, factories: Mapping[type, Factory]) -> Factory | None:
+    return next((factories[kind] for kind in type(module).__mro__ if kind in factories), None)
+
+
+def _replacements(
+    parent: nn.Module, prefix: str, factories: Mapping[type, Factory], made: dict[nn.Module, nn.Module | None]
+) -> Iterator[_Replacement]:
+    """Of everything below `parent`; `made` remembers the new module of each old one, None where it stays."""
+    for attribute, old in parent._modules.items():  # named_children leaves out what stands twice
+        if old is None:
+            continue
+        name = prefix + attribute
+        factory = _factory_of(old, factories)
+        if old not in made:
+            made[old] = factory(old, name) if factory else None
+        new = made[old]
+        if new is None:
+            yield from _replacements(old, f"{name}.", factories, made)
+        else:
+            expect(isinstance(new, nn.Module), f"what replaces {name}", "an nn.Module or None", type(new).__name__)
+            yield _Replacement(name, parent, attribute, old, new)
+
+
+def _shared_parameters(old: nn.Module, new: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+    """(module, name) within `old` and within `new` of the parameters they have in common."""
+    places = {parameter: place for place, parameter in _parameter_places(new)}
+    for place, parameter in _parameter_places(old):
+        if parameter in places:
+            yield place, places[parameter]
+
+
+def _parameter_places(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], nn.Parameter]]:
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            yield (owner, name), parameter
+
+
+def _nesting_encoders(model: nn.Module, parents: set[nn.Module]) -> Iterator[nn.TransformerEncoder]:
+    """Those above one of `parents` that hand nested tensors down in inference, as only PyTorch's own kernel takes."""
+    for module in model.modules():
+        nests = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+        if nests and not parents.isdisjoint(module.modules()):
+            yield module

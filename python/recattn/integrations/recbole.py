@@ -1,0 +1,152 @@
+"""Refined attention in RecBole's sequential models (SASRec, BERT4Rec and what else has its TransformerEncoder)."""
+
+from torch import Tensor, nn
+
+from recattn._check import expect, expect_choice, expect_same_device, expect_shape, expect_tensors
+from recattn.functional.validation import values_are_checked
+from recattn.integrations.patching import PatchHandle, patch
+from recattn.nn._refinement import Refinement
+from recattn.reference.sink_attention import valid_tokens
+
+_HIDDEN = -10000.0  # RecBole's, in the place of -inf
+
+
+def patch_recbole(
+    model: nn.Module,
+    *,
+    max_len: int | None = None,
+    mechanism: str = "simple",
+    source: str = "logits",
+    rank: int | None = None,
+    per_head: bool = False,
+    padding_side: str = "right",
+    impl: str | None = None,
+) -> PatchHandle:
+    """Replace every recbole.model.layers.MultiHeadAttention of a model by a `RefinedMultiHeadAttention`.
+
+    Call it after the model is built and before its trainer, whose optimizer then gets the matrices too. RecBole's
+    classes are left alone; the handle undoes it. Tried with RecBole 1.2.1: SASRec and BERT4Rec.
+
+    Args:
+        model: a RecBole model, or any module with its TransformerEncoder.
+        max_len: the most tokens of a sequence; the model's `max_seq_length` by default.
+        mechanism, source, rank, per_head, impl: as of `recattn.nn.RefinedSelfAttention`.
+        padding_side: where the model pads; RecBole's data loaders do it on the right.
+
+    Raises:
+        ImportError: RecBole is not installed.
+        ValueError: no such module in the model, no `max_len`, options that do not fit.
+    """
+    try:
+        from recbole.model.layers import MultiHeadAttention
+    except ImportError as error:
+        raise ImportError(f"patch_recbole needs RecBole (pip install recbole==1.2.1): {error}") from error
+    max_len = getattr(model, "max_seq_length", None) if max_len is None else max_len
+    expect(max_len is not None, "max_len", "given for a model without max_seq_length", None)
+    options = {"mechanism": mechanism, "source": source, "rank": rank, "per_head": per_head}
+    options |= {"padding_side": padding_side, "impl": impl}
+
+    def refined(old: nn.Module, name: str) -> nn.Module:
+        return RefinedMultiHeadAttention(old, max_len, **options)
+
+    return patch(model, {MultiHeadAttention: refined})
+
+
+class RefinedMultiHeadAttention(Refinement, nn.Module):
+    """RecBole's MultiHeadAttention with the weights of `recattn.refined_attention`:
+
+        Q, K, V = heads of query(X), key(X), value(X)
+        output  = LayerNorm(X + dropout(dense(concat over heads of softmax(mask(M)) V)))
+
+    with M refined from Q Kᵀ/√D by the learned matrices `w_q`, `w_k` and, for "value" and "additive", `w_v`; see
+    `recattn.nn.RefinedSelfAttention` for them.
+
+    Args:
+        attention: the recbole.model.layers.MultiHeadAttention whose layers, and so parameters and dropout
+            probabilities, this module shares.
+        max_len: the most tokens of a sequence.
+        mechanism, source, rank, per_head, impl: as of `recattn.nn.RefinedSelfAttention`.
+        padding_side: "right", or "left".
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        max_len: int,
+        *,
+        mechanism: str = "simple",
+        source: str = "logits",
+        rank: int | None = None,
+        per_head: bool = False,
+        padding_side: str = "right",
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        expect_choice("padding_side", padding_side, ("right", "left"))
+        self.num_heads, self.padding_side, self.impl = attention.num_attention_heads, padding_side, impl
+        self.query, self.key, self.value = attention.query, attention.key, attention.value
+        self.attn_dropout, self.dense = attention.attn_dropout, attention.dense
+        self.out_dropout, self.LayerNorm = attention.out_dropout, attention.LayerNorm
+        refinement = {"mechanism": mechanism, "source": source, "rank": rank, "per_head": per_head}
+        weight = attention.dense.weight
+        self._add_refinement(self.num_heads, max_len, **refinement, device=weight.device, dtype=weight.dtype)
+        self._reset_refinement()
+        self.train(attention.training)
+
+    def forward(self, input_tensor: Tensor, attention_mask: Tensor) -> Tensor:
+        """
+        Args:
+            input_tensor: X, [B, N, E].
+            attention_mask: RecBole's, 0 where visible and -10000 where hidden: [B, 1, N, N], causal, or [B, 1, 1, N],
+                where every token sees every other; in both, padding is hidden from all.
+
+        Returns:
+            [B, N, E]; at padding LayerNorm(X + dropout(dense.bias)), as it sees nothing.
+
+        Raises:
+            ValueError: shapes that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also another mask.
+        """
+        expect_tensors(input_tensor=input_tensor)
+        expect_shape({"E": self.dense.in_features}, "input_tensor", input_tensor, "B N E")
+        visible = read_attention_mask(attention_mask, input_tensor, self.padding_side)
+        q, k, v = (self._heads(project(input_tensor)) for project in (self.query, self.key, self.value))
+        dropout_p = self.attn_dropout.p if self.training else 0.0
+        heads = self._refined(q, k, v, visible, dropout_p, self.impl)
+        out = self.dense(heads.transpose(1, 2).flatten(-2))
+        return self.LayerNorm(self.out_dropout(out) + input_tensor)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, max_len={self.max_len}, rank={self.rank}, mechanism={self.mechanism!r}, "
+            f"source={self.source!r}, per_head={self.per_head}, padding_side={self.padding_side!r}"
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, N, E] -> [B, H, N, D]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def read_attention_mask(attention_mask: Tensor, x: Tensor, padding_side: str) -> dict[str, object]:
+    """`causal`, `seq_lens` and `padding_side` of RecBole's mask over the tokens x [B, N, E]."""
+    batch, length, _ = x.shape
+    expect_tensors(attention_mask=attention_mask)
+    expect_shape({"B": batch, "N": length}, "attention_mask", attention_mask, "B 1 1|N N")
+    expect_same_device("input_tensor", x, attention_mask=attention_mask)
+    hidden = attention_mask[:, 0] != 0  # [B, 1 or N, N]
+    causal = length > 1 and hidden.shape[1] == length
+    seq_lens = (~hidden[:, -1]).sum(dim=-1)  # the last query sees all but the padding
+    if values_are_checked(x.device):
+        other = attention_mask[hidden.unsqueeze(1) & (attention_mask != _HIDDEN)]
+        expect(len(other) == 0, "attention_mask", f"0 where visible and {_HIDDEN:.0f} where hidden", other[:1].tolist())
+        expected = ~valid_tokens(batch, length, seq_lens, padding_side, x.device)[:, None]  # [B, 1, N]
+        if causal:
+            expected = expected | hidden.new_ones(length, length).triu(diagonal=1)
+        differing = (hidden != expected).nonzero()
+        if len(differing):
+            row, i, j = differing[0].tolist()
+            verb, preposition = ("hides", "from") if hidden[row, i, j] else ("shows", "to")
+            raise ValueError(
+                f"attention_mask must hide {'later keys and ' if causal else ''}padding on the {padding_side} and no "
+                f"other key, got one that {verb} key {j} {preposition} query {i} of sequence {row}"
+            )
+    return {"causal": causal, "seq_lens": seq_lens, "padding_side": padding_side}

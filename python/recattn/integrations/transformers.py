@@ -1,0 +1,510 @@
+"""CTR-Sink (arXiv 2508.03668) on the language models of Hugging Face transformers.
+
+`enable_sink_attention` makes `recattn.sink_attention` the attention of a model in memory and gives each chosen layer a
+`recattn.nn.InterSinkBias`; nothing of the model's own is replaced, and `restore` takes all of it back:
+
+- a hook before the base model finds the sinks of the batch and the sides of its padding;
+- a hook before each attention makes its bias of the hidden states that the attention reads;
+- the attention function "recattn_sink", and the mask function without which transformers would drop causality and
+  padding, are registered when this module is imported.
+"""
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+except ImportError as error:
+    raise ImportError('recattn.integrations.transformers needs transformers: pip install "recattn[hf]"') from error
+
+from recattn._check import expect, expect_choice, expect_finite, expect_index
+from recattn.functional import sink_attention
+from recattn.functional.validation import values_are_checked
+from recattn.nn import InterSinkBias
+from recattn.reference.sink_attention import dense_bias, softmax_or_zeros, valid_tokens
+
+NAME = "recattn_sink"
+# What PEFT is to train and save beside its adapters: LoraConfig(..., modules_to_save=[BIAS]).
+BIAS = "sink_interaction"
+
+# Of a base model: its layers, and the self-attention of a layer.
+_LAYERS = {
+    "bert": ("encoder.layer", "attention.self"),
+    "roberta": ("encoder.layer", "attention.self"),
+    "distilbert": ("transformer.layer", "attention"),
+    "modernbert": ("layers", "attn"),
+    "qwen2": ("layers", "self_attn"),
+    "qwen3": ("layers", "self_attn"),
+    "llama": ("layers", "self_attn"),
+    "mistral": ("layers", "self_attn"),
+}
+
+
+class Sinks(NamedTuple):
+    """What the layers of one forward share. `padding_side` None: padding, if any, is known by the mask alone."""
+
+    positions: Tensor | None  # [B, M]; None where no query is a sink
+    valid: Tensor | None  # [B, M] bool
+    seq_lens: Tensor | None  # [B]; None where nothing is padding
+    padding_side: str | None
+
+
+class SinkAttentionHandle:
+    """What `enable_sink_attention` did to a model.
+
+    Attributes:
+        settings: the keyword arguments of `enable_sink_attention`, as they stand in `model.config.recattn_sink`.
+    """
+
+    def __init__(self, model: nn.Module, settings: dict[str, object]) -> None:
+        self.settings = settings
+        self._model, self._previous = model, model.config._attn_implementation
+        self._hooks: list[object] = []
+
+    @property
+    def biases(self) -> dict[int, nn.Module]:
+        """The `recattn.nn.InterSinkBias` of each chosen layer (or what PEFT wrapped it in), by its index."""
+        return {i: getattr(x, BIAS) for i, x in enumerate(_attentions(self._model.base_model)) if hasattr(x, BIAS)}
+
+    def restore(self) -> None:
+        """Take everything back: the model is then bit for bit what it was. A second call does nothing."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for i in self.biases:
+            delattr(_attentions(self._model.base_model)[i], BIAS)
+        if hasattr(self._model.config, "recattn_sink"):  # models may share a config
+            del self._model.config.recattn_sink
+        self._model.set_attn_implementation(self._previous)
+
+    def _install(self) -> None:
+        base, attentions = self._model.base_model, _attentions(self._model.base_model)
+        names = [name for name, p in inspect.signature(base.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
+        chosen = [attentions[i] for i in self.settings["layers"]]
+        reader = _SinkReader(names, chosen, **{name: self.settings[name] for name in _SinkReader.SETTINGS})
+        self._hooks = [base.register_forward_pre_hook(reader, with_kwargs=True)]
+        self._hooks += [x.register_forward_pre_hook(_add_bias, with_kwargs=True) for x in chosen]
+        self._hooks += [x.register_load_state_dict_pre_hook(_take_official_scale) for x in chosen]
+        self._model.set_attn_implementation(NAME)
+
+
+def enable_sink_attention(
+    model: nn.Module,
+    *,
+    sink_token_id: int | None = None,
+    layers: int | Sequence[int] | None = None,
+    bias_scale: float | None = None,
+    dropout: float | None = None,
+    max_sinks: int | None = None,
+    padding_side: str | None = None,
+) -> SinkAttentionHandle:
+    """Let a language model of Hugging Face attend with a learned bias between its sink tokens, in each chosen layer:
+
+        O = softmax(Q Kᵀ/√D + mask + β) V,    β = `recattn.nn.InterSinkBias` of the layer's input, between sinks only
+
+    The sinks of a batch are the tokens `sink_token_id` of its `input_ids`, or those at `sink_positions` [B, M] if the
+    model is called with them. Without sinks, or with `bias.scale` at 0, the model computes what it did before, but that
+    hidden states at padding are other ones, which no valid token sees. Padding on either side, `output_attentions`
+    (the dense weights, bias included), gradient checkpointing, autocast and `generate` with a cache (the sinks in the
+    prompt) work; sliding windows that bite, packed sequences and masks of one's own are served by dense masks.
+
+    The new parameters are those of the attentions' `sink_interaction`; state dicts of the official code load, its
+    `sink_scale` included. `save_pretrained` writes them, and these settings with the config; load by `from_pretrained`
+    of this module. PEFT freezes and does not save what it is not told of:
+    `LoraConfig(..., modules_to_save=["sink_interaction"])`.
+
+    Args:
+        model: BERT, RoBERTa, DistilBERT, ModernBERT, Qwen2, Qwen3, Llama or Mistral, with any head, or as a PeftModel.
+        sink_token_id: of [SINK]. None: each call gives `sink_positions`.
+        layers: those that have a bias: the first n, or their indices; all by default. The official code takes the first
+            half of Qwen2, the first third of Qwen3 and the first two of BERT.
+        bias_scale: where `scale` begins; by default, as in the official code, at 1 in decoders and at 10 in encoders.
+        dropout: of the bias's weights, by default that of the model's attention.
+        max_sinks: the most sinks of a sequence. Known, it spares a look at the batch, which on a GPU is a
+            synchronisation and in a compiled model a graph break.
+        padding_side: "left" or "right", where the attention mask has its padding. None looks at each batch; a compiled
+            model cannot look, and without this serves masked batches by dense masks.
+
+    Returns:
+        A handle, whose `restore()` undoes it all.
+
+    Raises:
+        ValueError: a model of another architecture or already enabled, options out of range; and, at calls, a batch
+            without `input_ids` or `sink_positions`, more sinks than `max_sinks`, a sink after the prompt.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    expect_choice("the architecture of model", model_type, tuple(_LAYERS))
+    expect(not getattr(config, "add_cross_attention", False), "model", "without cross-attention", "one with it")
+    bidirectional = not getattr(config, "is_causal", True) and _LAYERS[model_type][0] == "layers"
+    expect(not bidirectional or model_type == "modernbert", "config.is_causal", "True of a decoder", False)
+    expect(dropout is None or 0 <= dropout < 1, "dropout", "at least 0 and below 1", dropout)
+    expect(max_sinks is None or max_sinks > 0, "max_sinks", "at least 1", max_sinks)
+    expect_finite(bias_scale=bias_scale)
+    if padding_side is not None:
+        expect_choice("padding_side", padding_side, ("right", "left"))
+
+    attentions = _attentions(model.base_model)
+    enabled = any(hasattr(attention, BIAS) for attention in attentions)
+    expect(not enabled, "model", "without sink attention: restore() first", "one with it")
+    chosen = _chosen(layers, len(attentions))
+    settings = {
+        "sink_token_id": sink_token_id,
+        "layers": chosen,
+        "bias_scale": bias_scale,
+        "dropout": dropout,
+        "max_sinks": max_sinks,
+        "padding_side": padding_side,
+    }
+    for i in chosen:
+        attentions[i].add_module(BIAS, _bias_of(attentions[i], model, bias_scale, dropout))
+    config.recattn_sink = settings
+    handle = SinkAttentionHandle(model, settings)
+    handle._install()
+    return handle
+
+
+def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.Module, SinkAttentionHandle]:
+    """`model_class.from_pretrained(path, **kwargs)` of a model that was saved with sink attention, and its handle.
+
+    transformers alone drops the parameters of the bias, and says so by a report of unexpected weights.
+
+    Raises:
+        ValueError: a config without sink settings, or weights without a bias that these name.
+    """
+    model = model_class.from_pretrained(path, **kwargs)
+    settings = getattr(model.config, "recattn_sink", None)
+    expect(settings is not None, "path", "a model saved with sink attention", f"{path}, whose config has none")
+    handle = enable_sink_attention(model, **settings)
+    saved = _saved_biases(path, model.base_model_prefix, **kwargs)
+    own = {f"{name}.{key}" for name, bias in _named_biases(model.base_model) for key in bias.state_dict()}
+    missing = sorted(own - saved.keys())
+    expect(not missing, "path", "weights with every bias of its config", f"{path} without {missing}")
+    model.base_model.load_state_dict(saved, strict=False)
+    return model, handle
+
+
+# --- What the hooks do ---
+
+
+class _SinkReader:
+    """Before the base model: the sinks of the batch, as the argument `sinks` that each layer hands to its attention."""
+
+    SETTINGS = ("sink_token_id", "max_sinks", "padding_side")
+
+    def __init__(
+        self,
+        names: list[str],
+        attentions: list[nn.Module],
+        sink_token_id: int | None,
+        max_sinks: int | None,
+        padding_side: str | None,
+    ) -> None:
+        self.names, self.attentions = names, attentions
+        self.sink_token_id, self.max_sinks, self.padding_side = sink_token_id, max_sinks, padding_side
+        self.warned = False
+
+    def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        kwargs["sinks"] = self.read(kwargs, kwargs.pop("sink_positions", None))
+        if base.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_of_frozen_biases()
+        return (), kwargs
+
+    def read(self, arguments: dict[str, object], positions: Tensor | None) -> Sinks:
+        mask = arguments.get("attention_mask")
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        input_ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        seen = 0 if cache is None else cache.get_seq_length()
+        if isinstance(seen, int) and seen > 0:
+            self._expect_no_new_sinks(input_ids, positions, seen)
+            return Sinks(None, None, None, None)
+        if positions is None:
+            positions = self._positions(input_ids, mask)
+        elif input_ids is not None:
+            expect_index({"B": input_ids.shape[0]}, "sink_positions", positions, "B M")
+        valid = positions >= 0
+        if mask is not None:
+            valid = valid & mask.gather(1, positions.long().clamp(min=0))
+        return Sinks(positions, valid, *self._padding(mask))
+
+    def _positions(self, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """[B, M] of the sinks that are no padding."""
+        unknown = self.sink_token_id is None or input_ids is None
+        what = "given where the model has no sink_token_id or is called without input_ids"
+        expect(not unknown, "sink_positions", what, None)
+        is_sink = input_ids == self.sink_token_id
+        if mask is not None:
+            is_sink = is_sink & mask
+        counts = is_sink.sum(dim=1)
+        if self.max_sinks is None:
+            # At least one: parameters that no batch of a process uses would stop DDP.
+            most = max(1, int(counts.max())) if counts.numel() else 1
+        else:
+            most = self.max_sinks
+            self._expect_at_most(most, counts)
+        length = input_ids.shape[1]
+        tokens = torch.arange(length, device=input_ids.device)
+        positions = torch.where(is_sink, tokens, length).sort(dim=1).values[:, :most]
+        return positions.masked_fill(positions == length, -1)
+
+    @staticmethod
+    def _expect_at_most(most: int, counts: Tensor) -> None:
+        if values_are_checked(counts.device) and not torch.compiler.is_compiling():
+            largest = int(counts.max()) if counts.numel() else 0
+            expect(largest <= most, "input_ids", f"of at most max_sinks = {most} sinks a sequence", largest)
+        else:  # without a synchronisation, and in a graph
+            torch._assert_async((counts <= most).all(), f"input_ids must have at most max_sinks = {most} sinks a row")
+
+    def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
+        """seq_lens and the side of a padding mask [B, N], True at tokens."""
+        if mask is None:
+            return None, "right"
+        side = self.padding_side
+        if side is None:
+            if torch.compiler.is_compiling():
+                return None, None
+            if mask.all():
+                return None, "right"
+            side = _side_of(mask)
+        elif values_are_checked(mask.device) and not torch.compiler.is_compiling():
+            where = f"padded on the {side}, as padding_side says"
+            expect(_is_padded_on(mask, side), "attention_mask", where, "another one")
+        return (None if side is None else mask.sum(dim=1)), side
+
+    def _expect_no_new_sinks(self, input_ids: Tensor | None, positions: Tensor | None, seen: int) -> None:
+        among = f"among the {seen} tokens of the prompt: a later one would need their hidden states"
+        if positions is not None:
+            largest = int(positions.max()) if positions.numel() else -1
+            expect(largest < seen, "sink_positions", among, largest)
+        elif input_ids is not None and self.sink_token_id is not None:
+            expect(not (input_ids == self.sink_token_id).any(), "the sinks", among, "one after it")
+
+    def _warn_of_frozen_biases(self) -> None:
+        parameters = [p for attention in self.attentions for p in getattr(attention, BIAS).parameters()]
+        if not self.warned and not any(p.requires_grad for p in parameters):
+            self.warned = True
+            warnings.warn(
+                "every bias between sinks is frozen; with PEFT, let it train: "
+                f"LoraConfig(..., modules_to_save=[{BIAS!r}])",
+                stacklevel=2,
+            )
+
+
+def _add_bias(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before an attention: its bias, as an argument that it hands to the attention function."""
+    sinks = kwargs.get("sinks")
+    if sinks is None or sinks.positions is None:
+        return args, kwargs
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    bias = getattr(attention, BIAS)(hidden_states, sinks.positions, sinks.valid)
+    return args, {**kwargs, "inter_sink_bias": bias}
+
+
+def _take_official_scale(attention: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """The official code has the scale as a scalar of the attention itself."""
+    if f"{prefix}sink_scale" in state_dict:
+        state_dict[f"{prefix}{BIAS}.scale"] = state_dict.pop(f"{prefix}sink_scale").reshape(1)
+
+
+# --- What transformers calls ---
+
+
+def sink_attention_mask(
+    q_length: int,
+    kv_length: int,
+    mask_function: object = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = False,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: object,
+) -> Tensor | None:
+    """Of attention in which nothing but causality and padding hides a key: the padding mask [B, N], or None. Of any
+    other, [B, 1, Nq, Nk], True where a key is visible."""
+    wide = local_size is not None and kv_length <= local_size and (allow_is_causal_skip or allow_is_bidirectional_skip)
+    plain = wide or mask_function in (causal_mask_function, bidirectional_mask_function)
+    fits = attention_mask is None or attention_mask.shape[1] == kv_length
+    if plain and fits and q_length == kv_length:
+        return attention_mask
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **kwargs,
+    )
+
+
+def sink_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sinks: Sinks | None = None,
+    inter_sink_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: [B, H, Nq, D], [B, Hkv, Nk, D] twice -> [B, Nq, H, D] and, of
+    output_attentions, the weights [B, H, Nq, Nk]."""
+    for name in ("softcap", "position_bias", "s_aux"):
+        expect(kwargs.get(name) is None, name, "None: sink attention has no such term", type(kwargs.get(name)).__name__)
+    causal = module.is_causal if is_causal is None else is_causal
+    unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and sinks.padding_side)
+    if sinks is None or not unmasked or output_attentions or query.shape[2] != key.shape[2]:
+        bias = None if inter_sink_bias is None else dense_bias(sinks.positions, inter_sink_bias, query.shape[2])
+        mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
+        return _dense_attention(query, key, value, mask, bias, dropout, scaling, output_attentions)
+    if inter_sink_bias is None:
+        positions = query.new_empty(query.shape[0], 0, dtype=torch.long)
+        inter_sink_bias = query.new_empty(query.shape[0], 1, 0, 0)
+    else:
+        positions = sinks.positions
+    out = sink_attention(
+        query,
+        key,
+        value,
+        positions,
+        inter_sink_bias,
+        causal=causal,
+        seq_lens=None if attention_mask is None else sinks.seq_lens,
+        padding_side=sinks.padding_side or "right",
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _dense_mask(
+    mask: Tensor | None, q_length: int, kv_length: int, causal: bool, device: torch.device
+) -> Tensor | None:
+    """[B, 1, Nq, Nk], bool (True: visible) or additive; None: everything is visible."""
+    if mask is not None and mask.dim() == 4:
+        return mask
+    visible = None if mask is None else mask.bool()[:, None, None, :]
+    if causal:
+        past = torch.ones(q_length, kv_length, dtype=torch.bool, device=device).tril(kv_length - q_length)
+        visible = past[None, None] if visible is None else visible & past
+    return visible
+
+
+def _dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    weights_wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    added = sum(x for x in (mask, bias) if x is not None) if mask is not None or bias is not None else None
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if not weights_wanted:
+        added = None if added is None else added.to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, added, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores if added is None else scores + added
+    weights = F.dropout(softmax_or_zeros(scores), dropout).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(NAME, sink_attention_forward)
+AttentionMaskInterface.register(NAME, sink_attention_mask)
+
+
+# --- Of a model ---
+
+
+def _attentions(base: nn.Module) -> list[nn.Module]:
+    layers, attention = _LAYERS[base.config.model_type]
+    return [layer.get_submodule(attention) for layer in base.get_submodule(layers)]
+
+
+def _named_biases(base: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in base.named_modules() if name.rpartition(".")[2] == BIAS)
+
+
+def _chosen(layers: int | Sequence[int] | None, count: int) -> list[int]:
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, int):
+        expect(0 < layers <= count, "layers", f"between 1 and {count}", layers)
+        return list(range(layers))
+    for i in layers:
+        expect(0 <= i < count, "layers", f"indices below {count}", i)
+    return sorted(set(layers))
+
+
+def _bias_of(attention: nn.Module, model: nn.Module, bias_scale: float | None, dropout: float | None) -> InterSinkBias:
+    causal, config = attention.is_causal, model.config
+    if dropout is None:
+        own = getattr(attention, "dropout", None)
+        dropout = own.p if isinstance(own, nn.Dropout) else attention.attention_dropout
+    if bias_scale is None:
+        bias_scale = 1.0 if causal else 10.0
+    bias = InterSinkBias(
+        config.hidden_size,
+        config.num_attention_heads,
+        dropout=dropout,
+        bias_scale=bias_scale,
+        causal=causal,
+        device=next(attention.parameters()).device,
+        dtype=model.dtype,
+    )
+    return bias.train(attention.training)
+
+
+def _side_of(mask: Tensor) -> str | None:
+    """The side of a mask's padding; None: it is on both or has holes."""
+    return next((side for side in ("right", "left") if _is_padded_on(mask, side)), None)
+
+
+def _is_padded_on(mask: Tensor, side: str) -> bool:
+    return bool((mask == valid_tokens(*mask.shape, mask.sum(dim=1), side, mask.device)).all())
+
+
+def _saved_biases(path: str, prefix: str, **kwargs: object) -> dict[str, Tensor]:
+    """The parameters of the biases in a checkpoint, named as in the base model."""
+    from safetensors import safe_open
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    options = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
+    hub = {name: kwargs[name] for name in options if name in kwargs}
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if index:
+        files, _ = get_checkpoint_shard_files(path, index, **hub)
+    else:
+        files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub)]
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if f".{BIAS}." in name:
+                    found[name.removeprefix(f"{prefix}.")] = tensors.get_tensor(name)
+    return found
