@@ -29,7 +29,7 @@ def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
     if workload.ragged:
         return _packed_at_random(workload, draw)
     batch, length, dim = workload.batch, workload.length, workload.dim
-    spots = [_random_positions(length, workload.sinks, draw) for _ in range(batch)]
+    spots = [random_positions(length, workload.sinks, draw) for _ in range(batch)]
     return {
         "q": draw.normal(batch, workload.heads, length, dim),
         "k": draw.normal(batch, workload.kv_heads, length, dim),
@@ -40,14 +40,14 @@ def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
     }
 
 
-def _random_positions(length: int, sinks: int, draw: Draw) -> Tensor:
+def random_positions(length: int, sinks: int, draw: Draw) -> Tensor:
     return torch.randperm(length, generator=draw.structure)[:sinks].sort().values
 
 
 def _packed_at_random(workload: SinkWorkload, draw: Draw) -> Inputs:
     lengths = draw.zipf(workload.batch, workload.length)
     lengths[lengths.argmax()] = workload.length
-    spots = [_random_positions(n, n * workload.sinks // workload.length, draw) for n in lengths.tolist()]
+    spots = [random_positions(n, n * workload.sinks // workload.length, draw) for n in lengths.tolist()]
     q, k, v = (draw.normal(int(lengths.sum()), heads, workload.dim) for heads in _head_counts(workload))
     return {
         "q": q,

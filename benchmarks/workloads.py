@@ -154,6 +154,11 @@ SINK = (
     ),
 )
 
+BERT_LAYER = (
+    SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=4, length=64, dim=16, sinks=7, tier="quick"),
+    SinkWorkload(name="bert_base", batch=8, heads=12, kv_heads=12, length=512, dim=64, sinks=49, gate_batch=1),
+)
+
 REFINED = (
     RefinedWorkload(name="tiny", batch=4, length=20, dim=16, heads=2, histories=True, tier="quick"),
     RefinedWorkload(name="sasrec", batch=256, length=50, dim=50, histories=True),

@@ -512,6 +512,7 @@ def test_tampered_data_is_refused(tmp_path, monkeypatch):
 
 
 SMALL = {
+    "bert_layer": (SinkWorkload(name="even", batch=2, heads=2, kv_heads=2, length=20, dim=8, sinks=5),),
     "sink_attention": (
         SinkWorkload(name="gqa", batch=2, heads=4, kv_heads=2, length=63, dim=8, sinks=9),
         SinkWorkload(name="causal", batch=2, heads=2, kv_heads=2, length=63, dim=8, sinks=9, causal=True),

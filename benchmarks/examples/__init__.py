@@ -1,0 +1,1 @@
+"""Models that people have, with the operators in them: each is a command."""

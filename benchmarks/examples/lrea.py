@@ -1,0 +1,114 @@
+"""`python -m benchmarks.examples.lrea`: LREA in the place of DIN's attention, trained, and served from a state table.
+
+Ranker, samples and training are those of `benchmarks.din`; the two rankers differ in their attention alone. The states
+of all users then go to a `recattn.serving.StateTable`, and the attention of one user over 1000 candidates is timed from
+there, and in full over the history.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks import din
+from benchmarks.din import DIN, SERVED_CANDIDATES, Hyperparameters, Ranker, Ratings, ServingRow
+from benchmarks.timing import CpuClock, finite, measure
+from recattn.serving import StateTable
+
+LREA = "LREA 16"
+QUICK_USERS = 60
+DTYPES = (torch.float32, torch.int8)
+
+
+def state_table(ranker: Ranker, ratings: Ratings, hyper: Hyperparameters, dtype: torch.dtype) -> StateTable:
+    """The state of every user before the test, under the user's number in the ratings."""
+    batch = ratings.batch(ratings.before_the_test(), hyper.length)
+    lrea, (_, behaviors) = ranker.attention, ranker.embed(batch)
+    state = lrea.export_state(behaviors, batch.lengths, dtype=dtype)
+    sizes = {"heads": lrea.num_heads, "rank": lrea.rank, "dim": lrea.target_dim, "value_dim": lrea.head_dim}
+    table = StateTable(len(behaviors), **sizes, dtype=dtype)
+    table.put(torch.arange(len(behaviors)), state.keys, state.values, state.key_scales, state.value_scales)
+    return table
+
+
+def from_table(ranker: Ranker, table: StateTable, user: int, candidates: Tensor) -> Tensor:
+    """h [n, d] of one user; the state and the embeddings of the candidates are read where they lie."""
+    return table.attend(
+        ranker.items.weight.unsqueeze(1),
+        torch.tensor([user]),
+        torch.tensor([0, len(candidates)]),
+        item_ids=candidates,
+        negative_slope=ranker.attention.negative_slope,
+    ).squeeze(1)
+
+
+def from_history(ranker: Ranker, behaviors: Tensor, candidates: Tensor) -> Tensor:
+    """h [n, d] of one user by the full attention, from the embedded behaviours [L, d]."""
+    attend = partial(ranker.attention, behaviors=behaviors[None])
+    per_candidate = len(behaviors) * ranker.attention.hidden[0]
+    return din.in_blocks(attend, ranker.items(candidates)[None], per_candidate).squeeze(0)
+
+
+@torch.no_grad()
+def serve(
+    full: Ranker, compressed: Ranker, ratings: Ratings, hyper: Hyperparameters, seconds: float
+) -> list[ServingRow]:
+    """The attention over all candidates of the user with the longest history, from what is held of the user."""
+    candidates = din.drawn_items(SERVED_CANDIDATES)
+    user = int(ratings.counts.argmax())
+    batch = ratings.batch(ratings.before_the_test()[user, None], hyper.length)
+    (behaviors,) = full.embed(batch)[1]
+    tables = [state_table(compressed, ratings, hyper, dtype) for dtype in DTYPES]
+    calls = {(DIN, torch.float32): lambda: from_history(full, behaviors, candidates)}
+    held = {(DIN, torch.float32): behaviors.nbytes}
+    for table in tables:
+        calls[LREA, table.dtype] = lambda table=table: from_table(compressed, table, user, candidates)
+        held[LREA, table.dtype] = table.nbytes // (table.capacity + 1)
+    timed = measure({key: lambda turn, c=call: c for key, call in calls.items()}, CpuClock(), seconds)
+    return [
+        ServingRow(
+            model=model,
+            dtype=str(dtype).removeprefix("torch."),
+            length=len(behaviors),
+            candidates=len(candidates),
+            dim=hyper.dim,
+            bytes_per_user=held[model, dtype],
+            p50_ms=samples.percentile(50),
+            spread=finite(samples.spread),
+            waiting=samples.waiting,
+        )
+        for (model, dtype), samples in timed.items()
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    started = time.perf_counter()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.examples.lrea", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_USERS} users, one epoch: seconds")
+    parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its ratings")
+    chosen = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    torch.set_num_threads(1)
+    ratings, hyper, seconds = din.load(chosen.offline), Hyperparameters(epochs=5), 5.0
+    if chosen.quick:
+        ratings, hyper, seconds = ratings.first(QUICK_USERS), replace(hyper, epochs=1), 0.5
+
+    rankers, rows = zip(*(din.trained(model, 0, ratings, hyper) for model in (DIN, LREA)), strict=True)
+    console.print(f"AUC on {ratings.source}, one seed, at most {hyper.epochs} epochs")
+    console.print(din.quality_table(rows))
+    console.print(f"absorbed against restored, {din.CANDIDATES} candidates of every user")
+    console.print(din.fidelity_table(rows))
+    console.print(f"the attention of 1 user x {SERVED_CANDIDATES} candidates, d = {hyper.dim}, one thread")
+    console.print(din.serving_table(serve(*rankers, ratings, hyper, seconds)))
+    console.print(f"{time.perf_counter() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The example's comparison on a few synthetic histories, and its command."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks import movielens, sasrec
+from benchmarks.examples import sasrec as example
+from benchmarks.movielens import Histories
+from benchmarks.sasrec import Hyperparameters, Split
+from recattn.nn import RefinedSelfAttention
+
+CPU = torch.device("cpu")
+HYPER = Hyperparameters(length=8, dim=16, heads=2, batch=16, epochs=3, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def histories():
+    """Each user walks through 30 items by steps of one."""
+    generator = torch.Generator().manual_seed(0)
+    starts, lengths = torch.randint(15, (2, 48), generator=generator)
+    return Histories([1 + torch.arange(s, s + n + 4) for s, n in zip(starts, lengths, strict=True)], "steps")
+
+
+def test_the_plain_row_is_benchmarks_sasrecs(histories):
+    """The same model and batches, and without dropout the same losses."""
+    hyper = replace(HYPER, dropout=0.0)
+    rows = example.compare("value", Split(histories.items, hyper.length, CPU), hyper, CPU, Console(quiet=True))
+    expected = sasrec.train(sasrec.PLAIN, None, 0, torch.float32, histories, hyper, CPU)
+    plain = rows["nn.MultiheadAttention"]
+    assert (plain.losses, plain.parameters) == (expected.losses, expected.parameters)
+    assert (plain.hr10, plain.ndcg10) == (expected.hr10, expected.ndcg10)  # its last epoch is its only evaluation
+    refined = rows["patched, value"]
+    assert refined.losses[-1] < refined.losses[0] and refined.losses != plain.losses
+    assert refined.parameters == plain.parameters + HYPER.blocks * 3 * HYPER.length**2
+
+
+@pytest.mark.parametrize("mechanism", ["simple", "additive"])
+def test_both_start_from_the_same_weights_and_see_the_same_batches(mechanism, histories, monkeypatch):
+    started, drawn = [], []
+    monkeypatch.setattr(example, "train", lambda model, *rest: started.append(model))
+    example.compare(mechanism, Split(histories.items, HYPER.length, CPU), HYPER, CPU, Console(quiet=True))
+    plain, refined = started
+    own = dict(refined.named_parameters())
+    assert all(torch.equal(parameter, own.pop(name)) for name, parameter in plain.named_parameters())
+    assert own and all(name.split(".")[-1].startswith("w_") for name in own)
+    assert [type(block.attention) for block in plain.blocks] == [nn.MultiheadAttention] * HYPER.blocks
+    assert all(
+        type(block.attention) is RefinedSelfAttention and block.attention.mechanism == mechanism
+        for block in refined.blocks
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        sasrec,
+        "train_epoch",
+        lambda model, optimizer, split, batch, generator: drawn.append(generator.get_state()) or 0.0,
+    )
+    split = Split(histories.items, HYPER.length, CPU)
+    for model in started:
+        example.train(model, split, replace(HYPER, epochs=1), Console(quiet=True), "")
+    assert torch.equal(*drawn)
+
+
+def test_it_learns_the_steps(histories):
+    hyper = replace(HYPER, epochs=30)
+    rows = example.compare("simple", Split(histories.items, hyper.length, CPU), hyper, CPU, Console(quiet=True))
+    assert all(row.hr10 > 0.9 and row.losses[-1] < 0.5 and row.epoch_seconds > 0 for row in rows.values())
+
+
+def test_command(histories, monkeypatch, capsys):
+    monkeypatch.setattr(movielens, "load", lambda offline: histories)
+    assert example.main(["--quick", "--mechanism", "value", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "patched: blocks.0.attention, blocks.1.attention" in printed
+    assert "nn.MultiheadAttention" in printed and "patched, value" in printed and "HR@10" in printed
+    assert f"steps, {example.QUICK_EPOCHS} epochs, cpu" in printed
