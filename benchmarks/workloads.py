@@ -156,7 +156,9 @@ SINK = (
 
 BERT_LAYER = (
     SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=4, length=64, dim=16, sinks=7, tier="quick"),
-    SinkWorkload(name="bert_base", batch=8, heads=12, kv_heads=12, length=512, dim=64, sinks=49, gate_batch=1),
+    SinkWorkload(
+        name="bert_base", batch=8, heads=12, kv_heads=12, length=512, dim=64, sinks=49, gate_batch=1, tier="full"
+    ),
 )
 
 REFINED = (
