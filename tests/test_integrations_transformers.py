@@ -354,6 +354,22 @@ def test_generates_with_a_cache_as_without(side):
         assert (step - without).abs().max() > 1e-3
 
 
+def test_a_static_cache():
+    model, batch = model_of("qwen2", "AutoModelForCausalLM"), batch_of("left")
+    enabled(model, scale=60.0)
+    following = torch.randint(10, VOCABULARY, (3, 1))
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+    logits = []
+    with torch.no_grad():
+        for cache in (transformers.DynamicCache(), transformers.StaticCache(model.config, max_cache_len=30)):
+            model(**batch, use_cache=True, past_key_values=cache)
+            step = {"input_ids": following, "attention_mask": mask, "past_key_values": cache}
+            logits.append(model(**step).logits)
+            with pytest.raises(ValueError, match=r"the sinks must be among the \d+ tokens of the prompt"):
+                model(**{**step, "input_ids": torch.full((3, 1), SINK)})
+    assert (logits[0] - logits[1]).abs().max() <= PRECISION["qwen2"]
+
+
 def test_a_sink_after_the_prompt_is_refused():
     model, batch = model_of("qwen2", "AutoModelForCausalLM"), batch_of("left")
     enabled(model)

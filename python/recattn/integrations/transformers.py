@@ -113,10 +113,11 @@ def enable_sink_attention(
         O = softmax(Q Kᵀ/√D + mask + β) V,    β = `recattn.nn.InterSinkBias` of the layer's input, between sinks only
 
     The sinks of a batch are the tokens `sink_token_id` of its `input_ids`, or those at `sink_positions` [B, M] if the
-    model is called with them. Without sinks, or with `bias.scale` at 0, the model computes what it did before, but that
-    hidden states at padding are other ones, which no valid token sees. Padding on either side, `output_attentions`
-    (the dense weights, bias included), gradient checkpointing, autocast and `generate` with a cache (the sinks in the
-    prompt) work; sliding windows that bite, packed sequences and masks of one's own are served by dense masks.
+    model is called with them (which a Trainer lets through with `remove_unused_columns=False` only). Without sinks, or
+    with `bias.scale` at 0, the model computes what it did before, but that hidden states at padding are other ones,
+    which no valid token sees. Padding on either side, `output_attentions` (the dense weights, bias included), gradient
+    checkpointing, autocast and `generate` with a cache (the sinks in the prompt) work; sliding windows that bite,
+    packed sequences and masks of one's own are served by dense masks.
 
     The new parameters are those of the attentions' `sink_interaction`; state dicts of the official code load, its
     `sink_scale` included. `save_pretrained` writes them, and these settings with the config; load by `from_pretrained`
@@ -227,8 +228,11 @@ class _SinkReader:
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         input_ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         seen = 0 if cache is None else cache.get_seq_length()
-        if isinstance(seen, int) and seen > 0:
-            self._expect_no_new_sinks(input_ids, positions, seen)
+        if isinstance(seen, Tensor):  # of a static cache, whose steps of one token are compiled
+            seen = int(seen) if not torch.compiler.is_compiling() else int(input_ids.shape[1] == 1)
+        if seen > 0:
+            if not torch.compiler.is_compiling():
+                self._expect_no_new_sinks(input_ids, positions, seen)
             return Sinks(None, None, None, None)
         if positions is None:
             positions = self._positions(input_ids, mask)
@@ -371,7 +375,7 @@ def sink_attention_forward(
     causal = module.is_causal if is_causal is None else is_causal
     unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and sinks.padding_side)
     if sinks is None or not unmasked or output_attentions or query.shape[2] != key.shape[2]:
-        bias = None if inter_sink_bias is None else dense_bias(sinks.positions, inter_sink_bias, query.shape[2])
+        bias = None if inter_sink_bias is None else _dense_bias(query, key, sinks, inter_sink_bias)
         mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
         return _dense_attention(query, key, value, mask, bias, dropout, scaling, output_attentions)
     if inter_sink_bias is None:
@@ -392,6 +396,12 @@ def sink_attention_forward(
         scale=scaling,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _dense_bias(query: Tensor, key: Tensor, sinks: Sinks, inter_sink_bias: Tensor) -> Tensor:
+    """[B, 1, Nq, Nk]; a static cache has keys that are none yet, after those of the prompt."""
+    bias = dense_bias(sinks.positions, inter_sink_bias, query.shape[2])
+    return F.pad(bias, (0, key.shape[2] - query.shape[2]))
 
 
 def _dense_mask(
