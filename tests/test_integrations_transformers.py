@@ -132,17 +132,20 @@ class Eager:
 
 
 def run_eager(model: nn.Module, batch: dict[str, Tensor], layers: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """Of a model with its biases, not run by us."""
+    """Of a model with its biases, without our hooks and functions."""
+    own = {module: dict(module._forward_pre_hooks) for module in model.modules()}
+    for module in own:
+        module._forward_pre_hooks.clear()
     eager = Eager(model, batch, layers)
     transformers.AttentionInterface.register("eager_with_sinks", eager)
-    transformers.AttentionMaskInterface.register("eager_with_sinks", integration.sink_attention_mask)
+    transformers.AttentionMaskInterface.register("eager_with_sinks", transformers.masking_utils.eager_mask)
     previous, model.config._attn_implementation = model.config._attn_implementation, "eager_with_sinks"
-    hooks = {x: x._forward_pre_hooks.copy() for x in model.modules()}
     out = hidden_of(model, batch)
     model.config._attn_implementation = previous
     for hook in eager.hooks:
         hook.remove()
-    assert all(len(x._forward_pre_hooks) <= len(had) for x, had in hooks.items())
+    for module, hooks in own.items():
+        module._forward_pre_hooks.update(hooks)
     return out, eager.weights
 
 
@@ -276,10 +279,21 @@ def test_masks_of_ones_own_and_with_holes():
     enabled(model)
     expected, _ = run_eager(model, batch, [0, 1])
     assert (hidden_of(model, batch) - expected).abs().max() <= 1e-12
-    four = batch["attention_mask"].bool()[:, None, None, :].expand(-1, 1, 24, -1)
-    positions = torch.tensor([[2, 7, 8, 20], [1, 6, 12, 18], [12, -1, -1, -1]])
-    own = model(input_ids=batch["input_ids"], attention_mask=four, sink_positions=positions)[0]
-    assert (own[batch["attention_mask"].bool()] - expected).abs().max() <= 1e-12
+    valid = batch["attention_mask"].bool()
+    four = valid[:, None, None, :].expand(-1, 1, 24, -1)
+    additive = torch.zeros(four.shape, dtype=torch.float64).masked_fill(~four, torch.finfo(torch.float64).min)
+    for mask in (four, additive):
+        own = model(input_ids=batch["input_ids"], attention_mask=mask)[0]
+        assert (own[valid] - expected).abs().max() <= 1e-12
+
+
+def test_masks_by_the_kind_of_layer():
+    model, batch = model_of("qwen2"), batch_of("left")
+    enabled(model)
+    with torch.no_grad():
+        expected = hidden_of(model, batch)
+        named = model(input_ids=batch["input_ids"], attention_mask={"full_attention": batch["attention_mask"]})[0]
+    assert (named[batch["attention_mask"].bool()] - expected).abs().max() <= PRECISION["qwen2"]
 
 
 def test_packed_sequences():
@@ -291,6 +305,10 @@ def test_packed_sequences():
         expected = model(input_ids=input_ids, position_ids=position_ids)[0]
         enabled(model)
         assert (model(input_ids=input_ids, position_ids=position_ids)[0] - expected).abs().max() <= PRECISION["qwen2"]
+        input_ids[0, 5] = SINK
+        with pytest.raises(ValueError, match="position_ids must be ascending by 1 in sequences with sinks, got packed"):
+            model(input_ids=input_ids, position_ids=position_ids)
+        model(input_ids=input_ids, position_ids=torch.arange(20)[None])
 
 
 # --- Training and generation ---
@@ -316,12 +334,12 @@ def test_gradient_checkpointing():
 
 def test_autocast():
     model, batch = model_of("bert", dtype=torch.float32), batch_of("right")
-    enabled(model)
+    handle = enabled(model)
     with torch.no_grad():
         exact = hidden_of(model, batch)
         with torch.autocast("cpu", torch.bfloat16):
             low = hidden_of(model, batch)
-            model.config._attn_implementation = "sdpa"
+            handle.restore()
             plain = hidden_of(model, batch)
     assert low.dtype == exact.dtype  # of the last LayerNorm
     assert (low - exact).abs().max() < (plain - exact).abs().max() / 4  # nearer than without the bias
@@ -336,10 +354,10 @@ def test_a_batch_without_sinks_trains_every_parameter():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@both_sides
-def test_generates_with_a_cache_as_without(side):
+@pytest.mark.parametrize("padded", [True, False])
+def test_generates_with_a_cache_as_without(padded):
     model, batch = model_of("qwen2", "AutoModelForCausalLM"), batch_of("left")
-    if side == "right":
+    if not padded:
         batch["attention_mask"].fill_(1)
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": 5, "do_sample": False, "bad_words_ids": [[SINK]], "pad_token_id": 0}
@@ -368,6 +386,28 @@ def test_a_static_cache():
             with pytest.raises(ValueError, match=r"the sinks must be among the \d+ tokens of the prompt"):
                 model(**{**step, "input_ids": torch.full((3, 1), SINK)})
     assert (logits[0] - logits[1]).abs().max() <= PRECISION["qwen2"]
+
+
+def test_a_sink_after_a_prompt_of_a_compiled_static_cache():
+    model, batch = model_of("qwen2"), batch_of("left")
+    batch["attention_mask"].fill_(1)
+    enabled(model, max_sinks=6)
+    compiled = torch.compile(model, backend="eager")
+    first, second = batch["input_ids"].split([21, 3], dim=1)
+    second = second.masked_fill(second == SINK, 11)
+    for sinks_follow in (False, True):
+        cache = transformers.StaticCache(model.config, max_cache_len=24)
+        if sinks_follow:
+            second = second.index_fill(1, torch.tensor([1]), SINK)
+        with torch.no_grad():
+            model(input_ids=first, past_key_values=cache, use_cache=True)
+            step = {"input_ids": second, "past_key_values": cache, "position_ids": torch.arange(21, 24)[None]}
+            if sinks_follow:
+                with pytest.raises(RuntimeError, match="the sinks must be among the tokens of the prompt"):
+                    compiled(**step)
+            else:
+                expected = model(input_ids=torch.cat([first, second], dim=1))[0][:, 21:]
+                assert (compiled(**step)[0] - expected).abs().max() <= PRECISION["qwen2"]
 
 
 def test_a_sink_after_the_prompt_is_refused():
@@ -427,7 +467,7 @@ def test_loads_only_what_was_saved_with_sinks(tmp_path):
     handle.restore()
     model.config.recattn_sink = settings
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"path must be weights with every bias of its config.*without \['encoder"):
+    with pytest.raises(ValueError, match=r"path must be weights with just the biases of its config.*differs by \['enc"):
         from_pretrained(transformers.AutoModel, str(tmp_path))
 
 
@@ -491,7 +531,8 @@ def test_a_peft_model_is_enabled_as_what_it_wraps():
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"])).eval()
     with torch.no_grad():
         plain = adapted(**batch)[0]
-        handle = enabled(adapted)
+        with pytest.warns(UserWarning, match="trains, but is not saved with its adapter"):
+            handle = enabled(adapted)
         assert (adapted(**batch)[0] - plain).abs().max() > 1e-3
         handle.restore()
         assert torch.equal(adapted(**batch)[0], plain)
@@ -503,10 +544,16 @@ def test_a_peft_model_is_enabled_as_what_it_wraps():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"layers": 3}, r"layers must be between 1 and 2, got 3"),
-        ({"layers": [0, 2]}, r"layers must be indices below 2, got 2"),
+        ({"layers": 3}, r"layers must be an integer between 1 and 2, got 3"),
+        ({"layers": [0, 2]}, r"layers must be an integer between 0 and 1, got 2"),
+        ({"layers": []}, r"layers must be at least one index, got \[\]"),
+        ({"layers": "01"}, r"layers must be an integer between 1 and 2, got '01'"),
+        ({"layers": True}, r"layers must be an integer between 1 and 2, got True"),
+        ({"sink_token_id": "[SINK]"}, r"sink_token_id must be an integer between 0 and 59, got '\[SINK\]'"),
+        ({"sink_token_id": 60}, r"sink_token_id must be an integer between 0 and 59, got 60"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
-        ({"max_sinks": 0}, r"max_sinks must be at least 1, got 0"),
+        ({"max_sinks": 0}, r"max_sinks must be an integer of at least 1, got 0"),
+        ({"max_sinks": 2.5}, r"max_sinks must be an integer of at least 1, got 2.5"),
         ({"bias_scale": math.inf}, r"bias_scale must be finite, got inf"),
         ({"padding_side": "top"}, r"padding_side must be 'right' or 'left', got 'top'"),
     ],
@@ -515,7 +562,7 @@ def test_wrong_options(options, message):
     model = model_of("bert")
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        enable_sink_attention(model, sink_token_id=SINK, **options)
+        enable_sink_attention(model, **{"sink_token_id": SINK, **options})
     assert list(model.state_dict()) == keys and model.config._attn_implementation == "sdpa"
 
 
@@ -536,7 +583,7 @@ def test_other_architectures():
 def test_wrong_calls():
     model, batch = model_of("bert"), batch_of("right")
     handle = enabled(model, max_sinks=3)
-    with pytest.raises(ValueError, match=r"model must be without sink attention: restore\(\) first, got one with it"):
+    with pytest.raises(ValueError, match=r"model must be without sink attention: restore\(\) first.*got one with it"):
         enable_sink_attention(model, sink_token_id=SINK)
     with pytest.raises(ValueError, match=r"input_ids must be of at most max_sinks = 3 sinks a sequence, got 4"):
         model(**batch)
@@ -553,6 +600,67 @@ def test_wrong_calls():
     enable_sink_attention(model)
     with pytest.raises(ValueError, match="sink_positions must be given where the model has no sink_token_id"):
         model(**batch_of("left"))
+
+
+def test_positions_out_of_order_or_range():
+    """On every path: the mistral's window bites, so its masks are dense."""
+    for name in ("bert", "mistral"):
+        model, batch = model_of(name), batch_of("right")
+        enabled(model)
+        for positions, message in (
+            ([8, 2, 7], "sink_positions must be strictly ascending, padded with -1 at the end, got 2"),
+            ([2, 2, 7], "sink_positions must be strictly ascending, padded with -1 at the end, got 2"),
+            ([2, 7, 24], "sink_positions must be below the sequence length 24, got 24"),
+            ([2, 7, -5], "sink_positions must be token positions, or -1 for padding, got -5"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model(**batch, sink_positions=torch.tensor([positions] * 3))
+        none = torch.empty(3, 0, dtype=torch.long)
+        with torch.no_grad():
+            bare = hidden_of(model, batch, sink_positions=none)
+            dense = hidden_of(model, batch, sink_positions=none, output_attentions=True)
+        assert (bare - dense).abs().max() <= PRECISION[name]
+
+
+def test_output_attentions_by_the_config():
+    model, batch = model_of("bert"), batch_of("right")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    enabled(model)
+    with torch.no_grad():
+        output, named = model(**batch), model(**batch, output_attentions=True)
+    assert len(output.attentions) == 2 and all(map(torch.equal, output.attentions, named.attentions))
+
+
+def test_models_that_share_a_config():
+    config = CONFIGS["bert"]()
+    first, second = transformers.BertModel(config), transformers.BertModel(config)
+    handle = enabled(first)
+    with pytest.raises(
+        ValueError, match=r"model must be without sink attention.*models that share a config count as one"
+    ):
+        enable_sink_attention(second, sink_token_id=SINK)
+    handle.restore()
+    enabled(second)
+
+
+def test_another_attention_while_enabled():
+    """It would leave the bias out without a word."""
+    model, batch = model_of("bert"), batch_of("right")
+    enabled(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(
+        ValueError, match=r"attention of the model must be 'recattn_sink' until restore\(\), got 'sdpa'"
+    ):
+        model(**batch)
+
+
+def test_layers_with_another_config():
+    """As the encoder of an EncoderDecoderModel has them: the layers would go on reading the other one."""
+    model = model_of("bert")
+    model.config = copy.deepcopy(model.config)
+    with pytest.raises(ValueError, match="model must be one whose layers read its own config, got one whose layers"):
+        enable_sink_attention(model, sink_token_id=SINK)
 
 
 def test_terms_it_does_not_know_are_refused():

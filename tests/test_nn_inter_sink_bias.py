@@ -1,6 +1,5 @@
 """The module that makes the bias between sinks of a layer's hidden states."""
 
-import functools
 import math
 
 import pytest
@@ -45,17 +44,33 @@ def test_is_the_formula(causal):
         assert (gradient - reference).abs().max() < 1e-11
 
 
+def formula(hidden: Tensor, heads: int, **parameters: Tensor) -> Tensor:
+    """All sequences at once, in the dtype of the inputs."""
+    rows = POSITIONS.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
+    norm = parameters["norm.weight"], parameters["norm.bias"]
+    x = torch.nn.functional.layer_norm(hidden.gather(1, rows), hidden.shape[-1:], *norm)
+    q, k = (
+        torch.nn.functional.linear(x, parameters[f"{name}_proj.weight"], parameters[f"{name}_proj.bias"])
+        .unflatten(-1, (heads, -1))
+        .transpose(1, 2)
+        for name in ("query", "key")
+    )
+    hidden_keys = (POSITIONS < 0)[:, None, None, :]
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden_keys, -1e30).softmax(-1)
+    both = (POSITIONS >= 0)[:, None, :, None] & ~hidden_keys
+    return (parameters["scale"] * weights.mean(1, keepdim=True)).masked_fill(~both, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_and_every_gradient(dtype):
     module = recattn.nn.InterSinkBias(32, 4, bias_scale=10.0, dtype=dtype)
-    names = [name for name, _ in module.named_parameters()]
 
-    def run(hidden, **parameters):
+    def run(hidden, heads, **parameters):
         return functional_call(module, parameters, (hidden, POSITIONS))
 
-    inputs = {"hidden": torch.randn(3, 9, 32).to(dtype), **{n: p.detach() for n, p in module.named_parameters()}}
-    reference = functools.partial(run)
-    assert_matches_reference(run, reference, inputs, grads=["hidden", *names])
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    inputs = {"hidden": torch.randn(3, 9, 32).to(dtype), "heads": 4, **parameters}
+    assert_matches_reference(run, formula, inputs, grads=["hidden", *parameters])
 
 
 def test_other_sequences_and_padding_change_nothing():

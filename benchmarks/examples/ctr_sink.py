@@ -111,10 +111,10 @@ class Prompts:
         history = insert_sinks(behaviors, self.sink_id, **ends)
         film = insert_sinks([[self.titles[s.target.item]] for s in chosen], self.sink_id, **ends)
         longest = max(len(s.history) for s in chosen)
-        times = torch.tensor([[r.time for r in s.history] + [0.0] * (longest - len(s.history)) for s in chosen])
+        times = [[r.time for r in s.history] + [0.0] * (longest - len(s.history)) for s in chosen]
         present = torch.arange(longest) < torch.tensor([[len(s.history)] for s in chosen])
-        now = torch.tensor([s.target.time for s in chosen])
-        ids = self.sink_embedding.time_ids(times.double(), present, now=now.double())
+        seconds, now = (torch.tensor(x, dtype=torch.float64) for x in (times, [s.target.time for s in chosen]))
+        ids = self.sink_embedding.time_ids(seconds, present, now=now)
         inputs = {
             "input_ids": history.input_ids,
             "attention_mask": history.attention_mask,

@@ -11,6 +11,7 @@
 
 import inspect
 import math
+import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -27,7 +28,7 @@ except ImportError as error:
 
 from recattn._check import expect, expect_choice, expect_finite, expect_index
 from recattn.functional import sink_attention
-from recattn.functional.validation import values_are_checked
+from recattn.functional.validation import validate_values, values_are_checked
 from recattn.nn import InterSinkBias
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros, valid_tokens
 
@@ -67,6 +68,7 @@ class SinkAttentionHandle:
     def __init__(self, model: nn.Module, settings: dict[str, object]) -> None:
         self.settings = settings
         self._model, self._previous = model, model.config._attn_implementation
+        self._had = getattr(model.config, "recattn_sink", None)
         self._hooks: list[object] = []
 
     @property
@@ -83,19 +85,25 @@ class SinkAttentionHandle:
         self._hooks.clear()
         for i in self.biases:
             delattr(_attentions(self._model.base_model)[i], BIAS)
-        if hasattr(self._model.config, "recattn_sink"):  # models may share a config
+        if self._had is None:
             del self._model.config.recattn_sink
+        else:
+            self._model.config.recattn_sink = self._had
         self._model.set_attn_implementation(self._previous)
 
     def _install(self) -> None:
-        base, attentions = self._model.base_model, _attentions(self._model.base_model)
+        model, settings = self._model, self.settings
+        base, attentions = model.base_model, _attentions(model.base_model)
         names = [name for name, p in inspect.signature(base.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
-        chosen = [attentions[i] for i in self.settings["layers"]]
-        reader = _SinkReader(names, chosen, **{name: self.settings[name] for name in _SinkReader.SETTINGS})
+        chosen = [attentions[i] for i in settings["layers"]]
+        model.set_attn_implementation(NAME)
+        model.config.recattn_sink = dict(settings)
+        for attention in chosen:
+            attention.add_module(BIAS, _bias_of(attention, model, settings["bias_scale"], settings["dropout"]))
+        reader = _SinkReader(names, chosen, **{name: settings[name] for name in _SinkReader.SETTINGS})
         self._hooks = [base.register_forward_pre_hook(reader, with_kwargs=True)]
         self._hooks += [x.register_forward_pre_hook(_add_bias, with_kwargs=True) for x in chosen]
         self._hooks += [x.register_load_state_dict_pre_hook(_take_official_scale) for x in chosen]
-        self._model.set_attn_implementation(NAME)
 
 
 def enable_sink_attention(
@@ -114,15 +122,16 @@ def enable_sink_attention(
 
     The sinks of a batch are the tokens `sink_token_id` of its `input_ids`, or those at `sink_positions` [B, M] if the
     model is called with them (which a Trainer lets through with `remove_unused_columns=False` only). Without sinks, or
-    with `bias.scale` at 0, the model computes what it did before, but that hidden states at padding are other ones,
-    which no valid token sees. Padding on either side, `output_attentions` (the dense weights, bias included), gradient
-    checkpointing, autocast and `generate` with a cache (the sinks in the prompt) work; sliding windows that bite,
-    packed sequences and masks of one's own are served by dense masks.
+    with `bias.scale` at 0, the model computes what it did before, but for the hidden states at padding, which no valid
+    token sees (a head that pools position 0 does: pad BERT on the right). Padding on either side, `output_attentions`
+    (the dense weights, bias included), gradient checkpointing, autocast and `generate` with a cache work, if the sinks
+    are in the prompt (`bad_words_ids` keeps it from making more). Sliding windows that bite and masks of one's own are
+    served by dense masks, as are packed sequences without sinks; with sinks these are refused.
 
     The new parameters are those of the attentions' `sink_interaction`; state dicts of the official code load, its
     `sink_scale` included. `save_pretrained` writes them, and these settings with the config; load by `from_pretrained`
-    of this module. PEFT freezes and does not save what it is not told of:
-    `LoraConfig(..., modules_to_save=["sink_interaction"])`.
+    of this module. PEFT freezes and does not save what it is not told of: enable first, then get_peft_model with
+    `LoraConfig(..., modules_to_save=["sink_interaction"])`; and enable before an adapter is loaded.
 
     Args:
         model: BERT, RoBERTa, DistilBERT, ModernBERT, Qwen2, Qwen3, Llama or Mistral, with any head, or as a PeftModel.
@@ -131,8 +140,8 @@ def enable_sink_attention(
             half of Qwen2, the first third of Qwen3 and the first two of BERT.
         bias_scale: where `scale` begins; by default, as in the official code, at 1 in decoders and at 10 in encoders.
         dropout: of the bias's weights, by default that of the model's attention.
-        max_sinks: the most sinks of a sequence. Known, it spares a look at the batch, which on a GPU is a
-            synchronisation and in a compiled model a graph break.
+        max_sinks: the most sinks of a sequence of `input_ids`. Known, it spares a look at the batch, which on a GPU is
+            a synchronisation and in a compiled model a graph break.
         padding_side: "left" or "right", where the attention mask has its padding. None looks at each batch; a compiled
             model cannot look, and without this serves masked batches by dense masks.
 
@@ -140,37 +149,31 @@ def enable_sink_attention(
         A handle, whose `restore()` undoes it all.
 
     Raises:
-        ValueError: a model of another architecture or already enabled, options out of range; and, at calls, a batch
-            without `input_ids` or `sink_positions`, more sinks than `max_sinks`, a sink after the prompt.
+        ValueError: a model of another architecture or already enabled (models that share a config count as one),
+            options out of range; and, at calls, a batch without `input_ids` or `sink_positions`, positions out of order
+            or range, more sinks than `max_sinks`, a sink after the prompt or in packed sequences.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", type(model).__name__)
-    expect_choice("the architecture of model", model_type, tuple(_LAYERS))
-    expect(not getattr(config, "add_cross_attention", False), "model", "without cross-attention", "one with it")
-    bidirectional = not getattr(config, "is_causal", True) and _LAYERS[model_type][0] == "layers"
-    expect(not bidirectional or model_type == "modernbert", "config.is_causal", "True of a decoder", False)
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+        warnings.warn(
+            "a bias that is added to a PeftModel trains, but is not saved with its adapter: enable_sink_attention "
+            f"first, then get_peft_model with modules_to_save=[{BIAS!r}]",
+            stacklevel=2,
+        )
+    attentions = _supported_attentions(model)
     expect(dropout is None or 0 <= dropout < 1, "dropout", "at least 0 and below 1", dropout)
-    expect(max_sinks is None or max_sinks > 0, "max_sinks", "at least 1", max_sinks)
     expect_finite(bias_scale=bias_scale)
     if padding_side is not None:
         expect_choice("padding_side", padding_side, ("right", "left"))
-
-    attentions = _attentions(model.base_model)
-    enabled = any(hasattr(attention, BIAS) for attention in attentions)
-    expect(not enabled, "model", "without sink attention: restore() first", "one with it")
-    chosen = _chosen(layers, len(attentions))
+    last = model.config.vocab_size - 1
     settings = {
-        "sink_token_id": sink_token_id,
-        "layers": chosen,
+        "sink_token_id": None if sink_token_id is None else _integer("sink_token_id", sink_token_id, 0, last),
+        "layers": _chosen(layers, len(attentions)),
         "bias_scale": bias_scale,
         "dropout": dropout,
-        "max_sinks": max_sinks,
+        "max_sinks": None if max_sinks is None else _integer("max_sinks", max_sinks, 1, None),
         "padding_side": padding_side,
     }
-    for i in chosen:
-        attentions[i].add_module(BIAS, _bias_of(attentions[i], model, bias_scale, dropout))
-    config.recattn_sink = settings
     handle = SinkAttentionHandle(model, settings)
     handle._install()
     return handle
@@ -182,7 +185,7 @@ def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.
     transformers alone drops the parameters of the bias, and says so by a report of unexpected weights.
 
     Raises:
-        ValueError: a config without sink settings, or weights without a bias that these name.
+        ValueError: a config without sink settings, or weights whose biases are not those that these name.
     """
     model = model_class.from_pretrained(path, **kwargs)
     settings = getattr(model.config, "recattn_sink", None)
@@ -190,8 +193,8 @@ def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.
     handle = enable_sink_attention(model, **settings)
     saved = _saved_biases(path, model.base_model_prefix, **kwargs)
     own = {f"{name}.{key}" for name, bias in _named_biases(model.base_model) for key in bias.state_dict()}
-    missing = sorted(own - saved.keys())
-    expect(not missing, "path", "weights with every bias of its config", f"{path} without {missing}")
+    differing = sorted(own ^ saved.keys())
+    expect(not differing, "path", "weights with just the biases of its config", f"{path}, which differs by {differing}")
     model.base_model.load_state_dict(saved, strict=False)
     return model, handle
 
@@ -224,35 +227,43 @@ class _SinkReader:
         return (), kwargs
 
     def read(self, arguments: dict[str, object], positions: Tensor | None) -> Sinks:
-        mask = arguments.get("attention_mask")
-        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        input_ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-        seen = 0 if cache is None else cache.get_seq_length()
-        if isinstance(seen, Tensor):  # of a static cache, whose steps of one token are compiled
-            seen = int(seen) if not torch.compiler.is_compiling() else int(input_ids.shape[1] == 1)
-        if seen > 0:
-            if not torch.compiler.is_compiling():
-                self._expect_no_new_sinks(input_ids, positions, seen)
+        mask, input_ids, embeddings, cache = (
+            arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds", "past_key_values")
+        )
+        tokens = embeddings if input_ids is None else input_ids
+        if tokens is None:  # transformers says so
             return Sinks(None, None, None, None)
+        if cache is not None and self._continues(cache.get_seq_length(), tokens.shape[1], input_ids, positions):
+            return Sinks(None, None, None, None)
+        visible = _sees_itself(mask)
         if positions is None:
-            positions = self._positions(input_ids, mask)
-        elif input_ids is not None:
-            expect_index({"B": input_ids.shape[0]}, "sink_positions", positions, "B M")
+            positions = self._positions(input_ids, visible)
+        else:
+            expect_index({"B": tokens.shape[0]}, "sink_positions", positions, "B M")
+            validate_values(positions.device, sink_positions=positions, seq_len=tokens.shape[1])
         valid = positions >= 0
-        if mask is not None:
-            valid = valid & mask.gather(1, positions.long().clamp(min=0))
-        return Sinks(positions, valid, *self._padding(mask))
+        if visible is not None:
+            valid = valid & visible.gather(1, positions.long().clamp(min=0))
+        if mask is None and cache is None:
+            self._expect_unpacked(arguments.get("position_ids"), valid)
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return Sinks(positions, valid, *self._padding(visible))
+        return Sinks(positions, valid, None, None)
 
-    def _positions(self, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _is_sink(self, input_ids: Tensor | None) -> Tensor | None:
+        """[B, N]; None: unknown."""
+        return None if self.sink_token_id is None or input_ids is None else input_ids == self.sink_token_id
+
+    def _positions(self, input_ids: Tensor | None, visible: Tensor | None) -> Tensor:
         """[B, M] of the sinks that are no padding."""
-        unknown = self.sink_token_id is None or input_ids is None
+        is_sink = self._is_sink(input_ids)
         what = "given where the model has no sink_token_id or is called without input_ids"
-        expect(not unknown, "sink_positions", what, None)
-        is_sink = input_ids == self.sink_token_id
-        if mask is not None:
-            is_sink = is_sink & mask
+        expect(is_sink is not None, "sink_positions", what, None)
+        if visible is not None:
+            is_sink = is_sink & visible
         counts = is_sink.sum(dim=1)
         if self.max_sinks is None:
+            expect(not torch.compiler.is_exporting(), "max_sinks", "given to export the model", None)
             # At least one: parameters that no batch of a process uses would stop DDP.
             most = max(1, int(counts.max())) if counts.numel() else 1
         else:
@@ -265,11 +276,21 @@ class _SinkReader:
 
     @staticmethod
     def _expect_at_most(most: int, counts: Tensor) -> None:
-        if values_are_checked(counts.device) and not torch.compiler.is_compiling():
+        if values_are_checked(counts.device):
             largest = int(counts.max()) if counts.numel() else 0
             expect(largest <= most, "input_ids", f"of at most max_sinks = {most} sinks a sequence", largest)
         else:  # without a synchronisation, and in a graph
             torch._assert_async((counts <= most).all(), f"input_ids must have at most max_sinks = {most} sinks a row")
+
+    def _expect_unpacked(self, position_ids: Tensor | None, valid: Tensor) -> None:
+        """Of decoders, to which positions that begin anew are another sequence: each would have sinks of its own."""
+        if position_ids is None or not self.attentions[0].is_causal:
+            return
+        unpacked = ~valid.any() | (position_ids.diff(dim=-1) == 1).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(unpacked, "position_ids must ascend by 1 in sequences with sinks")
+        else:
+            expect(bool(unpacked), "position_ids", "ascending by 1 in sequences with sinks", "packed sequences")
 
     def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
         """seq_lens and the side of a padding mask [B, N], True at tokens."""
@@ -282,22 +303,32 @@ class _SinkReader:
             if mask.all():
                 return None, "right"
             side = _side_of(mask)
-        elif values_are_checked(mask.device) and not torch.compiler.is_compiling():
+        elif values_are_checked(mask.device):
             where = f"padded on the {side}, as padding_side says"
             expect(_is_padded_on(mask, side), "attention_mask", where, "another one")
         return (None if side is None else mask.sum(dim=1)), side
 
-    def _expect_no_new_sinks(self, input_ids: Tensor | None, positions: Tensor | None, seen: int) -> None:
+    def _continues(self, seen: int | Tensor, length: int, input_ids: Tensor | None, positions: Tensor | None) -> bool:
+        """Whether the tokens follow a prompt, among which no sink may be: its bias takes their hidden states."""
+        is_sink = self._is_sink(input_ids)
+        if torch.compiler.is_compiling() and isinstance(seen, Tensor):  # of a static cache
+            late = is_sink if positions is None else positions >= seen
+            if late is not None:
+                torch._assert_async((seen == 0) | ~late.any(), "the sinks must be among the tokens of the prompt")
+            return length == 1
+        seen = int(seen)
         among = f"among the {seen} tokens of the prompt: a later one would need their hidden states"
-        if positions is not None:
+        if seen > 0 and positions is not None:
             largest = int(positions.max()) if positions.numel() else -1
             expect(largest < seen, "sink_positions", among, largest)
-        elif input_ids is not None and self.sink_token_id is not None:
-            expect(not (input_ids == self.sink_token_id).any(), "the sinks", among, "one after it")
+        elif seen > 0 and is_sink is not None:
+            expect(not is_sink.any(), "the sinks", among, "one after it")
+        return seen > 0
 
     def _warn_of_frozen_biases(self) -> None:
-        parameters = [p for attention in self.attentions for p in getattr(attention, BIAS).parameters()]
-        if not self.warned and not any(p.requires_grad for p in parameters):
+        named = (pair for attention in self.attentions for pair in getattr(attention, BIAS).named_parameters())
+        # PEFT has the parameter twice: the one it keeps, and that of modules_to_save.
+        if not self.warned and not any(p.requires_grad for name, p in named if name.endswith("scale")):
             self.warned = True
             warnings.warn(
                 "every bias between sinks is frozen; with PEFT, let it train: "
@@ -308,7 +339,8 @@ class _SinkReader:
 
 def _add_bias(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Before an attention: its bias, as an argument that it hands to the attention function."""
-    sinks = kwargs.get("sinks")
+    sinks, implementation = kwargs.get("sinks"), attention.config._attn_implementation
+    expect(implementation == NAME, "the attention of the model", f"{NAME!r} until restore()", repr(implementation))
     if sinks is None or sinks.positions is None:
         return args, kwargs
     hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -373,6 +405,7 @@ def sink_attention_forward(
     for name in ("softcap", "position_bias", "s_aux"):
         expect(kwargs.get(name) is None, name, "None: sink attention has no such term", type(kwargs.get(name)).__name__)
     causal = module.is_causal if is_causal is None else is_causal
+    output_attentions = output_attentions or getattr(module.config, "output_attentions", False)
     unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and sinks.padding_side)
     if sinks is None or not unmasked or output_attentions or query.shape[2] != key.shape[2]:
         bias = None if inter_sink_bias is None else _dense_bias(query, key, sinks, inter_sink_bias)
@@ -398,8 +431,10 @@ def sink_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _dense_bias(query: Tensor, key: Tensor, sinks: Sinks, inter_sink_bias: Tensor) -> Tensor:
+def _dense_bias(query: Tensor, key: Tensor, sinks: Sinks, inter_sink_bias: Tensor) -> Tensor | None:
     """[B, 1, Nq, Nk]; a static cache has keys that are none yet, after those of the prompt."""
+    if sinks.positions.shape[1] == 0:
+        return None
     bias = dense_bias(sinks.positions, inter_sink_bias, query.shape[2])
     return F.pad(bias, (0, key.shape[2] - query.shape[2]))
 
@@ -459,15 +494,52 @@ def _named_biases(base: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     return ((name, module) for name, module in base.named_modules() if name.rpartition(".")[2] == BIAS)
 
 
+def _supported_attentions(model: nn.Module) -> list[nn.Module]:
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    expect_choice("the architecture of model", model_type, tuple(_LAYERS))
+    expect(not getattr(config, "add_cross_attention", False), "model", "without cross-attention", "one with it")
+    without = "without sink attention: restore() first (models that share a config count as one)"
+    expect(config._attn_implementation != NAME, "model", without, "one with it")
+    attentions = _attentions(model.base_model)
+    causal_by_config = getattr(config, "is_causal", True)
+    expect(causal_by_config or not attentions[0].is_causal, "config.is_causal", "True of a decoder", False)
+    shared = all(attention.config is config for attention in attentions)
+    expect(shared, "model", "one whose layers read its own config", "one whose layers have another")
+    return attentions
+
+
+def _integer(name: str, value: object, low: int, high: int | None) -> int:
+    expected = f"an integer of at least {low}" if high is None else f"an integer between {low} and {high}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    fits = number is not None and not isinstance(value, bool) and low <= number and (high is None or number <= high)
+    expect(fits, name, expected, repr(value))
+    return number
+
+
 def _chosen(layers: int | Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
-    if isinstance(layers, int):
-        expect(0 < layers <= count, "layers", f"between 1 and {count}", layers)
-        return list(range(layers))
-    for i in layers:
-        expect(0 <= i < count, "layers", f"indices below {count}", i)
-    return sorted(set(layers))
+    if isinstance(layers, Sequence) and not isinstance(layers, str):
+        expect(len(layers) > 0, "layers", "at least one index", layers)
+        return sorted({_integer("layers", i, 0, count - 1) for i in layers})
+    return list(range(_integer("layers", layers, 1, count)))
+
+
+def _sees_itself(mask: object) -> Tensor | None:
+    """[B, N] bool, False at padding, of a mask [B, N], one [B, 1, N, N], in which padding is hidden from itself, or a
+    dict of such for the kinds of layers; None: not known."""
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask.bool()
+    own = mask[:, 0].diagonal(dim1=1, dim2=2)
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
 
 def _bias_of(attention: nn.Module, model: nn.Module, bias_scale: float | None, dropout: float | None) -> InterSinkBias:
@@ -506,6 +578,7 @@ def _saved_biases(path: str, prefix: str, **kwargs: object) -> dict[str, Tensor]
 
     options = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
     hub = {name: kwargs[name] for name in options if name in kwargs}
+    expect(kwargs.get("variant") is None, "variant", "None: sink attention is saved without one", kwargs.get("variant"))
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if index:
         files, _ = get_checkpoint_shard_files(path, index, **hub)
