@@ -72,8 +72,31 @@ def run(cache: Path, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def test_shipped_configurations(tmp_path):
-    check = run(tmp_path, "--check")
+    check = run(tmp_path, "--check", "--sampled")
     assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_every_configuration_is_compiled_where_a_source_changed(tmp_path):
+    """The planted module's table is of another text of it."""
+    good = (
+        PLANTED.partition("    @triton.jit\n    def rounded_kernel")[0]
+        + """
+    def shipped_configurations():
+        single = torch.empty(1, dtype=torch.float32, device="meta")
+        for size in (256, 512, 1024):
+            yield Compilation.of(normalize_kernel, str(size), 90, {"x": single, "BLOCK": size}, 4, 1)
+        half = torch.empty(1, dtype=torch.float16, device="meta")
+        yield Compilation.of(matmul_kernel, "32", 90, {"a": half, "b": half, "c": single, "K": 64, "BLOCK": 32}, 4, 1)
+    """
+    )
+    planted, planted_table = tmp_path / "planted.py", tmp_path / "planted.json"
+    options = ("--module", "planted", "--table", planted_table)
+    planted.write_text(textwrap.dedent(good))
+    assert run(tmp_path, "--write", *options).stdout == "4 configurations, 0 problems\n"
+    assert run(tmp_path, "--check", *options).stdout == "4 configurations, 0 problems\n"
+    assert run(tmp_path, "--check", "--sampled", *options).stdout == "1 configurations, 0 problems\n"
+    planted.write_text(textwrap.dedent(good) + "\n")
+    assert run(tmp_path, "--check", "--sampled", *options).stdout == "4 configurations, 0 problems\n"
 
 
 def test_refuses_too_much_tensor_memory():
@@ -104,7 +127,7 @@ def row(registers: int) -> dict[str, int]:
 
 def test_compares_with_the_table():
     recorded = {"triton": "3.7.1", "rows": {"kept": row(64), "dropped": row(64)}}
-    problems, notes = table.compare({"kept": row(72), "added": row(64)}, "3.7.1", recorded)
+    problems, notes = table.compare({"kept": row(72)}, ["kept", "added"], "3.7.1", recorded)
     assert problems == [
         "added: not in the table",
         "dropped: in the table, but no longer shipped",
@@ -114,6 +137,8 @@ def test_compares_with_the_table():
 
 
 def test_resources_may_differ_under_another_triton():
-    problems, notes = table.compare({"kept": row(72)}, "3.6.0", {"triton": "3.7.1", "rows": {"kept": row(64)}})
+    problems, notes = table.compare(
+        {"kept": row(72)}, ["kept"], "3.6.0", {"triton": "3.7.1", "rows": {"kept": row(64)}}
+    )
     assert problems == []
     assert notes == ["this is triton 3.6.0, the table is of 3.7.1", f"kept: {row(72)}, the table says {row(64)}"]
