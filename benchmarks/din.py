@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,19 +153,16 @@ class Ratings:
 
 def load(offline: bool = False) -> Ratings:
     """MovieLens-100k; without the data, drawn items of a drawn taste each."""
-    histories = movielens.load(offline)
-    if histories.source != "MovieLens-100k":
+    users = movielens.events(offline)
+    if users is None:
+        histories = movielens.load(offline)
         generator = torch.Generator().manual_seed(1)
         taste = torch.rand(movielens.ITEMS + 1, generator=generator)
         liked = [(torch.rand(len(x), generator=generator) < taste[x]).long() for x in histories.items]
         return Ratings(histories.items, liked, f"{histories.source}, drawn ratings")
-    users: dict[str, list[tuple[float, int, bool]]] = {}
-    for row in movielens.rows(movielens.CACHED.read_bytes()):
-        event = float(row["timestamp:float"]), int(row["item_id:token"]), float(row["rating:float"]) >= LIKED
-        users.setdefault(row["user_id:token"], []).append(event)
-    ordered = [sorted(events, key=itemgetter(0)) for events in users.values()]  # stable, as movielens has it
-    items = [torch.tensor([item for _, item, _ in events]) for events in ordered]
-    return Ratings(items, [torch.tensor([int(liked) for *_, liked in events]) for events in ordered], histories.source)
+    items = [torch.tensor([event.item for event in own]) for own in users]
+    liked = [torch.tensor([int(event.rating >= LIKED) for event in own]) for own in users]
+    return Ratings(items, liked, "MovieLens-100k")
 
 
 def batches_of_similar_lengths(samples: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:

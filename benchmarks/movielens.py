@@ -7,19 +7,17 @@ histogram still gives the real lengths; the items are then drawn.
 import csv
 import hashlib
 import io
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from benchmarks import wheels
 
 PACKAGE = "recbole==1.2.1"  # its wheel carries the data as an example
 FOLDER = "recbole/dataset_example/ml-100k"
@@ -45,6 +43,12 @@ class Histories:
         return [self.items[i][-(longest or 0) :] for i in quantiles[order].tolist()]
 
 
+class Event(NamedTuple):
+    time: float  # seconds since 1970
+    item: int
+    rating: float  # 1 to 5
+
+
 class Item(NamedTuple):
     title: str  # as the data has it: "Usual Suspects, The"
     year: int | None  # None of the two items whose year is no number
@@ -53,17 +57,24 @@ class Item(NamedTuple):
 
 def load(offline: bool = False) -> Histories:
     """The histories; without the data, their real lengths with items drawn by a Zipf law."""
+    users = events(offline)
+    if users is None:
+        return _drawn(read_histogram())
+    items = [torch.tensor([event.item for event in own]) for own in users]
+    return Histories(sorted(items, key=len), "MovieLens-100k")
+
+
+def events(offline: bool = False) -> list[list[Event]] | None:
+    """Of every user, in time order; None without the data."""
     data = _cached_or_downloaded(CACHED, SHA256, offline)
     if data is None:
-        return _drawn(read_histogram())
-    histories: dict[str, list[tuple[float, int]]] = {}
-    for row in rows(data):
-        event = (float(row["timestamp:float"]), int(row["item_id:token"]))
-        histories.setdefault(row["user_id:token"], []).append(event)
+        return None
+    users: dict[str, list[Event]] = {}
+    for row in _rows(data):
+        event = Event(float(row["timestamp:float"]), int(row["item_id:token"]), float(row["rating:float"]))
+        users.setdefault(row["user_id:token"], []).append(event)
     # Items of one second stay in the file's order: by their ids the newest would be the least popular.
-    in_time_order = (sorted(events, key=itemgetter(0)) for events in histories.values())
-    items = [torch.tensor([item for _, item in events]) for events in in_time_order]
-    return Histories(sorted(items, key=len), "MovieLens-100k")
+    return [sorted(own, key=attrgetter("time")) for own in users.values()]
 
 
 def items(offline: bool = False) -> dict[int, Item]:
@@ -72,10 +83,10 @@ def items(offline: bool = False) -> dict[int, Item]:
     if data is None:
         how = "is not there (offline)" if offline else f"is not there, and {PACKAGE} could not be downloaded"
         raise FileNotFoundError(f"{CACHED_ITEMS}, the titles and genres of MovieLens-100k, {how}")
-    return {int(row["item_id:token"]): _item(row) for row in rows(data)}
+    return {int(row["item_id:token"]): _item(row) for row in _rows(data)}
 
 
-def rows(data: bytes) -> Iterator[dict[str, str]]:
+def _rows(data: bytes) -> Iterator[dict[str, str]]:
     """Of a file of the data, by column."""
     return csv.DictReader(io.StringIO(data.decode()), delimiter="\t", quoting=csv.QUOTE_NONE)
 
@@ -110,25 +121,16 @@ def _item(row: dict[str, str]) -> Item:
 
 def _cached_or_downloaded(cached: Path, sha256: str, offline: bool) -> bytes | None:
     if not cached.exists():
-        data = None if offline else _download(cached.name)
-        if data is None:
+        files = None if offline else wheels.read(PACKAGE, FOLDER)
+        if files is None:
             return None
+        data = files[cached.name]
         _expect_genuine(data, sha256, f"{cached.name} of {PACKAGE}")
         cached.parent.mkdir(exist_ok=True)
         cached.write_bytes(data)
     data = cached.read_bytes()
     _expect_genuine(data, sha256, str(cached))
     return data
-
-
-def _download(name: str) -> bytes | None:
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    with tempfile.TemporaryDirectory() as folder:
-        patience = ["--retries", "1", "--timeout", "10"]
-        if subprocess.run([*pip, *patience, "--dest", folder, PACKAGE], capture_output=True).returncode:
-            return None
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            return wheel.read(f"{FOLDER}/{name}")
 
 
 def _expect_genuine(data: bytes, sha256: str, origin: str) -> None:

