@@ -22,13 +22,6 @@ RECATTN_INLINE float largest(__m512i magnitudes) {
     return number;
 }
 
-// 32 numbers, of which the first `count` are in memory.
-RECATTN_INLINE void load_32(const float* in, int64_t count, __m512& low, __m512& high) {
-    const __mmask32 mask = first_numbers(count);
-    low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), in);
-    high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), in + 16);
-}
-
 // Runs `step(i, count)` for every 32 numbers of a row: without masks but at its end.
 template <class Step>
 RECATTN_INLINE void for_each_32(int64_t size, const Step& step) {

@@ -42,7 +42,7 @@ struct Element<PairOf<int16_t>> {
     }
 };
 
-// --- 32 numbers in 16 bits each, of which the first `count` are in memory; zeros for the others ---
+// --- 32 numbers, of which the first `count` are in memory, in 16 bits each; zeros for the others ---
 
 RECATTN_INLINE __mmask32 first_numbers(int64_t count) {
     return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
@@ -53,11 +53,16 @@ RECATTN_INLINE __m512i load(const N* in, int64_t count) {
     return _mm512_maskz_loadu_epi16(first_numbers(count), in);
 }
 
+RECATTN_INLINE void load_32(const float* in, int64_t count, __m512& low, __m512& high) {
+    const __mmask32 mask = first_numbers(count);
+    low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), in);
+    high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), in + 16);
+}
+
 template <class N>
 RECATTN_INLINE __m512i load(const float* in, int64_t count) {
-    const __mmask32 mask = first_numbers(count);
-    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), in);
-    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), in + 16);
+    __m512 low, high;
+    load_32(in, count, low, high);
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 

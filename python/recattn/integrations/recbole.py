@@ -15,12 +15,7 @@ def patch_recbole(
     model: nn.Module,
     *,
     max_len: int | None = None,
-    mechanism: str = "simple",
-    source: str = "logits",
-    rank: int | None = None,
-    per_head: bool = False,
-    padding_side: str = "right",
-    impl: str | None = None,
+    **options: object,
 ) -> PatchHandle:
     """Replace every recbole.model.layers.MultiHeadAttention of a model by a `RefinedMultiHeadAttention`.
 
@@ -30,8 +25,8 @@ def patch_recbole(
     Args:
         model: a RecBole model, or any module with its TransformerEncoder.
         max_len: the most tokens of a sequence; the model's `max_seq_length` by default.
-        mechanism, source, rank, per_head, impl: as of `recattn.nn.RefinedSelfAttention`.
-        padding_side: where the model pads; RecBole's data loaders do it on the right.
+        options: `mechanism`, `source`, `rank`, `per_head`, `padding_side` (RecBole's data loaders pad on the right) and
+            `impl` of `RefinedMultiHeadAttention`.
 
     Raises:
         ImportError: RecBole is not installed.
@@ -43,8 +38,6 @@ def patch_recbole(
         raise ImportError(f"patch_recbole needs RecBole (pip install recbole==1.2.1): {error}") from error
     max_len = getattr(model, "max_seq_length", None) if max_len is None else max_len
     expect(max_len is not None, "max_len", "given for a model without max_seq_length", None)
-    options = {"mechanism": mechanism, "source": source, "rank": rank, "per_head": per_head}
-    options |= {"padding_side": padding_side, "impl": impl}
 
     def refined(old: nn.Module, name: str) -> nn.Module:
         return RefinedMultiHeadAttention(old, max_len, **options)

@@ -13,7 +13,7 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from recattn._check import expect, expect_choice, expect_finite, expect_index
 from recattn.functional import sink_attention
 from recattn.functional.validation import validate_values, values_are_checked
 from recattn.nn import InterSinkBias
+from recattn.ops.sink_attention import no_sinks
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros, valid_tokens
 
 NAME = "recattn_sink"
@@ -100,7 +101,7 @@ class SinkAttentionHandle:
         model.config.recattn_sink = dict(settings)
         for attention in chosen:
             attention.add_module(BIAS, _bias_of(attention, model, settings["bias_scale"], settings["dropout"]))
-        reader = _SinkReader(names, chosen, **{name: settings[name] for name in _SinkReader.SETTINGS})
+        reader = _SinkReader(names, chosen, settings)
         self._hooks = [base.register_forward_pre_hook(reader, with_kwargs=True)]
         self._hooks += [x.register_forward_pre_hook(_add_bias, with_kwargs=True) for x in chosen]
         self._hooks += [x.register_load_state_dict_pre_hook(_take_official_scale) for x in chosen]
@@ -192,7 +193,7 @@ def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.
     expect(settings is not None, "path", "a model saved with sink attention", f"{path}, whose config has none")
     handle = enable_sink_attention(model, **settings)
     saved = _saved_biases(path, model.base_model_prefix, **kwargs)
-    own = {f"{name}.{key}" for name, bias in _named_biases(model.base_model) for key in bias.state_dict()}
+    own = set(filter(_is_of_bias, model.base_model.state_dict()))
     differing = sorted(own ^ saved.keys())
     expect(not differing, "path", "weights with just the biases of its config", f"{path}, which differs by {differing}")
     model.base_model.load_state_dict(saved, strict=False)
@@ -205,18 +206,10 @@ def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.
 class _SinkReader:
     """Before the base model: the sinks of the batch, as the argument `sinks` that each layer hands to its attention."""
 
-    SETTINGS = ("sink_token_id", "max_sinks", "padding_side")
-
-    def __init__(
-        self,
-        names: list[str],
-        attentions: list[nn.Module],
-        sink_token_id: int | None,
-        max_sinks: int | None,
-        padding_side: str | None,
-    ) -> None:
+    def __init__(self, names: list[str], attentions: list[nn.Module], settings: dict[str, object]) -> None:
         self.names, self.attentions = names, attentions
-        self.sink_token_id, self.max_sinks, self.padding_side = sink_token_id, max_sinks, padding_side
+        self.sink_token_id, self.max_sinks = settings["sink_token_id"], settings["max_sinks"]
+        self.padding_side = settings["padding_side"]
         self.warned = False
 
     def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -411,17 +404,11 @@ def sink_attention_forward(
         bias = None if inter_sink_bias is None else _dense_bias(query, key, sinks, inter_sink_bias)
         mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
         return _dense_attention(query, key, value, mask, bias, dropout, scaling, output_attentions)
-    if inter_sink_bias is None:
-        positions = query.new_empty(query.shape[0], 0, dtype=torch.long)
-        inter_sink_bias = query.new_empty(query.shape[0], 1, 0, 0)
-    else:
-        positions = sinks.positions
     out = sink_attention(
         query,
         key,
         value,
-        positions,
-        inter_sink_bias,
+        *(no_sinks(query) if inter_sink_bias is None else (sinks.positions, inter_sink_bias)),
         causal=causal,
         seq_lens=None if attention_mask is None else sinks.seq_lens,
         padding_side=sinks.padding_side or "right",
@@ -490,8 +477,8 @@ def _attentions(base: nn.Module) -> list[nn.Module]:
     return [layer.get_submodule(attention) for layer in base.get_submodule(layers)]
 
 
-def _named_biases(base: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in base.named_modules() if name.rpartition(".")[2] == BIAS)
+def _is_of_bias(parameter: str) -> bool:
+    return f".{BIAS}." in parameter
 
 
 def _supported_attentions(model: nn.Module) -> list[nn.Module]:
@@ -587,7 +574,6 @@ def _saved_biases(path: str, prefix: str, **kwargs: object) -> dict[str, Tensor]
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if f".{BIAS}." in name:
-                    found[name.removeprefix(f"{prefix}.")] = tensors.get_tensor(name)
+            for name in filter(_is_of_bias, tensors.keys()):
+                found[name.removeprefix(f"{prefix}.")] = tensors.get_tensor(name)
     return found

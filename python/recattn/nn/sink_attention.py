@@ -7,6 +7,7 @@ from recattn import reference
 from recattn._check import expect
 from recattn.functional import sink_attention
 from recattn.nn._projections import MultiheadProjections, identity_values
+from recattn.ops.sink_attention import no_sinks
 
 
 class SinkAttention(MultiheadProjections):
@@ -101,8 +102,7 @@ class SinkAttention(MultiheadProjections):
         expect((inter_sink_bias is not None) == given, "inter_sink_bias", "given with sink_positions", "one of them")
         q, k, v = self._project(query, key, value)
         if not given:
-            sink_positions = torch.empty(batch, 0, dtype=torch.long, device=q.device)
-            inter_sink_bias = q.new_empty(batch, 1, 0, 0)
+            sink_positions, inter_sink_bias = no_sinks(q)
         heads = sink_attention(
             q, k, v, sink_positions, inter_sink_bias, **visible, dropout_p=self._dropout_p, impl=self.impl
         )

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from recattn.ops._library import define
 from recattn.ops._refined_attention_slices import gaussians, gaussians_backward
 from recattn.ops._triton import triton_refusal
-from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttention
+from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttention, no_sinks
 from recattn.ops.sink_attention import Settings as AttentionSettings
 
 
@@ -99,10 +99,8 @@ def _attend(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """softmax(mask(scale · Q Kᵀ)) V."""
-    sink_positions = torch.empty(q.shape[0], 0, dtype=torch.int64, device=q.device)
-    bias = torch.empty(q.shape[0], 1, 0, 0, dtype=torch.float32, device=q.device)
     options = AttentionSettings(settings.causal, settings.left_padded, scale, dropout_p, None, settings.path)
-    return SinkAttention.apply(q, k, v, sink_positions, bias, None, seq_lens, None, dropout_seed, options)[0]
+    return SinkAttention.apply(q, k, v, *no_sinks(q), None, seq_lens, None, dropout_seed, options)[0]
 
 
 # --- Gaussians ---

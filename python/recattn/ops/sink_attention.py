@@ -20,6 +20,12 @@ from recattn.ops.sink_attention_dispatch import CORRECTION
 MAX_HEAD_DIM = 256
 
 
+def no_sinks(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The sink_positions [B, 0] and inter_sink_bias [B, 1, 0, 0] with which sink_attention is plain attention."""
+    positions = torch.empty(q.shape[0], 0, dtype=torch.int64, device=q.device)
+    return positions, torch.empty(q.shape[0], 1, 0, 0, dtype=torch.float32, device=q.device)
+
+
 def availability(device: str) -> dict[str, str | None]:
     """Why each implementation cannot run on this device type (None: it can), best first."""
     if device == "cpu":
