@@ -3,10 +3,15 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: bench examples gpu test lint format clean
+.PHONY: bench plots examples gpu test lint format clean
 
+# [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run $(if $(BASELINE),--baseline-file $(BASELINE))
+
+# benchmarks/RESULTS.md, its figures and README's, from benchmarks/results/
+plots: $(INSTALLED)
+	$(BIN)/python -m benchmarks.plot
 
 examples: $(INSTALLED)
 	for name in ctr_sink sasrec lrea embedding_bag; do $(BIN)/python -m benchmarks.examples.$$name || exit 1; done

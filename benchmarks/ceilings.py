@@ -1,5 +1,7 @@
-"""What this machine reaches at best, measured in the same run: a large matrix product and a large copy."""
+"""What this machine reaches at best, measured in the same run: a large matrix product, a large copy, softmax of what is
+at hand, and the least time of a call."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,6 +14,8 @@ from benchmarks.registry import Cost
 class Ceilings:
     tflops: dict[torch.dtype, float]
     gbs: float
+    gsoftmax: float = math.inf  # billions of elements a second, of data at hand
+    launch_us: float = 0.0  # of a kernel that does nothing; on a CPU, of such a call
 
     def fraction(self, cost: Cost, dtype: torch.dtype, ms: float) -> float:
         """The least time the work could take here (its arithmetic or its traffic, whichever takes longer) over `ms`."""
@@ -26,7 +30,19 @@ def measure_ceilings(
     size = (2**26 if quick else 2**30 if device.type == "cuda" else 2**28) // 4
     source, target = torch.randn(2, size, device=device)
     gbs = 2 * source.nbytes / _best(lambda: target.copy_(source), clock) / 1e6
-    return Ceilings(tflops, gbs)
+    one = torch.zeros(1, device=device)
+    launch_us = 1e3 * _best(lambda: one.add_(1), clock, calls=100)
+    return Ceilings(tflops, gbs, _gsoftmax(device, clock), launch_us)
+
+
+def _gsoftmax(device: torch.device, clock: Callable[[Callable[[], object]], float]) -> float:
+    if device.type == "cuda":
+        # A softmax of PyTorch's would be bound by memory. Since Volta a multiprocessor has had sixteen exponentials a
+        # clock.
+        properties = torch.cuda.get_device_properties(device)
+        return 16 * properties.multi_processor_count * properties.clock_rate / 1e6
+    scores, weights = torch.randn(2, 512, 512)
+    return scores.numel() / _best(lambda: torch.softmax(scores, -1, out=weights), clock, calls=100) / 1e6
 
 
 def _matmul_tflops(device, dtype, clock, enough_ms: float) -> float:

@@ -59,7 +59,7 @@ def load(offline: bool = False) -> Histories:
     """The histories; without the data, their real lengths with items drawn by a Zipf law."""
     users = events(offline)
     if users is None:
-        return _drawn(read_histogram())
+        return drawn()
     items = [torch.tensor([event.item for event in own]) for own in users]
     return Histories(sorted(items, key=len), "MovieLens-100k")
 
@@ -105,10 +105,11 @@ def write_histogram(histories: Histories) -> None:
         writer.writerows(sorted(users.items()))
 
 
-def _drawn(histogram: Counter[int]) -> Histories:
+def drawn() -> Histories:
+    """The real lengths, and items drawn by a Zipf law."""
     generator = torch.Generator().manual_seed(0)
     popularity = 1 / torch.arange(1, ITEMS + 1)
-    lengths = sorted(histogram.elements())
+    lengths = sorted(read_histogram().elements())
     items = [torch.multinomial(popularity, n, generator=generator) + 1 for n in lengths]
     return Histories(items, "MovieLens-100k lengths, drawn items")
 

@@ -4,8 +4,9 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -45,6 +46,13 @@ class Row:
     goals: list[Outcome] = field(default_factory=list)
 
 
+class Record(NamedTuple):
+    """A row, and what it has in common with the others of its run."""
+
+    row: Row
+    run: dict[str, object]
+
+
 def environment(device: torch.device) -> dict[str, object]:
     return {
         "device": device_name(device),
@@ -52,6 +60,8 @@ def environment(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "driver": _driver() if device.type == "cuda" else None,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
     }
@@ -72,6 +82,31 @@ def append(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:
         file.writelines(json.dumps({**asdict(row), **common}, allow_nan=False) + "\n" for row in rows)
 
 
+def read(paths: Iterable[Path]) -> list[Record]:
+    """The rows of `benchmarks.run` in files, and in the files of folders, in the order of the files' names.
+
+    Raises ValueError for what is no such file, or where there are no rows at all.
+    """
+    paths = list(paths)
+    records = []
+    for file in (file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])):
+        try:
+            written = [json.loads(line) for line in file.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: expected JSON lines of benchmarks.run, got {error}") from error
+        records += [_record(fields_of) for fields_of in written if "direction" in fields_of]
+    if not records:
+        raise ValueError(f"{', '.join(map(str, paths))}: expected rows of benchmarks.run, found none")
+    return records
+
+
+def _record(written: dict[str, object]) -> Record:
+    own = {f.name for f in fields(Row)} & written.keys()
+    row = Row(**{name: written[name] for name in own})
+    row.goals = [Outcome(**goal) for goal in row.goals]
+    return Record(row, {name: value for name, value in written.items() if name not in own})
+
+
 def _triton_version() -> str | None:
     try:
         import triton
@@ -80,10 +115,19 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
+def _driver() -> str | None:
+    return _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+
+
 def _git(*arguments: str) -> str | None:
+    return _printed("git", *arguments)
+
+
+def _printed(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
     root = Path(__file__).parent.parent
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

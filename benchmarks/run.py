@@ -1,6 +1,7 @@
 """`python -m benchmarks.run`: time recattn against its peers, print the tables, write the rows as JSON lines.
 
-The exit status is 1 when an implementation of recattn was refused as wrong or failed, 2 when the request cannot be met.
+The exit status is 1 when an implementation of recattn was refused as wrong, failed, or is slower than the baseline file
+has it, and 2 when the request cannot be met.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import movielens, results, table
+from benchmarks import compare, movielens, results, table
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Implementation, Operator, load_operators
 from benchmarks.registry import DTYPES as DEFAULT_DTYPES
@@ -43,10 +44,16 @@ def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operat
     parser.add_argument("--seconds", type=float, help=f"of timing a workload and direction, {SECONDS}")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the JSON lines")
+    parser.add_argument("--baseline-file", type=Path, help="an older run's file or folder, to hold this one against")
+    parser.add_argument("--threshold", type=float, default=compare.THRESHOLD, help="slower than it by more is too slow")
     parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its items")
     chosen = parser.parse_args(arguments)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
+    try:
+        chosen.baseline = results.read([chosen.baseline_file]) if chosen.baseline_file else None
+    except ValueError as error:
+        parser.error(f"--baseline-file: {error}")
     chosen.tier = chosen.tier or "default"
     chosen.device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     default_dtype = DEFAULT_DTYPES[chosen.device.type]
@@ -122,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ceiling_tflops": {name: ceilings.tflops[DTYPES[name]] for name in chosen.dtype},
         "ceiling_gbs": ceilings.gbs,
+        "ceiling_gsoftmax": ceilings.gsoftmax,
+        "launch_us": ceilings.launch_us,
     }
     table.print_heading(console, common)
     rows: list[results.Row] = []
@@ -148,7 +157,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
     table.print_summary(console, rows)
     console.print(f"{len(rows)} rows in {path}, {time.perf_counter() - started:.0f} s")
-    return int(ours_broke)
+    if chosen.baseline is None:
+        return int(ours_broke)
+    try:
+        measured = [results.Record(row, common) for row in rows]
+        changes = compare.compare(chosen.baseline, measured, operators, chosen.threshold)
+    except ValueError as error:
+        console.print(f"--baseline-file: {error}", highlight=False)
+        return 2
+    compare.report(console, changes, chosen.threshold)
+    return int(ours_broke or bool(compare.regressions(changes)))
 
 
 if __name__ == "__main__":

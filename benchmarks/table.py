@@ -81,7 +81,7 @@ def goals(rows: Sequence[Row]) -> Table:
                 row.op,
                 row.workload,
                 goal.goal,
-                _measured(goal, row),
+                measured(goal, row),
                 _percent(goal.spread),
                 Text(goal.verdict, style=VERDICT_STYLE.get(goal.verdict, "yellow")),
             )
@@ -93,7 +93,8 @@ def print_heading(console: Console, common: Mapping[str, object]) -> None:
     commit = f"{(common['commit'] or 'no commit')[:10]}{' with changes' if common['dirty'] else ''}"
     console.print(
         f"{common['device']}, {common['threads']} threads; torch {common['torch']}, triton {common['triton']}, "
-        f"Python {common['python']}; {commit}\nceilings measured here: {tflops}, copy {common['ceiling_gbs']:.3g} GB/s",
+        f"Python {common['python']}; {commit}\nceilings: {tflops}, copy {common['ceiling_gbs']:.3g} GB/s, "
+        f"softmax {common['ceiling_gsoftmax']:.3g} G/s, {common['launch_us']:.2g} µs a call",
         highlight=False,
     )
 
@@ -104,7 +105,7 @@ def print_summary(console: Console, rows: Sequence[Row]) -> None:
     console.print(Text(LEGEND, style="dim"))
 
 
-def _measured(outcome: Outcome, row: Row) -> str:
+def measured(outcome: Outcome, row: Row) -> str:
     """What was measured, the way the goal puts it, or why nothing was."""
     if outcome.verdict == NOT_MEASURED:
         return row.status if row.status != TIMED else "nothing to compare with was timed"
@@ -126,16 +127,16 @@ def _time(row: Row | None) -> Text:
         return Text("–")
     if row.p50_ms is None:
         return Text(row.status, style="red")
-    return Text(_significant(row.p50_ms))
+    return Text(significant(row.p50_ms))
 
 
 def _speed(row: Row | None, baseline: Row | None) -> str:
     if row is None or baseline is None or row.p50_ms is None or baseline.p50_ms is None:
         return "–"
-    return _significant(baseline.p50_ms / row.p50_ms)
+    return significant(baseline.p50_ms / row.p50_ms)
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 

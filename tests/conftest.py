@@ -29,6 +29,64 @@ def poisoned_allocations():
     torch.use_deterministic_algorithms(False)
 
 
+# The benchmark suite on an operator of its own.
+
+
+@pytest.fixture(scope="session")
+def histories():
+    from benchmarks import movielens
+
+    return movielens.drawn()
+
+
+@pytest.fixture
+def suite_settings(histories):
+    from benchmarks import suite, timing
+    from benchmarks.ceilings import Ceilings
+    from benchmarks.registry import DIRECTIONS
+
+    cpu, ceilings = torch.device("cpu"), Ceilings({torch.float32: 0.1}, 10.0)
+    return suite.Settings(cpu, torch.float32, histories, ceilings, timing.CpuClock(), 0.01, DIRECTIONS["cpu"])
+
+
+@pytest.fixture
+def product():
+    """An operator x @ w with an eager implementation."""
+    from benchmarks.goals import TimeGoal
+    from benchmarks.registry import FORWARD, TRAINING, Cost, Operator
+    from benchmarks.workloads import Workload
+
+    def draw_inputs(workload, draw):
+        return {"x": draw.normal(workload.batch, 8), "w": draw.normal(8, 3)}
+
+    def cost(workload, inputs, direction):
+        passes = 1 if direction == FORWARD else 3
+        return Cost(passes * 48 * workload.batch, passes * 44 * workload.batch)
+
+    operator = Operator(
+        "product",
+        lambda x, w: x @ w,
+        draw_inputs,
+        cost,
+        grads=("x", "w"),
+        baseline="eager",
+        workloads=(Workload(name="small", batch=16, gate_batch=4),),
+        goals=(TimeGoal(workload="small", direction=TRAINING, against=("eager",), time_ratio=1.5),),
+    )
+    operator.implementation("eager")(lambda x, w: x @ w)
+    return operator
+
+
+@pytest.fixture
+def only_product(product, monkeypatch, histories):
+    """The command of the suite knows that operator alone."""
+    from benchmarks import movielens, run
+
+    monkeypatch.setattr(run, "load_operators", lambda: {"product": product})
+    monkeypatch.setattr(movielens, "load", lambda offline: histories)
+    return product
+
+
 def pytest_collection_modifyitems(items):
     if not ON_GPU:
         for item in items:

@@ -1,0 +1,358 @@
+"""`python -m benchmarks.plot`: draw the committed records, and write RESULTS.md and README's figures from them.
+
+With --check nothing is written: the exit status is 1 where what stands there is stale. With --compare OLD NEW two
+records (files, or folders of them) are held against each other: it is 1 where recattn has become slower by more than
+--threshold, or takes more memory by more, or is no longer timed, and 2 where there is nothing to compare.
+"""
+
+import argparse
+import hashlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import compare, model, report, results
+from benchmarks.registry import FORWARD, TRAINING, Operator, load_operators
+from benchmarks.report import OURS, ROOT, SHORT, Machine
+from benchmarks.workloads import Workload
+
+FOLDER = Path(__file__).parent
+RECORDS, FIGURES, RESULTS, README = FOLDER / "results", FOLDER / "figures", FOLDER / "RESULTS.md", ROOT / "README.md"
+README_FIGURE = "speed-ups"
+
+# How series look, by the part they play.
+PEER = {"linewidth": 1.2, "marker": "o", "markersize": 3}
+ROLES = {
+    "ours": {"linewidth": 2.4, "marker": "o", "markersize": 5, "color": "#c1272d", "zorder": 3},
+    "limit": {"linewidth": 1.6, "linestyle": "--", "marker": ".", "color": "black"},
+    "line": {"linewidth": 1, "color": "0.5", "zorder": 0},
+    "peer": PEER,
+    "our points": {"linestyle": "", "marker": "o", "markersize": 6, "color": "#c1272d", "zorder": 3},
+    "limit points": {"linestyle": "", "marker": "|", "markersize": 14, "markeredgewidth": 2, "color": "black"},
+    "peer points": {"linestyle": "", "marker": "o", "markersize": 4},
+}
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31", "#7f7f7f", "#6a51a3")
+
+
+@dataclass(frozen=True)
+class Series:
+    label: str
+    role: str
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    log_x: bool = True
+    log_y: bool = True
+    y_names: tuple[str, ...] = ()  # at 0, 1, …, from the top
+
+
+@dataclass(frozen=True)
+class Figure:
+    name: str
+    caption: str
+    panels: tuple[Panel, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of all that is drawn: a figure is stale when its own is another."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+# --- What is drawn ---
+
+
+def sweep(operator: Operator, machine: Machine, workloads: Sequence[Workload], direction: str, x, y) -> list[Series]:
+    """A series for each contestant over those workloads: y of its row against x of the workload."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for workload in workloads:
+        for name in machine.contests.get((operator.name, workload.name, direction), {}):
+            row = machine.row(operator.name, workload.name, direction, name)
+            if row is not None:
+                found.setdefault(name, []).append((x(workload), y(row)))
+    return [
+        Series(name, _role(operator, name), *zip(*sorted(points), strict=True))
+        for name, points in found.items()
+        if len(points) > 1
+    ]
+
+
+def _role(operator: Operator, name: str) -> str:
+    if name == OURS:
+        return "ours"
+    return "peer" if operator.implementations[name].reference is None else "limit"
+
+
+def speed_by_length(operators: dict[str, Operator], machine: Machine) -> Figure:
+    operator = operators["sink_attention"]
+    panels = [
+        Panel(f"{kind}, {SHORT[direction]}", "tokens a sequence", "TFLOP/s", tuple(series))
+        for causal, kind in ((False, "full"), (True, "causal"))
+        for direction in (FORWARD, TRAINING)
+        if (series := sweep(operator, machine, lengths(operator, causal), direction, length, lambda row: row.tflops))
+    ]
+    return Figure(
+        "length",
+        "sink_attention against the length of the sequence: 16,384 tokens, 8 heads, D = 64, a tenth of the tokens "
+        "sinks. The dashed line is attention without the bias, the limit.",
+        tuple(panels),
+    )
+
+
+def lengths(operator: Operator, causal: bool) -> list[Workload]:
+    """The sweep over N."""
+    named = {f"n{w.length}{'_causal' if causal else ''}" for w in operator.workloads}
+    return [w for w in operator.workloads if w.name in named and w.batch * w.length == 16384]
+
+
+def length(workload: Workload) -> float:
+    return workload.length
+
+
+def memory_by_length(operators: dict[str, Operator], machine: Machine) -> Figure:
+    operator = operators["sink_attention"]
+    series = sweep(operator, machine, lengths(operator, False), TRAINING, length, lambda row: row.peak_bytes / 2**20)
+    panels = [Panel("sink_attention, full", "tokens a sequence", "MiB", tuple(series))] if series else []
+    operator = operators["refined_attention"]
+    workloads = [w for w in operator.workloads if w.name == f"n{w.length}"]
+    series = sweep(operator, machine, workloads, TRAINING, length, lambda row: row.peak_bytes / 2**20)
+    panels += [Panel("refined_attention, R = 64", "tokens a sequence", "MiB", tuple(series))] if series else []
+    return Figure("memory", "Peak memory beyond the inputs, forward and backward.", tuple(panels))
+
+
+def cost_of_sinks(operators: dict[str, Operator], machine: Machine) -> Figure:
+    operator = operators["sink_attention"]
+    workloads = [w for w in operator.workloads if w.name == f"m{w.sinks}"]
+    panels = [
+        Panel(SHORT[direction], "sinks among 1024 tokens", "ms", tuple(series), log_x=False, log_y=False)
+        for direction in (FORWARD, TRAINING)
+        if (series := sweep(operator, machine, workloads, direction, lambda w: w.sinks, lambda row: row.p50_ms))
+    ]
+    caption = "sink_attention against the number of sinks: B = 4, 8 heads, N = 1024, D = 64."
+    return Figure("sinks", caption, tuple(panels))
+
+
+def dtype_of(machine: Machine) -> str:
+    return str(machine.dtype).removeprefix("torch.")
+
+
+def roofline(operators: dict[str, Operator], machine: Machine) -> Figure:
+    run = machine.run
+    tflops, gbs = run["ceiling_tflops"][dtype_of(machine)], run["ceiling_gbs"]
+    panels = []
+    for direction in (FORWARD, TRAINING):
+        series, xs = [], []
+        for operator in operators.values():
+            rows = [machine.row(operator.name, workload.name, direction) for workload in operator.workloads]
+            points = [(1e3 * row.tflops / row.gbs, row.tflops) for row in rows if row is not None]
+            if points:
+                series.append(Series(operator.name, "peer points", *zip(*points, strict=True)))
+                xs += [x for x, _ in points]
+        if series:
+            corners = sorted({min(xs), 1e3 * tflops / gbs, max(xs)})
+            roof = Series("roof", "line", tuple(corners), tuple(min(tflops, x * gbs / 1e3) for x in corners))
+            panels.append(Panel(SHORT[direction], "FLOP a byte", "TFLOP/s", (roof, *series)))
+    return Figure(
+        "roofline",
+        "What recattn reaches, by the least arithmetic and traffic that the work takes, under the measured matrix "
+        "product and copy. (Above the roof lies what the caches held.)",
+        tuple(panels),
+    )
+
+
+def model_against_measured(operators: dict[str, Operator], machine: Machine) -> Figure:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for prediction in report.predictions(operators, machine):
+        found.setdefault(prediction.row.op, []).append((prediction.milliseconds, prediction.row.p50_ms))
+    if not found:
+        return Figure("model", "", ())
+    everything = [x for points in found.values() for point in points for x in point]
+    ends = min(everything), max(everything)
+    lines = [
+        Series(label, "line", ends, tuple(factor * x for x in ends))
+        for label, factor in (("as predicted", 1.0), ("", 1 + model.TOLERANCE), ("", 1 / (1 + model.TOLERANCE)))
+    ]
+    points = [Series(name, "peer points", *zip(*own, strict=True)) for name, own in found.items()]
+    return Figure(
+        "model",
+        f"Measured against the model of `benchmarks/model.py`; the outer lines are {model.TOLERANCE:.0%} off.",
+        (Panel("recattn", "predicted ms", "measured ms", (*lines, *points)),),
+    )
+
+
+def speed_ups(operators: dict[str, Operator], machine: Machine) -> Figure:
+    """Of the workloads that every run measures."""
+    names, ours, peers, limits = [], [], [], []
+    for operator in operators.values():
+        for workload in operator.workloads:
+            direction = TRAINING if operator.grads else FORWARD
+            own, base = (machine.row(operator.name, workload.name, direction, i) for i in (OURS, operator.baseline))
+            if own is None or base is None or workload.tier != "default":
+                continue
+            at = len(names)
+            names.append(f"{operator.name} · {workload.name}")
+            ours.append((base.p50_ms / own.p50_ms, at))
+            for name, (row, _) in machine.contests[operator.name, workload.name, direction].items():
+                role = _role(operator, name)
+                if row.status == results.TIMED and role != "ours" and not operator.implementations[name].ours:
+                    (limits if role == "limit" else peers).append((base.p50_ms / row.p50_ms, at))
+    series = [
+        Series(label, role, *zip(*points, strict=True))
+        for label, role, points in (
+            ("PyTorch, doing less", "limit points", limits),
+            ("PyTorch", "peer points", peers),
+            ("recattn", "our points", ours),
+        )
+        if points
+    ]
+    return Figure(
+        README_FIGURE,
+        f"Times as fast as eager PyTorch on {machine.name}, in {dtype_of(machine)}, forward and backward where there "
+        "is one. Each other point is a way to do the same in PyTorch; a bar does less, as plain attention does.",
+        (Panel("", "times as fast as eager", "", tuple(series), log_y=False, y_names=tuple(names)),) if names else (),
+    )
+
+
+DRAWN = (speed_ups, speed_by_length, cost_of_sinks, memory_by_length, roofline, model_against_measured)
+
+
+def figures_of(operators: dict[str, Operator], machine: Machine) -> list[Figure]:
+    return [figure for figure in (of(operators, machine) for of in DRAWN) if figure.panels]
+
+
+# --- Drawing ---
+
+
+def draw(figure: Figure, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(len(figure.panels), 2)
+    rows = math.ceil(len(figure.panels) / columns)
+    tall = max(3.4, *(0.3 * len(panel.y_names) + 1.2 for panel in figure.panels))
+    style = {"svg.hashsalt": figure.name, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(style):
+        canvas, axes = pyplot.subplots(
+            rows, columns, figsize=(9 if columns == 2 else 7.5, tall * rows), squeeze=False, layout="constrained"
+        )
+        colors: dict[str, str] = {}
+        for panel, axis in zip(figure.panels, axes.flat, strict=False):
+            _draw_panel(panel, axis, colors)
+        for axis in axes.flat[len(figure.panels) :]:
+            axis.remove()
+        handles = {text: handle for axis in canvas.axes for handle, text in zip(*axis.get_legend_handles_labels())}  # noqa: B905
+        canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+        path.parent.mkdir(exist_ok=True)
+        canvas.savefig(path, metadata={"Date": None, "Description": figure.digest})
+        pyplot.close(canvas)
+
+
+def _draw_panel(panel: Panel, axis, colors: dict[str, str]) -> None:
+    for series in panel.series:
+        look = dict(ROLES[series.role])
+        if "color" not in look:
+            look["color"] = colors.setdefault(series.label, next(_unused(colors)))
+        axis.plot(series.xs, series.ys, label=series.label or "_", **look)
+    axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.log_x:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+    if panel.log_y:
+        axis.set_yscale("log")
+    elif not panel.y_names:
+        axis.set_ylim(bottom=0)
+    if panel.y_names:
+        axis.set_yticks(range(len(panel.y_names)), panel.y_names)
+        axis.invert_yaxis()
+        axis.axvline(1, color="0.8", zorder=0)
+    axis.grid(axis="x" if panel.y_names else "both", linewidth=0.4, color="0.85")
+
+
+def _unused(colors: dict[str, str]) -> Iterator[str]:
+    return (color for color in cycle(COLORS) if len(colors) >= len(COLORS) or color not in colors.values())
+
+
+# --- The command ---
+
+
+@dataclass(frozen=True)
+class Pages:
+    """All that is written from the records."""
+
+    texts: dict[Path, str]
+    figures: dict[Path, Figure]
+
+    def stale(self) -> list[Path]:
+        texts = [path for path, text in self.texts.items() if not path.exists() or path.read_text() != text]
+        drawn = [p for p, f in self.figures.items() if not p.exists() or f.digest not in p.read_text()]
+        left = [path for path in FIGURES.glob("*.svg") if path not in self.figures]
+        return texts + drawn + left
+
+    def write(self) -> None:
+        for path in self.stale():
+            if path in self.texts:
+                path.write_text(self.texts[path])
+            elif path in self.figures:
+                draw(self.figures[path], path)
+            else:
+                path.unlink()
+
+
+def pages() -> Pages:
+    operators = load_operators()
+    measured = report.machines(results.read([RECORDS]))
+    figures, images = {}, {}
+    for kind in ("cpu", "cuda"):
+        for machine in [machine for machine in measured if machine.type == kind][:1]:
+            for figure in figures_of(operators, machine):
+                path = FIGURES / f"{kind}-{figure.name}.svg"
+                figures[path] = figure
+                images.setdefault(kind, []).append((f"{FIGURES.name}/{path.name}", figure.caption))
+    first = [image for own in images.values() for image in own if README_FIGURE in image[0]][-1:]
+    texts = {
+        RESULTS: report.results_page(operators, measured, images),
+        README: report.with_block(README.read_text(), report.readme_block(operators, measured, first)),
+    }
+    return Pages(texts, figures)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.partition("\n")[0])
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--check", action="store_true", help="write nothing; fail where what is written is stale")
+    task.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="fail where recattn regressed")
+    parser.add_argument("--threshold", type=float, default=compare.THRESHOLD, help="of a regression, %(default)s")
+    chosen = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if chosen.compare:
+        try:
+            old, new = (results.read([path]) for path in chosen.compare)
+            changes = compare.compare(old, new, load_operators(), chosen.threshold)
+        except ValueError as error:
+            parser.error(f"--compare: {error}")
+        compare.report(console, changes, chosen.threshold)
+        return int(bool(compare.regressions(changes)))
+    everything = pages()
+    stale = everything.stale()
+    if not chosen.check:
+        everything.write()
+    for path in stale:
+        console.print(path.relative_to(ROOT), "is stale: python -m benchmarks.plot" if chosen.check else "written")
+    return int(chosen.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

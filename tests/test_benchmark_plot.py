@@ -1,0 +1,198 @@
+"""RESULTS.md, its figures and README's: drawn from the committed records, and as new as they are."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks import model, plot, report, results
+from benchmarks.goals import Outcome
+from benchmarks.registry import FORWARD, TRAINING, load_operators
+from benchmarks.results import Record, Row
+
+OPERATORS = load_operators()
+RECORDS = results.read([plot.RECORDS])
+
+
+def test_nothing_is_stale():
+    stale = [str(path.relative_to(report.ROOT)) for path in plot.pages().stale()]
+    assert not stale, f"{stale} are not of the committed records: run python -m benchmarks.plot"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """All that is written goes to a folder of its own."""
+    for name, path in {"FIGURES": "figures", "RESULTS": "RESULTS.md", "README": "README.md"}.items():
+        monkeypatch.setattr(plot, name, tmp_path / path)
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    return tmp_path
+
+
+def faster(record: Record) -> Record:
+    """Twice as fast as it was."""
+    row = record.row
+    if row.impl != "recattn" or row.p50_ms is None:
+        return record
+    goals = [replace(goal, verdict="met") for goal in row.goals]
+    return Record(replace(row, p50_ms=row.p50_ms / 2, tflops=2 * row.tflops, gbs=2 * row.gbs, goals=goals), record.run)
+
+
+def test_a_changed_record_makes_everything_stale_until_it_is_written(elsewhere, monkeypatch, capsys):
+    assert plot.main(["--check"]) == 1
+    assert plot.main([]) == 0
+    assert plot.main(["--check"]) == 0
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    assert plot.main([]) == 0
+    assert before == {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr(model, "TOLERANCE", 1e9)  # nobody explains what is made up here
+    monkeypatch.setattr(results, "read", lambda paths: [faster(record) for record in RECORDS])
+    capsys.readouterr()
+    assert plot.main(["--check"]) == 1
+    printed = capsys.readouterr().out
+    for name in ("RESULTS.md", "README.md", "cpu-speed-ups.svg", "cpu-roofline.svg"):
+        assert name in printed
+    assert before == {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    assert plot.main([]) == 0 and plot.main(["--check"]) == 0
+
+
+def test_a_figure_that_nothing_draws_any_more_is_stale(elsewhere):
+    assert plot.main([]) == 0
+    left = plot.FIGURES / "old.svg"
+    left.write_text("<svg/>")
+    assert plot.main(["--check"]) == 1
+    assert plot.main([]) == 0 and not left.exists()
+
+
+def test_the_readme_is_left_as_it_is_around_the_marks(elsewhere):
+    assert plot.main([]) == 0
+    text = (elsewhere / "README.md").read_text()
+    assert text.startswith(f"before\n{report.MARKS[0]}\n") and text.endswith(f"{report.MARKS[1]}\nafter\n")
+    assert "old" not in text.split() and text.count("![](") == 1
+    (elsewhere / "README.md").write_text("no marks")
+    with pytest.raises(ValueError, match=r"README\.md must hold"):
+        plot.pages()
+
+
+def goals_of(kind: str):
+    return [(operator, goal) for operator in OPERATORS.values() for goal in operator.goals if goal.device == kind]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_goal_is_a_row_with_its_verdict(kind):
+    lines = report.goals_table(OPERATORS, report.machines(RECORDS), kind).splitlines()[2:]
+    assert len(lines) == len(goals_of(kind)) > 5
+    for line, (operator, goal) in zip(lines, goals_of(kind), strict=True):
+        name, workload, stated, *verdicts = (cell.strip() for cell in line.strip("|").split(" | "))
+        assert (name, workload) == (operator.name, goal.workload) and str(goal) in stated
+        words = ("**met**", "**missed**", "**no verdict**", "not measured", "owed", "–")
+        assert all(any(word in verdict for word in words) for verdict in verdicts)
+
+
+def test_every_goal_for_a_cpu_was_measured_on_the_last_machine():
+    table = report.goals_table(OPERATORS, report.machines(RECORDS)[:1], "cpu")
+    assert "owed" not in table and "–" not in table and "not measured" not in table
+
+
+def cuda_record(**options) -> Record:
+    operator, goal = next((operator, goal) for operator, goal in goals_of("cuda") if operator.name == "sink_attention")
+    outcome = Outcome(str(goal), "met", goal.against[0], time_ratio=0.97, spread=0.01)
+    run = dict(RECORDS[-1].run) | {"device": "NVIDIA H200", "cuda": "13.0", "driver": "580.1"}
+    run |= {"ceiling_tflops": {"bfloat16": 788.0}, "ceiling_gbs": 4300.0, "ceiling_gsoftmax": 4000.0, "launch_us": 2.0}
+    workload = next(w for w in operator.workloads if w.name == goal.workload)
+    row = Row(
+        op=operator.name,
+        workload=goal.workload,
+        shape=workload.shape,
+        dtype="bfloat16",
+        impl="recattn",
+        direction=goal.direction,
+        data="drawn",
+        p50_ms=0.3,
+        spread=0.01,
+        tflops=100.0,
+        gbs=100.0,
+        peak_bytes=10**6,
+        goals=[outcome],
+    )
+    return Record(replace(row, **options), run)
+
+
+def test_a_gpu_gets_a_column_once_it_was_measured(monkeypatch):
+    monkeypatch.setattr(model, "TOLERANCE", 1e9)
+    assert "No GPU has run the suite yet" in report.results_page(OPERATORS, report.machines(RECORDS), {})
+    assert "goals for a GPU are owed" in report.readme_block(OPERATORS, report.machines(RECORDS), [])
+    measured = report.machines([*RECORDS, cuda_record()])
+    page = report.results_page(OPERATORS, measured, {})
+    assert "| NVIDIA H200 |" in page and "0.97× (unbiased flash) ± 1%: **met**" in page and "driver 580.1" in page
+    assert "No GPU has run" not in page
+    assert "owed" not in report.readme_block(OPERATORS, measured, [])
+
+
+def test_of_a_contest_the_newest_run_counts_as_a_whole():
+    def at(hour: int, impl: str, direction: str, milliseconds: float) -> Record:
+        record = cuda_record(impl=impl, direction=direction, p50_ms=milliseconds)
+        return Record(record.row, record.run | {"started": f"2026-01-01T{hour:02}:00:00+00:00"})
+
+    records = [
+        at(3, "recattn", FORWARD, 3.0),
+        at(1, "recattn", FORWARD, 1.0),
+        at(1, "eager", FORWARD, 1.0),
+        at(1, "recattn", TRAINING, 1.5),
+        at(2, "recattn", FORWARD, 2.0),
+    ]
+    (machine,) = report.machines(records)
+    row = records[0].row
+    assert machine.row(row.op, row.workload, FORWARD).p50_ms == 3.0
+    assert machine.row(row.op, row.workload, FORWARD, "eager") is None  # of an older run
+    assert machine.row(row.op, row.workload, TRAINING).p50_ms == 1.5
+
+
+def test_what_was_not_run_is_told_once():
+    missing = cuda_record(
+        impl="unbiased FlashAttention 2", status=results.NOT_RUN, reason="flash_attn is not installed"
+    )
+    again = Record(replace(missing.row, direction=TRAINING), missing.run)
+    (machine,) = report.machines([missing, again])
+    assert report.not_timed(machine) == [
+        f"- sink_attention, unbiased FlashAttention 2 ({missing.row.workload}): not run: flash_attn is not installed"
+    ]
+
+
+def test_the_page_has_every_time_that_counts():
+    machine = report.machines(RECORDS)[0]
+    for operator in OPERATORS.values():
+        text = report.times_table(operator, machine)
+        timed = [
+            (workload, row)
+            for (op, workload, _), contest in machine.contests.items()
+            for row, _ in contest.values()
+            if op == operator.name and row.status == results.TIMED and row.impl in operator.implementations
+        ]
+        assert bool(text) == bool(timed)
+        for workload, row in timed:
+            assert f"**{workload}**" in text
+            assert report.table.significant(row.p50_ms) in text
+
+
+def test_a_prediction_that_parts_has_a_reason_beside_it(monkeypatch):
+    record = cuda_record()
+    machine = report.machines([record])[0]
+    (prediction,) = report.predictions(OPERATORS, machine)
+    assert prediction.ratio == pytest.approx(record.row.p50_ms / prediction.milliseconds)
+    slow = report.machines([cuda_record(p50_ms=2 * prediction.milliseconds)])[0]
+    monkeypatch.setattr(model, "REASONS", ())
+    with pytest.raises(LookupError):
+        report.model_table(OPERATORS, slow)
+    monkeypatch.setattr(model, "REASONS", (model.Reason("sink_attention", "cuda", "a reason"),))
+    text = report.model_table(OPERATORS, slow)
+    assert "| 2.00 | 1 |" in text and text.endswith("1. a reason\n")
+    near = report.machines([cuda_record(p50_ms=1.2 * prediction.milliseconds)])[0]
+    assert "a reason" not in report.model_table(OPERATORS, near)
+
+
+def test_records_hold_what_was_measured():
+    for row, run in RECORDS:
+        assert run["commit"] and json.dumps(asdict(row), allow_nan=False)
+        assert row.status != results.TIMED or 0 < row.p10_ms <= row.p50_ms <= row.p90_ms
