@@ -1,9 +1,8 @@
-"""What this machine reaches at best, measured in the same run: a large matrix product, a large copy, softmax of what is
-at hand, and the least time of a call."""
+"""What this machine reaches at best, measured before what is held against it: a large matrix product, a large copy,
+softmax of what is at hand, and the least time of a call."""
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -14,8 +13,12 @@ from benchmarks.registry import Cost
 class Ceilings:
     tflops: dict[torch.dtype, float]
     gbs: float
-    gsoftmax: float = math.inf  # billions of elements a second, of data at hand
-    launch_us: float = 0.0  # of a kernel that does nothing; on a CPU, of such a call
+    gsoftmax: float  # billions of elements a second, of data at hand
+    launch_us: float  # of a kernel that does nothing; on a CPU, of such a call
+
+    def of(self, dtype: torch.dtype) -> dict[str, float]:
+        """As a row records them."""
+        return {**asdict(self), "tflops": self.tflops[dtype]}
 
     def fraction(self, cost: Cost, dtype: torch.dtype, ms: float) -> float:
         """The least time the work could take here (its arithmetic or its traffic, whichever takes longer) over `ms`."""

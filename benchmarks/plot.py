@@ -148,8 +148,10 @@ def dtype_of(machine: Machine) -> str:
 
 
 def roofline(operators: dict[str, Operator], machine: Machine) -> Figure:
-    run = machine.run
-    tflops, gbs = run["ceiling_tflops"][dtype_of(machine)], run["ceiling_gbs"]
+    measured = [row.ceilings for row in machine.rows() if row.ceilings]
+    if not measured:
+        return Figure("roofline", "", ())
+    tflops, gbs = (max(ceilings[name] for ceilings in measured) for name in ("tflops", "gbs"))
     panels = []
     for direction in (FORWARD, TRAINING):
         series, xs = [], []
@@ -165,7 +167,7 @@ def roofline(operators: dict[str, Operator], machine: Machine) -> Figure:
             panels.append(Panel(SHORT[direction], "FLOP a byte", "TFLOP/s", (roof, *series)))
     return Figure(
         "roofline",
-        "What recattn reaches, by the least arithmetic and traffic that the work takes, under the measured matrix "
+        "What recattn reaches, by the least arithmetic and traffic that the work takes, under the best measured matrix "
         "product and copy. (Above the roof lies what the caches held.)",
         tuple(panels),
     )

@@ -43,14 +43,14 @@ class Machine:
         record = self.contests.get((operator, workload, direction), {}).get(implementation)
         return record.row if record is not None and record.row.status == TIMED else None
 
-    def device(self, record: Record) -> model.Device | None:
-        """As a model sees it, by the ceilings of the record's own run; None of a run that did not measure them all."""
-        run = record.run
-        if "ceiling_gsoftmax" not in run:
-            return None
-        tflops = {self.dtype: run["ceiling_tflops"][record.row.dtype]}
-        ceilings = Ceilings(tflops, run["ceiling_gbs"], run["ceiling_gsoftmax"], run["launch_us"])
-        return model.Device(self.name, self.type, ceilings)
+    def rows(self) -> Iterator[Row]:
+        return (row for contest in self.contests.values() for row, _ in contest.values())
+
+    def device(self, row: Row) -> model.Device:
+        """As a model sees it, by the ceilings measured before that row."""
+        return model.Device(
+            self.name, self.type, Ceilings(**{**row.ceilings, "tflops": {self.dtype: row.ceilings["tflops"]}})
+        )
 
 
 def machines(records: Iterable[Record]) -> list[Machine]:
@@ -190,17 +190,14 @@ class Prediction:
 
 
 def predictions(operators: dict[str, Operator], machine: Machine) -> Iterator[Prediction]:
-    """Of what recattn was timed at, where the run measured the ceilings that it takes."""
+    """Of what recattn was timed at."""
     for operator in operators.values():
         for workload in operator.workloads:
             for direction in SHORT:
                 row = machine.row(operator.name, workload.name, direction)
-                if row is None:
+                if row is None or not row.ceilings:  # of before ceilings were measured for each
                     continue
-                device = machine.device(machine.contests[operator.name, workload.name, direction][OURS])
-                if device is None:
-                    continue
-                predicted = model.predict(operator, workload, direction, device, machine.dtype)
+                predicted = model.predict(operator, workload, direction, machine.device(row), machine.dtype)
                 if predicted is not None:
                     yield Prediction(row, predicted)
 
@@ -242,13 +239,19 @@ def gpu_predictions_table(operators: dict[str, Operator]) -> str:
 
 def about(machine: Machine) -> str:
     run = machine.run
-    tflops = ", ".join(f"{value:.3g} TFLOP/s {dtype}" for dtype, value in run["ceiling_tflops"].items())
     extra = "".join(f", {name} {run[name]}" for name in ("cuda", "driver") if run.get(name))
     commits = {record.run["commit"][:8] for contest in machine.contests.values() for record in contest.values()}
     return (
         f"torch {run['torch']}, triton {run['triton']}, Python {run['python']}{extra}; commits "
-        f"{', '.join(sorted(commits))}. Ceilings in the last run: {tflops}, copy {run['ceiling_gbs']:.3g} GB/s."
+        f"{', '.join(sorted(commits))}. Ceilings, measured before each workload: {_range(machine, 'tflops')} TFLOP/s, "
+        f"copy {_range(machine, 'gbs')} GB/s, softmax {_range(machine, 'gsoftmax')} G/s, "
+        f"{_range(machine, 'launch_us')} µs a call."
     )
+
+
+def _range(machine: Machine, ceiling: str) -> str:
+    found = [row.ceilings[ceiling] for row in machine.rows() if row.ceilings]
+    return f"{min(found):.3g}–{max(found):.3g}" if found else "–"
 
 
 def results_page(

@@ -43,6 +43,7 @@ class Row:
     error_share: float | None = None  # the worst error of output and gradients as a share of its bound
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     gate_shape: dict[str, object] | None = None
+    ceilings: dict[str, float] = field(default_factory=dict)  # measured before the timing
     goals: list[Outcome] = field(default_factory=list)
 
 

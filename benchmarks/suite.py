@@ -137,6 +137,7 @@ class Contest:
         row.p10_ms, row.p50_ms, row.p90_ms = (taken.percentile(p) for p in (10, 50, 90))
         row.samples, row.spread, row.waiting = len(taken.times), timing.finite(taken.spread), taken.waiting
         row.tflops, row.gbs = cost.flops / row.p50_ms / 1e9, cost.bytes / row.p50_ms / 1e6
+        row.ceilings = self.settings.ceilings.of(self.settings.dtype)
         row.ceiling_fraction = self.settings.ceilings.fraction(cost, self.settings.dtype, row.p50_ms)
 
     def _input_sets(self) -> list[Inputs]:

@@ -43,7 +43,7 @@ def block(operator: Operator, rows: Sequence[Row]) -> Group:
     columns = (*map(HEADINGS.get, directions), f"× {operator.baseline}", "peak MB", "ceiling", "error")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    notes = []
+    notes = [_ceilings(row.ceilings) for row in rows if row.ceilings][:1]
     for name, own in by_name.items():
         last = list(own.values())[-1]
         if any(row.status != NOT_RUN for row in own.values()):
@@ -89,12 +89,10 @@ def goals(rows: Sequence[Row]) -> Table:
 
 
 def print_heading(console: Console, common: Mapping[str, object]) -> None:
-    tflops = ", ".join(f"{value:.3g} TFLOP/s {dtype}" for dtype, value in common["ceiling_tflops"].items())
     commit = f"{(common['commit'] or 'no commit')[:10]}{' with changes' if common['dirty'] else ''}"
     console.print(
         f"{common['device']}, {common['threads']} threads; torch {common['torch']}, triton {common['triton']}, "
-        f"Python {common['python']}; {commit}\nceilings: {tflops}, copy {common['ceiling_gbs']:.3g} GB/s, "
-        f"softmax {common['ceiling_gsoftmax']:.3g} G/s, {common['launch_us']:.2g} µs a call",
+        f"Python {common['python']}; {commit}",
         highlight=False,
     )
 
@@ -151,6 +149,13 @@ def _percent(value: float | None) -> str:
 
 def _error(row: Row) -> str:
     return "–" if row.max_error is None else f"{row.max_error:.0e} ({_percent(row.error_share)})"
+
+
+def _ceilings(measured: Mapping[str, float]) -> str:
+    return (
+        f"ceilings: {measured['tflops']:.3g} TFLOP/s, copy {measured['gbs']:.3g} GB/s, "
+        f"softmax {measured['gsoftmax']:.3g} G/s, {measured['launch_us']:.2g} µs a call"
+    )
 
 
 def _notes(name: str, rows: Iterable[Row]) -> list[str]:
