@@ -56,13 +56,19 @@ KERNEL_TESTS = {
     ),
     "lrea_attention": ("triton_lrea_*",),
 }
+# What is measured together with an operator.
+BESIDE = {
+    "sink_attention": ("inter_sink_bias",),
+    "refined_attention": ("wasserstein_attention",),
+    "lrea_attention": ("lrea_compress", "lrea_compress_items", "lrea_absorbed_attention"),
+}
 # Those that fit in the time together; another is named.
 TOGETHER = ("sink_attention", "refined_attention")
 
 
 def stages(results: Path, scratch: Path, profile: bool, operators: Sequence[str] = TOGETHER) -> list[list[Step]]:
     """One after another; the steps of a stage side by side. Measurements have the machine to themselves."""
-    from benchmarks.workloads import CUDA, LREA_ABSORBED, LREA_COMPRESS, LREA_RESTORED, REFINED, SINK
+    from benchmarks import workloads as suite
 
     python = (sys.executable, "-m")
     pip = (*python, "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
@@ -77,14 +83,14 @@ def stages(results: Path, scratch: Path, profile: bool, operators: Sequence[str]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     bench = (*python, "benchmarks.run", "--device", "cuda", "--offline", "--op")
     groups = {
-        "sink_attention": SINK,
-        "refined_attention": REFINED,
-        "lrea_attention": (*LREA_RESTORED, *LREA_COMPRESS, *LREA_ABSORBED),
+        "sink_attention": (*suite.SINK, *suite.INTER_SINK_BIAS),
+        "refined_attention": (*suite.REFINED, *suite.WASSERSTEIN),
+        "lrea_attention": (*suite.LREA_RESTORED, *suite.LREA_COMPRESS, *suite.LREA_ABSORBED),
     }
-    workloads = {name: [w.name for w in groups[name] if w.devices == CUDA] for name in operators}
-    measured = {name: (name,) for name in operators}
-    if "lrea_attention" in operators:
-        measured["lrea_attention"] += ("lrea_compress", "lrea_compress_items", "lrea_absorbed_attention")
+    workloads = {
+        name: [w.name for w in groups[name] if w.devices == suite.CUDA and w.tier != "full"] for name in operators
+    }
+    measured = {name: (name, *BESIDE[name]) for name in operators}
     # Compiling takes longer than timing: the compilers' caches are filled while the tests run.
     slow_to_compile = {
         "sink_attention": ("FlexAttention", "recattn triton", "recattn correction:flash"),

@@ -312,6 +312,11 @@ def compress_eager(behaviors, w_comp, valid):
     return w_comp.mT @ (behaviors * valid.mT)
 
 
+@COMPRESS.implementation(COMPILED, prepare=prepare_valid, cpu_tier="full")
+def compress_compiled(**inputs):
+    return compiled(compress_eager)(**inputs)
+
+
 # Compressing histories of item ids: building states, without a gradient.
 
 
@@ -352,6 +357,11 @@ COMPRESS_ITEMS.add_recattn(recattn.lrea_compress, partial(availability, op="lrea
 def compress_items_eager(behaviors, w_comp, seq_lens, item_ids):
     valid = torch.arange(item_ids.shape[1], device=item_ids.device) < seq_lens[:, None]
     return compress_eager(behaviors[item_ids], w_comp, valid.unsqueeze(1))
+
+
+@COMPRESS_ITEMS.implementation(COMPILED, cpu_tier="full")
+def compress_items_compiled(**inputs):
+    return compiled(compress_items_eager)(**inputs)
 
 
 # Training: the restored form.
@@ -425,6 +435,6 @@ def factored_eager(targets, keys, values, w_decomp, valid):
     return (scores @ w_decomp.mT) @ values
 
 
-@RESTORED.implementation(COMPILED_FACTORED, prepare=prepare_restored, restore=unbatch_targets, devices=CUDA)
+@RESTORED.implementation(COMPILED_FACTORED, prepare=prepare_restored, restore=unbatch_targets, cpu_tier="full")
 def factored_compiled(**inputs):
     return compiled(factored_eager)(**inputs)

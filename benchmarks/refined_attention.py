@@ -20,7 +20,8 @@ from recattn.ops.refined_attention import availability
 def draw_inputs(workload: RefinedWorkload, draw: Draw) -> Inputs:
     n, dim, rank = workload.length, workload.dim, workload.rank or workload.length
     # Scores of order one: with larger ones the rounding of a single row decides the largest error of every contestant.
-    widths = {"w_q": rank, "w_k": rank, "w_v": n}
+    columns = 2 * rank if workload.mechanism == "stochastic" else rank  # [W^μ | W^Σ]
+    widths = {"w_q": columns, "w_k": columns, "w_v": n}
     weights = {name: draw.normal(n, widths[name], std=n**-0.5 / 2) for name in weight_names(workload)}
     kind = {"mechanism": workload.mechanism, "source": workload.source}
     if not workload.histories:
@@ -36,7 +37,7 @@ def draw_inputs(workload: RefinedWorkload, draw: Draw) -> Inputs:
 
 
 def weight_names(workload: RefinedWorkload) -> tuple[str, ...]:
-    return ("w_q", "w_k") if workload.mechanism == "simple" else ("w_q", "w_k", "w_v")
+    return ("w_q", "w_k", "w_v") if workload.mechanism in ("value", "additive") else ("w_q", "w_k")
 
 
 def cost(workload: RefinedWorkload, inputs: Inputs, direction: str) -> Cost:
@@ -47,8 +48,10 @@ def cost(workload: RefinedWorkload, inputs: Inputs, direction: str) -> Cost:
     lengths = inputs["seq_lens"]
     n = (torch.full((workload.batch,), workload.length) if lengths is None else lengths).double()
     pairs, rank = n * (n + 1) / 2, inputs["w_q"].shape[1]
-    refining = torch.minimum(6 * rank * pairs, 2 * n**3 / 3)
-    if workload.mechanism != "simple":
+    refining = 6 * rank * pairs
+    if workload.mechanism != "stochastic":
+        refining = torch.minimum(refining, 2 * n**3 / 3)
+    if "w_v" in inputs:
         refining += 2 * n**3 / 3
     flops = workload.heads * float((4 * workload.dim * pairs + refining).sum())
     weights = sum(inputs[name].nbytes for name in weight_names(workload))
@@ -107,9 +110,13 @@ def prepare_mask(inputs: Inputs) -> Inputs:
     if seq_lens is None:
         return {**inputs, "visible": None}
     inputs.pop("padding_side")
-    n, device = inputs["q"].shape[2], inputs["q"].device
-    valid = torch.arange(n, device=device) >= n - seq_lens[:, None]  # [B, N]
-    return {**inputs, "visible": (past(n, device) & valid[:, :, None] & valid[:, None, :]).unsqueeze(1)}
+    return {**inputs, "visible": visible_pairs(inputs["q"].shape[2], seq_lens)}
+
+
+def visible_pairs(n: int, seq_lens: Tensor) -> Tensor:
+    """[B, 1, N, N], causal, of sequences padded on the left."""
+    valid = torch.arange(n, device=seq_lens.device) >= n - seq_lens[:, None]  # [B, N]
+    return (past(n, seq_lens.device) & valid[:, :, None] & valid[:, None, :]).unsqueeze(1)
 
 
 def past(n: int, device: torch.device) -> Tensor:
@@ -125,10 +132,32 @@ def source_weights(q: Tensor, k: Tensor, source: str, visible: Tensor) -> Tensor
     return logits * visible if source == "logits" else masked_softmax(logits, visible)
 
 
+def distances(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor) -> Tensor:
+    """W² of every query and key, [..., N, N], by means and deviations apart, as STOSA's formulas have them."""
+
+    def squared(x: Tensor, y: Tensor) -> Tensor:
+        return x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
+
+    return squared(mean_q, mean_k) + squared(std_q, std_k)
+
+
+def gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and deviations, the covariance elu + 1 of the second half."""
+    mean, covariance = x.chunk(2, dim=-1)
+    return mean, deviation(F.elu(covariance) + 1)
+
+
+def deviation(covariance: Tensor) -> Tensor:
+    return covariance.clamp(min=torch.finfo(covariance.dtype).tiny).sqrt()
+
+
 @REFINED_ATTENTION.implementation(EAGER, prepare=prepare_mask)
 def eager(q, k, v, w_q, w_k, mechanism, source, visible, w_v=None):
     visible = past(q.shape[2], q.device) if visible is None else visible
     a = source_weights(q, k, source, visible)
+    if mechanism == "stochastic":
+        refined = -distances(*gaussians(a @ w_q), *gaussians(a @ w_k)) / math.sqrt(w_q.shape[-1] / 2)
+        return masked_softmax(refined, visible) @ v
     refined = (a @ w_q) @ (a @ w_k).mT / math.sqrt(w_q.shape[-1])
     if mechanism != "simple":
         refined = masked_softmax(refined, visible) @ (a @ w_v)
@@ -137,7 +166,7 @@ def eager(q, k, v, w_q, w_k, mechanism, source, visible, w_v=None):
     return masked_softmax(refined, visible) @ v
 
 
-@REFINED_ATTENTION.implementation(COMPILED, prepare=prepare_mask, devices=CUDA)
+@REFINED_ATTENTION.implementation(COMPILED, prepare=prepare_mask, cpu_tier="full")
 def eager_compiled(**inputs):
     return compiled(eager)(**inputs)
 
@@ -165,7 +194,7 @@ def refined_weights(source: str, **inputs) -> Tensor:
 
 
 @REFINED_ATTENTION.implementation(
-    CHAINED, applies=is_simple, prepare=prepare_mask, reference=refined_weights, devices=CUDA
+    CHAINED, applies=is_simple, prepare=prepare_mask, reference=refined_weights, cpu_tier="full"
 )
 def two_chained_sdpa(q, k, v, w_q, w_k, mechanism, source, visible):
     """source="weights" whatever is asked for: A W is then attention with W for values."""

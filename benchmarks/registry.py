@@ -50,8 +50,12 @@ class Implementation:
     grads: tuple[str, ...] | None = None
     forward_only: Callable[[torch.device], bool] = lambda device: False
     tier: str = "quick"
+    cpu_tier: str | None = None  # where it is another on a CPU
     devices: tuple[str, ...] = ("cpu", "cuda")  # takes part on these; elsewhere only if named
     ours: bool = False
+
+    def tier_on(self, device: str) -> str:
+        return self.cpu_tier or self.tier if device == "cpu" else self.tier
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ def register(operator: Operator) -> Operator:
 
 def load_operators() -> dict[str, Operator]:
     """Import every operator's file; importing registers."""
-    for file in sorted(Path(__file__).parent.glob("*_attention.py")):
+    folder = Path(__file__).parent
+    for file in sorted([*folder.glob("*_attention.py"), folder / "inter_sink_bias.py"]):
         importlib.import_module(f"benchmarks.{file.stem}")
     return OPERATORS

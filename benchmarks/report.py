@@ -83,16 +83,17 @@ def goals_table(operators: dict[str, Operator], measured: Sequence[Machine], kin
     """Every goal for that type of device, with what each machine of the type made of it."""
     own = [machine for machine in measured if machine.type == kind]
     rows = [
-        (operator.name, goal.workload, _stated(goal), *(_verdict(operator, goal, machine) for machine in own or [None]))
+        (
+            operator.name,
+            goal.workload,
+            table.stated(str(goal), goal.implementation),
+            *(_verdict(operator, goal, machine) for machine in own or [None]),
+        )
         for operator in operators.values()
         for goal in operator.goals
         if goal.device == kind
     ]
     return markdown(("operator", "workload", "goal", *([machine.name for machine in own] or ["H200"])), rows)
-
-
-def _stated(goal: Goal) -> str:
-    return str(goal) if goal.implementation == OURS else f"{goal.implementation}: {goal}"
 
 
 def _verdict(operator: Operator, goal: Goal, machine: Machine | None) -> str:

@@ -81,7 +81,7 @@ def choose(
                 i
                 for i in operator.implementations.values()
                 if i.applies(workload)
-                and (i.name in chosen.impl if chosen.impl else i.tier in tiers and device in i.devices)
+                and (i.name in chosen.impl if chosen.impl else i.tier_on(device) in tiers and device in i.devices)
             ]
             if implementations:
                 plan.append((operator, workload, implementations))

@@ -1,8 +1,9 @@
 """sink_attention against eager PyTorch and SDPA with a dense bias; the limit is attention without the bias."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 
 import torch
@@ -26,7 +27,7 @@ BIAS_SCALE = 10
 def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
     if workload.histories:
         return _packed_histories(workload, draw)
-    if workload.ragged:
+    if workload.packed:
         return _packed_at_random(workload, draw)
     batch, length, dim = workload.batch, workload.length, workload.dim
     spots = [random_positions(length, workload.sinks, draw) for _ in range(batch)]
@@ -45,7 +46,11 @@ def random_positions(length: int, sinks: int, draw: Draw) -> Tensor:
 
 
 def _packed_at_random(workload: SinkWorkload, draw: Draw) -> Inputs:
-    lengths = draw.zipf(workload.batch, workload.length)
+    lengths = (
+        draw.zipf(workload.batch, workload.length)
+        if workload.ragged
+        else torch.full((workload.batch,), workload.others)
+    )
     lengths[lengths.argmax()] = workload.length
     spots = [random_positions(n, n * workload.sinks // workload.length, draw) for n in lengths.tolist()]
     q, k, v = (draw.normal(int(lengths.sum()), heads, workload.dim) for heads in _head_counts(workload))
@@ -115,7 +120,7 @@ UNBIASED = tuple(f"unbiased {backend}" for backend in BACKENDS)
 # Not cuDNN, for which PyTorch builds a new plan at every packed call.
 UNBIASED_PACKED = ("unbiased varlen flash", "unbiased varlen efficient")
 FLEX = "FlexAttention"
-# cuDNN gives the bias no gradient.
+# cuDNN gives the bias no gradient, and with a mask at N % 128 == 64 torch 2.11's gives NaN for the others: no backward.
 DENSE_BIAS = {
     FORWARD: ("SDPA cuDNN, dense bias", "SDPA efficient, dense bias"),
     BACKWARD: ("SDPA efficient, dense bias",),
@@ -224,11 +229,20 @@ def future(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
-@SINK_ATTENTION.implementation("eager", prepare=pad, restore=unpad)
+def padded(workload: SinkWorkload) -> bool:
+    """Whether padding to the longest is something that anybody would do."""
+    return workload.others is None
+
+
+@SINK_ATTENTION.implementation("eager", applies=padded, prepare=pad, restore=unpad)
 def eager(q, k, v, sink_positions, inter_sink_bias, causal, valid=None):
+    return biased_attention(q, k, v, dense_bias(q, sink_positions, inter_sink_bias, valid), causal)
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    scores = q @ k.mT / math.sqrt(q.shape[-1]) + dense_bias(q, sink_positions, inter_sink_bias, valid)
+    scores = q @ k.mT / math.sqrt(q.shape[-1]) + bias
     if causal:
         scores = scores.masked_fill(future(q.shape[2], q.device), -math.inf)
     return scores.softmax(-1) @ v
@@ -251,13 +265,16 @@ def sdpa_dense_bias(q, k, v, sink_positions, inter_sink_bias, causal, valid=None
     mask = dense_bias(q, sink_positions, inter_sink_bias, valid)
     if causal:
         mask = mask.masked_fill(future(q.shape[2], q.device), -math.inf)
-    return sdpa(q, k, v, mask.to(q.dtype), backend)
+    return sdpa(q, k, v, mask.to(q.dtype), backend)  # torch 2.11 takes a float32 mask beside bfloat16, and misreads it
 
 
-SINK_ATTENTION.implementation("SDPA, dense bias", prepare=pad, restore=unpad, devices=CPU)(sdpa_dense_bias)
+SINK_ATTENTION.implementation("SDPA, dense bias", applies=padded, prepare=pad, restore=unpad, devices=CPU)(
+    sdpa_dense_bias
+)
 for backend in ("cuDNN", "efficient"):
     SINK_ATTENTION.implementation(
         f"SDPA {backend}, dense bias",
+        applies=padded,
         prepare=pad,
         restore=unpad,
         unavailable=needs_cuda,
@@ -279,7 +296,18 @@ def sdpa_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens
     return torch.cat(outputs)
 
 
-@SINK_ATTENTION.implementation("eager, torch.compile", prepare=pad, restore=unpad, tier="full")
+@SINK_ATTENTION.implementation("official formulation", applies=lambda workload: not workload.packed, cpu_tier="full")
+def official(q, k, v, sink_positions, inter_sink_bias, causal):
+    """CTR-Sink's code: a dense [B, N, N] bias, filled one sequence at a time, and every score in memory."""
+    dense = []
+    for own, positions in zip(inter_sink_bias, sink_positions, strict=True):
+        empty = own.new_zeros(own.shape[0], q.shape[2], q.shape[2])
+        heads = torch.arange(own.shape[0], device=q.device)[:, None, None]
+        dense.append(empty.index_put((heads, positions[:, None], positions[None, :]), own))
+    return biased_attention(q, k, v, torch.stack(dense), causal)
+
+
+@SINK_ATTENTION.implementation("eager, torch.compile", applies=padded, prepare=pad, restore=unpad, tier="full")
 def eager_compiled(**inputs):
     return compiled(eager)(**inputs)
 
@@ -320,6 +348,7 @@ def restore_flex(output: Tensor, inputs: Inputs) -> Tensor:
 
 @SINK_ATTENTION.implementation(
     FLEX,
+    applies=lambda workload: workload.sinks > 0,  # it captures no empty tensor
     prepare=prepare_flex,
     restore=restore_flex,
     forward_only=lambda device: device.type == "cpu",  # its backward does not exist there
@@ -347,9 +376,22 @@ def unbiased_sdpa(q, k, v, sink_positions, inter_sink_bias, causal, valid=None, 
     return sdpa(q, k, v, None if valid is None else valid[:, None, None, :], backend, causal)
 
 
-SINK_ATTENTION.implementation("unbiased SDPA", prepare=pad, restore=unpad, devices=CPU, **UNBIASED_OPTIONS)(
-    unbiased_sdpa
+SINK_ATTENTION.implementation(
+    "unbiased SDPA", applies=padded, prepare=pad, restore=unpad, devices=CPU, **UNBIASED_OPTIONS
+)(unbiased_sdpa)
+
+
+@SINK_ATTENTION.implementation(
+    "unbiased SDPA, one by one", applies=lambda workload: workload.packed, devices=CPU, **UNBIASED_OPTIONS
 )
+def unbiased_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens):
+    outputs = []
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        sequence = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        outputs.append(sdpa(*sequence, None, causal=causal)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 for name, backend in zip(UNBIASED, BACKENDS, strict=True):
     SINK_ATTENTION.implementation(
         name,
@@ -385,26 +427,101 @@ for name, function in zip(UNBIASED_PACKED, (varlen_flash, varlen_efficient), str
     )(function)
 
 
-def flash_attention_missing(workload: SinkWorkload, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "it needs a CUDA device"
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        return "flash_attn is not installed"
-    return None
+def missing(module: str) -> Callable[[SinkWorkload, torch.device], str | None]:
+    """Why a library for GPUs cannot be used, if it cannot."""
+
+    def why(workload: SinkWorkload, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "it needs a CUDA device"
+        try:
+            import_module(module)
+        except Exception as error:  # built for another torch, as often as not there
+            return f"{module} cannot be imported: {type(error).__name__}: {error}".partition("\n")[0]
+        return None
+
+    return why
+
+
+def tokens_first(inputs: Inputs) -> Inputs:
+    """[B, N, H, D], as FlashAttention and xFormers have it; packed sequences, [T, H, D], are that already."""
+    if "cu_seqlens" in inputs:
+        return with_longest(inputs)
+    return {**inputs, **{name: inputs[name].transpose(1, 2) for name in ("q", "k", "v")}}
+
+
+def heads_first(output: Tensor, inputs: Inputs) -> Tensor:
+    return output if "cu_seqlens" in inputs else output.transpose(1, 2)
+
+
+def flash_attention(module, q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens=None, max_seqlen=None):
+    library = import_module(module)
+    if cu_seqlens is None:
+        output = library.flash_attn_func(q, k, v, causal=causal)
+    else:
+        lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        lengths |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        output = library.flash_attn_varlen_func(q, k, v, **lengths, causal=causal)
+    return output[0] if isinstance(output, tuple) else output  # some versions return the log-sum-exp too
+
+
+for version, module in {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}.items():
+    SINK_ATTENTION.implementation(
+        f"unbiased FlashAttention {version}",
+        prepare=tokens_first,
+        restore=heads_first,
+        unavailable=missing(module),
+        devices=CUDA,
+        **UNBIASED_OPTIONS,
+    )(partial(flash_attention, module))
+
+
+def prepare_xformers(inputs: Inputs) -> Inputs:
+    """[B, N, H, D], packed sequences as one, and xFormers' own mask."""
+    from xformers.ops import fmha
+
+    inputs, causal = tokens_first(inputs), inputs["causal"]
+    if "cu_seqlens" not in inputs:
+        return {**inputs, "mask": fmha.LowerTriangularMask() if causal else None}
+    mask = fmha.BlockDiagonalMask.from_seqlens(inputs["cu_seqlens"].diff().tolist(), device=inputs["q"].device)
+    packed = {name: inputs[name].unsqueeze(0) for name in ("q", "k", "v")}
+    return {**inputs, **packed, "mask": mask.make_causal() if causal else mask}
+
+
+def restore_xformers(output: Tensor, inputs: Inputs) -> Tensor:
+    return output.squeeze(0) if "cu_seqlens" in inputs else output.transpose(1, 2)
+
+
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
+    """Grouped heads are repeated, which is part of the time: its kernels with a backward know no groups."""
+    from xformers.ops import memory_efficient_attention
+
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k, v))
+    return memory_efficient_attention(q, k, v, attn_bias=mask)
 
 
 @SINK_ATTENTION.implementation(
-    "unbiased FlashAttention",
-    applies=lambda workload: not workload.packed,
-    unavailable=flash_attention_missing,
-    prepare=lambda inputs: {**inputs, **{name: inputs[name].transpose(1, 2) for name in ("q", "k", "v")}},
-    restore=lambda output, inputs: output.transpose(1, 2),
+    "unbiased xFormers",
+    prepare=prepare_xformers,
+    restore=restore_xformers,
+    unavailable=missing("xformers.ops"),
     devices=CUDA,
     **UNBIASED_OPTIONS,
 )
-def unbiased_flash_attention(q, k, v, sink_positions, inter_sink_bias, causal):
-    from flash_attn import flash_attn_func
+def unbiased_xformers(q, k, v, mask, **others):
+    return xformers_attention(q, k, v, mask)
 
-    return flash_attn_func(q, k, v, causal=causal)
+
+@SINK_ATTENTION.implementation(
+    "xFormers, dense bias",
+    applies=lambda workload: not workload.packed and workload.length % 8 == 0,  # what its kernels can read
+    prepare=tokens_first,
+    restore=heads_first,
+    unavailable=missing("xformers.ops"),
+    devices=CUDA,
+)
+def xformers_dense_bias(q, k, v, sink_positions, inter_sink_bias, causal):
+    mask = dense_bias(q.transpose(1, 2), sink_positions, inter_sink_bias, None)
+    if causal:
+        mask = mask.masked_fill(future(q.shape[1], q.device), -math.inf)
+    return xformers_attention(q, k, v, mask.to(q.dtype).expand(-1, q.shape[2], -1, -1))

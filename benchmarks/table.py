@@ -80,12 +80,17 @@ def goals(rows: Sequence[Row]) -> Table:
             table.add_row(
                 row.op,
                 row.workload,
-                goal.goal,
+                stated(goal.goal, row.impl),
                 measured(goal, row),
                 _percent(goal.spread),
                 Text(goal.verdict, style=VERDICT_STYLE.get(goal.verdict, "yellow")),
             )
     return table
+
+
+def stated(goal: str, implementation: str) -> str:
+    """A goal with whose it is, if it is not that of recattn as a user calls it."""
+    return goal if implementation == "recattn" else f"{implementation}: {goal}"
 
 
 def print_heading(console: Console, common: Mapping[str, object]) -> None:

@@ -39,6 +39,7 @@ class SinkWorkload(Workload):
     """With `histories` packed sequences: every behaviour is `tokens_per_behavior` tokens, the last of them its sink.
 
     `ragged`: packed sequences of 1 to `length` tokens, n of them with probability ∝ 1/n, the same share of them sinks.
+    `others`: packed too, one sequence of `length` tokens and the others of that many.
     """
 
     heads: int
@@ -48,16 +49,20 @@ class SinkWorkload(Workload):
     sinks: int
     causal: bool = False
     ragged: bool = False
+    others: int | None = None
     tokens_per_behavior: int | None = None
 
     @property
     def packed(self) -> bool:
-        return self.histories or self.ragged
+        return self.histories or self.ragged or self.others is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefinedWorkload(Workload):
-    """Causal, as in SASRec; with `histories` left-padded, else every sequence is of full length."""
+    """Causal, as in SASRec; with `histories` left-padded, else every sequence is of full length.
+
+    Of attention between Gaussians, `mechanism` is "plain", or "stochastic" where it is refined.
+    """
 
     length: int
     dim: int
@@ -97,6 +102,7 @@ def refined_workload(name: str, pairs: int, length: int, **options) -> RefinedWo
 
 
 CPU, CUDA = ("cpu",), ("cuda",)
+BOTH = CPU + CUDA
 
 SINK = (
     SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=2, length=64, dim=16, sinks=7, tier="quick"),
@@ -149,9 +155,91 @@ SINK = (
             gate_batch=1,
             tier="full",
         )
-        for length in (128, 512, 2048, 4096)
+        for length in (128, 256, 512, 1024, 2048, 4096)
         for causal in (False, True)
     ),
+    # Longer than a CPU has time for.
+    *(
+        SinkWorkload(
+            name=f"n8192{'_causal' if causal else ''}",
+            batch=2,
+            heads=8,
+            kv_heads=8,
+            length=8192,
+            dim=64,
+            sinks=819,
+            causal=causal,
+            gate_batch=1,
+            tier="full",
+            devices=CUDA,
+        )
+        for causal in (False, True)
+    ),
+    # From no sinks to nothing else.
+    *(
+        SinkWorkload(
+            name=f"m{sinks}", batch=4, heads=8, kv_heads=8, length=1024, dim=64, sinks=sinks, gate_batch=1, tier="full"
+        )
+        for sinks in (0, 51, 102, 205, 410, 1024)
+    ),
+    # BERT-base's and Qwen2-7B's heads at CTR-Sink's length; on a GPU with more of it, and Qwen2-0.5B's too.
+    *(
+        SinkWorkload(
+            name=name,
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            dim=dim,
+            length=512,
+            sinks=49,
+            causal=causal,
+            gate_batch=1,
+            tier="full",
+            devices=devices,
+        )
+        for name, batch, heads, kv_heads, dim, causal, devices in (
+            ("bert_base", 8, 12, 12, 64, False, CPU),
+            ("qwen2_7b", 2, 28, 4, 128, True, CPU),
+            ("gpu_bert_base", 64, 12, 12, 64, False, CUDA),
+            ("gpu_qwen2_0.5b", 64, 14, 2, 64, True, CUDA),
+            ("gpu_qwen2_7b", 64, 28, 4, 128, True, CUDA),
+        )
+    ),
+    # N % 128 == 64, and one long sequence among short ones.
+    *(
+        SinkWorkload(
+            name=f"n576{'_causal' if causal else ''}",
+            batch=8,
+            heads=8,
+            kv_heads=8,
+            length=576,
+            dim=64,
+            sinks=57,
+            causal=causal,
+            gate_batch=2,
+            tier="full",
+        )
+        for causal in (False, True)
+    ),
+    SinkWorkload(
+        name="one_long",
+        batch=64,
+        heads=8,
+        kv_heads=8,
+        length=4096,
+        others=32,
+        dim=64,
+        sinks=410,
+        causal=True,
+        gate_batch=2,
+        tier="full",
+    ),
+)
+
+INTER_SINK_BIAS = (
+    SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=4, length=64, dim=16, sinks=7, tier="quick"),
+    SinkWorkload(name="ctr_sink_bias", batch=64, heads=8, kv_heads=8, length=512, dim=64, sinks=49),
+    sink_workload("gpu_ctr_sink_bias", 2**18, 512, 64, 49, heads=8, kv_heads=8),
 )
 
 BERT_LAYER = (
@@ -183,9 +271,62 @@ REFINED = (
             histories=True,
             tier="full",
         )
-        for mechanism in ("simple", "value", "additive")
+        for mechanism in ("simple", "value", "additive", "stochastic")
         for source in ("logits", "weights")
         if (mechanism, source) != ("simple", "logits")
+    ),
+    # SASRec's and STOSA's lengths and batches.
+    *(
+        RefinedWorkload(
+            name=f"sasrec_n{length}_b{batch}",
+            batch=batch,
+            length=length,
+            dim=50,
+            histories=True,
+            gate_batch=64,
+            tier="full",
+            devices=devices,
+        )
+        for length, batch, devices in (
+            (50, 2048, BOTH),
+            (50, 8192, BOTH),
+            (100, 256, BOTH),
+            (100, 2048, BOTH),
+            (100, 8192, CUDA),
+            (200, 256, BOTH),
+            (200, 2048, CUDA),
+            (200, 8192, CUDA),
+        )
+    ),
+    *(
+        RefinedWorkload(name=f"n{length}", batch=4, heads=2, length=length, dim=64, rank=64, gate_batch=1, tier="full")
+        for length in (512, 1024, 2048)
+    ),
+)
+
+WASSERSTEIN = (
+    RefinedWorkload(name="tiny", batch=4, length=20, dim=16, heads=2, mechanism="plain", histories=True, tier="quick"),
+    *(
+        RefinedWorkload(
+            name=name,
+            batch=batch,
+            length=length,
+            dim=16,
+            heads=4,
+            mechanism=mechanism,
+            histories=True,
+            gate_batch=32,
+            tier=tier,
+            devices=devices,
+        )
+        for name, batch, length, mechanism, tier, devices in (
+            ("stosa", 256, 100, "plain", "default", BOTH),
+            ("stosa_refined", 256, 100, "stochastic", "default", BOTH),
+            ("stosa_50", 256, 50, "plain", "full", BOTH),
+            ("stosa_200", 256, 200, "plain", "full", BOTH),
+            ("gpu_stosa", 2048, 100, "plain", "default", CUDA),
+            ("gpu_stosa_refined", 2048, 100, "stochastic", "default", CUDA),
+        )
     ),
 )
 

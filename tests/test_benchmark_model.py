@@ -40,22 +40,28 @@ def test_attention_on_an_h100_is_near_flash_attention_3(dim, published, causal):
 def test_without_sinks_it_is_the_arithmetic_of_attention():
     workload = SinkWorkload(name="", batch=2, heads=4, kv_heads=2, length=100, dim=16, sinks=0)
     inputs = model.shapes(SINK_ATTENTION.inputs, workload, torch.float32)
-    forward, correction = model.sink_attention(workload, inputs, FORWARD)
+    forward, correction = model.sink_attention_on_a_gpu(workload, inputs, FORWARD)
     cost = SINK_ATTENTION.cost(workload, inputs, FORWARD)
     assert forward.flops == cost.flops == 4 * 16 * 2 * 4 * 100**2
     assert forward.bytes == cost.bytes + 4 * 2 * 4 * 100
     assert (correction.flops, correction.bytes, correction.softmaxes) == (0, 0, 0)
-    backward = sum(stage.flops for stage in model.sink_attention(workload, inputs, BACKWARD))
+    backward = sum(stage.flops for stage in model.sink_attention_on_a_gpu(workload, inputs, BACKWARD))
     assert forward.flops + backward == SINK_ATTENTION.cost(workload, inputs, TRAINING).flops
 
 
 def test_a_tenth_of_sinks_adds_a_hundredth_of_the_arithmetic():
     workload = SinkWorkload(name="", batch=2, heads=4, kv_heads=4, length=1000, dim=16, sinks=100)
-    attention, correction = model.sink_attention(
+    attention, correction = model.sink_attention_on_a_gpu(
         workload, model.shapes(SINK_ATTENTION.inputs, workload, torch.float32), FORWARD
     )
     assert correction.flops == pytest.approx(attention.flops / 100)
     assert correction.bytes < attention.bytes / 5
+
+
+def test_a_causal_attention_computes_whole_blocks_of_keys():
+    lengths = torch.tensor([3, 7, 8, 0, 17])
+    blocks = [sum(min(n, 4 * (i // 4 + 1)) for i in range(n)) for n in lengths.tolist()]
+    assert model._computed(lengths, 4) == sum(blocks)
 
 
 def cases():

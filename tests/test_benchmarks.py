@@ -4,11 +4,14 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import fields, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -37,49 +40,11 @@ from benchmarks.goals import (
     Outcome,
     TimeGoal,
 )
-from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Cost, Operator, load_operators
+from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Cost, load_operators
 from benchmarks.workloads import Draw, LreaWorkload, RefinedWorkload, SinkWorkload, Workload
 
 ROOT = Path(run.__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def histories():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(movielens, "CACHED", Path("no such file"))
-        return movielens.load(offline=True)
-
-
-@pytest.fixture
-def settings(histories):
-    ceilings = Ceilings({torch.float32: 0.1}, 10.0, 1.0, 5.0)
-    return suite.Settings(CPU, torch.float32, histories, ceilings, timing.CpuClock(), 0.01, DIRECTIONS["cpu"])
-
-
-@pytest.fixture
-def product():
-    """An operator x @ w with an eager implementation."""
-
-    def draw_inputs(workload, draw):
-        return {"x": draw.normal(workload.batch, 8), "w": draw.normal(8, 3)}
-
-    def cost(workload, inputs, direction):
-        passes = 1 if direction == FORWARD else 3
-        return Cost(passes * 48 * workload.batch, passes * 44 * workload.batch)
-
-    operator = Operator(
-        "product",
-        lambda x, w: x @ w,
-        draw_inputs,
-        cost,
-        grads=("x", "w"),
-        baseline="eager",
-        workloads=(Workload(name="small", batch=16, gate_batch=4),),
-        goals=(TimeGoal(workload="small", direction=TRAINING, against=("eager",), time_ratio=1.5),),
-    )
-    operator.implementation("eager")(lambda x, w: x @ w)
-    return operator
 
 
 def run_all(operator, settings):
@@ -90,7 +55,7 @@ def run_all(operator, settings):
 # The gate
 
 
-def test_a_wrong_output_is_refused_and_never_timed(product, settings):
+def test_a_wrong_output_is_refused_and_never_timed(product, suite_settings):
     calls = []
 
     @product.implementation("recattn")
@@ -98,7 +63,7 @@ def test_a_wrong_output_is_refused_and_never_timed(product, settings):
         calls.append(len(x))
         return (x @ w) * (1 + 1e-4)
 
-    rows = run_all(product, settings)
+    rows = run_all(product, suite_settings)
     for direction in (FORWARD, TRAINING):
         row = rows["recattn", direction]
         assert row.status == results.REFUSED
@@ -121,9 +86,9 @@ class WrongGradient(torch.autograd.Function):
         return incoming @ w.mT, 1.001 * (x.mT @ incoming)
 
 
-def test_a_wrong_gradient_is_refused(product, settings):
+def test_a_wrong_gradient_is_refused(product, suite_settings):
     product.implementation("recattn")(lambda x, w: WrongGradient.apply(x, w))
-    row = run_all(product, settings)["recattn", FORWARD]
+    row = run_all(product, suite_settings)["recattn", FORWARD]
     assert row.status == results.REFUSED
     assert "dw" in row.reason and "dx" not in row.reason
 
@@ -137,29 +102,29 @@ def test_a_wrong_gradient_is_refused(product, settings):
     ],
     ids=["shape", "nan", "raises"],
 )
-def test_what_breaks_is_a_row_and_the_others_are_timed(product, settings, broken, status):
+def test_what_breaks_is_a_row_and_the_others_are_timed(product, suite_settings, broken, status):
     product.implementation("recattn")(broken)
-    rows = run_all(product, settings)
+    rows = run_all(product, suite_settings)
     assert rows["recattn", FORWARD].status == status
     assert rows["recattn", FORWARD].reason
     assert rows["eager", TRAINING].status == results.TIMED
 
 
-def test_a_missing_implementation_is_a_row_with_its_reason(product, settings):
+def test_a_missing_implementation_is_a_row_with_its_reason(product, suite_settings):
     product.implementation("peer", unavailable=lambda workload, device: f"no peer on {device}")(None)
 
     @product.implementation("recattn")
     def refuses(x, w):
         raise NotImplementedError("not for 8 columns")
 
-    rows = run_all(product, settings)
+    rows = run_all(product, suite_settings)
     assert rows["peer", TRAINING].status == results.NOT_RUN
     assert rows["peer", TRAINING].reason == "no peer on cpu"
     assert rows["recattn", FORWARD].status == results.NOT_RUN
     assert "not for 8 columns" in rows["recattn", FORWARD].reason
 
 
-def test_a_layout_of_its_own_is_undone_for_the_gate_and_not_timed(product, settings):
+def test_a_layout_of_its_own_is_undone_for_the_gate_and_not_timed(product, suite_settings):
     prepared = []
 
     def prepare(inputs):
@@ -168,7 +133,7 @@ def test_a_layout_of_its_own_is_undone_for_the_gate_and_not_timed(product, setti
 
     restore = {"restore": lambda output, inputs: output.t()}
     product.implementation("recattn", prepare=prepare, **restore)(lambda x, w: w.t() @ x)
-    rows = run_all(product, settings)
+    rows = run_all(product, suite_settings)
     assert rows["recattn", TRAINING].status == results.TIMED
     assert len(prepared) < rows["recattn", TRAINING].samples
 
@@ -259,9 +224,9 @@ def test_a_drift_of_the_machine_cancels_in_the_ratio():
     assert ours.spread > timing.MAX_SPREAD
 
 
-def test_goals_are_judged_by_the_measured_ratio(product, settings):
+def test_goals_are_judged_by_the_measured_ratio(product, suite_settings):
     product.implementation("recattn")(lambda x, w: x @ w)
-    rows = run_all(product, settings)
+    rows = run_all(product, suite_settings)
     row = rows["recattn", TRAINING]
     (outcome,) = row.goals
     assert outcome.goal == "forward+backward ≤ 1.50× the time of eager"
@@ -331,24 +296,24 @@ def test_a_ceiling_goal_is_a_share_of_it():
     assert goal.judge(far, {}).verdict == "missed"
 
 
-def test_a_goal_against_nobody_is_judged(product, settings):
+def test_a_goal_against_nobody_is_judged(product, suite_settings):
     goals = (
         LatencyGoal(workload="small", direction=FORWARD, milliseconds=1e6),
         CeilingGoal(workload="small", direction=FORWARD, fraction=1e-9),
     )
     product = replace(product, goals=goals)
     product.implementation("recattn")(lambda x, w: x @ w)
-    row = run_all(product, settings)["recattn", FORWARD]
+    row = run_all(product, suite_settings)["recattn", FORWARD]
     latency, ceiling = row.goals
     assert latency.milliseconds == row.p50_ms and ceiling.ceiling_fraction == row.ceiling_fraction
     assert {latency.verdict, ceiling.verdict} <= {"met", "no verdict"}
 
 
-def test_an_extra_memory_goal_is_judged_by_peaks(product, settings):
+def test_an_extra_memory_goal_is_judged_by_peaks(product, suite_settings):
     goal = ExtraMemoryGoal(workload="small", direction=FORWARD, against=("eager",), extra_bytes=10**6)
     product = replace(product, goals=(goal,))
     product.implementation("recattn")(lambda x, w: x.repeat(4096, 1)[: len(x)] @ w)
-    rows = run_all(product, settings)
+    rows = run_all(product, suite_settings)
     (outcome,) = rows["recattn", FORWARD].goals
     assert outcome.verdict == "missed"
     assert outcome.extra_bytes == rows["recattn", FORWARD].peak_bytes - rows["eager", FORWARD].peak_bytes > 10**6
@@ -364,10 +329,10 @@ def test_goals_are_those_of_the_device_and_its_dtype(product):
 
 
 @pytest.mark.parametrize("name", ["recattn", "eager"])
-def test_a_goal_that_could_not_be_measured_stands_there(product, settings, name):
+def test_a_goal_that_could_not_be_measured_stands_there(product, suite_settings, name):
     product.implementation("recattn")(lambda x, w: x @ w)
     product.implementation(name)(lambda x, w: x @ w + 1)
-    row = run_all(product, settings)["recattn", TRAINING]
+    row = run_all(product, suite_settings)["recattn", TRAINING]
     assert [outcome.verdict for outcome in row.goals] == [NOT_MEASURED]
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(table.goals([row]))
@@ -379,7 +344,7 @@ def test_a_goal_that_could_not_be_measured_stands_there(product, settings, name)
 # Directions
 
 
-def test_a_backward_leaves_its_forward_outside_the_clock(product, settings):
+def test_a_backward_leaves_its_forward_outside_the_clock(product, suite_settings):
     events = []
 
     class Watched(torch.autograd.Function):
@@ -403,7 +368,7 @@ def test_a_backward_leaves_its_forward_outside_the_clock(product, settings):
         events.append("stop")
         return 1.0
 
-    rows = run_all(product, replace(settings, clock=clock, directions=(BACKWARD,)))
+    rows = run_all(product, replace(suite_settings, clock=clock, directions=(BACKWARD,)))
     assert {direction for _, direction in rows} == {BACKWARD}
     assert set(rows["recattn", BACKWARD].errors) == {"output", "dx", "dw"}
     timed = [events[i : i + 4] for i, event in enumerate(events) if event == "forward" and events[i + 1] == "start"]
@@ -413,16 +378,16 @@ def test_a_backward_leaves_its_forward_outside_the_clock(product, settings):
     assert rows["recattn", BACKWARD].tflops == pytest.approx(2 * 768 / 1e9)
 
 
-def test_what_has_no_backward_is_left_out_of_it(product, settings):
+def test_what_has_no_backward_is_left_out_of_it(product, suite_settings):
     product.implementation("recattn", forward_only=lambda device: True)(lambda x, w: (x @ w).detach())
-    rows = run_all(product, replace(settings, directions=DIRECTIONS["cuda"]))
+    rows = run_all(product, replace(suite_settings, directions=DIRECTIONS["cuda"]))
     assert [direction for name, direction in rows if name == "recattn"] == [FORWARD]
     assert [direction for name, direction in rows if name == "eager"] == [FORWARD, BACKWARD, TRAINING]
-    assert ("recattn", BACKWARD) not in run_all(product, replace(settings, directions=(BACKWARD,)))
+    assert ("recattn", BACKWARD) not in run_all(product, replace(suite_settings, directions=(BACKWARD,)))
 
 
-def test_memory_of_a_backward_is_its_own(product, settings):
-    rows = run_all(product, replace(settings, directions=DIRECTIONS["cuda"]))
+def test_memory_of_a_backward_is_its_own(product, suite_settings):
+    rows = run_all(product, replace(suite_settings, directions=DIRECTIONS["cuda"]))
     peaks = {direction: row.peak_bytes for (_, direction), row in rows.items()}
     # dx [16, 8] and dw [8, 3]; the output [16, 3] is there already
     assert peaks[BACKWARD] == 4 * (16 * 8 + 8 * 3)
@@ -527,13 +492,24 @@ SMALL = {
             tokens_per_behavior=4,
             histories=True,
         ),
+        SinkWorkload(name="no sinks", batch=2, heads=2, kv_heads=2, length=64, dim=8, sinks=0),
+        SinkWorkload(name="all sinks", batch=2, heads=2, kv_heads=2, length=64, dim=8, sinks=64),
+        SinkWorkload(name="one long", batch=5, heads=2, kv_heads=2, length=70, dim=8, sinks=20, others=6, causal=True),
         SinkWorkload(name="zipf", batch=5, heads=2, kv_heads=2, length=70, dim=8, sinks=20, ragged=True, causal=True),
+    ),
+    "inter_sink_bias": (
+        SinkWorkload(name="full", batch=5, heads=3, kv_heads=3, length=20, dim=8, sinks=7),
+        SinkWorkload(name="causal", batch=5, heads=3, kv_heads=3, length=20, dim=8, sinks=7, causal=True),
+    ),
+    "wasserstein_attention": tuple(
+        RefinedWorkload(name=mechanism, batch=3, length=30, dim=8, heads=2, mechanism=mechanism, histories=True)
+        for mechanism in ("plain", "stochastic")
     ),
     "refined_attention": tuple(
         RefinedWorkload(
             name=f"{mechanism}-{source}", batch=3, length=30, dim=8, mechanism=mechanism, source=source, histories=True
         )
-        for mechanism in ("simple", "value", "additive")
+        for mechanism in ("simple", "value", "additive", "stochastic")
         for source in ("logits", "weights")
     ),
     "lrea_absorbed_attention": (
@@ -551,7 +527,8 @@ def implementations_to_check():
         for workload in SMALL[operator.name]:
             for name, implementation in operator.implementations.items():
                 applies = implementation.applies(workload) and implementation.unavailable(workload, CPU) is None
-                if applies and implementation.tier == "quick" and "cpu" in implementation.devices:
+                compiles = "torch.compile" in name
+                if applies and "cpu" in implementation.devices and not compiles:
                     yield pytest.param(operator, workload, name, id=f"{operator.name}-{workload.name}-{name}")
 
 
@@ -569,6 +546,8 @@ def test_flex_attention_computes_the_same(workload, histories, monkeypatch):
     """Uncompiled, which needs no GPU."""
     monkeypatch.setattr(sink_attention, "compiled", lambda function: function)
     implementation = sink_attention.SINK_ATTENTION.implementations["FlexAttention"]
+    if not implementation.applies(workload):
+        pytest.skip("it captures no empty tensor")
     inputs = sink_attention.draw_inputs(workload, Draw(0, torch.float32, CPU, histories))
     errors = correctness.check(sink_attention.SINK_ATTENTION, implementation, (FORWARD,), inputs)
     assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
@@ -577,17 +556,24 @@ def test_flex_attention_computes_the_same(workload, histories, monkeypatch):
 @pytest.mark.parametrize(
     "operator, workload, name",
     [
-        ("ABSORBED", "even", lrea_attention.COMPILED),
-        ("ABSORBED", "even", lrea_attention.JAGGED),
-        ("ABSORBED", "ragged", lrea_attention.JAGGED),
-        ("ABSORBED", "even", lrea_attention.FULL_ATTENTION),
-        ("RESTORED", "histories", lrea_attention.COMPILED_FACTORED),
+        ("lrea_absorbed_attention", "even", lrea_attention.COMPILED),
+        ("lrea_absorbed_attention", "even", lrea_attention.JAGGED),
+        ("lrea_absorbed_attention", "ragged", lrea_attention.JAGGED),
+        ("lrea_absorbed_attention", "even", lrea_attention.FULL_ATTENTION),
+        ("lrea_attention", "histories", lrea_attention.COMPILED_FACTORED),
+        ("lrea_compress", "histories", lrea_attention.COMPILED),
+        ("lrea_compress_items", "histories", lrea_attention.COMPILED),
+        ("refined_attention", "value-logits", "eager, torch.compile"),
+        ("wasserstein_attention", "stochastic", "eager, torch.compile"),
+        ("inter_sink_bias", "causal", "eager, torch.compile"),
+        ("sink_attention", "ragged", "eager, torch.compile"),
     ],
 )
-def test_peers_of_a_gpu_compute_the_same(operator, workload, name, histories, monkeypatch):
+def test_peers_that_are_not_for_here_compute_the_same(operator, workload, name, histories, monkeypatch):
     """On a CPU, and uncompiled."""
-    monkeypatch.setattr(lrea_attention, "compiled", lambda function: function)
-    operator = getattr(lrea_attention, operator)
+    operator = load_operators()[operator]
+    function = operator.implementations[name].run
+    monkeypatch.setitem(function.__globals__, "compiled", lambda function: function)
     workload = next(w for w in SMALL[operator.name] if w.name == workload)
     inputs = operator.inputs(workload, Draw(0, torch.float32, CPU, histories))
     errors = correctness.check(operator, operator.implementations[name], (FORWARD,), inputs)
@@ -598,6 +584,139 @@ def test_histories_of_one_length(histories):
     workload = LreaWorkload(name="", batch=3, rank=4, dim=8, length=50)
     inputs = lrea_attention.draw_compress(workload, Draw(0, torch.float32, CPU, histories))
     assert inputs["behaviors"].shape == (3, 50, 8) and inputs["seq_lens"].tolist() == [50] * 3
+
+
+PEERS_OF_OTHERS = [name for name in sink_attention.SINK_ATTENTION.implementations if re.search("FlashA|xFormers", name)]
+WORKLOADS_OF_OTHERS = ("causal", "no sinks", "one long", "gqa")
+
+
+def attention_of(q, k, v, causal):
+    """Tokens first, as libraries for GPUs have it; heads that are grouped stay so."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def packed_attention_of(q, k, v, bounds, causal):
+    own = [attention_of(*(x[a:b].unsqueeze(0) for x in (q, k, v)), causal)[0] for a, b in pairwise(bounds.tolist())]
+    return torch.cat(own)
+
+
+class FakeFlashAttention(ModuleType):
+    @staticmethod
+    def flash_attn_func(q, k, v, *, causal):
+        return attention_of(q, k, v, causal), "log-sum-exp"
+
+    @staticmethod
+    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        return packed_attention_of(q, k, v, cu_seqlens_q, causal)
+
+
+class FakeXformers(ModuleType):
+    """Its masks, and an attention without groups that a tensor may bias."""
+
+    class LowerTriangularMask: ...
+
+    class BlockDiagonalMask:
+        causal = False
+
+        @classmethod
+        def from_seqlens(cls, lengths, *, device):
+            mask = cls()
+            mask.bounds = torch.tensor([0, *accumulate(lengths)])
+            return mask
+
+        def make_causal(self):
+            self.causal = True
+            return self
+
+    @classmethod
+    def memory_efficient_attention(cls, q, k, v, *, attn_bias):
+        assert q.shape == k.shape == v.shape and q.dim() == 4
+        if isinstance(attn_bias, cls.BlockDiagonalMask):
+            return packed_attention_of(q[0], k[0], v[0], attn_bias.bounds, attn_bias.causal).unsqueeze(0)
+        if not isinstance(attn_bias, torch.Tensor):
+            return attention_of(q, k, v, causal=attn_bias is not None)
+        assert attn_bias.shape == (len(q), q.shape[2], q.shape[1], q.shape[1]) and attn_bias.dtype == q.dtype
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1]) + attn_bias
+        return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", PEERS_OF_OTHERS)
+@pytest.mark.parametrize("workload", WORKLOADS_OF_OTHERS)
+def test_libraries_for_gpus_are_called_as_they_want_it(name, workload, histories, monkeypatch):
+    for module in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, module, FakeFlashAttention(module))
+    xformers = FakeXformers("xformers.ops")
+    xformers.fmha = xformers
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", xformers)
+    operator = sink_attention.SINK_ATTENTION
+    implementation = operator.implementations[name]
+    workload = next(w for w in SMALL["sink_attention"] if w.name == workload)
+    if not implementation.applies(workload):
+        assert name == "xFormers, dense bias" and (workload.packed or workload.length % 8)
+        return
+    inputs = operator.inputs(workload, Draw(0, torch.float32, CPU, histories))
+    errors = correctness.check(operator, implementation, (FORWARD, TRAINING), inputs)
+    assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
+    assert len(errors) == 1 + len(correctness.gradients(operator, implementation, inputs))
+
+
+@pytest.mark.parametrize("name", PEERS_OF_OTHERS)
+def test_a_library_that_is_not_there_says_so(name):
+    implementation = sink_attention.SINK_ATTENTION.implementations[name]
+    workload = sink_attention.SINK_ATTENTION.workloads[0]
+    assert implementation.unavailable(workload, CPU) == "it needs a CUDA device"
+    reason = implementation.unavailable(workload, torch.device("cuda"))
+    assert "cannot be imported: ModuleNotFoundError: No module named" in reason
+
+
+def test_cudnn_never_runs_a_backward_with_a_mask(histories, monkeypatch):
+    """With one, and N % 128 == 64, torch 2.11 returns NaN."""
+    masked = []
+
+    def spy(q, k, v, mask=None, **options):
+        masked.append(mask is not None)
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(sink_attention.F, "scaled_dot_product_attention", spy)
+    operator, cuda = sink_attention.SINK_ATTENTION, torch.device("cuda")
+    for name, implementation in operator.implementations.items():
+        for workload in SMALL["sink_attention"]:
+            if "cuDNN" in name and implementation.applies(workload):
+                inputs = operator.inputs(workload, Draw(0, torch.float32, CPU, histories))
+                implementation.run(**implementation.prepare(inputs))
+                assert not masked.pop() or operator.directions(implementation, cuda) == (FORWARD,)
+                assert not masked
+
+
+@pytest.mark.parametrize("name", ["SDPA, dense bias", "SDPA efficient, dense bias", "SDPA cuDNN, dense bias"])
+@pytest.mark.parametrize("workload", ["causal", "ragged"])
+def test_a_mask_has_the_dtype_of_what_it_masks(name, workload, histories, monkeypatch):
+    """torch 2.11 misreads a float32 mask beside bfloat16 without a word."""
+    dtypes = []
+
+    def spy(q, k, v, mask=None, **options):
+        dtypes.append((q.dtype, mask.dtype))
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(sink_attention.F, "scaled_dot_product_attention", spy)
+    operator = sink_attention.SINK_ATTENTION
+    implementation = operator.implementations[name]
+    workload = next(w for w in SMALL["sink_attention"] if w.name == workload)
+    inputs = operator.inputs(workload, Draw(0, torch.bfloat16, CPU, histories))
+    inputs["inter_sink_bias"] = inputs["inter_sink_bias"].float()  # as recattn.inter_sink_bias returns it
+    implementation.run(**implementation.prepare(inputs))
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)]
+
+
+def test_one_long_sequence_among_short_ones(histories):
+    workload = next(w for w in SMALL["sink_attention"] if w.name == "one long")
+    inputs = sink_attention.draw_inputs(workload, Draw(0, torch.float32, CPU, histories))
+    assert inputs["cu_seqlens"].diff().tolist() == [70, 6, 6, 6, 6]
+    assert (inputs["sink_positions"] >= 0).sum(1).tolist() == [20, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("name", sink_attention.UNBIASED_PACKED)
@@ -637,13 +756,6 @@ def test_goals_name_what_exists(operator):
 # The command
 
 
-@pytest.fixture
-def only_product(product, monkeypatch, histories):
-    monkeypatch.setattr(run, "load_operators", lambda: {"product": product})
-    monkeypatch.setattr(movielens, "load", lambda offline: histories)
-    return product
-
-
 def test_a_refusal_makes_the_run_fail_and_is_printed(only_product, tmp_path, capsys):
     only_product.implementation("recattn", ours=True)(lambda x, w: x @ w + 1)
     assert run.main(["--workload", "small", "--quick", "--seconds", "0.01", "--results", str(tmp_path)]) == 1
@@ -677,10 +789,10 @@ def test_every_row_has_every_field(only_product, tmp_path):
     assert set(rows[1]["errors"]) == {"output", "dx", "dw"}
 
 
-def test_the_table_fits_120_columns_and_says_what_was_not_run(product, settings):
+def test_the_table_fits_120_columns_and_says_what_was_not_run(product, suite_settings):
     product.implementation("peer", unavailable=lambda workload, device: "no peer here")(None)
     product.implementation("recattn correction:flash_attn_2")(lambda x, w: x @ w)
-    rows = list(run_all(product, replace(settings, directions=DIRECTIONS["cuda"])).values())
+    rows = list(run_all(product, replace(suite_settings, directions=DIRECTIONS["cuda"])).values())
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(table.block(product, rows), table.goals(rows))
     text = console.export_text()
