@@ -1,9 +1,10 @@
 """The correctness gate: what does not match the float64 reference is not timed."""
 
 import math
+from collections.abc import Callable
 
 from benchmarks.registry import FORWARD, Implementation, Inputs, Operator
-from recattn.testing import Error, compare_with_reference
+from recattn.testing import Error, Oracle
 
 # Only recattn is held to the bound. A peer must compute the same thing; PyTorch's kernels miss the bound now and then.
 PEER_ALLOWANCE = 5.0
@@ -15,20 +16,24 @@ def gradients(operator: Operator, implementation: Implementation, inputs: Inputs
     return [name for name in wanted if name in inputs]
 
 
-def check(
-    operator: Operator, implementation: Implementation, directions: tuple[str, ...], inputs: Inputs
-) -> list[Error]:
-    """Errors of the output, and of every gradient if the implementation has a backward, against float64."""
+class Gate:
+    """Holds implementations against float64 on one set of inputs. What a reference makes of them is computed once."""
 
-    def contestant(**inputs):
-        return implementation.restore(implementation.run(**implementation.prepare(inputs)), inputs)
+    def __init__(self, operator: Operator, inputs: Inputs) -> None:
+        self.operator, self.inputs = operator, inputs
+        self.oracles: dict[tuple[Callable, tuple[str, ...]], Oracle] = {}
 
-    return compare_with_reference(
-        contestant,
-        implementation.reference or operator.reference,
-        inputs,
-        grads=[] if directions == (FORWARD,) else gradients(operator, implementation, inputs),
-    )
+    def check(self, implementation: Implementation, directions: tuple[str, ...]) -> list[Error]:
+        """Errors of the output, and of every gradient if there is a backward among the directions."""
+        reference = implementation.reference or self.operator.reference
+        grads = () if directions == (FORWARD,) else tuple(gradients(self.operator, implementation, self.inputs))
+        if (reference, grads) not in self.oracles:
+            self.oracles[reference, grads] = Oracle.of(reference, self.inputs, grads=grads)
+
+        def contestant(**inputs):
+            return implementation.restore(implementation.run(**implementation.prepare(inputs)), inputs)
+
+        return self.oracles[reference, grads].errors(contestant)
 
 
 def passes(implementation: Implementation, errors: list[Error]) -> bool:

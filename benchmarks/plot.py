@@ -100,20 +100,24 @@ def speed_by_length(operators: dict[str, Operator], machine: Machine) -> Figure:
         Panel(f"{kind}, {SHORT[direction]}", "tokens a sequence", "TFLOP/s", tuple(series))
         for causal, kind in ((False, "full"), (True, "causal"))
         for direction in (FORWARD, TRAINING)
-        if (series := sweep(operator, machine, lengths(operator, causal), direction, length, lambda row: row.tflops))
+        if (
+            series := sweep(
+                operator, machine, lengths(operator, machine, causal), direction, length, lambda row: row.tflops
+            )
+        )
     ]
     return Figure(
         "length",
-        "sink_attention against the length of the sequence: 16,384 tokens, 8 heads, D = 64, a tenth of the tokens "
-        "sinks. The dashed line is attention without the bias, the limit.",
+        "sink_attention against the length of the sequence: as many tokens in all, 8 heads, D = 64, a tenth of the "
+        "tokens sinks. The dashed line is attention without the bias, the limit.",
         tuple(panels),
     )
 
 
-def lengths(operator: Operator, causal: bool) -> list[Workload]:
+def lengths(operator: Operator, machine: Machine, causal: bool) -> list[Workload]:
     """The sweep over N."""
-    named = {f"n{w.length}{'_causal' if causal else ''}" for w in operator.workloads}
-    return [w for w in operator.workloads if w.name in named and w.batch * w.length == 16384]
+    prefix, suffix = "gpu_" if machine.type == "cuda" else "", "_causal" if causal else ""
+    return [w for w in operator.workloads if w.name == f"{prefix}n{w.length}{suffix}" and w.sinks == w.length // 10]
 
 
 def length(workload: Workload) -> float:
@@ -122,7 +126,9 @@ def length(workload: Workload) -> float:
 
 def memory_by_length(operators: dict[str, Operator], machine: Machine) -> Figure:
     operator = operators["sink_attention"]
-    series = sweep(operator, machine, lengths(operator, False), TRAINING, length, lambda row: row.peak_bytes / 2**20)
+    series = sweep(
+        operator, machine, lengths(operator, machine, False), TRAINING, length, lambda row: row.peak_bytes / 2**20
+    )
     panels = [Panel("sink_attention, full", "tokens a sequence", "MiB", tuple(series))] if series else []
     operator = operators["refined_attention"]
     workloads = [w for w in operator.workloads if w.name == f"n{w.length}"]
@@ -139,7 +145,7 @@ def cost_of_sinks(operators: dict[str, Operator], machine: Machine) -> Figure:
         for direction in (FORWARD, TRAINING)
         if (series := sweep(operator, machine, workloads, direction, lambda w: w.sinks, lambda row: row.p50_ms))
     ]
-    caption = "sink_attention against the number of sinks: B = 4, 8 heads, N = 1024, D = 64."
+    caption = "sink_attention against the number of sinks: B = 2, 8 heads, N = 1024, D = 64."
     return Figure("sinks", caption, tuple(panels))
 
 

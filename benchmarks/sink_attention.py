@@ -296,7 +296,11 @@ def sdpa_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens
     return torch.cat(outputs)
 
 
-@SINK_ATTENTION.implementation("official formulation", applies=lambda workload: not workload.packed, cpu_tier="full")
+@SINK_ATTENTION.implementation(
+    "official formulation",
+    applies=lambda workload: not workload.packed and workload.length <= 512,  # CTR-Sink's own
+    cpu_tier="full",
+)
 def official(q, k, v, sink_positions, inter_sink_bias, causal):
     """CTR-Sink's code: a dense [B, N, N] bias, filled one sequence at a time, and every score in memory."""
     dense = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.ceilings import Ceilings
-from benchmarks.correctness import Error, check, gradients, passes, share_of_bound
+from benchmarks.correctness import Error, Gate, gradients, passes, share_of_bound
 from benchmarks.goals import Goal, Measured, Outcome
 from benchmarks.memory import peak_memory
 from benchmarks.movielens import Histories
@@ -48,7 +48,9 @@ class Contest:
     def run(self) -> list[Row]:
         """A row for each implementation and direction."""
         self._enter()
-        passed = [implementation for implementation in self.implementations if self._passes_gate(implementation)]
+        gate = Gate(self.operator, self._draw(self.workload.gate, seed=0))
+        passed = [implementation for implementation in self.implementations if self._passes(gate, implementation)]
+        del gate  # and all that it holds
         if passed:
             sets = self._input_sets()
             for direction in self.settings.directions:
@@ -77,7 +79,7 @@ class Contest:
             if goal.direction == direction and implementation in (None, goal.implementation)
         ]
 
-    def _passes_gate(self, implementation: Implementation) -> bool:
+    def _passes(self, gate: Gate, implementation: Implementation) -> bool:
         """Whether it may be timed; if not, its rows say why."""
         self.settings.progress(f"checking {implementation.name}", 0)
         own = {direction: row for (name, direction), row in self.rows.items() if name == implementation.name}
@@ -88,7 +90,7 @@ class Contest:
             _give_up(own.values(), NOT_RUN, unavailable)
             return False
         try:
-            errors = check(self.operator, implementation, tuple(own), self._draw(self.workload.gate, seed=0))
+            errors = gate.check(implementation, tuple(own))
         except Exception as error:  # a contestant that breaks does not end the run
             _give_up(own.values(), *_outcome(error))
             return False

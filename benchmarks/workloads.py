@@ -94,6 +94,27 @@ def sink_workload(name: str, tokens: int, length: int, dim: int, sinks: int, **o
     return SinkWorkload(name=name, devices=("cuda",), **{**shape, **options})
 
 
+def sweep(prefix: str, tokens: int, lengths: Sequence[int], devices: tuple[str, ...]) -> tuple[SinkWorkload, ...]:
+    """From many short sequences to one long one, of as many tokens, full and causal, a tenth of the tokens sinks."""
+    return tuple(
+        SinkWorkload(
+            name=f"{prefix}{length}{'_causal' if causal else ''}",
+            batch=tokens // length,
+            heads=8,
+            kv_heads=8,
+            length=length,
+            dim=64,
+            sinks=length // 10,
+            causal=causal,
+            gate_batch=1,
+            tier="full",
+            devices=devices,
+        )
+        for length in lengths
+        for causal in (False, True)
+    )
+
+
 def refined_workload(name: str, pairs: int, length: int, **options) -> RefinedWorkload:
     """`pairs` of a sequence and one of its two heads."""
     return RefinedWorkload(
@@ -142,43 +163,12 @@ SINK = (
     sink_workload("gpu_zipf", 2048, 2048, 64, 205, batch=64, ragged=True),
     sink_workload("gpu_zipf_causal", 2048, 2048, 64, 205, batch=64, ragged=True, causal=True),
     sink_workload("gpu_memory", 65536, 8192, 64, 800, gate_batch=1),
-    *(
-        SinkWorkload(
-            name=f"n{length}{'_causal' if causal else ''}",
-            batch=16384 // length,
-            heads=8,
-            kv_heads=8,
-            length=length,
-            dim=64,
-            sinks=length // 10,
-            causal=causal,
-            gate_batch=1,
-            tier="full",
-        )
-        for length in (128, 256, 512, 1024, 2048, 4096)
-        for causal in (False, True)
-    ),
-    # Longer than a CPU has time for.
-    *(
-        SinkWorkload(
-            name=f"n8192{'_causal' if causal else ''}",
-            batch=2,
-            heads=8,
-            kv_heads=8,
-            length=8192,
-            dim=64,
-            sinks=819,
-            causal=causal,
-            gate_batch=1,
-            tier="full",
-            devices=CUDA,
-        )
-        for causal in (False, True)
-    ),
+    *sweep("n", 4096, (128, 256, 512, 1024, 2048, 4096), CPU),
+    *sweep("gpu_n", 32768, (128, 512, 2048, 8192, 16384), CUDA),
     # From no sinks to nothing else.
     *(
         SinkWorkload(
-            name=f"m{sinks}", batch=4, heads=8, kv_heads=8, length=1024, dim=64, sinks=sinks, gate_batch=1, tier="full"
+            name=f"m{sinks}", batch=2, heads=8, kv_heads=8, length=1024, dim=64, sinks=sinks, gate_batch=1, tier="full"
         )
         for sinks in (0, 51, 102, 205, 410, 1024)
     ),

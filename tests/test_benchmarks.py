@@ -536,7 +536,7 @@ def implementations_to_check():
 def test_every_contestant_passes_the_gate(operator, workload, name, histories):
     implementation = operator.implementations[name]
     inputs = operator.inputs(workload, Draw(0, torch.float32, CPU, histories))
-    errors = correctness.check(operator, implementation, operator.directions(implementation, CPU), inputs)
+    errors = correctness.Gate(operator, inputs).check(implementation, operator.directions(implementation, CPU))
     assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
 
 
@@ -549,7 +549,7 @@ def test_flex_attention_computes_the_same(workload, histories, monkeypatch):
     if not implementation.applies(workload):
         pytest.skip("it captures no empty tensor")
     inputs = sink_attention.draw_inputs(workload, Draw(0, torch.float32, CPU, histories))
-    errors = correctness.check(sink_attention.SINK_ATTENTION, implementation, (FORWARD,), inputs)
+    errors = correctness.Gate(sink_attention.SINK_ATTENTION, inputs).check(implementation, (FORWARD,))
     assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
 
 
@@ -576,7 +576,7 @@ def test_peers_that_are_not_for_here_compute_the_same(operator, workload, name, 
     monkeypatch.setitem(function.__globals__, "compiled", lambda function: function)
     workload = next(w for w in SMALL[operator.name] if w.name == workload)
     inputs = operator.inputs(workload, Draw(0, torch.float32, CPU, histories))
-    errors = correctness.check(operator, operator.implementations[name], (FORWARD,), inputs)
+    errors = correctness.Gate(operator, inputs).check(operator.implementations[name], (FORWARD,))
     assert correctness.passes(operator.implementations[name], errors), "\n".join(map(str, errors))
 
 
@@ -659,7 +659,7 @@ def test_libraries_for_gpus_are_called_as_they_want_it(name, workload, histories
         assert name == "xFormers, dense bias" and (workload.packed or workload.length % 8)
         return
     inputs = operator.inputs(workload, Draw(0, torch.float32, CPU, histories))
-    errors = correctness.check(operator, implementation, (FORWARD, TRAINING), inputs)
+    errors = correctness.Gate(operator, inputs).check(implementation, (FORWARD, TRAINING))
     assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
     assert len(errors) == 1 + len(correctness.gradients(operator, implementation, inputs))
 

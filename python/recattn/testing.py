@@ -51,6 +51,42 @@ def measure_error(
     )
 
 
+@dataclass(frozen=True)
+class Oracle:
+    """What a reference makes of inputs, in float64 and in their own dtype: many kernels can be held against it."""
+
+    inputs: Mapping[str, object]
+    grads: Sequence[str]
+    seed: int
+    low: Mapping[str, Tensor]
+    ref64: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        reference: Callable[..., Tensor | Sequence[Tensor]],
+        inputs: Mapping[str, object],
+        *,
+        grads: Sequence[str] = (),
+        seed: int = 0,
+    ) -> "Oracle":
+        """Of `reference(**inputs)` and of the gradients of the inputs named in `grads`."""
+        promoted = {name: _promoted(value) for name, value in inputs.items()}
+        low, ref64 = (_run(reference, values, grads, seed) for values in (inputs, promoted))
+        return cls(inputs, grads, seed, low, ref64)
+
+    def errors(self, kernel: Callable[..., Tensor | Sequence[Tensor]], *, factor: float = 2.0) -> list[Error]:
+        """Of the kernel's outputs and gradients, as `compare_with_reference` says."""
+        floating = [x for x in self.inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
+        eps = max(torch.finfo(x.dtype).eps for x in floating)
+        largest = max((x.abs().max().item() for x in floating if x.numel()), default=0.0)
+        actual = _run(kernel, self.inputs, self.grads, self.seed)
+        return [
+            measure_error(name, actual[name], self.low[name], ref64, eps, factor, largest**2)
+            for name, ref64 in self.ref64.items()
+        ]
+
+
 def compare_with_reference(
     kernel: Callable[..., Tensor | Sequence[Tensor]],
     reference: Callable[..., Tensor | Sequence[Tensor]],
@@ -66,13 +102,7 @@ def compare_with_reference(
     in the tested dtype; eps is that of the coarsest floating dtype among the inputs. Outputs may be one tensor or
     several; the incoming gradients are standard normal, drawn once and shared.
     """
-    floating = [x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
-    eps = max(torch.finfo(x.dtype).eps for x in floating)
-    largest = max((x.abs().max().item() for x in floating if x.numel()), default=0.0)
-    actual = _run(kernel, inputs, grads, seed)
-    low = _run(reference, inputs, grads, seed)
-    ref64 = _run(reference, {name: _promoted(value) for name, value in inputs.items()}, grads, seed)
-    return [measure_error(name, actual[name], low[name], ref64[name], eps, factor, largest**2) for name in ref64]
+    return Oracle.of(reference, inputs, grads=grads, seed=seed).errors(kernel, factor=factor)
 
 
 def assert_matches_reference(*args, **kwargs) -> None:
