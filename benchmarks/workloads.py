@@ -310,10 +310,10 @@ WASSERSTEIN = (
             devices=devices,
         )
         for name, batch, length, mechanism, tier, devices in (
-            ("stosa", 256, 100, "plain", "default", BOTH),
-            ("stosa_refined", 256, 100, "stochastic", "default", BOTH),
+            ("stosa", 128, 100, "plain", "default", BOTH),
+            ("stosa_refined", 64, 100, "stochastic", "full", BOTH),
             ("stosa_50", 256, 50, "plain", "full", BOTH),
-            ("stosa_200", 256, 200, "plain", "full", BOTH),
+            ("stosa_200", 64, 200, "plain", "full", BOTH),
             ("gpu_stosa", 2048, 100, "plain", "default", CUDA),
             ("gpu_stosa_refined", 2048, 100, "stochastic", "default", CUDA),
         )
