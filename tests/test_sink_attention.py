@@ -88,6 +88,17 @@ def test_reference_gradients(causal):
     assert torch.autograd.gradcheck(function, (*leaves, logits))
 
 
+@pytest.mark.parametrize("scale", [0.125, 0.3])
+@pytest.mark.parametrize("dim", [50, 128])
+def test_weights_of_the_backward_sum_to_one(dim, scale):
+    """As those of the forward do, to a few roundings of scores in the tens, whatever the scale."""
+    q, k = torch.randn(2, 1, 4, dim, dim)
+    v = torch.zeros(1, 4, dim, dim, requires_grad=True)
+    out = recattn.sink_attention(q, k, v, torch.empty(1, 0, dtype=torch.long), torch.empty(1, 1, 0, 0), scale=scale)
+    (weights,) = torch.autograd.grad(out, v, torch.eye(dim).expand_as(out))  # transposed
+    assert (weights.double().sum(-2) - 1).abs().max() <= 10 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(

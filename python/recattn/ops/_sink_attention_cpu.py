@@ -116,9 +116,10 @@ def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: _S
     """Unbiased out [B, Hq, N, Dv] and lse [B, Hq, N] of a dense batch; `mask` [B, 1, 1, N] is added to the scores."""
     follows_tokens = is_token_major(q)
     kv_heads, groups, value_dim = k.shape[1], q.shape[1] // k.shape[1], v.shape[-1]
-    q, k, v, mask = _base_inputs(q, k, v, mask)
+    factor, scale = _split_scale(settings.scale, q.dtype)
+    q, k, v, mask = _base_inputs(q, k, v, mask, factor)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, settings.causal, attn_mask=mask, scale=settings.scale
+        q, k, v, 0.0, settings.causal, attn_mask=mask, scale=scale
     )
     out = _unfold(out[..., :value_dim], kv_heads, groups)
     out = token_major(out) if follows_tokens else out.contiguous()
@@ -131,18 +132,35 @@ def _base_bwd(
     """dq, dk, dv of the unbiased attention that `out` and `lse` are said to come from."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     head_dim, value_dim = k.shape[-1], v.shape[-1]
-    q, k, v, mask = _base_inputs(q, k, v, mask)
+    factor, scale = _split_scale(settings.scale, q.dtype)
+    q, k, v, mask = _base_inputs(q, k, v, mask, factor)
     dout, out = (_fold(_pad(x, q.shape[-1]), kv_heads, groups) for x in (dout, out))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, _fold(lse, kv_heads, groups), 0.0, settings.causal, attn_mask=mask, scale=settings.scale
+        dout, q, k, v, out, _fold(lse, kv_heads, groups), 0.0, settings.causal, attn_mask=mask, scale=scale
     )
+    dq = dq if factor == 1 else dq.mul_(factor)
     dq, dk, dv = (_unfold(x, kv_heads, groups) for x in (dq, dk, dv))
     dk, dv = _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
     return token_major(dq[..., :head_dim]), token_major(dk[..., :head_dim]), token_major(dv[..., :value_dim])
 
 
-def _base_inputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What PyTorch's op takes: one head dim, as many key heads as query heads, none of them copied."""
+def _split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """A factor for the queries, and what is left of the scale for PyTorch's op: a power of two.
+
+    That op scales what it multiplies in the backward, what it has multiplied in the forward. Where this rounds, the
+    weights of the backward do not sum to one. (In half precision the queries have no bits to spare for it.)
+    """
+    if dtype.itemsize < 4:
+        return 1.0, scale
+    half_factor, exponent = math.frexp(scale)
+    return 2 * half_factor, math.ldexp(1.0, exponent - 1)
+
+
+def _base_inputs(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What PyTorch's op takes: one head dim, as many key heads as query heads, none of them copied; q by a factor."""
+    q = q if factor == 1 else q * factor
     kv_heads, groups, dim = k.shape[1], q.shape[1] // k.shape[1], max(q.shape[-1], v.shape[-1])
     q, k, v = (_pad(x, dim) for x in (q, k, v))
     if groups > 1:
