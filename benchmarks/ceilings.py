@@ -1,4 +1,4 @@
-"""What this machine reaches at best, measured before what is held against it: a large matrix product, a large copy,
+"""What this machine reaches at best, measured around what is held against it: a large matrix product, a large copy,
 softmax of what is at hand, and the least time of a call."""
 
 from collections.abc import Callable, Iterable
@@ -24,6 +24,30 @@ class Ceilings:
         """The least time the work could take here (its arithmetic or its traffic, whichever takes longer) over `ms`."""
         least = max(cost.flops / self.tflops[dtype] / 1e9, cost.bytes / self.gbs / 1e6)
         return least / ms
+
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """Of each the better. Both are of the same dtypes."""
+        return Ceilings(
+            {dtype: max(rate, other.tflops[dtype]) for dtype, rate in self.tflops.items()},
+            max(self.gbs, other.gbs),
+            max(self.gsoftmax, other.gsoftmax),
+            min(self.launch_us, other.launch_us),
+        )
+
+
+def around(measure: Callable[[], Ceilings]) -> Callable[[], Ceilings]:
+    """Measures now and at every call, which returns the better of that and the one before: those of what ran between.
+
+    A machine that others share loses half its pace for seconds: one measurement alone may fall there.
+    """
+    last = measure()
+
+    def measured() -> Ceilings:
+        nonlocal last
+        before, last = last, measure()
+        return before.best(last)
+
+    return measured
 
 
 def measure_ceilings(

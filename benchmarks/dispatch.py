@@ -86,7 +86,9 @@ def contest_on(device: torch.device, seconds: float) -> Measure:
     contestants = [SINK_ATTENTION.implementations[f"recattn {path}"] for path in PATHS]
 
     def measure(point: Point) -> dict[str, tuple[float, float]]:
-        settings = Settings(device, dtypes[point.dtype], histories, ceilings, clock, seconds, (FORWARD, TRAINING))
+        settings = Settings(
+            device, dtypes[point.dtype], histories, lambda: ceilings, clock, seconds, (FORWARD, TRAINING)
+        )
         rows = Contest(SINK_ATTENTION, point.workload, contestants, settings).run()
         times: dict[str, dict[str, float | None]] = {}
         for row in rows:

@@ -47,7 +47,7 @@ class Machine:
         return (row for contest in self.contests.values() for row, _ in contest.values())
 
     def device(self, row: Row) -> model.Device:
-        """As a model sees it, by the ceilings measured before that row."""
+        """As a model sees it, by the ceilings of that row."""
         return model.Device(
             self.name, self.type, Ceilings(**{**row.ceilings, "tflops": {self.dtype: row.ceilings["tflops"]}})
         )
@@ -244,7 +244,8 @@ def about(machine: Machine) -> str:
     commits = {record.run["commit"][:8] for contest in machine.contests.values() for record in contest.values()}
     return (
         f"torch {run['torch']}, triton {run['triton']}, Python {run['python']}{extra}; commits "
-        f"{', '.join(sorted(commits))}. Ceilings, measured before each workload: {_range(machine, 'tflops')} TFLOP/s, "
+        f"{', '.join(sorted(commits))}. Ceilings, the better of before and after each workload: "
+        f"{_range(machine, 'tflops')} TFLOP/s, "
         f"copy {_range(machine, 'gbs')} GB/s, softmax {_range(machine, 'gsoftmax')} G/s, "
         f"{_range(machine, 'launch_us')} µs a call."
     )

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import compare, movielens, results, table
-from benchmarks.ceilings import measure_ceilings
+from benchmarks.ceilings import around, measure_ceilings
 from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Implementation, Operator, load_operators
 from benchmarks.registry import DTYPES as DEFAULT_DTYPES
 from benchmarks.suite import Contest, Settings
@@ -130,6 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.print_heading(console, common)
     rows: list[results.Row] = []
     bars = Bars(console, len(plan) * len(chosen.dtype))
+    quick = chosen.tier == "quick"
+    ceilings = {
+        dtype: around(partial(measure_ceilings, chosen.device, [DTYPES[dtype]], clock, quick)) for dtype in chosen.dtype
+    }
     seconds = SECONDS[chosen.tier] if chosen.seconds is None else chosen.seconds
     path = chosen.results / f"{datetime.now():%Y%m%d-%H%M%S}-{chosen.device.type}.jsonl"
     ours_broke = False
@@ -137,10 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for operator, workload, implementations in plan:
             for dtype in chosen.dtype:
                 bars.begin(f"{operator.name} · {workload.name}")
-                # Anew each time: a machine that others share does not keep its pace.
-                ceilings = measure_ceilings(chosen.device, [DTYPES[dtype]], clock, quick=chosen.tier == "quick")
                 settings = Settings(
-                    chosen.device, DTYPES[dtype], histories, ceilings, clock, seconds, chosen.direction, bars.show
+                    chosen.device,
+                    DTYPES[dtype],
+                    histories,
+                    ceilings[dtype],
+                    clock,
+                    seconds,
+                    chosen.direction,
+                    bars.show,
                 )
                 own = Contest(operator, workload, implementations, settings).run()
                 results.append(own, common, path)

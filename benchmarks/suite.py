@@ -28,7 +28,7 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     histories: Histories
-    ceilings: Ceilings
+    ceilings: Callable[[], Ceilings]  # those of what was timed since its last call
     clock: Callable[[Callable[[], object]], float]
     seconds: float  # of timing for all implementations of a workload in one direction
     directions: tuple[str, ...]
@@ -53,8 +53,13 @@ class Contest:
         del gate  # and all that it holds
         if passed:
             sets = self._input_sets()
-            for direction in self.settings.directions:
-                self._time(direction, [i for i in passed if (i.name, direction) in self.rows], sets)
+            taken = {
+                direction: self._time(direction, [i for i in passed if (i.name, direction) in self.rows], sets)
+                for direction in self.settings.directions
+            }
+            ceilings = self.settings.ceilings()
+            for direction, samples in taken.items():
+                self._record(direction, samples, sets[0], ceilings)
         return list(self.rows.values())
 
     def _enter(self) -> None:
@@ -104,7 +109,10 @@ class Contest:
             return False
         return True
 
-    def _time(self, direction: str, contestants: Sequence[Implementation], sets: Sequence[Inputs]) -> None:
+    def _time(
+        self, direction: str, contestants: Sequence[Implementation], sets: Sequence[Inputs]
+    ) -> dict[str, timing.Samples]:
+        """By implementation; the rows get all but their times."""
         calls = {}
         for implementation in contestants:
             row = self.rows[implementation.name, direction]
@@ -119,28 +127,28 @@ class Contest:
                 _give_up([row], *_outcome(error))
             else:
                 calls[implementation.name] = call
-        samples = timing.measure(
+        return timing.measure(
             calls,
             self.settings.clock,
             self.settings.seconds,
             judged={name for goal in self._goals(direction) for name in (goal.implementation, *goal.against)},
             progress=lambda done: self.settings.progress(f"{direction}: timing", done),
         )
+
+    def _record(self, direction: str, samples: dict[str, timing.Samples], inputs: Inputs, ceilings: Ceilings) -> None:
+        """Times and verdicts, into the rows."""
+        cost = self.operator.cost_of(self.workload, inputs, direction)
         measured = {}
         for name, taken in samples.items():
             row = self.rows[name, direction]
-            self._record(row, taken, sets[0])
+            row.p10_ms, row.p50_ms, row.p90_ms = (taken.percentile(p) for p in (10, 50, 90))
+            row.samples, row.spread, row.waiting = len(taken.times), timing.finite(taken.spread), taken.waiting
+            row.tflops, row.gbs = cost.flops / row.p50_ms / 1e9, cost.bytes / row.p50_ms / 1e6
+            row.ceilings = ceilings.of(self.settings.dtype)
+            row.ceiling_fraction = ceilings.fraction(cost, self.settings.dtype, row.p50_ms)
             measured[name] = Measured(taken, row.peak_bytes, row.host_ms, row.ceiling_fraction)
         for name in measured:
             self.rows[name, direction].goals = [_judged(goal, measured) for goal in self._goals(direction, name)]
-
-    def _record(self, row: Row, taken: timing.Samples, inputs: Inputs) -> None:
-        cost = self.operator.cost_of(self.workload, inputs, row.direction)
-        row.p10_ms, row.p50_ms, row.p90_ms = (taken.percentile(p) for p in (10, 50, 90))
-        row.samples, row.spread, row.waiting = len(taken.times), timing.finite(taken.spread), taken.waiting
-        row.tflops, row.gbs = cost.flops / row.p50_ms / 1e9, cost.bytes / row.p50_ms / 1e6
-        row.ceilings = self.settings.ceilings.of(self.settings.dtype)
-        row.ceiling_fraction = self.settings.ceilings.fraction(cost, self.settings.dtype, row.p50_ms)
 
     def _input_sets(self) -> list[Inputs]:
         first = self._draw(self.workload, seed=1)

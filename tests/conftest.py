@@ -46,7 +46,7 @@ def suite_settings(histories):
     from benchmarks.registry import DIRECTIONS
 
     cpu, ceilings = torch.device("cpu"), Ceilings({torch.float32: 0.1}, 10.0, 1.0, 5.0)
-    return suite.Settings(cpu, torch.float32, histories, ceilings, timing.CpuClock(), 0.01, DIRECTIONS["cpu"])
+    return suite.Settings(cpu, torch.float32, histories, lambda: ceilings, timing.CpuClock(), 0.01, DIRECTIONS["cpu"])
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from benchmarks import (
     table,
     timing,
 )
-from benchmarks.ceilings import Ceilings
+from benchmarks.ceilings import Ceilings, around
 from benchmarks.goals import (
     NOT_MEASURED,
     CeilingGoal,
@@ -436,6 +436,16 @@ def test_the_ceiling_is_the_slower_of_arithmetic_and_traffic():
     ceilings = Ceilings({torch.float32: 2.0}, gbs=100.0, gsoftmax=1.0, launch_us=5.0)
     assert ceilings.fraction(Cost(flops=2e12, bytes=1e9), torch.float32, ms=2000) == pytest.approx(0.5)
     assert ceilings.fraction(Cost(flops=2e9, bytes=100e9), torch.float32, ms=4000) == pytest.approx(0.25)
+
+
+def test_ceilings_are_the_better_of_before_and_after():
+    measured = iter(Ceilings({torch.float32: pace}, pace, pace, 1 / pace) for pace in (1.0, 2.0, 0.5, 0.25))
+    ceilings = around(lambda: next(measured))
+    assert [(c.tflops[torch.float32], c.gbs, c.gsoftmax, 1 / c.launch_us) for c in (ceilings() for _ in range(3))] == [
+        (2.0,) * 4,
+        (2.0,) * 4,
+        (0.5,) * 4,
+    ]
 
 
 # MovieLens-100k
