@@ -119,8 +119,8 @@ def register(operator: Operator) -> Operator:
 
 
 def load_operators() -> dict[str, Operator]:
-    """Import every operator's file; importing registers."""
+    """Import every operator's file, which registers it. By name, whatever was imported before."""
     folder = Path(__file__).parent
     for file in sorted([*folder.glob("*_attention.py"), folder / "inter_sink_bias.py"]):
         importlib.import_module(f"benchmarks.{file.stem}")
-    return OPERATORS
+    return dict(sorted(OPERATORS.items()))
