@@ -6,7 +6,7 @@ A call is a few stages, one after another. A stage computes, takes softmaxes, mo
 
 by rates measured on the device (`benchmarks.ceilings`) or, for a device nobody has measured, by its datasheet and the
 share of it that its relatives reach. Products and softmax take turns: the best attention on an H100 reaches at head dim
-64 what that gives. Nothing is fitted to a measurement of ours; where the two part, `REASONS` says why.
+64 what that gives. Nothing is fitted to a measurement of ours; where the two part, `benchmarks.reasons` says why.
 """
 
 import math
@@ -297,29 +297,3 @@ def bert_layer(workload, inputs, direction):
     products = Stage(passes * 24 * tokens * size**2, passes * 18 * hidden.nbytes, launches=passes * 6)
     between = Stage(0, passes * 16 * hidden.nbytes, launches=passes * 4)
     return [products, between, *corrected_attention(workload, attention, direction, key_block=1)]
-
-
-# --- Where it is wrong, and why ---
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why measurements of an operator on a type of device part from the model: of some workloads, or of all."""
-
-    operator: str
-    type: str
-    why: str
-    workloads: tuple[str, ...] = ()
-
-
-REASONS: tuple[Reason, ...] = ()
-
-
-def reason(operator: str, workload: str, type: str) -> str:
-    """The first that fits. LookupError where nobody has written one yet."""
-    for known in REASONS:
-        if (known.operator, known.type) == (operator, type) and workload in (known.workloads or (workload,)):
-            return known.why
-    raise LookupError(
-        f"{operator}, {workload}: measured and predicted part, and benchmarks.model.REASONS does not say why"
-    )

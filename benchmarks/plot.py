@@ -36,7 +36,7 @@ ROLES = {
     "limit points": {"linestyle": "", "marker": "|", "markersize": 14, "markeredgewidth": 2, "color": "black"},
     "peer points": {"linestyle": "", "marker": "o", "markersize": 4},
 }
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31", "#7f7f7f", "#6a51a3")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31", "#7f7f7f", "#6a51a3", "#7cae00")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Panel:
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    log_x: bool = True
+    x_base: int | None = 2  # of its logarithmic scale; None: linear
     log_y: bool = True
     y_names: tuple[str, ...] = ()  # at 0, 1, …, from the top
 
@@ -97,7 +97,7 @@ def _role(operator: Operator, name: str) -> str:
 def speed_by_length(operators: dict[str, Operator], machine: Machine) -> Figure:
     operator = operators["sink_attention"]
     panels = [
-        Panel(f"{kind}, {SHORT[direction]}", "tokens a sequence", "TFLOP/s", tuple(series))
+        Panel(f"{kind}, {SHORT[direction]}", "tokens a sequence", "TFLOP/s", tuple(series), log_y=False)
         for causal, kind in ((False, "full"), (True, "causal"))
         for direction in (FORWARD, TRAINING)
         if (
@@ -141,7 +141,7 @@ def cost_of_sinks(operators: dict[str, Operator], machine: Machine) -> Figure:
     operator = operators["sink_attention"]
     workloads = [w for w in operator.workloads if w.name == f"m{w.sinks}"]
     panels = [
-        Panel(SHORT[direction], "sinks among 1024 tokens", "ms", tuple(series), log_x=False, log_y=False)
+        Panel(SHORT[direction], "sinks among 1024 tokens", "ms", tuple(series), x_base=None, log_y=False)
         for direction in (FORWARD, TRAINING)
         if (series := sweep(operator, machine, workloads, direction, lambda w: w.sinks, lambda row: row.p50_ms))
     ]
@@ -195,7 +195,7 @@ def model_against_measured(operators: dict[str, Operator], machine: Machine) -> 
     return Figure(
         "model",
         f"Measured against the model of `benchmarks/model.py`; the outer lines are {model.TOLERANCE:.0%} off.",
-        (Panel("recattn", "predicted ms", "measured ms", (*lines, *points)),),
+        (Panel("", "predicted ms", "measured ms", (*lines, *points), x_base=10),),
     )
 
 
@@ -275,11 +275,13 @@ def _draw_panel(panel: Panel, axis, colors: dict[str, str]) -> None:
             look["color"] = colors.setdefault(series.label, next(_unused(colors)))
         axis.plot(series.xs, series.ys, label=series.label or "_", **look)
     axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-    if panel.log_x:
-        axis.set_xscale("log", base=2)
+    if panel.x_base is not None:
+        axis.set_xscale("log", base=panel.x_base)
         axis.xaxis.set_major_formatter("{x:g}")
     if panel.log_y:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
     elif not panel.y_names:
         axis.set_ylim(bottom=0)
     if panel.y_names:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import model, table
+from benchmarks import model, reasons, table
 from benchmarks.ceilings import Ceilings
 from benchmarks.goals import NOT_MEASURED, Goal, Outcome
 from benchmarks.registry import BACKWARD, DTYPES, FORWARD, TRAINING, Operator
@@ -162,14 +162,14 @@ def _share(row: Row) -> str:
 
 def not_timed(machine: Machine) -> list[str]:
     """Why contestants have no time, each reason once."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[tuple[str, str, str], list[str]] = {}
     for (operator, workload, _), contest in machine.contests.items():
         for name, (row, _) in contest.items():
             if row.status != TIMED:
-                where = reasons.setdefault((operator, name, f"{row.status}: {row.reason}"), [])
+                where = found.setdefault((operator, name, f"{row.status}: {row.reason}"), [])
                 if workload not in where:
                     where.append(workload)
-    return [f"- {op}, {name} ({', '.join(where)}): {reason}" for (op, name, reason), where in reasons.items()]
+    return [f"- {op}, {name} ({', '.join(where)}): {reason}" for (op, name, reason), where in found.items()]
 
 
 # --- The model ---
@@ -204,20 +204,20 @@ def predictions(operators: dict[str, Operator], machine: Machine) -> Iterator[Pr
 
 
 def model_table(operators: dict[str, Operator], machine: Machine) -> str:
-    rows, reasons = [], []
+    rows, given = [], []
     for prediction in predictions(operators, machine):
         row, why = prediction.row, "–"
         if prediction.parts:
-            reason = model.reason(row.op, row.workload, machine.type)
-            if reason not in reasons:
-                reasons.append(reason)
-            why = f"{reasons.index(reason) + 1}"
+            reason = reasons.reason(row.op, row.workload, machine.type)
+            if reason not in given:
+                given.append(reason)
+            why = f"{given.index(reason) + 1}"
         times = (table.significant(value) for value in (row.p50_ms, prediction.milliseconds))
         rows.append((row.op, row.workload, row.direction, *times, f"{prediction.ratio:.2f}", why))
     if not rows:
         return ""
     columns = ("operator", "workload", "direction", "measured ms", "predicted ms", "ratio", "why")
-    why = "".join(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
+    why = "".join(f"{number}. {reason}\n" for number, reason in enumerate(given, 1))
     return f"{markdown(columns, rows)}\n{why}"
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import model, plot, report, results
+from benchmarks import model, plot, reasons, report, results
 from benchmarks.goals import Outcome
 from benchmarks.registry import FORWARD, TRAINING, load_operators
 from benchmarks.results import Record, Row
@@ -182,10 +182,10 @@ def test_a_prediction_that_parts_has_a_reason_beside_it(monkeypatch):
     (prediction,) = report.predictions(OPERATORS, machine)
     assert prediction.ratio == pytest.approx(record.row.p50_ms / prediction.milliseconds)
     slow = report.machines([cuda_record(p50_ms=2 * prediction.milliseconds)])[0]
-    monkeypatch.setattr(model, "REASONS", ())
+    monkeypatch.setattr(reasons, "REASONS", {})
     with pytest.raises(LookupError):
         report.model_table(OPERATORS, slow)
-    monkeypatch.setattr(model, "REASONS", (model.Reason("sink_attention", "cuda", "a reason"),))
+    monkeypatch.setattr(reasons, "REASONS", {("sink_attention", "cuda"): (reasons.Reason("a reason"),)})
     text = report.model_table(OPERATORS, slow)
     assert "| 2.00 | 1 |" in text and text.endswith("1. a reason\n")
     near = report.machines([cuda_record(p50_ms=1.2 * prediction.milliseconds)])[0]
