@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.goals import TimeGoal
 from benchmarks.registry import FORWARD, TRAINING, Cost, Inputs, Operator, register
-from benchmarks.sink_attention import random_positions
+from benchmarks.sink_attention import official_bias, random_positions
 from benchmarks.workloads import BERT_LAYER, Draw, SinkWorkload
 
 EPS = 1e-12  # of BERT's LayerNorms
@@ -91,7 +91,7 @@ def by_name(inputs: Inputs, names: tuple[str, ...] = PARAMETERS) -> dict[str, Te
 
 
 def official(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor) -> Tensor:
-    """CTR-Sink's official formulation: a dense [B, N, N] bias, filled one sequence at a time."""
+    """CTR-Sink's official formulation, of a dense bias."""
     parameters = by_name(inputs)
     sinks = hidden.gather(1, sink_positions[..., None].expand(-1, -1, hidden.shape[-1]))
     weight, offset = (parameters[f"{BIAS}.norm.{p}"] for p in ("weight", "bias"))
@@ -102,12 +102,9 @@ def official(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tenso
         .transpose(1, 2)
         for m in ("query_proj", "key_proj")
     )
-    between = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)  # [B, M, M]
-    dense = []
-    for own, positions in zip(between, sink_positions, strict=True):
-        empty = own.new_zeros(hidden.shape[1], hidden.shape[1])
-        dense.append(empty.index_put((positions[:, None], positions[None, :]), own))
-    return layer(hidden, heads, parameters, torch.stack(dense)[:, None] * parameters[f"{BIAS}.scale"])
+    between = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1, keepdim=True)  # [B, 1, M, M]
+    dense = official_bias(between, sink_positions, hidden.shape[1])
+    return layer(hidden, heads, parameters, dense * parameters[f"{BIAS}.scale"])
 
 
 def without_bias(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor) -> Tensor:

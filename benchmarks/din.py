@@ -389,7 +389,7 @@ def serving_calls(length: int, candidates: int, hyper: Hyperparameters) -> dict[
             state = attention.export_state(behaviors, dtype=dtype)
             served = targets if dtype == torch.int8 else targets.to(dtype)
             call = lambda a=attention, s=state, t=served: a.attend(t, s)  # noqa: E731
-            calls[model, str(dtype).removeprefix("torch.")] = served_bytes(state), call
+            calls[model, results.dtype_name(dtype)] = served_bytes(state), call
     return calls
 
 

@@ -22,6 +22,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.lrea_attention import absorbed_cost, compress_cost, compress_items_cost
 from benchmarks.refined_attention import cost as refined_cost
 from benchmarks.registry import BACKWARD, FORWARD, TRAINING, Inputs, Operator
+from benchmarks.wasserstein_attention import cost as wasserstein_cost
 from benchmarks.workloads import BOTH, Draw, Workload
 
 # Of a prediction, beyond which the results say why.
@@ -175,12 +176,15 @@ def _lengths(workload, inputs) -> Tensor:
     return torch.full((workload.batch,), workload.length) if lengths is None else lengths
 
 
+def _softmaxes(workload) -> int:
+    return (1 if workload.mechanism == "simple" else 2) + (workload.source == "weights")
+
+
 @models("refined_attention", "cpu")
 def refined_attention_on_a_cpu(workload, inputs, direction):
     """The fewest products; a backward recomputes the forward, and has two products for each of its."""
     forward = refined_cost(workload, inputs, FORWARD)
-    softmaxes = (1 if workload.mechanism == "simple" else 2) + (workload.source == "weights")
-    elements = softmaxes * workload.heads * _visible(_lengths(workload, inputs), causal=True)
+    elements = _softmaxes(workload) * workload.heads * _visible(_lengths(workload, inputs), causal=True)
     if direction == FORWARD:
         return [Stage(forward.flops, forward.bytes, elements)]
     return [Stage(3 * forward.flops, 2 * forward.bytes, elements)]
@@ -195,11 +199,10 @@ def refined_attention_on_a_gpu(workload, inputs, direction):
         tile = max(16, 2 ** math.ceil(math.log2(n)))
         pairs = len(q) * heads * tile**2
         products = 4 * tile if workload.mechanism == "simple" else 6 * tile
-        softmaxes = (1 if workload.mechanism == "simple" else 2) + (workload.source == "weights")
-        flops, moved = pairs * (products + 4 * dim), 4 * q.nbytes + weights
+        flops, moved, elements = pairs * (products + 4 * dim), 4 * q.nbytes + weights, _softmaxes(workload) * pairs
         if direction == FORWARD:
-            return [Stage(flops, moved, softmaxes * pairs)]
-        return [Stage(3 * flops, 2 * moved, softmaxes * pairs, launches=2)]
+            return [Stage(flops, moved, elements)]
+        return [Stage(3 * flops, 2 * moved, elements, launches=2)]
     rank = inputs["w_q"].shape[1]
     pairs = heads * _visible(_lengths(workload, inputs), causal=True)
     refined = q.nbytes / dim * 2 * rank  # Q' and K'
@@ -220,16 +223,12 @@ def refined_attention_on_a_gpu(workload, inputs, direction):
 
 @models("wasserstein_attention", *BOTH)
 def wasserstein_attention(workload, inputs, direction):
-    """Attention of twice the head dim with a product for each output; refined, after a projection of that."""
-    mean = inputs["mean_q"]
+    """The backward has five products for the forward's two, as that of any attention."""
+    forward = wasserstein_cost(workload, inputs, FORWARD)
     pairs = workload.heads * _visible(_lengths(workload, inputs), causal=True)
-    columns = inputs["w_q"].shape[-1] if "w_q" in inputs else 0
-    refining = 2 * (2 * workload.dim + 2 * columns) * pairs + 2 * columns * pairs if columns else 0
-    attending = (2 * 2 * workload.dim if not columns else 0) * pairs + 4 * workload.dim * pairs
-    moved = 8 * mean.nbytes + _bytes(inputs, "w_q", "w_k")
     if direction == FORWARD:
-        return [Stage(attending + refining, moved, pairs)]
-    return [Stage(2.5 * (attending + refining), 2 * moved, pairs, launches=2)]
+        return [Stage(forward.flops, forward.bytes, pairs)]
+    return [Stage(2.5 * forward.flops, 2 * forward.bytes, pairs, launches=2)]
 
 
 # --- lrea_attention ---

@@ -149,10 +149,6 @@ def cost_of_sinks(operators: dict[str, Operator], machine: Machine) -> Figure:
     return Figure("sinks", caption, tuple(panels))
 
 
-def dtype_of(machine: Machine) -> str:
-    return str(machine.dtype).removeprefix("torch.")
-
-
 def roofline(operators: dict[str, Operator], machine: Machine) -> Figure:
     measured = [row.ceilings for row in machine.rows() if row.ceilings]
     if not measured:
@@ -226,8 +222,9 @@ def speed_ups(operators: dict[str, Operator], machine: Machine) -> Figure:
     ]
     return Figure(
         README_FIGURE,
-        f"Times as fast as eager PyTorch on {machine.name}, in {dtype_of(machine)}, forward and backward where there "
-        "is one. Each other point is a way to do the same in PyTorch; a bar does less, as plain attention does.",
+        f"Times as fast as eager PyTorch on {machine.name}, in {results.dtype_name(machine.dtype)}, forward and "
+        "backward where there is one. Each other point is a way to do the same in PyTorch; a bar does less, as plain "
+        "attention does.",
         (Panel("", "times as fast as eager", "", tuple(series), log_y=False, y_names=tuple(names)),) if names else (),
     )
 

@@ -13,7 +13,7 @@ from benchmarks import model, reasons, table
 from benchmarks.ceilings import Ceilings
 from benchmarks.goals import NOT_MEASURED, Goal, Outcome
 from benchmarks.registry import BACKWARD, DTYPES, FORWARD, TRAINING, Operator
-from benchmarks.results import TIMED, Record, Row
+from benchmarks.results import TIMED, Record, Row, dtype_name
 from benchmarks.workloads import CUDA, Workload
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def machines(records: Iterable[Record]) -> list[Machine]:
     for record in sorted(records, key=lambda record: record.run["started"]):
         row, run = record
         kind = "cuda" if run.get("cuda") else "cpu"
-        if row.dtype != str(DTYPES[kind]).removeprefix("torch."):
+        if row.dtype != dtype_name(DTYPES[kind]):
             continue
         name = run["device"] if kind == "cuda" else f"{run['device']}, {run['threads']} threads"
         machine = found.setdefault(name, Machine(name, kind))
@@ -275,7 +275,9 @@ def results_page(
             parts += [f"![]({file})\n\n{caption}\n" for file, caption in images.get(kind, [])]
             for operator in operators.values():
                 times = times_table(operator, machine)
-                parts += [f"### {operator.name}\n\nMilliseconds, {machine.dtype}.\n\n{times}"] if times else []
+                parts += (
+                    [f"### {operator.name}\n\nMilliseconds, {dtype_name(machine.dtype)}.\n\n{times}"] if times else []
+                )
             missing = not_timed(machine)
             parts += ["### Not timed\n\n" + "\n".join(missing) + "\n"] if missing else []
             predicted = model_table(operators, machine)

@@ -43,7 +43,7 @@ class Row:
     error_share: float | None = None  # the worst error of output and gradients as a share of its bound
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     gate_shape: dict[str, object] | None = None
-    ceilings: dict[str, float] = field(default_factory=dict)  # measured before the timing
+    ceilings: dict[str, float] = field(default_factory=dict)  # the better of before and after the timing
     goals: list[Outcome] = field(default_factory=list)
 
 
@@ -52,6 +52,10 @@ class Record(NamedTuple):
 
     row: Row
     run: dict[str, object]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def environment(device: torch.device) -> dict[str, object]:

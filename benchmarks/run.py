@@ -131,28 +131,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.print_heading(console, common)
     rows: list[results.Row] = []
     bars = Bars(console, len(plan) * len(chosen.dtype))
-    quick = chosen.tier == "quick"
-    ceilings = {
-        dtype: around(partial(measure_ceilings, chosen.device, [DTYPES[dtype]], clock, quick)) for dtype in chosen.dtype
-    }
     seconds = SECONDS[chosen.tier] if chosen.seconds is None else chosen.seconds
+    settings = [
+        Settings(
+            chosen.device,
+            dtype,
+            histories,
+            around(partial(measure_ceilings, chosen.device, [dtype], clock, quick=chosen.tier == "quick")),
+            clock,
+            seconds,
+            chosen.direction,
+            bars.show,
+        )
+        for dtype in map(DTYPES.get, chosen.dtype)
+    ]
     path = chosen.results / f"{datetime.now():%Y%m%d-%H%M%S}-{chosen.device.type}.jsonl"
     ours_broke = False
     with bars.progress:
         for operator, workload, implementations in plan:
-            for dtype in chosen.dtype:
+            for each in settings:
                 bars.begin(f"{operator.name} · {workload.name}")
-                settings = Settings(
-                    chosen.device,
-                    DTYPES[dtype],
-                    histories,
-                    ceilings[dtype],
-                    clock,
-                    seconds,
-                    chosen.direction,
-                    bars.show,
-                )
-                own = Contest(operator, workload, implementations, settings).run()
+                own = Contest(operator, workload, implementations, each).run()
                 results.append(own, common, path)
                 if own:
                     console.print(table.block(operator, own))

@@ -242,7 +242,7 @@ def train(
     return Row(
         attention=attention,
         impl=impl,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=results.dtype_name(dtype),
         seed=seed,
         shape=asdict(hyper),
         data=histories.source,

@@ -302,13 +302,18 @@ def sdpa_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens
     cpu_tier="full",
 )
 def official(q, k, v, sink_positions, inter_sink_bias, causal):
-    """CTR-Sink's code: a dense [B, N, N] bias, filled one sequence at a time, and every score in memory."""
+    """CTR-Sink's code: a dense bias, and every score in memory."""
+    return biased_attention(q, k, v, official_bias(inter_sink_bias, sink_positions, q.shape[2]), causal)
+
+
+def official_bias(inter_sink_bias: Tensor, sink_positions: Tensor, length: int) -> Tensor:
+    """[B, H, N, N], filled one sequence at a time."""
     dense = []
     for own, positions in zip(inter_sink_bias, sink_positions, strict=True):
-        empty = own.new_zeros(own.shape[0], q.shape[2], q.shape[2])
-        heads = torch.arange(own.shape[0], device=q.device)[:, None, None]
+        empty = own.new_zeros(own.shape[0], length, length)
+        heads = torch.arange(own.shape[0], device=own.device)[:, None, None]
         dense.append(empty.index_put((heads, positions[:, None], positions[None, :]), own))
-    return biased_attention(q, k, v, torch.stack(dense), causal)
+    return torch.stack(dense)
 
 
 @SINK_ATTENTION.implementation("eager, torch.compile", applies=padded, prepare=pad, restore=unpad, tier="full")

@@ -15,7 +15,7 @@ from benchmarks.goals import Goal, Measured, Outcome
 from benchmarks.memory import peak_memory
 from benchmarks.movielens import Histories
 from benchmarks.registry import BACKWARD, FORWARD, Implementation, Inputs, Operator
-from benchmarks.results import FAILED, NOT_RUN, REFUSED, Row
+from benchmarks.results import FAILED, NOT_RUN, REFUSED, Row, dtype_name
 from benchmarks.workloads import Draw, Workload
 
 # Sets of inputs rotate until this much has passed through the caches.
@@ -70,7 +70,7 @@ class Contest:
                     op=self.operator.name,
                     workload=self.workload.name,
                     shape=self.workload.shape,
-                    dtype=str(self.settings.dtype).removeprefix("torch."),
+                    dtype=dtype_name(self.settings.dtype),
                     impl=implementation.name,
                     direction=direction,
                     data=self.settings.histories.source if self.workload.histories else "drawn",

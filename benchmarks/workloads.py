@@ -94,7 +94,9 @@ def sink_workload(name: str, tokens: int, length: int, dim: int, sinks: int, **o
     return SinkWorkload(name=name, devices=("cuda",), **{**shape, **options})
 
 
-def sweep(prefix: str, tokens: int, lengths: Sequence[int], devices: tuple[str, ...]) -> tuple[SinkWorkload, ...]:
+def sweep(
+    prefix: str, tokens: int, lengths: Sequence[int], devices: tuple[str, ...], gate_batch: int = 1
+) -> tuple[SinkWorkload, ...]:
     """From many short sequences to one long one, of as many tokens, full and causal, a tenth of the tokens sinks."""
     return tuple(
         SinkWorkload(
@@ -106,7 +108,7 @@ def sweep(prefix: str, tokens: int, lengths: Sequence[int], devices: tuple[str, 
             dim=64,
             sinks=length // 10,
             causal=causal,
-            gate_batch=1,
+            gate_batch=gate_batch,
             tier="full",
             devices=devices,
         )
@@ -196,21 +198,7 @@ SINK = (
         )
     ),
     # N % 128 == 64, and one long sequence among short ones.
-    *(
-        SinkWorkload(
-            name=f"n576{'_causal' if causal else ''}",
-            batch=8,
-            heads=8,
-            kv_heads=8,
-            length=576,
-            dim=64,
-            sinks=57,
-            causal=causal,
-            gate_batch=2,
-            tier="full",
-        )
-        for causal in (False, True)
-    ),
+    *sweep("n", 8 * 576, (576,), BOTH, gate_batch=2),
     SinkWorkload(
         name="one_long",
         batch=64,

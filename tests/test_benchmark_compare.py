@@ -7,11 +7,9 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from benchmarks import compare, plot, results, run
-from benchmarks.ceilings import Ceilings
 from benchmarks.registry import FORWARD, TRAINING
 from benchmarks.results import Record, Row
 from benchmarks.suite import Contest
@@ -158,7 +156,7 @@ def test_what_is_no_record_is_refused(tmp_path, capsys, content, message):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_run_is_held_against_a_baseline_file(only_product, tmp_path, monkeypatch, capsys):
+def test_a_run_is_held_against_a_baseline_file(only_product, suite_settings, tmp_path, monkeypatch, capsys):
     clock, milliseconds = SimulatedClock(0), 1.0
 
     @only_product.implementation("recattn", ours=True)
@@ -172,7 +170,7 @@ def test_a_run_is_held_against_a_baseline_file(only_product, tmp_path, monkeypat
 
     only_product.implementation("eager")(eager)
     monkeypatch.setattr(run, "clock_for", lambda device: clock)
-    monkeypatch.setattr(run, "measure_ceilings", lambda *arguments, **options: fixed_ceilings())
+    monkeypatch.setattr(run, "measure_ceilings", lambda *arguments, **options: suite_settings.ceilings())
     folders = (str(tmp_path / str(number)) for number in count())
     common = ["--workload", "small", "--seconds", "0.01", "--device", "cpu", "--results"]
     baseline = next(folders)
@@ -185,7 +183,3 @@ def test_a_run_is_held_against_a_baseline_file(only_product, tmp_path, monkeypat
     monkeypatch.setattr(results, "device_name", lambda device: "another machine")
     assert run.main(against) == 2
     assert "no row in common" in capsys.readouterr().out
-
-
-def fixed_ceilings():
-    return Ceilings({torch.float32: 0.1}, 10.0, 1.0, 5.0)

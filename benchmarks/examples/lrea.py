@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import din
 from benchmarks.din import DIN, SERVED_CANDIDATES, Hyperparameters, Ranker, Ratings, ServingRow
+from benchmarks.results import dtype_name
 from benchmarks.timing import CpuClock, finite, measure
 from recattn.serving import StateTable
 
@@ -74,7 +75,7 @@ def serve(
     return [
         ServingRow(
             model=model,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             length=len(behaviors),
             candidates=len(candidates),
             dim=hyper.dim,
