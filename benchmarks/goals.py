@@ -24,13 +24,19 @@ class Outcome:
 
     goal: str
     verdict: str = NOT_MEASURED
-    against: str | None = None  # the one that it was decided against
+    against: str | None = None  # the one that it was decided against, or those that were missing
     time_ratio: float | None = None
     spread: float | None = None  # of the ratio
     extra_bytes: int | None = None
     memory_ratio: float | None = None
     milliseconds: float | None = None
     ceiling_fraction: float | None = None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether nothing was measured that decides it, for want of the opponents in `against`."""
+        figures = (self.time_ratio, self.extra_bytes, self.memory_ratio, self.milliseconds, self.ceiling_fraction)
+        return self.verdict == timing.NO_VERDICT and all(figure is None for figure in figures)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,8 +147,10 @@ class Contest:
             row.ceilings = ceilings.of(self.settings.dtype)
             row.ceiling_fraction = ceilings.fraction(cost, self.settings.dtype, row.p50_ms)
             measured[name] = Measured(taken, row.peak_bytes, row.host_ms, row.ceiling_fraction)
+        lost = {name for (name, d), row in self.rows.items() if d == direction and row.status in (REFUSED, FAILED)}
         for name in measured:
-            self.rows[name, direction].goals = [_judged(goal, measured) for goal in self._goals(direction, name)]
+            goals = self._goals(direction, name)
+            self.rows[name, direction].goals = [_judged(goal, measured, lost) for goal in goals]
 
     def _input_sets(self) -> list[Inputs]:
         first = self._draw(self.workload, seed=1)
@@ -198,8 +200,12 @@ def timed_call(
     return backward if direction == BACKWARD else forward_and_backward
 
 
-def _judged(goal: Goal, measured: dict[str, Measured]) -> Outcome:
+def _judged(goal: Goal, measured: dict[str, Measured], lost: set[str]) -> Outcome:
+    """`lost` are the contestants that were refused or failed: one of them might have been the best opponent."""
+    missing = [name for name in goal.against if name in lost]
     others = {name: measured[name] for name in goal.against if name in measured}
+    if missing and others:
+        return Outcome(str(goal), timing.NO_VERDICT, ", ".join(missing))
     return goal.judge(measured[goal.implementation], others) if others or not goal.against else Outcome(str(goal))
 
 

@@ -112,6 +112,8 @@ def measured(outcome: Outcome, row: Row) -> str:
     """What was measured, the way the goal puts it, or why nothing was."""
     if outcome.verdict == NOT_MEASURED:
         return row.status if row.status != TIMED else "nothing to compare with was timed"
+    if outcome.undecided:
+        return f"{outcome.against}: refused or failed"
     if outcome.extra_bytes is not None:
         value = f"{outcome.extra_bytes / 1e6:.1f} MB"
     elif outcome.milliseconds is not None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-# Over either of these there is no verdict on a goal.
+NO_VERDICT = "no verdict"
+# Over either of these there is none on a goal.
 MAX_SPREAD = 0.03
 MAX_WAITING = 0.03
 # Fewer rounds than this leave the median without a 95% confidence interval.
@@ -78,7 +79,7 @@ def finite(value: float) -> float | None:
 def verdict(ratio: float, ratio_spread: float, waiting: float, goal: float) -> str:
     # Waiting for a core slows whoever synchronises its threads more often: it biases a ratio and may not spread it.
     if ratio_spread > MAX_SPREAD or waiting > MAX_WAITING:
-        return "no verdict"
+        return NO_VERDICT
     return "met" if ratio <= goal else "missed"
 
 
@@ -158,18 +159,20 @@ class CpuClock:
 class CudaClock:
     """Time between two events around a call, in milliseconds, the L2 cache flushed before.
 
-    The device is busy flushing for about half a millisecond, the lead that the host has for launching: what is timed is
-    the device's work, however long the host took to ask for it (`host_time`), unless that is longer still.
+    It is flushed by reading: what a write leaves in the cache, up to all of it, would be written back to memory while
+    the call runs. The device reads for about half a millisecond, the lead that the host has for launching: what is
+    timed is the device's work, however long the host took to ask for it (`host_time`), unless that is longer still.
     """
 
     FLUSH_BYTES = 2**31
 
     def __init__(self, device: torch.device) -> None:
-        self.flush = torch.empty(self.FLUSH_BYTES, dtype=torch.int8, device=device)
+        self.flush = torch.zeros(self.FLUSH_BYTES // 4, device=device)
+        self.sum = torch.zeros((), device=device)
 
     def __call__(self, call: Callable[[], object]) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
+        torch.sum(self.flush, dim=0, out=self.sum)
         start.record()
         call()
         stop.record()

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from recattn import reference
 from recattn.ops import base_attention
-from recattn.ops.base_attention import BASES, BaseAttention, Call, empty_backward, empty_forward, register, supporting
+from recattn.ops.base_attention import (
+    BASES,
+    BaseAttention,
+    Call,
+    empty_backward,
+    empty_forward,
+    register,
+    supporting,
+    token_major,
+)
 from recattn.testing import assert_matches_reference
 
 PACKAGES = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
@@ -155,10 +164,11 @@ def aten_cudnn_backward(
     dout, q, k, v, out, lse, _seed, _offset, bias, cu_q, cu_k, max_q, max_k, dropout_p, causal, *, scale=None
 ):
     assert (bias, cu_q, cu_k, max_q, max_k, dropout_p) == (None, None, None, q.shape[2], q.shape[2], 0.0)
+    # Nobody else's plan has this key, and in it the layouts of out and dout are a function of q's.
+    assert math.copysign(1, dropout_p) == -1
     assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
-    # A plan knows the layouts of q, k and v only: the others are a function of theirs.
-    assert dout.transpose(1, 2).is_contiguous()
-    assert out.is_contiguous() if q.is_contiguous() else out.transpose(1, 2).is_contiguous()
+    like_q = q.new_empty(*q.shape[:3], v.shape[-1])
+    assert out.stride() == dout.stride() == (like_q if q.is_contiguous() else token_major(like_q)).stride()
     tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     return tuple(x.transpose(1, 2) for x in run_backward(*tensors, lse[..., 0], None, max_q, causal, scale))
 
@@ -855,6 +865,25 @@ def test_layouts_of_dout_on_gpu(name):
     or_skip(BASES[name], q, k, v, **options)
     for swap in (False, True, False):
         check(BASES[name], q, k, v, **options, swap=swap)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ours", [False, True], ids=["dout like q", "dout transposed"])
+@pytest.mark.parametrize("theirs", [False, True], ids=["SDPA's like q", "SDPA's transposed"])
+def test_cudnn_plans_of_others_on_gpu(theirs, ours):
+    """PyTorch keeps plans of a backward by a key without dout's strides: ours must not be a plan that SDPA left there.
+
+    A length of its own for each case: plans are kept for the life of the process.
+    """
+    (q, k, v), _ = draw("heads first", (2, 136 + 16 * theirs + 32 * ours), dtype=torch.bfloat16, device="cuda")
+    options = {"causal": True, "scale": 0.125}
+    or_skip(BASES["cudnn"], q, k, v, **options)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.125)
+    dout = torch.randn_like(out)
+    torch.autograd.grad(out, leaves, token_major(dout) if theirs else dout)
+    check(BASES["cudnn"], q, k, v, **options, swap=ours)
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from benchmarks import (
     lrea_attention,
     memory,
     movielens,
+    report,
     results,
     run,
     sink_attention,
@@ -183,6 +184,28 @@ def test_waiting_for_a_core_is_noticed():
         os.sched_setaffinity(0, allowed)
 
 
+def test_the_cache_is_flushed_without_writing(monkeypatch):
+    """What a flush wrote would be written back to memory while the call is timed."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        record = synchronize = lambda self: None
+
+        def elapsed_time(self, stop):
+            return 0.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.CudaClock, "FLUSH_BYTES", 2**20)
+    clock = timing.CudaClock(CPU)
+    assert clock.flush.nbytes == 2**20
+    clock.flush[-1] = 3  # read to the last element
+    version = clock.flush._version
+    assert clock(lambda: None) == 0.0
+    assert clock.flush._version == version and clock.sum == 3
+
+
 def test_percentiles_are_those_of_torch():
     values = torch.rand(37, dtype=torch.float64)
     for percent in (0, 10, 50, 90, 100):
@@ -339,6 +362,23 @@ def test_a_goal_that_could_not_be_measured_stands_there(product, suite_settings,
     reason = "refused: wrong" if name == "recattn" else "nothing to compare with"
     text = console.export_text()
     assert "not measured" in text and reason in text
+
+
+def test_a_goal_whose_opponent_was_refused_or_failed_has_no_verdict(product, suite_settings):
+    """It might have been the fastest: those that are left decide nothing."""
+    goal = TimeGoal(workload="small", direction=TRAINING, against=("eager", "wrong", "broken"), time_ratio=1e6)
+    product = replace(product, goals=(goal,))
+    product.implementation("recattn")(lambda x, w: x @ w)
+    (easily_met,) = run_all(product, suite_settings)["recattn", TRAINING].goals
+    assert easily_met.against == "eager"
+    product.implementation("wrong")(lambda x, w: x @ w + 1)
+    product.implementation("broken")(lambda x, w: 1 / 0)
+    row = run_all(product, suite_settings)["recattn", TRAINING]
+    assert row.goals == [Outcome(str(goal), "no verdict", "wrong, broken")]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table.goals([row]))
+    assert "wrong, broken: refused or failed" in console.export_text()
+    assert report.verdict(row.goals[0], row) == "wrong, broken: refused or failed: **no verdict**"
 
 
 # Directions

@@ -271,6 +271,11 @@ def _flash_bwd(dout, q, k, v, out, lse, s: _Settings) -> tuple[Tensor, Tensor, T
 
 # --- cuDNN ---
 
+# No dropout, in other bytes than the 0.0 of PyTorch's own calls. PyTorch finds the plan of a backward by the bytes of a
+# key that has the strides of q, k and v, but not those of out and dout. Under the same key a call of its own with other
+# strides there would leave a plan that reads our dout wrongly.
+_NO_DROPOUT_OF_OURS = -0.0
+
 
 def _cudnn_limits(call: Call) -> str | None:
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
@@ -302,9 +307,8 @@ def _cudnn_fwd(q: Tensor, k: Tensor, v: Tensor, s: _Settings) -> tuple[Tensor, T
 
 def _cudnn_bwd(dout, q, k, v, out, lse, s: _Settings) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, dout = map(_swap_heads, (q, k, v, out, dout))
-    # PyTorch reuses a plan wherever q, k and v are laid out the same: the others must then be, too. So they are as its
-    # own calls mostly have them: out like q, dout token by token, lse contiguous.
-    out, dout, lse = _laid_out_like(q, out), token_major(dout), lse.unsqueeze(-1)
+    strides = _output_strides(q, v.shape[-1])
+    out, dout, lse = _with_strides(out, strides), _with_strides(dout, strides), lse.unsqueeze(-1)
     unread = _random_state(q)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout,
@@ -320,11 +324,26 @@ def _cudnn_bwd(dout, q, k, v, out, lse, s: _Settings) -> tuple[Tensor, Tensor, T
         None,
         s.max_seqlen,
         s.max_seqlen,
-        0.0,
+        _NO_DROPOUT_OF_OURS,
         s.causal,
         scale=s.scale,
     )
     return tuple(map(_swap_heads, grads))
+
+
+def _output_strides(q: Tensor, width: int) -> tuple[int, ...]:
+    """Those of an output of this width as PyTorch lays it out: dense, its axes in the order of q's. Its newer versions
+    take dout to have them too."""
+    if width == q.shape[-1]:
+        return torch.empty_like(q, device="meta").stride()
+    strides, step = [0] * q.dim(), 1
+    for axis in sorted(range(q.dim()), key=q.stride):
+        strides[axis], step = step, step * (width if axis == q.dim() - 1 else q.shape[axis])
+    return tuple(strides)
+
+
+def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 # --- Memory-efficient attention in PyTorch ---
