@@ -1,12 +1,14 @@
 """recattn imports without a compiler, without triton and without its compiled kernels, and says what is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 CALL = """
@@ -40,6 +42,50 @@ def without_kernels(tmp_path_factory) -> str:
 
 def test_without_triton():
     python(BLOCK_TRITON + CALL)
+
+
+IMPORT_LIMIT_MS = 60
+IMPORT = "import sys, torch; before = {*sys.modules}; print('torch is imported', file=sys.stderr); import recattn"
+
+
+def import_times() -> dict[str, tuple[float, float]]:
+    """Self and cumulative milliseconds of each module that `import recattn` loads after torch."""
+    # With bytecode, as an installed package has it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-X", "importtime", "-c", IMPORT]
+    report = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stderr
+    _, _, of_recattn = report.partition("torch is imported")
+    rows = re.findall(r"import time: +(\d+) \| +(\d+) \| +(\S+)", of_recattn)
+    return {name: (int(own) / 1000, int(cumulative) / 1000) for own, cumulative, name in rows}
+
+
+def test_import_costs_little_more_than_torch():
+    def cost(times):
+        return sum(own for own, _ in times.values())
+
+    best = min((import_times() for _ in range(5)), key=cost)  # other processes slow some
+    slowest = sorted(best, key=lambda name: -best[name][1])[:15]
+    table = "\n".join(f"{best[name][1]:8.1f} ms  {name}" for name in slowest)
+    assert "recattn" in best
+    assert cost(best) <= IMPORT_LIMIT_MS, f"import recattn takes {cost(best):.0f} ms beyond torch:\n{table}"
+
+
+def test_import_loads_no_other_package():
+    lazy = ("torch._dynamo", "torch._inductor")
+    loaded = python(IMPORT + "; print(*{*sys.modules} - before)").split()
+    ours = {"recattn", *sys.stdlib_module_names}
+    others = [name for name in sorted(loaded) if name.partition(".")[0] not in {*ours, "torch"} or name.startswith(lazy)]
+    assert "recattn" in loaded
+    assert others == []
+
+
+def test_constant_in_graphs_is_assume_constant_result():
+    from recattn.ops._triton import constant_in_graphs
+
+    def marked(mark):
+        return vars(mark(lambda: None))
+
+    assert marked(constant_in_graphs) == marked(torch.compiler.assume_constant_result) != {}
 
 
 def test_without_compiled_kernels(without_kernels):
@@ -96,8 +142,6 @@ def setup_py(tmp_path: Path, *command: str, **environment: str) -> subprocess.Co
     ],
 )
 def test_a_build_that_cannot_be_met_says_the_remedy(tmp_path, environment, message):
-    import torch
-
     if environment == {"RECATTN_BUILD": "cuda"} and torch.version.cuda is not None:
         pytest.skip("torch is a CUDA build here")
     result = setup_py(tmp_path, "build", **environment)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from recattn.ops._triton import triton_refusal
+from recattn.ops._triton import constant_in_graphs, triton_refusal
 
 
 def refusal(device: str, dtype: torch.dtype | None, rank: int) -> str | None:
@@ -17,7 +17,7 @@ def refusal(device: str, dtype: torch.dtype | None, rank: int) -> str | None:
     return f"its kernels hold ranks up to {largest}, and r is {rank}" if rank > largest else None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _largest_rank() -> int:
     from recattn.triton_kernels.lrea_attention import LARGEST_RANK
 

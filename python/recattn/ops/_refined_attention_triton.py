@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recattn.ops._triton import launched_dropout, triton_refusal
+from recattn.ops._triton import constant_in_graphs, launched_dropout, triton_refusal
 
 
 def refusal(q: Tensor, v: Tensor, mechanism: str) -> str | None:
@@ -27,7 +27,7 @@ def refusal(q: Tensor, v: Tensor, mechanism: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _limits(device_type: str, dtype: torch.dtype) -> tuple[int, int]:
     """The most tokens and the widest head."""
     from recattn.triton_kernels.compilation import architecture_of

@@ -1,10 +1,18 @@
 """What operators whose kernels are Triton's share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result
+def constant_in_graphs(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which would import torch._dynamo: seconds, and 150 MB."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_in_graphs
 def triton_refusal(device_type: str, dtype: torch.dtype | None = None) -> str | None:
     """Why Triton kernels cannot run on tensors of this device type and dtype (None: they can)."""
     try:
