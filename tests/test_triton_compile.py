@@ -1,5 +1,7 @@
 """Every shipped kernel configuration compiles without spilling, within shared memory, as the committed table says."""
 
+import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -142,3 +144,15 @@ def test_resources_may_differ_under_another_triton():
     )
     assert problems == []
     assert notes == ["this is triton 3.6.0, the table is of 3.7.1", f"kept: {row(72)}, the table says {row(64)}"]
+
+
+def test_every_launch_fuses_multiplication_and_addition():
+    """Triton 3.10 fuses only where a launch asks for it: none leaves it to Triton's default."""
+    package = Path(importlib.util.find_spec("recattn.triton_kernels").submodule_search_locations[0])
+    launches = [
+        (file.name, ast.unparse(call.func), [keyword.arg for keyword in call.keywords])
+        for file in package.glob("*.py")
+        for call in ast.walk(ast.parse(file.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)
+    ]
+    assert launches == [("compilation.py", "kernel[grid]", [None, None, "enable_fp_fusion"])]

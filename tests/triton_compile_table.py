@@ -77,6 +77,8 @@ def measure(modules: tuple[str, ...], index: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from recattn.triton_kernels.compilation import ENABLE_FP_FUSION
+
     compilation = compilations(modules)[index]
     types = {name: kind.partition(":") for name, kind in compilation.signature.items()}
     source = ASTSource(
@@ -90,7 +92,10 @@ def measure(modules: tuple[str, ...], index: int) -> dict[str, int]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", compilation.architecture, 32),
-        options={name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")},
+        options={
+            **{name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")},
+            "enable_fp_fusion": ENABLE_FP_FUSION,
+        },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

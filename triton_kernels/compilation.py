@@ -1,4 +1,4 @@
-"""What a launch compiles to, as a value: for tools that compile ahead of time, without a GPU."""
+"""Launches, and what they compile to as a value: for tools that compile ahead of time, without a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from triton import JITFunction
 ARCHITECTURES = (80, 90, 100)
 # As many as there are. Not told how many, the assembler may spill to let more programs run side by side.
 MAX_REGISTERS = 255
+# A product and the sum it goes into are rounded once. Triton does so by itself only before 3.10.
+ENABLE_FP_FUSION = True
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -57,6 +59,11 @@ class Compilation:
         signature = {parameter.name: _type(parameter, arguments[parameter.name]) for parameter in compiled.params}
         constexprs = {name: arguments[name] for name, kind in signature.items() if kind == "constexpr"}
         return cls(kernel, label, architecture, signature, constexprs, num_warps, num_stages, maxnreg)
+
+
+def launch_kernel(kernel: object, grid: object, arguments: Mapping[str, object], **options: int) -> None:
+    """Run `kernel` on `grid`. `options` are Triton's: num_warps, num_stages, maxnreg."""
+    kernel[grid](**arguments, **options, enable_fp_fusion=ENABLE_FP_FUSION)
 
 
 def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, strides
+from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, launch_kernel, strides
 from recattn.triton_kernels.primitives import block_width, dot_rows, dropout_weights, load_rows, store_rows
 
 
@@ -255,9 +255,8 @@ def launch_inter_sink_bias_fwd(
         q_s, k_s, sink_mask, bias_scale, dropout_seed, out, factor, causal, dropout_p, scale, config
     )
     with torch.cuda.device_of(q_s):
-        inter_sink_bias_fwd_kernel[B, triton.cdiv(M, config.block_m)](
-            **arguments, num_warps=config.num_warps, num_stages=config.num_stages
-        )
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        launch_kernel(inter_sink_bias_fwd_kernel, (B, triton.cdiv(M, config.block_m)), arguments, **options)
 
 
 def launch_inter_sink_bias_bwd(
@@ -302,9 +301,8 @@ def launch_inter_sink_bias_bwd(
         config,
     )
     with torch.cuda.device_of(q_s):
-        inter_sink_bias_bwd_kernel[(B * num_heads,)](
-            **arguments, num_warps=config.num_warps, num_stages=config.num_stages
-        )
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        launch_kernel(inter_sink_bias_bwd_kernel, (B * num_heads,), arguments, **options)
 
 
 def _fwd_arguments(

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, MAX_REGISTERS, Compilation, strides
+from recattn.triton_kernels.compilation import ARCHITECTURES, MAX_REGISTERS, Compilation, launch_kernel, strides
 from recattn.triton_kernels.primitives import block_width, load_rows, store_rows
 
 LARGEST_RANK = 256
@@ -76,7 +76,7 @@ class Launch:
         if 0 in self.grid:
             return
         with torch.cuda.device_of(next(x for x in self.arguments.values() if isinstance(x, Tensor))):
-            self.kernel[self.grid](**self.arguments, **self.options)
+            launch_kernel(self.kernel, self.grid, self.arguments, **self.options)
 
     def compilation(self, label: str, architecture: int) -> Compilation:
         label = f"{label} {self.tile.kept}x{self.tile.visited}"

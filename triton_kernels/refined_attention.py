@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, architecture_of, strides
+from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, architecture_of, launch_kernel, strides
 from recattn.triton_kernels.primitives import (
     Matrix,
     Tokens,
@@ -491,9 +491,8 @@ def launch_refined_attention_fwd(
     options = (seq_lens, dropout, mechanism, source, causal, left_padded, scale, config.fwd)
     arguments = _fwd_arguments(q, k, v, out, g, w_v, *options)
     with torch.cuda.device_of(q):
-        refined_attention_fwd_kernel[B * H, triton.cdiv(N, config.fwd.block_m)](
-            **arguments, **config.fwd.launch_options
-        )
+        grid = (B * H, triton.cdiv(N, config.fwd.block_m))
+        launch_kernel(refined_attention_fwd_kernel, grid, arguments, **config.fwd.launch_options)
     return out
 
 
@@ -540,7 +539,7 @@ def launch_refined_attention_bwd(
                     dout, q, k, v, dq, dk, dv, partials, handed_on, g, w_v, first_pair, *options, stage
                 )
                 grid = (min(slots, pairs - first_pair), groups, size // stage.block_m)
-                refined_attention_bwd_kernel[grid](**arguments, **stage.launch_options)
+                launch_kernel(refined_attention_bwd_kernel, grid, arguments, **stage.launch_options)
     dg, *dw_v = (x.sum(0)[..., :N, :N] for x in partials)
     factor = w_q.shape[-1] ** -0.5
     sums = [factor * (dg @ w_k[..., :N, :].float()), factor * (dg.mT @ w_q[..., :N, :].float()), *dw_v]

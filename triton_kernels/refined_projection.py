@@ -29,6 +29,7 @@ from recattn.triton_kernels.compilation import (
     MAX_REGISTERS,
     Compilation,
     architecture_of,
+    launch_kernel,
     strides,
 )
 from recattn.triton_kernels.primitives import block_width, dot_rows, load_rows, locate_sequence, store_rows
@@ -488,7 +489,7 @@ def _launch_states(b: Tensor, c: Tensor, order: Order, *, reversed: bool) -> Ten
     arguments = _states_arguments(b, c, states, order, reversed, config)
     grid = (B * H * triton.cdiv(E, config.block_e) * triton.cdiv(F, config.block_f),)
     with torch.cuda.device_of(b):
-        refined_projection_states_kernel[grid](**arguments, **config.launch_options)
+        launch_kernel(refined_projection_states_kernel, grid, arguments, **config.launch_options)
     return states
 
 
@@ -543,7 +544,8 @@ def _launch(a, b, c, states, out, order, scale, members, reversed, summed, confi
     groups = out.shape[1] if summed else 1
     tiles = arguments["num_tiles"] * triton.cdiv(c.shape[3], config.block_f)
     with torch.cuda.device_of(a):
-        refined_projection_product_kernel[(tiles * members.programs * groups,)](**arguments, **config.launch_options)
+        grid = (tiles * members.programs * groups,)
+        launch_kernel(refined_projection_product_kernel, grid, arguments, **config.launch_options)
 
 
 def _states_arguments(b, c, states, order, reversed, config) -> dict[str, object]:

@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, architecture_of, as_dense, strides
+from recattn.triton_kernels.compilation import (
+    ARCHITECTURES,
+    Compilation,
+    architecture_of,
+    as_dense,
+    launch_kernel,
+    strides,
+)
 from recattn.triton_kernels.primitives import (
     Matrix,
     Sinks,
@@ -108,7 +115,7 @@ def launch_sink_attention_streams(
     arguments = _stream_arguments(streams, sink_positions, seq_lens, cu_seqlens, left_padded, N)
     grid = (N // STREAM_BLOCK + 1, B)
     with torch.cuda.device_of(q):
-        sink_attention_streams_kernel[grid](**arguments, num_warps=4)
+        launch_kernel(sink_attention_streams_kernel, grid, arguments, num_warps=4)
     return streams
 
 
@@ -877,7 +884,7 @@ def _launch(kernel, tensors: dict[str, object], options: dict[str, object], conf
         kernel, launch_options = _autotuned(kernel, kind), {}
         arguments = {name: x for name, x in arguments.items() if name not in _TUNED}
     with torch.cuda.device_of(tensors["q"]):
-        kernel[grid](**arguments, **launch_options)
+        launch_kernel(kernel, grid, arguments, **launch_options)
 
 
 # What autotuning chooses.

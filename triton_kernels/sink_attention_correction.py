@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, MAX_REGISTERS, Compilation, as_dense, strides
+from recattn.triton_kernels.compilation import (
+    ARCHITECTURES,
+    MAX_REGISTERS,
+    Compilation,
+    as_dense,
+    launch_kernel,
+    strides,
+)
 from recattn.triton_kernels.primitives import (
     Matrix,
     Sinks,
@@ -263,9 +270,8 @@ def launch_sink_attention_correction_fwd(
     # Only the first axis of a grid can be longer than 65535.
     grid = (B * num_q_heads, triton.cdiv(M, config.block_m))
     with torch.cuda.device_of(q):
-        sink_attention_correction_fwd_kernel[grid](
-            **arguments, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS
-        )
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
+        launch_kernel(sink_attention_correction_fwd_kernel, grid, arguments, **options)
     return sink_state
 
 
@@ -408,7 +414,7 @@ def launch_sink_attention_correction_delta(
     )
     grid = (B * num_q_heads, triton.cdiv(M, DELTA_BLOCK))
     with torch.cuda.device_of(out):
-        sink_attention_correction_delta_kernel[grid](**arguments, num_warps=DELTA_WARPS)
+        launch_kernel(sink_attention_correction_delta_kernel, grid, arguments, num_warps=DELTA_WARPS)
     return sink_delta
 
 

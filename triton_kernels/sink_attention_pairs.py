@@ -25,6 +25,7 @@ from recattn.triton_kernels.compilation import (
     Compilation,
     architecture_of,
     as_dense,
+    launch_kernel,
     strides,
 )
 from recattn.triton_kernels.primitives import (
@@ -611,9 +612,8 @@ def launch_sink_attention_pairs_bwd(
     if corrects:
         programs += num_q_heads * row_blocks
     with torch.cuda.device_of(q):
-        sink_attention_pairs_bwd_kernel[(B * programs,)](
-            **arguments, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS
-        )
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
+        launch_kernel(sink_attention_pairs_bwd_kernel, (B * programs,), arguments, **options)
     return dbias
 
 

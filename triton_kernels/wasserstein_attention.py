@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, MAX_REGISTERS, Compilation
+from recattn.triton_kernels.compilation import ARCHITECTURES, MAX_REGISTERS, Compilation, launch_kernel
 from recattn.triton_kernels.primitives import block_width, dropout_weights, load_rows, locate_sequence, store_rows
 from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout, exponential, score_unit
 
@@ -455,9 +455,9 @@ def _launch(kernel, tensors: dict[str, object], options: dict[str, object], tile
     arguments = _arguments(kernel, tensors, options, tile)
     with torch.cuda.device_of(tensors["query"]):
         # Only the first axis of a grid can be longer than 65535.
-        kernel[B * H, triton.cdiv(N, block)](
-            **arguments, num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS
-        )
+        grid = (B * H, triton.cdiv(N, block))
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": MAX_REGISTERS}
+        launch_kernel(kernel, grid, arguments, **options)
 
 
 def _arguments(kernel, tensors: dict[str, object], options: dict[str, object], tile: TileConfig) -> dict[str, object]:
