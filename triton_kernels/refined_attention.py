@@ -51,10 +51,10 @@ class Pair(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What rows of A are refined to; `inner` is None for the simple mechanism."""
+    """What rows of A are refined to."""
 
     queries: tl.tensor  # A G
-    inner: tl.tensor  # softmax(mask(A G Aᵀ))
+    inner: tl.tensor  # softmax(mask(A G Aᵀ)); unused by the simple mechanism
     final: tl.tensor  # softmax(mask(M)), float32, negative where dropout drops a weight
 
 
@@ -153,7 +153,7 @@ def refine(pair, rows, keys, a_rows, a, inner_values, g, dropout, ADDS_SOURCE: t
     visible = visible_pairs(pair, rows, keys)
     queries = dot(a_rows, load_square(pair, g, BLOCK_N)).to(a.dtype)
     m = dot(queries, tl.trans(a))
-    inner = None
+    inner = queries  # Triton 3.5 and 3.6 take no None in a tuple that is returned
     if inner_values is not None:
         inner = softmax_of_visible(m, visible).to(a.dtype)
         m = dot(inner, inner_values)
