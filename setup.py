@@ -15,6 +15,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
@@ -24,6 +25,10 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
 # sm_80 also carries PTX for architectures that came later. Decided without a GPU in sight.
 DEFAULT_CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0"
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # it would refuse pyproject.toml without saying this
+    needed = f"recattn is built by setuptools 77 or newer, and this is {setuptools.__version__}"
+    raise SystemExit(f"{needed}: pip install --upgrade setuptools, or leave out --no-build-isolation")
 
 
 class CannotBuildError(Exception):
@@ -53,17 +58,11 @@ def sources(*folders):
     return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / "csrc" / folder).glob("*.c*"))
 
 
-def compiler(name, default, remedy):
-    path = shutil.which(os.environ.get(name, default).split()[0])
-    if path is None:
-        raise CannotBuildError(f"no {default} on the PATH: {remedy}")
-    return path
-
-
 def cpu_extensions(cpp_extension):
     import pybind11
 
-    compiler("CXX", "c++", "install a C++20 compiler (g++ 10 or newer)")
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        raise CannotBuildError("no c++ on the PATH: install a C++20 compiler (g++ 10 or newer)")
     kernels = cpp_extension.CppExtension(
         "recattn._C",
         sources("cpu"),

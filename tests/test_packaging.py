@@ -152,6 +152,17 @@ def test_a_build_that_cannot_be_met_says_the_remedy(tmp_path, environment, messa
     assert result.returncode != 0 and message in result.stderr
 
 
+def test_an_old_setuptools_is_refused_with_the_remedy(tmp_path):
+    """A venv of Python 3.11 holds 65.5.0, whose own message names a field of pyproject.toml."""
+    (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"\nfind_packages = setup = None\n')
+    result = setup_py(tmp_path, "build", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert result.stderr == (
+        "recattn is built by setuptools 77 or newer, and this is 65.5.0: pip install --upgrade setuptools, "
+        "or leave out --no-build-isolation\n"
+    )
+
+
 @pytest.mark.parametrize("environment", [{"RECATTN_BUILD": "none"}, {"CXX": "no-such-compiler"}])
 def test_builds_without_a_compiler(tmp_path, environment):
     result = setup_py(tmp_path, "build", "--build-base", str(tmp_path / "build"), **environment)
