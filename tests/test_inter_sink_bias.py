@@ -560,11 +560,3 @@ def test_without_the_interpreter_a_cpu_has_only_the_reference(monkeypatch):
     inputs = {name: x.cpu() for name, x in draw().items()}
     with pytest.raises(NotImplementedError, match="for CUDA devices, and the tensors are on cpu"):
         by_triton(**inputs)
-
-
-def test_second_derivatives_are_refused():
-    inputs = draw()
-    leaf = inputs["q_s"].requires_grad_()
-    (gradient,) = torch.autograd.grad(by_triton(**inputs).square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()

@@ -342,13 +342,6 @@ def test_autocast_casts_the_inputs():
         assert torch.equal(gradient, expected_gradients[name].float())
 
 
-def test_no_second_derivative():
-    inputs = {name: x.requires_grad_() for name, x in draw("simple").items()}
-    (dq,) = torch.autograd.grad(cpu(**inputs).square().sum(), inputs["q"], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(dq.sum(), inputs["q"])
-
-
 # --- Dispatch and bad input ---
 
 

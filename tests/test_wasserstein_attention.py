@@ -349,13 +349,6 @@ def test_autocast_casts_the_inputs(rank):
         torch.testing.assert_close(x, expected[name].to(x), atol=0, rtol=0)
 
 
-def test_no_second_derivative():
-    inputs = {name: x.requires_grad_() for name, x in draw().items()}
-    (gradient,) = torch.autograd.grad(cpu(**inputs)[1].square().sum(), inputs["mean_q"], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.sum(), inputs["mean_q"])
-
-
 # --- Dispatch and bad input ---
 
 

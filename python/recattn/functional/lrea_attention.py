@@ -184,9 +184,8 @@ def lrea_attention(
             negative_slope=negative_slope,
             scale=scale,
         )
-    return ops.LreaAttention.apply(
-        targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens, float(negative_slope), float(scale), path
-    )
+    settings = ops.Settings(float(negative_slope), float(scale), path)
+    return ops.LreaAttention.apply(targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens, settings)
 
 
 def lrea_absorb(

@@ -9,13 +9,14 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from recattn.ops._library import define
+from recattn.ops._library import define, differentiable_again
 from recattn.ops._refined_attention_slices import gaussians, gaussians_backward
 from recattn.ops._triton import triton_refusal
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttention, no_sinks
 from recattn.ops.sink_attention import Settings as AttentionSettings
+from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.wasserstein_attention import attention_matrix
 
 
 def refusal(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
@@ -56,7 +57,7 @@ def _passes(q, k, w_q, w_k, seq_lens, settings) -> list[Tensor]:
     """A W_q and A W_k, or both side by side, with columns of zeros as `_joined` has them."""
     if settings.source == "logits":
         order = (settings.causal, settings.left_padded, settings.scale)
-        return [RefinedProjection.apply(q, k, _joined([w_q, w_k], q), seq_lens, *order)]
+        return [RefinedProjection.apply(q, k, _joined([w_q, w_k], q), seq_lens, order)]
     scale = 1 / math.sqrt(q.shape[-1]) if settings.scale is None else settings.scale
     fits = 2 * _aligned(w_q.shape[-1]) <= MAX_HEAD_DIM
     groups = [[w_q, w_k]] if fits else [[w_q], [w_k]]
@@ -127,8 +128,7 @@ class _GaussianOperands(torch.autograd.Function):
         return queries, keys
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dqueries, dkeys):
+    def backward(ctx, dqueries, dkeys):  # of the outputs, so that autograd can go on through it
         queries, keys = ctx.saved_tensors
         width = ctx.width
         gaussian_k = keys[..., :width]
@@ -147,18 +147,39 @@ def _filled(parts: list[Tensor]) -> Tensor:
 # --- The projection ---
 
 
+def projection_reference(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    seq_lens: Tensor | None,
+    source: str,
+    causal: bool,
+    left_padded: bool,
+    scale: float,
+) -> Tensor:
+    """A W with A the logits scale · Q Kᵀ or their softmax, in memory as a whole."""
+    valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, "left" if left_padded else "right", q.device)
+    if seq_lens is not None:
+        q, k = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k))
+    return attention_matrix(scale * (q @ k.mT), ~visible_pairs(valid, causal), source) @ w
+
+
+def _projection_reference(q, k, w, seq_lens, settings) -> Tensor:
+    return projection_reference(q, k, w, seq_lens, "logits", **_options(q, *settings))
+
+
 class RefinedProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, w, seq_lens, *order):
+    def forward(ctx, q, k, w, seq_lens, settings):
         ctx.save_for_backward(q, k, w, seq_lens)
-        ctx.order = order
-        return refined_projection_fwd(q, k, w, seq_lens, *order)
+        ctx.settings = settings
+        return refined_projection_fwd(q, k, w, seq_lens, *settings)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_projection_reference)
     def backward(ctx, dx):
-        dq, dk, dw = refined_projection_bwd(dx, *ctx.saved_tensors, *ctx.order)
-        return dq, dk, dw, None, None, None, None
+        dq, dk, dw = refined_projection_bwd(dx, *ctx.saved_tensors, *ctx.settings)
+        return dq, dk, dw, None, None
 
 
 def _fwd(q, k, w, seq_lens, *order) -> Tensor:

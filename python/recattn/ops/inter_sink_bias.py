@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from recattn.ops._library import define
+from recattn import reference
+from recattn.ops._library import define, differentiable_again, refuse_dropout
 from recattn.ops._triton import triton_refusal
 
 # The kernels hold rows of the bias whole.
@@ -39,6 +39,14 @@ class Settings(NamedTuple):
     scale: float | None  # None: 1/√D, which torch.compile would fix in its graph were it computed outside the operator
 
 
+def _reference(q_s, k_s, sink_mask, bias_scale, _dropout_seed, settings) -> Tensor:
+    refuse_dropout("inter_sink_bias", settings.dropout_p)
+    bias_scale = settings.factor if bias_scale is None else settings.factor * bias_scale
+    return reference.inter_sink_bias(
+        q_s, k_s, sink_mask=sink_mask, bias_scale=bias_scale, causal=settings.causal, scale=settings.scale
+    )
+
+
 class InterSinkBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_s, k_s, sink_mask, bias_scale, dropout_seed, settings):
@@ -48,7 +56,7 @@ class InterSinkBias(torch.autograd.Function):
         return inter_sink_bias_fwd(*tensors, *settings)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_reference)
     def backward(ctx, dout):
         dq_s, dk_s, dbias_scale = inter_sink_bias_bwd(dout, *ctx.saved_tensors, *ctx.settings)
         return dq_s, dk_s, None, dbias_scale if ctx.needs_input_grad[3] else None, None, None

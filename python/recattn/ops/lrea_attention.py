@@ -7,16 +7,17 @@ C++ on both (csrc/cpu, csrc/cuda).
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import leaky_relu, pad
 
+from recattn import reference
 from recattn._check import expect_lengths, expect_offsets, expect_rows, expect_same_device
 from recattn._extension import MISSING
 from recattn.ops import _lrea_attention_triton as by_triton
-from recattn.ops._library import define
+from recattn.ops._library import define, differentiable_again
 from recattn.ops._ragged import length_buckets
 
 # Elements of the products that the gradient of w_comp sums over users at a time.
@@ -47,45 +48,64 @@ def _takes_triton(x: Tensor, path: str) -> bool:
     return path == "triton" or x.device.type != "cpu"
 
 
+class Settings(NamedTuple):
+    """What a call of lrea_attention holds besides its tensors."""
+
+    negative_slope: float
+    scale: float
+    path: str
+
+
+def _attention_reference(targets, keys, values, w_decomp, target_offsets, seq_lens, settings) -> Tensor:
+    options = {"negative_slope": settings.negative_slope, "scale": settings.scale}
+    return reference.lrea_attention(targets, keys, values, w_decomp, target_offsets, seq_lens=seq_lens, **options)
+
+
 class LreaAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, targets, keys, values, w_decomp, target_offsets, seq_lens, negative_slope, scale, path):
+    def forward(ctx, targets, keys, values, w_decomp, target_offsets, seq_lens, settings):
+        negative_slope, scale, path = settings
         z = lrea_user_matmul(targets, keys.mT, target_offsets, path) * scale  # [T, H, r]
         y = lrea_middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope, path)
         ctx.save_for_backward(targets, keys, values, w_decomp, target_offsets, seq_lens, z, y)
-        ctx.negative_slope, ctx.scale, ctx.path = negative_slope, scale, path
+        ctx.settings = settings
         return lrea_user_matmul(y, values, target_offsets, path).to(targets.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_attention_reference)
     def backward(ctx, dout):
         targets, keys, values, w_decomp, offsets, seq_lens, z, y = ctx.saved_tensors
-        dvalues = lrea_user_outer(y, dout, offsets, ctx.path)
-        dy = lrea_user_matmul(dout, values.mT, offsets, ctx.path)
-        dz, dw_decomp = lrea_middle_factor_bwd(dy, z, w_decomp, offsets, seq_lens, ctx.negative_slope, ctx.path)
-        dz = dz * ctx.scale
-        dkeys = lrea_user_outer(dz, targets, offsets, ctx.path)
-        dtargets = lrea_user_matmul(dz, keys, offsets, ctx.path)
+        negative_slope, scale, path = ctx.settings
+        dvalues = lrea_user_outer(y, dout, offsets, path)
+        dy = lrea_user_matmul(dout, values.mT, offsets, path)
+        dz, dw_decomp = lrea_middle_factor_bwd(dy, z, w_decomp, offsets, seq_lens, negative_slope, path)
+        dz = dz * scale
+        dkeys = lrea_user_outer(dz, targets, offsets, path)
+        dtargets = lrea_user_matmul(dz, keys, offsets, path)
         gradients = (gradient.to(targets.dtype) for gradient in (dtargets, dkeys, dvalues, dw_decomp))
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None
+
+
+def _compress_reference(behaviors, w_comp, seq_lens, _path) -> Tensor:
+    return reference.lrea_compress(behaviors, w_comp, seq_lens)
 
 
 class LreaCompress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, behaviors, w_comp, seq_lens, path):
         ctx.save_for_backward(behaviors, w_comp, seq_lens)
-        ctx.path = path
+        ctx.settings = path
         return lrea_compress_items(behaviors, w_comp, seq_lens, None, path)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_compress_reference)
     def backward(ctx, dcompressed):
         behaviors, w_comp, seq_lens = ctx.saved_tensors
         dbehaviors = dw_comp = None
         if ctx.needs_input_grad[0]:
-            dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1], ctx.path)
+            dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1], ctx.settings)
         if ctx.needs_input_grad[1]:
-            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens, ctx.path).to(w_comp.dtype)
+            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens, ctx.settings).to(w_comp.dtype)
             dw_comp = pad(dw_comp, (0, 0, 0, w_comp.shape[0] - behaviors.shape[1]))
         return dbehaviors, dw_comp, None, None
 

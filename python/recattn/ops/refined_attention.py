@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from recattn import reference
 from recattn.ops import _refined_attention_cpu as on_cpu
 from recattn.ops import _refined_attention_long as long
 from recattn.ops import _refined_attention_slices as by_slices
 from recattn.ops import _refined_attention_triton as short
-from recattn.ops._library import define, distinct
+from recattn.ops._library import define, differentiable_again, distinct, refuse_dropout
 from recattn.ops._triton import triton_refusal
 
 
@@ -81,6 +81,24 @@ def refined_attention(
     return RefinedAttention.apply(*tensors, w_v, seq_lens, dropout_seed, settings)
 
 
+def _reference(q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, settings) -> Tensor:
+    refuse_dropout("refined_attention", settings.dropout_p)
+    return reference.refined_attention(
+        q,
+        k,
+        v,
+        w_q,
+        w_k,
+        w_v,
+        mechanism=settings.mechanism,
+        source=settings.source,
+        causal=settings.causal,
+        seq_lens=seq_lens,
+        padding_side="left" if settings.left_padded else "right",
+        scale=settings.scale,
+    )
+
+
 class RefinedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, settings):
@@ -90,7 +108,7 @@ class RefinedAttention(torch.autograd.Function):
         return refined_attention_fwd(*tensors, *settings)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_reference)
     def backward(ctx, dout):
         dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *ctx.saved_tensors, *ctx.settings)
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from recattn import reference
 from recattn.ops import _sink_attention_cpu as on_cpu
 from recattn.ops import _sink_attention_triton as by_triton
-from recattn.ops._library import define
+from recattn.ops._library import define, differentiable_again, refuse_dropout
 from recattn.ops._triton import triton_refusal
 from recattn.ops.sink_attention_dispatch import CORRECTION
 
@@ -66,6 +66,23 @@ class Settings(NamedTuple):
     path: str = "auto"
 
 
+def _reference(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, _seed, settings) -> Tensor:
+    refuse_dropout("sink_attention", settings.dropout_p)
+    return reference.sink_attention(
+        q,
+        k,
+        v,
+        sink_positions,
+        inter_sink_bias,
+        sink_logits=sink_logits,
+        causal=settings.causal,
+        seq_lens=seq_lens,
+        padding_side="left" if settings.left_padded else "right",
+        cu_seqlens=cu_seqlens,
+        scale=settings.scale,
+    )
+
+
 class SinkAttention(torch.autograd.Function):
     """Returns (out, lse); lse carries no gradient."""
 
@@ -75,15 +92,17 @@ class SinkAttention(torch.autograd.Function):
     ):
         tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed)
         out, lse, sink_state = sink_attention_fwd(q, k, v, *tensors, *settings)
-        ctx.save_for_backward(q, k, v, out, lse, sink_state, *tensors)
+        ctx.save_for_backward(q, k, v, *tensors, out, lse, sink_state)
         ctx.settings = settings
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_reference)
     def backward(ctx, dout, _dlse):
-        dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(dout, *ctx.saved_tensors, *ctx.settings)
+        q, k, v, *tensors, out, lse, sink_state = ctx.saved_tensors
+        saved = (q, k, v, out, lse, sink_state, *tensors)
+        dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(dout, *saved, *ctx.settings)
         return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, None, None, None, None
 
 

@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recattn.ops import _wasserstein_attention_cpu as on_cpu
 from recattn.ops import _wasserstein_attention_triton as by_triton
-from recattn.ops._library import define
-from recattn.ops._refined_attention_long import project
+from recattn.ops._library import define, differentiable_again, refuse_dropout
+from recattn.ops._refined_attention_long import project, projection_reference
 from recattn.ops._triton import triton_refusal
 from recattn.ops.sink_attention import MAX_HEAD_DIM
-from recattn.reference.sink_attention import valid_tokens
+from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.wasserstein_attention import masked_softmax, squared_wasserstein_distance
 
 
 def availability(device: str) -> dict[str, str | None]:
@@ -127,36 +127,55 @@ def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
 # --- Autograd ---
 
 
+def _attention_reference(query, key, mean_v, cov_v, seq_lens, _dropout_seed, settings) -> tuple[Tensor, Tensor]:
+    causal, left_padded, scale, dropout_p, _path = settings
+    refuse_dropout("wasserstein_attention", dropout_p)
+    side = "left" if left_padded else "right"
+    valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, side, query.device)
+    if seq_lens is not None:
+        mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
+    distances = squared_wasserstein_distance(*query.chunk(2, dim=-1), *key.chunk(2, dim=-1))
+    p = masked_softmax(-_resolved(scale, query) * distances, ~visible_pairs(valid, causal))
+    return (p @ mean_v.to(p.dtype)).to(mean_v.dtype), (p.square() @ cov_v.to(p.dtype)).to(cov_v.dtype)
+
+
 class WassersteinAttention(torch.autograd.Function):
     """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²))."""
 
     @staticmethod
-    def forward(ctx, query, key, mean_v, cov_v, seq_lens, dropout_seed, options):
+    def forward(ctx, query, key, mean_v, cov_v, seq_lens, dropout_seed, settings):
         tensors = (query, key, mean_v, cov_v, seq_lens, dropout_seed)
-        mean, cov, state = wasserstein_attention_fwd(*tensors, *options)
-        ctx.save_for_backward(mean, cov, state, *tensors)
-        ctx.options = options
+        mean, cov, state = wasserstein_attention_fwd(*tensors, *settings)
+        ctx.save_for_backward(*tensors, mean, cov, state)
+        ctx.settings = settings
         return mean, cov
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_attention_reference)
     def backward(ctx, dmean, dcov):
-        return *wasserstein_attention_bwd(dmean, dcov, *ctx.saved_tensors, *ctx.options), None, None, None
+        *tensors, mean, cov, state = ctx.saved_tensors
+        return *wasserstein_attention_bwd(dmean, dcov, mean, cov, state, *tensors, *ctx.settings), None, None, None
+
+
+def _projection_reference(query, key, w, seq_lens, settings) -> Tensor:
+    source, causal, left_padded, scale = settings
+    scale = _resolved(scale, query, further_columns=2)
+    return projection_reference(query, key, w, seq_lens, source, causal, left_padded, scale)
 
 
 class WassersteinProjection(torch.autograd.Function):
     """A W with A = scale · query keyᵀ or its softmax, on a CPU; scale None is for vectors with two further columns."""
 
     @staticmethod
-    def forward(ctx, query, key, w, seq_lens, options):
+    def forward(ctx, query, key, w, seq_lens, settings):
         ctx.save_for_backward(query, key, w, seq_lens)
-        ctx.options = options
-        return wasserstein_projection_fwd(query, key, w, seq_lens, *options)
+        ctx.settings = settings
+        return wasserstein_projection_fwd(query, key, w, seq_lens, *settings)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_projection_reference)
     def backward(ctx, dx):
-        return *wasserstein_projection_bwd(dx, *ctx.saved_tensors, *ctx.options), None, None
+        return *wasserstein_projection_bwd(dx, *ctx.saved_tensors, *ctx.settings), None, None
 
 
 # --- Registration ---

@@ -6,7 +6,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
-from recattn.reference.wasserstein_attention import gaussians, masked_softmax, squared_wasserstein_distance
+from recattn.reference.wasserstein_attention import (
+    attention_matrix,
+    gaussians,
+    masked_softmax,
+    squared_wasserstein_distance,
+)
 
 
 def refined_attention(
@@ -34,7 +39,7 @@ def refined_attention(
     hidden = ~visible_pairs(valid, causal)  # [B, 1, N, N]
 
     logits = scale * (q @ k.mT)  # [B, H, N, N]
-    a = logits.masked_fill(hidden, 0) if source == "logits" else masked_softmax(logits, hidden)
+    a = attention_matrix(logits, hidden, source)
     queries, keys = a @ w_q[..., :n, :], a @ w_k[..., :n, :]  # [B, H, N, R]
     if mechanism == "stochastic":
         (mean_q, std_q), (mean_k, std_k) = gaussians(queries), gaussians(keys)

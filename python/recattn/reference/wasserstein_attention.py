@@ -39,7 +39,7 @@ def wasserstein_attention(
     std_q, std_k = (cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt() for cov in (cov_q, cov_k))
     scores = -scale * squared_wasserstein_distance(mean_q, std_q, mean_k, std_k)  # [B, H, N, N]
     if w_q is not None:
-        a = scores.masked_fill(hidden, 0) if source == "logits" else masked_softmax(scores, hidden)
+        a = attention_matrix(scores, hidden, source)
         (mean_q, std_q), (mean_k, std_k) = gaussians(a @ w_q[..., :n, :]), gaussians(a @ w_k[..., :n, :])
         scores = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k) / math.sqrt(mean_q.shape[-1])
     p = F.dropout(masked_softmax(scores, hidden), dropout_p)
@@ -51,6 +51,11 @@ def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, 
     query, key = torch.cat([mean_q, std_q], dim=-1), torch.cat([mean_k, std_k], dim=-1)
     row, column = query.square().sum(-1).unsqueeze(-1), key.square().sum(-1).unsqueeze(-2)
     return row + column - 2 * (query @ key.mT)
+
+
+def attention_matrix(scores: Tensor, hidden: Tensor, source: str) -> Tensor:
+    """A, which a refinement multiplies: the scores or their softmax, 0 where hidden."""
+    return scores.masked_fill(hidden, 0) if source == "logits" else masked_softmax(scores, hidden)
 
 
 def masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
