@@ -31,17 +31,16 @@ RECATTN_INLINE void prefetch_state(const StateTable<S>& table, int64_t slot, int
     for (int64_t k = begin; k < end; ++k) prefetch_row<2>(rows + k * table.row, columns);
 }
 
-// out = a b, summed in parts: few roundings follow one another.
+// out = a b, summed in parts.
 template <class E>
 RECATTN_TARGET void multiply_in_parts(Left<E> a, Right<E> b, Product<sum_t<E>> out, int64_t rows, int64_t depth,
                                       int64_t columns) {
-    constexpr int64_t part = 64;
     do {
-        multiply<RECATTN_TILE_ROWS>(a, b, out, rows, std::min(part, depth), columns);
-        a.data += part * a.column;
-        b.data += part * b.row;
+        multiply<RECATTN_TILE_ROWS>(a, b, out, rows, std::min(kSumPart, depth), columns);
+        a.data += kSumPart * a.column;
+        b.data += kSumPart * b.row;
         out.accumulate = true;
-        depth -= part;
+        depth -= kSumPart;
     } while (depth > 0);
 }
 

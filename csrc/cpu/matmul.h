@@ -49,6 +49,9 @@ struct Product {
     bool accumulate;
 };
 
+// Longer sums are added up in parts of so many terms: each rounds at its own size, not at that of all before it.
+constexpr int64_t kSumPart = 64;
+
 // out[m, n] (+)= sum_k a[m, k] b[k, n] for M rows and V registers of columns.
 template <int M, int V, class E>
 RECATTN_INLINE void multiply_tile(Left<E> a, Right<E> b, Product<sum_t<E>> out, int64_t depth) {
@@ -72,7 +75,7 @@ RECATTN_INLINE void multiply_tile(Left<E> a, Right<E> b, Product<sum_t<E>> out, 
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
             Vec* sum = reinterpret_cast<Vec*>(out.data + m * out.row + v * lanes);
-            *sum = out.accumulate ? *sum + acc[m][v] : acc[m][v];  // at the end: a sum in parts rounds less
+            *sum = out.accumulate ? *sum + acc[m][v] : acc[m][v];  // at the end, as kSumPart asks
         }
     }
 }

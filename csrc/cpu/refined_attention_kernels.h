@@ -18,6 +18,18 @@ struct Sizes {
     int64_t rows, depth, columns;
 };
 
+// out (+)= a b for M rows and V registers of columns, summed in parts.
+template <int M, int V>
+RECATTN_INLINE void multiply_tile_in_parts(Left<float> a, Right<float> b, Product<float> out, int64_t depth) {
+    do {
+        multiply_tile<M, V>(a, b, out, std::min(kSumPart, depth));
+        a.data += kSumPart * a.column;
+        b.data += kSumPart * b.row;
+        out.accumulate = true;
+        depth -= kSumPart;
+    } while (depth > 0);
+}
+
 // M rows from `row` on and the columns from `column` to `end`, over the depths from `first` to `last`.
 template <int M, int V>
 RECATTN_INLINE void multiply_part_columns(Left<float> a, Right<float> b, Product<float> out, int64_t row,
@@ -28,9 +40,9 @@ RECATTN_INLINE void multiply_part_columns(Left<float> a, Right<float> b, Product
         const int64_t to = parts.right == Part::upper ? std::min(last, column + step) : last;
         // Down a column of weights, the later rows have more keys to share among: the smallest terms are added first.
         const int64_t start = parts.left == Part::upper ? to - 1 : from, step_k = parts.left == Part::upper ? -1 : 1;
-        multiply_tile<M, V, float>({a.data + row * a.row + start * a.column, a.row, step_k * a.column},
-                                   {b.data + start * b.row + column, step_k * b.row},
-                                   {out.data + row * out.row + column, out.row, out.accumulate}, to - from);
+        multiply_tile_in_parts<M, V>({a.data + row * a.row + start * a.column, a.row, step_k * a.column},
+                                     {b.data + start * b.row + column, step_k * b.row},
+                                     {out.data + row * out.row + column, out.row, out.accumulate}, to - from);
     }
     if constexpr (V > 1) multiply_part_columns<M, V - 1>(a, b, out, row, column, end, first, last, parts);
 }
