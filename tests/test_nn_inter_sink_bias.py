@@ -75,15 +75,16 @@ def test_output_and_every_gradient(dtype):
 
 def test_other_sequences_and_padding_change_nothing():
     """The official code has padded sinks take part."""
-    module = recattn.nn.InterSinkBias(24, 3)
-    hidden = torch.randn(3, 9, 24)
+    module = recattn.nn.InterSinkBias(24, 3, dtype=torch.float64)
+    hidden = torch.randn(3, 9, 24, dtype=torch.float64)
     expected = module(hidden, POSITIONS)
     alone = module(hidden[1:2], POSITIONS[1:2, :2])
-    assert torch.equal(expected[1:2, :, :2, :2], alone)
+    torch.testing.assert_close(expected[1:2, :, :2, :2], alone, rtol=0, atol=1e-14)
     assert not expected[1, :, 2:].any() and not expected[1, :, :, 2:].any() and not expected[2].any()
     sink_mask = torch.tensor([[True, True, True, False], [True, True, False, False], [False] * 4])
     masked = module(hidden, POSITIONS, sink_mask)
-    assert torch.equal(masked[0, :, :3, :3], module(hidden[:1], POSITIONS[:1, :3])[0])
+    alone = module(hidden[:1], POSITIONS[:1, :3])
+    torch.testing.assert_close(masked[:1, :, :3, :3], alone, rtol=0, atol=1e-14)
     assert not masked[0, :, 3:].any() and not masked[0, :, :, 3:].any()
 
 

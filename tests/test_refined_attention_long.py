@@ -9,11 +9,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from interpreted import assert_matches_reference_twice_of_three
 from memory import LargestTensor
 from recattn import reference
 from recattn.ops import _refined_attention_long as long
 from recattn.ops.refined_attention import Settings
+from recattn.testing import assert_matches_reference
 from test_triton_sink_attention import dropout_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,7 @@ def by_triton(
 
 
 def check(inputs: dict, function=by_triton) -> None:
-    assert_matches_reference_twice_of_three(function, reference.refined_attention, inputs, grads=GRADS)
+    assert_matches_reference(function, reference.refined_attention, inputs, grads=GRADS)
 
 
 def with_gradients(function, inputs: dict) -> list[Tensor]:
@@ -184,7 +184,7 @@ def test_dropout_of_the_final_weights(mechanism, source, dtype):
     def dropped(keep, **arguments):
         return by_triton(**arguments, dropout_p=0.3, seed=seed)
 
-    assert_matches_reference_twice_of_three(dropped, with_mask, inputs, grads=GRADS)
+    assert_matches_reference(dropped, with_mask, inputs, grads=GRADS)
 
 
 # --- torch.compile, and what is refused ---

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recattn.testing import assert_matches_reference, compare_with_reference
+from recattn.testing import Oracle, assert_matches_reference, compare_with_reference, measure_error
 
 
 def reference(x, w):
@@ -46,6 +46,69 @@ class OffByAThousandth(torch.autograd.Function):
 def test_a_wrong_kernel_is_refused(kernel, wrong):
     with pytest.raises(AssertionError, match=f"FAIL {wrong}"):
         assert_matches_reference(kernel, reference, draw(), grads=["x", "w"])
+
+
+# The luck of one draw of the reference's rounding
+
+
+def difference(x, w, d):
+    """-x @ d as the small difference of large products: low's error is theirs."""
+    return torch.cat([x, -x], dim=1) @ torch.cat([w, w + d])
+
+
+def thirds(x, w, d):
+    """As exact as `difference`, but never by luck."""
+    return difference(x, w / 3, d / 3) * 3
+
+
+def integers(*size, largest):
+    return torch.randint(-largest, largest + 1, size).float()
+
+
+def test_a_right_kernel_passes_where_low_was_lucky():
+    inputs = {"x": integers(20, 64, largest=255), "w": integers(64, 40, largest=255), "d": integers(64, 40, largest=1)}
+    low, ref64 = Oracle.of(difference, inputs).draw
+    assert torch.equal(low["output"].double(), ref64["output"])  # whatever the order: all of it are small integers
+    eps = torch.finfo(torch.float32).eps
+    assert not measure_error("output", thirds(**inputs), low["output"], ref64["output"], eps).passed
+    assert_matches_reference(thirds, difference, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_times_the_error_of_the_reference_is_refused(dtype):
+    inputs = {"x": torch.randn(64, 64), "w": torch.randn(64, 64), "d": torch.randn(64, 64) / 50}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    ref64 = difference(*(x.double() for x in inputs.values()))
+    low = difference(**inputs)
+    assert_matches_reference(lambda **_: low, difference, inputs)
+    [error] = compare_with_reference(lambda **_: ref64 + 4 * (low - ref64), difference, inputs)
+    assert error.max > error.max_bound and error.mean > error.mean_bound
+
+
+def test_the_reference_is_redrawn_only_where_a_bound_is_missed():
+    calls = []
+
+    def counted(x, w):
+        calls.append(x.dtype)
+        return reference(x, w)
+
+    oracle = Oracle.of(counted, draw())
+    assert calls == [torch.float32, torch.float64]
+    assert oracle.errors(reference)[0].passed and len(calls) == 2
+    for _ in range(2):
+        assert not oracle.errors(lambda x, w: reference(x, w) * 1.001)[0].passed and len(calls) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_redrawn_inputs_are_other_numbers_of_the_same_problem(dtype):
+    x = torch.randn(100).to(dtype)
+    x[:8] = torch.tensor([0.0, -0.0, -torch.inf, torch.inf, math.nan, 1.0, 1.0, torch.finfo(dtype).max])
+    previous = x
+    for draw in Oracle.of(torch.clone, {"input": x}).redrawn:
+        y = draw.low["output"]
+        assert torch.equal(y[:4], x[:4]) and y[4].isnan() and y[5] == y[6] < 1
+        assert (y[5:] != previous[5:]).all() and (y[5:].double() / x[5:].double() - 1).abs().max() < 0.04
+        previous = y
 
 
 def test_a_wrong_shape_is_refused():

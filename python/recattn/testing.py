@@ -1,7 +1,9 @@
 """The error bound that every kernel of recattn is held to, against the float64 reference."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,15 +53,22 @@ def measure_error(
     )
 
 
+class Draw(NamedTuple):
+    """Outputs and gradients of a reference, in the dtype of its inputs and in float64."""
+
+    low: Mapping[str, Tensor]
+    ref64: Mapping[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Oracle:
     """What a reference makes of inputs, in float64 and in their own dtype: many kernels can be held against it."""
 
+    reference: Callable[..., Tensor | Sequence[Tensor]]
     inputs: Mapping[str, object]
     grads: Sequence[str]
     seed: int
-    low: Mapping[str, Tensor]
-    ref64: Mapping[str, Tensor]
+    draw: Draw
 
     @classmethod
     def of(
@@ -71,20 +80,40 @@ class Oracle:
         seed: int = 0,
     ) -> "Oracle":
         """Of `reference(**inputs)` and of the gradients of the inputs named in `grads`."""
-        promoted = {name: _promoted(value) for name, value in inputs.items()}
-        low, ref64 = (_run(reference, values, grads, seed) for values in (inputs, promoted))
-        return cls(inputs, grads, seed, low, ref64)
+        return cls(reference, inputs, grads, seed, _draw(reference, inputs, grads, seed))
+
+    @cached_property
+    def redrawn(self) -> list[Draw]:
+        """The same problem where low rounds otherwise: all floating inputs 1/128, 2/128, 3/128 or 4/128 smaller.
+
+        Zeros, infinities, signs, ties and the order of the entries stay; errors keep their size within a few percent.
+        """
+        scales = [1 - i / 128 for i in range(1, 5)]  # of bfloat16, each moves every entry
+        return [_draw(self.reference, _scaled(self.inputs, scale), self.grads, self.seed) for scale in scales]
 
     def errors(self, kernel: Callable[..., Tensor | Sequence[Tensor]], *, factor: float = 2.0) -> list[Error]:
         """Of the kernel's outputs and gradients, as `compare_with_reference` says."""
+        actual = _run(kernel, self.inputs, self.grads, self.seed)
+        errors = self._errors(actual, self.draw, factor)
+        if all(error.passed for error in errors):
+            return errors
+        others = [self._errors(draw.low, draw, factor) for draw in self.redrawn]
+        return [_largest_bounds(*draws) for draws in zip(errors, *others, strict=True)]
+
+    def _errors(self, actual: Mapping[str, Tensor], draw: Draw, factor: float) -> list[Error]:
         floating = [x for x in self.inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
         eps = max(torch.finfo(x.dtype).eps for x in floating)
         largest = max((x.abs().max().item() for x in floating if x.numel()), default=0.0)
-        actual = _run(kernel, self.inputs, self.grads, self.seed)
         return [
-            measure_error(name, actual[name], self.low[name], ref64, eps, factor, largest**2)
-            for name, ref64 in self.ref64.items()
+            measure_error(name, actual[name], draw.low[name], ref64, eps, factor, largest**2)
+            for name, ref64 in draw.ref64.items()
         ]
+
+
+def _largest_bounds(error: Error, *others: Error) -> Error:
+    """The error, held to the largest bounds of all."""
+    errors = (error, *others)
+    return replace(error, max_bound=max(e.max_bound for e in errors), mean_bound=max(e.mean_bound for e in errors))
 
 
 def compare_with_reference(
@@ -100,7 +129,8 @@ def compare_with_reference(
 
     The inputs are as drawn in the tested dtype. ref64 is the reference on them promoted to float64, low the reference
     in the tested dtype; eps is that of the coarsest floating dtype among the inputs. Outputs may be one tensor or
-    several; the incoming gradients are standard normal, drawn once and shared.
+    several; the incoming gradients are standard normal, drawn once and shared. The largest error of low is one entry's
+    luck: where the kernel is over a bound, the largest of five draws of it counts (`Oracle.redrawn`).
     """
     return Oracle.of(reference, inputs, grads=grads, seed=seed).errors(kernel, factor=factor)
 
@@ -110,6 +140,18 @@ def assert_matches_reference(*args, **kwargs) -> None:
     errors = compare_with_reference(*args, **kwargs)
     if not all(error.passed for error in errors):
         raise AssertionError("\n".join(map(str, ["error bound exceeded", *errors])))
+
+
+def _draw(reference: Callable, inputs: Mapping[str, object], grads: Sequence[str], seed: int) -> Draw:
+    promoted = {name: _promoted(value) for name, value in inputs.items()}
+    return Draw(*(_run(reference, values, grads, seed) for values in (inputs, promoted)))
+
+
+def _scaled(inputs: Mapping[str, object], scale: float) -> dict[str, object]:
+    return {
+        name: value.detach() * scale if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 def _promoted(value: object) -> object:
