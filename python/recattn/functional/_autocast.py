@@ -3,11 +3,18 @@
 import torch
 from torch import Tensor
 
+from recattn.ops._triton import constant_in_graphs
+
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, floating ones but float64 cast to autocast's dtype where it is on for the device of the first."""
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+@constant_in_graphs  # torch 2.11 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)

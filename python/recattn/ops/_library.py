@@ -82,6 +82,15 @@ def refuse_dropout(op: str, dropout_p: float) -> None:
         )
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), for what an autograd.Function returns.
+
+    torch.compile of torch 2.11 gives zeros as the gradients of a Function whose output comes from a `to` that copies
+    nothing.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def distinct(*tensors: Tensor) -> list[Tensor]:
     """The tensors, a repeated one as a view: torch.compile takes no autograd.Function with a repeated input."""
     return [x.view_as(x) if any(x is earlier for earlier in tensors[:i]) else x for i, x in enumerate(tensors)]

@@ -17,7 +17,7 @@ from recattn import reference
 from recattn._check import expect_lengths, expect_offsets, expect_rows, expect_same_device
 from recattn._extension import MISSING
 from recattn.ops import _lrea_attention_triton as by_triton
-from recattn.ops._library import define, differentiable_again
+from recattn.ops._library import as_dtype, define, differentiable_again
 from recattn.ops._ragged import length_buckets
 
 # Elements of the products that the gradient of w_comp sums over users at a time.
@@ -69,7 +69,7 @@ class LreaAttention(torch.autograd.Function):
         y = lrea_middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope, path)
         ctx.save_for_backward(targets, keys, values, w_decomp, target_offsets, seq_lens, z, y)
         ctx.settings = settings
-        return lrea_user_matmul(y, values, target_offsets, path).to(targets.dtype)
+        return as_dtype(lrea_user_matmul(y, values, target_offsets, path), targets.dtype)
 
     @staticmethod
     @differentiable_again(_attention_reference)
