@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: bench plots examples gpu test lint format clean
+.PHONY: bench plots examples gpu test test-isa lint format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -22,6 +22,10 @@ gpu:
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# The operators' CPU tests again, at each instruction set below the processor's best
+test-isa: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/lower_isas.py -n auto --maxprocesses 4
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,49 @@
+"""Run the operators' CPU tests as on processors that have less: once for each instruction set below this one's best.
+
+python tests/lower_isas.py [options of pytest]
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import recattn  # noqa: F401 (registers the operators)
+
+# The kernels, PyTorch, MKL and oneDNN each have a limit of their own.
+LIMITS = ("RECATTN_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+ISAS = {"baseline": ("baseline", "default", "SSE4_2", "SSE41"), "avx2": ("avx2", "avx2", "AVX2", "AVX2")}
+TESTS = (
+    "inter_sink_bias",
+    "lrea_attention",
+    "lrea_attention_cpu",
+    "nn_inter_sink_bias",
+    "refined_attention",
+    "refined_attention_cpu",
+    "sink_attention",
+    "wasserstein_attention",
+)
+
+
+def lower_isas(best: str) -> list[str]:
+    """Those that the processor has beside its best."""
+    return [isa for isa in ISAS if isa != best] if best != "baseline" else []
+
+
+def main(options: list[str]) -> int:
+    folder = Path(__file__).parent
+    files = [str(folder / f"test_{name}.py") for name in TESTS]
+    # Those that go through the instruction sets themselves have run already.
+    command = [sys.executable, "-m", "pytest", *options, "-k", "not instruction_set", *files]
+    failed = False
+    for isa in lower_isas(torch.ops.recattn.cpu_capability()):
+        print(f"The operators' CPU tests at {isa}:", flush=True)
+        environment = os.environ | dict(zip(LIMITS, ISAS[isa], strict=True))
+        failed |= subprocess.run(command, env=environment, cwd=folder.parent).returncode != 0
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
