@@ -23,7 +23,7 @@ from recattn.ops._ragged import length_buckets
 # Elements of the products that the gradient of w_comp sums over users at a time.
 _CHUNK_ELEMENTS = 1 << 20
 # Targets whose products are summed one after another: few roundings follow one another.
-_PART_TARGETS = 64
+_PART_TARGETS = 32
 
 
 def availability(
@@ -189,7 +189,7 @@ def _outer_in_parts(left: Tensor, right: Tensor) -> Tensor:
     rest = left[:, whole:].permute(0, 2, 3, 1) @ right[:, whole:].transpose(1, 2)
     if not whole:
         return rest
-    left, right = (x[:, :whole].unflatten(1, (-1, _PART_TARGETS)) for x in (left, right))  # [U, parts, 64, H, k]
+    left, right = (x[:, :whole].unflatten(1, (-1, _PART_TARGETS)) for x in (left, right))  # [U, parts, 32, H, k]
     return (left.permute(0, 1, 3, 4, 2) @ right.transpose(2, 3)).sum(1) + rest
 
 
