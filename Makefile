@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: bench plots examples gpu test test-isa lint format clean
+.PHONY: bench plots examples gpu test test-isa versions lint format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -27,6 +27,10 @@ test: $(INSTALLED)
 test-isa: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/lower_isas.py -n auto --maxprocesses 4
 
+# The kernels under each torch and Triton that the package is tried with, to tests/versions.md: [EVERY=8] [ONLY=2.11.0]
+versions: $(INSTALLED)
+	$(BIN)/python tests/versions.py $(if $(EVERY),--every $(EVERY)) $(if $(ONLY),--only $(ONLY))
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +45,7 @@ $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/clients.txt
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 "triton==3.6.0; sys_platform == 'linux'"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import triton_compile_table as table
 pytest.importorskip("triton")
 
 SCRIPT = Path(table.__file__)
+TRITON_OF_TORCH_2_11 = Path(sys.prefix) / "triton-3.6.0"
 PLANTED = """
     import torch
     import triton
@@ -65,10 +67,10 @@ PLANTED = """
 """
 
 
-def run(cache: Path, *arguments: object) -> subprocess.CompletedProcess:
+def run(cache: Path, *arguments: object, path: Sequence[Path] = ()) -> subprocess.CompletedProcess:
     """The script in its own process: here the kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(cache)}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(map(str, (*path, cache)))}
     command = [sys.executable, SCRIPT, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -76,6 +78,40 @@ def run(cache: Path, *arguments: object) -> subprocess.CompletedProcess:
 def test_shipped_configurations(tmp_path):
     check = run(tmp_path, "--check", "--sampled")
     assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_compiles_with_the_triton_of_torch_2_11(tmp_path):
+    if not TRITON_OF_TORCH_2_11.exists():
+        pytest.skip(f"{TRITON_OF_TORCH_2_11} is not there: `make test` installs it")
+    said = run(tmp_path, "--one-of-each-kind", path=[TRITON_OF_TORCH_2_11])
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert said.stdout.splitlines()[-1].endswith(" configurations, 0 problems by triton 3.6.0")
+
+
+def test_one_of_each_kind():
+    keys = [
+        f"{kernel}_kernel sm_{architecture} {dtype} D={size} {size}x16 stage {stage} warps=4 stages=1"
+        for kernel in "ab"
+        for architecture in (80, 90, 100)
+        for dtype in ("float32", "bfloat16")
+        for size in (32, 64)
+        for stage in range(2)
+    ]
+    chosen = [keys[i].split() for i in table.one_of_each_kind(keys)]
+    assert len(chosen) == 2 * 4
+    for of in (lambda words: (words[0], words[1]), lambda words: (words[0], words[2], words[6])):
+        assert {of(words) for words in chosen} == {of(name.split()) for name in keys}
+
+
+def test_one_of_each_kind_tells_what_does_not_compile(tmp_path):
+    unreadable = PLANTED.replace("values / tl.sum(values)", "values / undefined")
+    (tmp_path / "planted.py").write_text(textwrap.dedent(unreadable))
+    said = run(tmp_path, "--one-of-each-kind", "--module", "planted")
+    assert said.returncode == 1
+    assert re.match(r"normalize_kernel sm_90 .*: does not compile: CompilationError: ", said.stdout)
+    *_, rounded, _unlisted, summary = said.stdout.splitlines()
+    assert "round float32 to tf32" in rounded
+    assert " configurations, 3 problems by triton " in summary
 
 
 def test_every_configuration_is_compiled_where_a_source_changed(tmp_path):
@@ -94,11 +130,11 @@ def test_every_configuration_is_compiled_where_a_source_changed(tmp_path):
     planted, planted_table = tmp_path / "planted.py", tmp_path / "planted.json"
     options = ("--module", "planted", "--table", planted_table)
     planted.write_text(textwrap.dedent(good))
-    assert run(tmp_path, "--write", *options).stdout == "4 configurations, 0 problems\n"
-    assert run(tmp_path, "--check", *options).stdout == "4 configurations, 0 problems\n"
-    assert run(tmp_path, "--check", "--sampled", *options).stdout == "1 configurations, 0 problems\n"
+    assert run(tmp_path, "--write", *options).stdout.startswith("4 configurations, 0 problems by triton ")
+    assert run(tmp_path, "--check", *options).stdout.startswith("4 configurations, 0 problems by triton ")
+    assert run(tmp_path, "--check", "--sampled", *options).stdout.startswith("1 configurations, 0 problems by triton ")
     planted.write_text(textwrap.dedent(good) + "\n")
-    assert run(tmp_path, "--check", "--sampled", *options).stdout == "4 configurations, 0 problems\n"
+    assert run(tmp_path, "--check", "--sampled", *options).stdout.startswith("4 configurations, 0 problems by triton ")
 
 
 def test_refuses_too_much_tensor_memory():
@@ -113,14 +149,14 @@ def test_refuses_spills_oversize_and_unlisted_kernels(tmp_path):
     planted_table = tmp_path / "planted.json"
     write = run(tmp_path, "--write", "--module", "planted", "--table", planted_table)
     assert write.returncode == 1 and not planted_table.exists()
-    oversize, spill, rounded, unlisted, summary = write.stdout.splitlines()
+    spill, oversize, rounded, unlisted, summary = write.stdout.splitlines()
+    assert re.fullmatch(r"normalize_kernel sm_90 16384 warps=1 stages=1: spills [1-9]\d* bytes at \d+ registers", spill)
     assert (
         oversize == "matmul_kernel sm_80 128x128 warps=8 stages=4: 196608 bytes of shared memory, the budget is 166912"
     )
-    assert re.fullmatch(r"normalize_kernel sm_90 16384 warps=1 stages=1: spills [1-9]\d* bytes at \d+ registers", spill)
     assert re.fullmatch(r"rounded_kernel sm_80 .*: [1-9]\d* instructions round float32 to tf32", rounded)
     assert unlisted == "planted.forgotten_kernel: in no shipped_configurations()"
-    assert summary == "6 configurations, 4 problems"
+    assert summary.startswith("6 configurations, 4 problems by triton ")
 
 
 def row(registers: int) -> dict[str, int]:

@@ -5,6 +5,9 @@ python tests/triton_compile_table.py --check    fails if one spills, rounds floa
                                                 shared or tensor memory, or is not what the table says
 python tests/triton_compile_table.py --check --sampled    compiles only one configuration in eight where the kernels'
                                                 sources and Triton are those that the whole table was written from
+python tests/triton_compile_table.py --one-of-each-kind    fails as --check does, by whatever Triton this is and without
+                                                the table, but for spills: each kernel once for each
+                                                architecture, and once for each dtype and option
 
 A kernel module takes part by its `shipped_configurations()`, which yields a
 `recattn.triton_kernels.compilation.Compilation` for each.
@@ -120,22 +123,47 @@ def all_keys(modules: tuple[str, ...]) -> list[str]:
     return keys
 
 
-def measure_each(modules: tuple[str, ...], jobs: int, every: int) -> dict[str, dict[str, int]]:
+def one_of_each_kind(keys: list[str]) -> list[int]:
+    """Indices of few keys that have each kernel with each of its architectures and with each dtype and option."""
+    chosen, shown = [], set()
+    for at_once in (2, 1):
+        for i, name in enumerate(keys):
+            kernel, architecture, *words = name.split()
+            kind = " ".join(word for word in words if not re.fullmatch(r"\w+=\d+|\d+(x\d+)+", word))
+            new = {(kernel, architecture), (kernel, kind)} - shown
+            if len(new) >= at_once:
+                chosen.append(i)
+                shown |= new
+    return sorted(chosen)
+
+
+def measure_or_say_why(modules: tuple[str, ...], index: int) -> dict[str, int] | str:
+    try:
+        return measure(modules, index)
+    except Exception as error:  # of Triton's, of whichever part of it
+        while error.__cause__:
+            error = error.__cause__
+        return f"does not compile: {type(error).__name__}: {error}"
+
+
+def measure_each(
+    modules: tuple[str, ...], jobs: int, indices: Sequence[int]
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """The rows, and why others could not be made."""
     keys = all_keys(modules)
-    indices = range(0, len(keys), every)
     # Forked, the workers have the kernels already.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        measured = pool.map(functools.partial(measure, modules), indices)
-        return dict(sorted(zip((keys[i] for i in indices), measured, strict=True)))
+        measured = pool.map(functools.partial(measure_or_say_why, modules), indices)
+        results = dict(sorted(zip((keys[i] for i in indices), measured, strict=True)))
+    rows = {name: row for name, row in results.items() if isinstance(row, dict)}
+    return rows, [f"{name}: {why}" for name, why in results.items() if isinstance(why, str)]
 
 
 def refusals(rows: dict[str, dict[str, int]]) -> list[str]:
-    """What no configuration may do."""
+    """What no configuration may do, whatever compiles it."""
     problems = []
     for name, row in rows.items():
         budget = SHARED_MEMORY[int(re.search(r"sm_(\d+)", name)[1])]
-        if row["spilled_bytes"]:
-            problems.append(f"{name}: spills {row['spilled_bytes']} bytes at {row['registers']} registers")
         if row["tf32"] and "float32" in name:
             problems.append(f"{name}: {row['tf32']} instructions round float32 to tf32")
         if row["tensor_columns"] > TENSOR_COLUMNS:
@@ -143,6 +171,14 @@ def refusals(rows: dict[str, dict[str, int]]) -> list[str]:
         if row["shared_bytes"] > budget:
             problems.append(f"{name}: {row['shared_bytes']} bytes of shared memory, the budget is {budget}")
     return problems
+
+
+def spills(rows: dict[str, dict[str, int]]) -> list[str]:
+    return [
+        f"{name}: spills {row['spilled_bytes']} bytes at {row['registers']} registers"
+        for name, row in rows.items()
+        if row["spilled_bytes"]
+    ]
 
 
 def compare(
@@ -173,6 +209,7 @@ def main() -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true")
     action.add_argument("--check", action="store_true")
+    action.add_argument("--one-of-each-kind", action="store_true")
     parser.add_argument("--sampled", action="store_true")
     parser.add_argument("--module", action="append", help="kernel modules instead of all of recattn.triton_kernels")
     parser.add_argument("--table", type=Path, default=TABLE)
@@ -187,18 +224,24 @@ def main() -> int:
     sources = sources_of(modules)
     table = json.loads(options.table.read_text()) if options.check else {}
     known = (table.get("triton"), table.get("sources")) == (triton_version, sources)
-    rows = measure_each(modules, options.jobs, SAMPLED if options.sampled and known else 1)
+    keys = all_keys(modules)
+    every = SAMPLED if options.sampled and known else 1
+    indices = one_of_each_kind(keys) if options.one_of_each_kind else range(0, len(keys), every)
+    rows, problems = measure_each(modules, options.jobs, indices)
     # What the table says of those that are not compiled is held to the same limits.
-    problems = refusals({**table["rows"], **rows} if known else rows) + [
-        f"{name}: in no shipped_configurations()" for name in unlisted_kernels(modules)
-    ]
-    notes = []
+    held = {**table["rows"], **rows} if known else rows
+    notes = spills(held)
+    if not options.one_of_each_kind:
+        problems, notes = problems + notes, []
+    problems += refusals(held)
+    problems += [f"{name}: in no shipped_configurations()" for name in unlisted_kernels(modules)]
     if options.check:
-        differences, notes = compare(rows, all_keys(modules), triton_version, table)
+        differences, notes = compare(rows, keys, triton_version, table)
         problems += differences
-    elif not problems:
+    elif options.write and not problems:
         options.table.write_text(to_json(triton_version, sources, rows))
-    print(*notes, *problems, f"{len(rows)} configurations, {len(problems)} problems", sep="\n")
+    summary = f"{len(indices)} configurations, {len(problems)} problems by triton {triton_version}"
+    print(*notes, *problems, summary, sep="\n")
     return 1 if problems else 0
 
 
