@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from recattn import _versions
+
 ROOT = Path(__file__).parent.parent
 CALL = """
 import torch, recattn
@@ -110,6 +112,32 @@ except NotImplementedError as error:
 """
     message = python(code, PYTHONPATH=without_kernels)
     assert "RECATTN_BUILD=cpu pip install --no-build-isolation ." in message
+
+
+@pytest.mark.parametrize("package, older", [("torch", "2.9.1+cpu"), ("triton", "3.4.0")])
+def test_a_version_that_is_too_old_is_named_with_the_oldest(package, older):
+    code = f"""
+import {package}
+{package}.__version__ = {older!r}
+try:
+    import torch, recattn
+    q = torch.zeros(1, 1, 4, 8)
+    recattn.refined_attention(q, q, q, torch.zeros(4, 4), torch.zeros(4, 4), impl="triton")
+except (ImportError, NotImplementedError) as error:
+    print(type(error).__name__, error)
+"""
+    raised, _, message = python(code, TRITON_INTERPRET="1").partition(" ")
+    assert raised == {"torch": "ImportError", "triton": "NotImplementedError"}[package]
+    oldest = _versions.OLDEST[package]
+    assert f"recattn needs {package} {oldest} or newer, and this is {package} {older}: pip install" in message
+    assert f'"{package}>={oldest}' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_versions_compare_by_their_numbers():
+    assert [_versions.refusal("torch", version) for version in ("2.10.0a0+git", "2.10", "2.14.1+cu130", "3.0")] == [
+        None
+    ] * 4
+    assert all(_versions.refusal("triton", version) for version in ("3.5.0", "3.4.2", "2.10.9"))
 
 
 def test_info():

@@ -4,6 +4,11 @@ from pathlib import Path
 
 import torch
 
+from recattn import _versions
+
+if refused := _versions.refusal("torch", torch.__version__):
+    raise ImportError(refused)
+
 MISSING: dict[str, str] = {}
 
 

@@ -10,6 +10,7 @@ import recattn
 from recattn._dispatch import select
 from recattn._extension import MISSING
 from recattn.ops import AVAILABILITY
+from recattn.ops._triton import installation_refusal
 
 DEVICES = ("cpu", "cuda")
 
@@ -31,8 +32,7 @@ def _versions() -> Iterator[str]:
 def _builds() -> Iterator[str]:
     yield f"C++ kernels: {MISSING.get('cpu') or 'built with ' + _compiler()}"
     yield f"CUDA kernels: {MISSING.get('cuda') or 'built'}"
-    triton_missing = _version("triton") == "missing"
-    yield f"Triton kernels: {'triton is not installed: pip install triton' if triton_missing else 'there'}"
+    yield f"Triton kernels: {installation_refusal() or 'there'}"
 
 
 def _operators() -> Iterator[str]:

@@ -1,9 +1,12 @@
 """What operators whose kernels are Triton's share."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from recattn import _versions
 
 
 def constant_in_graphs(function: Callable) -> Callable:
@@ -15,15 +18,25 @@ def constant_in_graphs(function: Callable) -> Callable:
 @constant_in_graphs
 def triton_refusal(device_type: str, dtype: torch.dtype | None = None) -> str | None:
     """Why Triton kernels cannot run on tensors of this device type and dtype (None: they can)."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return "triton is not installed: pip install triton"
+    if unusable := installation_refusal():
+        return unusable
+    from triton import knobs
+
     if knobs.runtime.interpret:
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     if device_type != "cuda":
         return f"its kernels are Triton's, for CUDA devices, and the tensors are on {device_type}"
     return None
+
+
+@functools.cache
+def installation_refusal() -> str | None:
+    """Why the installed Triton is of no use (None: it is)."""
+    try:
+        from triton import __version__
+    except ImportError:
+        return "triton is not installed: pip install triton"
+    return _versions.refusal("triton", __version__)
 
 
 def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:

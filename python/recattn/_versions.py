@@ -1,0 +1,19 @@
+"""The oldest torch and Triton that recattn takes, as pyproject.toml says."""
+
+import re
+
+OLDEST = {"torch": "2.10", "triton": "3.5.1"}
+
+
+def refusal(package: str, installed: str) -> str | None:
+    """Why recattn cannot run with the installed version (None: it can)."""
+    oldest = OLDEST[package]
+    if _release(installed) >= _release(oldest):
+        return None
+    return (
+        f"recattn needs {package} {oldest} or newer, and this is {package} {installed}: pip install --upgrade {package}"
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.match(r"\d+(\.\d+)*", version)[0].split(".")))
