@@ -127,7 +127,7 @@ struct Scales {
 #pragma unroll
         for (int i = kLanes / 2; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, i));
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) mine[i].y = largest > 0.f ? mine[i].y / largest : 0.f;
+        for (int i = 0; i < kPerLane; ++i) mine[i].y = largest > 0.f ? mine[i].y / largest : mine[i].y;  // 0, or NaN
         return largest;
     }
 
