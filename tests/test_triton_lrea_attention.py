@@ -207,6 +207,87 @@ def test_compress_of_nothing(sizes):
     assert all(x.shape == leaf.shape and not x.any() for x, leaf in zip(gradients, leaves, strict=True))
 
 
+# --- Indices that no check has seen, as on a GPU ---
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    for name in ("expect_offsets", "expect_lengths", "expect_rows"):
+        monkeypatch.setattr(ops, name, lambda *arguments: None)
+
+
+def guarded(inputs: dict, names: list[str]) -> dict:
+    """The same, on either side of a tensor NaN for twice its size: what is read outside it shows."""
+    inputs = here(inputs)
+    for name in names:
+        around = inputs[name].new_full((5, *inputs[name].shape), torch.nan)
+        inputs[name] = around[2].copy_(inputs[name])
+    return inputs
+
+
+def restored_in_range(targets, keys, values, w_decomp, target_offsets, seq_lens, **options):
+    """The reference, of offsets and lengths kept in range; zeros for targets that are then of no user."""
+    offsets = target_offsets.clamp(0, len(targets))
+    begin, end = offsets[0], offsets[-1]
+    seq_lens = None if seq_lens is None else seq_lens.clamp(0, w_decomp.shape[1])
+    tensors = (targets[begin:end], keys, values, w_decomp, offsets - begin)
+    out = reference.lrea_attention(*tensors, seq_lens=seq_lens, **options)
+    return torch.nn.functional.pad(out, (0, 0, 0, 0, begin, len(targets) - end))
+
+
+@pytest.mark.parametrize("lengths", [None, [100, 0, 7, 64], [101, -3, 1 << 30, 64]])
+@pytest.mark.parametrize(
+    "offsets", [[3, 9, 9, 40, 67], [0, 9, 9, 40, 51], [20, 21, 30, 40, 41], [-90, -3, 9, 90, 100], [67] * 5, [90] * 5]
+)
+def test_targets_of_no_user_are_zeros(offsets, lengths, unchecked):
+    inputs = guarded(draw_restored(heads=1, seq_lens=lengths), RESTORED_GRADS)
+    inputs["target_offsets"] = torch.tensor(offsets, device=DEVICE)
+    assert_matches_reference(attend, restored_in_range, inputs, grads=RESTORED_GRADS)
+
+
+@pytest.mark.parametrize("lengths", [None, [100, 0, 7, 64]])
+@pytest.mark.parametrize(
+    "offsets", [[0, 50, 20, 40, 67], [67, 40, 20, 9, 0], [1 << 40, 3, 1 << 62, -(1 << 62), -1], [5, -9, 99, -9, 99]]
+)
+def test_offsets_out_of_order_read_nothing_outside(offsets, lengths, unchecked):
+    inputs = guarded(draw_restored(heads=1, seq_lens=lengths), RESTORED_GRADS)
+    inputs["target_offsets"] = torch.tensor(offsets, device=DEVICE)
+    leaves = [inputs[name].requires_grad_() for name in RESTORED_GRADS]
+    out = attend(**inputs)
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.square().sum(), leaves)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[101, -3, 1 << 30], [-(1 << 30), 100, 5]])
+def test_compress_of_lengths_out_of_range(lengths, dtype, unchecked):
+    inputs = guarded(draw_compress(seq_lens=lengths, dtype=dtype), COMPRESS_GRADS)
+
+    def in_range(behaviors, w_comp, seq_lens):
+        return reference.lrea_compress(behaviors, w_comp, seq_lens.clamp(0, 100))
+
+    assert_matches_reference(compress, in_range, inputs, grads=COMPRESS_GRADS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+def test_item_ids_out_of_range_are_zeros(index_dtype, dtype, unchecked):
+    ids = torch.randint(30, (4, 100), dtype=index_dtype)
+    ids[0, 3], ids[1], ids[2, 5:9], ids[3, 0] = -1, 30, -20, 59
+    inputs = {"behaviors": torch.randn(30, 17, dtype=dtype), "w_comp": torch.randn(100, 8, dtype=dtype)}
+    inputs = guarded(inputs, COMPRESS_GRADS) | {"item_ids": ids.to(DEVICE)}
+
+    def with_zeros(behaviors, w_comp, item_ids):
+        known = (item_ids >= 0) & (item_ids < 30)
+        zeros = behaviors.new_zeros(1, 17)
+        return reference.lrea_compress(torch.cat([behaviors, zeros]), w_comp, item_ids=item_ids.where(known, 30))
+
+    assert_matches_reference(compress, with_zeros, inputs)
+    expected = compress(**inputs)
+    for far in (torch.iinfo(index_dtype).max, torch.iinfo(index_dtype).min):
+        inputs["item_ids"][0, 3] = far
+        assert compress(**inputs).equal(expected)
+
+
 # --- The operators and their launches ---
 
 

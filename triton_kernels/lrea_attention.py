@@ -434,14 +434,18 @@ def lrea_user_matmul_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out[t, h] = rows[t, h] matrices[user of t, h]: a block of targets visits the users that it is of."""
+    """out[t, h] = rows[t, h] matrices[user of t, h]: a block of targets visits the users that it is of.
+
+    Zeros for targets of no user, before the first offset and behind the last.
+    """
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     targets = tl.program_id(0) // num_heads * BLOCK_T + tl.arange(0, BLOCK_T)
     first_column = tl.program_id(1) * BLOCK_N
     valid = targets < num_targets
     users = count_at_most(target_offsets, num_users, targets, search_steps) - 1
-    first_user = tl.min(tl.where(valid, users, num_users))
-    last_user = tl.max(tl.where(valid, users, -1))
+    users = tl.where(valid & (targets < tl.load(target_offsets + num_users)), users, -1)
+    first_user = tl.min(tl.where(users >= 0, users, num_users))
+    last_user = tl.max(users)
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     # From 0: of a loop that begins at a reduction's result Triton does not see that its loads are aligned.

@@ -18,7 +18,7 @@ from recattn.triton_kernels.primitives import block_width, load_rows, locate_seq
 
 
 # What changes with the batch must not compile anew.
-@triton.jit(do_not_specialize=["num_heads", "num_rows"])
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "num_items"])
 def lrea_outer_sum_kernel(
     left,
     right,
@@ -28,6 +28,7 @@ def lrea_outer_sum_kernel(
     out,
     num_heads,
     num_rows,
+    num_items,
     stride_lh,
     stride_lt,
     stride_lk,
@@ -46,14 +47,19 @@ def lrea_outer_sum_kernel(
     """out[share, u, h] = Σ left[h, t] ⊗ right[u, h, t], the rows t of each user cut into shares.
 
     A user's rows are the first seq_lens[u] of num_rows, or those from offsets[u] up to offsets[u + 1]; with item_ids
-    the row of right is item_ids[u, t].
+    the row of right is item_ids[u, t], zeros where that is none of num_items. Rows outside num_rows are left out.
     """
     plane = tl.program_id(0).to(tl.int64)
     user, head = plane // num_heads, plane % num_heads
     first_k = tl.program_id(1) // tl.cdiv(WIDTH, BLOCK_N) * BLOCK_K
     first_column = tl.program_id(1) % tl.cdiv(WIDTH, BLOCK_N) * BLOCK_N
     first_row, length, _ = locate_sequence(user, num_rows, seq_lens, offsets, False)
-    length = tl.minimum(length, num_rows)
+    if offsets is None:
+        length = tl.minimum(length, num_rows)
+    else:
+        end = tl.minimum(first_row + length, num_rows)
+        first_row = tl.minimum(tl.maximum(first_row, 0), num_rows)
+        length = tl.maximum(end - first_row, 0).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, BLOCK_T), tl.num_programs(2)) * BLOCK_T
     start = tl.program_id(2) * share
     stop = tl.minimum(start + share, length)
@@ -65,7 +71,8 @@ def lrea_outer_sum_kernel(
         valid = rows < stop
         left_tile = load_rows(left_base, rows, valid, stride_lt, stride_lk, K - first_k, BLOCK_K)  # [BT, BK]
         if item_ids is not None:
-            rows = tl.load(item_ids + user * stride_iu + rows * stride_il, mask=valid, other=0)
+            rows = tl.load(item_ids + user * stride_iu + rows * stride_il, mask=valid, other=-1)
+            valid = (rows >= 0) & (rows < num_items)
         right_tile = load_rows(right_base, rows, valid, stride_rt, stride_rn, WIDTH - first_column, BLOCK_N)
         acc = dot_of_any(tl.trans(left_tile), right_tile, acc)
     planes = tl.num_programs(0).to(tl.int64)
@@ -228,6 +235,7 @@ def _plan_outer_sum(
         "out": partials,
         "num_heads": heads,
         "num_rows": num_rows,
+        "num_items": right.shape[2],
         **strides("l", left, "htk"),
         **strides("r", right, "uhtn"),
         **strides("i", item_ids, "ul"),

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from recattn.ops._triton import constant_in_graphs, triton_refusal
 
@@ -72,7 +73,10 @@ def _rows_by_length(z: Tensor, target_offsets: Tensor, seq_lens: Tensor | None):
     if seq_lens is None:
         return None
     targets, heads, _ = z.shape
-    lengths = seq_lens.int().repeat_interleave(target_offsets.diff(), output_size=targets)
+    # 0 before the first offset and behind the last, where targets are of no user.
+    rows = torch.arange(targets, dtype=target_offsets.dtype, device=z.device)
+    places = torch.searchsorted(target_offsets.contiguous(), rows, right=True)
+    lengths = pad(seq_lens.int(), (1, 1))[places]
     return RaggedRows(*lengths[:, None].expand(targets, heads).flatten().sort(stable=True))
 
 
