@@ -13,13 +13,15 @@ struct AbsorbedSizes {
 };
 
 // targets [T, H, d] (with item_ids [T] a table [I, H, d]), state_keys [S, H, r, d], state_values [S, H, r, dv],
-// slots [U], target_offsets [U+1]; int8 states have key_scales and value_scales [S, H, r].
+// slots [U], target_offsets [U+1]; int8 states have key_scales and value_scales [S, H, r]. invalid [1] counts indices
+// out of range.
 inline AbsorbedSizes check_absorbed(const torch::stable::Tensor& targets, const torch::stable::Tensor& state_keys,
                                     const torch::stable::Tensor& state_values, const torch::stable::Tensor& slots,
                                     const torch::stable::Tensor& target_offsets,
                                     const std::optional<torch::stable::Tensor>& item_ids,
                                     const std::optional<torch::stable::Tensor>& key_scales,
-                                    const std::optional<torch::stable::Tensor>& value_scales) {
+                                    const std::optional<torch::stable::Tensor>& value_scales,
+                                    const std::optional<torch::stable::Tensor>& invalid) {
     using torch::headeronly::ScalarType;
     expect_shape("targets", targets, {{item_ids ? "I" : "T"}, {"H"}, {"d"}});
     if (item_ids) {
@@ -47,15 +49,14 @@ inline AbsorbedSizes check_absorbed(const torch::stable::Tensor& targets, const 
     expect_integer("slots", slots);
     expect_shape("target_offsets", target_offsets, {{"U+1", slots.size(0) + 1}});
     expect_integer("target_offsets", target_offsets);
-    return {(item_ids ? *item_ids : targets).size(0),
-            targets.size(0),
-            slots.size(0),
-            table_size,
-            heads,
-            rank,
-            query_dim,
-            state_values.size(3),
-            quantized};
+    const int64_t rows = (item_ids ? *item_ids : targets).size(0);
+    expect(slots.size(0) > 0 || rows == 0, "target_offsets must be offsets from 0 to ", rows,
+           ", got offsets of no user");
+    if (invalid) {
+        expect_shape("invalid", *invalid, {{"1", 1}});
+        expect_dtype("invalid", *invalid, ScalarType::Long);
+    }
+    return {rows, targets.size(0), slots.size(0), table_size, heads, rank, query_dim, state_values.size(3), quantized};
 }
 
 }  // namespace recattn

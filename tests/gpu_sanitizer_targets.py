@@ -69,7 +69,8 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"lrea_attention {dtype} {lengths}", partial(attend_histories, device, dtype, lengths)
             yield f"lrea_compress {dtype} {lengths}", partial(compress_histories, device, dtype, lengths)
     for dtype in (torch.float32, torch.bfloat16):
-        for sizes in ((20, 40, 70), (33, 72, 24)):
+        # In half precision: by multiply-adds, and on tensor cores for ranks of up to 16, 32 and 64.
+        for sizes in ((20, 40, 70), (16, 16, 16), (32, 64, 64), (33, 72, 24)):
             yield f"lrea_absorbed_attention {dtype} {sizes}", partial(serve_states, device, dtype, *sizes)
     for heads, sinks, causal in ((1, 1, True), (4, 49, False), (3, 129, True)):
         yield f"inter_sink_bias M={sinks}", partial(bias_of_sinks, device, (2, heads, sinks, 32), causal)
@@ -162,7 +163,10 @@ def compress_histories(device: torch.device, dtype: torch.dtype, lengths: tuple[
 
 
 def serve_states(device: torch.device, dtype: torch.dtype, rank: int, dim: int, value_dim: int) -> None:
-    """Items read by id, for users of many candidates, none and one, from states as they are and in int8."""
+    """Items read by id, for users of many candidates, none and one, from states as they are and in int8.
+
+    Then of a batch whose slots, item ids and offsets are out of range.
+    """
     offsets, slots = torch.tensor([0, 150, 150, 151], device=device), torch.tensor([4, 0, 2], device=device)
     items = torch.randn(30, 2, dim, device=device, dtype=dtype)
     item_ids = torch.randint(30, (151,), device=device)
@@ -171,6 +175,11 @@ def serve_states(device: torch.device, dtype: torch.dtype, rank: int, dim: int, 
     (keys, key_scales), (values, value_scales) = map(recattn.lrea_quantize, states)
     scales = {"key_scales": key_scales, "value_scales": value_scales}
     recattn.lrea_absorbed_attention(items, keys, values, slots, offsets, item_ids=item_ids, **scales)
+    invalid = torch.zeros(1, dtype=torch.int64, device=device)
+    wild = torch.tensor([70, 1 << 40, -(1 << 40), 100], device=device)
+    item_ids[::7], slots[2] = -1, 5
+    for tables, options in ((states, {}), ((keys, values), scales)):
+        recattn.lrea_absorbed_attention(items, *tables, slots, wild, item_ids=item_ids, invalid=invalid, **options)
 
 
 def main() -> None:

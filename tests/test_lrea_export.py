@@ -25,7 +25,7 @@ KERNELS = Path(recattn.__file__).parent
 class Ranker(nn.Module):
     """Scores of candidates, read by item id, for users whose states lie in int8 tables."""
 
-    def forward(self, items, keys, values, key_scales, value_scales, slots, target_offsets, item_ids):
+    def forward(self, items, keys, values, key_scales, value_scales, slots, target_offsets, item_ids, invalid=None):
         interest = recattn.lrea_absorbed_attention(
             items,
             keys,
@@ -35,6 +35,7 @@ class Ranker(nn.Module):
             item_ids=item_ids,
             key_scales=key_scales,
             value_scales=value_scales,
+            invalid=invalid,
         )
         return (interest * items[item_ids]).sum((1, 2))
 
@@ -66,24 +67,32 @@ import sys, torch
 for library in sys.argv[4:]:
     torch.ops.load_library(library)
 run, batches = torch._inductor.aoti_load_package(sys.argv[1]), torch.load(sys.argv[2])
-torch.save([run(*batch) for batch in batches], sys.argv[3])
+torch.save(([run(*batch) for batch in batches], batches[0][8:]), sys.argv[3])
 assert "recattn" not in sys.modules
 """
 
 
+@pytest.mark.parametrize("counting", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_exports_compiles_and_runs_from_a_file(device, tmp_path):
+def test_exports_compiles_and_runs_from_a_file(device, counting, tmp_path):
     per_user = {0: Dim.DYNAMIC}
     shapes = (None, None, None, None, None, per_user, per_user, per_user)
+    counter = (torch.zeros(1, dtype=torch.int64, device=device),) if counting else ()
     with torch.no_grad():
-        exported = torch.export.export(Ranker(), draw([4, 0, 9], device), dynamic_shapes=shapes)
+        example = (*draw([4, 0, 9], device), *counter)
+        exported = torch.export.export(Ranker(), example, dynamic_shapes=shapes + (None,) * counting)
         package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "ranker.pt2"))
-    batches = [draw([4, 0, 9], device), draw([1, 30, 2, 0, 5], device)]
+    batches = [(*draw(counts, device), *counter) for counts in ([4, 0, 9], [1, 30, 2, 0, 5])]
+    expected = [expected_scores(*batch[:8]) for batch in batches]
+    if counting:
+        batches[1][5][1] = 16  # no slot: user 1 has targets 1 .. 31
+        expected[1][1:31] = 0
     torch.save(batches, tmp_path / "batches")
     libraries = [str(path) for path in sorted(KERNELS.glob("_C*.so"))]
     command = [sys.executable, "-c", RUN_FROM_FILE, package, str(tmp_path / "batches"), str(tmp_path / "scores")]
     subprocess.run([*command, *libraries], check=True)
-    for batch, scores in zip(batches, torch.load(tmp_path / "scores"), strict=True):
+    outputs, counters = torch.load(tmp_path / "scores")
+    for scores, right in zip(outputs, expected, strict=True):
         # An int8 state is as exact as its steps; what is tested here is the way through the file.
-        expected = expected_scores(*batch)
-        torch.testing.assert_close(scores, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+        torch.testing.assert_close(scores, right, rtol=0, atol=0.02 * right.abs().max().item())
+    assert [counter.item() for counter in counters] == [1] * counting

@@ -251,6 +251,19 @@ def test_users_who_are_not_there_get_zeros(dtype):
     assert torch.equal(out[3:], alone)
 
 
+def test_counts_what_is_out_of_range():
+    table = make_table()
+    table.put(ids(7, 8), *random_states(2))
+    items, offsets, item_ids = torch.randn(20, H, D), torch.tensor([0, 3, 6]), torch.tensor([0, 5, 19, 4, 4, 0])
+    expected = table.attend(items, ids(7, 8), offsets, item_ids=item_ids)
+    item_ids[1], item_ids[4], invalid = 20, -1, torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="item_ids must be rows of a table of 20, got 20"):
+        table.attend(items, ids(7, 8), offsets, item_ids=item_ids)
+    out = table.attend(items, ids(7, 8), offsets, item_ids=item_ids, invalid=invalid)
+    assert invalid == 2 and not out[[1, 4]].any()
+    assert out[[0, 2, 3, 5]].equal(expected[[0, 2, 3, 5]])
+
+
 def test_quantized_states_are_taken_as_they_are():
     (keys, key_scales), (values, value_scales) = map(recattn.lrea_quantize, random_states(3))
     table = make_table(4, torch.int8)

@@ -37,13 +37,18 @@ inline torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& t
 }
 
 inline std::vector<int64_t> to_vector(const torch::stable::Tensor& tensor) {
-    const torch::stable::Tensor contiguous = torch::stable::contiguous(tensor);
+    const torch::stable::Tensor contiguous = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
     const auto copy = [&](const auto* data) { return std::vector<int64_t>(data, data + contiguous.numel()); };
     return contiguous.scalar_type() == torch::headeronly::ScalarType::Int ? copy(contiguous.const_data_ptr<int32_t>())
                                                                           : copy(contiguous.const_data_ptr<int64_t>());
 }
 
-// The entries of an integer tensor as int64: where they lie if they can be, else copied.
+inline bool is_row(int64_t index, int64_t table_size) {
+    return static_cast<uint64_t>(index) < static_cast<uint64_t>(table_size);
+}
+
+// The entries of an integer tensor as int64: where they lie if they can be, else copied. Where they lie another thread
+// may write them meanwhile, so they are checked when they are used.
 class Indices {
   public:
     explicit Indices(const torch::stable::Tensor& tensor)

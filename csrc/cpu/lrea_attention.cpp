@@ -12,6 +12,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -33,14 +34,21 @@ using torch::stable::Tensor;
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Rows of a matrix whose last axis is contiguous: those at the indices, or where there are none one after another.
+// Rows of a matrix whose last axis is contiguous: those at the indices, zeros for an index that is no row; or where
+// there are no indices one after another.
 template <class T>
 struct Rows {
     const T* data;
     int64_t row;
     const int64_t* indices;
+    int64_t size;
+    const T* zeros;
 
-    const T* at(int64_t i) const { return data + (indices == nullptr ? i : indices[i]) * row; }
+    const T* at(int64_t i) const {
+        if (indices == nullptr) return data + i * row;
+        const int64_t index = indices[i];
+        return is_row(index, size) ? data + index * row : zeros;
+    }
 };
 
 // One state table [S, H, r, columns] whose last axis is contiguous, and the scales of its rows if it is quantised.
@@ -60,21 +68,34 @@ struct StateTable {
 // Of targets of type T and states of type S.
 template <class T, class S>
 struct AbsorbedAttention {
-    const T* targets;
-    int64_t target_row, target_head;
-    const int64_t* item_ids;  // or null: candidate t is row t of targets
+    Rows<T> targets;  // of the first head
+    int64_t target_head;
     StateTable<S> keys, values;
     const int64_t *slots, *offsets;
     T* out;  // [T, H, dv]
-    int64_t candidates, users, heads, rank, query_dim, value_dim;
+    int64_t candidates, users, table_size, heads, rank, query_dim, value_dim;
     double negative_slope;
+
+    Rows<T> targets_of(int64_t head) const {
+        Rows<T> rows = targets;
+        rows.data += head * target_head;
+        return rows;
+    }
+    void store_zeros(int64_t begin, int64_t end) const {
+        const int64_t row = heads * value_dim;
+        std::fill(out + begin * row, out + end * row, T(0));
+    }
+    // -1 for what is no row of the tables.
+    int64_t slot_of(int64_t user) const {
+        const int64_t slot = slots[user];
+        return is_row(slot, table_size) ? slot : -1;
+    }
 };
 
 template <class T>
 struct Compress {
-    const T* behaviors;
-    int64_t behavior_user, behavior_row;
-    const int64_t* item_ids;  // [U, L], or null: behaviour l of user u is row l of theirs
+    Rows<T> behaviors;      // of the first user, with the item ids [U, L] if there are any
+    int64_t behavior_user;  // 0 with item ids
     int64_t longest;
     const accumulate_t<T>* w_comp;  // [Lmax, r]
     const int64_t* starts;          // where each user begins when a user of n behaviours takes n + 1 places
@@ -82,8 +103,10 @@ struct Compress {
     int64_t rank, dim;
 
     Rows<T> history(int64_t user) const {
-        return {behaviors + user * behavior_user, behavior_row,
-                item_ids == nullptr ? nullptr : item_ids + user * longest};
+        Rows<T> rows = behaviors;
+        rows.data += user * behavior_user;
+        if (rows.indices != nullptr) rows.indices += user * longest;
+        return rows;
     }
 };
 
@@ -111,7 +134,7 @@ void expect_rows(const char* name, const Indices& indices, int64_t size) {
     expect(false, name, " must be rows of a table of ", size, ", got ", indices[i], " at index [", i, "]");
 }
 
-void expect_offsets(const Indices& offsets, int64_t rows) {
+void expect_offsets(const std::vector<int64_t>& offsets, int64_t rows) {
     const int64_t last = offsets.size() - 1;
     expect(offsets[0] == 0 && offsets[last] == rows, "target_offsets must be offsets from 0 to ", rows,
            ", got offsets from ", offsets[0], " to ", offsets[last]);
@@ -119,6 +142,22 @@ void expect_offsets(const Indices& offsets, int64_t rows) {
         expect(offsets[i] <= offsets[i + 1], "target_offsets must be ascending, got ", offsets[i + 1], " at index [", i,
                "]");
     }
+}
+
+int64_t count_outside(const Indices& indices, int64_t size) {
+    return std::count_if(indices.data(), indices.data() + indices.size(), [&](int64_t i) { return !is_row(i, size); });
+}
+
+// Offsets that descend or leave 0 .. rows become the nearest that do not; returns how many users they were wrong for.
+int64_t put_in_order(std::vector<int64_t>& offsets, int64_t rows) {
+    const int64_t users = offsets.size() - 1;
+    int64_t count = 0, last = 0;
+    for (int64_t user = 0; user < users; ++user) {
+        const int64_t begin = offsets[user], end = offsets[user + 1];
+        count += begin > end || (user == 0 && begin != 0) || (user == users - 1 && end != rows);
+    }
+    for (int64_t& offset : offsets) offset = last = std::min(std::max(offset, last), rows);
+    return count;
 }
 
 // Running sum of (length + 1) over the users, from 0.
@@ -198,47 +237,75 @@ auto absorbed_kernel() {
     return RECATTN_PICK(attend<T, S, accumulate_t<T>>);
 }
 
-Tensor lrea_absorbed_attention(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
-                               const Tensor& slots, const Tensor& target_offsets, double negative_slope,
-                               const std::optional<Tensor>& item_ids, const std::optional<Tensor>& key_scales,
-                               const std::optional<Tensor>& value_scales) {
-    const AbsorbedSizes sizes =
-        check_absorbed(targets, state_keys, state_values, slots, target_offsets, item_ids, key_scales, value_scales);
+Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
+                          const Tensor& slots, const Tensor& target_offsets, double negative_slope,
+                          const std::optional<Tensor>& item_ids, const std::optional<Tensor>& key_scales,
+                          const std::optional<Tensor>& value_scales, const std::optional<Tensor>& invalid) {
+    const AbsorbedSizes sizes = check_absorbed(targets, state_keys, state_values, slots, target_offsets, item_ids,
+                                               key_scales, value_scales, invalid);
     expect(std::isfinite(negative_slope), "negative_slope must be finite, got ", negative_slope);
-    const Indices user_slots(slots), offsets(target_offsets);
-    expect_rows("slots", user_slots, sizes.slots);
-    expect_offsets(offsets, sizes.rows);
+    const Indices user_slots(slots);
+    std::vector<int64_t> offsets = to_vector(target_offsets);
     std::optional<Indices> ids;
-    if (item_ids) expect_rows("item_ids", ids.emplace(*item_ids), sizes.items);
+    if (item_ids) ids.emplace(*item_ids);
+    if (invalid) {
+        std::atomic_ref<int64_t> counter(*static_cast<int64_t*>(invalid->mutable_data_ptr()));
+        counter += count_outside(user_slots, sizes.slots) + put_in_order(offsets, sizes.rows) +
+                   (ids ? count_outside(*ids, sizes.items) : 0);
+    } else {
+        expect_rows("slots", user_slots, sizes.slots);
+        expect_offsets(offsets, sizes.rows);
+        if (ids) expect_rows("item_ids", *ids, sizes.items);
+    }
     const Tensor q = with_contiguous_rows(targets);
     const Tensor out = torch::stable::new_empty(targets, {sizes.rows, sizes.heads, sizes.value_dim});
     const auto run = [&](auto target, auto state) {
         using T = decltype(target);
         using S = decltype(state);
         const StateRows<S> keys(state_keys, key_scales), values(state_values, value_scales);
-        const AbsorbedAttention<T, S> op{.targets = q.const_data_ptr<T>(),
-                                         .target_row = q.stride(0),
-                                         .target_head = q.stride(1),
-                                         .item_ids = ids ? ids->data() : nullptr,
-                                         .keys = keys.table(),
-                                         .values = values.table(),
-                                         .slots = user_slots.data(),
-                                         .offsets = offsets.data(),
-                                         .out = out.mutable_data_ptr<T>(),
-                                         .candidates = sizes.rows,
-                                         .users = sizes.users,
-                                         .heads = sizes.heads,
-                                         .rank = sizes.rank,
-                                         .query_dim = sizes.query_dim,
-                                         .value_dim = sizes.value_dim,
-                                         .negative_slope = negative_slope};
+        const std::vector<T> zeros(ids ? sizes.query_dim : 0, T(0));
+        const AbsorbedAttention<T, S> op{
+            .targets = {q.const_data_ptr<T>(), q.stride(0), ids ? ids->data() : nullptr, sizes.items, zeros.data()},
+            .target_head = q.stride(1),
+            .keys = keys.table(),
+            .values = values.table(),
+            .slots = user_slots.data(),
+            .offsets = offsets.data(),
+            .out = out.mutable_data_ptr<T>(),
+            .candidates = sizes.rows,
+            .users = sizes.users,
+            .table_size = sizes.slots,
+            .heads = sizes.heads,
+            .rank = sizes.rank,
+            .query_dim = sizes.query_dim,
+            .value_dim = sizes.value_dim,
+            .negative_slope = negative_slope};
         const auto kernel = absorbed_kernel<T, S>();
         const int64_t cost = sizes.heads * sizes.rank * (sizes.query_dim + sizes.value_dim);
-        torch::stable::parallel_for(0, sizes.rows, grain(cost),
+        const int64_t first = offsets.front(), last = offsets.back();  // before and behind are nobody's candidates
+        op.store_zeros(0, first);
+        op.store_zeros(last, sizes.rows);
+        torch::stable::parallel_for(first, last, grain(cost),
                                     [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
     };
     dispatch("targets", targets, [&](auto zero) { sizes.quantized ? run(zero, int8_t{}) : run(zero, zero); });
     return out;
+}
+
+Tensor lrea_absorbed_attention(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
+                               const Tensor& slots, const Tensor& target_offsets, double negative_slope,
+                               const std::optional<Tensor>& item_ids, const std::optional<Tensor>& key_scales,
+                               const std::optional<Tensor>& value_scales) {
+    return absorbed_attention(targets, state_keys, state_values, slots, target_offsets, negative_slope, item_ids,
+                              key_scales, value_scales, std::nullopt);
+}
+
+Tensor lrea_absorbed_attention_counting(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
+                                        const Tensor& slots, const Tensor& target_offsets, double negative_slope,
+                                        const std::optional<Tensor>& item_ids, const std::optional<Tensor>& key_scales,
+                                        const std::optional<Tensor>& value_scales, const Tensor& invalid) {
+    return absorbed_attention(targets, state_keys, state_values, slots, target_offsets, negative_slope, item_ids,
+                              key_scales, value_scales, invalid);
 }
 
 Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::optional<Tensor>& seq_lens,
@@ -270,10 +337,10 @@ Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::o
         using A = accumulate_t<T>;
         const auto dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
         const Tensor w = torch::stable::contiguous(torch::stable::to(w_comp, dtype));
-        const Compress<T> op{.behaviors = e.const_data_ptr<T>(),
+        const std::vector<T> zeros(ids ? dim : 0, T(0));
+        const Compress<T> op{.behaviors = {e.const_data_ptr<T>(), e.stride(e.dim() - 2), ids ? ids->data() : nullptr,
+                                           behaviors.size(0), zeros.data()},
                              .behavior_user = ids ? 0 : e.stride(0),
-                             .behavior_row = e.stride(e.dim() - 2),
-                             .item_ids = ids ? ids->data() : nullptr,
                              .longest = longest,
                              .w_comp = w.const_data_ptr<A>(),
                              .starts = starts.data(),
@@ -299,12 +366,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
         "lrea_absorbed_attention(Tensor targets, Tensor state_keys, Tensor state_values, Tensor slots, "
         "Tensor target_offsets, float negative_slope, Tensor? item_ids, Tensor? key_scales, Tensor? value_scales) "
         "-> Tensor");
+    m.def(
+        "lrea_absorbed_attention.counting(Tensor targets, Tensor state_keys, Tensor state_values, Tensor slots, "
+        "Tensor target_offsets, float negative_slope, Tensor? item_ids, Tensor? key_scales, Tensor? value_scales, "
+        "Tensor(a!) invalid) -> Tensor");
     m.def("lrea_compress(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? item_ids) -> Tensor");
     m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recattn, CPU, m) {
     m.impl("lrea_absorbed_attention", TORCH_BOX(&lrea_absorbed_attention));
+    m.impl("lrea_absorbed_attention.counting", TORCH_BOX(&lrea_absorbed_attention_counting));
     m.impl("lrea_compress", TORCH_BOX(&lrea_compress));
 }
 

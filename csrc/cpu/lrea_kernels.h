@@ -142,7 +142,7 @@ RECATTN_TARGET void attend_head(const AbsorbedAttention<T, S>& op, AttendScratch
     const int64_t first = begin, count = end - begin;
     const int64_t rank = round_up_to_lanes<E>(op.rank), width = round_up_to_lanes<E>(op.value_dim);
     const int64_t depth = elements<E>(op.query_dim), out_row = op.heads * op.value_dim;
-    const Rows<T> targets{op.targets + head * op.target_head, op.target_row, op.item_ids};
+    const Rows<T> targets = op.targets_of(head);
     transpose(as_left(op.keys.at(slot, head), op.keys.row, op.rank, op.query_dim, scratch.rows.data()), op.rank, depth,
               scratch.keys.data(), rank);
     const Right<E> keys{scratch.keys.data(), rank};
@@ -180,10 +180,11 @@ RECATTN_TARGET void attend(const AbsorbedAttention<T, S>& op, int64_t begin, int
     AttendScratch<E> scratch(end - begin, op.rank, op.query_dim, op.value_dim);
     int64_t user = std::upper_bound(op.offsets, op.offsets + op.users, begin) - op.offsets - 1;
     while (begin < end) {
-        const int64_t stop = std::min(end, op.offsets[user + 1]),
-                      next_slot = op.slots[std::min(user + 1, op.users - 1)];
-        for (int64_t head = 0; begin < stop && head < op.heads; ++head) {
-            attend_head(op, scratch, op.slots[user], next_slot, head, begin, stop);
+        const int64_t stop = std::min(end, op.offsets[user + 1]), slot = op.slot_of(user),
+                      next_slot = std::max<int64_t>(0, op.slot_of(std::min(user + 1, op.users - 1)));
+        if (slot < 0) op.store_zeros(begin, stop);
+        for (int64_t head = 0; slot >= 0 && begin < stop && head < op.heads; ++head) {
+            attend_head(op, scratch, slot, next_slot, head, begin, stop);
         }
         begin = stop;
         ++user;

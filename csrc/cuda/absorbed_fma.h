@@ -22,7 +22,7 @@ static_assert(kRows == kWarps * kRowsPerWarp);
 
 template <class T>
 struct SharedMemory {
-    const T* rows[kRows];
+    const T* rows[kRows];  // null: zeros
     float targets[kRows][kDepth];
     float keys[kLanes][kDepth + 1];  // lanes read a column each: an odd stride keeps them in different banks
     float values[kLanes][kColumns];
@@ -60,13 +60,15 @@ __device__ void stage_state(const StateTable& table, int64_t slot, int head, int
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attention_kernel(const Operands<T> op) {
     __shared__ SharedMemory<T> shared;
-    expect_offsets(op);
-    const Tile tile = find_tile(op);
-    if (tile.rows == 0) return;
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const int head = blockIdx.y, first_column = blockIdx.z * kColumns;
     const int columns = min(kColumns, op.value_dim - first_column);
-    if (threadIdx.x < tile.rows) shared.rows[threadIdx.x] = target_of(op, tile.first + threadIdx.x, head);
+    check_users(op);
+    store_nobodys_rows(op, first_column, columns);
+    const Tile tile = find_tile(op);
+    if (tile.rows == 0) return;
+    if (threadIdx.x < tile.rows) shared.rows[threadIdx.x] = target_of(op, tile, threadIdx.x, true);
+    if (tile.slot < 0) return store_zeros(op, tile.first, tile.rows, first_column, columns);
     float acc[kRowsPerWarp][kColumnsPerLane] = {};
     for (int k = 0; k < op.rank; k += kLanes) {
         const int ranks = min(kLanes, op.rank - k);
@@ -74,8 +76,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attent
         for (int c = 0; c < op.query_dim; c += kDepth) {
             const int depth = min(kDepth, op.query_dim - c);
             __syncthreads();
-            stage<kRows, kDepth>(tile.rows, depth, shared.targets,
-                                 [&](int m, int n) { return to_float(shared.rows[m][(c + n) * op.target_column]); });
+            stage<kRows, kDepth>(tile.rows, depth, shared.targets, [&](int m, int n) {
+                const T* row = shared.rows[m];
+                return row != nullptr ? to_float(row[(c + n) * op.target_column]) : 0.f;
+            });
             stage_state<T, kDepth>(op.keys, tile.slot, head, k, ranks, c, depth, shared.keys);
             __syncthreads();
 #pragma unroll 4

@@ -140,7 +140,7 @@ struct Scales {
     }
 };
 
-// A lane's part of kSlab columns of 16 candidates, zero beyond the width: pieces of rows g and g+8.
+// A lane's part of kSlab columns of 16 candidates, zero beyond the width and for a null row: pieces of rows g and g+8.
 struct Slab {
     uint4 low[kSlabGroups], high[kSlabGroups];
 
@@ -150,8 +150,8 @@ struct Slab {
         for (int i = 0; i < kSlabGroups; ++i) {
             const int column = first_column + i * kGroup + threadIdx.x % 4 * kPiece;
             const bool inside = column < width;
-            low[i] = inside ? *reinterpret_cast<const uint4*>(low_row + column) : uint4{};
-            high[i] = inside ? *reinterpret_cast<const uint4*>(high_row + column) : uint4{};
+            low[i] = inside && low_row != nullptr ? *reinterpret_cast<const uint4*>(low_row + column) : uint4{};
+            high[i] = inside && high_row != nullptr ? *reinterpret_cast<const uint4*>(high_row + column) : uint4{};
         }
     }
 };
@@ -229,7 +229,8 @@ template <class T, class State, int kRank>
 __global__ void __launch_bounds__(kThreads, kRank <= 32 ? 3 : 2) absorbed_attention_kernel(const Operands<T> op) {
     constexpr bool kScaled = std::is_same_v<State, int8_t>;
     extern __shared__ uint4 shared[];
-    expect_offsets(op);
+    check_users(op);
+    store_nobodys_rows(op, 0, op.value_dim);
     const Tile tile = find_tile(op);
     if (tile.rows == 0) return;
     const int head = blockIdx.y, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -239,9 +240,9 @@ __global__ void __launch_bounds__(kThreads, kRank <= 32 ? 3 : 2) absorbed_attent
     float2* scales = reinterpret_cast<float2*>(reinterpret_cast<char*>(shared) + layout.scales_offset());
 
     const int row = warp * kRowsPerWarp + lane / 4, high_row = row + kRowsPerWarp / 2;
-    // Beyond the tile's rows its last is read again, to no effect.
-    const T* low_target = target_of(op, tile.first + min(row, tile.rows - 1), head);
-    const T* high_target = target_of(op, tile.first + min(high_row, tile.rows - 1), head);
+    const T* low_target = target_of(op, tile, row, lane % 4 == 0);
+    const T* high_target = target_of(op, tile, high_row, lane % 4 == 0);
+    if (tile.slot < 0) return store_zeros(op, tile.first, tile.rows, 0, op.value_dim);
     Slab slab(low_target, high_target, 0, op.query_dim);  // on its way while the state is staged
     float scale = 1.f;
     if constexpr (kScaled) {

@@ -112,12 +112,12 @@ void expect_on_device(const char* name, const Tensor& tensor, const Tensor& targ
            " must be on targets' device");
 }
 
-Tensor lrea_absorbed_attention(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
-                               const Tensor& slots, const Tensor& target_offsets, double negative_slope,
-                               const OptionalTensor& item_ids, const OptionalTensor& key_scales,
-                               const OptionalTensor& value_scales) {
-    const AbsorbedSizes sizes =
-        check_absorbed(targets, state_keys, state_values, slots, target_offsets, item_ids, key_scales, value_scales);
+Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
+                          const Tensor& slots, const Tensor& target_offsets, double negative_slope,
+                          const OptionalTensor& item_ids, const OptionalTensor& key_scales,
+                          const OptionalTensor& value_scales, const OptionalTensor& invalid) {
+    const AbsorbedSizes sizes = check_absorbed(targets, state_keys, state_values, slots, target_offsets, item_ids,
+                                               key_scales, value_scales, invalid);
     expect_on_device("state_keys", state_keys, targets);
     expect_on_device("state_values", state_values, targets);
     expect_on_device("slots", slots, targets);
@@ -125,17 +125,18 @@ Tensor lrea_absorbed_attention(const Tensor& targets, const Tensor& state_keys, 
     if (item_ids) expect_on_device("item_ids", *item_ids, targets);
     if (key_scales) expect_on_device("key_scales", *key_scales, targets);
     if (value_scales) expect_on_device("value_scales", *value_scales, targets);
+    if (invalid) expect_on_device("invalid", *invalid, targets);
     expect(sizes.heads <= kMostBlocks, "targets must have at most ", kMostBlocks, " heads, got ", sizes.heads);
     expect(std::max({sizes.rank, sizes.query_dim, sizes.value_dim}) <= kMostBlocks, "rank and widths must be at most ",
            kMostBlocks, ", got r = ", sizes.rank, ", d = ", sizes.query_dim, ", dv = ", sizes.value_dim);
     const torch::stable::accelerator::DeviceGuard guard(targets.get_device_index());
     const Tensor out = torch::stable::new_empty(targets, {sizes.rows, sizes.heads, sizes.value_dim});
     if (out.numel() == 0) return out;
-    expect(sizes.users > 0, "target_offsets must be offsets from 0 to ", sizes.rows, ", got offsets of no user");
     const Tensor slots_row = without_gaps(slots), offsets_row = without_gaps(target_offsets);
     const OptionalTensor ids_row = item_ids ? OptionalTensor(without_gaps(*item_ids)) : std::nullopt;
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(targets.get_device_index(), &stream));
+    auto* counter = invalid ? static_cast<unsigned long long*>(invalid->mutable_data_ptr()) : nullptr;
     const auto run_as = [&](auto zero) {
         using T = decltype(zero);
         const Operands<T> op{.targets = static_cast<const T*>(targets.const_data_ptr()),
@@ -148,6 +149,7 @@ Tensor lrea_absorbed_attention(const Tensor& targets, const Tensor& state_keys, 
                              .slots = indices(slots_row),
                              .offsets = indices(offsets_row),
                              .out = static_cast<T*>(out.mutable_data_ptr()),
+                             .invalid = counter,
                              .rows = sizes.rows,
                              .items = sizes.items,
                              .users = sizes.users,
@@ -175,7 +177,26 @@ Tensor lrea_absorbed_attention(const Tensor& targets, const Tensor& state_keys, 
     return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(recattn, CUDA, m) { m.impl("lrea_absorbed_attention", TORCH_BOX(&lrea_absorbed_attention)); }
+Tensor lrea_absorbed_attention(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
+                               const Tensor& slots, const Tensor& target_offsets, double negative_slope,
+                               const OptionalTensor& item_ids, const OptionalTensor& key_scales,
+                               const OptionalTensor& value_scales) {
+    return absorbed_attention(targets, state_keys, state_values, slots, target_offsets, negative_slope, item_ids,
+                              key_scales, value_scales, std::nullopt);
+}
+
+Tensor lrea_absorbed_attention_counting(const Tensor& targets, const Tensor& state_keys, const Tensor& state_values,
+                                        const Tensor& slots, const Tensor& target_offsets, double negative_slope,
+                                        const OptionalTensor& item_ids, const OptionalTensor& key_scales,
+                                        const OptionalTensor& value_scales, const Tensor& invalid) {
+    return absorbed_attention(targets, state_keys, state_values, slots, target_offsets, negative_slope, item_ids,
+                              key_scales, value_scales, invalid);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(recattn, CUDA, m) {
+    m.impl("lrea_absorbed_attention", TORCH_BOX(&lrea_absorbed_attention));
+    m.impl("lrea_absorbed_attention.counting", TORCH_BOX(&lrea_absorbed_attention_counting));
+}
 
 }  // namespace
 }  // namespace recattn

@@ -56,7 +56,9 @@ def lrea_compress(
         each behaviour once; impl="cpu" allocates dE in its backward and, for dW_comp, a few MB of products at a time.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on a CPU also lengths and item ids out of range.
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU also lengths and item ids out of range. On a GPU
+            the kernels read an item id out of range as zeros and keep lengths within 0 to L; `recattn.validate`, or
+            RECATTN_CHECK=1, finds them.
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
     expect_tensors(behaviors=behaviors, w_comp=w_comp)
@@ -135,7 +137,8 @@ def lrea_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also offsets that do not ascend from 0
-            to T and lengths out of range (elsewhere `recattn.validate` checks them, or RECATTN_CHECK=1).
+            to T and lengths out of range. On a GPU the kernels give zeros to targets before the first offset or behind
+            the last and keep lengths within 0 to Lmax; `recattn.validate`, or RECATTN_CHECK=1, finds them.
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
     expect_tensors(targets=targets, keys=keys, values=values, w_decomp=w_decomp)
@@ -286,6 +289,7 @@ def lrea_absorbed_attention(
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
     negative_slope: float = 0.01,
+    invalid: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Attention of each target over its user's absorbed state, the form to serve:
@@ -294,6 +298,12 @@ def lrea_absorbed_attention(
 
     The states (from `lrea_absorb`, or any of their shape) are read where they lie in the tables: no gathered copy. With
     `item_ids` so are the targets: q = targets[item_ids[t]]. Row k of an int8 state stands for scales[s, h, k] · row.
+
+    A service passes `invalid`, for one bad index must not fail a batch, or on CUDA the process. Then the number of
+    indices out of range is added to it, and only their own targets come out as zeros: those of a user whose slot is no
+    row of the tables, those whose item id is none (as a target of zeros does), and those before the first offset or
+    behind the last. Where offsets descend two users have the same targets, and one of the two is served. Nothing waits
+    for the count: read it now and then, and have `recattn.validate` name the index.
 
     Source: LREA (arXiv 2503.02542), which stores two tensors a user; what they hold is our reading, see `lrea_absorb`.
 
@@ -307,6 +317,7 @@ def lrea_absorbed_attention(
         item_ids: [T] integer, the row of each target in the table.
         key_scales, value_scales: [S, H, r] float32, of int8 states (`lrea_quantize`).
         negative_slope: of φ; 1.0 for states of orientation="weights".
+        invalid: [1] int64 on targets' device: has indices out of range counted there instead of raised.
         impl: None chooses; "cpu" (compiled), "cuda" (compiled) or "reference" insists. "cpu" and "cuda" have no
             gradient, so None takes the reference where one is needed.
 
@@ -316,7 +327,9 @@ def lrea_absorbed_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; on a CPU also slots and item ids out of range and offsets
-            that do not ascend from 0 to T (elsewhere `recattn.validate` checks them, or RECATTN_CHECK=1).
+            that do not ascend from 0 to T, unless `invalid` counts them. On CUDA these stop the kernel, after which
+            the process must be restarted, as after any index out of range in PyTorch; `recattn.validate`, or
+            RECATTN_CHECK=1, finds them before.
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
     expect_tensors(targets=targets)
@@ -328,13 +341,19 @@ def lrea_absorbed_attention(
     if impl != "reference":
         # It checks its arguments itself, with the same words: here that would take longer than the call.
         if targets.is_cuda and values_are_checked(targets.device):
-            _check_absorbed(*tensors, item_ids, key_scales, value_scales)
-        return torch.ops.recattn.lrea_absorbed_attention.default(
-            *tensors, negative_slope, item_ids, key_scales, value_scales
-        )
-    _check_absorbed(*tensors, item_ids, key_scales, value_scales)
+            _check_absorbed(*tensors, item_ids, key_scales, value_scales, invalid)
+        arguments = (*tensors, negative_slope, item_ids, key_scales, value_scales)
+        if invalid is None:
+            return torch.ops.recattn.lrea_absorbed_attention.default(*arguments)
+        return torch.ops.recattn.lrea_absorbed_attention.counting(*arguments, invalid)
+    _check_absorbed(*tensors, item_ids, key_scales, value_scales, invalid)
     return reference.lrea_absorbed_attention(
-        *tensors, item_ids=item_ids, key_scales=key_scales, value_scales=value_scales, negative_slope=negative_slope
+        *tensors,
+        item_ids=item_ids,
+        key_scales=key_scales,
+        value_scales=value_scales,
+        negative_slope=negative_slope,
+        invalid=invalid,
     )
 
 
@@ -347,9 +366,14 @@ def _check_absorbed(
     item_ids: Tensor | None,
     key_scales: Tensor | None,
     value_scales: Tensor | None,
+    invalid: Tensor | None,
 ) -> None:
     expect_tensors(state_keys=state_keys, state_values=state_values, slots=slots)
     sizes: dict[str, int] = {}
+    if invalid is not None:
+        expect_tensors(invalid=invalid)
+        expect_shape(sizes, "invalid", invalid, "1")
+        expect_dtype("invalid", invalid, (torch.int64,))
     expect_shape(sizes, "targets", targets, "T H d" if item_ids is None else "I H d")
     if item_ids is not None:
         expect_index(sizes, "item_ids", item_ids, "T")
@@ -380,17 +404,21 @@ def _check_absorbed(
         slots=slots,
         target_offsets=target_offsets,
         item_ids=item_ids,
+        invalid=invalid,
         **scales,
     )
-    validate_values(
-        targets.device,
-        target_offsets=target_offsets,
-        num_targets=sizes["T"],
-        slots=slots,
-        num_slots=sizes["S"],
-        item_ids=item_ids,
-        num_items=None if item_ids is None else sizes["I"],
-    )
+    if sizes["U"] == 0 and sizes["T"] > 0:
+        raise ValueError(f"target_offsets must be offsets from 0 to {sizes['T']}, got offsets of no user")
+    if invalid is None:
+        validate_values(
+            targets.device,
+            target_offsets=target_offsets,
+            num_targets=sizes["T"],
+            slots=slots,
+            num_slots=sizes["S"],
+            item_ids=item_ids,
+            num_items=None if item_ids is None else sizes["I"],
+        )
 
 
 def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:

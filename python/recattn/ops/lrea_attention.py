@@ -384,10 +384,21 @@ if "cpu" not in MISSING:
     torch.library.register_fake("recattn::lrea_compress", _compress_fake)
 
     @torch.library.register_fake("recattn::lrea_absorbed_attention")
+    @torch.library.register_fake("recattn::lrea_absorbed_attention.counting")
     def _absorbed_fake(
-        targets, state_keys, state_values, slots, target_offsets, negative_slope, item_ids, key_scales, value_scales
+        targets,
+        state_keys,
+        state_values,
+        slots,
+        target_offsets,
+        negative_slope,
+        item_ids,
+        key_scales,
+        value_scales,
+        invalid=None,
     ):
         states = {"state_keys": state_keys, "state_values": state_values}
-        expect_same_device("targets", targets, **states, slots=slots, target_offsets=target_offsets, item_ids=item_ids)
+        indices = {"slots": slots, "target_offsets": target_offsets, "item_ids": item_ids, "invalid": invalid}
+        expect_same_device("targets", targets, **states, **indices)
         rows = targets.shape[0] if item_ids is None else item_ids.shape[0]
         return targets.new_empty(rows, targets.shape[1], state_values.shape[-1])

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu, relu
+from torch.nn.functional import leaky_relu, pad, relu
 
 
 def lrea_compress(
@@ -68,12 +68,20 @@ def lrea_absorbed_attention(
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
     negative_slope: float = 0.01,
+    invalid: Tensor | None = None,
 ) -> Tensor:
-    if item_ids is not None:
-        targets = targets[item_ids.long()]
     if key_scales is not None:
         state_keys = _dequantized(state_keys, key_scales, targets.dtype)
         state_values = _dequantized(state_values, value_scales, targets.dtype)
+    if invalid is not None:
+        if item_ids is not None:
+            targets, item_ids = _with_row_of_zeros(targets), _counted_rows(item_ids, len(targets), invalid)
+        slots = _counted_rows(slots, len(state_keys), invalid)
+        target_offsets = _counted_offsets(target_offsets, len(targets if item_ids is None else item_ids), invalid)
+        slots = pad(slots, (1, 1), value=len(state_keys))  # of nobody, before the first user and behind the last
+        state_keys, state_values = _with_row_of_zeros(state_keys), _with_row_of_zeros(state_values)
+    if item_ids is not None:
+        targets = targets[item_ids.long()]
     outputs = []
     for slot, q in zip(slots.tolist(), _by_user(targets, target_offsets), strict=True):
         scores = leaky_relu(q @ state_keys[slot].mT, negative_slope)  # [H, n, r]
@@ -91,6 +99,26 @@ def _without_padding(item_ids: Tensor, seq_lens: Tensor | None) -> Tensor:
         return item_ids.long()
     padding = torch.arange(item_ids.shape[1], device=item_ids.device) >= seq_lens[:, None]
     return item_ids.long().masked_fill(padding, 0)
+
+
+def _with_row_of_zeros(table: Tensor) -> Tensor:
+    return torch.cat([table, table.new_zeros(1, *table.shape[1:])])
+
+
+def _counted_rows(rows: Tensor, table_size: int, invalid: Tensor) -> Tensor:
+    """The rows, table_size for those out of range, whose number is added to `invalid`."""
+    valid = (rows >= 0) & (rows < table_size)
+    invalid += (~valid).sum()
+    return rows.where(valid, table_size)
+
+
+def _counted_offsets(offsets: Tensor, total: int, invalid: Tensor) -> Tensor:
+    """0, the offsets in order and within 0 .. total, and total; the users that they were wrong for are counted."""
+    wrong = offsets[:-1] > offsets[1:]
+    wrong[:1] |= offsets[0] != 0
+    wrong[-1:] |= offsets[-1] != total
+    invalid += wrong.sum()
+    return pad(pad(offsets.clamp(0, total).cummax(0).values, (1, 0)), (0, 1), value=total)
 
 
 def _dequantized(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,9 +50,16 @@ class Request:
         *,
         item_ids: Tensor | None = None,
         negative_slope: float = 0.01,
+        invalid: Tensor | None = None,
         impl: str | None = None,
     ) -> Tensor:
         """`recattn.lrea_absorbed_attention` of targets over the states of these users, in their order.
+
+        A counter kept for the life of the service has item ids and offsets out of range counted, and their targets
+        served as zeros, instead of an error for the whole batch:
+
+            invalid = torch.zeros(1, dtype=torch.int64, device=table.device)
+            scores = request.attend(targets, target_offsets, item_ids=item_ids, invalid=invalid)
 
         Returns:
             [T, H, dv] in targets' dtype; zeros for the (finite) targets of a user who is not there.
@@ -72,6 +79,7 @@ class Request:
             key_scales=self.tables.key_scales,
             value_scales=self.tables.value_scales,
             negative_slope=negative_slope,
+            invalid=invalid,
             impl=impl,
         )
 
