@@ -226,18 +226,18 @@ def penalised(function: Callable, q: Tensor) -> Tensor:
 def test_checkpointing():
     inputs, q = draw_for_training()
 
-    def attention(q):
-        return recattn.sink_attention(q.sin(), **inputs)
+    def attention(q, impl=None):
+        return recattn.sink_attention(q.sin(), **inputs, impl=impl)
 
-    expected = penalised(attention, q)
-    assert torch.equal(penalised(lambda q: checkpoint(attention, q, use_reentrant=False), q), expected)
+    actual = penalised(lambda q: checkpoint(attention, q, use_reentrant=False), q)
+    torch.testing.assert_close(actual, penalised(lambda q: attention(q, "reference"), q))
 
 
 def test_saved_tensor_hooks():
     inputs, q = draw_for_training()
-    expected = penalised(lambda q: recattn.sink_attention(q, **inputs), q)
+    expected = penalised(lambda q: recattn.sink_attention(q, **inputs, impl="reference"), q)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x):
-        assert torch.equal(penalised(lambda q: recattn.sink_attention(q, **inputs), q), expected)
+        torch.testing.assert_close(penalised(lambda q: recattn.sink_attention(q, **inputs), q), expected)
 
 
 def test_autocast_does_not_reach_the_reference():
@@ -289,7 +289,8 @@ def test_compiled_backwards_hold_the_kernels(case):
 
     torch._dynamo.reset()
     inputs = case.inputs()
-    outs = torch.compile(case, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))(**inputs)
+    function = functools.partial(case.operator, impl=case.impl)  # torch 2.10 traces no call of a NamedTuple
+    outs = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))(**inputs)
     total = sum(out.sum() for out in outs) if isinstance(outs, tuple) else outs.sum()
     grad(total, [inputs[name] for name in case.grads], retain_graph=True)
     forwards = {name.removesuffix("_fwd") for name in called if "_bwd" not in name} - {
