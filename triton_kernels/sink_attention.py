@@ -60,10 +60,42 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout(None, 0)
 
 
+# --- Tiles of a grid ---
+
+
+@triton.jit
+def sequence_of_tile(tile, B, N, cu_seqlens, BLOCK: tl.constexpr, SPARE: tl.constexpr):
+    """The sequence that a tile belongs to, and which of its tiles it is.
+
+    Packed, sequence b owns the tiles from (cu_seqlens[b] - cu_seqlens[0]) // BLOCK + b · SPARE: at least its
+    length // BLOCK + SPARE of them, known without reading every length. A search looks at 128 sequences at a time.
+    """
+    if cu_seqlens is None:
+        tiles = N // BLOCK + SPARE
+        batch = tile // tiles
+        first = batch * tiles
+    else:
+        origin = tl.load(cu_seqlens)
+        batch = tile * 0
+        step = batch + B
+        while step > 1:  # the tile belongs to one of `step` sequences from `batch` on
+            step = tl.cdiv(step, 128)
+            b = batch + tl.arange(0, 128) * step
+            first_tiles = (tl.load(cu_seqlens + b, mask=b < B, other=0) - origin).to(tl.int32) // BLOCK + b * SPARE
+            batch += (tl.sum(((b < B) & (first_tiles <= tile)).to(tl.int32), 0) - 1) * step
+        first = (tl.load(cu_seqlens + batch) - origin).to(tl.int32) // BLOCK + batch * SPARE
+    return batch.to(tl.int64), tile - first
+
+
+def number_of_tiles(B: int, N: int, cu_seqlens: Tensor | None, block: int, spare: int) -> int:
+    """The tiles of all sequences, of which `sequence_of_tile` knows one; packed, N is T."""
+    return B * (N // block + spare) if cu_seqlens is None else N // block + spare * B
+
+
 # --- The streams ---
 
 
-@triton.jit(do_not_specialize=["stride_pb", "stride_tb", "N", "M", "left_padded", "search_steps"])
+@triton.jit(do_not_specialize=["stride_pb", "stride_tb", "B", "N", "M", "left_padded", "search_steps"])
 def sink_attention_streams_kernel(
     sink_positions,
     is_sink,
@@ -74,15 +106,16 @@ def sink_attention_streams_kernel(
     stride_pb,
     stride_pm,
     stride_tb,
+    B,
     N,
     M,
     left_padded,
     search_steps,
     BLOCK: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
+    batch, tile = sequence_of_tile(tl.program_id(0), B, N, cu_seqlens, BLOCK, 1)
     start, length, first_position = locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded)
-    first_token = tl.program_id(0) * BLOCK
+    first_token = tile * BLOCK
     if first_token > length:
         return
     # One token past the end: before it stand all the sinks that count.
@@ -113,14 +146,14 @@ def launch_sink_attention_streams(
         sink_bounds=q.new_empty((B, 2), dtype=torch.int32),
     )
     arguments = _stream_arguments(streams, sink_positions, seq_lens, cu_seqlens, left_padded, N)
-    grid = (N // STREAM_BLOCK + 1, B)
+    grid = (number_of_tiles(B, N, cu_seqlens, STREAM_BLOCK, 1),)
     with torch.cuda.device_of(q):
         launch_kernel(sink_attention_streams_kernel, grid, arguments, num_warps=4)
     return streams
 
 
 def _stream_arguments(streams, sink_positions, seq_lens, cu_seqlens, left_padded, N) -> dict[str, object]:
-    M = sink_positions.shape[1]
+    B, M = sink_positions.shape
     return {
         "sink_positions": sink_positions,
         **streams._asdict(),
@@ -128,6 +161,7 @@ def _stream_arguments(streams, sink_positions, seq_lens, cu_seqlens, left_padded
         "cu_seqlens": cu_seqlens,
         **strides("p", sink_positions, "bm"),
         "stride_tb": N if cu_seqlens is None else 0,
+        "B": B,
         "N": N,
         "M": M,
         "left_padded": int(left_padded),
@@ -137,27 +171,6 @@ def _stream_arguments(streams, sink_positions, seq_lens, cu_seqlens, left_padded
 
 
 # --- What the flash kernels share ---
-
-
-@triton.jit
-def sequence_of_tile(tile, B, N, cu_seqlens, BLOCK: tl.constexpr, SPARE: tl.constexpr):
-    """The sequence that a tile belongs to, and which of its tiles it is.
-
-    Packed, sequence b owns the tiles from cu_seqlens[b] // BLOCK + b · SPARE: at least its length // BLOCK + SPARE of
-    them, known without reading every length.
-    """
-    if cu_seqlens is None:
-        tiles = N // BLOCK + SPARE
-        batch = tile // tiles
-        first = batch * tiles
-    else:
-        batch = tile * 0 - 1
-        for start in range(0, B, 128):
-            b = start + tl.arange(0, 128)
-            first_tiles = tl.load(cu_seqlens + b, mask=b < B, other=0).to(tl.int32) // BLOCK + b * SPARE
-            batch += tl.sum(((b < B) & (first_tiles <= tile)).to(tl.int32), 0)
-        first = tl.load(cu_seqlens + batch).to(tl.int32) // BLOCK + batch * SPARE
-    return batch.to(tl.int64), tile - first
 
 
 class DropoutOfPlane(NamedTuple):
@@ -875,7 +888,7 @@ def _launch(kernel, tensors: dict[str, object], options: dict[str, object], conf
 
     def grid(launched: dict[str, object]) -> tuple[int, int]:
         block, spare = (launched["BLOCK_M"], 2) if by_query else (launched["BLOCK_N"], 1)
-        tiles = B * (N // block + spare) if tensors["cu_seqlens"] is None else N // block + spare * B
+        tiles = number_of_tiles(B, N, tensors["cu_seqlens"], block, spare)
         return tiles, tensors["q" if by_query else "k"].shape[1]
 
     launch_options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

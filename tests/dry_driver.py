@@ -1,0 +1,72 @@
+"""Triton without a GPU: its own binder and compiler for Hopper, on CPU tensors, and launches that only leave a note.
+
+For processes of their own, for it stays: kernels must be decorated without TRITON_INTERPRET.
+"""
+
+import importlib
+import pkgutil
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+ARCHITECTURE = 90
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid: tuple[int, int, int]
+    shared_bytes: int | None  # None where nothing was compiled
+
+
+class DryDriver:
+    """The device that Triton is told of."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCHITECTURE, 32)
+
+
+class DryKernel:
+    """What a launch finds in place of a compiled kernel."""
+
+    function = packed_metadata = None
+
+    def __init__(self, name: str, shared_bytes: int | None, launches: list[Launch]):
+        self.name, self.shared_bytes, self.launches = name, shared_bytes, launches
+
+    def launch_metadata(self, *_) -> None:
+        return None
+
+    def run(self, x: int, y: int, z: int, *_) -> None:
+        self.launches.append(Launch(self.name, (x, y, z), self.shared_bytes))
+
+
+def install(*, compiles: bool) -> list[Launch]:
+    """Take every later launch of a kernel down in the list returned. Where `compiles`, each is compiled as launched."""
+    launches: list[Launch] = []
+    compile_kernel = triton.compile
+
+    def compile(source, target, options, **others):
+        shared = compile_kernel(source, target=target, options=options).metadata.shared if compiles else None
+        return DryKernel(source.fn.__name__, shared, launches)
+
+    triton.compiler.compile = compile
+    driver.set_active(DryDriver())
+    _serve_cpu_tensors()
+    return launches
+
+
+def _serve_cpu_tensors() -> None:
+    import recattn.ops
+
+    for module in pkgutil.iter_modules(recattn.ops.__path__):
+        module = importlib.import_module(f"recattn.ops.{module.name}")
+        if hasattr(module, "triton_refusal"):
+            module.triton_refusal = lambda device_type, dtype=None: None
