@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, launch_kernel, strides
-from recattn.triton_kernels.primitives import block_width, dot_rows, dropout_weights, load_rows, store_rows
+from recattn.triton_kernels.primitives import block_width, dot_rows, dropout_weights, load_rows, offset, store_rows
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class InterSinkBiasBwdConfig:
 def valid_sinks(sink_mask, sinks, stride, M):
     """Which of the given sinks count."""
     in_range = sinks < M
-    return in_range if sink_mask is None else tl.load(sink_mask + sinks * stride, mask=in_range, other=0) != 0
+    return in_range if sink_mask is None else tl.load(sink_mask + offset(sinks, stride), mask=in_range, other=0) != 0
 
 
 @triton.jit
@@ -215,15 +215,18 @@ def inter_sink_bias_bwd_kernel(
         dscores = (weights * (dweights - delta[:, None])).to(q_s.dtype.element_ty)  # [BM, BN]
         for start in range(0, HEAD_DIM, BLOCK_D):
             width = HEAD_DIM - start
-            q_block = load_rows(q_s + start * stride_qd, rows, row_valid, stride_qm, stride_qd, width, BLOCK_D)
-            k_block = load_rows(k_s + start * stride_kd, keys, key_valid, stride_km, stride_kd, width, BLOCK_D)
+            dk_base = dk_s + offset(start, stride_dkd)
+            q_block = load_rows(q_s + offset(start, stride_qd), rows, row_valid, stride_qm, stride_qd, width, BLOCK_D)
+            k_block = load_rows(k_s + offset(start, stride_kd), keys, key_valid, stride_km, stride_kd, width, BLOCK_D)
             dq = gradient_scale * tl.dot(dscores, k_block, input_precision="ieee")  # [BM, BD]
-            store_rows(dq_s + start * stride_dqd, dq, rows, rows < M, stride_dqm, stride_dqd, width, BLOCK_D)
+            store_rows(dq_s + offset(start, stride_dqd), dq, rows, rows < M, stride_dqm, stride_dqd, width, BLOCK_D)
             dk = gradient_scale * tl.dot(tl.trans(dscores), q_block, input_precision="ieee")  # [BN, BD]
             if BLOCK_M < BLOCK_N:
                 dk_valid = (keys < M) & (first_row > 0)
-                dk += load_rows(dk_s + start * stride_dkd, keys, dk_valid, stride_dkm, stride_dkd, width, BLOCK_D)
-            store_rows(dk_s + start * stride_dkd, dk, keys, keys < M, stride_dkm, stride_dkd, width, BLOCK_D)
+                dk += load_rows(
+                    dk_s + offset(start, stride_dkd), keys, dk_valid, stride_dkm, stride_dkd, width, BLOCK_D
+                )
+            store_rows(dk_base, dk, keys, keys < M, stride_dkm, stride_dkd, width, BLOCK_D)
         if BLOCK_M < BLOCK_N:  # the next iteration may read dK by other threads than have written it
             tl.debug_barrier()
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from recattn.triton_kernels.compilation import ARCHITECTURES, MAX_REGISTERS, Compilation, launch_kernel, strides
-from recattn.triton_kernels.primitives import block_width, load_rows, store_rows
+from recattn.triton_kernels.primitives import block_width, load_rows, offset, store_rows
 
 LARGEST_RANK = 256
 
@@ -134,7 +134,7 @@ def add_columns(
     """acc + (φ'(z W)∘(x W)) Wᵀ over a block of columns; x None: z."""
     ranks = tl.arange(0, acc.shape[1])
     columns = first_column + tl.arange(0, BLOCK_N)
-    w_tile = tl.load(w + ranks[:, None] * stride_w + columns[None, :])  # [R, BN]
+    w_tile = tl.load(w + offset(ranks[:, None], stride_w) + columns[None, :])  # [R, BN]
     scores = tl.dot(z_tile, w_tile, input_precision="ieee")  # [BM, BN]
     if rest_tile is not None:
         scores = tl.dot(rest_tile, w_tile, scores, input_precision="ieee")
@@ -261,7 +261,7 @@ def lrea_middle_factor_columns_kernel(
     first_column = tl.program_id(0) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    w_tile = tl.load(w + columns[:, None] + ranks[None, :] * stride_w)  # [BN, R]
+    w_tile = tl.load(w + columns[:, None] + offset(ranks[None, :], stride_w))  # [BN, R]
     # The last rows see some of these columns, the last of those all.
     first_row = 0
     first_to_see_all = 0
@@ -452,9 +452,9 @@ def lrea_user_matmul_kernel(
     for step in range(0, (last_user + 1 - first_user) * STEPS):
         user = tl.full((), 0, tl.int64) + first_user + step // STEPS
         first_k = step % STEPS * BLOCK_K
-        row_base = rows + head * stride_rh + first_k * stride_rk
+        row_base = rows + head * stride_rh + offset(first_k, stride_rk)
         row_tile = load_rows(row_base, targets, valid, stride_rt, stride_rk, K - first_k, BLOCK_K)  # [BT, BK]
-        base = matrices + user * stride_mu + head * stride_mh + first_column * stride_mn
+        base = matrices + user * stride_mu + head * stride_mh + offset(first_column, stride_mn)
         ks = first_k + tl.arange(0, BLOCK_K)
         matrix_tile = load_rows(base, ks, ks < K, stride_mk, stride_mn, WIDTH - first_column, BLOCK_N)  # [BK, BN]
         product = dot_of_any(row_tile, matrix_tile, tl.zeros_like(acc))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, strides
 from recattn.triton_kernels.lrea_attention import Launch, Tile, dot_of_any, share_count, sum_of_shares, targets_a_block
-from recattn.triton_kernels.primitives import block_width, load_rows, locate_sequence, store_rows
+from recattn.triton_kernels.primitives import block_width, load_rows, locate_sequence, offset, store_rows
 
 
 # What changes with the batch must not compile anew.
@@ -63,15 +63,15 @@ def lrea_outer_sum_kernel(
     share = tl.cdiv(tl.cdiv(length, BLOCK_T), tl.num_programs(2)) * BLOCK_T
     start = tl.program_id(2) * share
     stop = tl.minimum(start + share, length)
-    left_base = left + head * stride_lh + first_row * stride_lt + first_k * stride_lk
-    right_base = right + user * stride_ru + head * stride_rh + first_row * stride_rt + first_column * stride_rn
+    left_base = left + head * stride_lh + first_row * stride_lt + offset(first_k, stride_lk)
+    right_base = right + user * stride_ru + head * stride_rh + first_row * stride_rt + offset(first_column, stride_rn)
     acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     for first in range(start, stop, BLOCK_T):
         rows = first + tl.arange(0, BLOCK_T)
         valid = rows < stop
         left_tile = load_rows(left_base, rows, valid, stride_lt, stride_lk, K - first_k, BLOCK_K)  # [BT, BK]
         if item_ids is not None:
-            rows = tl.load(item_ids + user * stride_iu + rows * stride_il, mask=valid, other=-1)
+            rows = tl.load(item_ids + user * stride_iu + offset(rows, stride_il), mask=valid, other=-1)
             valid = (rows >= 0) & (rows < num_items)
         right_tile = load_rows(right_base, rows, valid, stride_rt, stride_rn, WIDTH - first_column, BLOCK_N)
         acc = dot_of_any(tl.trans(left_tile), right_tile, acc)
@@ -144,7 +144,7 @@ def lrea_compress_bwd_w_comp_kernel(
         first_column = step % STEPS * BLOCK_D
         _, length, _ = locate_sequence(user, L, seq_lens, None, False)
         valid = rows < tl.minimum(length, L)
-        base = behaviors + user * stride_eu + first_column * stride_ed
+        base = behaviors + user * stride_eu + offset(first_column, stride_ed)
         e_tile = load_rows(base, rows, valid, stride_el, stride_ed, WIDTH - first_column, BLOCK_D)  # [BL, BD]
         d_base = dcompressed + user * RANK * WIDTH + first_column
         d_tile = load_rows(d_base, ranks, ranks < RANK, WIDTH, 1, WIDTH - first_column, BLOCK_D)  # [R, BD]

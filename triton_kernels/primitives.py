@@ -12,6 +12,12 @@ def block_width(width: int) -> int:
 
 
 @triton.jit
+def offset(index, stride):
+    """Where an axis' index lies in memory: beyond 2**31 elements too, of which an int32 knows nothing."""
+    return tl.cast(index, tl.int64) * stride
+
+
+@triton.jit
 def locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded):
     """Of one sequence: its first token on the N axis, its length, and the position that counts as its first token's.
 
@@ -35,7 +41,7 @@ def locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded):
 @triton.jit
 def load_sink_positions(sink_positions, sinks, stride, M, first_position, length):
     """Of the given sinks, counted from the sequence's first token; `length` for those to ignore."""
-    positions = tl.load(sink_positions + sinks * stride, mask=sinks < M, other=-1).to(tl.int32)
+    positions = tl.load(sink_positions + offset(sinks, stride), mask=sinks < M, other=-1).to(tl.int32)
     relative = positions - first_position
     return tl.where((positions >= 0) & (relative >= 0) & (relative < length), relative, length)
 
@@ -48,7 +54,7 @@ def count_sinks_before(sinks, tokens, steps):
     for _ in range(0, steps):
         middle = (low + high) // 2
         searching = low < high
-        position = tl.load(sinks.positions + middle * sinks.stride, mask=searching, other=-1).to(tl.int32)
+        position = tl.load(sinks.positions + offset(middle, sinks.stride), mask=searching, other=-1).to(tl.int32)
         before = (position >= 0) & (position - sinks.first_position < tokens)
         high = tl.where(searching & (before == 0), middle, high)
         low = tl.where(searching & before, middle + 1, low)
@@ -59,7 +65,7 @@ def count_sinks_before(sinks, tokens, steps):
 def load_rows(base, rows, row_valid, row_stride, column_stride, width, BLOCK_WIDTH: tl.constexpr):
     """The given rows of a matrix of `width` columns; zeros where a row is not valid."""
     columns = tl.arange(0, BLOCK_WIDTH)
-    addresses = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :] * column_stride
+    addresses = base + offset(rows[:, None], row_stride) + offset(columns[None, :], column_stride)
     return tl.load(addresses, mask=row_valid[:, None] & (columns[None, :] < width), other=0.0)
 
 
@@ -67,7 +73,7 @@ def load_rows(base, rows, row_valid, row_stride, column_stride, width, BLOCK_WID
 def store_rows(base, values, rows, row_valid, row_stride, column_stride, width, BLOCK_WIDTH: tl.constexpr):
     """The inverse of `load_rows`."""
     columns = tl.arange(0, BLOCK_WIDTH)
-    addresses = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :] * column_stride
+    addresses = base + offset(rows[:, None], row_stride) + offset(columns[None, :], column_stride)
     tl.store(addresses, values.to(base.dtype.element_ty), mask=row_valid[:, None] & (columns[None, :] < width))
 
 
@@ -94,8 +100,9 @@ def dot_rows(
         # No stride is negative, but the compiler does not know: unrolled, the loop would need too many registers.
         end += tl.minimum(stride_an, 0)
     for start in range(0, end, BLOCK_WIDTH):
-        a_block = load_rows(a + start * stride_ad, a_rows, a_valid, stride_an, stride_ad, WIDTH - start, BLOCK_WIDTH)
-        b_block = load_rows(b + start * stride_bd, b_rows, b_valid, stride_bn, stride_bd, WIDTH - start, BLOCK_WIDTH)
+        width, a_base, b_base = WIDTH - start, a + offset(start, stride_ad), b + offset(start, stride_bd)
+        a_block = load_rows(a_base, a_rows, a_valid, stride_an, stride_ad, width, BLOCK_WIDTH)
+        b_block = load_rows(b_base, b_rows, b_valid, stride_bn, stride_bd, width, BLOCK_WIDTH)
         if tl.float64 == SUM:
             a_block, b_block = a_block.to(SUM), b_block.to(SUM)
         products = tl.dot(a_block, tl.trans(b_block), products, input_precision="ieee", out_dtype=SUM)
@@ -226,5 +233,5 @@ def is_sink(sinks, positions, search_steps):
 @triton.jit
 def load_bias(bias, row_sinks, key_sinks, visible):
     """[rows, keys] of a Matrix that holds the bias between sinks; 0 where a row does not see the key."""
-    addresses = bias.base + row_sinks[:, None].to(tl.int64) * bias.row_stride + key_sinks[None, :] * bias.column_stride
+    addresses = bias.base + offset(row_sinks[:, None], bias.row_stride) + offset(key_sinks[None, :], bias.column_stride)
     return tl.load(addresses, mask=visible, other=0.0).to(tl.float32)

@@ -30,6 +30,7 @@ from recattn.triton_kernels.primitives import (
     load_rows,
     load_tokens,
     locate_sequence,
+    offset,
     store_tokens,
 )
 from recattn.triton_kernels.refined_attention_config import RefinedAttentionConfig, largest_n
@@ -97,7 +98,7 @@ def contiguous_of(pair, base, WIDTH: tl.constexpr):
 @triton.jit
 def columns_from(x, start):
     """A Matrix without its first columns."""
-    return Matrix(x.base + start * x.column_stride, x.row_stride, x.column_stride)
+    return Matrix(x.base + offset(start, x.column_stride), x.row_stride, x.column_stride)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from recattn.triton_kernels.compilation import (
     launch_kernel,
     strides,
 )
-from recattn.triton_kernels.primitives import block_width, dot_rows, load_rows, locate_sequence, store_rows
+from recattn.triton_kernels.primitives import block_width, dot_rows, load_rows, locate_sequence, offset, store_rows
 
 # --- Launch parameters ---
 
@@ -119,7 +119,7 @@ def within(positions, span):
 @triton.jit
 def load_plane_rows(x, batch, head, positions, valid, first_column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """[positions, BLOCK_WIDTH] from first_column on; zeros where a position is not valid."""
-    base = plane_base(x, batch, head) + first_column * x.column_stride
+    base = plane_base(x, batch, head) + offset(first_column, x.column_stride)
     return load_rows(base, positions, valid, x.row_stride, x.column_stride, WIDTH - first_column, BLOCK_WIDTH)
 
 

@@ -35,6 +35,7 @@ from recattn.triton_kernels.primitives import (
     load_sinks,
     load_tokens,
     locate_sequence,
+    offset,
     store_tokens,
 )
 from recattn.triton_kernels.sink_attention_config import SinkAttentionConfig, TileConfig, candidates, kind_of
@@ -184,12 +185,18 @@ class DropoutOfPlane(NamedTuple):
 @triton.jit
 def load_block(x, first, offsets, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr):
     """Rows first + offsets of a Matrix; without a mask where all are there."""
-    base = x.base + (tl.full((), 0, tl.int64) + first) * x.row_stride
+    base = x.base + offset(first, x.row_stride)
     if MASKED or WIDTH != BLOCK_WIDTH:
         block = load_tokens(Matrix(base, x.row_stride, x.column_stride), Tokens(offsets, valid), WIDTH, BLOCK_WIDTH)
     else:
         block = tl.load(base + offsets[:, None] * x.row_stride + tl.arange(0, BLOCK_WIDTH)[None, :] * x.column_stride)
     return block
+
+
+@triton.jit
+def widened(x):
+    """A Matrix of which a tile reaches beyond 2**31 elements: offsets inside a block are int32 to save registers."""
+    return Matrix(x.base, tl.cast(x.row_stride, tl.int64), tl.cast(x.column_stride, tl.int64))
 
 
 @triton.jit
@@ -379,6 +386,7 @@ def sink_attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, cu_seqlens, BLOCK_M, 2)
     start, length, first_position = locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded)
@@ -395,6 +403,8 @@ def sink_attention_fwd_kernel(
     q = Matrix(q + batch * stride_qb + head * stride_qh + start * stride_qn, stride_qn, stride_qd)
     k = Matrix(k + batch * stride_kb + kv_head * stride_kh + start * stride_kn, stride_kn, stride_kd)
     v = Matrix(v + batch * stride_vb + kv_head * stride_vh + start * stride_vn, stride_vn, stride_vd)
+    if WIDE:
+        k, v = widened(k), widened(v)
     out = Matrix(out + batch * stride_ob + head * stride_oh + start * stride_on, stride_on, stride_od)
     bias = Matrix(inter_sink_bias + batch * stride_bb + head * stride_bh, stride_bm, stride_bn)
     dropout = DropoutOfPlane(dropout_seed, plane.to(tl.int32), dropped)
@@ -598,6 +608,7 @@ def sink_attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, cu_seqlens, BLOCK_M, 2)
     start, length, first_position = locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded)
@@ -614,6 +625,8 @@ def sink_attention_bwd_dq_kernel(
     q = Matrix(q + batch * stride_qb + head * stride_qh + start * stride_qn, stride_qn, stride_qd)
     k = Matrix(k + batch * stride_kb + kv_head * stride_kh + start * stride_kn, stride_kn, stride_kd)
     v = Matrix(v + batch * stride_vb + kv_head * stride_vh + start * stride_vn, stride_vn, stride_vd)
+    if WIDE:
+        k, v = widened(k), widened(v)
     out = Matrix(out + batch * stride_ob + head * stride_oh + start * stride_on, stride_on, stride_od)
     bias = Matrix(inter_sink_bias + batch * stride_bb + head * stride_bh, stride_bm, stride_bn)
     dout = Matrix(dout + batch * stride_gb + head * stride_gh + start * stride_gn, stride_gn, stride_gd)
@@ -960,6 +973,8 @@ def _arguments(kernel, tensors: dict[str, object], options: dict[str, object], c
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_S": config.block_s,
+        # Blocks have up to 128 keys.
+        "WIDE": any(128 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31 for x in (dense["k"], dense["v"])),
     }
     return {name: everything[name] for name in kernel.arg_names}
 

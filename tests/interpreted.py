@@ -1,0 +1,39 @@
+"""What tests of kernels that NumPy interprets share."""
+
+import dataclasses
+
+import pytest
+
+
+def run_outer_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Of every launch from here on, interpret the first program and the last `count` along each axis of its grid.
+
+    They work in the tensors' own memory: were those larger than it, the interpreter's copies would fill it. An int32
+    that overflows is an error.
+    """
+    from triton.runtime import interpreter
+
+    builder, launch = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
+    set_grid_idx = builder.set_grid_idx
+    whole = (1, 1, 1)
+
+    def launch_outer(executor, *args, **kwargs):
+        grid = executor.grid
+
+        def outer(arguments):
+            nonlocal whole
+            whole = (*(grid(arguments) if callable(grid) else grid), 1, 1)[:3]
+            return tuple(min(size, 1 + count) for size in whole)
+
+        executor.grid = outer
+        launch(executor, *args, **kwargs)
+
+    def set_outer_idx(*program):
+        set_grid_idx(*(i and i + max(size - 1 - count, 0) for i, size in zip(program, whole, strict=True)))
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_outer)
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    monkeypatch.setattr(builder, "set_grid_dim", lambda *_: type(builder).set_grid_dim(builder, *whole))
+    monkeypatch.setattr(builder, "set_grid_idx", set_outer_idx)
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
