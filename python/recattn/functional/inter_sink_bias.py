@@ -54,9 +54,12 @@ def inter_sink_bias(
     Returns:
         [B, 1, M, M], float32 (float64 for float64 inputs): one bias for all heads of the attention.
 
+        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit.
-        NotImplementedError: an explicit `impl` that cannot serve the call.
+        NotImplementedError: an explicit `impl` that cannot serve the call; `create_graph=True` where a kernel dropped
+            weights.
     """
     _validate(q_s, k_s, sink_mask, bias_scale, dropout_p)
     expect_finite(scale=scale)

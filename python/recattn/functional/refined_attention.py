@@ -90,10 +90,13 @@ def refined_attention(
         in N: A W_q and A W_k, the output and a number a row are saved. All else goes through slices in float32, of
         2^25 elements or a single pair's N × N matrices.
 
+        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere
             `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
-        NotImplementedError: an explicit `impl` that cannot serve the call.
+        NotImplementedError: an explicit `impl` that cannot serve the call; `create_graph=True` where a kernel dropped
+            weights.
     """
     values = {} if w_v is None else {"w_v": w_v}
     expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k, **values)

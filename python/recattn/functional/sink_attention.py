@@ -80,10 +80,13 @@ def sink_attention(
         also the log-sum-exp, float32 (float64 for float64 inputs), [B, Hq, N], packed [Hq, T]; it carries no gradient
         and is -inf where the output is zero for want of keys.
 
+        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also positions, lengths or offsets out
             of order or range (elsewhere `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
-        NotImplementedError: an explicit `impl` that cannot serve the call.
+        NotImplementedError: an explicit `impl` that cannot serve the call; `create_graph=True` where a kernel dropped
+            weights.
     """
     expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
     q, k, v = autocast_inputs(q, k, v)

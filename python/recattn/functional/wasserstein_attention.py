@@ -77,10 +77,13 @@ def wasserstein_attention(
         Mean and covariance, [B, H, N, Dv]; zero at padding. Nothing N × N is in memory. On a CPU all arithmetic is
         float32 (float64 for float64).
 
+        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere
             `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
-        NotImplementedError: an explicit `impl` that cannot serve the call.
+        NotImplementedError: an explicit `impl` that cannot serve the call; `create_graph=True` where a kernel dropped
+            weights.
     """
     tensors = {"mean_q": mean_q, "cov_q": cov_q, "mean_k": mean_k, "cov_k": cov_k, "mean_v": mean_v, "cov_v": cov_v}
     if w_q is not None or w_k is not None:
