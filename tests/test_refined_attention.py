@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.memory import cpu_allocations, peak_memory
+from by_differences import assert_matches_over_draws, stochastic_by_differences
 from recattn import reference, refined_attention
 from recattn.testing import assert_matches_reference
 
@@ -104,8 +105,13 @@ def test_reference_by_hand(mechanism, source, lengths, padding_side, causal):
     inputs = draw(mechanism, b=2, n=5, n_max=7, r=3, per_head=("w_k",), dtype=torch.float64)
     options = {"mechanism": mechanism, "source": source, "causal": causal, "padding_side": padding_side, "scale": 0.8}
     seq_lens = None if lengths is None else torch.tensor(lengths)
+    expected = by_hand(**inputs, lengths=lengths, **options)
     actual = reference.refined_attention(**inputs, seq_lens=seq_lens, **options)
-    torch.testing.assert_close(actual, by_hand(**inputs, lengths=lengths, **options), atol=1e-10, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+    if mechanism == "stochastic":
+        del options["mechanism"]
+        actual = stochastic_by_differences(**inputs, seq_lens=seq_lens, **options)
+        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -133,6 +139,20 @@ def test_stochastic_survives_tiny_covariances():
         for gradient in gradients(function, inputs, mechanism="stochastic", source="weights").values():
             assert gradient.isfinite().all()
     check(inputs, mechanism="stochastic", source="weights")
+
+
+@pytest.mark.parametrize("function", [reference.refined_attention, cpu])
+@pytest.mark.parametrize("offset", [0, 10, 100, 1000])
+def test_offset_of_the_gaussians(offset, function):
+    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's."""
+    few = torch.tensor([30, 0, 5])  # a mean that counts padding leaves most of the offset
+    for padding in ({}, {"seq_lens": few}, {"seq_lens": few, "padding_side": "left"}):
+        draws = [draw("stochastic", n=30) for _ in range(4)]
+        draws = [inputs | {name: inputs[name] + offset for name in ("w_q", "w_k")} for inputs in draws]
+        options = {"source": "weights", **padding}
+        kernel = functools.partial(function, mechanism="stochastic", **options)
+        low = functools.partial(stochastic_by_differences, **options)
+        assert_matches_over_draws(kernel, low, draws, grads=["q", "k", "v", "w_q", "w_k"])
 
 
 # --- The CPU implementation ---

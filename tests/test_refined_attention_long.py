@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from by_differences import assert_matches_over_draws, stochastic_by_differences
 from memory import LargestTensor
 from recattn import reference
 from recattn.ops import _refined_attention_long as long
@@ -113,6 +114,19 @@ def test_extreme_covariances(shift, dtype):
     inputs["w_k"][:, 7:] += shift
     assert all(x.isfinite().all() for x in with_gradients(by_triton, inputs))
     check(inputs)
+
+
+@pytest.mark.parametrize("offset", [0, 10, 100])
+def test_offset_of_the_gaussians(offset):
+    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's."""
+
+    def by_differences(mechanism, **inputs):
+        return stochastic_by_differences(**inputs)
+
+    padding = {"seq_lens": torch.tensor([20, 5], device=DEVICE), "padding_side": "left"}
+    draws = [draw("stochastic", "weights", b=2, n=20) | padding for _ in range(4)]
+    draws = [inputs | {name: inputs[name] + offset for name in ("w_q", "w_k")} for inputs in draws]
+    assert_matches_over_draws(by_triton, by_differences, draws, grads=GRADS)
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import recattn
+from by_differences import assert_matches_over_draws, wasserstein_by_differences
 from memory import LargestTensor
 from recattn import reference
 from recattn.ops import wasserstein_attention as ops
 from recattn.testing import assert_matches_reference
-from wasserstein_inputs import NAMES, draw, gradients
+from wasserstein_inputs import NAMES, draw, gradients, with_offset
 
 pytest.importorskip("triton")
 
@@ -38,6 +39,11 @@ def lengths(*values):
 def check(inputs, function=by_triton, **options):
     kernel, low = (functools.partial(f, **options) for f in (function, reference.wasserstein_attention))
     assert_matches_reference(kernel, low, inputs, grads=list(inputs))
+
+
+def check_draws(draws, **options):
+    kernel, low = (functools.partial(f, **options) for f in (by_triton, wasserstein_by_differences))
+    assert_matches_over_draws(kernel, low, draws, grads=list(draws[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,6 +80,27 @@ def test_refined_ragged(source, padding_side):
 @pytest.mark.parametrize("d, dv", [(64, 64), (128, 16)])
 def test_wide_heads(d, dv, dtype):
     check(draw_here(b=2, h=1, n=40, d=d, dv=dv, dtype=dtype))
+
+
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (6, "logits"), (6, "weights")])
+@pytest.mark.parametrize(
+    "part, offset, dtype",
+    [(part, offset, torch.float32) for part in ("mean", "cov") for offset in (0, 100, 1000)]
+    + [("mean", 100, dtype) for dtype in DTYPES[1:]],
+)
+def test_offset(part, offset, dtype, rank, source):
+    """It changes no distance, but is lost digits of ‖q‖² + ‖k‖² - 2 q·k."""
+    draws = [draw_here(b=2, n=30, d=16, dv=8, rank=rank, source=source, dtype=dtype) for _ in range(6)]
+    draws = [with_offset(inputs, part, offset) for inputs in draws]
+    check_draws(draws, source=source, seq_lens=lengths(30, 5), padding_side="left")
+
+
+@pytest.mark.parametrize("offset", [10, 100])
+def test_offset_of_the_refined_gaussians(offset):
+    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's."""
+    draws = [draw_here(b=2, n=30, d=16, dv=8, rank=6, source="weights") for _ in range(6)]
+    draws = [inputs | {name: inputs[name] + offset for name in ("w_q", "w_k")} for inputs in draws]
+    check_draws(draws, source="weights", seq_lens=lengths(30, 5), padding_side="left")
 
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 0.5])

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import recattn
+from by_differences import assert_matches_over_draws, wasserstein_by_differences
 from memory import LargestTensor
 from recattn import reference
 from recattn.ops import _refined_attention_slices as slices
 from recattn.testing import assert_matches_reference
-from wasserstein_inputs import NAMES, draw, gradients
+from wasserstein_inputs import NAMES, draw, gradients, with_offset
 
 SOURCES = ("logits", "weights")
 PADDINGS = [(None, "right"), ([3, 0], "right"), ([3, 0], "left")]
@@ -70,25 +71,30 @@ def projected(row: dict[int, float], w):
     return mean, torch.nn.functional.elu(x) + 1
 
 
+BY_TENSORS = [reference.wasserstein_attention, wasserstein_by_differences]
+
+
+@pytest.mark.parametrize("function", BY_TENSORS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths, padding_side", PADDINGS)
-def test_reference_by_hand(causal, lengths, padding_side):
+def test_by_hand(causal, lengths, padding_side, function):
     inputs = draw()
     seq_lens = None if lengths is None else torch.tensor(lengths)
     options = {"causal": causal, "padding_side": padding_side, "scale": 0.3}
-    actual = reference.wasserstein_attention(**inputs, seq_lens=seq_lens, **options)
+    actual = function(**inputs, seq_lens=seq_lens, **options)
     for a, e in zip(actual, by_hand(**inputs, lengths=lengths, **options), strict=True):
         torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("function", BY_TENSORS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths, padding_side", PADDINGS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_refined_reference_by_hand(source, causal, lengths, padding_side):
+def test_refined_by_hand(source, causal, lengths, padding_side, function):
     inputs = draw(rank=3, n_max=7, per_head=("w_k",), source=source)
     seq_lens = None if lengths is None else torch.tensor(lengths)
     options = {"source": source, "causal": causal, "padding_side": padding_side, "scale": 0.8}
-    actual = reference.wasserstein_attention(**inputs, seq_lens=seq_lens, **options)
+    actual = function(**inputs, seq_lens=seq_lens, **options)
     for a, e in zip(actual, by_hand(**inputs, lengths=lengths, **options), strict=True):
         torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
 
@@ -210,6 +216,53 @@ def test_the_past_never_sees_the_future(rank, source, function):
     for b, a in zip(before, after, strict=True):
         torch.testing.assert_close(b[:, :, :7], a[:, :, :7], atol=1e-14, rtol=0)
         assert not torch.allclose(b[:, :, 7:], a[:, :, 7:])
+
+
+# --- Offsets, which change no distance but are lost digits of ‖q‖² + ‖k‖² - 2 q·k ---
+
+
+def check_draws(function, draw_once, **options):
+    """A third of the draws without padding, a third with it on either side."""
+    few = torch.tensor([30, 0, 5])  # a mean that counts padding leaves most of an offset
+    for padding in ({}, {"seq_lens": few}, {"seq_lens": few, "padding_side": "left"}):
+        kernel, low = (functools.partial(f, **options, **padding) for f in (function, wasserstein_by_differences))
+        draws = [draw_once() for _ in range(4)]
+        assert_matches_over_draws(kernel, low, draws, grads=list(draws[0]))
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (6, "logits"), (6, "weights")])
+@pytest.mark.parametrize("part", ["mean", "cov"])
+@pytest.mark.parametrize("offset", [0, 10, 100, 1000])
+def test_offset(offset, part, rank, source, dtype, function):
+    def draw_once():
+        return with_offset(draw(b=3, n=30, d=16, dv=8, rank=rank, source=source, dtype=dtype), part, offset)
+
+    check_draws(function, draw_once, source=source)
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("offset", [0, 10, 100])
+def test_offset_of_the_refined_gaussians(offset, function):
+    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's."""
+
+    def draw_once():
+        inputs = draw(b=3, n=30, d=16, dv=8, rank=6, source="weights", dtype=torch.float32)
+        return inputs | {name: inputs[name] + offset for name in ("w_q", "w_k")}
+
+    check_draws(function, draw_once, source="weights")
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+def test_offset_of_each_sequence_and_head(function):
+    offsets = torch.tensor([[0.0, 300.0], [-200.0, 0.0], [1000.0, -1000.0]])[..., None, None]
+
+    def draw_once():
+        inputs = draw(b=3, n=30, d=16, dv=8, dtype=torch.float32)
+        return inputs | {name: inputs[name] + offsets for name in ("mean_q", "mean_k")}
+
+    check_draws(function, draw_once)
 
 
 # --- The CPU implementation ---

@@ -27,6 +27,13 @@ def draw(
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
+def with_offset(inputs: dict[str, Tensor], part: str, offset: float) -> dict[str, Tensor]:
+    """The same with `offset` on every mean of queries and keys (`part` "mean"), or on every √Σ ("cov")."""
+    moved = {name: inputs[name].double() for name in (f"{part}_q", f"{part}_k")}
+    moved = {name: x + offset if part == "mean" else (x.sqrt() + offset).square() for name, x in moved.items()}
+    return inputs | {name: x.to(inputs[name].dtype) for name, x in moved.items()}
+
+
 def gradients(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
     """Both outputs, and the gradients of all inputs for incoming gradients drawn once."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}

@@ -16,7 +16,7 @@ from recattn.ops._triton import triton_refusal
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttention, no_sinks
 from recattn.ops.sink_attention import Settings as AttentionSettings
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
-from recattn.reference.wasserstein_attention import attention_matrix
+from recattn.reference.wasserstein_attention import attention_matrix, centre_
 
 
 def refusal(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
@@ -39,7 +39,7 @@ def refined_attention(q, k, v, w_q, w_k, seq_lens, dropout_seed, settings) -> Te
     width = w_q.shape[-1]
     if settings.mechanism == "simple":  # the columns of zeros change no product
         return _attend(x_q, x_k, v, seq_lens, settings, 1 / math.sqrt(width), dropout_seed, settings.dropout_p)
-    queries, keys = _GaussianOperands.apply(x_q[..., :width], x_k[..., :width])
+    queries, keys = _GaussianOperands.apply(x_q[..., :width], x_k[..., :width], seq_lens)
     # -W²/√R = 2 (g_i·g_j - ‖g_j‖²/2)/√R but for the query's own term, which the softmax drops.
     return _attend(queries, keys, v, seq_lens, settings, 2 / math.sqrt(width // 2), dropout_seed, settings.dropout_p)
 
@@ -110,32 +110,35 @@ def _attend(
 class _GaussianOperands(torch.autograd.Function):
     """[mean | x] of queries and keys, with Σ = elu(x) + 1, to vectors whose products are the scores.
 
-    g = [mean, √Σ - 1] is a Gaussian: the shift changes no distance, and near 0 products do not cancel. Queries are
-    [g, 1] and keys [g, -‖g‖²/2]; in half precision that column is two, the rest of its rounding beside it.
+    g = [mean, √Σ - 1] is a Gaussian, less the mean of the keys': no shift changes a distance, and near 0 products do
+    not cancel. Queries are [g, 1] and keys [g, -‖g‖²/2]; in half precision that column is two, the rest of its
+    rounding beside it.
     """
 
     @staticmethod
-    def forward(ctx, x_q, x_k):
-        gaussian_q, gaussian_k = gaussians(x_q), gaussians(x_k)
+    def forward(ctx, x_q, x_k, seq_lens):
+        gaussian_q, gaussian_k = gaussians(x_q.float()), gaussians(x_k.float())
+        mean = centre_(gaussian_q, gaussian_k, seq_lens)
+        gaussian_q, gaussian_k = gaussian_q.to(x_q.dtype), gaussian_k.to(x_k.dtype)
         column = gaussian_k.float().square().sum(-1, keepdim=True) / -2
         columns = [column.to(x_k.dtype)]
         if x_k.dtype != torch.float32:
             columns.append((column - columns[0].float()).to(x_k.dtype))
         queries = _filled([gaussian_q, *(torch.ones_like(column, dtype=x_q.dtype) for column in columns)])
         keys = _filled([gaussian_k, *columns])
-        ctx.save_for_backward(queries, keys)
+        ctx.save_for_backward(queries, keys, mean)
         ctx.width = x_q.shape[-1]
         return queries, keys
 
     @staticmethod
     def backward(ctx, dqueries, dkeys):  # of the outputs, so that autograd can go on through it
-        queries, keys = ctx.saved_tensors
+        queries, keys, mean = ctx.saved_tensors
         width = ctx.width
-        gaussian_k = keys[..., :width]
-        dgaussian_k = dkeys[..., :width].float() - gaussian_k.float() * dkeys[..., width : width + 1].float()
-        dx_q = gaussians_backward(dqueries[..., :width].float(), queries[..., :width])
-        dx_k = gaussians_backward(dgaussian_k, gaussian_k)
-        return dx_q.to(queries.dtype), dx_k.to(keys.dtype)
+        gaussian_k = keys[..., :width].float()
+        dgaussian_k = dkeys[..., :width].float() - gaussian_k * dkeys[..., width : width + 1].float()
+        dx_q = gaussians_backward(dqueries[..., :width].float(), queries[..., :width], mean)
+        dx_k = gaussians_backward(dgaussian_k, gaussian_k, mean)
+        return dx_q.to(queries.dtype), dx_k.to(keys.dtype), None
 
 
 def _filled(parts: list[Tensor]) -> Tensor:

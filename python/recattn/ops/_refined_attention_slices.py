@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recattn.reference.wasserstein_attention import centre_
+
 # Rows of a block, and positions of a chunk of the linear form.
 BLOCK_ROWS = 64
 # Elements of the largest tensor of a slice that holds more than one pair.
@@ -99,6 +101,10 @@ class Mask(NamedTuple):
         for start in reversed(range(0, n, BLOCK_ROWS)):
             stop = min(start + BLOCK_ROWS, n)
             yield slice(start, stop), slice(0, n if self.future is None else stop)
+
+    def lengths(self) -> Tensor | None:
+        """[s], the tokens of each pair (None: all positions hold one)."""
+        return None if self.padding is None else (~self.padding).sum(1)
 
     def zero_(self, entries: Tensor, rows: slice) -> Tensor:
         """Zero the future in [s, r, c]."""
@@ -260,25 +266,30 @@ def _split(x: Tensor, a: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Ten
     return queries, keys, x[..., width:] if plan.has_values else None
 
 
-def _refine(x: Tensor, a: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Vectors whose products are the scores, and the values."""
+def _refine(x: Tensor, a: Tensor | None, mask: Mask, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Vectors whose products are the scores, the values, and the mean that Gaussians were centred by."""
     if plan.mechanism == "stochastic":
-        return *_gaussian_operands(x, plan.rank), None
-    return _split(x, a, plan)
+        queries, keys, mean = _gaussian_operands(x, mask.lengths(), plan.rank)
+        return queries, keys, None, mean
+    return *_split(x, a, plan), None
 
 
-def _gaussian_operands(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Vectors whose product is -W²/√R but for the query's own term, which the softmax drops."""
+def _gaussian_operands(x: Tensor, lengths: Tensor | None, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors whose product is -W²/√R but for the query's own term, which the softmax drops; the mean of the keys'."""
     gaussian_q, gaussian_k = map(gaussians, x.chunk(2, dim=-1))
+    mean = centre_(gaussian_q, gaussian_k, lengths)
     queries = torch.cat([gaussian_q, torch.ones_like(gaussian_q[..., :1])], dim=-1) * (2 / math.sqrt(rank))
-    return queries, torch.cat([gaussian_k, gaussian_k.square().sum(-1, keepdim=True) / -2], dim=-1)
+    return queries, torch.cat([gaussian_k, gaussian_k.square().sum(-1, keepdim=True) / -2], dim=-1), mean
 
 
-def _gaussian_operands_backward(dqueries: Tensor, dkeys: Tensor, queries: Tensor, keys: Tensor, rank: int) -> Tensor:
+def _gaussian_operands_backward(
+    dqueries: Tensor, dkeys: Tensor, queries: Tensor, keys: Tensor, mean: Tensor, rank: int
+) -> Tensor:
     scale = 2 / math.sqrt(rank)
     gaussian_q, gaussian_k = queries[..., :-1] / scale, keys[..., :-1]
     dgaussian_q, dgaussian_k = dqueries[..., :-1] * scale, dkeys[..., :-1] - gaussian_k * dkeys[..., -1:]
-    return torch.cat([gaussians_backward(dgaussian_q, gaussian_q), gaussians_backward(dgaussian_k, gaussian_k)], -1)
+    dx_q, dx_k = gaussians_backward(dgaussian_q, gaussian_q, mean), gaussians_backward(dgaussian_k, gaussian_k, mean)
+    return torch.cat([dx_q, dx_k], dim=-1)
 
 
 def gaussians(x: Tensor) -> Tensor:
@@ -289,9 +300,10 @@ def gaussians(x: Tensor) -> Tensor:
     return torch.cat([mean, std.to(mean.dtype)], dim=-1)
 
 
-def gaussians_backward(dgaussians: Tensor, gaussians: Tensor) -> Tensor:
+def gaussians_backward(dgaussians: Tensor, gaussians: Tensor, mean: Tensor) -> Tensor:
+    """Of `gaussians` from which `mean` was subtracted."""
     dmean, dstd = dgaussians.chunk(2, dim=-1)
-    std = gaussians.chunk(2, dim=-1)[1].to(dstd.dtype) + 1
+    std = gaussians.chunk(2, dim=-1)[1].to(dstd.dtype) + (mean.chunk(2, dim=-1)[1] + 1)
     return torch.cat([dmean, dstd * torch.minimum(std, 1 / std) / 2], dim=-1)
 
 
@@ -315,7 +327,7 @@ def _project_backward(
 
 def _attend(x: Tensor, a: Tensor | None, v: Tensor, mask: Mask, plan: Plan) -> Tensor:
     """softmax(mask(M)) V."""
-    queries, keys, values = _refine(x, a, plan)
+    queries, keys, values, _ = _refine(x, a, mask, plan)
     out = torch.empty_like(v)
     for rows, columns in mask.blocks(v.shape[1]):
         m = torch.bmm(queries[:, rows], keys[:, columns].mT)  # [s, r, c]
@@ -331,7 +343,7 @@ def _attend_backward(
     dout: Tensor, x: Tensor, a: Tensor | None, v: Tensor, mask: Mask, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dv, dx and, where A is kept, what reaches A directly."""
-    queries, keys, values = _refine(x, a, plan)
+    queries, keys, values, mean = _refine(x, a, mask, plan)
     dv, dx, da = torch.empty_like(v), torch.empty_like(x), None if a is None else torch.zeros_like(a)
     dqueries, dkeys, dvalues = _split(dx, da, plan)
     if plan.mechanism == "stochastic":
@@ -357,7 +369,7 @@ def _attend_backward(
         if plan.mechanism == "additive":
             da[:, rows, columns].add_(dm)
     if plan.mechanism == "stochastic":
-        dx = _gaussian_operands_backward(dqueries, dkeys, queries, keys, plan.rank)
+        dx = _gaussian_operands_backward(dqueries, dkeys, queries, keys, mean, plan.rank)
     return dv, dx, da
 
 

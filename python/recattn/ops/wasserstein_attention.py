@@ -17,7 +17,7 @@ from recattn.ops._refined_attention_long import project, projection_reference
 from recattn.ops._triton import triton_refusal
 from recattn.ops.sink_attention import MAX_HEAD_DIM
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
-from recattn.reference.wasserstein_attention import masked_softmax, squared_wasserstein_distance
+from recattn.reference.wasserstein_attention import centre_, masked_softmax, squared_wasserstein_distance
 
 
 def availability(device: str) -> dict[str, str | None]:
@@ -72,10 +72,12 @@ def wasserstein_attention(
         tensors = [x.masked_fill(~valid, 0) for x in tensors]
     mean_q, cov_q, mean_k, cov_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
     query, key = _vectors(mean_q, cov_q), _vectors(mean_k, cov_k)
+    centre_(query, key, seq_lens)
     scale = s.scale
     if w_q is not None:
         x = _project(query, key, w_q, w_k, seq_lens, s, dtype)
         query, key = (_refined_vectors(part) for part in x.to(query.dtype).chunk(2, dim=-1))
+        centre_(query, key, seq_lens)
         scale = None
     options = (s.causal, s.left_padded, scale, s.dropout_p, s.path)
     return WassersteinAttention.apply(query.to(dtype), key.to(dtype), mean_v, cov_v, seq_lens, dropout_seed, options)
@@ -134,7 +136,7 @@ def _attention_reference(query, key, mean_v, cov_v, seq_lens, _dropout_seed, set
     valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, side, query.device)
     if seq_lens is not None:
         mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
-    distances = squared_wasserstein_distance(*query.chunk(2, dim=-1), *key.chunk(2, dim=-1))
+    distances = squared_wasserstein_distance(*query.chunk(2, dim=-1), *key.chunk(2, dim=-1), valid)
     p = masked_softmax(-_resolved(scale, query) * distances, ~visible_pairs(valid, causal))
     return (p @ mean_v.to(p.dtype)).to(mean_v.dtype), (p.square() @ cov_v.to(p.dtype)).to(cov_v.dtype)
 

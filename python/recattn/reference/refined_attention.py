@@ -43,7 +43,7 @@ def refined_attention(
     queries, keys = a @ w_q[..., :n, :], a @ w_k[..., :n, :]  # [B, H, N, R]
     if mechanism == "stochastic":
         (mean_q, std_q), (mean_k, std_k) = gaussians(queries), gaussians(keys)
-        m = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k) / math.sqrt(mean_q.shape[-1])
+        m = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid) / math.sqrt(mean_q.shape[-1])
     else:
         m = queries @ keys.mT / math.sqrt(queries.shape[-1])
     if mechanism in ("value", "additive"):

@@ -37,18 +37,20 @@ def wasserstein_attention(
     hidden = ~visible_pairs(valid, causal)  # [B, 1, N, N]
 
     std_q, std_k = (cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt() for cov in (cov_q, cov_k))
-    scores = -scale * squared_wasserstein_distance(mean_q, std_q, mean_k, std_k)  # [B, H, N, N]
+    scores = -scale * squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid)  # [B, H, N, N]
     if w_q is not None:
         a = attention_matrix(scores, hidden, source)
         (mean_q, std_q), (mean_k, std_k) = gaussians(a @ w_q[..., :n, :]), gaussians(a @ w_k[..., :n, :])
-        scores = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k) / math.sqrt(mean_q.shape[-1])
+        scores = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid) / math.sqrt(mean_q.shape[-1])
     p = F.dropout(masked_softmax(scores, hidden), dropout_p)
     return p @ mean_v, p.square() @ cov_v
 
 
-def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor) -> Tensor:
-    """W² of every query and key from their means and standard deviations: [..., N, D] -> [..., N, N]."""
-    query, key = torch.cat([mean_q, std_q], dim=-1), torch.cat([mean_k, std_k], dim=-1)
+def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor, valid: Tensor) -> Tensor:
+    """W² of every query and key from their means and standard deviations: [B, H, N, D] -> [B, H, N, N]."""
+    padding = ~valid[:, None, :, None]
+    query, key = (torch.cat(x, dim=-1).masked_fill(padding, 0) for x in ((mean_q, std_q), (mean_k, std_k)))
+    centre_(query, key, valid.sum(-1))
     row, column = query.square().sum(-1).unsqueeze(-1), key.square().sum(-1).unsqueeze(-2)
     return row + column - 2 * (query @ key.mT)
 
@@ -56,6 +58,21 @@ def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, 
 def attention_matrix(scores: Tensor, hidden: Tensor, source: str) -> Tensor:
     """A, which a refinement multiplies: the scores or their softmax, 0 where hidden."""
     return scores.masked_fill(hidden, 0) if source == "logits" else masked_softmax(scores, hidden)
+
+
+def centre_(query: Tensor, key: Tensor, lengths: Tensor | None) -> Tensor:
+    """Subtract the mean of the keys from both, [B, ..., N, D], in place, and return it, [B, ..., 1, D].
+
+    No distance changes, so no gradient flows through the mean. But ‖q‖² + ‖k‖² - 2 q·k of vectors that share an offset
+    loses the digits of their differences; of all points the mean leaves the least Σ‖k‖². `lengths` [B] are the tokens
+    of the first axis (None: N); where there is none, keys must be zero.
+    """
+    count = key.shape[-2] if lengths is None else lengths.clamp(min=1).view(-1, *[1] * (key.dim() - 1))
+    total = key.detach().sum(-2, keepdim=True, dtype=torch.promote_types(key.dtype, torch.float32))
+    mean = (total / count).to(key.dtype)
+    query -= mean
+    key -= mean
+    return mean
 
 
 def masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:

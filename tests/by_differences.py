@@ -1,0 +1,90 @@
+"""Attention between Gaussians by the definition of their distance, which kernels are held against.
+
+Every distance is a sum of squared differences, [B, H, N, N, D] in memory. Expanded, as ‖q‖² + ‖k‖² - 2 q·k, it loses
+its digits where the vectors share an offset, and a bound that is drawn from it would allow kernels the same.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from recattn.testing import Error, compare_with_reference
+
+
+def assert_matches_over_draws(
+    kernel: Callable, reference: Callable, draws: Iterable[dict], *, grads: list[str]
+) -> None:
+    """`assert_matches_reference` of the errors that several draws of the inputs add up to.
+
+    A reference without products is so exact that the largest error of one draw is the luck of one entry.
+    """
+    of_draws = [compare_with_reference(kernel, reference, inputs, grads=grads) for inputs in draws]
+    totals = [
+        Error(
+            errors[0].name,
+            sum(error.max for error in errors),
+            sum(error.max_bound for error in errors),
+            sum(error.mean for error in errors),
+            sum(error.mean_bound for error in errors),
+        )
+        for errors in zip(*of_draws, strict=True)
+    ]
+    if not all(total.passed for total in totals):
+        raise AssertionError("\n".join(map(str, ["error bound exceeded", *totals])))
+
+
+def wasserstein_by_differences(
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q=None, w_k=None, *, source="logits", scale=None, **mask
+) -> tuple[Tensor, Tensor]:
+    """`recattn.wasserstein_attention`"""
+    tokens, seen = mask_of(mean_q, **mask)
+    tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = (x.where(tokens, x.new_ones(())) for x in tensors)
+    std_q, std_k = (cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt() for cov in (cov_q, cov_k))
+    scale = mean_q.shape[-1] ** -0.5 if scale is None else scale
+    scores = -scale * squared_distances(mean_q, std_q, mean_k, std_k)
+    p = softmax(scores if w_q is None else refined(scores, w_q, w_k, seen, source), seen)
+    return p @ mean_v, p.square() @ cov_v
+
+
+def stochastic_by_differences(q, k, v, w_q, w_k, *, source="logits", scale=None, **mask) -> Tensor:
+    """`recattn.refined_attention` with mechanism="stochastic"."""
+    tokens, seen = mask_of(q, **mask)
+    q, k, v = (x.where(tokens, x.new_ones(())) for x in (q, k, v))
+    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.mT)
+    return softmax(refined(scores, w_q, w_k, seen, source), seen) @ v
+
+
+def mask_of(x, causal=True, seq_lens=None, padding_side="right") -> tuple[Tensor, Tensor]:
+    """Of [B, H, N, D] where the tokens are, [B, 1, N, 1], and what they see, [B, 1, N, N]."""
+    b, _, n, _ = x.shape
+    lengths = torch.full((b,), n) if seq_lens is None else seq_lens.cpu()
+    positions = torch.arange(n) if padding_side == "right" else torch.arange(n).flip(0)
+    tokens = (positions < lengths[:, None])[:, None, :, None].to(x.device)
+    seen = tokens & tokens.mT
+    return tokens, seen.tril() if causal else seen
+
+
+def squared_distances(mean_q, std_q, mean_k, std_k) -> Tensor:
+    return sum((q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1) for q, k in ((mean_q, mean_k), (std_q, std_k)))
+
+
+def refined(scores, w_q, w_k, seen, source) -> Tensor:
+    """M of the stochastic mechanism from the scores that A is made of."""
+    n, rank = scores.shape[-1], w_q.shape[-1] // 2
+    a = scores * seen if source == "logits" else softmax(scores, seen)
+    (mean_q, x_q), (mean_k, x_k) = ((a @ w[..., :n, :]).chunk(2, dim=-1) for w in (w_q, w_k))
+    return -squared_distances(mean_q, deviation(x_q), mean_k, deviation(x_k)) / rank**0.5
+
+
+def deviation(x) -> Tensor:
+    """√(elu(x) + 1), which is exp(x/2) below 0."""
+    return torch.where(x > 0, (x.clamp(min=0) + 1).sqrt(), (x.clamp(max=0) / 2).exp())
+
+
+def softmax(scores, seen) -> Tensor:
+    """Over what a row sees; zeros where that is nothing."""
+    rows = seen.any(-1, keepdim=True)
+    return scores.masked_fill(~seen & rows, -math.inf).softmax(-1) * rows
