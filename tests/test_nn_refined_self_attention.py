@@ -65,7 +65,7 @@ def test_output_and_every_gradient(mechanism, source, causal, side):
     options = {"source": source, "rank": 5, "per_head": causal, "padding_side": side, "bias": side == "left"}
     attention = module(mechanism, dtype=torch.float64, **options)
     leaves = [*(x.requires_grad_() for x in inputs()), *attention.parameters()]
-    actual, weights = attention(*leaves[:3], key_padding_mask=padding(side), is_causal=causal)
+    actual, weights = attention(*leaves[:3], seq_lens=LENGTHS, is_causal=causal)
     assert weights is None
     expected, _ = by_reference(attention, *leaves[:3], seq_lens=LENGTHS, causal=causal)
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
@@ -187,9 +187,9 @@ def test_forms_of_the_masks(side):
 def test_no_mask_sees_everything():
     attention = module(dtype=torch.float64)
     x, y, _ = inputs()
-    actual, _ = attention(x, y, y)
-    torch.testing.assert_close(actual, by_reference(attention, x, y, y, causal=False)[0])
-    assert not torch.allclose(actual, attention(x, y, y, is_causal=True)[0])
+    actual, _ = attention(x, x, y)
+    torch.testing.assert_close(actual, by_reference(attention, x, x, y, causal=False)[0])
+    assert not torch.allclose(actual, attention(x, x, y, is_causal=True)[0])
 
 
 def test_output_at_padding_is_the_bias():
@@ -224,7 +224,7 @@ def test_wrong_masks_are_refused():
         call(attn_mask=torch.zeros(N, N, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"got one that hides key 0 from query 0"):
         call(attn_mask=~CAUSAL)
-    with pytest.raises(ValueError, match=r"attn_mask must be \[N, N\] = \[7, 7\], got \[12, 7, 7\]"):
+    with pytest.raises(ValueError, match=r"attn_mask must be \[Nq, Nk\] = \[7, 7\], got \[12, 7, 7\]"):
         call(attn_mask=CAUSAL.expand(B * H, N, N))
 
 
@@ -241,10 +241,42 @@ def test_wrong_arguments_are_refused():
         RefinedSelfAttention(E, H, N, rank=0)
     attention = module()
     x, *_ = inputs(torch.float32)
-    with pytest.raises(ValueError, match=r"key must be \[B, N, embed_dim\] = \[4, 7, 12\], got \[4, 6, 12\]"):
-        attention(x, x[:, 1:], x[:, 1:])
+    with pytest.raises(ValueError, match=r"value must be \[B, N, embed_dim\] = \[4, 7, 12\], got \[4, 6, 12\]"):
+        attention(x, x, x[:, 1:])
     with pytest.raises(ValueError, match="at least N = 10"):
         attention(*[torch.randn(B, 10, E)] * 3)
+
+
+@pytest.mark.parametrize("length", [N, N - 1])
+@pytest.mark.parametrize("masked", [True, False])
+def test_cross_attention_is_refused(masked, length):
+    """A causal mask or seq_lens says of other tensors that they are of the same tokens; a padding mask does not."""
+    attention = module()
+    x, y, _ = inputs(torch.float32)
+    options = {"key_padding_mask": padding("left")[:, :length]} if masked else {}
+    with pytest.raises(ValueError, match=r"key must be query itself.* \(refined attention is no cross-attention\)"):
+        attention(x, y[:, :length], y[:, :length], **options)
+    with pytest.raises(ValueError, match=r"key must be \[B, N, embed_dim\] = \[4, 7, 12\], got \[4, 6, 12\]"):
+        attention(x, y[:, 1:], y[:, 1:], is_causal=True)
+    for told in ({"is_causal": True}, {"attn_mask": CAUSAL}, {"seq_lens": LENGTHS}):
+        attention(x, y, y, **told)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_queries_may_be_the_normalised_keys(mechanism):
+    """As SASRec calls it, under torch.compile too."""
+    attention = module(mechanism)
+    x, *_ = inputs(torch.float32)
+
+    def block(x, **options):
+        return attention(nn.functional.layer_norm(x, (E,)), x, x, is_causal=True, **options)[0]
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for options in ({}, {"key_padding_mask": padding("left")}):
+        seen = {"seq_lens": LENGTHS} if options else {}
+        expected, _ = by_reference(attention, nn.functional.layer_norm(x, (E,)), x, x, causal=True, **seen)
+        for function in (block, compiled):
+            torch.testing.assert_close(function(x, **options), expected, atol=1e-4, rtol=1e-4)
 
 
 # --- Dropout ---
@@ -274,7 +306,8 @@ def test_dropout_statistics():
     x = torch.randn(1, N, E, dtype=torch.float64)
     value = torch.eye(N, E, dtype=torch.float64)[None]
     weights = attention.eval()(x, x, value, need_weights=True)[1]
-    out = attention.train()(*(t.expand(samples, N, E) for t in (x, x, value)))[0][..., :N]
+    many = x.expand(samples, N, E)
+    out = attention.train()(many, many, value.expand(samples, N, E))[0][..., :N]
     kept = out != 0
     torch.testing.assert_close(out[kept], (weights / (1 - p)).expand_as(out)[kept])
     deviation = (p * (1 - p) / samples) ** 0.5
@@ -359,7 +392,7 @@ def test_state_dict_round_trip():
     attention, other = (module("value", per_head=True) for _ in range(2))
     other.load_state_dict(attention.state_dict())
     x, y, _ = inputs(torch.float32)
-    assert torch.equal(other(x, y, y)[0], attention(x, y, y)[0])
+    assert torch.equal(other(x, x, y)[0], attention(x, x, y)[0])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -89,12 +89,80 @@ def test_without_sinks_it_is_multihead_attention(with_bias, batch_first, masked)
     triple = [x if batch_first else x.transpose(0, 1) for x in inputs()]
     expected, expected_weights = plain(*triple, **options)
     actual, weights = attention(*triple, **options, need_weights=True)
-    if masked:  # ours leaves the queries in the padding without an answer
-        valid = ~options["key_padding_mask"]
-        actual, expected = (x[valid if batch_first else valid.T] for x in (actual, expected))
-        weights, expected_weights = (x[valid] for x in (weights, expected_weights))
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(weights, expected_weights, atol=1e-12, rtol=0)
+    query, _, value = triple
+    expected, actual = plain(query, query, value, **options)[0], attention(query, query, value, **options)[0]
+    if masked:  # a self-attention leaves the queries in the padding without an answer
+        valid = ~options["key_padding_mask"]
+        actual, expected = (x[valid if batch_first else valid.T] for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
+def heads_of(attention, query, key, value):
+    """[B, H, N, D] by the rows of the projections, key and value heads repeated as often as they are shared."""
+    kv = attention.num_kv_heads * attention.head_dim
+    rows = attention.in_proj_weight.split((E, kv, kv)), attention.in_proj_bias.split((E, kv, kv))
+    projected = [x @ w.T + b for x, w, b in zip((query, key, value), *rows, strict=True)]
+    heads = [x.unflatten(-1, (-1, attention.head_dim)) for x in projected]
+    return [x.transpose(1, 2).repeat_interleave(H // x.shape[2], dim=1) for x in heads]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [None, 2])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("keys", [N, 5, 14])
+def test_cross_attention(keys, batch_first, kv_heads, causal):
+    """Padding hides keys alone, wherever it is: every query of every row, and every gradient."""
+    attention = module(num_kv_heads=kv_heads, batch_first=batch_first, dropout=0.5, dtype=torch.float64).eval()
+    query, key = torch.randn(B, N, E, dtype=torch.float64), torch.randn(B, keys, E, dtype=torch.float64)
+    hidden = torch.rand(B, keys) < 0.4
+    hidden[0], hidden[1] = False, True
+    leaves = [query.requires_grad_(), key.requires_grad_(), *attention.parameters()]
+    swapped = [x if batch_first else x.transpose(0, 1) for x in (query, key)]
+    options = {"key_padding_mask": hidden, "is_causal": causal, "need_weights": True}
+    actual, weights = attention(*swapped, swapped[1], average_attn_weights=False, **options)
+    actual = actual if batch_first else actual.transpose(0, 1)
+
+    q, k, v = heads_of(attention, query, key, key)
+    scores = (q @ k.mT * attention.head_dim**-0.5).masked_fill(hidden[:, None, None], -torch.inf)
+    scores = scores.masked_fill(torch.ones(N, keys, dtype=torch.bool).triu(1), -torch.inf) if causal else scores
+    nothing = scores.isinf().all(-1, keepdim=True)
+    expected_weights = scores.masked_fill(nothing, 0).softmax(-1) * ~nothing
+    expected = attention.out_proj((expected_weights @ v).transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(weights, expected_weights, atol=1e-12, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(attention(*swapped, swapped[1], **options)[1], weights.mean(1))
+    incoming = torch.randn_like(actual)
+    for mine, other in zip(*(torch.autograd.grad(o, leaves, incoming) for o in (actual, expected)), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-11, rtol=0)
+
+
+def test_what_a_self_attention_is():
+    """The very same tensor, sinks, or seq_lens: padding is then the queries' too."""
+    attention = module(dtype=torch.float64)
+    x, y, _ = inputs()
+    mask = padding("right")
+    told = [
+        attention(x, x, y, key_padding_mask=mask)[0],
+        attention(x, y, y, seq_lens=LENGTHS)[0],
+        attention(x, y, y, key_padding_mask=mask, sink_positions=SINKS, inter_sink_bias=bias())[0],
+    ]
+    for out in told:
+        assert torch.equal(out[mask], attention.out_proj.bias.expand_as(out[mask]))
+    out = attention(x, y, y, key_padding_mask=mask)[0]
+    sees_keys = mask & (LENGTHS > 0)[:, None]
+    assert (out[sees_keys] - attention.out_proj.bias).abs().amin(dim=0).max() > 0.01
+    torch.testing.assert_close(out[~mask], told[1][~mask], atol=1e-12, rtol=0)
+
+
+def test_dropout_of_a_cross_attention():
+    attention = module(dropout=0.5)
+    x, y, _ = inputs(torch.float32)
+    call = functools.partial(attention, x, y, y, key_padding_mask=padding("right"))
+    assert not torch.equal(call()[0], call()[0])
+    attention.eval()
+    assert torch.equal(call()[0], call()[0])
 
 
 def test_the_bias_of_the_operator_and_a_bias_of_zeros():
@@ -322,8 +390,17 @@ def test_wrong_arguments_are_refused():
         call(sink_positions=SINKS, inter_sink_bias=bias(2))
     with pytest.raises(ValueError, match="sink_positions must be strictly ascending"):
         call(sink_positions=SINKS.flip(1), inter_sink_bias=bias())
-    with pytest.raises(ValueError, match=r"key must be \[B, N, embed_dim\] = \[4, 9, 12\], got \[4, 8, 12\]"):
-        attention(x, x[:, 1:], x[:, 1:])
+    for told in ({"seq_lens": LENGTHS}, {"sink_positions": SINKS, "inter_sink_bias": bias()}):
+        with pytest.raises(ValueError, match=r"key must be \[B, N, embed_dim\] = \[4, 9, 12\], got \[4, 8, 12\]"):
+            attention(x, x[:, 1:], x[:, 1:], **told)
+    with pytest.raises(ValueError, match=r"value must be \[B, Nk, embed_dim\] = \[4, 8, 12\], got \[4, 9, 12\]"):
+        attention(x, x[:, 1:], x)
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, N\] = \[4, 8\], got \[4, 9\]"):
+        attention(x, x[:, 1:], x[:, 1:], key_padding_mask=padding("right"))
+    with pytest.raises(ValueError, match=r"attn_mask must be \[Nq, Nk\] = \[9, 8\], got \[9, 9\]"):
+        attention(x, x[:, 1:], x[:, 1:], attn_mask=CAUSAL)
+    with pytest.raises(NotImplementedError, match=r"SinkAttention cannot run impl='reference' here: PyTorch attends"):
+        module(impl="reference")(x, x[:, 1:], x[:, 1:])
     nested = torch.nested.nested_tensor([torch.randn(3, E)], layout=torch.jagged)
     with pytest.raises(ValueError, match=r"query must be a dense tensor .*, got a nested one"):
         attention(nested, nested, nested)
@@ -337,7 +414,7 @@ def test_wrong_masks_are_refused():
         call(key_padding_mask=padding("left", torch.tensor([1, 4, 0, 1])))
     with pytest.raises(ValueError, match=r"attn_mask must be the causal mask.*got one that shows key 1 to query 0"):
         call(attn_mask=torch.zeros(N, N, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"attn_mask must be \[N, N\] = \[9, 9\], got \[24, 9, 9\]"):
+    with pytest.raises(ValueError, match=r"attn_mask must be \[Nq, Nk\] = \[9, 9\], got \[24, 9, 9\]"):
         call(attn_mask=CAUSAL.expand(B * H, N, N))
     with pytest.raises(ValueError, match="seq_lens must be None beside a key_padding_mask"):
         call(key_padding_mask=padding("right"), seq_lens=LENGTHS)

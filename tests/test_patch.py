@@ -74,6 +74,83 @@ def test_inference_of_an_encoder_calls_ours(masks, kind, nested):
     assert difference < 1e-12 if ours is SinkAttention else difference > 1e-3
 
 
+def decoder(**options):
+    layer = nn.TransformerDecoderLayer(E, H, 32, dropout=0.0, dtype=torch.float64, **options)
+    return nn.TransformerDecoder(layer, 2)
+
+
+MEMORIES = [
+    pytest.param(N, PADDING, id="padded"),
+    pytest.param(N, PADDING.flip(1), id="padded-left"),
+    pytest.param(N + 4, torch.arange(N + 4) >= LENGTHS[:, None], id="longer-padded"),
+    pytest.param(3, None, id="shorter"),
+    pytest.param(N, None, id="plain"),
+]
+
+
+@pytest.mark.parametrize("memory_length, padded", MEMORIES)
+@pytest.mark.parametrize("form", [{}, {"norm_first": True}, {"batch_first": False}])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_decoder_with_sink_attention_is_itself(training, form, memory_length, padded):
+    """In every row: a memory's padding is none of the target's."""
+    form = {"batch_first": True, **form}
+    model = decoder(**form).train(training)
+    target, memory = tokens(), torch.randn(B, memory_length, E, dtype=torch.float64)
+    target, memory = (x if form["batch_first"] else x.transpose(0, 1) for x in (target, memory))
+    options = {"memory_key_padding_mask": padded, "tgt_mask": CAUSAL}
+    leaves = [target.requires_grad_(), memory.requires_grad_(), *model.parameters()]
+    expected = model(target, memory, **options)
+    handle = patch(model, {nn.MultiheadAttention: SinkAttention})
+    assert len(handle.replaced) == 4 and handle.left == []
+    actual = model(target, memory, **options)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+    incoming = torch.randn_like(expected)
+    for mine, other in zip(*(torch.autograd.grad(o, leaves, incoming) for o in (actual, expected)), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-11, rtol=0)
+
+
+def test_a_decoder_with_sink_attention_compiles_whole():
+    """Which tensors are one and the same is known to the compiler."""
+    model = decoder(batch_first=True)
+    target, memory = tokens(), tokens()
+    options = {"memory_key_padding_mask": PADDING, "tgt_mask": CAUSAL, "tgt_is_causal": True}
+    expected = model(target, memory, **options)
+    patch(model, {nn.MultiheadAttention: SinkAttention})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(target, memory, **options), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_with_sink_attention_is_itself():
+    """At every token of the target that is none of its own padding."""
+    model = nn.Transformer(E, H, 1, 1, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+    source, target, own = tokens(), tokens(), PADDING.roll(1, 0)
+    masks = {"src_key_padding_mask": PADDING, "memory_key_padding_mask": PADDING, "tgt_key_padding_mask": own}
+    expected = model(source, target, **masks)
+    with patch(model, {nn.MultiheadAttention: SinkAttention}) as handle:
+        actual = model(source, target, **masks)
+    assert len(handle.replaced) == 3
+    torch.testing.assert_close(actual[~own], expected[~own], atol=1e-12, rtol=0)
+
+
+def test_cross_attention_is_left_where_the_new_class_has_none():
+    model = decoder(batch_first=True)
+    cross = [layer.multihead_attn for layer in model.layers]
+    handle = patch(model, {nn.MultiheadAttention: REFINED})
+    assert handle.replaced == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert handle.left == ["layers.0.multihead_attn", "layers.1.multihead_attn"]
+    assert repr(handle) == f"PatchHandle(replaced={handle.replaced}, left={handle.left})"
+    assert [layer.multihead_attn for layer in model.layers] == cross
+    made = calls(model, nn.MultiheadAttention)
+    out = model(tokens(), tokens(), memory_key_padding_mask=PADDING, tgt_mask=CAUSAL)
+    assert len(made) == 2 and out.isfinite().all()
+    alone = nn.ModuleDict({"cross": nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)})
+    patch(alone, {nn.MultiheadAttention: REFINED})  # of whose calls nothing is known
+    with pytest.raises(ValueError, match="refined attention is no cross-attention"):
+        alone["cross"](tokens(), *[tokens()] * 2, key_padding_mask=PADDING)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_return_with_the_old_modules():
     """Restored, the encoder drops the padding again: its output there is zero, ours is not."""
@@ -299,7 +376,7 @@ def test_the_most_derived_key_decides_and_none_leaves():
             Derived: lambda module, name: nn.Identity() if name == "derived" else None,
         },
     )
-    assert handle.replaced == ["plain", "derived"]
+    assert handle.replaced == ["plain", "derived"] and handle.left == ["linear"]
     assert type(model["plain"]) is RefinedSelfAttention and type(model["derived"]) is nn.Identity
     assert model["linear"] is old["linear"]
     handle.restore()
@@ -312,7 +389,7 @@ def test_the_most_derived_key_decides_and_none_leaves():
 def test_a_module_that_is_left_is_searched():
     model = encoder(1)
     handle = patch(model, {nn.TransformerEncoderLayer: lambda old, name: None, nn.MultiheadAttention: REFINED})
-    assert handle.replaced == ["layers.0.self_attn"]
+    assert handle.replaced == ["layers.0.self_attn"] and handle.left == ["layers.0"]
 
 
 def test_classes_and_other_models_are_left_alone():
@@ -350,7 +427,8 @@ def test_nothing_to_replace():
     found = "a TransformerEncoder of 3 Dropout, 2 LayerNorm, 2 Linear, 1 ModuleList, 1 MultiheadAttention, "
     with pytest.raises(ValueError, match=rf"model must have a LSTM or GRU inside that is replaced, got {found}"):
         patch(encoder(1), {nn.LSTM: REFINED, nn.GRU: REFINED})
-    with pytest.raises(ValueError, match=r"must have a MultiheadAttention inside that is replaced, got .* 2 Multihead"):
+    listed = r"got .* 2 MultiheadAttention, .* \(left: layers\.0\.self_attn, layers\.1\.self_attn\)"
+    with pytest.raises(ValueError, match=rf"must have a MultiheadAttention inside that is replaced, {listed}"):
         patch(encoder(), {nn.MultiheadAttention: lambda old, name: None})
     with pytest.raises(ValueError, match="got a Linear of nothing"):
         patch(nn.Linear(2, 2), {nn.Linear: lambda old, name: nn.Identity()})

@@ -16,13 +16,13 @@ Factory = Callable[[nn.Module, str], nn.Module | None]
 
 
 class _Replacement(NamedTuple):
-    """`parent.<attribute>`, called `name` in the model, was `old` and is `new`."""
+    """`parent.<attribute>`, called `name` in the model, was `old` and is `new`, or was left (None)."""
 
     name: str
     parent: nn.Module
     attribute: str
     old: nn.Module
-    new: nn.Module
+    new: nn.Module | None
 
 
 def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | type[nn.Module]]) -> PatchHandle:
@@ -34,7 +34,8 @@ def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | typ
     `recattn.nn.RefinedSelfAttention` and `recattn.nn.SinkAttention`, or a functools.partial of them with keywords, take
     the place of nn.MultiheadAttention: they are built with its sizes, dropout, device, dtype and mode, and share its
     very parameters. Names in the state_dict stay, an optimizer made before trains them on, and only the parameters
-    without a counterpart, `handle.added_parameters`, are new to it.
+    without a counterpart, `handle.added_parameters`, are new to it. RefinedSelfAttention leaves the cross-attention of
+    an nn.TransformerDecoderLayer; `handle.left` names what was left.
 
     The most derived key decides. A module that stands in several places is replaced by one new module in all of them.
     What is within a replaced module is not looked at. Forward hooks of a replaced module do not move to the new one.
@@ -56,21 +57,32 @@ def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | typ
     expect(isinstance(model, nn.Module), "model", "an nn.Module", type(model).__name__)
     for key in replacements:
         expect(isinstance(key, type) and issubclass(key, nn.Module), "replacements' keys", "nn.Module classes", key)
-    factories = {key: _factory(value) for key, value in replacements.items()}
-    made = list(_replacements(model, "", factories, {}))
+    decoders = (module for module in model.modules() if isinstance(module, nn.TransformerDecoderLayer))
+    cross_attentions = {getattr(decoder, "multihead_attn", None) for decoder in decoders}
+    factories = {key: _factory(value, cross_attentions) for key, value in replacements.items()}
+    places = list(_replacements(model, "", factories, {}))
+    made = [place for place in places if place.new is not None]
+    left = [place.name for place in places if place.new is None]
     if not made:
         keys = " or ".join(key.__name__ for key in factories)
         found = Counter(type(module).__name__ for module in model.modules() if module is not model)
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "nothing"
+        listed += f" (left: {', '.join(left)})" if left else ""
         raise ValueError(f"model must have a {keys} inside that is replaced, got a {type(model).__name__} of {listed}")
-    return PatchHandle(model, made)
+    return PatchHandle(model, made, left)
 
 
 class PatchHandle:
-    """What `recattn.patch` did. `replaced` names the places; `restore`, or the end of a `with` block, undoes it."""
+    """What `recattn.patch` did. `restore`, or the end of a `with` block, undoes it.
 
-    def __init__(self, model: nn.Module, replacements: list[_Replacement]) -> None:
-        self.replaced = [replacement.name for replacement in replacements]
+    Attributes:
+        replaced: the names of the places that hold a new module.
+        left: those whose module is of a class to be replaced and stayed: cross-attentions where the new class has none,
+            and those for which a function returned None.
+    """
+
+    def __init__(self, model: nn.Module, replacements: list[_Replacement], left: list[str]) -> None:
+        self.replaced, self.left = [replacement.name for replacement in replacements], left
         self._new_of = {replacement.old: replacement.new for replacement in replacements}
         self._standing = replacements
         self._shared = [pair for old, new in self._new_of.items() for pair in _shared_parameters(old, new)]
@@ -85,6 +97,9 @@ class PatchHandle:
         """The parameters of the new modules that the old ones had not."""
         known = set(nn.ModuleList(self._new_of).parameters())
         return [parameter for parameter in nn.ModuleList(self._new_of.values()).parameters() if parameter not in known]
+
+    def __repr__(self) -> str:
+        return f"PatchHandle(replaced={self.replaced}, left={self.left})"
 
     def restore(self) -> None:
         """Put the very same old modules back; parameters that were shared are as trained meanwhile. Twice is once.
@@ -111,20 +126,26 @@ class PatchHandle:
         self.restore()
 
 
-def _factory(value: Factory | type[nn.Module]) -> Factory:
+def _factory(value: Factory | type[nn.Module], cross_attentions: set[nn.Module | None]) -> Factory:
     kind, options = value, {}
     if isinstance(value, functools.partial):
         kind, options = value.func, value.keywords
     if isinstance(kind, type) and issubclass(kind, MultiheadProjections):
         positional = getattr(value, "args", ())
         expect(not positional, f"options of {kind.__name__}", "keywords in functools.partial", positional)
-        return functools.partial(_in_place_of_multihead_attention, kind, options)
+        return functools.partial(_in_place_of_multihead_attention, kind, options, cross_attentions)
     return value
 
 
 def _in_place_of_multihead_attention(
-    kind: type[MultiheadProjections], options: Mapping[str, object], old: nn.Module, name: str
-) -> nn.Module:
+    kind: type[MultiheadProjections],
+    options: Mapping[str, object],
+    cross_attentions: set[nn.Module | None],
+    old: nn.Module,
+    name: str,
+) -> nn.Module | None:
+    if old in cross_attentions and not kind.cross_attends:
+        return None
     try:
         return kind.from_multihead_attention(old, **options)
     except ValueError as error:
@@ -138,7 +159,7 @@ def _factory_of(module: nn.Module, factories: Mapping[type, Factory]) -> Factory
 def _replacements(
     parent: nn.Module, prefix: str, factories: Mapping[type, Factory], made: dict[nn.Module, nn.Module | None]
 ) -> Iterator[_Replacement]:
-    """Of everything below `parent`; `made` remembers the new module of each old one, None where it stays."""
+    """Of everything of a class to be replaced below `parent`; `made` remembers the new module of each old one."""
     for attribute, old in parent._modules.items():  # named_children leaves out what stands twice
         if old is None:
             continue
@@ -147,11 +168,12 @@ def _replacements(
         if old not in made:
             made[old] = factory(old, name) if factory else None
         new = made[old]
+        if new is not None:
+            expect(isinstance(new, nn.Module), f"what replaces {name}", "an nn.Module or None", type(new).__name__)
+        if factory is not None:
+            yield _Replacement(name, parent, attribute, old, new)
         if new is None:
             yield from _replacements(old, f"{name}.", factories, made)
-        else:
-            expect(isinstance(new, nn.Module), f"what replaces {name}", "an nn.Module or None", type(new).__name__)
-            yield _Replacement(name, parent, attribute, old, new)
 
 
 def _shared_parameters(old: nn.Module, new: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:

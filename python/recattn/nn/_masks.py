@@ -10,11 +10,16 @@ from recattn.functional.validation import values_are_checked
 from recattn.reference.sink_attention import valid_tokens
 
 
-def lengths_of_padding(key_padding_mask: Tensor, batch: int, length: int, padding_side: str) -> Tensor:
-    """seq_lens [B] of a padding mask [B, N], True (or -inf) at padding, all of it on one side."""
+def padded_keys(key_padding_mask: Tensor, batch: int, length: int) -> Tensor:
+    """[B, N] bool, True at padding, of a padding mask in either form."""
     expect_tensors(key_padding_mask=key_padding_mask)
     expect_shape({"B": batch, "N": length}, "key_padding_mask", key_padding_mask, "B N")
-    hidden = _hidden("key_padding_mask", key_padding_mask)
+    return _hidden("key_padding_mask", key_padding_mask)
+
+
+def lengths_of_padding(key_padding_mask: Tensor, batch: int, length: int, padding_side: str) -> Tensor:
+    """seq_lens [B] of a padding mask [B, N], True (or -inf) at padding, all of it on one side."""
+    hidden = padded_keys(key_padding_mask, batch, length)
     lengths = (~hidden).sum(dim=1)
     if values_are_checked(hidden.device):
         valid = valid_tokens(batch, length, lengths, padding_side, hidden.device)
@@ -29,10 +34,10 @@ def lengths_of_padding(key_padding_mask: Tensor, batch: int, length: int, paddin
     return lengths
 
 
-def is_causal_mask(attn_mask: Tensor, length: int) -> bool:
+def is_causal_mask(attn_mask: Tensor, queries: int, keys: int) -> bool:
     """True; of a mask that is not the causal one, an error where reading it costs no synchronisation."""
     expect_tensors(attn_mask=attn_mask)
-    expect_shape({"N": length}, "attn_mask", attn_mask, "N N")
+    expect_shape({"Nq": queries, "Nk": keys}, "attn_mask", attn_mask, "Nq Nk")
     hidden = _hidden("attn_mask", attn_mask)
     if values_are_checked(hidden.device):
         differing = (hidden != torch.ones_like(hidden).triu(diagonal=1)).nonzero()

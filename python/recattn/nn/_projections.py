@@ -1,19 +1,19 @@
 """nn.MultiheadAttention's projections and masks, for the modules that take its place."""
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import expect, expect_choice, expect_shape, expect_tensors
-from recattn.nn._masks import is_causal_mask, lengths_of_padding
+from recattn.nn._masks import is_causal_mask, lengths_of_padding, padded_keys
 
 Module = TypeVar("Module", bound="MultiheadProjections")
 
 
 class MultiheadProjections(nn.Module):
-    """What surrounds a self-attention in nn.MultiheadAttention; a subclass attends between `_project` and `_output`.
+    """What surrounds the attention in nn.MultiheadAttention; a subclass attends between `_project` and `_output`.
 
     `in_proj_weight`, `in_proj_bias` and `out_proj` are those of nn.MultiheadAttention; with fewer key/value heads the
     rows of W_K and W_V are fewer.
@@ -21,6 +21,9 @@ class MultiheadProjections(nn.Module):
 
     # nn.TransformerEncoderLayer reads it, and would else compute plain attention from our weights in inference.
     _qkv_same_embed_dim = False
+
+    # Whether queries may be other tokens than the keys.
+    cross_attends: ClassVar[bool]
 
     def __init__(
         self,
@@ -106,15 +109,16 @@ class MultiheadProjections(nn.Module):
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def _expect_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int]:
-        """B and N."""
+    def _expect_inputs(self, query: Tensor, key: Tensor, value: Tensor, same_tokens: bool = True) -> tuple[int, ...]:
+        """B, and the lengths of the queries and of the keys; with `same_tokens` these are one."""
         expect_tensors(query=query, key=key, value=value)
         sizes = {"embed_dim": self.embed_dim}
-        for name, x in (("query", query), ("key", key), ("value", value)):
+        of_queries, of_keys = ("N", "N") if same_tokens else ("Nq", "Nk")
+        for name, x, n in (("query", query, of_queries), ("key", key, of_keys), ("value", value, of_keys)):
             dense = "a dense tensor (nn.TransformerEncoder: set use_nested_tensor to False)"
             expect(not x.is_nested, name, dense, "a nested one")
-            expect_shape(sizes, name, x, "B N embed_dim" if self.batch_first else "N B embed_dim")
-        return sizes["B"], sizes["N"]
+            expect_shape(sizes, name, x, f"B {n} embed_dim" if self.batch_first else f"{n} B embed_dim")
+        return sizes["B"], sizes[of_queries], sizes[of_keys]
 
     def _read_masks(
         self,
@@ -125,12 +129,30 @@ class MultiheadProjections(nn.Module):
         is_causal: bool,
         seq_lens: Tensor | None,
     ) -> dict[str, Any]:
-        """`causal`, `seq_lens` and `padding_side` as the operators take them."""
+        """`causal`, `seq_lens` and `padding_side` as the operators take them, of a self-attention."""
         if key_padding_mask is not None:
             expect(seq_lens is None, "seq_lens", "None beside a key_padding_mask", "both")
             seq_lens = lengths_of_padding(key_padding_mask, batch, length, self.padding_side)
-        causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, length))
+        causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, length, length))
         return {"causal": causal, "seq_lens": seq_lens, "padding_side": self.padding_side}
+
+    @staticmethod
+    def _read_cross_masks(
+        batch: int,
+        queries: int,
+        keys: int,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> dict[str, Any]:
+        """`is_causal` and `attn_mask` as scaled_dot_product_attention takes them; padding is the keys' alone."""
+        causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, queries, keys))
+        if key_padding_mask is None:
+            return {"is_causal": causal}
+        visible = ~padded_keys(key_padding_mask, batch, keys)[:, None, None]  # [B, 1, 1, Nk]
+        if causal:
+            visible = visible & visible.new_ones(queries, keys).tril()
+        return {"attn_mask": visible}
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Heads of queries, keys and values.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from recattn._check import expect
 from recattn.nn._projections import MultiheadProjections
 from recattn.nn._refinement import Refinement
 
@@ -30,6 +31,8 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
         padding_side: where `key_padding_mask` and `seq_lens` have the padding; "left" is SASRec's.
         impl: as of `recattn.refined_attention`.
     """
+
+    cross_attends = False
 
     def __init__(
         self,
@@ -84,7 +87,9 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
         """nn.MultiheadAttention's arguments and results.
 
         Args:
-            query, key, value: [B, N, E], or [N, B, E] with batch_first=False; of the same tokens, in any form.
+            query, key, value: [B, N, E], or [N, B, E] with batch_first=False; of the same tokens, in any form. Where
+                key is not query itself, a causal mask or `seq_lens` must say so: else it is taken for a cross-attention
+                and refused, for rows of A stand for both queries and keys.
             key_padding_mask: [B, N], True (or -inf, else 0) at padding, which is on one side. `seq_lens` without it
                 spares the conversion.
             need_weights: also return softmax(mask(M)), through the reference, before dropout.
@@ -99,10 +104,13 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
             [B, H, N, N], zero at padding.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also a
-                mask that is neither causal nor padding on `padding_side`.
+            ValueError: a cross-attention; shapes, dtypes and devices that do not fit; on a CPU (elsewhere under
+                RECATTN_CHECK=1) also a mask that is neither causal nor padding on `padding_side`.
         """
-        batch, length = self._expect_inputs(query, key, value)
+        told = key is query or is_causal or attn_mask is not None or seq_lens is not None
+        same = "query itself, or a causal mask or seq_lens be given (refined attention is no cross-attention)"
+        expect(told, "key", same, "another tensor")
+        batch, length, _ = self._expect_inputs(query, key, value)
         visible = self._read_masks(batch, length, key_padding_mask, attn_mask, is_causal, seq_lens)
         q, k, v = self._project(query, key, value)
         out = self._output(self._refined(q, k, v, visible, self._dropout_p, self.impl))

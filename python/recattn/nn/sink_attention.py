@@ -1,7 +1,10 @@
-"""Self-attention with a bias between sink tokens (CTR-Sink), in the place of nn.MultiheadAttention."""
+"""Attention with a bias between sink tokens (CTR-Sink), in the place of nn.MultiheadAttention."""
+
+import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
 from recattn._check import expect
@@ -26,9 +29,11 @@ class SinkAttention(MultiheadProjections):
         embed_dim, num_heads, dropout, bias, batch_first, device, dtype: as of nn.MultiheadAttention, but that
             `batch_first` defaults to True.
         num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads of the queries'.
-        padding_side: where `key_padding_mask` and `seq_lens` have the padding.
+        padding_side: where `key_padding_mask` and `seq_lens` have the padding of a self-attention.
         impl: as of `recattn.sink_attention`.
     """
+
+    cross_attends = True
 
     def __init__(
         self,
@@ -76,30 +81,39 @@ class SinkAttention(MultiheadProjections):
         """nn.MultiheadAttention's arguments and results.
 
         Args:
-            query, key, value: [B, N, E], or [N, B, E] with batch_first=False; of the same tokens, in any form.
-            key_padding_mask: [B, N], True (or -inf, else 0) at padding, which is on one side. `seq_lens` without it
-                spares the conversion.
+            query, key, value: [B, Nq, E] and twice [B, Nk, E], or [Nq, B, E] ... with batch_first=False. It is a
+                self-attention, with Nq = Nk = N, where key is query itself, or sinks or `seq_lens` are given; else
+                queries and keys may be other tokens.
+            key_padding_mask: [B, Nk], True (or -inf, else 0) at padding. In a self-attention it is on one side, and
+                the queries' too; `seq_lens` without it spares the conversion. Else it is the keys' alone.
             need_weights: also return the softmax, through the reference, before dropout.
-            attn_mask: None, or the causal mask [N, N], True (or -inf, else 0) above the diagonal. Without it, and
+            attn_mask: None, or the causal mask [Nq, Nk], True (or -inf, else 0) above the diagonal. Without it, and
                 without `is_causal`, every query sees every token.
             average_attn_weights: the mean of the weights over the heads.
             is_causal: query i sees the tokens j ≤ i; an `attn_mask` besides is then taken for that without a look.
-            sink_positions: [B, M] integer, where the sinks stand on the N axis, ascending, padded with -1 at the end.
+            sink_positions: [B, M] integer, where the sinks stand on the N axis, of queries as of keys, ascending,
+                padded with -1 at the end.
             inter_sink_bias: [B, 1 or H, M, M], added to the scores between them. Both, or neither: plain attention.
-            seq_lens: [B] integer, the valid tokens of each sequence.
+            seq_lens: [B] integer, the valid tokens of each sequence, of queries as of keys.
 
         Returns:
-            The output, of query's shape, `out_proj.bias` at padding; and None, or the weights, [B, N, N] or
-            [B, H, N, N], zero at padding.
+            The output, of query's shape, `out_proj.bias` at queries that are padding or see no key; and None, or the
+            weights, [B, Nq, Nk] or [B, H, Nq, Nk], zero there.
 
         Raises:
             ValueError: shapes, dtypes and devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also a
                 mask that is neither causal nor padding on `padding_side`, and positions out of order or range.
+            NotImplementedError: an `impl` that cannot serve the call. Keys of another length, or padded beside a query
+                that is another tensor, go through PyTorch's own attention: `impl` must be None.
         """
-        batch, length = self._expect_inputs(query, key, value)
-        visible = self._read_masks(batch, length, key_padding_mask, attn_mask, is_causal, seq_lens)
         given = sink_positions is not None
         expect((inter_sink_bias is not None) == given, "inter_sink_bias", "given with sink_positions", "one of them")
+        same_tokens = key is query or given or seq_lens is not None
+        batch, queries, keys = self._expect_inputs(query, key, value, same_tokens)
+        if not same_tokens and (queries != keys or key_padding_mask is not None):
+            masks = self._read_cross_masks(batch, queries, keys, key_padding_mask, attn_mask, is_causal)
+            return self._cross_attend(*self._project(query, key, value), masks, need_weights, average_attn_weights)
+        visible = self._read_masks(batch, queries, key_padding_mask, attn_mask, is_causal, seq_lens)
         q, k, v = self._project(query, key, value)
         if not given:
             sink_positions, inter_sink_bias = no_sinks(q)
@@ -111,6 +125,22 @@ class SinkAttention(MultiheadProjections):
             return out, None
         weights = reference.sink_attention(q, k, identity_values(k), sink_positions, inter_sink_bias, **visible)
         return out, weights.mean(dim=1) if average_attn_weights else weights
+
+    def _cross_attend(
+        self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, object], need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """By PyTorch: the operators have one length and one padding for queries and keys."""
+        if self.impl is not None:
+            raise NotImplementedError(
+                f"SinkAttention cannot run impl={self.impl!r} here: PyTorch attends where keys have another length, or "
+                "padding beside a query that is another tensor (of the same tokens: give seq_lens)"
+            )
+        attend = functools.partial(F.scaled_dot_product_attention, q, k, enable_gqa=True, **masks)
+        out = self._output(attend(v, dropout_p=self._dropout_p))
+        if not need_weights:
+            return out, None
+        weights = attend(identity_values(k))
+        return out, weights.mean(dim=1) if average else weights
 
     def extra_repr(self) -> str:
         return (
