@@ -5,34 +5,9 @@ its digits where the vectors share an offset, and a bound that is drawn from it 
 """
 
 import math
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-
-from recattn.testing import Error, compare_with_reference
-
-
-def assert_matches_over_draws(
-    kernel: Callable, reference: Callable, draws: Iterable[dict], *, grads: list[str]
-) -> None:
-    """`assert_matches_reference` of the errors that several draws of the inputs add up to.
-
-    A reference without products is so exact that the largest error of one draw is the luck of one entry.
-    """
-    of_draws = [compare_with_reference(kernel, reference, inputs, grads=grads) for inputs in draws]
-    totals = [
-        Error(
-            errors[0].name,
-            sum(error.max for error in errors),
-            sum(error.max_bound for error in errors),
-            sum(error.mean for error in errors),
-            sum(error.mean_bound for error in errors),
-        )
-        for errors in zip(*of_draws, strict=True)
-    ]
-    if not all(total.passed for total in totals):
-        raise AssertionError("\n".join(map(str, ["error bound exceeded", *totals])))
 
 
 def wasserstein_by_differences(

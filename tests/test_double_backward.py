@@ -62,7 +62,7 @@ def draw_refined(mechanism="simple", source="logits", n=6, **options) -> dict:
 def draw_wasserstein(source=None, **options) -> dict:
     if source is None:
         return wasserstein_inputs.draw() | options
-    return wasserstein_inputs.draw(rank=3, source=source) | {"source": source} | options
+    return wasserstein_inputs.draw(rank=4, source=source) | {"source": source} | options
 
 
 def draw_bias(**options) -> dict:
