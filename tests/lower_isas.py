@@ -33,6 +33,10 @@ def lower_isas(best: str) -> list[str]:
     return [isa for isa in ISAS if isa != best] if best != "baseline" else []
 
 
+def environment_of(isa: str) -> dict[str, str]:
+    return dict(zip(LIMITS, ISAS[isa], strict=True))
+
+
 def main(options: list[str]) -> int:
     folder = Path(__file__).parent
     files = [str(folder / f"test_{name}.py") for name in TESTS]
@@ -40,8 +44,7 @@ def main(options: list[str]) -> int:
     failed = False
     for isa in lower_isas(torch.ops.recattn.cpu_capability()):
         print(f"The operators' CPU tests at {isa}:", flush=True)
-        environment = os.environ | dict(zip(LIMITS, ISAS[isa], strict=True))
-        failed |= subprocess.run(command, env=environment, cwd=folder.parent).returncode != 0
+        failed |= subprocess.run(command, env=os.environ | environment_of(isa), cwd=folder.parent).returncode != 0
     return int(failed)
 
 
