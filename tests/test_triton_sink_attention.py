@@ -275,6 +275,32 @@ def test_dropout_under_checkpointing():
     assert torch.equal(*gradients)
 
 
+# --- Tiles of packed sequences ---
+
+
+@triton.jit
+def store_sequence_of_tile_kernel(cu_seqlens, out, B, T, BLOCK: tl.constexpr, SPARE: tl.constexpr):
+    batch, tile = kernels.sequence_of_tile(tl.program_id(0), B, T, cu_seqlens, BLOCK, SPARE)
+    tl.store(out + 2 * tl.program_id(0), batch)
+    tl.store(out + 2 * tl.program_id(0) + 1, tile)
+
+
+@pytest.mark.parametrize("first_token", [0, 100])
+@pytest.mark.parametrize("sequences", [1, 300])
+def test_every_tile_of_packed_sequences_is_found(sequences, first_token):
+    """Once, in order, and none of a sequence that begins later; tokens before the first sequence are of none."""
+    cu_seqlens = torch.cat([torch.tensor([first_token]), torch.randint(0, 40, (sequences,))]).cumsum(0)
+    T = int(cu_seqlens[-1])
+    tiles = kernels.number_of_tiles(sequences, T, cu_seqlens, 16, 1)
+    found = torch.full((tiles, 2), -1, device=DEVICE)
+    store_sequence_of_tile_kernel[(tiles,)](cu_seqlens.to(DEVICE), found, sequences, T, 16, 1)
+    nobodys, found = found[: first_token // 16].cpu(), found[first_token // 16 :].cpu()
+    assert (nobodys[:, 0] == 0).all() and (nobodys[:, 1] > T // 16).all()
+    owned = torch.bincount(found[:, 0], minlength=sequences)
+    assert len(owned) == sequences and (owned > cu_seqlens.diff() // 16).all()
+    assert found.tolist() == [[b, tile] for b, count in enumerate(owned.tolist()) for tile in range(count)]
+
+
 # --- The operator ---
 
 

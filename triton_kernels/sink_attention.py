@@ -68,23 +68,24 @@ NO_DROPOUT = Dropout(None, 0)
 def sequence_of_tile(tile, B, N, cu_seqlens, BLOCK: tl.constexpr, SPARE: tl.constexpr):
     """The sequence that a tile belongs to, and which of its tiles it is.
 
-    Packed, sequence b owns the tiles from (cu_seqlens[b] - cu_seqlens[0]) // BLOCK + b · SPARE: at least its
-    length // BLOCK + SPARE of them, known without reading every length. A search looks at 128 sequences at a time.
+    Packed, sequence b owns the tiles from cu_seqlens[b] // BLOCK + b · SPARE: at least its length // BLOCK + SPARE of
+    them, known without reading every length. A search looks at 128 sequences at a time.
     """
     if cu_seqlens is None:
         tiles = N // BLOCK + SPARE
         batch = tile // tiles
         first = batch * tiles
     else:
-        origin = tl.load(cu_seqlens)
         batch = tile * 0
         step = batch + B
         while step > 1:  # the tile belongs to one of `step` sequences from `batch` on
             step = tl.cdiv(step, 128)
             b = batch + tl.arange(0, 128) * step
-            first_tiles = (tl.load(cu_seqlens + b, mask=b < B, other=0) - origin).to(tl.int32) // BLOCK + b * SPARE
-            batch += (tl.sum(((b < B) & (first_tiles <= tile)).to(tl.int32), 0) - 1) * step
-        first = (tl.load(cu_seqlens + batch) - origin).to(tl.int32) // BLOCK + batch * SPARE
+            first_tiles = tl.load(cu_seqlens + b, mask=b < B, other=0).to(tl.int32) // BLOCK + b * SPARE
+            batch += tl.maximum(tl.sum(((b < B) & (first_tiles <= tile)).to(tl.int32), 0) - 1, 0) * step
+        first = tl.load(cu_seqlens + batch).to(tl.int32) // BLOCK + batch * SPARE
+        # Before the first sequence may lie tokens of none: theirs are tiles beyond its last.
+        tile = tl.where(tile < first, first + N // BLOCK + SPARE, tile)
     return batch.to(tl.int64), tile - first
 
 
