@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attent
     const Tile tile = find_tile(op);
     if (tile.rows == 0) return;
     if (threadIdx.x < tile.rows) shared.rows[threadIdx.x] = target_of(op, tile, threadIdx.x, true);
-    if (tile.slot < 0) return store_zeros(op, tile.first, tile.rows, first_column, columns);
     float acc[kRowsPerWarp][kColumnsPerLane] = {};
-    for (int k = 0; k < op.rank; k += kLanes) {
+    // Who has no state is served the zeros of acc. (To return here would cost registers that ptxas lacks for sm_100.)
+    for (int k = tile.slot < 0 ? op.rank : 0; k < op.rank; k += kLanes) {
         const int ranks = min(kLanes, op.rank - k);
         float scores[kRowsPerWarp] = {};  // of rank row k + lane
         for (int c = 0; c < op.query_dim; c += kDepth) {
