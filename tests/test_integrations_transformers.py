@@ -247,8 +247,8 @@ def test_sink_positions_in_the_place_of_a_token_id(name):
         embeddings = model.get_input_embeddings()(batch["input_ids"])
         embedded = {"inputs_embeds": embeddings, "attention_mask": batch["attention_mask"]}
         by_embeddings = model(**embedded, sink_positions=positions)[0][batch["attention_mask"].bool()]
-    assert torch.equal(named, by_id)
-    assert torch.equal(by_embeddings, by_id)
+    assert (named - by_id).abs().max() <= PRECISION[name]  # with another number of sinks
+    assert torch.equal(by_embeddings, named)
 
 
 def test_arguments_by_position():
