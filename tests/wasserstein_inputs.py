@@ -12,12 +12,13 @@ def draw(
 ) -> dict[str, Tensor]:
     """Normal means, covariances as STOSA makes them, and with a `rank` matrices that keep M of the order of 1.
 
-    Distances and M stay moderate: a row that all but ignores its other keys has gradients of rounding alone.
+    Distances and M stay moderate: a row that all but ignores its other keys has gradients of rounding alone. So do
+    covariances: the slope of the root of a tiny one would have a single entry decide the largest error.
     `per_head` names the matrices that each head has its own of.
     """
     sizes = dict.fromkeys(NAMES, d) | {"mean_v": dv, "cov_v": dv}
     inputs = {name: torch.randn(b, h, n, size) for name, size in sizes.items()}
-    inputs = {name: F.elu(x) + 1 if name.startswith("cov") else x / 2 for name, x in inputs.items()}
+    inputs = {name: F.elu(x / 2) + 1 if name.startswith("cov") else x / 2 for name, x in inputs.items()}
     if rank is not None:
         squares = 1 if source == "weights" else max(n, 1) * d
         for name in ("w_q", "w_k"):
