@@ -63,7 +63,7 @@ class InterSinkBiasBwdConfig:
 def valid_sinks(sink_mask, sinks, stride, M):
     """Which of the given sinks count."""
     in_range = sinks < M
-    return in_range if sink_mask is None else tl.load(sink_mask + offset(sinks, stride), mask=in_range, other=0) != 0
+    return in_range if sink_mask is None else tl.load(sink_mask + sinks * stride, mask=in_range, other=0) != 0
 
 
 @triton.jit
@@ -215,17 +215,15 @@ def inter_sink_bias_bwd_kernel(
         dscores = (weights * (dweights - delta[:, None])).to(q_s.dtype.element_ty)  # [BM, BN]
         for start in range(0, HEAD_DIM, BLOCK_D):
             width = HEAD_DIM - start
-            dk_base = dk_s + offset(start, stride_dkd)
             q_block = load_rows(q_s + offset(start, stride_qd), rows, row_valid, stride_qm, stride_qd, width, BLOCK_D)
             k_block = load_rows(k_s + offset(start, stride_kd), keys, key_valid, stride_km, stride_kd, width, BLOCK_D)
             dq = gradient_scale * tl.dot(dscores, k_block, input_precision="ieee")  # [BM, BD]
             store_rows(dq_s + offset(start, stride_dqd), dq, rows, rows < M, stride_dqm, stride_dqd, width, BLOCK_D)
             dk = gradient_scale * tl.dot(tl.trans(dscores), q_block, input_precision="ieee")  # [BN, BD]
+            dk_base = dk_s + offset(start, stride_dkd)
             if BLOCK_M < BLOCK_N:
                 dk_valid = (keys < M) & (first_row > 0)
-                dk += load_rows(
-                    dk_s + offset(start, stride_dkd), keys, dk_valid, stride_dkm, stride_dkd, width, BLOCK_D
-                )
+                dk += load_rows(dk_base, keys, dk_valid, stride_dkm, stride_dkd, width, BLOCK_D)
             store_rows(dk_base, dk, keys, keys < M, stride_dkm, stride_dkd, width, BLOCK_D)
         if BLOCK_M < BLOCK_N:  # the next iteration may read dK by other threads than have written it
             tl.debug_barrier()
@@ -351,6 +349,8 @@ def _shared_arguments(
     q_s, k_s, sink_mask, bias_scale, dropout_seed, factor, causal, dropout_p, scale, config
 ) -> dict[str, object]:
     _, num_heads, M, head_dim = q_s.shape
+    # A row's offsets are int32: wider ones would not fit the registers.
+    sink_mask = None if sink_mask is None else sink_mask.contiguous()
     return {
         "q_s": q_s,
         "k_s": k_s,

@@ -63,8 +63,9 @@ class PairsConfig:
             # Without tensor cores a dot product holds its operands in registers.
             return cls(16, 16, block_k=16, num_warps=8, num_stages=1)
         if head_dim <= 128:
-            block_m = 32 if architecture >= 100 and head_dim > 64 else 64
-            return cls(block_m, 16, block_k=64, num_warps=4, num_stages=1)
+            # 64 rows spill with more than 64 components on sm_100, and with 64 of them on sm_80.
+            spills = head_dim > 64 if architecture >= 100 else architecture < 90 and 32 < head_dim <= 64
+            return cls(32 if spills else 64, 16, block_k=64, num_warps=4, num_stages=1)
         return cls(16 if architecture < 90 else 64, 16, block_k=64, num_warps=8, num_stages=1)
 
 
