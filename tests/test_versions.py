@@ -1,4 +1,4 @@
-"""What recattn admits is what `make versions` tried, and versions.md says of nothing that it failed."""
+"""What recattn admits is what `make versions` tried, and versions.md says that all of it passed."""
 
 import re
 from pathlib import Path
@@ -17,12 +17,12 @@ def test_the_oldest_versions_and_those_of_development_are_tried():
     assert {pair.triton for pair in versions.PAIRS} < set(versions.TRITONS)
 
 
-def test_nothing_that_was_tried_failed():
+def test_all_that_was_tried_passed():
     table = versions.TABLE.read_text()
     rows = [f"torch {pair.torch}" for pair in versions.PAIRS] + [f"Triton {triton}" for triton in versions.TRITONS]
     for name in rows:
         (row,) = re.findall(rf"^\| {re.escape(name)} \|.*$", table, re.M)
-        assert not re.search(r"[1-9]\d* failed", row), row
+        assert " 0 failed" in row and not re.search(r"[1-9]\d* failed", row), row
 
 
 def test_a_row_takes_the_place_of_its_last():
