@@ -707,7 +707,7 @@ def indices(*values: int) -> Tensor:
         ("w_decomp", torch.randn(8, 100, device="meta"), "w_decomp must be on the device of targets, cpu, got meta"),
         ("target_offsets", indices(0, 3, 67), "target_offsets must be [U+1] = [5], got [3]"),
         ("target_offsets", torch.randn(5), "target_offsets must be int64 or int32, got float32"),
-        ("target_offsets", indices(0, 4, 3, 4, 67), "target_offsets must be ascending, got 3 at index [1]"),
+        ("target_offsets", indices(0, 4, 3, 4, 67), "target_offsets must be ascending, got 3 at index [2]"),
         (
             "target_offsets",
             indices(0, 3, 3, 4, 66),
@@ -751,7 +751,7 @@ def test_restored_refuses(impl, name, value, message):
         ("slots", torch.zeros(4), "slots must be int64 or int32, got float32"),
         ("slots", indices(0, 1, 7, 2), "slots must be rows of a table of 7, got 7 at index [2]"),
         ("slots", indices(0, 1, -1, 2), "slots must be rows of a table of 7, got -1 at index [2]"),
-        ("target_offsets", indices(0, 4, 3, 4, 67), "target_offsets must be ascending, got 3 at index [1]"),
+        ("target_offsets", indices(0, 4, 3, 4, 67), "target_offsets must be ascending, got 3 at index [2]"),
         (
             "target_offsets",
             indices(0, 3, 3, 4, 66),

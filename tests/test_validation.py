@@ -29,7 +29,7 @@ def test_accepts_what_is_right():
         ({"sink_positions": torch.tensor([[-2, 1]]), "seq_len": 5}, "token positions, or -1 for padding, got -2"),
         (
             {"sink_positions": torch.tensor([[3, 3]]), "seq_len": 5},
-            "strictly ascending, padded with -1 at the end, got 3",
+            r"strictly ascending, padded with -1 at the end, got 3 at index \[0, 1\]",
         ),
         (
             {"sink_positions": torch.tensor([[-1, 3]]), "seq_len": 5},
@@ -41,7 +41,7 @@ def test_accepts_what_is_right():
         ),
         ({"seq_lens": torch.tensor([1, -1]), "seq_len": 5}, r"seq_lens must be between 0 and 5, got -1 at index \[1\]"),
         ({"cu_seqlens": torch.tensor([1, 4]), "num_tokens": 4}, "offsets from 0 to 4, got offsets from 1 to 4"),
-        ({"target_offsets": torch.tensor([0, 3, 2, 4]), "num_targets": 4}, r"ascending, got 2 at index \[1\]"),
+        ({"target_offsets": torch.tensor([0, 3, 2, 4]), "num_targets": 4}, r"ascending, got 2 at index \[2\]"),
         ({"slots": torch.tensor([0, 4]), "num_slots": 4}, r"slots must be rows of a table of 4, got 4 at index \[1\]"),
         (
             {

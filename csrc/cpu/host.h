@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "check.h"
+
 namespace recattn {
 
 // Zeroed memory that begins on a cache line.
@@ -41,6 +43,13 @@ inline std::vector<int64_t> to_vector(const torch::stable::Tensor& tensor) {
     const auto copy = [&](const auto* data) { return std::vector<int64_t>(data, data + contiguous.numel()); };
     return contiguous.scalar_type() == torch::headeronly::ScalarType::Int ? copy(contiguous.const_data_ptr<int32_t>())
                                                                           : copy(contiguous.const_data_ptr<int64_t>());
+}
+
+inline void expect_lengths(const char* name, const std::vector<int64_t>& lengths, int64_t longest) {
+    for (size_t i = 0; i < lengths.size(); ++i) {
+        expect(lengths[i] >= 0 && lengths[i] <= longest, name, " must be between 0 and ", longest, ", got ", lengths[i],
+               " at index [", i, "]");
+    }
 }
 
 inline bool is_row(int64_t index, int64_t table_size) {

@@ -139,8 +139,8 @@ void expect_offsets(const std::vector<int64_t>& offsets, int64_t rows) {
     expect(offsets[0] == 0 && offsets[last] == rows, "target_offsets must be offsets from 0 to ", rows,
            ", got offsets from ", offsets[0], " to ", offsets[last]);
     for (int64_t i = 0; i < last; ++i) {
-        expect(offsets[i] <= offsets[i + 1], "target_offsets must be ascending, got ", offsets[i + 1], " at index [", i,
-               "]");
+        expect(offsets[i] <= offsets[i + 1], "target_offsets must be ascending, got ", offsets[i + 1], " at index [",
+               i + 1, "]");
     }
 }
 
@@ -164,11 +164,8 @@ int64_t put_in_order(std::vector<int64_t>& offsets, int64_t rows) {
 std::vector<int64_t> checked_starts(const std::optional<Tensor>& seq_lens, int64_t users, int64_t longest) {
     const auto lengths = seq_lens ? to_vector(*seq_lens) : std::vector<int64_t>(users, longest);
     std::vector<int64_t> starts{0};
-    for (size_t i = 0; i < lengths.size(); ++i) {
-        expect(lengths[i] >= 0 && lengths[i] <= longest, "seq_lens must be between 0 and ", longest, ", got ",
-               lengths[i], " at index [", i, "]");
-        starts.push_back(starts.back() + lengths[i] + 1);
-    }
+    expect_lengths("seq_lens", lengths, longest);
+    for (const int64_t length : lengths) starts.push_back(starts.back() + length + 1);
     return starts;
 }
 

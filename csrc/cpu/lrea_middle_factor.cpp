@@ -102,10 +102,7 @@ class Problem {
 
   private:
     void sort_rows(const std::vector<int64_t>& lengths) {
-        for (size_t row = 0; row < lengths.size(); ++row) {
-            expect(lengths[row] >= 0 && lengths[row] <= columns_, "lengths must be between 0 and ", columns_, ", got ",
-                   lengths[row], " at index [", row, "]");
-        }
+        expect_lengths("lengths", lengths, columns_);
         std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
         std::transform(order_.begin(), order_.end(), lengths_.begin(), [&](int64_t row) { return lengths[row]; });
     }

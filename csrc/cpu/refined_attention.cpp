@@ -176,9 +176,7 @@ std::vector<int64_t> checked_lengths(const std::optional<Tensor>& seq_lens, int6
     expect_shape("seq_lens", *seq_lens, {{"B", batch}});
     expect_integer("seq_lens", *seq_lens);
     auto lengths = to_vector(*seq_lens);
-    for (const int64_t length : lengths) {
-        expect(length >= 0 && length <= longest, "seq_lens must be between 0 and ", longest, ", got ", length);
-    }
+    expect_lengths("seq_lens", lengths, longest);
     return lengths;
 }
 

@@ -1,6 +1,7 @@
 """Validation shared by the public functions: every message names the argument, what was expected and what came."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ def expect(holds: bool, name: str, expected: str, got: object) -> None:
 def expect_tensors(**arguments: object) -> None:
     for name, value in arguments.items():
         expect(isinstance(value, Tensor), name, "a torch.Tensor", type(value).__name__)
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+            raise ValueError(f"{name} must be a dense torch.Tensor, got {kind}: {_MADE_DENSE[value.is_nested]}")
+
+
+_MADE_DENSE = {True: "pad it with to_padded_tensor and give the lengths", False: "call its to_dense()"}
 
 
 def expect_shape(sizes: dict[str, int], name: str, tensor: Tensor, layout: str) -> None:
@@ -46,10 +53,25 @@ def expect_index(sizes: dict[str, int], name: str, tensor: object, layout: str) 
     expect_dtype(name, tensor, INTEGER)
 
 
-def expect_finite(**options: float | None) -> None:
+def expect_numbers(**options: float | None) -> None:
+    """Options are None or finite numbers: no kernel would give a tensor among them its gradient."""
     for name, value in options.items():
-        # math.isfinite would break the graph of a compiled call.
-        expect(value is None or -math.inf < value < math.inf, name, "finite", value)
+        if value is not None:
+            _expect_number(name, value)
+            # math.isfinite would break the graph of a compiled call.
+            expect(-math.inf < value < math.inf, name, "finite", value)
+
+
+def expect_probability(name: str, value: float) -> None:
+    _expect_number(name, value)
+    expect(0 <= value < 1, name, "at least 0 and below 1", value)
+
+
+def _expect_number(name: str, value: object) -> None:
+    # SymInt and SymFloat are those of a graph with dynamic shapes; numpy's scalars are Real.
+    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, Real):
+        got = "a torch.Tensor, which would get no gradient here" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name} must be a number, got {got}")
 
 
 def expect_same_device(like_name: str, like: Tensor, **others: Tensor | None) -> None:
@@ -82,44 +104,51 @@ def _describe(axis: str, sizes: dict[str, int]) -> str:
     return "|".join(str(sizes.get(choice, choice)) for choice in axis.split("|"))
 
 
-# Checks of values: they read tensors, so they belong where that costs no device synchronisation.
+# Checks of values: they read tensors, so they belong where that costs no device synchronisation. Each returns a copy,
+# for what was checked must be what is used: a caller's other thread may write to its tensor.
 
 
-def expect_sink_positions(sink_positions: Tensor, limits: Tensor | int) -> None:
-    """Positions ascend, lie below `limits` (an int, or one a sequence: [B]) and are padded with -1 at the end."""
-    positions = sink_positions.long()
-    limit = limits[:, None] if isinstance(limits, Tensor) else limits
-    _expect_all("sink_positions", positions < limit, f"below the sequence length {_brief(limits)}", positions)
+def checked_sink_positions(sink_positions: Tensor, seq_len: int | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Positions ascend, lie below `seq_len` (with `cu_seqlens` in their own sequence), and end with -1 for padding."""
+    positions = sink_positions.clone()
+    limits = seq_len if cu_seqlens is None else cu_seqlens.long().diff()[:, None]
+    shown = seq_len if cu_seqlens is None else "of each sequence"
+    _expect_all("sink_positions", positions < limits, f"below the sequence length {shown}", positions)
     _expect_all("sink_positions", positions >= -1, "token positions, or -1 for padding", positions)
     previous, following = positions[:, :-1], positions[:, 1:]
     ascends = (following > previous) & (previous >= 0) | (following == -1)
-    _expect_all("sink_positions", ascends, "strictly ascending, padded with -1 at the end", following)
+    _expect_all("sink_positions", ascends, "strictly ascending, padded with -1 at the end", following, skipped=1)
+    return positions
 
 
-def expect_lengths(name: str, lengths: Tensor, longest: int) -> None:
+def checked_lengths(name: str, lengths: Tensor, longest: int) -> Tensor:
+    lengths = lengths.clone()
     _expect_all(name, (lengths >= 0) & (lengths <= longest), f"between 0 and {longest}", lengths)
+    return lengths
 
 
-def expect_offsets(name: str, offsets: Tensor, total: int) -> None:
+def checked_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
     """Offsets of a ragged batch: from 0, never descending, to `total`."""
+    offsets = offsets.clone()
     ends = offsets[[0, -1]].tolist()
     expect(ends == [0, total], name, f"offsets from 0 to {total}", f"offsets from {ends[0]} to {ends[1]}")
-    _expect_all(name, offsets[1:] >= offsets[:-1], "ascending", offsets[1:])
+    _expect_all(name, offsets[1:] >= offsets[:-1], "ascending", offsets[1:], skipped=1)
+    return offsets
 
 
-def expect_rows(name: str, rows: Tensor, table_size: int, seq_lens: Tensor | None = None) -> None:
+def checked_rows(name: str, rows: Tensor, table_size: int, seq_lens: Tensor | None = None) -> Tensor:
     """Rows of a table; of `rows` [U, L] only the first seq_lens[u] of each user."""
+    rows = rows.clone()
     holds = (rows >= 0) & (rows < table_size)
     if seq_lens is not None:
         holds |= torch.arange(rows.shape[-1], device=rows.device) >= seq_lens[:, None]
     _expect_all(name, holds, f"rows of a table of {table_size}", rows)
+    return rows
 
 
-def _expect_all(name: str, holds: Tensor, expected: str, values: Tensor) -> None:
+def _expect_all(name: str, holds: Tensor, expected: str, values: Tensor, skipped: int = 0) -> None:
+    """`values` are those of the argument without the first `skipped` of its last axis."""
     if not bool(holds.all()):
-        index = tuple(torch.nonzero(~holds)[0].tolist())
-        raise ValueError(f"{name} must be {expected}, got {values[index].item()} at index {list(index)}")
-
-
-def _brief(limits: Tensor | int) -> str:
-    return "of each sequence" if isinstance(limits, Tensor) else str(limits)
+        *others, last = torch.nonzero(~holds)[0].tolist()
+        value = values[(*others, last)].item()
+        raise ValueError(f"{name} must be {expected}, got {value} at index {[*others, last + skipped]}")

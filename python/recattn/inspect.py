@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_choice, expect_index, expect_same_device, expect_shape
-from recattn.functional.validation import validate_values
+from recattn.functional.validation import checked_indices
 from recattn.nn.sink_tokens import as_mask, mask_of_sinks
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _sinks(
     if sink_token_id is None:
         expect_index(sizes, "sink_positions", sink_positions, "B M")
         expect_same_device("the batch", valid, sink_positions=sink_positions)
-        validate_values(valid.device, sink_positions=sink_positions, seq_len=sizes["N"])
+        sink_positions = checked_indices(valid.device, sink_positions=sink_positions, seq_len=sizes["N"]).sink_positions
         sinks = mask_of_sinks(sink_positions, sizes["N"]) & valid
     else:
         ids = batch.get("input_ids")

@@ -8,7 +8,8 @@ from recattn._check import (
     FLOATING,
     expect,
     expect_dtype,
-    expect_finite,
+    expect_numbers,
+    expect_probability,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -62,7 +63,7 @@ def inter_sink_bias(
             weights.
     """
     _validate(q_s, k_s, sink_mask, bias_scale, dropout_p)
-    expect_finite(scale=scale)
+    expect_numbers(scale=scale)
     q_s, k_s = autocast_inputs(q_s, k_s)
     expect_same_dtype("q_s", q_s, k_s=k_s)
     if isinstance(bias_scale, Tensor):
@@ -100,6 +101,6 @@ def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):
         expect_dtype("bias_scale", bias_scale, FLOATING)
         expect_same_device("q_s", q_s, bias_scale=bias_scale)
     else:
-        expect(isinstance(bias_scale, int | float), "bias_scale", one_number, type(bias_scale).__name__)
-        expect_finite(bias_scale=bias_scale)
-    expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
+        expect(bias_scale is not None, "bias_scale", one_number, None)
+        expect_numbers(bias_scale=bias_scale)
+    expect_probability("dropout_p", dropout_p)

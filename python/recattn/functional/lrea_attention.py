@@ -11,15 +11,15 @@ from recattn._check import (
     expect,
     expect_choice,
     expect_dtype,
-    expect_finite,
     expect_index,
+    expect_numbers,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
     expect_tensors,
 )
 from recattn._dispatch import select
-from recattn.functional.validation import validate_values, values_are_checked
+from recattn.functional.validation import Indices, checked_indices, values_are_checked
 from recattn.ops import lrea_attention as ops
 from recattn.ops._library import distinct
 
@@ -84,14 +84,15 @@ def lrea_compress(
         refusals = _without_gradient(refusals, behaviors, w_comp)
     path = _path_of(impl)
     impl = select("lrea_compress", impl, refusals)
-    if impl == "reference" or behaviors.device.type != "cpu":  # on a CPU the operators check what they read
-        validate_values(
+    if impl != "cpu":  # which checks what it reads
+        indices = checked_indices(
             behaviors.device,
             seq_lens=seq_lens,
             seq_len=sizes["L"],
             item_ids=item_ids,
             num_items=None if item_ids is None else sizes["I"],
         )
+        seq_lens, item_ids = indices.seq_lens, indices.item_ids
     if impl == "reference":
         return reference.lrea_compress(behaviors, w_comp, seq_lens, item_ids=item_ids)
     if item_ids is not None:
@@ -166,20 +167,21 @@ def lrea_attention(
         target_offsets=target_offsets,
         seq_lens=seq_lens,
     )
-    expect_finite(negative_slope=negative_slope, scale=scale)
+    expect_numbers(negative_slope=negative_slope, scale=scale)
 
     path = _path_of(impl)
     refusals = ops.availability(targets.device.type, "lrea_attention", targets.dtype, sizes["r"])
     impl = select("lrea_attention", impl, refusals)
     scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
-    if impl == "reference" or targets.device.type != "cpu":
-        validate_values(
+    if impl != "cpu":  # which checks what it reads
+        indices = checked_indices(
             targets.device,
             target_offsets=target_offsets,
             num_targets=sizes["T"],
             seq_lens=seq_lens,
             seq_len=sizes["Lmax"],
         )
+        target_offsets, seq_lens = indices.target_offsets, indices.seq_lens
     if impl == "reference":
         return reference.lrea_attention(
             targets,
@@ -247,9 +249,9 @@ def lrea_absorb(
     if seq_lens is not None:
         expect_index(sizes, "seq_lens", seq_lens, "U")
     expect_same_device("keys", keys, values=values, w_decomp=w_decomp, seq_lens=seq_lens)
-    expect_finite(negative_slope=negative_slope, scale=scale)
+    expect_numbers(negative_slope=negative_slope, scale=scale)
 
-    validate_values(keys.device, seq_lens=seq_lens, seq_len=sizes["Lmax"])
+    seq_lens = checked_indices(keys.device, seq_lens=seq_lens, seq_len=sizes["Lmax"]).seq_lens
     scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
     state_values = ops.absorb_values(values, w_decomp, seq_lens, negative_slope if orientation == "weights" else 1.0)
     return scale * keys, state_values
@@ -337,20 +339,21 @@ def lrea_absorbed_attention(
         NotImplementedError: an explicit `impl` that cannot serve the call.
     """
     expect_tensors(targets=targets)
-    expect_finite(negative_slope=negative_slope)
+    expect_numbers(negative_slope=negative_slope)
     refusals = ops.availability(targets.device.type, "lrea_absorbed_attention")
     refusals = _without_gradient(refusals, targets, state_keys, state_values, key_scales, value_scales)
     impl = select("lrea_absorbed_attention", impl, refusals)
+    # The operators check their arguments themselves, with the same words: here that would take longer than the call.
+    if impl == "reference" or (targets.is_cuda and values_are_checked(targets.device)):
+        tensors = (targets, state_keys, state_values, slots, target_offsets)
+        indices = _checked_absorbed(*tensors, item_ids, key_scales, value_scales, invalid)
+        slots, target_offsets, item_ids = indices.slots, indices.target_offsets, indices.item_ids
     tensors = (targets, state_keys, state_values, slots, target_offsets)
     if impl != "reference":
-        # It checks its arguments itself, with the same words: here that would take longer than the call.
-        if targets.is_cuda and values_are_checked(targets.device):
-            _check_absorbed(*tensors, item_ids, key_scales, value_scales, invalid)
         arguments = (*tensors, negative_slope, item_ids, key_scales, value_scales)
         if invalid is None:
             return torch.ops.recattn.lrea_absorbed_attention.default(*arguments)
         return torch.ops.recattn.lrea_absorbed_attention.counting(*arguments, invalid)
-    _check_absorbed(*tensors, item_ids, key_scales, value_scales, invalid)
     return reference.lrea_absorbed_attention(
         *tensors,
         item_ids=item_ids,
@@ -361,7 +364,7 @@ def lrea_absorbed_attention(
     )
 
 
-def _check_absorbed(
+def _checked_absorbed(
     targets: Tensor,
     state_keys: Tensor,
     state_values: Tensor,
@@ -371,7 +374,7 @@ def _check_absorbed(
     key_scales: Tensor | None,
     value_scales: Tensor | None,
     invalid: Tensor | None,
-) -> None:
+) -> Indices:
     expect_tensors(state_keys=state_keys, state_values=state_values, slots=slots)
     sizes: dict[str, int] = {}
     if invalid is not None:
@@ -413,16 +416,17 @@ def _check_absorbed(
     )
     if sizes["U"] == 0 and sizes["T"] > 0:
         raise ValueError(f"target_offsets must be offsets from 0 to {sizes['T']}, got offsets of no user")
-    if invalid is None:
-        validate_values(
-            targets.device,
-            target_offsets=target_offsets,
-            num_targets=sizes["T"],
-            slots=slots,
-            num_slots=sizes["S"],
-            item_ids=item_ids,
-            num_items=None if item_ids is None else sizes["I"],
-        )
+    if invalid is not None:
+        return Indices(slots=slots, target_offsets=target_offsets, item_ids=item_ids)
+    return checked_indices(
+        targets.device,
+        target_offsets=target_offsets,
+        num_targets=sizes["T"],
+        slots=slots,
+        num_slots=sizes["S"],
+        item_ids=item_ids,
+        num_items=None if item_ids is None else sizes["I"],
+    )
 
 
 def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:

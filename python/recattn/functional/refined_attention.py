@@ -8,8 +8,9 @@ from recattn._check import (
     expect,
     expect_choice,
     expect_dtype,
-    expect_finite,
     expect_index,
+    expect_numbers,
+    expect_probability,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -17,7 +18,7 @@ from recattn._check import (
 )
 from recattn._dispatch import select
 from recattn.functional._autocast import autocast_inputs
-from recattn.functional.validation import validate_values
+from recattn.functional.validation import checked_indices
 from recattn.ops import refined_attention as ops
 from recattn.ops._triton import draw_dropout_seed
 
@@ -104,8 +105,8 @@ def refined_attention(
     w_v = values[0] if values else None
     _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale)
     chosen = select("refined_attention", impl, ops.refusals(q, v, w_q, mechanism, dropout_p=dropout_p, impl=impl))
-    if chosen != "cpu":
-        validate_values(q.device, seq_len=q.shape[2], seq_lens=seq_lens)
+    if chosen != "cpu":  # which checks what it reads
+        seq_lens = checked_indices(q.device, seq_len=q.shape[2], seq_lens=seq_lens).seq_lens
     if chosen == "reference":
         return reference.refined_attention(
             q,
@@ -131,8 +132,8 @@ def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side,
     expect_choice("mechanism", mechanism, _MECHANISMS)
     expect_choice("source", source, ("logits", "weights"))
     expect_choice("padding_side", padding_side, ("right", "left"))
-    expect_finite(scale=scale)
-    expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
+    expect_numbers(scale=scale)
+    expect_probability("dropout_p", dropout_p)
     sizes: dict[str, int] = {}
     expect_shape(sizes, "q", q, "B H N D")
     expect_shape(sizes, "k", k, "B H N D")

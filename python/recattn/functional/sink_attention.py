@@ -10,8 +10,9 @@ from recattn._check import (
     expect,
     expect_choice,
     expect_dtype,
-    expect_finite,
     expect_index,
+    expect_numbers,
+    expect_probability,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -19,7 +20,7 @@ from recattn._check import (
 )
 from recattn._dispatch import select
 from recattn.functional._autocast import autocast_inputs
-from recattn.functional.validation import validate_values
+from recattn.functional.validation import checked_indices
 from recattn.ops import sink_attention as ops
 from recattn.ops._library import distinct
 from recattn.ops._triton import draw_dropout_seed
@@ -91,7 +92,7 @@ def sink_attention(
     expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
     q, k, v = autocast_inputs(q, k, v)
     _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p)
-    expect_finite(scale=scale)
+    expect_numbers(scale=scale)
     if base is not None:
         expect_choice("base", base, tuple(BASES))
         expect(
@@ -99,8 +100,8 @@ def sink_attention(
         )
     expect(max_seqlen is None or cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
     chosen = select("sink_attention", impl, ops.refusals(q, v, padded=seq_lens is not None, dropout_p=dropout_p))
-    if chosen == "reference" or q.device.type != "cpu":
-        validate_values(
+    if chosen != "correction" or q.device.type != "cpu":  # on a CPU that one checks what it reads
+        indices = checked_indices(
             q.device,
             seq_len=q.shape[-2] if cu_seqlens is None else None,
             num_tokens=q.shape[0],
@@ -108,6 +109,7 @@ def sink_attention(
             seq_lens=seq_lens,
             cu_seqlens=cu_seqlens,
         )
+        sink_positions, seq_lens, cu_seqlens = indices.sink_positions, indices.seq_lens, indices.cu_seqlens
     if chosen == "reference":
         return reference.sink_attention(
             q,
@@ -166,7 +168,7 @@ def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, p
     if seq_lens is not None:
         expect_index(sizes, "seq_lens", seq_lens, "B")
     expect_choice("padding_side", padding_side, ("right", "left"))
-    expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
+    expect_probability("dropout_p", dropout_p)
     expect_same_device(
         "q",
         q,

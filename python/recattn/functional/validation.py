@@ -1,11 +1,25 @@
 """Checks of the values of index tensors, which cost a device synchronisation on a GPU."""
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from recattn._check import expect, expect_lengths, expect_offsets, expect_rows, expect_sink_positions
+from recattn._check import expect
+from recattn.ops import index_checks as ops
+from recattn.ops._triton import constant_in_graphs
+
+
+class Indices(NamedTuple):
+    """The index tensors of a call, as the public functions name them."""
+
+    sink_positions: Tensor | None = None
+    seq_lens: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    target_offsets: Tensor | None = None
+    slots: Tensor | None = None
+    item_ids: Tensor | None = None
 
 
 def validate(
@@ -41,30 +55,67 @@ def validate(
     Raises:
         ValueError: names the argument, what was expected, and the first entry that is not it.
     """
-    if cu_seqlens is not None:
-        expect_offsets("cu_seqlens", cu_seqlens, _given("num_tokens", num_tokens, "cu_seqlens"))
-    if seq_lens is not None:
-        expect_lengths("seq_lens", seq_lens, _given("seq_len", seq_len, "seq_lens"))
-    if sink_positions is not None:
-        limits = _given("seq_len", seq_len, "sink_positions") if cu_seqlens is None else cu_seqlens.long().diff()
-        expect_sink_positions(sink_positions, limits)
-    if target_offsets is not None:
-        expect_offsets("target_offsets", target_offsets, _given("num_targets", num_targets, "target_offsets"))
-    if slots is not None:
-        expect_rows("slots", slots, _given("num_slots", num_slots, "slots"))
-    if item_ids is not None:
-        expect_rows("item_ids", item_ids, _given("num_items", num_items, "item_ids"), seq_lens)
+    given = Indices(sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids)
+    _checked(given, seq_len, num_tokens, num_targets, num_slots, num_items)
 
 
-def validate_values(device: torch.device, **arguments: object) -> None:
-    """`validate` where it is free, or asked for."""
-    if values_are_checked(device):
-        validate(**arguments)
+def checked_indices(
+    device: torch.device,
+    *,
+    seq_len: int | None = None,
+    num_tokens: int | None = None,
+    num_targets: int | None = None,
+    num_slots: int | None = None,
+    num_items: int | None = None,
+    **indices: Tensor | None,
+) -> Indices:
+    """Copies that passed `validate`, in a compiled graph too; the tensors themselves where a check is not free."""
+    given = Indices(**indices)
+    if not _are_checked(device):
+        return given
+    return _checked(given, seq_len, num_tokens, num_targets, num_slots, num_items)
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Reading a tensor's values costs a synchronisation on a GPU, and breaks the graph of a compiled call."""
-    return not torch.compiler.is_compiling() and (device.type == "cpu" or os.environ.get("RECATTN_CHECK") == "1")
+    """Whether Python reads a tensor's values, which would break the graph of a compiled call."""
+    return _are_checked(device) and not torch.compiler.is_compiling()
+
+
+def _are_checked(device: torch.device) -> bool:
+    """Reading values costs a synchronisation on a GPU."""
+    return device.type == "cpu" or (device.type != "meta" and _always_checked())
+
+
+@constant_in_graphs
+def _always_checked() -> bool:
+    return os.environ.get("RECATTN_CHECK") == "1"
+
+
+def _checked(
+    given: Indices,
+    seq_len: int | None,
+    num_tokens: int | None,
+    num_targets: int | None,
+    num_slots: int | None,
+    num_items: int | None,
+) -> Indices:
+    sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids = given
+    if cu_seqlens is not None:
+        total = _given("num_tokens", num_tokens, "cu_seqlens")
+        cu_seqlens = ops.checked_offsets("cu_seqlens", cu_seqlens, total)
+    if seq_lens is not None:
+        seq_lens = ops.checked_lengths("seq_lens", seq_lens, _given("seq_len", seq_len, "seq_lens"))
+    if sink_positions is not None:
+        longest = _given("seq_len", seq_len, "sink_positions") if cu_seqlens is None else None
+        sink_positions = ops.checked_sink_positions(sink_positions, longest, cu_seqlens)
+    if target_offsets is not None:
+        total = _given("num_targets", num_targets, "target_offsets")
+        target_offsets = ops.checked_offsets("target_offsets", target_offsets, total)
+    if slots is not None:
+        slots = ops.checked_rows("slots", slots, _given("num_slots", num_slots, "slots"), None)
+    if item_ids is not None:
+        item_ids = ops.checked_rows("item_ids", item_ids, _given("num_items", num_items, "item_ids"), seq_lens)
+    return Indices(sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids)
 
 
 def _given(name: str, size: int | None, needed_by: str) -> int:

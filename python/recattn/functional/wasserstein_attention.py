@@ -8,8 +8,9 @@ from recattn._check import (
     expect,
     expect_choice,
     expect_dtype,
-    expect_finite,
     expect_index,
+    expect_numbers,
+    expect_probability,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -17,7 +18,7 @@ from recattn._check import (
 )
 from recattn._dispatch import select
 from recattn.functional._autocast import autocast_inputs
-from recattn.functional.validation import validate_values
+from recattn.functional.validation import checked_indices
 from recattn.ops import wasserstein_attention as ops
 from recattn.ops._library import distinct
 from recattn.ops._triton import draw_dropout_seed
@@ -93,8 +94,8 @@ def wasserstein_attention(
     expect_same_dtype("mean_q", tensors["mean_q"], **tensors)
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k = (*tensors.values(), None, None)[:8]
     chosen = select("wasserstein_attention", impl, ops.refusals(mean_q, mean_v, w_q, dropout_p=dropout_p))
-    if chosen == "reference" or mean_q.device.type != "cpu":
-        validate_values(mean_q.device, seq_len=mean_q.shape[2], seq_lens=seq_lens)
+    if chosen != "cpu":  # which checks what it reads
+        seq_lens = checked_indices(mean_q.device, seq_len=mean_q.shape[2], seq_lens=seq_lens).seq_lens
     if chosen == "reference":
         return reference.wasserstein_attention(
             mean_q,
@@ -121,8 +122,8 @@ def wasserstein_attention(
 def _validate(tensors, source, seq_lens, padding_side, dropout_p, scale):
     expect_choice("source", source, ("logits", "weights"))
     expect_choice("padding_side", padding_side, ("right", "left"))
-    expect_finite(scale=scale)
-    expect(0 <= dropout_p < 1, "dropout_p", "at least 0 and below 1", dropout_p)
+    expect_numbers(scale=scale)
+    expect_probability("dropout_p", dropout_p)
     expect_tensors(**tensors)
     sizes: dict[str, int] = {}
     for name, x in tensors.items():

@@ -26,9 +26,9 @@ try:
 except ImportError as error:
     raise ImportError('recattn.integrations.transformers needs transformers: pip install "recattn[hf]"') from error
 
-from recattn._check import expect, expect_choice, expect_finite, expect_index
+from recattn._check import expect, expect_choice, expect_index, expect_numbers, expect_probability
 from recattn.functional import sink_attention
-from recattn.functional.validation import validate_values, values_are_checked
+from recattn.functional.validation import checked_indices, values_are_checked
 from recattn.nn import InterSinkBias
 from recattn.ops.sink_attention import no_sinks
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros, valid_tokens
@@ -162,8 +162,9 @@ def enable_sink_attention(
             stacklevel=2,
         )
     attentions = _supported_attentions(model)
-    expect(dropout is None or 0 <= dropout < 1, "dropout", "at least 0 and below 1", dropout)
-    expect_finite(bias_scale=bias_scale)
+    if dropout is not None:
+        expect_probability("dropout", dropout)
+    expect_numbers(bias_scale=bias_scale)
     if padding_side is not None:
         expect_choice("padding_side", padding_side, ("right", "left"))
     last = model.config.vocab_size - 1
@@ -233,7 +234,8 @@ class _SinkReader:
             positions = self._positions(input_ids, visible)
         else:
             expect_index({"B": tokens.shape[0]}, "sink_positions", positions, "B M")
-            validate_values(positions.device, sink_positions=positions, seq_len=tokens.shape[1])
+            length = tokens.shape[1]
+            positions = checked_indices(positions.device, sink_positions=positions, seq_len=length).sink_positions
         valid = positions >= 0
         if visible is not None:
             valid = valid & visible.gather(1, positions.long().clamp(min=0))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from recattn._check import expect, expect_choice, expect_shape, expect_tensors
+from recattn._check import expect, expect_choice, expect_probability, expect_shape, expect_tensors
 from recattn.nn._masks import is_causal_mask, lengths_of_padding, padded_keys
 
 Module = TypeVar("Module", bound="MultiheadProjections")
@@ -45,7 +45,7 @@ class MultiheadProjections(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         divides = num_kv_heads > 0 and num_heads % num_kv_heads == 0
         expect(divides, "num_kv_heads", f"a divisor of {num_heads} heads", num_kv_heads)
-        expect(0 <= dropout < 1, "dropout", "at least 0 and below 1", dropout)
+        expect_probability("dropout", dropout)
         expect_choice("padding_side", padding_side, ("right", "left"))
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads

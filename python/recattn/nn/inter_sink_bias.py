@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from recattn._check import expect, expect_index, expect_shape, expect_tensors
+from recattn._check import expect, expect_index, expect_probability, expect_shape, expect_tensors
 from recattn.functional import inter_sink_bias
 
 
@@ -42,7 +42,7 @@ class InterSinkBias(nn.Module):
         expect(num_heads > 0, "num_heads", "at least 1", num_heads)
         multiple = f"a multiple of {num_heads} heads"
         expect(hidden_size > 0 and hidden_size % num_heads == 0, "hidden_size", multiple, hidden_size)
-        expect(0 <= dropout < 1, "dropout", "at least 0 and below 1", dropout)
+        expect_probability("dropout", dropout)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.dropout, self.bias_scale, self.causal, self.impl = dropout, bias_scale, causal, impl
         options = {"device": device, "dtype": dtype}

@@ -13,8 +13,8 @@ from recattn._check import (
     expect,
     expect_choice,
     expect_dtype,
-    expect_finite,
     expect_index,
+    expect_numbers,
     expect_same_device,
     expect_same_dtype,
     expect_shape,
@@ -100,7 +100,7 @@ class LREA(nn.Module):
     ) -> None:
         super().__init__()
         expect_choice("orientation", orientation, ("scores", "weights"))
-        expect_finite(negative_slope=negative_slope)
+        expect_numbers(negative_slope=negative_slope)
         expect(embed_dim > 0, "embed_dim", "at least 1", embed_dim)
         expect(max_len > 0, "max_len", "at least 1", max_len)
         expect(0 < rank <= max_len, "rank", f"between 1 and max_len, {max_len}", rank)

@@ -12,16 +12,16 @@ from torch.nn.utils.rnn import pad_sequence
 from recattn._check import (
     FLOATING,
     INTEGER,
+    checked_lengths,
     expect,
     expect_choice,
     expect_dtype,
     expect_index,
-    expect_lengths,
     expect_same_device,
     expect_shape,
     expect_tensors,
 )
-from recattn.functional.validation import validate_values, values_are_checked
+from recattn.functional.validation import checked_indices, values_are_checked
 from recattn.reference.sink_attention import valid_tokens
 
 if TYPE_CHECKING:
@@ -333,7 +333,7 @@ def insert_sink_embeddings(
     else:
         expect_index(sizes, "lengths", lengths, "B" if whole else "B k")
         if values_are_checked(device):
-            expect_lengths("lengths", lengths, k if whole else t)
+            lengths = checked_lengths("lengths", lengths, k if whole else t)
         if whole:
             lengths = valid_tokens(batch, k, lengths, "right", device).long()
 
@@ -377,7 +377,7 @@ def replace_sink_embeddings(inputs_embeds: Tensor, sink_positions: Tensor, sinks
     expect_shape(sizes, "sinks", sinks, "B M d")
     expect_same_device("inputs_embeds", inputs_embeds, sink_positions=sink_positions, sinks=sinks)
     n = sizes["N"]
-    validate_values(inputs_embeds.device, sink_positions=sink_positions, seq_len=n)
+    sink_positions = checked_indices(inputs_embeds.device, sink_positions=sink_positions, seq_len=n).sink_positions
     # Padded sinks land in a last row, which is cut off.
     padded = torch.cat([inputs_embeds, inputs_embeds.new_zeros(sizes["B"], 1, sizes["d"])], dim=1)
     index = sink_positions.long().masked_fill(sink_positions < 0, n)[..., None].expand_as(sinks)
@@ -453,7 +453,7 @@ class SinkPooling(nn.Module):
         if stage == "sinks":
             expect(sink_positions is not None, "sink_positions", "given to pool the sinks", None)
             expect_index(sizes, "sink_positions", sink_positions, "B M")
-            validate_values(device, sink_positions=sink_positions, seq_len=n)
+            sink_positions = checked_indices(device, sink_positions=sink_positions, seq_len=n).sink_positions
             sinks = mask_of_sinks(sink_positions, n) & pooled
             pooled = torch.where(sinks.any(dim=1, keepdim=True), sinks, pooled)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
-from recattn._check import expect, expect_choice, expect_same_device, expect_shape, expect_tensors
+from recattn._check import expect, expect_choice, expect_probability, expect_same_device, expect_shape, expect_tensors
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
 
@@ -63,7 +63,7 @@ class StochasticRefinedSelfAttention(nn.Module):
         expect(max_len > 0, "max_len", "at least 1", max_len)
         rank = max_len if rank is None else rank
         expect(rank > 0, "rank", "at least 1", rank)
-        expect(0 <= dropout < 1, "dropout", "at least 0 and below 1", dropout)
+        expect_probability("dropout", dropout)
         self.embed_dim, self.num_heads, self.max_len, self.rank = embed_dim, num_heads, max_len, rank
         self.refine, self.source, self.dropout, self.causal = refine, source, dropout, causal
         self.padding_side, self.impl = padding_side, impl

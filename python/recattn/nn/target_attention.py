@@ -17,7 +17,7 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn.functional._autocast import autocast_inputs
-from recattn.functional.validation import validate_values
+from recattn.functional.validation import checked_indices
 
 
 class TargetAttention(nn.Module):
@@ -89,7 +89,7 @@ class TargetAttention(nn.Module):
         Raises:
             ValueError: shapes, dtypes and devices that do not fit; on a CPU also offsets and lengths out of range.
         """
-        self._expect_inputs(targets, behaviors, target_offsets, seq_lens)
+        target_offsets, seq_lens = self._checked_indices(targets, behaviors, target_offsets, seq_lens)
         targets, behaviors = autocast_inputs(targets, behaviors)
         expect_same_dtype("the parameters", self._first_layer()[0], targets=targets, behaviors=behaviors)
         if target_offsets is None:
@@ -103,9 +103,10 @@ class TargetAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, hidden={self.hidden}, pooling={self.pooling!r}"
 
-    def _expect_inputs(
+    def _checked_indices(
         self, targets: Tensor, behaviors: Tensor, target_offsets: Tensor | None, seq_lens: Tensor | None
-    ) -> None:
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The offsets and lengths, of inputs that fit."""
         sizes = {"embed_dim": self.embed_dim}
         expect_tensors(targets=targets, behaviors=behaviors)
         expect_shape(sizes, "behaviors", behaviors, "U L embed_dim")
@@ -118,13 +119,14 @@ class TargetAttention(nn.Module):
             expect_index(sizes, "seq_lens", seq_lens, "U")
         others = {"targets": targets, "behaviors": behaviors, "target_offsets": target_offsets, "seq_lens": seq_lens}
         expect_same_device("the parameters", self.layers[0].weight, **others)
-        validate_values(
+        indices = checked_indices(
             behaviors.device,
             target_offsets=target_offsets,
             num_targets=len(targets),
             seq_lens=seq_lens,
             seq_len=sizes["L"],
         )
+        return indices.target_offsets, indices.seq_lens
 
     def _attend(self, targets: Tensor, behaviors: Tensor, seq_lens: Tensor | None) -> Tensor:
         """[U, n, d] targets, [U, L, d] behaviours -> [U, n, d]"""

@@ -7,7 +7,7 @@ a thread one at a time, whole in its cache. All else, and the stochastic mechani
 import torch
 from torch import Tensor
 
-from recattn._check import expect_lengths
+from recattn._check import checked_lengths
 from recattn._extension import MISSING
 from recattn.ops._refined_attention_slices import (
     Plan,
@@ -75,7 +75,7 @@ def pairs_bwd(dout, q, k, v, matrices, seq_lens, plan, settings) -> list[Tensor]
 
 def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> Tensor:
     if seq_lens is not None:
-        expect_lengths("seq_lens", seq_lens, q.shape[2])
+        seq_lens = checked_lengths("seq_lens", seq_lens, q.shape[2])
     settings = Settings(*settings)
     forward = pairs_fwd if _served_by_pairs(q, v, settings) else slices_fwd
     return forward(q, k, v, in_compute_dtype(w_q, w_k, w_v), seq_lens, plan_of(q, w_q, settings), settings)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from recattn._check import expect_lengths, expect_offsets, expect_sink_positions
+from recattn._check import checked_lengths, checked_offsets, checked_sink_positions
 from recattn.ops._ragged import Bucket, length_buckets
 from recattn.reference.sink_attention import softmax_or_zeros
 
@@ -403,14 +403,15 @@ class _Ragged(NamedTuple):
         return x.unsqueeze(0) if self.packed else x.transpose(1, 2)
 
 
-def _check_values(q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None) -> None:
+def _checked(
+    q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if cu_seqlens is not None:
-        expect_offsets("cu_seqlens", cu_seqlens, q.shape[0])
-        expect_sink_positions(sink_positions, cu_seqlens.long().diff())
-        return
-    expect_sink_positions(sink_positions, q.shape[2])
+        cu_seqlens = checked_offsets("cu_seqlens", cu_seqlens, q.shape[0])
+        return checked_sink_positions(sink_positions, None, cu_seqlens), seq_lens, cu_seqlens
     if seq_lens is not None:
-        expect_lengths("seq_lens", seq_lens, q.shape[2])
+        seq_lens = checked_lengths("seq_lens", seq_lens, q.shape[2])
+    return checked_sink_positions(sink_positions, q.shape[2]), seq_lens, cu_seqlens
 
 
 def _describe_batch(q: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None, left_padded: bool) -> _Ragged:
@@ -479,7 +480,7 @@ def sink_attention_fwd(
     q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, causal, left_padded, scale
 ):
     settings, lse_dtype = _Settings(causal, left_padded, scale), _lse_dtype(q)
-    _check_values(q, sink_positions, seq_lens, cu_seqlens)  # the backward has the same
+    sink_positions, seq_lens, cu_seqlens = _checked(q, sink_positions, seq_lens, cu_seqlens)
     batch = _describe_batch(q, seq_lens, cu_seqlens, left_padded)
     if batch.rows is None and q.numel() > 0:
         sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse_dtype)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from recattn._check import expect_lengths
+from recattn._check import checked_lengths
 from recattn.ops import _refined_attention_slices as refined
 from recattn.ops._refined_attention_slices import Mask, Slice, multiply
 
@@ -24,7 +24,7 @@ def wasserstein_attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²))."""
-    _check(seq_lens, query)
+    seq_lens = _checked(seq_lens, query)
     mean, cov = (refined.new_output(x, seq_lens) for x in (mean_v, cov_v))
     inputs, outputs = [x.flatten(0, 1) for x in (query, key, mean_v, cov_v)], [x.flatten(0, 1) for x in (mean, cov)]
     for part, mask in _slices(query, mean_v, seq_lens, causal, left_padded):
@@ -98,7 +98,7 @@ def projection_fwd(
     scale: float,
 ) -> Tensor:
     """A W with A = scale · query keyᵀ, or its softmax; [B, H, N, P]."""
-    _check(seq_lens, query)
+    seq_lens = _checked(seq_lens, query)
     x = refined.new_output(query.new_empty(*query.shape[:3], w.shape[-1]), seq_lens)
     for head in refined.heads_apart(query, [w]):
         query_h, key_h, x_h = (refined.pairs_of(t, head) for t in (query, key, x))
@@ -143,9 +143,8 @@ def projection_bwd(
     return dquery, dkey, dw
 
 
-def _check(seq_lens: Tensor | None, query: Tensor) -> None:
-    if seq_lens is not None:
-        expect_lengths("seq_lens", seq_lens, query.shape[2])
+def _checked(seq_lens: Tensor | None, query: Tensor) -> Tensor | None:
+    return None if seq_lens is None else checked_lengths("seq_lens", seq_lens, query.shape[2])
 
 
 def _slices(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, pad
 
 from recattn import reference
-from recattn._check import expect_lengths, expect_offsets, expect_rows, expect_same_device
+from recattn._check import checked_lengths, checked_offsets, checked_rows, expect_same_device
 from recattn._extension import MISSING
 from recattn.ops import _lrea_attention_triton as by_triton
 from recattn.ops._library import as_dtype, define, differentiable_again
@@ -33,7 +33,8 @@ def availability(
 
     Of Triton's with a dtype and a rank: why not a call with these.
     """
-    cpu = MISSING.get("cpu") if device == "cpu" else f"the tensors are on {device}"
+    # Of tensors without values an operator tells the shapes; the reference would read offsets.
+    cpu = MISSING.get("cpu") if device in ("cpu", "meta") else f"the tensors are on {device}"
     if op == "lrea_absorbed_attention":
         cuda = MISSING.get("cuda", MISSING.get("cpu")) if device == "cuda" else f"the tensors are on {device}"
         return {"cuda": cuda, "cpu": cpu, "reference": None}
@@ -123,26 +124,72 @@ def absorb_values(values: Tensor, w_decomp: Tensor, seq_lens: Tensor | None, neg
     """φ(W) Wᵀ values_u, W the columns of w_decomp that user u sees: [U, H, r, dv], differentiable."""
     w = w_decomp.to(_accumulate_dtype(w_decomp.dtype))
     weights = leaky_relu(w, negative_slope)
-    gram = weights @ w.T if seq_lens is None else _gram_matrices(weights, w, seq_lens).unsqueeze(1)
+    gram = weights @ w.T if seq_lens is None else GramMatrices.apply(weights, w, seq_lens, None).unsqueeze(1)
     return (gram @ values.to(w.dtype)).to(values.dtype)
-
-
-def _gram_matrices(left: Tensor, right: Tensor, seq_lens: Tensor) -> Tensor:
-    """left[:, :n] right[:, :n]ᵀ for each n of seq_lens: [r, L], [r, L], [U] -> [U, r, r].
-
-    Each length extends the next shorter one, so every column is multiplied once, however many users there are.
-    """
-    lengths, inverse = seq_lens.unique(return_inverse=True)
-    gram = left.new_zeros(left.shape[0], right.shape[0])
-    grams = []
-    for start, end in pairwise([0, *lengths.tolist()]):
-        gram = gram + left[:, start:end] @ right[:, start:end].T
-        grams.append(gram)
-    return torch.stack(grams)[inverse] if grams else gram.expand(0, -1, -1)
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- The Gram matrices of W's first columns, for absorption ---
+
+
+def _gram_reference(left, right, seq_lens, _settings) -> Tensor:
+    seen = torch.arange(left.shape[1], device=left.device) < seq_lens[:, None]  # [U, L]
+    return (left * seen[:, None]) @ right.T
+
+
+class GramMatrices(torch.autograd.Function):
+    """left[:, :n] right[:, :n]ᵀ for each n of seq_lens: [r, L], [r, L], [U] -> [U, r, r]"""
+
+    @staticmethod
+    def forward(ctx, left, right, seq_lens, settings):
+        ctx.save_for_backward(left, right, seq_lens)
+        ctx.settings = settings
+        return lrea_gram_fwd(left, right, seq_lens)
+
+    @staticmethod
+    @differentiable_again(_gram_reference)
+    def backward(ctx, dgrams):
+        return *lrea_gram_bwd(dgrams, *ctx.saved_tensors), None, None
+
+
+# Each length extends the next shorter one, so every column is multiplied once, however many users there are.
+
+
+def _gram_fwd(left: Tensor, right: Tensor, seq_lens: Tensor) -> Tensor:
+    lengths, inverse = seq_lens.unique(return_inverse=True)
+    gram = left.new_zeros(left.shape[0], right.shape[0])
+    grams = gram.expand(len(lengths), -1, -1).contiguous()
+    for i, (start, end) in enumerate(pairwise([0, *lengths.tolist()])):
+        gram = torch.addmm(gram, left[:, start:end], right[:, start:end].T, out=grams[i])
+    return grams[inverse]
+
+
+def _gram_bwd(dgrams: Tensor, left: Tensor, right: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    lengths, inverse = seq_lens.unique(return_inverse=True)
+    dleft, dright = torch.zeros_like(left), torch.zeros_like(right)
+    of_length = dgrams.new_zeros(len(lengths), *dgrams.shape[1:]).index_add_(0, inverse, dgrams)
+    of_longer = of_length.flip(0).cumsum(0).flip(0)  # and of those as long
+    for dgram, (start, end) in zip(of_longer, pairwise([0, *lengths.tolist()]), strict=True):
+        dleft[:, start:end] = dgram @ right[:, start:end]
+        dright[:, start:end] = dgram.T @ left[:, start:end]
+    return dleft, dright
+
+
+lrea_gram_fwd = define(
+    "lrea_gram_fwd(Tensor left, Tensor right, Tensor seq_lens) -> Tensor",
+    cpu=_gram_fwd,
+    cuda=_gram_fwd,
+    fake=lambda left, right, seq_lens: left.new_empty(seq_lens.shape[0], left.shape[0], right.shape[0]),
+)
+lrea_gram_bwd = define(
+    "lrea_gram_bwd(Tensor dgrams, Tensor left, Tensor right, Tensor seq_lens) -> (Tensor, Tensor)",
+    cpu=_gram_bwd,
+    cuda=_gram_bwd,
+    fake=lambda dgrams, left, right, seq_lens: (torch.empty_like(left), torch.empty_like(right)),
+)
 
 
 # --- Products of every target with a matrix of its user ---
@@ -151,7 +198,7 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def _user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
     """out[t, h] = rows[t, h] matrices[user of t, h]: [T, H, k], [U, H, k, n] -> [T, H, n]"""
     if rows.device.type == "cpu":
-        expect_offsets("target_offsets", target_offsets, rows.shape[0])
+        target_offsets = checked_offsets("target_offsets", target_offsets, rows.shape[0])
     if _takes_triton(rows, path):
         return by_triton.user_matmul(rows, matrices, target_offsets)
     dtype = _accumulate_dtype(rows.dtype)
@@ -169,7 +216,7 @@ def _user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor, path: s
 def _user_outer(left: Tensor, right: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
     """out[u, h] = Σ left[t, h] ⊗ right[t, h] over the targets of u: [T, H, k], [T, H, n] -> [U, H, k, n]"""
     if left.device.type == "cpu":
-        expect_offsets("target_offsets", target_offsets, left.shape[0])
+        target_offsets = checked_offsets("target_offsets", target_offsets, left.shape[0])
     if _takes_triton(left, path):
         return by_triton.user_outer(left, right, target_offsets)
     dtype = _accumulate_dtype(left.dtype)
@@ -247,7 +294,7 @@ def _middle_factor_fwd(
     path: str = "auto",
 ) -> Tensor:
     if z.device.type == "cpu" and seq_lens is not None:
-        expect_lengths("seq_lens", seq_lens, w_decomp.shape[1])
+        seq_lens = checked_lengths("seq_lens", seq_lens, w_decomp.shape[1])
     if _takes_triton(z, path):
         return by_triton.middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope)
     lengths = _row_lengths(z, target_offsets, seq_lens)
@@ -307,9 +354,10 @@ def _padding(seq_lens: Tensor, length: int) -> Tensor:
 def _compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
     if behaviors.device.type == "cpu":
         if seq_lens is not None:
-            expect_lengths("seq_lens", seq_lens, (behaviors if item_ids is None else item_ids).shape[1])
+            longest = (behaviors if item_ids is None else item_ids).shape[1]
+            seq_lens = checked_lengths("seq_lens", seq_lens, longest)
         if item_ids is not None:
-            expect_rows("item_ids", item_ids, behaviors.shape[0], seq_lens)
+            item_ids = checked_rows("item_ids", item_ids, behaviors.shape[0], seq_lens)
     return by_triton.compress_fwd(behaviors, w_comp, seq_lens, item_ids)
 
 

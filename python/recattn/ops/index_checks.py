@@ -1,0 +1,29 @@
+"""The checks of index values as operators, which a compiled or exported graph makes like an eager call.
+
+Each returns a copy of what it checked. Whatever computes with the copy keeps the check in the graph, and no thread of a
+caller can change what was checked.
+"""
+
+import torch
+
+from recattn import _check
+from recattn.ops._library import define
+
+
+def _define(schema: str, check) -> torch._ops.OpOverload:
+    return define(schema, cpu=check, cuda=check, fake=_like_first_tensor)
+
+
+def _like_first_tensor(*args):
+    return next(torch.empty_like(x) for x in args if isinstance(x, torch.Tensor))
+
+
+checked_sink_positions = _define(
+    "checked_sink_positions(Tensor sink_positions, SymInt? seq_len, Tensor? cu_seqlens) -> Tensor",
+    _check.checked_sink_positions,
+)
+checked_lengths = _define("checked_lengths(str name, Tensor lengths, SymInt longest) -> Tensor", _check.checked_lengths)
+checked_offsets = _define("checked_offsets(str name, Tensor offsets, SymInt total) -> Tensor", _check.checked_offsets)
+checked_rows = _define(
+    "checked_rows(str name, Tensor rows, SymInt table_size, Tensor? seq_lens) -> Tensor", _check.checked_rows
+)
