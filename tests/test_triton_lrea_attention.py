@@ -214,8 +214,6 @@ def test_compress_of_nothing(sizes):
 @pytest.fixture
 def unchecked(monkeypatch):
     monkeypatch.setattr(validation, "_are_checked", lambda device: False)
-    for name in ("checked_offsets", "checked_lengths", "checked_rows"):
-        monkeypatch.setattr(ops, name, lambda name, indices, *limits: indices)
 
 
 def guarded(inputs: dict, names: list[str]) -> dict:

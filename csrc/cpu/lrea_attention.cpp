@@ -46,7 +46,7 @@ struct Rows {
 
     const T* at(int64_t i) const {
         if (indices == nullptr) return data + i * row;
-        const int64_t index = indices[i];
+        const int64_t index = read_once(indices[i]);
         return is_row(index, size) ? data + index * row : zeros;
     }
 };
@@ -87,7 +87,7 @@ struct AbsorbedAttention {
     }
     // -1 for what is no row of the tables.
     int64_t slot_of(int64_t user) const {
-        const int64_t slot = slots[user];
+        const int64_t slot = read_once(slots[user]);
         return is_row(slot, table_size) ? slot : -1;
     }
 };

@@ -173,15 +173,14 @@ def lrea_attention(
     refusals = ops.availability(targets.device.type, "lrea_attention", targets.dtype, sizes["r"])
     impl = select("lrea_attention", impl, refusals)
     scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
-    if impl != "cpu":  # which checks what it reads
-        indices = checked_indices(
-            targets.device,
-            target_offsets=target_offsets,
-            num_targets=sizes["T"],
-            seq_lens=seq_lens,
-            seq_len=sizes["Lmax"],
-        )
-        target_offsets, seq_lens = indices.target_offsets, indices.seq_lens
+    indices = checked_indices(
+        targets.device,
+        target_offsets=target_offsets,
+        num_targets=sizes["T"],
+        seq_lens=seq_lens,
+        seq_len=sizes["Lmax"],
+    )
+    target_offsets, seq_lens = indices.target_offsets, indices.seq_lens
     if impl == "reference":
         return reference.lrea_attention(
             targets,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, pad
 
 from recattn import reference
-from recattn._check import checked_lengths, checked_offsets, checked_rows, expect_same_device
+from recattn._check import expect_same_device
 from recattn._extension import MISSING
 from recattn.ops import _lrea_attention_triton as by_triton
 from recattn.ops._library import as_dtype, define, differentiable_again
@@ -197,8 +197,6 @@ lrea_gram_bwd = define(
 
 def _user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
     """out[t, h] = rows[t, h] matrices[user of t, h]: [T, H, k], [U, H, k, n] -> [T, H, n]"""
-    if rows.device.type == "cpu":
-        target_offsets = checked_offsets("target_offsets", target_offsets, rows.shape[0])
     if _takes_triton(rows, path):
         return by_triton.user_matmul(rows, matrices, target_offsets)
     dtype = _accumulate_dtype(rows.dtype)
@@ -215,8 +213,6 @@ def _user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor, path: s
 
 def _user_outer(left: Tensor, right: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
     """out[u, h] = Σ left[t, h] ⊗ right[t, h] over the targets of u: [T, H, k], [T, H, n] -> [U, H, k, n]"""
-    if left.device.type == "cpu":
-        target_offsets = checked_offsets("target_offsets", target_offsets, left.shape[0])
     if _takes_triton(left, path):
         return by_triton.user_outer(left, right, target_offsets)
     dtype = _accumulate_dtype(left.dtype)
@@ -293,8 +289,6 @@ def _middle_factor_fwd(
     negative_slope: float,
     path: str = "auto",
 ) -> Tensor:
-    if z.device.type == "cpu" and seq_lens is not None:
-        seq_lens = checked_lengths("seq_lens", seq_lens, w_decomp.shape[1])
     if _takes_triton(z, path):
         return by_triton.middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope)
     lengths = _row_lengths(z, target_offsets, seq_lens)
@@ -352,12 +346,6 @@ def _padding(seq_lens: Tensor, length: int) -> Tensor:
 
 
 def _compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
-    if behaviors.device.type == "cpu":
-        if seq_lens is not None:
-            longest = (behaviors if item_ids is None else item_ids).shape[1]
-            seq_lens = checked_lengths("seq_lens", seq_lens, longest)
-        if item_ids is not None:
-            item_ids = checked_rows("item_ids", item_ids, behaviors.shape[0], seq_lens)
     return by_triton.compress_fwd(behaviors, w_comp, seq_lens, item_ids)
 
 

@@ -1,0 +1,31 @@
+"""Compilers' command lines for what runs under a sanitizer."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def compile_command(sanitizer: str, folder: Path) -> list[str]:
+    """The compiler and its options ("thread" or "address"), tried in the folder; the test is skipped without one."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    command = [compiler, f"-fsanitize={sanitizer}", "-O1", "-g1", "-std=c++20"]
+    source, program = folder / "empty.cpp", str(folder / "empty")
+    source.write_text("int main() {}\n")
+    for attempt in ([*command, str(source), "-o", program], [program]):
+        result = subprocess.run(attempt, capture_output=True, text=True)
+        if result.returncode != 0:
+            pytest.skip(f"no {sanitizer} sanitizer here: {result.stderr}")
+    return command
+
+
+def preloaded(command: list[str]) -> str:
+    """LD_PRELOAD of a Python that loads a library under AddressSanitizer, which needs to see C++ throw."""
+    names = ("libasan.so", "libstdc++.so")
+    return " ".join(
+        subprocess.check_output([command[0], f"-print-file-name={name}"], text=True).strip() for name in names
+    )
