@@ -96,3 +96,46 @@ def test_exports_compiles_and_runs_from_a_file(device, counting, tmp_path):
         # An int8 state is as exact as its steps; what is tested here is the way through the file.
         torch.testing.assert_close(scores, right, rtol=0, atol=0.02 * right.abs().max().item())
     assert [counter.item() for counter in counters] == [1] * counting
+
+
+# --- States made in a graph ---
+
+
+def draw_histories(users=3, length=20):
+    return torch.randn(users, length, 8), torch.randint(length + 1, (users,))
+
+
+@pytest.fixture
+def lrea():
+    return recattn.nn.LREA(8, 20, 4, num_heads=2, dtype=torch.float64).double()
+
+
+def equal_states(actual, expected) -> bool:
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_export_state_is_one_graph_for_all_lengths(lrea):
+    torch._dynamo.reset()
+    compiled = torch.compile(lrea.export_state, fullgraph=True, backend="aot_eager")
+    for stance in ("default", "fail_on_recompile", "fail_on_recompile"):
+        behaviors, seq_lens = draw_histories()
+        with torch.compiler.set_stance(stance):
+            state = compiled(behaviors.double(), seq_lens)
+        assert equal_states(state, lrea.export_state(behaviors.double(), seq_lens))
+
+
+def test_export_state_exports(lrea):
+    class Export(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lrea = lrea
+
+        def forward(self, behaviors, seq_lens):
+            return self.lrea.export_state(behaviors, seq_lens)
+
+    users = Dim("users", min=2)
+    example = draw_histories()[0].double(), draw_histories()[1]
+    exported = torch.export.export(Export(), example, dynamic_shapes=({0: users}, {0: users})).module()
+    for count in (3, 7):
+        behaviors, seq_lens = draw_histories(count)
+        assert equal_states(exported(behaviors.double(), seq_lens), lrea.export_state(behaviors.double(), seq_lens))

@@ -67,6 +67,11 @@ def expect_probability(name: str, value: float) -> None:
     expect(0 <= value < 1, name, "at least 0 and below 1", value)
 
 
+def expect_count(name: str, value: int) -> None:
+    holds = isinstance(value, int | torch.SymInt) and value >= 0
+    expect(holds, name, "an integer of at least 0", "a torch.Tensor" if isinstance(value, Tensor) else value)
+
+
 def _expect_number(name: str, value: object) -> None:
     # SymInt and SymFloat are those of a graph with dynamic shapes; numpy's scalars are Real.
     if not isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, Real):

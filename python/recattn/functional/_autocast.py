@@ -1,5 +1,7 @@
 """Autocast, as PyTorch's own attention takes part in it."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,12 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A block whose products have the precision of their inputs, on the device of `x`."""
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
 
 @constant_in_graphs  # torch 2.11 cannot trace the question

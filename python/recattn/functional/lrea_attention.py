@@ -251,7 +251,7 @@ def lrea_absorb(
     expect_numbers(negative_slope=negative_slope, scale=scale)
 
     seq_lens = checked_indices(keys.device, seq_lens=seq_lens, seq_len=sizes["Lmax"]).seq_lens
-    scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
+    scale = 1 / math.sqrt(sizes["d"]) if scale is None else float(scale)
     state_values = ops.absorb_values(values, w_decomp, seq_lens, negative_slope if orientation == "weights" else 1.0)
     return scale * keys, state_values
 
@@ -349,18 +349,41 @@ def lrea_absorbed_attention(
         slots, target_offsets, item_ids = indices.slots, indices.target_offsets, indices.item_ids
     tensors = (targets, state_keys, state_values, slots, target_offsets)
     if impl != "reference":
-        arguments = (*tensors, negative_slope, item_ids, key_scales, value_scales)
-        if invalid is None:
-            return torch.ops.recattn.lrea_absorbed_attention.default(*arguments)
-        return torch.ops.recattn.lrea_absorbed_attention.counting(*arguments, invalid)
+        return _attend_absorbed(*tensors, negative_slope, item_ids, key_scales, value_scales, invalid)
     return reference.lrea_absorbed_attention(
         *tensors,
         item_ids=item_ids,
         key_scales=key_scales,
         value_scales=value_scales,
-        negative_slope=negative_slope,
+        negative_slope=float(negative_slope),
         invalid=invalid,
     )
+
+
+def _attend_absorbed(
+    targets: Tensor,
+    state_keys: Tensor,
+    state_values: Tensor,
+    slots: Tensor,
+    target_offsets: Tensor,
+    negative_slope: float,
+    item_ids: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    invalid: Tensor | None,
+) -> Tensor:
+    """By the compiled operator."""
+    tensors = (targets, state_keys, state_values, slots, target_offsets)
+    arguments = (*tensors, negative_slope, item_ids, key_scales, value_scales)
+    try:
+        if invalid is None:
+            return torch.ops.recattn.lrea_absorbed_attention.default(*arguments)
+        return torch.ops.recattn.lrea_absorbed_attention.counting(*arguments, invalid)
+    except NotImplementedError:  # of a tensor that is not dense PyTorch says a page that does not name it
+        expect_tensors(state_keys=state_keys, state_values=state_values, slots=slots, target_offsets=target_offsets)
+        given = {"item_ids": item_ids, "key_scales": key_scales, "value_scales": value_scales, "invalid": invalid}
+        expect_tensors(**{name: x for name, x in given.items() if x is not None})
+        raise
 
 
 def _checked_absorbed(

@@ -9,6 +9,7 @@ from recattn._check import (
     FLOATING,
     expect,
     expect_choice,
+    expect_count,
     expect_dtype,
     expect_index,
     expect_numbers,
@@ -98,7 +99,9 @@ def sink_attention(
         expect(
             impl == "correction" and q.device.type != "cpu", "base", "None but with impl='correction' on a GPU", base
         )
-    expect(max_seqlen is None or cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
+    if max_seqlen is not None:
+        expect(cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
+        expect_count("max_seqlen", max_seqlen)
     chosen = select("sink_attention", impl, ops.refusals(q, v, padded=seq_lens is not None, dropout_p=dropout_p))
     if chosen != "correction" or q.device.type != "cpu":  # on a CPU that one checks what it reads
         indices = checked_indices(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from recattn._check import expect, expect_index, expect_probability, expect_shape, expect_tensors
+from recattn._check import expect, expect_index, expect_numbers, expect_probability, expect_shape, expect_tensors
 from recattn.functional import inter_sink_bias
 
 
@@ -43,6 +43,7 @@ class InterSinkBias(nn.Module):
         multiple = f"a multiple of {num_heads} heads"
         expect(hidden_size > 0 and hidden_size % num_heads == 0, "hidden_size", multiple, hidden_size)
         expect_probability("dropout", dropout)
+        expect_numbers(bias_scale=bias_scale)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.dropout, self.bias_scale, self.causal, self.impl = dropout, bias_scale, causal, impl
         options = {"device": device, "dtype": dtype}

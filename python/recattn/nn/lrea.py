@@ -28,7 +28,7 @@ from recattn.functional import (
     lrea_nonnegativity_loss,
     lrea_quantize,
 )
-from recattn.functional._autocast import autocast_inputs
+from recattn.functional._autocast import autocast_inputs, without_autocast
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -237,7 +237,7 @@ class LREA(nn.Module):
         expect_tensors(behaviors=behaviors)
         layout = "U L embed_dim" if item_ids is None else "I embed_dim"
         expect_shape({"embed_dim": self.embed_dim}, "behaviors", behaviors, layout)
-        with _without_autocast(behaviors):
+        with without_autocast(behaviors):  # a state has the precision that it is exported in
             compressed = lrea_compress(behaviors, self.w_comp, seq_lens, item_ids=item_ids, impl=self.impl)
         compressed = compressed.to(torch.promote_types(compressed.dtype, torch.float32))
         users, length, *_ = behaviors.shape if item_ids is None else item_ids.shape
@@ -460,7 +460,7 @@ class LREA(nn.Module):
 
     def _state(self, compressed: Tensor, lengths: Tensor, dtype: torch.dtype) -> LREAState:
         """The absorbed C: computed in C's dtype and rounded once."""
-        with _without_autocast(compressed):
+        with without_autocast(compressed):
             weights = (self.w_q, self.w_k, self.w_v, self.w_decomp)
             w_q, w_k, w_v, w_decomp = (weight.to(compressed.dtype) for weight in weights)
             keys, values = lrea_absorb(
@@ -499,11 +499,6 @@ class LREA(nn.Module):
         score, restored = (F.normalize(x.double().masked_fill(padding, 0), dim=1)[chosen] for x in (scores, restored))
         size = score.square().sum()
         return (1 - restored @ score / size).item() if size > 0 else math.nan
-
-
-def _without_autocast(x: Tensor) -> torch.autocast:
-    """A state has the precision that it is exported in, wherever that is."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 # --- The figures of the fidelity report ---
