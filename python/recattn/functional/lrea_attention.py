@@ -349,7 +349,17 @@ def lrea_absorbed_attention(
         slots, target_offsets, item_ids = indices.slots, indices.target_offsets, indices.item_ids
     tensors = (targets, state_keys, state_values, slots, target_offsets)
     if impl != "reference":
-        return _attend_absorbed(*tensors, negative_slope, item_ids, key_scales, value_scales, invalid)
+        arguments = (*tensors, negative_slope, item_ids, key_scales, value_scales)
+        try:
+            if invalid is None:
+                return torch.ops.recattn.lrea_absorbed_attention.default(*arguments)
+            return torch.ops.recattn.lrea_absorbed_attention.counting(*arguments, invalid)
+        except NotImplementedError:  # of a tensor that is not dense PyTorch says a page that does not name it
+            names = {"state_keys": state_keys, "state_values": state_values, "slots": slots}
+            names |= {"target_offsets": target_offsets, "item_ids": item_ids, "key_scales": key_scales}
+            names |= {"value_scales": value_scales, "invalid": invalid}
+            expect_tensors(**{name: x for name, x in names.items() if x is not None})
+            raise
     return reference.lrea_absorbed_attention(
         *tensors,
         item_ids=item_ids,
@@ -358,32 +368,6 @@ def lrea_absorbed_attention(
         negative_slope=float(negative_slope),
         invalid=invalid,
     )
-
-
-def _attend_absorbed(
-    targets: Tensor,
-    state_keys: Tensor,
-    state_values: Tensor,
-    slots: Tensor,
-    target_offsets: Tensor,
-    negative_slope: float,
-    item_ids: Tensor | None,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-    invalid: Tensor | None,
-) -> Tensor:
-    """By the compiled operator."""
-    tensors = (targets, state_keys, state_values, slots, target_offsets)
-    arguments = (*tensors, negative_slope, item_ids, key_scales, value_scales)
-    try:
-        if invalid is None:
-            return torch.ops.recattn.lrea_absorbed_attention.default(*arguments)
-        return torch.ops.recattn.lrea_absorbed_attention.counting(*arguments, invalid)
-    except NotImplementedError:  # of a tensor that is not dense PyTorch says a page that does not name it
-        expect_tensors(state_keys=state_keys, state_values=state_values, slots=slots, target_offsets=target_offsets)
-        given = {"item_ids": item_ids, "key_scales": key_scales, "value_scales": value_scales, "invalid": invalid}
-        expect_tensors(**{name: x for name, x in given.items() if x is not None})
-        raise
 
 
 def _checked_absorbed(

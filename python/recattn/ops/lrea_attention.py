@@ -124,7 +124,7 @@ def absorb_values(values: Tensor, w_decomp: Tensor, seq_lens: Tensor | None, neg
     """φ(W) Wᵀ values_u, W the columns of w_decomp that user u sees: [U, H, r, dv], differentiable."""
     w = w_decomp.to(_accumulate_dtype(w_decomp.dtype))
     weights = leaky_relu(w, negative_slope)
-    gram = weights @ w.T if seq_lens is None else GramMatrices.apply(weights, w, seq_lens, None).unsqueeze(1)
+    gram = weights @ w.T if seq_lens is None else _gram_matrices(weights, w, seq_lens).unsqueeze(1)
     return (gram @ values.to(w.dtype)).to(values.dtype)
 
 
@@ -153,6 +153,13 @@ class GramMatrices(torch.autograd.Function):
     @differentiable_again(_gram_reference)
     def backward(ctx, dgrams):
         return *lrea_gram_bwd(dgrams, *ctx.saved_tensors), None, None
+
+
+def _gram_matrices(left: Tensor, right: Tensor, seq_lens: Tensor) -> Tensor:
+    needed = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if needed or torch.compiler.is_compiling() or type(left) is not Tensor:
+        return GramMatrices.apply(left, right, seq_lens, None)
+    return _gram_fwd(left, right, seq_lens)
 
 
 # Each length extends the next shorter one, so every column is multiplied once, however many users there are.
