@@ -22,6 +22,12 @@ def define(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: Ca
     return getattr(torch.ops.recattn, name).default
 
 
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a call makes a graph or tells shapes, by operators. Else their kernels may be called past the dispatcher,
+    which takes several microseconds."""
+    return torch.compiler.is_compiling() or any(type(x) is not Tensor or x.is_meta for x in tensors)
+
+
 def _isolated(kernel: Callable) -> Callable:
     """What a kernel is made of is neither recorded by autograd nor cast by the caller's autocast."""
 

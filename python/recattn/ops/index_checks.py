@@ -10,21 +10,16 @@ import torch
 from torch import Tensor
 
 from recattn import _check
-from recattn.ops._library import define
+from recattn.ops._library import define, is_traced
 
 
 def _define(schema: str, check: Callable[..., Tensor]) -> Callable[..., Tensor]:
     operator = define(schema, cpu=check, cuda=check, fake=_like_first_tensor)
 
     def checked(*args: object) -> Tensor:
-        return operator(*args) if torch.compiler.is_compiling() or _has_fake(args) else check(*args)
+        return operator(*args) if is_traced(*(x for x in args if isinstance(x, Tensor))) else check(*args)
 
     return checked
-
-
-def _has_fake(args: tuple[object, ...]) -> bool:
-    """Whether a tensor is of a class that traces, such as FakeTensor. An operator costs a call several microseconds."""
-    return any(isinstance(x, Tensor) and type(x) is not Tensor for x in args)
 
 
 def _like_first_tensor(*args):

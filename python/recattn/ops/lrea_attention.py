@@ -17,7 +17,7 @@ from recattn import reference
 from recattn._check import expect_same_device
 from recattn._extension import MISSING
 from recattn.ops import _lrea_attention_triton as by_triton
-from recattn.ops._library import as_dtype, define, differentiable_again
+from recattn.ops._library import as_dtype, define, differentiable_again, is_traced
 from recattn.ops._ragged import length_buckets
 
 # Elements of the products that the gradient of w_comp sums over users at a time.
@@ -156,8 +156,7 @@ class GramMatrices(torch.autograd.Function):
 
 
 def _gram_matrices(left: Tensor, right: Tensor, seq_lens: Tensor) -> Tensor:
-    needed = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    if needed or torch.compiler.is_compiling() or type(left) is not Tensor:
+    if is_traced(left) or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)):
         return GramMatrices.apply(left, right, seq_lens, None)
     return _gram_fwd(left, right, seq_lens)
 
