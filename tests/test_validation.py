@@ -58,3 +58,21 @@ def test_accepts_what_is_right():
 def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         recattn.validate(**arguments)
+
+
+# --- As operators ---
+
+
+def test_opcheck():
+    lengths, offsets = torch.tensor([4, 0, 3]), torch.tensor([0, 4, 4, 7])
+    positions = torch.tensor([[0, 3], [-1, -1], [1, 2]])
+    rows = torch.randint(9, (3, 4))
+    recattn_ops = torch.ops.recattn
+    torch.library.opcheck(recattn_ops.checked_lengths.default, ["seq_lens", lengths, 4])
+    torch.library.opcheck(recattn_ops.checked_offsets.default, ["target_offsets", offsets, 7])
+    torch.library.opcheck(recattn_ops.checked_sink_positions.default, [positions, 5, None])
+    torch.library.opcheck(recattn_ops.checked_sink_positions.default, [positions, None, offsets])
+    torch.library.opcheck(recattn_ops.checked_rows.default, ["item_ids", rows, 9, lengths])
+    left, right = torch.randn(5, 6), torch.randn(5, 6)
+    torch.library.opcheck(recattn_ops.lrea_gram_fwd.default, [left, right, lengths])
+    torch.library.opcheck(recattn_ops.lrea_gram_bwd.default, [torch.randn(3, 5, 5), left, right, lengths])
