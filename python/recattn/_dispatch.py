@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import torch
+
 IMPLEMENTATIONS = ("reference", "correction", "triton", "cuda", "cpu")
 
 
@@ -10,6 +12,8 @@ def select(op: str, impl: str | None, refusals: Mapping[str, str | None]) -> str
 
     `refusals` maps each implementation of the operator, best first, to why it cannot serve this call (None: it can).
     """
+    if impl is None and torch._C._are_functorch_transforms_active():  # which go through plain PyTorch alone
+        return "reference"
     if impl is None:
         return next(name for name, why in refusals.items() if why is None)
     if impl not in IMPLEMENTATIONS:

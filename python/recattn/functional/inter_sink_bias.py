@@ -55,7 +55,8 @@ def inter_sink_bias(
     Returns:
         [B, 1, M, M], float32 (float64 for float64 inputs): one bias for all heads of the attention.
 
-        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
+        time and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit.

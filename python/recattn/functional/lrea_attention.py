@@ -55,7 +55,8 @@ def lrea_compress(
         [U, r, d] in behaviors' dtype, differentiable; sums are float32 inside (float64 for float64). The kernels read
         each behaviour once; impl="cpu" allocates dE in its backward and, for dW_comp, a few MB of products at a time.
 
-        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
+        time and memory.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; on a CPU also lengths and item ids out of range. On a GPU
@@ -138,7 +139,8 @@ def lrea_attention(
     Returns:
         [T, H, dv] in targets' dtype, differentiable in targets, keys, values and w_decomp.
 
-        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
+        time and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also offsets that do not ascend from 0

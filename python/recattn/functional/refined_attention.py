@@ -91,7 +91,8 @@ def refined_attention(
         in N: A W_q and A W_k, the output and a number a row are saved. All else goes through slices in float32, of
         2^25 elements or a single pair's N × N matrices.
 
-        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
+        time and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere

@@ -82,7 +82,8 @@ def sink_attention(
         also the log-sum-exp, float32 (float64 for float64 inputs), [B, Hq, N], packed [Hq, T]; it carries no gradient
         and is -inf where the output is zero for want of keys.
 
-        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
+        time and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also positions, lengths or offsets out

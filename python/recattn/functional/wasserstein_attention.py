@@ -78,7 +78,8 @@ def wasserstein_attention(
         Mean and covariance, [B, H, N, Dv]; zero at padding. Nothing N × N is in memory. On a CPU all arithmetic is
         float32 (float64 for float64).
 
-        Second derivatives (`create_graph=True`) are those of the reference, in its time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
+        time and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere

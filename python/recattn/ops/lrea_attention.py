@@ -156,6 +156,8 @@ class GramMatrices(torch.autograd.Function):
 
 
 def _gram_matrices(left: Tensor, right: Tensor, seq_lens: Tensor) -> Tensor:
+    if torch._C._are_functorch_transforms_active():
+        return _gram_reference(left, right, seq_lens, None)
     if is_traced(left) or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)):
         return GramMatrices.apply(left, right, seq_lens, None)
     return _gram_fwd(left, right, seq_lens)
