@@ -251,6 +251,22 @@ def test_quantize(dtype):
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=compiled_kernels)])
+@pytest.mark.parametrize("name", ["state_keys", "state_values"])
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_what_int8_cannot_hold_is_never_served_as_numbers(entry, name, impl):
+    inputs = draw_absorbed(rank=16, dim=32, value_dim=32)
+    inputs[name] = inputs[name].double()
+    inputs[name][:, :, 3, 5] = entry
+    (keys, key_scales), (values, value_scales) = (
+        recattn.lrea_quantize(inputs.pop(state)) for state in ("state_keys", "state_values")
+    )
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    for dtype in (torch.float32, torch.bfloat16):
+        quantized = {**inputs, "targets": inputs["targets"].to(dtype), "state_keys": keys, "state_values": values}
+        assert recattn.lrea_absorbed_attention(**quantized, **scales, impl=impl).isnan().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=compiled_kernels)])
 def test_int8_states_stand_for_their_rows(impl):
     """Rows and scales that bfloat16 and float32 hold exactly, so that only what the kernel does can differ."""
     inputs = draw_absorbed(rank=16, dim=32, value_dim=32)

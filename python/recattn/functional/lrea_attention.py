@@ -263,7 +263,8 @@ def lrea_quantize(state: Tensor) -> tuple[Tensor, Tensor]:
 
         row ≈ scale · int8,    scale = max |row| / 127
 
-    An entry is off by at most half a scale. A row of zeros has scale 0.
+    An entry is off by at most half a scale. A row of zeros has scale 0. A row that holds NaN or an infinity, or is too
+    large for a float32 scale, has scale NaN or inf, and what reads it gives NaN: to refuse it here would synchronise.
 
     Source: our own.
 
