@@ -1,4 +1,4 @@
-"""SlotMap: what each method does, and threads at it under ThreadSanitizer. Its contract against a model, with the
+"""SlotMap: what each method does, and threads at it under the sanitizers. Its contract against a model, with the
 states, is in test_serving_state_table.py."""
 
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from recattn.serving import SlotMap
+from sanitizers import compile_command
 
 pytestmark = pytest.mark.skipif(find_spec("recattn._host") is None, reason="recattn has no compiled host module here")
 
@@ -93,9 +94,29 @@ def test_an_update_leaves_the_pinned_row_alone():
     slot_map.release(pinned)
 
 
+def test_of_an_id_given_twice_the_last_gets_a_row():
+    slot_map = SlotMap(2)
+    slots = slot_map.reserve([5, 6, 5, 6, 5]).tolist()
+    assert slots[:3] == [-1, -1, -1] and sorted(slots[3:]) == [0, 1]
+    slot_map.publish(slots)
+    assert lookup(slot_map, 6, 5) == slots[3:] and len(slot_map) == 2
+    slot_map.abandon(slot_map.reserve([5, 5]))
+    assert lookup(slot_map, 5, 6) == [slots[4], -1]
+
+
+def test_an_id_given_twice_evicts_no_more_than_given_once():
+    slot_map = SlotMap(4)
+    insert(slot_map, 1, 2, 3, 4)
+    insert(slot_map, 7, 7, 7, 7)
+    assert len(slot_map) == 4 and slot_map.stats()["evictions"] == 1
+    with pytest.raises(RuntimeError, match="no room for 5 users: of 4 rows"):
+        slot_map.reserve([1, 2, 3, 4, 5, 5])
+
+
 def test_the_last_row_of_an_id_counts():
     slot_map = SlotMap(3)
-    first, second, third = insert(slot_map, 5, 6, 5)
+    first, second, third = (slot_map.reserve([id])[0] for id in (5, 6, 5))
+    slot_map.publish([first, second, -1, third])
     assert lookup(slot_map, 5, 6) == [third, second] and len(slot_map) == 2
     assert insert(slot_map, 7) == [first]
 
@@ -193,7 +214,7 @@ def test_growth_keeps_rows_pins_and_reservations():
 
 
 @pytest.mark.parametrize("method", ["publish", "abandon"])
-@pytest.mark.parametrize("slots", [[0, 1], [0, 0], [0, -1], [0, 3], [2]])
+@pytest.mark.parametrize("slots", [[0, 1], [0, 0], [0, -2], [0, 3], [2], [-1, 2]])
 def test_only_reserved_rows_are_published_or_abandoned(method, slots):
     slot_map = SlotMap(3)
     reserved = slot_map.reserve([5, 6])
@@ -286,26 +307,12 @@ except NotImplementedError as error:
     assert message.startswith("SlotMap is not available") and "pip install --no-build-isolation ." in message
 
 
-@pytest.fixture(scope="module")
-def thread_sanitizer(tmp_path_factory) -> list[str]:
-    """The compiler's command line for a program under ThreadSanitizer."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    command = [compiler, "-fsanitize=thread", "-O1", "-g", "-std=c++20"]
-    folder = tmp_path_factory.mktemp("tsan")
-    (folder / "empty.cpp").write_text("int main() {}\n")
-    for attempt in ([*command, str(folder / "empty.cpp"), "-o", str(folder / "empty")], [str(folder / "empty")]):
-        result = subprocess.run(attempt, capture_output=True, text=True)
-        if result.returncode != 0:
-            pytest.skip(f"no ThreadSanitizer here: {result.stderr}")
-    return command
-
-
-def test_threads_under_thread_sanitizer(thread_sanitizer, tmp_path):
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_threads_under_a_sanitizer(sanitizer, tmp_path):
     host = ROOT / "csrc" / "host"
     sources = [str(ROOT / "tests" / "slot_map_stress.cpp"), str(host / "slot_map.cpp")]
     program = str(tmp_path / "stress")
-    subprocess.run([*thread_sanitizer, f"-I{host}", *sources, "-o", program], check=True, timeout=120)
+    command = [*compile_command(sanitizer, tmp_path), "-fno-sanitize-recover=all", f"-I{host}"]
+    subprocess.run([*command, *sources, "-o", program], check=True, timeout=120)
     result = subprocess.run([program], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and "ThreadSanitizer" not in result.stderr, result.stdout + result.stderr[:5000]
+    assert result.returncode == 0 and "Sanitizer" not in result.stderr, result.stdout + result.stderr[:5000]

@@ -1,5 +1,6 @@
 """StateTable: growth, eviction and reuse never mix two users' states; what it serves is lrea_absorbed_attention."""
 
+import re
 import threading
 import time
 from collections import Counter
@@ -41,8 +42,10 @@ def stamped(stamps: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def stamps_of(request) -> list[int]:
     """The stamp of each user's row, 0 of nobody's; torn or foreign rows show in it."""
-    keys, values = (table[request.slots].flatten(1) for table in (request.tables.keys, request.tables.values))
-    rows = torch.cat([keys, -values], 1)
+    keys, values, *scales = (table[request.slots].float() for table in request.tables.named().values())
+    if scales:
+        keys, values = ((x * scale[..., None]).round() for x, scale in zip((keys, values), scales, strict=True))
+    rows = torch.cat([keys.flatten(1), -values.flatten(1)], 1)
     assert bool((rows == rows[:, :1]).all()), "a row holds parts of two states"
     return rows[:, 0].long().tolist()
 
@@ -50,16 +53,26 @@ def stamps_of(request) -> list[int]:
 # The contract, against a model
 
 USERS = range(9)
-batches = st.lists(st.sampled_from(USERS), min_size=1, max_size=5)
+NAN, INF = float("nan"), float("inf")
+batches = st.lists(st.sampled_from(USERS), min_size=1, max_size=6)
+# What no table can hold, or not in its dtype.
+INVALID = {
+    torch.float32: [NAN, INF, -INF, 1e39, -1e300],
+    torch.bfloat16: [NAN, INF, -INF, 3.4e38, 1e39],
+    torch.float16: [NAN, INF, -INF, 65520.0, -1e5],
+    torch.int8: [NAN, INF, -INF, 1e39, -1e300],
+}
 
 
 class AgainstAModel(RuleBasedStateMachine):
     """A user's row holds the last state put, until it is erased or evicted; a request holds the rows it found."""
 
+    dtype = torch.float32
+
     def __init__(self) -> None:
         super().__init__()
         self.capacity = 4
-        self.table = make_table(self.capacity)
+        self.table = make_table(self.capacity, self.dtype)
         self.states: dict[int, int] = {}  # the last stamp of every user who is there
         self.requests: list[tuple[object, object, list[int]]] = []  # context, request, the stamps it found
         self.last_stamp = 0
@@ -68,27 +81,61 @@ class AgainstAModel(RuleBasedStateMachine):
     def pinned(self) -> set[int]:
         return {stamp for _, _, stamps in self.requests for stamp in stamps if stamp != 0}
 
-    @rule(users=batches)
-    def put(self, users):
-        stamps = [self.last_stamp + 1 + i for i in range(len(users))]
-        self.last_stamp = stamps[-1]
+    def put(self, users, stamps, missing=(), **options):
+        """Of each user the last stamp, and of those `missing` none any more."""
+        states = {user: stamp for user, stamp in zip(users, stamps, strict=True) if user not in missing}
         pinned = self.pinned()
         retired = pinned - set(self.states.values())
-        needed = max(0, len(users) - (self.capacity - len(self.states) - len(retired)))
+        needed = max(0, len(states) - (self.capacity - len(self.states) - len(retired)))
         evictable = {user for user, stamp in self.states.items() if stamp not in pinned}
         if needed > len(evictable):
             with pytest.raises(RuntimeError, match="no room"):
-                self.table.put(ids(*users), *stamped(stamps))
+                self.table.put(ids(*users), **options)
             return
-        self.table.put(ids(*users), *stamped(stamps))
+        assert set(self.table.put(ids(*users), **options).tolist()) == set(missing)
         self.evictions += needed
         there = {user for user in USERS if self.table.contains(ids(user))}
-        gone = self.states.keys() - there
+        gone = self.states.keys() - there - set(missing)
         assert gone <= evictable - set(users)
-        assert len(gone) == min(needed, len(evictable - set(users)))
+        evicted = min(needed, len(evictable - states.keys()))
+        assert evicted - len(missing) <= len(gone) <= evicted  # those missing may have been evicted before
         self.states = {user: stamp for user, stamp in self.states.items() if user in there}
-        self.states.update(zip(users, stamps, strict=True))
+        self.states.update(states)
         assert there == self.states.keys()
+
+    def new_stamps(self, users):
+        stamps = [self.last_stamp + 1 + i for i in range(len(users))]
+        self.last_stamp = stamps[-1]
+        return stamps
+
+    @rule(users=batches)
+    def put_states(self, users):
+        stamps = self.new_stamps(users)
+        keys, values = stamped(stamps)
+        self.put(users, stamps, keys=keys, values=values)
+
+    @rule(users=batches, data=st.data(), on_invalid=st.sampled_from(["raise", "missing"]))
+    def put_invalid_states(self, users, data, on_invalid):
+        stamps = self.new_stamps(users)
+        states = dict(zip(("keys", "values"), (x.double().clone() for x in stamped(stamps)), strict=True))
+        invalid = data.draw(st.sets(st.integers(0, len(users) - 1), min_size=1))
+        for position in invalid:
+            state = states[data.draw(st.sampled_from(["keys", "values"]))][position].view(-1)
+            state[data.draw(st.integers(0, len(state) - 1))] = data.draw(st.sampled_from(INVALID[self.dtype]))
+        last = {user: position for position, user in enumerate(users)}
+        missing = {user for user, position in last.items() if position in invalid}
+        if missing and on_invalid == "raise":
+            with pytest.raises(ValueError, match=r"(keys|values) of user \d must be finite"):
+                self.table.put(ids(*users), **states)
+        else:
+            self.put(users, stamps, missing, **states, on_invalid=on_invalid)
+
+    @rule()
+    def save_and_put(self):
+        table = make_table(max(len(self.states), 1), self.dtype)
+        table.put(**self.table.state_dict())
+        with table.request(ids(*USERS)) as request:
+            assert stamps_of(request) == [self.states.get(user, 0) for user in USERS]
 
     @rule(users=batches)
     def begin_request(self, users):
@@ -132,9 +179,20 @@ class AgainstAModel(RuleBasedStateMachine):
         assert self.table.stats()["evictions"] == self.evictions
 
 
+class AgainstAModelInFloat16(AgainstAModel):
+    dtype = torch.float16
+
+
+class AgainstAModelInInt8(AgainstAModel):
+    dtype = torch.int8
+
+
+for machine in (AgainstAModel, AgainstAModelInFloat16, AgainstAModelInInt8):
+    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40)
+    machine.TestCase.pytestmark = pytestmark
 TestAgainstAModel = AgainstAModel.TestCase
-TestAgainstAModel.settings = settings(max_examples=60, stateful_step_count=40)
-TestAgainstAModel.pytestmark = pytestmark
+TestAgainstAModelInFloat16 = AgainstAModelInFloat16.TestCase
+TestAgainstAModelInInt8 = AgainstAModelInInt8.TestCase
 
 
 def test_threads_never_see_another_users_state():
@@ -269,11 +327,10 @@ def test_quantized_states_are_taken_as_they_are():
     table = make_table(4, torch.int8)
     table.put(ids(1, 2, 3), keys, values, key_scales, value_scales)
     saved = table.state_dict()
-    order = (saved.pop("user_ids") - 1).tolist()
+    order = (saved["user_ids"] - 1).tolist()
     expected = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
-    assert saved.keys() == expected.keys()
-    for name, state in saved.items():
-        assert state.dtype == expected[name].dtype and torch.equal(state, expected[name][order]), name
+    for name, state in expected.items():
+        assert saved[name].dtype == state.dtype and torch.equal(saved[name], state[order]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -291,13 +348,103 @@ def test_a_saved_table_is_put_back(dtype):
     assert served[0].all() and torch.equal(*served)
 
 
-def test_puts_states_of_another_dtype_and_of_a_graph():
-    keys, values = random_states(2, torch.float64)
-    table = make_table()
-    table.put(ids(1, 2).int(), keys.requires_grad_(), values[..., :DV])
-    states = table.state_dict()
-    assert torch.equal(states["keys"], keys.detach().float()[states["user_ids"] - 1])
-    assert not states["keys"].requires_grad
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_puts_states_of_any_layout_and_of_a_graph(dtype):
+    """float64 with a gradient, broadcast, transposed and overlapping states are stored as their copies are."""
+    base = torch.randn(R * D + 2, dtype=torch.float64, requires_grad=True)
+    keys = [
+        base[: R * D].view(R, D).expand(3, H, R, D),
+        base[: R * D].view(D, R).mT.expand(3, H, R, D),
+        base.as_strided((3, H, R, D), (1, 0, D, 1)),
+    ]
+    for given in keys:
+        values = torch.randn(DV, R, H, 3).permute(3, 2, 1, 0)
+        table, expected = make_table(4, dtype), make_table(4, dtype)
+        table.put(ids(1, 2, 3).int(), given, values)
+        expected.put(ids(1, 2, 3), given.detach().clone(memory_format=torch.contiguous_format), values.contiguous())
+        for name, state in table.state_dict().items():
+            assert torch.equal(state, expected.state_dict()[name]) and not state.requires_grad, name
+
+
+def test_a_user_given_twice_evicts_no_more_than_given_once():
+    table = make_table(4)
+    table.put(ids(1, 2, 3, 4), *stamped([1, 2, 3, 4]))
+    table.put(ids(7, 7, 7, 7), *stamped([5, 6, 7, 8]))
+    assert len(table) == 4 and table.stats()["evictions"] == 1
+    table = make_table(2)
+    table.put(ids(1, 1, 2, 1), *stamped([5, 6, 7, 8]))
+    with table.request(ids(1, 2)) as request:
+        assert stamps_of(request) == [8, 7]
+
+
+# Invalid states
+
+
+def with_entry(x: torch.Tensor, user: int, entry: float) -> torch.Tensor:
+    """A copy of x [U, ...] in float64 or, of integers and scales, in its dtype; one entry of a user is another."""
+    x = x.double() if x.dim() == 4 and x.is_floating_point() else x.clone()
+    x[user].view(-1)[-1] = entry
+    return x
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize("dtype, entry", [(dtype, entry) for dtype, entries in INVALID.items() for entry in entries])
+def test_refuses_states_that_the_table_cannot_hold(dtype, entry, name):
+    table = make_table(3, dtype)
+    table.put(ids(5, 6, 7), *stamped([1, 2, 3]))
+    states = dict(zip(("keys", "values"), random_states(2), strict=True))
+    states[name] = with_entry(states[name], 1, entry)
+    limit = torch.finfo(torch.float32 if dtype == torch.int8 else dtype).max
+    message = f"{name} of user 9 must be finite in the table's {dtype}, so at most {limit:g}, got {entry:g} "
+    advice = '(invalid states: 1); mend them, or store such users as missing by put(..., on_invalid="missing")'
+    with pytest.raises(ValueError, match=re.escape(message + advice)):
+        table.put(ids(5, 9), **states)
+    with table.request(ids(5, 6, 7, 9)) as request:
+        assert stamps_of(request) == [1, 2, 3, 0]
+    assert table.stats()["evictions"] == 0
+
+
+@pytest.mark.parametrize("name", ["key_scales", "value_scales"])
+@pytest.mark.parametrize("entry", [NAN, INF, -INF, -1.0, 2.0**122])
+def test_refuses_scales_that_give_no_finite_state(entry, name):
+    (keys, key_scales), (values, value_scales) = map(recattn.lrea_quantize, random_states(2))
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    scales[name] = with_entry(scales[name], 0, entry)
+    table = make_table(3, torch.int8)
+    message = f"{name} of user 5 must be between 0 and 2.67939e+36, got {entry:g} (invalid states: 1)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        table.put(ids(5, 9), keys, values, **scales)
+    assert len(table) == 0
+    assert table.put(ids(5, 9), keys, values, **scales, on_invalid="missing").tolist() == [5]
+    assert table.contains(ids(5, 9)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_state_of_a_dtype_is_stored(dtype):
+    """Its sums over a user and over all overflow, which must not count as invalid."""
+    largest = torch.finfo(torch.float32 if dtype == torch.int8 else dtype).max * (1 - 1e-6 * (dtype == torch.int8))
+    keys = torch.full((3, H, R, D), largest, dtype=torch.float64)
+    table = make_table(3, dtype)
+    table.put(ids(1, 2, 3), keys, -keys.new_full((3, H, R, DV), largest))
+    saved = table.state_dict()
+    stored = saved["keys"].double() * saved["key_scales"].double()[..., None] if dtype == torch.int8 else saved["keys"]
+    torch.testing.assert_close(stored.double(), keys, rtol=1e-6, atol=0)
+
+
+def test_users_of_invalid_states_can_be_stored_as_missing():
+    table = make_table(6)
+    table.put(ids(1, 2, 3), *stamped([1, 2, 3]))
+    keys, values = stamped([11, 12, 13, 14, 15, 16])
+    users = ids(1, 2, 2, 9, 9, 8)
+    keys = with_entry(with_entry(keys, 1, NAN), 4, INF)  # the first state of 2, which does not count; the last of 9
+    values = with_entry(values, 0, -INF)
+    with table.request(ids(1)) as before:
+        missing = table.put(users, keys, values, on_invalid="missing")
+        assert stamps_of(before) == [1]
+    assert missing.dtype == torch.int64 and sorted(missing.tolist()) == [1, 9]
+    with table.request(ids(1, 2, 3, 8, 9)) as request:
+        assert stamps_of(request) == [0, 13, 3, 16, 0]
+    assert table.put(ids(4), *stamped([4]), on_invalid="missing").tolist() == []
 
 
 def test_a_request_keeps_its_tables_while_the_table_grows():
@@ -367,6 +514,7 @@ def test_nbytes(dtype, per_row):
         ({"keys": torch.zeros(2, H, R, D, dtype=torch.int8)}, "keys must be float64 or float32 .* got int8"),
         ({"values": torch.zeros(2, H, R, DV).int()}, "values must be float64 or float32 .* got int32"),
         ({"key_scales": torch.zeros(2, H, R)}, "key_scales must be None"),
+        ({"on_invalid": "skip"}, "on_invalid must be 'raise' or 'missing', got 'skip'"),
     ],
 )
 def test_refuses_to_put(change, message):
@@ -417,7 +565,7 @@ def test_does_not_shrink():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_serves_from_a_gpu(dtype):
-    """As from the CPU, after growth and with a user who is not there."""
+    """As from the CPU, after growth, with duplicates, an invalid state and a user who is not there."""
     keys, values = random_states(3)
     target_dtype = torch.float32 if dtype == torch.int8 else dtype
     targets, offsets = torch.randn(7, H, D).to(target_dtype), torch.tensor([0, 3, 4, 7])
@@ -426,6 +574,10 @@ def test_serves_from_a_gpu(dtype):
         table = make_table(3, dtype, device)
         table.put(ids(1, 2, 3), keys, values)
         table.grow(5)
+        missing = table.put(ids(2, 3, 3), with_entry(keys, 0, NAN), values, on_invalid="missing")
+        assert missing.tolist() == [2]
+        with pytest.raises(ValueError, match=r"keys of user 2 must be finite .*, got nan"):
+            table.put(ids(2), with_entry(keys, 0, NAN)[:1], values[:1])
         outputs.append(table.attend(targets.to(device), ids(3, 9, 1), offsets.to(device)).cpu())
         assert table.state_dict()["keys"].device.type == "cpu"
     torch.testing.assert_close(outputs[1], outputs[0])

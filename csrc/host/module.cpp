@@ -131,13 +131,13 @@ Raises ValueError for arguments that do not fit; a call that raises has changed 
              "Unpins the rows that `acquire` gave; -1 is skipped.")
         .def("contains", &contains, py::arg("ids"), "Whether each id has a row, as bool [n]; neither pins nor counts.")
         .def("reserve", &slots_of<&SlotMap::reserve>, py::arg("ids"),
-             "A row to write for each id, found by nobody before it is published; an id given twice gets two. Where no "
-             "row is free, evicts unpinned users (CLOCK: those not looked up since the hand came by), those of `ids` "
-             "last. RuntimeError where that does not suffice.")
+             "A row to write for each id, found by nobody before it is published; of an id given twice the last gets "
+             "one and the others -1. Where no row is free, evicts unpinned users (CLOCK: those not looked up since the "
+             "hand came by), those of `ids` last. RuntimeError where that does not suffice.")
         .def("publish", &change_slots<&SlotMap::publish>, py::arg("slots"),
-             "From now on the ids that the rows were reserved for find them; the last row of an id counts. A row that "
-             "an id had before is given out again when its last pin is gone.")
-        .def("abandon", &change_slots<&SlotMap::abandon>, py::arg("slots"), "Gives reserved rows back.")
+             "From now on the ids that the rows were reserved for find them; the last row of an id counts; -1 "
+             "is skipped. A row that an id had before is given out again when its last pin is gone.")
+        .def("abandon", &change_slots<&SlotMap::abandon>, py::arg("slots"), "Gives reserved rows back; -1 is skipped.")
         .def("erase", &erase, py::arg("ids"), "Forgets the ids; returns how many there were.")
         .def("grow", &SlotMap::grow, py::arg("capacity"), Released(),
              "More rows; those there are keep their places, pins and users.")

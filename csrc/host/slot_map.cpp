@@ -24,6 +24,38 @@ int64_t expect_capacity(int64_t capacity, int64_t least) {
     throw std::invalid_argument("slots must be " + std::string(expected) + ", got " + std::to_string(slot));
 }
 
+// A caller's arrays may be written by its other threads meanwhile: what was checked must be what is used.
+int64_t read_once(const int64_t& entry) { return __atomic_load_n(&entry, __ATOMIC_RELAXED); }
+
+std::vector<int64_t> snapshot(std::span<const int64_t> entries) {
+    std::vector<int64_t> copy(entries.size());
+    std::transform(entries.begin(), entries.end(), copy.begin(), read_once);
+    return copy;
+}
+
+std::vector<int64_t> snapshot_rows(SlotMap::Slots slots) {
+    std::vector<int64_t> rows(slots.size());
+    auto end = rows.begin();
+    for (const int64_t& slot : slots) {
+        *end = read_once(slot);
+        if (*end != SlotMap::kMissing) ++end;
+    }
+    rows.erase(end, rows.end());
+    return rows;
+}
+
+// Marks the entries of `slots` whose id comes again later kMissing; returns how many ids are left.
+int64_t drop_repeated(SlotMap::Ids ids, std::span<int64_t> slots) {
+    IdIndex seen(static_cast<int64_t>(ids.size()));
+    int64_t distinct = 0;
+    for (size_t i = ids.size(); i-- > 0;) {
+        const bool last = seen.assign(ids[i], 0) == IdIndex::kAbsent;
+        slots[i] = last ? 0 : SlotMap::kMissing;
+        distinct += last;
+    }
+    return distinct;
+}
+
 }  // namespace
 
 // Relaxed: the lock of the map orders pins against the reuse of a row.
@@ -45,9 +77,13 @@ SlotMap::SlotMap(int64_t capacity) : index_(expect_capacity(capacity, 1)), rows_
 
 // Of at most kBlock ids.
 void SlotMap::find(Ids ids, int64_t* slots) const {
+    std::array<int64_t, kBlock> block;
     std::array<size_t, kBlock> homes;
-    for (size_t i = 0; i < ids.size(); ++i) index_.prefetch(homes[i] = index_.home(ids[i]));
-    for (size_t i = 0; i < ids.size(); ++i) slots[i] = index_.find(ids[i], homes[i]);
+    for (size_t i = 0; i < ids.size(); ++i) {
+        block[i] = read_once(ids[i]);
+        index_.prefetch(homes[i] = index_.home(block[i]));
+    }
+    for (size_t i = 0; i < ids.size(); ++i) slots[i] = index_.find(block[i], homes[i]);
 }
 
 void SlotMap::acquire(Ids ids, std::span<int64_t> slots) {
@@ -69,18 +105,16 @@ void SlotMap::acquire(Ids ids, std::span<int64_t> slots) {
     misses_.fetch_add(static_cast<int64_t>(ids.size()) - hits, std::memory_order_relaxed);
 }
 
-void SlotMap::release(Slots slots) {
+void SlotMap::release(Slots given) {
+    const std::vector<int64_t> slots = snapshot_rows(given);
     const std::shared_lock lock(mutex_);
     std::vector<int64_t> unread;
     for (size_t i = 0; i < slots.size(); ++i) {
         if (i + kBlock < slots.size()) __builtin_prefetch(rows_.data() + slots[i + kBlock], 1);
-        if (slots[i] == kMissing) continue;
         const bool exists = slots[i] >= 0 && slots[i] < static_cast<int64_t>(rows_.size());
         const uint32_t pins = exists ? rows_[slots[i]].unpin() : 0;
         if (pins == 0) {
-            for (const int64_t slot : slots.first(i)) {
-                if (slot != kMissing) rows_[slot].pin();
-            }
+            for (size_t undone = 0; undone < i; ++undone) rows_[slots[undone]].pin();
             refuse(slots[i], "pinned rows or -1");
         }
         // Nobody can pin a retired row, so one thread sees the last pin go.
@@ -101,14 +135,18 @@ void SlotMap::contains(Ids ids, std::span<bool> found) const {
     }
 }
 
-void SlotMap::reserve(Ids ids, std::span<int64_t> slots) {
+void SlotMap::reserve(Ids given, std::span<int64_t> slots) {
+    const std::vector<int64_t> ids = snapshot(given);
+    const int64_t distinct = drop_repeated(ids, slots);
     const std::lock_guard lock(mutex_);
-    const std::vector<int64_t> victims = choose_victims(static_cast<int64_t>(ids.size()) - free_rows(), ids);
+    const std::vector<int64_t> victims = choose_victims(distinct, ids);
     for (const int64_t victim : victims) index_.erase(rows_[victim].id);
     size_ -= static_cast<int64_t>(victims.size());
     evictions_ += static_cast<int64_t>(victims.size());
+    auto victim = victims.begin();
     for (size_t i = 0; i < ids.size(); ++i) {
-        slots[i] = i < victims.size() ? victims[i] : take_free_row();
+        if (slots[i] == kMissing) continue;
+        slots[i] = victim != victims.end() ? *victim++ : take_free_row();
         Row& row = rows_[slots[i]];
         row.id = ids[i];
         row.referenced = false;
@@ -116,8 +154,10 @@ void SlotMap::reserve(Ids ids, std::span<int64_t> slots) {
     }
 }
 
-// `count` published rows that nobody has pinned, those of `spared` last; or an error, and nothing has changed.
-std::vector<int64_t> SlotMap::choose_victims(int64_t count, Ids spared) {
+// The published rows, pinned by nobody, that `wanted` rows need beside the free ones, those of `spared` last; or an
+// error, and nothing has changed.
+std::vector<int64_t> SlotMap::choose_victims(int64_t wanted, Ids spared) {
+    const int64_t count = wanted - free_rows();
     std::vector<int64_t> victims;
     if (count <= 0) return victims;
     if (count <= static_cast<int64_t>(rows_.size())) {
@@ -134,7 +174,7 @@ std::vector<int64_t> SlotMap::choose_victims(int64_t count, Ids spared) {
     }
     if (static_cast<int64_t>(victims.size()) < count) {
         for (const int64_t victim : victims) rows_[victim].state = State::kPublished;
-        throw std::runtime_error("no room for " + std::to_string(spared.size()) + " users: of " +
+        throw std::runtime_error("no room for " + std::to_string(wanted) + " users: of " +
                                  std::to_string(rows_.size()) + " rows " + std::to_string(free_rows()) +
                                  " are free and " + std::to_string(victims.size()) +
                                  " can be evicted; the others are pinned by requests or reserved: grow the table");
@@ -155,7 +195,8 @@ void SlotMap::sweep(size_t count, std::vector<int64_t>& victims) {
     }
 }
 
-void SlotMap::publish(Slots slots) {
+void SlotMap::publish(Slots given) {
+    const std::vector<int64_t> slots = snapshot_rows(given);
     const std::lock_guard lock(mutex_);
     move_reserved(slots, State::kPublished);
     for (const int64_t slot : slots) {
@@ -169,7 +210,8 @@ void SlotMap::publish(Slots slots) {
     }
 }
 
-void SlotMap::abandon(Slots slots) {
+void SlotMap::abandon(Slots given) {
+    const std::vector<int64_t> slots = snapshot_rows(given);
     const std::lock_guard lock(mutex_);
     move_reserved(slots, State::kFree);
     for (const int64_t slot : slots) recycle(slot);
@@ -190,8 +232,8 @@ void SlotMap::move_reserved(Slots slots, State to) {
 int64_t SlotMap::erase(Ids ids) {
     const std::lock_guard lock(mutex_);
     int64_t erased = 0;
-    for (const int64_t id : ids) {
-        const int64_t slot = index_.erase(id);
+    for (const int64_t& id : ids) {
+        const int64_t slot = index_.erase(read_once(id));
         if (slot == kMissing) continue;
         retire(slot);
         ++erased;

@@ -32,7 +32,8 @@ class FairSharedMutex {
 };
 
 // A row is free, or reserved (its state is being written), or published (its user's lookups find it), or retired (its
-// user has another row by now or none, but requests still read this one). A batch takes the lock once.
+// user has another row by now or none, but requests still read this one). A batch takes the lock once. What another
+// thread writes to `ids` or `slots` during a call may be read or not, and does no other harm.
 class SlotMap {
   public:
     static constexpr int64_t kMissing = IdIndex::kAbsent;
@@ -52,9 +53,10 @@ class SlotMap {
     void contains(Ids ids, std::span<bool> found) const;
 
     // A row to write for each id, which nobody finds before it is published. Where no row is free, evicts users, those
-    // in `ids` last. An id given twice gets two rows.
+    // in `ids` last. Of an id given twice only the last gets a row, the others kMissing.
     void reserve(Ids ids, std::span<int64_t> slots);
     // From now on the ids that the rows were reserved for find them, in the order given: the last of an id counts.
+    // kMissing is skipped, here and by `abandon`.
     void publish(Slots slots);
     void abandon(Slots slots);
 
@@ -87,7 +89,7 @@ class SlotMap {
     int64_t take_free_row();
     void recycle(int64_t slot);
     void retire(int64_t slot);
-    std::vector<int64_t> choose_victims(int64_t count, Ids spared);
+    std::vector<int64_t> choose_victims(int64_t wanted, Ids spared);
     void sweep(size_t count, std::vector<int64_t>& victims);
     void move_reserved(Slots slots, State to);
 

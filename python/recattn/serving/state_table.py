@@ -1,18 +1,22 @@
 """The states that `lrea_absorbed_attention` reads, one row a user, in tensors allocated once."""
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from recattn._check import FLOATING, expect, expect_dtype, expect_index, expect_shape, expect_tensors
+from recattn._check import FLOATING, expect, expect_choice, expect_dtype, expect_index, expect_shape, expect_tensors
 from recattn.functional import lrea_absorbed_attention, lrea_quantize
+from recattn.functional.lrea_attention import INT8_MAX
 from recattn.serving.slot_map import SlotMap
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+LARGEST_SCALE = torch.finfo(torch.float32).max / INT8_MAX  # a row of a larger one may overflow where it is read
 
 
 class Tables(NamedTuple):
@@ -142,8 +146,13 @@ class StateTable:
         values: Tensor,
         key_scales: Tensor | None = None,
         value_scales: Tensor | None = None,
-    ) -> None:
-        """Write users' states in place of those they had. Of a user given twice the last state counts.
+        *,
+        on_invalid: str = "raise",
+    ) -> Tensor:
+        """Write users' states in place of those they had. Of a user given twice only the last state is looked at.
+
+        A state is invalid if the table cannot hold it: an entry is NaN or infinite, or becomes so in the table's dtype,
+        or a scale is negative. To find them takes a pass over the states and, on CUDA, a synchronisation.
 
         Args:
             user_ids: [U] int64 or int32 on the CPU, any numbers.
@@ -151,23 +160,35 @@ class StateTable:
                 with its scales.
             values: [U, H, r, dv], as keys.
             key_scales, value_scales: [U, H, r] float32, of int8 keys and values.
+            on_invalid: "raise", or "missing" to erase users whose state is invalid, with the state they had before, and
+                put the others.
+
+        Returns:
+            int64 on the CPU, the users erased for their invalid state; none under "raise".
 
         Raises:
-            ValueError: shapes or dtypes that do not fit.
+            ValueError: shapes or dtypes that do not fit; invalid states under on_invalid="raise". Nothing has changed.
             RuntimeError: more users than rows, or requests hold too many of them; nothing has changed.
         """
+        expect_choice("on_invalid", on_invalid, ("raise", "missing"))
         ids = _user_ids(user_ids)
-        states = self._as_stored(len(ids), keys, values, key_scales, value_scales)
+        given = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+        states = self._as_stored(len(ids), given)
+        missing = torch.empty(0, dtype=torch.int64)
+        if invalid := self._invalid(states):
+            ids = ids.tolist()
+            last = {user: position for position, user in enumerate(ids)}
+            invalid = [position for position in invalid if last[ids[position]] == position]
+            if invalid and on_invalid == "raise":
+                self._refuse(ids[invalid[0]], invalid[0], given, states, len(invalid))
+            missing = torch.tensor([ids[position] for position in invalid], dtype=torch.int64)
+            kept = sorted(set(last.values()).difference(invalid))
+            ids, states = [ids[position] for position in kept], {name: state[kept] for name, state in states.items()}
         with self._writing:
-            rows = self._slot_map.reserve(ids)
-            try:
-                index = torch.from_numpy(rows).to(self.device)
-                for name, table in self._tables.named().items():
-                    table.index_copy_(0, index, states[name])
-            except BaseException:
-                self._slot_map.abandon(rows)
-                raise
-            self._slot_map.publish(rows)
+            self._write(ids, states)
+            if len(missing):
+                self._slot_map.erase(missing)
+        return missing
 
     @contextmanager
     def request(self, user_ids: Tensor) -> Iterator[Request]:
@@ -258,15 +279,14 @@ class StateTable:
             table[-1].zero_()
         return tables
 
-    def _as_stored(
-        self, num_users: int, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _as_stored(self, num_users: int, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """The states in the dtype and on the device of the tables."""
         sizes = {"U": num_users, **self._sizes}
+        keys, values = given["keys"], given["values"]
         expect_tensors(keys=keys, values=values)
         expect_shape(sizes, "keys", keys, "U H r d")
         expect_shape(sizes, "values", values, "U H r dv")
-        states = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+        states = dict(given)
         if self.dtype == torch.int8 and keys.dtype == torch.int8:
             expect_dtype("values", values, (torch.int8,))
             for name in ("key_scales", "value_scales"):
@@ -284,6 +304,62 @@ class StateTable:
         return {
             name: states[name].detach().to(table.device, table.dtype) for name, table in self._tables.named().items()
         }
+
+    def _invalid(self, states: dict[str, Tensor]) -> list[int]:
+        """Positions of the users whose state the table cannot hold."""
+        if self.dtype == torch.int8:
+            valid = _valid_scales(torch.stack((states["key_scales"], states["value_scales"]), 1))  # [U, 2, H, r]
+            return [] if valid.all() else (~valid.all((1, 2, 3))).nonzero()[:, 0].tolist()
+        # A sum is finite unless an entry is not or, rarely, it overflows: one cheap pass finds whom to look at.
+        sums = states["keys"].sum((1, 2, 3)) + states["values"].sum((1, 2, 3))
+        if math.isfinite(sums.sum(dtype=torch.float32)):
+            return []
+        suspects = (~sums.isfinite()).nonzero()[:, 0]
+        keys, values = (states[name][suspects].isfinite().all((1, 2, 3)) for name in ("keys", "values"))
+        return suspects[~(keys & values)].tolist()
+
+    def _refuse(
+        self, user: int, position: int, given: dict[str, Tensor | None], states: dict[str, Tensor], count: int
+    ) -> NoReturn:
+        """Name the worst entry of an invalid state, in the tensor that was given."""
+        for name, scales_name in (("keys", "key_scales"), ("values", "value_scales")):
+            if self.dtype == torch.int8:
+                valid = _valid_scales(states[scales_name][position])
+            else:
+                valid = states[name][position].isfinite()
+            if not valid.all():
+                break
+        largest = torch.finfo(torch.float32 if self.dtype == torch.int8 else self.dtype).max
+        expected = f"finite in the table's {self.dtype}, so at most {largest:g}"
+        if given[scales_name] is not None:
+            name, expected = scales_name, f"between 0 and {LARGEST_SCALE:g}"
+        entries = given[name][position].detach()
+        entries = entries[~valid.to(entries.device)].flatten()
+        worst = entries[entries.abs().argmax()].item()
+        raise ValueError(
+            f"{name} of user {user} must be {expected}, got {worst:g} (invalid states: {count}); mend them, or store "
+            'such users as missing by put(..., on_invalid="missing")'
+        )
+
+    def _write(self, ids: object, states: dict[str, Tensor]) -> None:
+        """To rows that nobody reads; of a user given twice the last state."""
+        rows = self._slot_map.reserve(ids)
+        try:
+            last = rows >= 0
+            if np.count_nonzero(last) < len(rows):
+                states = {name: state[torch.from_numpy(last).to(state.device)] for name, state in states.items()}
+                rows = rows[last]
+            index = torch.from_numpy(rows).to(self.device)
+            for name, state in states.items():
+                getattr(self._tables, name).index_copy_(0, index, state)
+        except BaseException:
+            self._slot_map.abandon(rows)
+            raise
+        self._slot_map.publish(rows)
+
+
+def _valid_scales(scales: Tensor) -> Tensor:
+    return scales.clamp(0, LARGEST_SCALE).eq(scales)  # NaN is not
 
 
 def _user_ids(user_ids: Tensor):
