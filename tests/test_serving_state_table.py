@@ -131,9 +131,9 @@ class AgainstAModel(RuleBasedStateMachine):
             self.put(users, stamps, missing, **states, on_invalid=on_invalid)
 
     @rule()
-    def save_and_put(self):
+    def save_and_load(self):
         table = make_table(max(len(self.states), 1), self.dtype)
-        table.put(**self.table.state_dict())
+        table.load_state_dict(self.table.state_dict())
         with table.request(ids(*USERS)) as request:
             assert stamps_of(request) == [self.states.get(user, 0) for user in USERS]
 
@@ -334,13 +334,13 @@ def test_quantized_states_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_saved_table_is_put_back(dtype):
+def test_a_saved_table_is_loaded(dtype):
     table, again = make_table(4, dtype), make_table(3, dtype)
     table.put(ids(-5, 2**40, 3), *random_states(3))
     table.erase(ids(3))
     saved = table.state_dict()
     assert set(saved["user_ids"].tolist()) == {-5, 2**40}
-    again.put(**saved)
+    again.load_state_dict(saved)
     targets, offsets = torch.randn(4, H, D), torch.tensor([0, 2, 4])
     if dtype != torch.int8:
         targets = targets.to(dtype)

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from recattn._check import FLOATING, expect, expect_choice, expect_dtype, expect_index, expect_shape, expect_tensors
 from recattn.functional import lrea_absorbed_attention, lrea_quantize
 from recattn.functional.lrea_attention import INT8_MAX
+from recattn.serving import saved_table
 from recattn.serving.slot_map import SlotMap
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -238,12 +239,43 @@ class StateTable:
             self._slot_map.grow(capacity)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of all states on the CPU, to save; `put(**state_dict)` takes them back."""
+        """A copy of all states on the CPU, to save by `torch.save` or in any store of tensors:
+
+            user_ids [U],  keys [U, H, r, d],  values [U, H, r, dv],  int8 also key_scales, value_scales [U, H, r]
+            format_version [],  checksum []
+
+        The checksum is of all the rest: `load_state_dict` refuses a damaged copy.
+        """
         user_ids = torch.from_numpy(self._slot_map.ids())
         with self.request(user_ids) as request:
             rows = request.slots[request.found.to(self.device)]
             states = {name: table[rows].cpu() for name, table in request.tables.named().items()}
-            return {"user_ids": user_ids[request.found], **states}
+        return saved_table.seal({"user_ids": user_ids[request.found], **states})
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put the states of a `state_dict` of a table with the same dtype and sizes; the capacity and the device may
+        differ. Users who are there and not in `state` stay while there is room, as in `put`.
+
+        Raises:
+            ValueError: another version of the format, a damaged state, another dtype or other sizes, or a capacity
+                below the number of users. Nothing has changed.
+            RuntimeError: requests hold too many rows; nothing has changed.
+        """
+        tables = self._tables.named()
+        states = saved_table.unseal(state, ("user_ids", *tables))
+        user_ids = states.pop("user_ids")
+        _expect_saved("user_ids", user_ids, torch.int64, [user_ids.numel()])
+        for name, table in tables.items():
+            _expect_saved(name, states[name], table.dtype, [len(user_ids), *table.shape[1:]])
+        needed = f"at least {len(user_ids)}, the users of state (grow the table)"
+        expect(len(user_ids) <= self.capacity, "capacity", needed, self.capacity)
+        self.put(user_ids.cpu(), **states)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a StateTable cannot be pickled, copied or sent to another process: its rows belong to the requests and "
+            "the lock of this one; send state_dict() and load_state_dict() it into a StateTable made there"
+        )
 
     def stats(self) -> dict[str, int]:
         """Users found and not found by requests, and evicted by `put`, since the start."""
@@ -360,6 +392,12 @@ class StateTable:
 
 def _valid_scales(scales: Tensor) -> Tensor:
     return scales.clamp(0, LARGEST_SCALE).eq(scales)  # NaN is not
+
+
+def _expect_saved(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    got = f"{tensor.dtype} {list(tensor.shape)}"
+    expected = f"{dtype} {shape}"
+    expect(got == expected, f"{name} of state", f"{expected} (load it into a table like the one that was saved)", got)
 
 
 def _user_ids(user_ids: Tensor):
