@@ -7,8 +7,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_examples():
+def test_examples(tmp_path, monkeypatch):
     """From the first to the last, as a reader goes."""
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     results = []
     for example in EXAMPLES:
