@@ -256,6 +256,8 @@ def test_a_full_history_takes_no_more():
     state = lrea.export_state(torch.randn(3, LMAX, E, dtype=torch.float64), torch.tensor([3, LMAX, LMAX]))
     with pytest.raises(ValueError, match=r"lengths must be below max_len, 20, got 20 of user 1: a full history"):
         lrea.append(state, torch.randn(3, E))
+    with pytest.raises(ValueError, match=r"state.lengths must be between 0 and 20, got -1 at index \[1\]"):
+        lrea.append(state._replace(lengths=torch.tensor([3, -1, 4])), torch.randn(3, E))
 
 
 # --- The fidelity report ---
@@ -407,6 +409,79 @@ def test_figures_that_nothing_counts_for_are_nan():
     empty = torch.zeros(USERS, 3, T_DIM, dtype=torch.float64)
     (report,) = lrea.fidelity(empty, behaviors, seq_lens=torch.zeros(USERS, dtype=torch.int64))
     assert report.relative_error == 0 and math.isnan(report.rank_correlation)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["w_comp", "w_decomp", "w_q", "w_k", "w_v"])
+def test_a_module_that_diverged_has_no_figures(name, value):
+    lrea = LREA(E, LMAX, R, 2, dtype=torch.float64)
+    with torch.no_grad():
+        getattr(lrea, name)[0, 0] = value
+    (report,) = lrea.fidelity(*inputs(target_dim=E), OFFSETS, seq_lens=LENGTHS)
+    figures = [report.relative_error, report.rank_correlation, report.truncation_error]
+    if name != "w_v":  # the losses are of the scores
+        figures += [report.rare_loss, report.common_loss]
+    assert all(map(math.isnan, figures))
+    if name in ("w_comp", "w_decomp"):
+        with pytest.raises(ValueError, match="w_comp and w_decomp must be finite to be truncated"):
+            lrea.truncated(R - 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("user", [0, 3])
+def test_one_user_without_numbers_is_not_averaged_away(user, value):
+    lrea = LREA(E, LMAX, R, 2, dtype=torch.float64)
+    targets, behaviors = inputs(target_dim=E)
+    behaviors[user, 0, 0] = value
+    (report,) = lrea.fidelity(targets, behaviors, OFFSETS, seq_lens=LENGTHS)
+    assert all(math.isnan(figure) for figure in report[2:])
+
+
+def test_scores_that_overflow_are_no_ties():
+    """All restored scores of a user inf: neither a user without a ranking, nor one whose candidates are equal."""
+    targets, behaviors = torch.randn(USERS, 4, T_DIM, dtype=torch.float64), inputs()[1]
+
+    def score(outputs, rows):
+        return torch.arange(16.0).index_fill(0, torch.arange(4, 8), math.inf)
+
+    (report,) = module().fidelity(targets, behaviors, seq_lens=LENGTHS, score=score)
+    assert math.isnan(report.rank_correlation)
+
+
+def test_scores_that_overflow_lose_everything():
+    """One score of inf leaves 0 of the others beside it, were all scaled to length 1: the user would not count."""
+    lrea = LREA(E, LMAX, R, dtype=torch.float32)
+    targets, behaviors = inputs(torch.float32, target_dim=E)
+    behaviors[0, 3, 0] = 3e38
+    with torch.no_grad():
+        lrea.w_comp[3] = 0  # nothing of it in what is restored
+    probes = torch.full((USERS, E), 1e3)
+    rare = torch.zeros(USERS, dtype=torch.int64)
+    (report,) = lrea.fidelity(targets, behaviors, OFFSETS, seq_lens=LENGTHS, rare=rare, probes=probes)
+    assert math.isnan(report.rare_loss)
+
+
+def test_states_that_overflow_have_an_infinite_error():
+    lrea = LREA(E, LMAX, R, 2)
+    with torch.no_grad():  # of one sign, so that inf meets no −inf
+        for weight in (lrea.w_q, lrea.w_k, lrea.w_v):
+            weight.abs_()
+        lrea.w_v.mul_(1e6)
+    targets, behaviors = (x.abs() for x in inputs(torch.float32, target_dim=E))
+    (report,) = lrea.fidelity(targets, behaviors, OFFSETS, seq_lens=LENGTHS, dtype=torch.float16)
+    assert report.relative_error == math.inf and report.truncation_error == 0 and math.isnan(report.rank_correlation)
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_a_rank_correlation_never_passes_1_by_rounding(count):
+    lrea = positive()
+    behaviors = torch.rand(USERS, LMAX, E, dtype=torch.float64)
+    scores = torch.randn(USERS, count).cumsum(1).flatten()
+    for sign in (1, -1):
+        given = iter((sign * scores, scores))
+        targets = torch.randn(USERS, count, T_DIM, dtype=torch.float64)
+        (report,) = lrea.fidelity(targets, behaviors, score=lambda h, t, given=given: next(given))
+        assert -1 <= report.rank_correlation <= 1 and report.rank_correlation == pytest.approx(sign)
 
 
 # --- What PyTorch does with modules ---

@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import (
     FLOATING,
+    checked_lengths,
     expect,
     expect_choice,
     expect_dtype,
@@ -256,8 +257,8 @@ class LREA(nn.Module):
             behavior: e [U, embed_dim], the newest of each user.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit; a history that has max_len behaviours already (this
-                reads `lengths`, a synchronisation on a GPU).
+            ValueError: shapes, dtypes and devices that do not fit; lengths out of range, or a history that has max_len
+                behaviours already (this reads `lengths`, a synchronisation on a GPU).
         """
         sizes = {"rank": self.rank, "embed_dim": self.embed_dim}
         expect_tensors(**{"state.compressed": state.compressed, "behavior": behavior})
@@ -267,15 +268,16 @@ class LREA(nn.Module):
         expect_dtype("behavior", behavior, FLOATING)
         devices = {"state.lengths": state.lengths, "behavior": behavior}
         expect_same_device("state.compressed", state.compressed, **devices)
-        full = (state.lengths >= self.max_len).nonzero().flatten().tolist()
+        lengths = checked_lengths("state.lengths", state.lengths, self.max_len)
+        full = (lengths == self.max_len).nonzero().flatten().tolist()
         if full:
             raise ValueError(
-                f"state.lengths must be below max_len, {self.max_len}, got {state.lengths[full[0]].item()} of user "
+                f"state.lengths must be below max_len, {self.max_len}, got {lengths[full[0]].item()} of user "
                 f"{full[0]}: a full history takes no more behaviours, export its newest anew"
             )
-        rows = self.w_comp[state.lengths].to(state.compressed.dtype)  # [U, r]
+        rows = self.w_comp[lengths].to(state.compressed.dtype)  # [U, r]
         compressed = state.compressed + rows[:, :, None] * behavior.to(rows.dtype)[:, None, :]
-        return self._state(compressed, state.lengths + 1, state.keys.dtype)
+        return self._state(compressed, lengths + 1, state.keys.dtype)
 
     def attend(
         self,
@@ -330,8 +332,13 @@ class LREA(nn.Module):
         No other of that rank loses less of this map of max_len behaviours onto their restored ones. The factors are
         U√Σ and √Σ Vᵀ, each pair signed so that its row of W_decomp has no negative sum; beyond the first they are not
         non-negative, so orientation="scores" serves them worse than what was trained at that rank.
+
+        Raises:
+            ValueError: a rank out of range; weights that are not finite.
         """
         expect(isinstance(rank, int) and 0 < rank <= self.rank, "rank", f"between 1 and {self.rank}", rank)
+        finite = _are_finite(self.w_comp, self.w_decomp)
+        expect(finite, "w_comp and w_decomp", "finite to be truncated", "NaN or infinite entries")
         options = {"target_dim": self.target_dim, "head_dim": self.head_dim, "impl": self.impl}
         options |= {"negative_slope": self.negative_slope, "orientation": self.orientation}
         options |= {"device": self.w_comp.device, "dtype": self.w_comp.dtype}
@@ -379,8 +386,10 @@ class LREA(nn.Module):
 
         A loss of 0 keeps the score, 1 leaves nothing, above 1 turns its sign, below 0 enlarges it. Scaled to length 1
         since nothing holds W_comp W_decomp to the scale of the identity; pooled by squares, for a share of a score near
-        0 says nothing. Products are summed over the heads. A user without behaviours does not count. A figure that
-        nothing counts for is NaN.
+        0 says nothing. Products are summed over the heads. A user without behaviours does not count.
+
+        A figure that nothing counts for is NaN. So is one that anything NaN or infinite goes into, of whatever user;
+        only where finite outputs h meet a ĥ that overflowed (in float16, say) relative_error is inf.
 
         Args:
             targets, behaviors, target_offsets, seq_lens: as of `forward`. The targets are the candidates.
@@ -496,7 +505,10 @@ class LREA(nn.Module):
         query = (history[chosen] if probes is None else probes.to(history.dtype)) @ w_q @ w_k.T  # [U, embed_dim]
         scores = (history @ query[..., None]).squeeze(-1)  # [U, L]
         restored = (state.compressed @ query[..., None]).squeeze(-1) @ w_decomp
-        score, restored = (F.normalize(x.double().masked_fill(padding, 0), dim=1)[chosen] for x in (scores, restored))
+        scores, restored = (x.double().masked_fill(padding, 0) for x in (scores, restored))
+        if not _are_finite(scores, restored):  # scaled, the others beside an infinite one would be 0
+            return math.nan
+        score, restored = (F.normalize(x, dim=1)[chosen] for x in (scores, restored))
         size = score.square().sum()
         return (1 - restored @ score / size).item() if size > 0 else math.nan
 
@@ -528,11 +540,13 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0:
         return math.nan
     error, size = (actual.double() - expected.double()).norm(), expected.double().norm()
-    return (error / size).item() if error > 0 else 0.0
+    return 0.0 if error == 0 else (error / size).item()
 
 
 def _mean_rank_correlation(scores: Tensor, others: Tensor, target_offsets: Tensor) -> float:
     """The mean over users of Spearman's correlation, of those whose other scores differ."""
+    if not _are_finite(scores, others):  # scores that overflowed are no ties
+        return math.nan
     pairs = zip(*(x.double().split(target_offsets.diff().tolist()) for x in (scores, others)), strict=True)
     correlations = [_rank_correlation(x, y) for x, y in pairs if len(y) > 1 and (y != y[0]).any()]
     return sum(correlations) / len(correlations) if correlations else math.nan
@@ -542,7 +556,11 @@ def _rank_correlation(scores: Tensor, others: Tensor) -> float:
     """Pearson's correlation of the ranks; 0 where one side has no ranking."""
     x, y = (ranks - ranks.mean() for ranks in map(_ranks, (scores, others)))
     size = (x.norm() * y.norm()).item()
-    return (x @ y).item() / size if size > 0 else 0.0
+    return ((x @ y) / size).clamp(-1, 1).item() if size > 0 else 0.0  # rounding may pass 1
+
+
+def _are_finite(*tensors: Tensor) -> bool:
+    return all(bool(x.isfinite().all()) for x in tensors)
 
 
 def _ranks(scores: Tensor) -> Tensor:
