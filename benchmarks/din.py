@@ -31,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks import movielens, results
 from benchmarks.sasrec import mean_and_spread
-from benchmarks.timing import CpuClock, measure, percentile, seconds_waited
+from benchmarks.timing import CpuClock, finite, measure, percentile, seconds_waited
 from recattn.nn import LREA, Fidelity, LREAState, TargetAttention
 
 MEAN, DOT, DIN = "mean", "dot product", "DIN"
@@ -255,7 +255,9 @@ def new_attention(model: str, hyper: Hyperparameters) -> nn.Module:
 
 
 def area_under_curve(scores: Tensor, labels: Tensor) -> float:
-    """The probability that a positive scores above a negative, ties half."""
+    """The probability that a positive scores above a negative, ties half; NaN if a score is not finite."""
+    if not scores.isfinite().all():
+        return math.nan
     _, inverse, counts = scores.double().unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
     positive = labels > 0
@@ -301,6 +303,8 @@ def fit(ranker: Ranker, seed: int, ratings: Ratings, hyper: Hyperparameters) -> 
             best, best_epoch, best_weights = reached, epoch, copy.deepcopy(ranker.state_dict())
         if epoch - best_epoch >= hyper.patience:
             break
+    if best_weights is None:
+        raise ValueError(f"the training diverged: the AUC of the validation was never above 0, at last {reached}")
     ranker.load_state_dict(best_weights)
     return Fitted(best, best_epoch, statistics.median(seconds))
 
@@ -354,9 +358,9 @@ def drawn_items(count: int) -> Tensor:
 
 
 def as_json(figures: Fidelity) -> dict[str, object]:
-    """NaN, which is no JSON, as None."""
+    """What is not finite, which is no JSON, as None."""
     numbers = {name: value for name, value in figures._asdict().items() if name != "dtype"}
-    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+    return {name: finite(value) for name, value in numbers.items()}
 
 
 # --- Serving ---
@@ -427,7 +431,7 @@ def measure_serving(
                     dim=hyper.dim,
                     bytes_per_user=group[model, dtype][0],
                     p50_ms=percentile(samples.times, 50),
-                    spread=samples.spread if math.isfinite(samples.spread) else None,
+                    spread=finite(samples.spread),
                     waiting=samples.waiting,
                 )
                 for (model, dtype), samples in timed.items()
@@ -480,7 +484,7 @@ def quality_table(rows: Sequence[Row]) -> Table:
 
 
 def fidelity_table(rows: Sequence[Row]) -> Table:
-    """The median over seeds; of each model its own rank and, below it, what it is truncated to."""
+    """The median over seeds (none if one is not finite); of each model its own rank and, below it, its truncations."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("states")
     columns = [name for name in Fidelity._fields if name not in ("rank", "dtype")]
@@ -489,8 +493,8 @@ def fidelity_table(rows: Sequence[Row]) -> Table:
     for model, own in by_model([row for row in rows if row.fidelity]):
         for way in SERVED:
             for of_seeds in zip(*(row.fidelity[way] for row in own), strict=True):
-                figures = {name: [x[name] for x in of_seeds if x[name] is not None] for name in columns}
-                cells = (f"{statistics.median(values):.4f}" if values else "" for values in figures.values())
+                figures = ([x[name] for x in of_seeds] for name in columns)
+                cells = ("" if None in values else f"{statistics.median(values):.4f}" for values in figures)
                 table.add_row(f"{model}, {way}", str(of_seeds[0]["rank"]), *cells)
     return table
 

@@ -30,6 +30,7 @@ from benchmarks import movielens, results
 from benchmarks.movielens import Histories
 from benchmarks.timing import seconds_waited
 from recattn.nn import RefinedSelfAttention
+from recattn.testing import largest
 
 PLAIN = "plain"
 ATTENTIONS = (PLAIN, "simple", "value", "additive", "stochastic")
@@ -274,8 +275,7 @@ def train_epoch(
 
 def curve_difference(curve: Sequence[float], other: Sequence[float]) -> float:
     """The largest relative difference; NaN if either has one."""
-    differences = [abs(a - b) / abs(a) for a, b in zip(curve, other, strict=True)]
-    return math.nan if any(map(math.isnan, differences)) else max(differences)
+    return largest(abs(a - b) / abs(a) for a, b in zip(curve, other, strict=True))
 
 
 # --- The command ---

@@ -78,7 +78,7 @@ def finite(value: float) -> float | None:
 
 def verdict(ratio: float, ratio_spread: float, waiting: float, goal: float) -> str:
     # Waiting for a core slows whoever synchronises its threads more often: it biases a ratio and may not spread it.
-    if ratio_spread > MAX_SPREAD or waiting > MAX_WAITING:
+    if not (ratio_spread <= MAX_SPREAD and waiting <= MAX_WAITING and math.isfinite(ratio)):  # NaN is none either
         return NO_VERDICT
     return "met" if ratio <= goal else "missed"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks import din, movielens
 from benchmarks.din import LREA_RANKS, MODELS, Hyperparameters, Ratings
 from benchmarks.movielens import Item
-from recattn.nn import TargetAttention
+from recattn.nn import Fidelity, TargetAttention
 
 HYPER = Hyperparameters(length=32, dim=8, batch=64, epochs=25, patience=10, learning_rate=1e-2)
 
@@ -107,6 +108,29 @@ def test_area_under_curve():
     # Pairs won: 0.4 over 0.1, half of 0.4 against 0.4; 0.9 over all three.
     assert din.area_under_curve(scores, labels) == pytest.approx(4.5 / 6)
     assert din.area_under_curve(torch.zeros(5), labels) == pytest.approx(0.5)
+    for value in (math.nan, math.inf):
+        assert math.isnan(din.area_under_curve(scores.index_fill(0, torch.tensor([2]), value), labels))
+
+
+def test_a_training_that_diverges_says_so(ratings):
+    ranker = din.Ranker("LREA 4", HYPER)
+    with torch.no_grad():
+        ranker.attention.w_v.fill_(math.nan)
+    with pytest.raises(ValueError, match="training diverged: the AUC of the validation was never above 0, at last nan"):
+        din.fit(ranker, 0, ratings, replace(HYPER, epochs=2))
+
+
+def test_figures_that_are_not_finite_stay_out_of_medians():
+    """A seed that diverged is no seed less."""
+    report = Fidelity(4, torch.float32, 0.5, 1.0, 0.0, math.inf, math.nan)
+    figures = din.as_json(report)
+    assert figures["relative_error"] == 0.5 and figures["rare_loss"] is figures["common_loss"] is None
+    training = {"model": "LREA 4", "shape": {}, "data": "", "parameters": 0, "auc": 0.5, "validation_auc": 0.5}
+    training |= {"best_epoch": 1, "epoch_seconds": 1.0}
+    seeds = figures, figures | {"rare_loss": 0.25}
+    rows = [din.Row(**training, seed=i, fidelity={way: [x] for way in din.SERVED}) for i, x in enumerate(seeds)]
+    columns = {column.header: list(column.cells) for column in din.fidelity_table(rows).columns}
+    assert set(columns["rare loss"]) == {""} and set(columns["relative error"]) == {"0.5000"}
 
 
 # --- Models ---

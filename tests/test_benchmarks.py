@@ -235,6 +235,8 @@ def test_over_3_percent_spread_there_is_no_verdict():
     assert timing.verdict(1.05, 0.031, waiting=0.0, goal=1.10) == "no verdict"
     assert timing.verdict(1.05, 0.0, waiting=0.031, goal=1.10) == "no verdict"
     assert timing.verdict(1.05, timing.spread([1.0] * 5), waiting=0.0, goal=1.10) == "no verdict"  # too few rounds
+    for numbers in ((math.nan, 0.0, 0.0), (1.05, math.nan, 0.0), (1.05, 0.0, math.nan)):
+        assert timing.verdict(*numbers, goal=1.10) == "no verdict"
     assert timing.spread([2.0] * 6) == 0
 
 

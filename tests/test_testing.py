@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recattn.testing import Oracle, assert_matches_reference, compare_with_reference, measure_error
+from recattn.testing import Oracle, assert_matches_reference, compare_with_reference, largest, measure_error
 
 
 def reference(x, w):
@@ -119,3 +119,30 @@ def test_a_wrong_shape_is_refused():
 def test_uninitialised_memory_reads_as_nan():
     assert torch.empty(3).isnan().all() and torch.zeros(3).new_empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(3)).isnan().all()
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_a_reference_that_overflows_lets_nothing_pass(value):
+    """Its error is infinite, and would be a bound for anything."""
+    x = torch.full((2, 4), 300.0, dtype=torch.float16)
+    inputs = {"x": x, "w": torch.full((4, 3), 300.0, dtype=torch.float16)}
+    (error,) = compare_with_reference(lambda x, w: torch.full((2, 3), value), lambda x, w: x @ w, inputs)
+    assert error.max_bound in (math.inf, pytest.approx(math.nan, nan_ok=True)) and not error.passed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["input", "kernel"])
+def test_nan_and_infinities_never_pass(value, where):
+    inputs = draw()
+    if where == "input":
+        inputs["x"][3, 4] = value
+    kernel = reference if where == "input" else lambda x, w: reference(x, w).index_fill(0, torch.tensor([3]), value)
+    assert not compare_with_reference(kernel, reference, inputs)[0].passed
+
+
+def test_the_largest_of_nan_is_nan_in_any_order():
+    assert largest([1.0, 3.0, -math.inf]) == 3.0
+    assert all(math.isnan(largest(values)) for values in ([math.nan, 1.0], [1.0, math.nan], [math.inf, math.nan, 0.0]))

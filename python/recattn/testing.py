@@ -1,6 +1,7 @@
 """The error bound that every kernel of recattn is held to, against the float64 reference."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -21,7 +22,8 @@ class Error:
 
     @property
     def passed(self) -> bool:
-        return self.max <= self.max_bound and self.mean <= self.mean_bound  # False for NaN
+        """False for NaN, and where low overflowed: an infinite bound would hold nothing."""
+        return self.max <= self.max_bound < math.inf and self.mean <= self.mean_bound < math.inf
 
     def __str__(self) -> str:
         verdict = "ok  " if self.passed else "FAIL"
@@ -103,9 +105,9 @@ class Oracle:
     def _errors(self, actual: Mapping[str, Tensor], draw: Draw, factor: float) -> list[Error]:
         floating = [x for x in self.inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
         eps = max(torch.finfo(x.dtype).eps for x in floating)
-        largest = max((x.abs().max().item() for x in floating if x.numel()), default=0.0)
+        scale = max((x.abs().max().item() for x in floating if x.numel()), default=0.0)
         return [
-            measure_error(name, actual[name], draw.low[name], ref64, eps, factor, largest**2)
+            measure_error(name, actual[name], draw.low[name], ref64, eps, factor, scale**2)
             for name, ref64 in draw.ref64.items()
         ]
 
@@ -113,7 +115,14 @@ class Oracle:
 def _largest_bounds(error: Error, *others: Error) -> Error:
     """The error, held to the largest bounds of all."""
     errors = (error, *others)
-    return replace(error, max_bound=max(e.max_bound for e in errors), mean_bound=max(e.mean_bound for e in errors))
+    bounds = {name: largest(getattr(e, name) for e in errors) for name in ("max_bound", "mean_bound")}
+    return replace(error, **bounds)
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN if one of them is: max() would depend on their order."""
+    values = list(values)
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def compare_with_reference(
