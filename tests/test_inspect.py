@@ -254,6 +254,18 @@ def test_wrong_calls_are_refused():
         sink_mass(model, embeds, sink_token_id=SINK)
 
 
+def test_a_model_of_nan_has_no_mass():
+    model = bert()
+    batch, positions = tokens_of()
+    with torch.no_grad():
+        model.encoder.layer[1].attention.self.key.weight[0, 0] = torch.nan
+    mass = sink_mass(model, batch, sink_positions=positions)
+    assert mass.to_sinks[0].isfinite().all() and mass.to_sinks[1, [0, 1, 3], 0].isnan().all()
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.fill_(torch.nan)
+    assert sink_mass(model, batch, sink_positions=positions).to_sinks[:, [0, 1, 3]].isnan().all()
+
+
 # --- plot_sink_mass ---
 
 
@@ -285,6 +297,18 @@ def test_lines_and_bands(quantity, tmp_path):
     assert torch.as_tensor(lines["uniform attention"].get_ydata()).tolist() == pytest.approx([expected] * 2)
     assert ax.get_xlabel() == "layer" and "sinks" in ax.get_ylabel()
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("quantity", ["to_sinks", "among_sinks"])
+def test_a_row_of_nan_is_not_averaged_away(quantity):
+    """But for rows without sinks, which have no mass by design."""
+    pytest.importorskip("matplotlib")
+    before, after = masses()
+    for mass in after[:2]:
+        mass[1, 2] = torch.nan
+    (ax,) = plot_sink_mass(before, after, quantity=quantity).axes
+    first, second = (torch.as_tensor(line.get_ydata()) for line in ax.get_lines()[:2])
+    assert first.isfinite().all() and second.isnan().tolist() == [False, True]
 
 
 def test_drawing_into_given_axes():

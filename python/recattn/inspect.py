@@ -122,7 +122,7 @@ def plot_sink_mass(
     if ax is None:
         ax = Figure(figsize=(6, 4), layout="constrained").subplots()
     for mass, label in zip((before, after), labels, strict=True):
-        by_head = getattr(mass, quantity).nanmean(dim=1).cpu()  # [layers, H]
+        by_head = _mean_of_rows(getattr(mass, quantity), ~uniform.isnan()).cpu()  # [layers, H]
         (line,) = ax.plot(mass.layers, by_head.mean(dim=1), marker="o", label=label)
         lowest, highest = by_head.aminmax(dim=1)
         ax.fill_between(mass.layers, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
@@ -221,7 +221,7 @@ def _mass_of_layer(weights: Tensor, valid: Tensor, sinks: Tensor) -> tuple[Tenso
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     visible = _visible_pairs(weights, valid).to(weights.dtype)
     keys = sinks.to(weights.dtype)
-    mass = torch.einsum("bhij,bj->bhi", weights, keys)
+    mass = weights.masked_fill(~sinks[:, None, None], 0).sum(dim=-1)
     uniform = torch.einsum("bij,bj->bi", visible, keys) / visible.sum(dim=-1)
     return (
         _mean_where(valid[:, None], mass),
@@ -236,8 +236,13 @@ def _visible_pairs(weights: Tensor, valid: Tensor) -> Tensor:
     pairs = valid[:, :, None] & valid[:, None, :]
     position = torch.arange(valid.shape[1], device=valid.device)
     distance = position[:, None] - position
-    seen = distance[((weights > 0).any(dim=1) & pairs).any(dim=0)]
+    seen = distance[(~(weights <= 0).all(dim=1) & pairs).any(dim=0)]  # a weight of NaN is one
     return pairs & (distance >= seen.min()) & (distance <= seen.max())
+
+
+def _mean_of_rows(x: Tensor, counts: Tensor) -> Tensor:
+    """[layers, B, H] -> [layers, H]: over the rows that count [layers, B]; NaN in one of them stays NaN."""
+    return x.masked_fill(~counts[..., None], 0).sum(dim=1) / counts.sum(dim=1, keepdim=True)
 
 
 def _mean_where(mask: Tensor, x: Tensor) -> Tensor:
