@@ -146,3 +146,12 @@ def test_nan_and_infinities_never_pass(value, where):
 def test_the_largest_of_nan_is_nan_in_any_order():
     assert largest([1.0, 3.0, -math.inf]) == 3.0
     assert all(math.isnan(largest(values)) for values in ([math.nan, 1.0], [1.0, math.nan], [math.inf, math.nan, 0.0]))
+
+
+def test_an_infinite_input_is_no_scale():
+    """A reference of zeros, as of a softmax whose rows -inf suppresses, lets no error pass beside it."""
+    inputs = draw()
+    inputs["x"][0, 0] = -math.inf
+    zeros = lambda x, w: torch.zeros(20, 40, dtype=w.dtype)  # noqa: E731
+    assert compare_with_reference(zeros, zeros, inputs)[0].passed
+    assert not compare_with_reference(lambda x, w: zeros(x, w) + 1, zeros, inputs)[0].passed

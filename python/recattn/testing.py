@@ -105,7 +105,8 @@ class Oracle:
     def _errors(self, actual: Mapping[str, Tensor], draw: Draw, factor: float) -> list[Error]:
         floating = [x for x in self.inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
         eps = max(torch.finfo(x.dtype).eps for x in floating)
-        scale = max((x.abs().max().item() for x in floating if x.numel()), default=0.0)
+        finite = [x[x.isfinite()].abs() for x in floating]  # -inf, which suppresses a pair, is no scale
+        scale = max((x.max().item() for x in finite if x.numel()), default=0.0)
         return [
             measure_error(name, actual[name], draw.low[name], ref64, eps, factor, scale**2)
             for name, ref64 in draw.ref64.items()
