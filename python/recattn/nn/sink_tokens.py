@@ -21,6 +21,7 @@ from recattn._check import (
     expect_shape,
     expect_tensors,
 )
+from recattn._gather import gather_rows
 from recattn.functional.validation import checked_indices, values_are_checked
 from recattn.reference.sink_attention import valid_tokens
 
@@ -54,6 +55,13 @@ class SinkEmbeddings(NamedTuple):
     attention_mask: Tensor  # [B, N] int64, 0 at padding
     sink_positions: Tensor  # [B, M] int64, padded with -1
     sink_behaviors: Tensor  # [B, M] int64, which behaviour a sink follows; padded with -1
+
+
+class _Table(nn.Embedding):
+    """nn.Embedding, its gradient added up in float32: a batch has a few ids, each of them many times."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return gather_rows(self.weight, ids)
 
 
 class SinkTokenEmbedding(nn.Module):
@@ -97,7 +105,7 @@ class SinkTokenEmbedding(nn.Module):
 
         options = {"device": device, "dtype": dtype}
         rows = 1 if signal == "none" else num_ids
-        self.tables = nn.ModuleDict({name: nn.Embedding(rows, embedding_dim, **options) for name in TABLES[signal]})
+        self.tables = nn.ModuleDict({name: _Table(rows, embedding_dim, **options) for name in TABLES[signal]})
         self.mlp = nn.Sequential()
         for _ in range(depth - 1):
             self.mlp.extend([nn.Linear(embedding_dim, embedding_dim, **options), nn.GELU()])

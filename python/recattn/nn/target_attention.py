@@ -16,6 +16,7 @@ from recattn._check import (
     expect_shape,
     expect_tensors,
 )
+from recattn._gather import gather_rows
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
 
@@ -98,7 +99,7 @@ class TargetAttention(nn.Module):
         row = torch.arange(len(targets), device=targets.device)
         users = torch.searchsorted(target_offsets[1:].to(row.dtype), row, right=True)
         lengths = None if seq_lens is None else seq_lens[users]
-        return self._attend(targets.unsqueeze(1), behaviors[users], lengths).squeeze(1)
+        return self._attend(targets.unsqueeze(1), gather_rows(behaviors, users), lengths).squeeze(1)
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, hidden={self.hidden}, pooling={self.pooling!r}"

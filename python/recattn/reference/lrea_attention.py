@@ -1,15 +1,19 @@
 """LREA: target attention over a long history compressed to rank r. Equations as in the public functions."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu, pad, relu
+
+from recattn._gather import gather_rows
 
 
 def lrea_compress(
     behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None = None, *, item_ids: Tensor | None = None
 ) -> Tensor:
     if item_ids is not None:
-        behaviors = behaviors[_without_padding(item_ids, seq_lens)]
+        behaviors = gather_rows(behaviors, _without_padding(item_ids, seq_lens))
     _, length, _ = behaviors.shape
     if seq_lens is not None:
         padding = torch.arange(length, device=behaviors.device) >= seq_lens[:, None]  # [U, L]
@@ -30,9 +34,9 @@ def lrea_attention(
 ) -> Tensor:
     scale = targets.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
-    for user, q in enumerate(_by_user(targets, target_offsets)):  # [H, n, d]
-        w = _decompression(w_decomp, seq_lens, user)  # [r, L]
-        restored_keys, restored_values = w.T @ keys[user], w.T @ values[user]  # [H, L, d], [H, L, dv]
+    users = (_decompressions(w_decomp, seq_lens, len(keys)), keys, values, _by_user(targets, target_offsets))
+    for w, k, v, q in zip(*users, strict=True):  # [r, L], [H, r, d], [H, r, dv], [H, n, d]
+        restored_keys, restored_values = w.T @ k, w.T @ v  # [H, L, d], [H, L, dv]
         scores = leaky_relu(scale * q @ restored_keys.mT, negative_slope)  # [H, n, L]
         outputs.append(scores @ restored_values)
     return _join(outputs, targets, values)
@@ -50,10 +54,9 @@ def lrea_absorb(
 ) -> tuple[Tensor, Tensor]:
     scale = keys.shape[-1] ** -0.5 if scale is None else scale
     state_values = []
-    for user in range(len(keys)):
-        w = _decompression(w_decomp, seq_lens, user)
+    for w, v in zip(_decompressions(w_decomp, seq_lens, len(keys)), values, strict=True):
         weights = leaky_relu(w, negative_slope) if orientation == "weights" else w
-        state_values.append(weights @ w.T @ values[user])
+        state_values.append(weights @ w.T @ v)
     return scale * keys, torch.stack(state_values) if state_values else values
 
 
@@ -81,11 +84,12 @@ def lrea_absorbed_attention(
         slots = pad(slots, (1, 1), value=len(state_keys))  # of nobody, before the first user and behind the last
         state_keys, state_values = _with_row_of_zeros(state_keys), _with_row_of_zeros(state_values)
     if item_ids is not None:
-        targets = targets[item_ids.long()]
+        targets = gather_rows(targets, item_ids)
     outputs = []
-    for slot, q in zip(slots.tolist(), _by_user(targets, target_offsets), strict=True):
-        scores = leaky_relu(q @ state_keys[slot].mT, negative_slope)  # [H, n, r]
-        outputs.append(scores @ state_values[slot])
+    states = (gather_rows(table, slots).unbind() for table in (state_keys, state_values))
+    for keys, values, q in zip(*states, _by_user(targets, target_offsets), strict=True):
+        scores = leaky_relu(q @ keys.mT, negative_slope)  # [H, n, r]
+        outputs.append(scores @ values)
     return _join(outputs, targets, state_values)
 
 
@@ -130,8 +134,10 @@ def _by_user(targets: Tensor, target_offsets: Tensor) -> list[Tensor]:
     return [q.transpose(0, 1) for q in targets.split(target_offsets.diff().tolist())]
 
 
-def _decompression(w_decomp: Tensor, seq_lens: Tensor | None, user: int) -> Tensor:
-    return w_decomp if seq_lens is None else w_decomp[:, : int(seq_lens[user])]
+def _decompressions(w_decomp: Tensor, seq_lens: Tensor | None, users: int) -> Sequence[Tensor]:
+    """W_decomp [r, L] of each user; `expand` adds up their gradients in float32, while one by one they would round."""
+    copies = w_decomp.expand(users, -1, -1).unbind()
+    return copies if seq_lens is None else [w[:, : int(length)] for w, length in zip(copies, seq_lens, strict=True)]
 
 
 def _join(outputs: list[Tensor], targets: Tensor, values: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+"""Rows of a table by their index."""
+
+import torch
+from torch import Tensor
+
+
+def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """table[rows] of a table [I, d, ...], whose gradient adds up the uses of a row in float32 and is rounded once.
+
+    PyTorch adds them up in the table's dtype: in bfloat16 the 257th of many ones adds nothing.
+    """
+    return _GatherRows.apply(table, rows.flatten()).unflatten(0, rows.shape)
+
+
+class _GatherRows(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table: Tensor, rows: Tensor) -> Tensor:
+        return table.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        table, rows = inputs
+        ctx.save_for_backward(rows)
+        ctx.shape = table.shape
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        uses = dout.flatten(1).to(torch.promote_types(dout.dtype, torch.float32))
+        dtable = torch.ops.aten.embedding_dense_backward(uses, rows, ctx.shape[0], -1, False)
+        return dtable.to(dout.dtype).view(ctx.shape), None
