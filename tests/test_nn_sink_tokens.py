@@ -165,11 +165,52 @@ def test_similarity_ids_by_hand():
     assert torch.equal(nobody, torch.full((3, 6), -1))
 
 
+INT64 = torch.iinfo(torch.int64)
+INT32 = torch.iinfo(torch.int32)
+
+
+@pytest.mark.parametrize(
+    "dtype, earliest, latest",
+    [
+        (torch.int64, INT64.min, INT64.max),
+        (torch.int64, INT64.min, 0),
+        (torch.int64, -1, INT64.max),
+        (torch.int64, INT64.max - 3, INT64.max),
+        (torch.int64, 2**53, 2**53 + 1),
+        (torch.int32, INT32.min, INT32.max),
+        (torch.float64, -1.7e308, 1.7e308),
+        (torch.float32, -3e38, 3e38),
+    ],
+)
+def test_ages_that_no_integer_holds(dtype, earliest, latest):
+    module = embedding(num_ids=40, max_age=1e30)
+    for now in (None, torch.tensor([latest], dtype=dtype)):
+        actual = module.time_ids(torch.tensor([[earliest, latest]], dtype=dtype), now=now)
+        age = min(latest - earliest, 1e30)
+        assert actual.tolist() == [[math.floor(39 * math.log1p(age) / math.log1p(1e30)), 0]]
+
+
+@pytest.mark.parametrize(
+    "timestamp, now", [(INT64.max, INT64.min), (0, INT64.min), (INT64.max, -2), (INT64.max, INT64.max - 1)]
+)
+def test_a_behaviour_after_now_is_named_by_its_own_numbers(timestamp, now):
+    message = rf"got now\[0\] = {now} and timestamps\[0, 1\] = {timestamp}"
+    with pytest.raises(ValueError, match=message):
+        embedding().time_ids(torch.tensor([[now, timestamp]]), now=torch.tensor([now]))
+
+
+def test_similarities_whose_difference_overflows():
+    module = embedding("similarity")
+    assert module.similarity_ids(torch.tensor([[-1.7e308, 0, 1.7e308]], dtype=torch.float64)).tolist() == [[0, 49, 99]]
+
+
 def test_wrong_signals_are_refused():
     module = embedding()
     timestamps = torch.tensor([[5.0, 3.0]])
-    with pytest.raises(ValueError, match=r"now must be at or after the timestamps of its row, got ages of \[-1\.0\]"):
+    with pytest.raises(ValueError, match=r"now must be .*, got now\[0\] = 4.0 and timestamps\[0, 0\] = 5.0"):
         module.time_ids(timestamps, now=torch.tensor([4.0]))
+    with pytest.raises(ValueError, match=r"now must be .*, got now\[0\] = nan and timestamps\[0, 0\] = 5.0"):
+        module.time_ids(timestamps, now=torch.tensor([torch.nan]))
     with pytest.raises(ValueError, match=r"now must be \[B\] = \[1\], got \[2\]"):
         module.time_ids(timestamps, now=torch.tensor([9.0, 9.0]))
     with pytest.raises(ValueError, match="now must be float32, got int64"):
@@ -262,6 +303,8 @@ def test_ids_of_the_behaviours_that_sinks_follow():
     assert at_sinks(ids, tokens.sink_behaviors).tolist() == [[6, 7], [9, -1]]
     with pytest.raises(ValueError, match="values must be those of at least 3 behaviours, got 2"):
         at_sinks(ids[:, :2], tokens.sink_behaviors)
+    with pytest.raises(ValueError, match="sink_behaviors must be behaviours, or -1 for padding, got -5"):
+        at_sinks(ids, torch.full((2, 2), -5))
 
 
 def test_wrong_behaviours_are_refused():

@@ -169,13 +169,10 @@ class SinkTokenEmbedding(nn.Module):
             expect_shape(sizes, "now", now, "B")
             expect_dtype("now", now, (timestamps.dtype,))
             expect_same_device("timestamps", timestamps, now=now)
-        age = (now[:, None] - timestamps).double().masked_fill(~valid, 0)
-        if values_are_checked(age.device):
-            negative = age[age < 0]
-            expect(
-                len(negative) == 0, "now", "at or after the timestamps of its row", f"ages of {negative[:1].tolist()}"
-            )
-        share = torch.log1p(age.clamp(max=self.max_age)) / math.log1p(self.max_age)
+        if values_are_checked(timestamps.device):
+            _expect_none_later(timestamps, now, valid)
+        age = _differences(now[:, None], timestamps).masked_fill(~valid, 0)
+        share = torch.log1p(age.clamp(0, self.max_age)) / math.log1p(self.max_age)
         return _ids_of_shares(share, self.num_ids, valid)
 
     def similarity_ids(self, similarities: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -197,7 +194,7 @@ class SinkTokenEmbedding(nn.Module):
                 similarity that is not finite.
         """
         valid = _signal_mask({}, "similarities", similarities, mask, FLOATING)
-        s = similarities.double()
+        s = similarities.double() / 2  # so that no difference overflows
         if s.shape[1] == 0:
             return s.long()
         low = s.masked_fill(~valid, math.inf).amin(dim=1, keepdim=True)
@@ -224,7 +221,8 @@ def at_sinks(values: Tensor, sink_behaviors: Tensor) -> Tensor:
     expect_index(sizes, "sink_behaviors", sink_behaviors, "B M")
     expect_same_device("values", values, sink_behaviors=sink_behaviors)
     if values_are_checked(values.device) and sink_behaviors.numel():
-        most = int(sink_behaviors.max())
+        least, most = (int(x) for x in sink_behaviors.aminmax())
+        expect(least >= -1, "sink_behaviors", "behaviours, or -1 for padding", least)
         expect(most < sizes["k"], "values", f"those of at least {most + 1} behaviours", sizes["k"])
     # A column of -1 for padding.
     padded = torch.cat([values.new_full((len(values), 1), -1), values], dim=1)
@@ -572,6 +570,24 @@ def _signal_mask(
         wrong = signal[valid & ~signal.isfinite()]
         expect(len(wrong) == 0, name, "finite where there is a behaviour", wrong[:1].tolist())
     return valid
+
+
+def _expect_none_later(timestamps: Tensor, now: Tensor, valid: Tensor) -> None:
+    later = (valid & ~(timestamps <= now[:, None])).nonzero()  # so that NaN is found too
+    if len(later):
+        row, column = later[0].tolist()
+        raise ValueError(
+            f"now must be at or after the timestamps of its row, got now[{row}] = {now[row].item()} and "
+            f"timestamps[{row}, {column}] = {timestamps[row, column].item()}"
+        )
+
+
+def _differences(x: Tensor, y: Tensor) -> Tensor:
+    """x − y in float64, of integers exact wherever float64 can be, and right where int64 would wrap."""
+    if x.is_floating_point():
+        return x.double() - y.double()
+    rounded = x.double() - y.double()
+    return torch.where(rounded.abs() < 2**62, (x.long() - y.long()).double(), rounded)
 
 
 def _ids_of_shares(share: Tensor, num_ids: int, valid: Tensor) -> Tensor:
