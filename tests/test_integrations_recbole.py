@@ -92,8 +92,9 @@ def test_output_and_every_gradient(mechanism, source, bidirectional, recbole):
     layer = RefinedMultiHeadAttention(old, N + 2, mechanism=mechanism, source=source, rank=5, per_head=bidirectional)
     for matrix in layer._matrices():
         nn.init.normal_(matrix)
-    x = torch.randn(B, N, E, dtype=torch.float64, requires_grad=True)
-    actual = layer(x, mask_of(sequences(), bidirectional, recbole))
+    drawn = torch.randn(B, N, E, dtype=torch.float64, requires_grad=True)
+    actual = layer(drawn, mask_of(sequences(), bidirectional, recbole))
+    x = drawn.masked_fill((torch.arange(N) >= LENGTHS[:, None])[..., None], 0)
 
     parameters = dict(layer.named_parameters())
     q, k, v = (
@@ -109,7 +110,7 @@ def test_output_and_every_gradient(mechanism, source, bidirectional, recbole):
     expected = normalised * parameters["LayerNorm.weight"] + parameters["LayerNorm.bias"]
 
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
-    leaves = [x, *layer.parameters()]
+    leaves = [drawn, *layer.parameters()]
     incoming = torch.randn_like(actual)
     for mine, other in zip(*(torch.autograd.grad(o, leaves, incoming) for o in (actual, expected)), strict=True):
         torch.testing.assert_close(mine, other, atol=1e-8, rtol=1e-8)
@@ -125,8 +126,24 @@ def test_without_a_refinement_it_is_recboles_own_layer(bidirectional, recbole):
     x, mask = torch.randn(B, N, E, dtype=torch.float64), mask_of(items, bidirectional, recbole)
     tokens = items != 0
     torch.testing.assert_close(layer(x, mask)[tokens], old(x, mask)[tokens], atol=1e-10, rtol=0)
-    at_padding = layer.LayerNorm(x + layer.dense.bias)
-    torch.testing.assert_close(layer(x, mask)[~tokens], at_padding[~tokens], atol=1e-12, rtol=0)
+    at_padding = layer.LayerNorm(layer.dense.bias).expand(int((~tokens).sum()), E)
+    torch.testing.assert_close(layer(x, mask)[~tokens], at_padding, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_padding_may_hold_anything(value, bidirectional, recbole):
+    """Not only in what is projected: the norm of the residual has gradients of its own."""
+    layer = RefinedMultiHeadAttention(attention(), N, mechanism="value")
+    items = sequences()
+    mask, padding = mask_of(items, bidirectional, recbole), (items == 0)[..., None]
+    x, incoming = torch.randn(B, N, E, dtype=torch.float64), torch.randn(B, N, E, dtype=torch.float64)
+    results = []
+    for filled in (x.masked_fill(padding, 0), x.masked_fill(padding, value)):
+        out = layer(filled.requires_grad_(), mask)
+        leaves = [filled, *layer.parameters()]
+        results.append([out, *torch.autograd.grad(out, leaves, incoming.masked_fill(padding, 0))])
+    assert all(torch.equal(clean, dirty) and dirty.isfinite().all() for clean, dirty in zip(*results, strict=True))
 
 
 def test_the_layers_and_the_state_dict_are_the_old_ones():

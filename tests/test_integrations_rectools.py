@@ -68,6 +68,17 @@ def test_neither_padding_nor_the_future_reaches_a_state(mechanism):
 
 
 @needs_rectools
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_padding_may_hold_anything(value):
+    refined, x = layers(), torch.randn(B, N, E, dtype=torch.float64)
+    results = []
+    for filled in (x.masked_fill(~TOKENS[..., None], 0), x.masked_fill(~TOKENS[..., None], value)):
+        out = refined(filled.requires_grad_(), TOKENS[..., None], CAUSAL, None)[TOKENS]
+        results.append([out, *torch.autograd.grad(out.square().sum(), [filled, *refined.parameters()])])
+    assert all(torch.equal(clean, dirty) and dirty.isfinite().all() for clean, dirty in zip(*results, strict=True))
+
+
+@needs_rectools
 def test_wrong_masks_are_refused():
     refined, x = layers(), torch.randn(B, N, E, dtype=torch.float64)
     with pytest.raises(ValueError, match="use_key_padding_mask must be False: the padding is hidden without it"):

@@ -127,3 +127,45 @@ def test_wrong_arguments():
         module(torch.randn(3, 9, 24), POSITIONS[:2])
     with pytest.raises(ValueError, match=r"dropout must be at least 0 and below 1, got 1\.5"):
         recattn.nn.InterSinkBias(24, 3, dropout=1.5)
+
+
+@pytest.mark.parametrize(
+    "positions, message",
+    [
+        ([9, -1], r"below the sequence length 4, got 9 at index \[0, 0\]"),
+        ([-5, -1], r"token positions, or -1 for padding, got -5 at index \[0, 0\]"),
+        ([2, 1], r"strictly ascending, padded with -1 at the end"),
+        ([2, 2], r"strictly ascending, padded with -1 at the end"),
+        ([-1, 2], r"strictly ascending, padded with -1 at the end"),
+    ],
+)
+def test_wrong_positions_are_refused_as_by_the_attention(positions, message):
+    positions = torch.tensor([positions])
+    with pytest.raises(ValueError, match=f"sink_positions must be {message}"):
+        recattn.nn.InterSinkBias(24, 3)(torch.randn(1, 4, 24), positions)
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=f"sink_positions must be {message}"):
+        recattn.sink_attention(q, q, q, positions, torch.zeros(1, 1, 2, 2))
+
+
+def test_wrong_masks_are_refused():
+    module, hidden = recattn.nn.InterSinkBias(24, 3), torch.randn(3, 9, 24)
+    with pytest.raises(ValueError, match=r"sink_mask must be \[B, M\] = \[3, 4\], got \[3, 3\]"):
+        module(hidden, POSITIONS, torch.ones(3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="sink_mask must be bool, got int64"):
+        module(hidden, POSITIONS, torch.ones(3, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("length, sinks", [(0, 0), (0, 3), (5, 0)])
+def test_nothing_there(length, sinks):
+    module = recattn.nn.InterSinkBias(24, 3)
+    hidden = torch.randn(2, length, 24, requires_grad=True)
+    bias = module(hidden, torch.full((2, sinks), -1))
+    assert bias.shape == (2, 1, sinks, sinks) and not bias.any()
+    for gradient in torch.autograd.grad(bias.sum(), [hidden, *module.parameters()]):
+        assert not gradient.any()
+
+
+def test_a_mask_makes_no_sink_of_a_padded_one():
+    module, hidden = recattn.nn.InterSinkBias(24, 3), torch.randn(3, 9, 24)
+    assert torch.equal(module(hidden, POSITIONS, torch.ones(3, 4, dtype=torch.bool)), module(hidden, POSITIONS))

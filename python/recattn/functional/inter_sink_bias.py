@@ -92,10 +92,7 @@ def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):
     expect_dtype("k_s", k_s, FLOATING)
     expect_same_device("q_s", q_s, k_s=k_s)
     if sink_mask is not None:
-        expect_tensors(sink_mask=sink_mask)
-        expect_shape(sizes, "sink_mask", sink_mask, "B M")
-        expect_dtype("sink_mask", sink_mask, (torch.bool,))
-        expect_same_device("q_s", q_s, sink_mask=sink_mask)
+        expect_sink_mask(sizes, sink_mask, "q_s", q_s)
     one_number = "a number or a tensor of one element"
     if isinstance(bias_scale, Tensor):
         expect(bias_scale.numel() == 1, "bias_scale", one_number, f"one of shape {list(bias_scale.shape)}")
@@ -105,3 +102,10 @@ def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):
         expect(bias_scale is not None, "bias_scale", one_number, None)
         expect_numbers(bias_scale=bias_scale)
     expect_probability("dropout_p", dropout_p)
+
+
+def expect_sink_mask(sizes: dict[str, int], sink_mask: object, like_name: str, like: Tensor) -> None:
+    expect_tensors(sink_mask=sink_mask)
+    expect_shape(sizes, "sink_mask", sink_mask, "B M")
+    expect_dtype("sink_mask", sink_mask, (torch.bool,))
+    expect_same_device(like_name, like, sink_mask=sink_mask)

@@ -94,7 +94,7 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
                 where every token sees every other; in both, padding is hidden from all.
 
         Returns:
-            [B, N, E]; at padding LayerNorm(X + dropout(dense.bias)), as it sees nothing.
+            [B, N, E]; at padding LayerNorm(dropout(dense.bias)): it sees nothing, and X there may hold anything.
 
         Raises:
             ValueError: shapes that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also another mask.
@@ -102,6 +102,9 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         expect_tensors(input_tensor=input_tensor)
         expect_shape({"E": self.dense.in_features}, "input_tensor", input_tensor, "B N E")
         visible = read_attention_mask(attention_mask, input_tensor, self.padding_side)
+        shape, device = input_tensor.shape[:2], input_tensor.device
+        valid = valid_tokens(*shape, visible["seq_lens"], self.padding_side, device)
+        input_tensor = input_tensor.where(valid[..., None], 0)  # NaN would reach the gradients, by the residual too
         q, k, v = (self._heads(project(input_tensor)) for project in (self.query, self.key, self.value))
         dropout_p = self.attn_dropout.p if self.training else 0.0
         heads = self._refined(q, k, v, visible, dropout_p, self.impl)

@@ -63,4 +63,5 @@ class RefinedSASRecLayers(SASRecTransformerLayers):
         """
         merged = attn_mask is not None and attn_mask.dim() == 3
         expect(not merged, "use_key_padding_mask", "False: the padding is hidden without it", True)
+        seqs = seqs.where(timeline_mask, 0)  # RecTools multiplies by the mask, which leaves NaN
         return super().forward(seqs, timeline_mask, attn_mask, ~timeline_mask.squeeze(-1), **kwargs)

@@ -6,8 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from recattn._check import expect, expect_choice, expect_probability, expect_shape, expect_tensors
-from recattn.nn._masks import is_causal_mask, lengths_of_padding, padded_keys
+from recattn._check import (
+    expect,
+    expect_choice,
+    expect_index,
+    expect_probability,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+)
+from recattn.nn._masks import is_causal_mask, lengths_of_padding, zero_padding
+from recattn.reference.sink_attention import valid_tokens
 
 Module = TypeVar("Module", bound="MultiheadProjections")
 
@@ -133,26 +142,38 @@ class MultiheadProjections(nn.Module):
         if key_padding_mask is not None:
             expect(seq_lens is None, "seq_lens", "None beside a key_padding_mask", "both")
             seq_lens = lengths_of_padding(key_padding_mask, batch, length, self.padding_side)
+        elif seq_lens is not None:
+            expect_index({"B": batch}, "seq_lens", seq_lens, "B")
+        self._expect_device(key_padding_mask=key_padding_mask, seq_lens=seq_lens)
         causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, length, length))
         return {"causal": causal, "seq_lens": seq_lens, "padding_side": self.padding_side}
 
+    def _without_padding(self, visible: dict[str, Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The inputs of a self-attention, with zeros at padding."""
+        seq_lens = visible["seq_lens"]
+        if seq_lens is None or not torch.is_grad_enabled():  # the operators read no padding; only gradients would
+            return inputs
+        batch, length = inputs[0].shape[:2] if self.batch_first else inputs[0].shape[1::-1]
+        return self._zero_padding(valid_tokens(batch, length, seq_lens, self.padding_side, seq_lens.device), *inputs)
+
+    def _zero_padding(self, valid: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return zero_padding(valid if self.batch_first else valid.T, *inputs)
+
     @staticmethod
     def _read_cross_masks(
-        batch: int,
-        queries: int,
-        keys: int,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        queries: int, keys: int, valid_keys: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> dict[str, Any]:
         """`is_causal` and `attn_mask` as scaled_dot_product_attention takes them; padding is the keys' alone."""
         causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, queries, keys))
-        if key_padding_mask is None:
+        if valid_keys is None:
             return {"is_causal": causal}
-        visible = ~padded_keys(key_padding_mask, batch, keys)[:, None, None]  # [B, 1, 1, Nk]
+        visible = valid_keys[:, None, None]  # [B, 1, 1, Nk]
         if causal:
             visible = visible & visible.new_ones(queries, keys).tril()
         return {"attn_mask": visible}
+
+    def _expect_device(self, **others: Tensor | None) -> None:
+        expect_same_device("the parameters", self.in_proj_weight, **others)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Heads of queries, keys and values.

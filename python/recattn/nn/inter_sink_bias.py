@@ -2,9 +2,21 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-from recattn._check import expect, expect_index, expect_numbers, expect_probability, expect_shape, expect_tensors
+from recattn._check import (
+    expect,
+    expect_index,
+    expect_numbers,
+    expect_probability,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+)
 from recattn.functional import inter_sink_bias
+from recattn.functional.inter_sink_bias import expect_sink_mask
+from recattn.functional.validation import checked_indices
+from recattn.nn._masks import zero_padding
 
 
 class InterSinkBias(nn.Module):
@@ -63,25 +75,36 @@ class InterSinkBias(nn.Module):
         Args:
             hidden_states: H [B, N, hidden_size].
             sink_positions: [B, M] integer, as of `recattn.sink_attention`.
-            sink_mask: [B, M] bool, True at the sinks that count, those of padding left out; by default at all but -1.
+            sink_mask: [B, M] bool, False at sinks that do not count, those of padding, where the hidden states may hold
+                anything; by default all but -1 count.
 
         Returns:
             β [B, 1, M, M], float32 (float64 for float64 hidden states).
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit.
+            ValueError: shapes, dtypes and devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also
+                positions out of range or order.
         """
         expect_tensors(hidden_states=hidden_states)
         sizes = {"hidden_size": self.hidden_size}
         expect_shape(sizes, "hidden_states", hidden_states, "B N hidden_size")
         expect_index(sizes, "sink_positions", sink_positions, "B M")
-        sink_mask = sink_positions >= 0 if sink_mask is None else sink_mask
+        expect_same_device("hidden_states", hidden_states, sink_positions=sink_positions)
+        device, length = hidden_states.device, sizes["N"]
+        sink_positions = checked_indices(device, sink_positions=sink_positions, seq_len=length).sink_positions
+        valid = sink_positions >= 0
+        if sink_mask is not None:
+            expect_sink_mask(sizes, sink_mask, "hidden_states", hidden_states)
+            valid = valid & sink_mask
+        if length == 0:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, 1))  # a row for gather to read, which no sink is at
         rows = sink_positions.long().clamp(min=0)[..., None].expand(-1, -1, self.hidden_size)
-        sinks = self.norm(hidden_states.gather(1, rows))  # [B, M, hidden_size]
+        (sinks,) = zero_padding(valid, hidden_states.gather(1, rows))  # [B, M, hidden_size]
+        sinks = self.norm(sinks)
         projected = self.query_proj(sinks), self.key_proj(sinks)
         return inter_sink_bias(
             *(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected),
-            sink_mask=sink_mask,
+            sink_mask=valid,
             bias_scale=self.scale,
             causal=self.causal,
             dropout_p=self.dropout if self.training else 0.0,

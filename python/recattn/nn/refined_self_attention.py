@@ -112,7 +112,7 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
         expect(told, "key", same, "another tensor")
         batch, length, _ = self._expect_inputs(query, key, value)
         visible = self._read_masks(batch, length, key_padding_mask, attn_mask, is_causal, seq_lens)
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._project(*self._without_padding(visible, query, key, value))
         out = self._output(self._refined(q, k, v, visible, self._dropout_p, self.impl))
         if not need_weights:
             return out, None

@@ -9,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 from recattn import reference
 from recattn._check import expect
 from recattn.functional import sink_attention
+from recattn.nn._masks import padded_keys
 from recattn.nn._projections import MultiheadProjections, identity_values
 from recattn.ops.sink_attention import no_sinks
 
@@ -111,10 +112,13 @@ class SinkAttention(MultiheadProjections):
         same_tokens = key is query or given or seq_lens is not None
         batch, queries, keys = self._expect_inputs(query, key, value, same_tokens)
         if not same_tokens and (queries != keys or key_padding_mask is not None):
-            masks = self._read_cross_masks(batch, queries, keys, key_padding_mask, attn_mask, is_causal)
+            valid = None if key_padding_mask is None else ~padded_keys(key_padding_mask, batch, keys)
+            masks = self._read_cross_masks(queries, keys, valid, attn_mask, is_causal)
+            if valid is not None:
+                key, value = self._zero_padding(valid, key, value)
             return self._cross_attend(*self._project(query, key, value), masks, need_weights, average_attn_weights)
         visible = self._read_masks(batch, queries, key_padding_mask, attn_mask, is_causal, seq_lens)
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._project(*self._without_padding(visible, query, key, value))
         if not given:
             sink_positions, inter_sink_bias = no_sinks(q)
         heads = sink_attention(

@@ -7,9 +7,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
-from recattn._check import expect, expect_choice, expect_probability, expect_same_device, expect_shape, expect_tensors
+from recattn._check import (
+    expect,
+    expect_choice,
+    expect_index,
+    expect_probability,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+)
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
+from recattn.nn._masks import zero_padding
+from recattn.reference.sink_attention import valid_tokens
 
 
 class StochasticRefinedSelfAttention(nn.Module):
@@ -111,7 +121,12 @@ class StochasticRefinedSelfAttention(nn.Module):
         sizes = {"E": self.embed_dim}
         expect_shape(sizes, "mean", mean, "B N E")
         expect_shape(sizes, "cov", cov, "B N E")
-        expect_same_device("mean", mean, cov=cov)
+        expect_same_device("mean", mean, cov=cov, seq_lens=seq_lens)
+        if seq_lens is not None:
+            expect_index(sizes, "seq_lens", seq_lens, "B")
+            mean, cov = zero_padding(
+                valid_tokens(sizes["B"], sizes["N"], seq_lens, self.padding_side, mean.device), mean, cov
+            )
         means = self._heads(self.mean_in_proj(mean))
         covs = [F.elu(x) + 1 for x in self._heads(self.cov_in_proj(cov))]
         mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, *matrices = autocast_inputs(
