@@ -91,7 +91,8 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
                 key is not query itself, a causal mask or `seq_lens` must say so: else it is taken for a cross-attention
                 and refused, for rows of A stand for both queries and keys.
             key_padding_mask: [B, N], True (or -inf, else 0) at padding, which is on one side. `seq_lens` without it
-                spares the conversion.
+                spares the conversion. Padding may hold anything, NaN too: it reaches neither the output nor a gradient,
+                and its own gradients are zero.
             need_weights: also return softmax(mask(M)), through the reference, before dropout.
             attn_mask: None, or the causal mask [N, N], True (or -inf, else 0) above the diagonal. Without it, and
                 without `is_causal`, every query sees every token.

@@ -86,7 +86,8 @@ class SinkAttention(MultiheadProjections):
                 self-attention, with Nq = Nk = N, where key is query itself, or sinks or `seq_lens` are given; else
                 queries and keys may be other tokens.
             key_padding_mask: [B, Nk], True (or -inf, else 0) at padding. In a self-attention it is on one side, and
-                the queries' too; `seq_lens` without it spares the conversion. Else it is the keys' alone.
+                the queries' too; `seq_lens` without it spares the conversion. Else it is the keys' alone. Padding may
+                hold anything, NaN too: it reaches neither the output nor a gradient, and its own gradients are zero.
             need_weights: also return the softmax, through the reference, before dropout.
             attn_mask: None, or the causal mask [Nq, Nk], True (or -inf, else 0) above the diagonal. Without it, and
                 without `is_causal`, every query sees every token.

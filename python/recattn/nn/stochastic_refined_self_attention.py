@@ -107,7 +107,8 @@ class StochasticRefinedSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            mean, cov: [B, N, E], what the linear maps take: a covariance need not be positive yet.
+            mean, cov: [B, N, E], what the linear maps take: a covariance need not be positive yet. Padding may hold
+                anything, NaN too: it reaches neither the output nor a gradient, and its own gradients are zero.
             seq_lens: [B] integer, the valid tokens of each sequence.
             need_weights: also return P, through the reference, before dropout.
 
