@@ -67,7 +67,7 @@ def _serve_cpu_tensors() -> None:
     import recattn.ops
     from recattn.functional import validation
 
-    validation._are_checked = lambda device: False  # as on a GPU
+    validation.values_are_checked = lambda device: False  # as on a GPU
     for module in pkgutil.iter_modules(recattn.ops.__path__):
         module = importlib.import_module(f"recattn.ops.{module.name}")
         if hasattr(module, "triton_refusal"):

@@ -236,3 +236,35 @@ def test_races_of_serving_under_address_sanitizer(tmp_path):
     race = [sys.executable, str(TESTS / "racing_indices.py"), "0.5", library]
     result = subprocess.run(race, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "AddressSanitizer" not in result.stderr, result.stderr[:5000]
+
+
+# --- Masks of modules, whose values a graph checks as it runs ---
+
+
+HOLES = torch.tensor([[False, True, False, True], [False] * 4])
+FUTURE, LATER_FUTURE = (torch.ones(4, 4, dtype=torch.bool).triu(diagonal) for diagonal in (1, 2))
+HIDDEN = torch.zeros(4, 4).masked_fill(FUTURE, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    "name, right, wrong, message",
+    [
+        ("key_padding_mask", HOLES & False, HOLES, "key_padding_mask must be True at the ends of the sequences only"),
+        ("attn_mask", FUTURE, LATER_FUTURE, "attn_mask must be the causal mask"),
+        ("attn_mask", HIDDEN, FUTURE.float(), "attn_mask must be 0 where visible and -inf where hidden"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_modules_refuse_other_masks(name, right, wrong, message, backend):
+    attention, x = recattn.nn.SinkAttention(8, 2), torch.randn(2, 4, 8)
+
+    def attend(mask):
+        return attention(x, x, x, **{name: mask})[0]
+
+    with pytest.raises(ValueError, match=message):
+        attend(wrong)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(right), attend(right))
+    with pytest.raises(RuntimeError, match=message):
+        compiled(wrong)

@@ -215,11 +215,11 @@ def test_wrong_signals_are_refused():
         module.time_ids(timestamps, now=torch.tensor([9.0, 9.0]))
     with pytest.raises(ValueError, match="now must be float32, got int64"):
         module.time_ids(timestamps, now=torch.tensor([9]))
-    with pytest.raises(ValueError, match=r"timestamps must be finite where there is a behaviour, got \[inf\]"):
+    with pytest.raises(ValueError, match="timestamps must be finite where there is a behaviour, got inf"):
         module.time_ids(torch.tensor([[1.0, torch.inf]]))
     with pytest.raises(ValueError, match=r"mask must be \[B, k\] = \[1, 2\], got \[2, 2\]"):
         module.similarity_ids(timestamps, torch.ones(2, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask must be 0 or 1, got \[2\]"):
+    with pytest.raises(ValueError, match="mask must be 0 or 1, got 2"):
         module.similarity_ids(timestamps, torch.tensor([[0, 2]]))
     with pytest.raises(ValueError, match="similarities must be float64 or float32 or bfloat16 or float16, got bool"):
         module.similarity_ids(timestamps > 4)
@@ -301,9 +301,9 @@ def test_ids_of_the_behaviours_that_sinks_follow():
     assert tokens.sink_behaviors.tolist() == [[1, 2], [0, -1]]
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, -1, -1]])
     assert at_sinks(ids, tokens.sink_behaviors).tolist() == [[6, 7], [9, -1]]
-    with pytest.raises(ValueError, match="values must be those of at least 3 behaviours, got 2"):
+    with pytest.raises(ValueError, match=r"or -1 for padding, got 2 at \[0, 1\] beside 2 behaviours"):
         at_sinks(ids[:, :2], tokens.sink_behaviors)
-    with pytest.raises(ValueError, match="sink_behaviors must be behaviours, or -1 for padding, got -5"):
+    with pytest.raises(ValueError, match="sink_behaviors must be behaviours of values, or -1 for padding, got -5"):
         at_sinks(ids, torch.full((2, 2), -5))
 
 

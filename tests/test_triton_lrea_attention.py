@@ -213,7 +213,7 @@ def test_compress_of_nothing(sizes):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    monkeypatch.setattr(validation, "_are_checked", lambda device: False)
+    monkeypatch.setattr(validation, "values_are_checked", lambda device: False)
 
 
 def guarded(inputs: dict, names: list[str]) -> dict:

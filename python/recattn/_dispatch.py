@@ -7,12 +7,17 @@ import torch
 IMPLEMENTATIONS = ("reference", "correction", "triton", "cuda", "cpu")
 
 
+def is_transformed() -> bool:
+    """Whether the call is within a transform of torch.func, which goes through plain PyTorch alone."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def select(op: str, impl: str | None, refusals: Mapping[str, str | None]) -> str:
     """The implementation that runs a call.
 
     `refusals` maps each implementation of the operator, best first, to why it cannot serve this call (None: it can).
     """
-    if impl is None and torch._C._are_functorch_transforms_active():  # which go through plain PyTorch alone
+    if impl is None and is_transformed():
         return "reference"
     if impl is None:
         return next(name for name, why in refusals.items() if why is None)

@@ -3,27 +3,25 @@
 import torch
 from torch import Tensor
 
+from recattn._dispatch import is_transformed
+
 
 def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
     """table[rows] of a table [I, d, ...], whose gradient adds up the uses of a row in float32 and is rounded once.
 
     PyTorch adds them up in the table's dtype: in bfloat16 the 257th of many ones adds nothing.
     """
+    if is_transformed():
+        return table[rows.long()]
     return _GatherRows.apply(table, rows.flatten()).unflatten(0, rows.shape)
 
 
 class _GatherRows(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(table: Tensor, rows: Tensor) -> Tensor:
-        return table.index_select(0, rows)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        table, rows = inputs
+    def forward(ctx, table: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.shape = table.shape
+        return table.index_select(0, rows)
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:

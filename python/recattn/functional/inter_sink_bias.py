@@ -99,7 +99,7 @@ def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):
         expect_dtype("bias_scale", bias_scale, FLOATING)
         expect_same_device("q_s", q_s, bias_scale=bias_scale)
     else:
-        expect(bias_scale is not None, "bias_scale", one_number, None)
+        expect(isinstance(bias_scale, int | float), "bias_scale", one_number, type(bias_scale).__name__)
         expect_numbers(bias_scale=bias_scale)
     expect_probability("dropout_p", dropout_p)
 

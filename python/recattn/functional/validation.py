@@ -1,6 +1,7 @@
 """Checks of the values of index tensors, which cost a device synchronisation on a GPU."""
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,18 +72,23 @@ def checked_indices(
 ) -> Indices:
     """Copies that passed `validate`, in a compiled graph too; the tensors themselves where a check is not free."""
     given = Indices(**indices)
-    if not _are_checked(device):
+    if not values_are_checked(device):
         return given
     return _checked(given, seq_len, num_tokens, num_targets, num_slots, num_items)
 
 
+def expect_values(holds: Tensor, expected: str, got: Callable[..., object]) -> None:
+    """Refuse a call, where `values_are_checked`, unless `holds` is all True; `got` takes the index of the first that is
+    not. Python sees no values of a compiled call: there `expected` alone is a RuntimeError when the graph runs.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds.all(), expected)
+    elif not bool(holds.all()):
+        raise ValueError(f"{expected}, got {got(*torch.nonzero(~holds)[0].tolist())}")
+
+
 def values_are_checked(device: torch.device) -> bool:
-    """Whether Python reads a tensor's values, which would break the graph of a compiled call."""
-    return _are_checked(device) and not torch.compiler.is_compiling()
-
-
-def _are_checked(device: torch.device) -> bool:
-    """Reading values costs a synchronisation on a GPU."""
+    """Reading a tensor's values costs a synchronisation on a GPU."""
     return device.type == "cpu" or (device.type != "meta" and _always_checked())
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_choice, expect_same_device, expect_shape, expect_tensors
-from recattn.functional.validation import values_are_checked
+from recattn.functional.validation import expect_values, values_are_checked
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn._refinement import Refinement
 from recattn.reference.sink_attention import valid_tokens
@@ -132,17 +132,21 @@ def read_attention_mask(attention_mask: Tensor, x: Tensor, padding_side: str) ->
     causal = length > 1 and hidden.shape[1] == length
     seq_lens = (~hidden[:, -1]).sum(dim=-1)  # the last query sees all but the padding
     if values_are_checked(x.device):
-        other = attention_mask[hidden.unsqueeze(1) & (attention_mask != _HIDDEN)]
-        expect(len(other) == 0, "attention_mask", f"0 where visible and {_HIDDEN:.0f} where hidden", other[:1].tolist())
+        expect_values(
+            ~hidden | (attention_mask[:, 0] == _HIDDEN),
+            f"attention_mask must be 0 where visible and {_HIDDEN:.0f} where hidden",
+            lambda row, i, j: attention_mask[row, 0, i, j].item(),
+        )
         expected = ~valid_tokens(batch, length, seq_lens, padding_side, x.device)[:, None]  # [B, 1, N]
         if causal:
             expected = expected | hidden.new_ones(length, length).triu(diagonal=1)
-        differing = (hidden != expected).nonzero()
-        if len(differing):
-            row, i, j = differing[0].tolist()
-            verb, preposition = ("hides", "from") if hidden[row, i, j] else ("shows", "to")
-            raise ValueError(
-                f"attention_mask must hide {'later keys and ' if causal else ''}padding on the {padding_side} and no "
-                f"other key, got one that {verb} key {j} {preposition} query {i} of sequence {row}"
-            )
+        hideable = f"{'later keys and ' if causal else ''}padding on the {padding_side}"
+        expect_values(
+            hidden == expected,
+            f"attention_mask must hide {hideable} and no other key",
+            lambda row, i, j: (
+                f"one that {'hides' if hidden[row, i, j] else 'shows'} key {j} "
+                f"{'from' if hidden[row, i, j] else 'to'} query {i} of sequence {row}"
+            ),
+        )
     return {"causal": causal, "seq_lens": seq_lens, "padding_side": padding_side}

@@ -28,7 +28,7 @@ except ImportError as error:
 
 from recattn._check import expect, expect_choice, expect_index, expect_numbers, expect_probability
 from recattn.functional import sink_attention
-from recattn.functional.validation import checked_indices, values_are_checked
+from recattn.functional.validation import checked_indices, expect_values, values_are_checked
 from recattn.nn import InterSinkBias
 from recattn.ops.sink_attention import no_sinks
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros, valid_tokens
@@ -272,20 +272,18 @@ class _SinkReader:
     @staticmethod
     def _expect_at_most(most: int, counts: Tensor) -> None:
         if values_are_checked(counts.device):
-            largest = int(counts.max()) if counts.numel() else 0
-            expect(largest <= most, "input_ids", f"of at most max_sinks = {most} sinks a sequence", largest)
+            expected = f"input_ids must be of at most max_sinks = {most} sinks a sequence"
+            expect_values(counts <= most, expected, lambda row: counts[row].item())
         else:  # without a synchronisation, and in a graph
-            torch._assert_async((counts <= most).all(), f"input_ids must have at most max_sinks = {most} sinks a row")
+            torch._assert_async((counts <= most).all(), f"input_ids must be of at most max_sinks = {most} sinks a row")
 
     def _expect_unpacked(self, position_ids: Tensor | None, valid: Tensor) -> None:
         """Of decoders, to which positions that begin anew are another sequence: each would have sinks of its own."""
         if position_ids is None or not self.attentions[0].is_causal:
             return
         unpacked = ~valid.any() | (position_ids.diff(dim=-1) == 1).all()
-        if torch.compiler.is_compiling():
-            torch._assert_async(unpacked, "position_ids must ascend by 1 in sequences with sinks")
-        else:
-            expect(bool(unpacked), "position_ids", "ascending by 1 in sequences with sinks", "packed sequences")
+        expected = "position_ids must be ascending by 1 in sequences with sinks"
+        expect_values(unpacked, expected, lambda: "packed sequences")
 
     def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
         """seq_lens and the side of a padding mask [B, N], True at tokens."""
@@ -299,8 +297,8 @@ class _SinkReader:
                 return None, "right"
             side = _side_of(mask)
         elif values_are_checked(mask.device):
-            where = f"padded on the {side}, as padding_side says"
-            expect(_is_padded_on(mask, side), "attention_mask", where, "another one")
+            expected = f"attention_mask must be padded on the {side}, as padding_side says"
+            expect_values(_padded_on(mask, side) == mask, expected, lambda row, _: f"{mask[row].int().tolist()}")
         return (None if side is None else mask.sum(dim=1)), side
 
     def _continues(self, seen: int | Tensor, length: int, input_ids: Tensor | None, positions: Tensor | None) -> bool:
@@ -552,11 +550,12 @@ def _bias_of(attention: nn.Module, model: nn.Module, bias_scale: float | None, d
 
 def _side_of(mask: Tensor) -> str | None:
     """The side of a mask's padding; None: it is on both or has holes."""
-    return next((side for side in ("right", "left") if _is_padded_on(mask, side)), None)
+    return next((side for side in ("right", "left") if torch.equal(_padded_on(mask, side), mask)), None)
 
 
-def _is_padded_on(mask: Tensor, side: str) -> bool:
-    return bool((mask == valid_tokens(*mask.shape, mask.sum(dim=1), side, mask.device)).all())
+def _padded_on(mask: Tensor, side: str) -> Tensor:
+    """The mask of as many tokens whose padding is on that side."""
+    return valid_tokens(*mask.shape, mask.sum(dim=1), side, mask.device)
 
 
 def _saved_biases(path: str, prefix: str, **kwargs: object) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from recattn._check import expect, expect_shape, expect_tensors
-from recattn.functional.validation import values_are_checked
+from recattn._dispatch import is_transformed
+from recattn.functional.validation import expect_values, values_are_checked
 from recattn.reference.sink_attention import valid_tokens
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,14 +26,12 @@ def lengths_of_padding(key_padding_mask: Tensor, batch: int, length: int, paddin
     lengths = (~hidden).sum(dim=1)
     if values_are_checked(hidden.device):
         valid = valid_tokens(batch, length, lengths, padding_side, hidden.device)
-        misplaced = (hidden == valid).any(dim=1).nonzero()
-        if len(misplaced):
-            row = misplaced[0].item()
-            end = "starts" if padding_side == "left" else "ends"
-            raise ValueError(
-                f"key_padding_mask must be True at the {end} of the sequences only (padding_side={padding_side!r}), "
-                f"got {hidden[row].int().tolist()} in row {row}"
-            )
+        end = "starts" if padding_side == "left" else "ends"
+        expect_values(
+            (hidden != valid).all(dim=1),
+            f"key_padding_mask must be True at the {end} of the sequences only (padding_side={padding_side!r})",
+            lambda row: f"{hidden[row].int().tolist()} in row {row}",
+        )
     return lengths
 
 
@@ -42,6 +41,8 @@ def zero_padding(valid: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     Before a projection, whose weight's gradient is a sum over all tokens: 0 · NaN of one in padding would be NaN. The
     tensors' own gradients are not masked: what attends after the projection gives zeros at padding.
     """
+    if is_transformed():
+        return tuple(x.masked_fill(~valid[..., None], 0) for x in tensors)
     zeroed: list[Tensor] = []
     for i, x in enumerate(tensors):
         first = next(j for j in range(i + 1) if tensors[j] is x)
@@ -50,17 +51,11 @@ def zero_padding(valid: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _ZeroPadding(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, valid: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, valid: Tensor) -> Tensor:
         # By its bits: on a CPU torch.where takes six times as long with a mask that is broadcast.
         bits = _INTEGER_OF_SIZE[x.element_size()]
         return (x.view(bits) & -valid.to(bits)[..., None]).view(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
@@ -73,14 +68,14 @@ def is_causal_mask(attn_mask: Tensor, queries: int, keys: int) -> bool:
     expect_shape({"Nq": queries, "Nk": keys}, "attn_mask", attn_mask, "Nq Nk")
     hidden = _hidden("attn_mask", attn_mask)
     if values_are_checked(hidden.device):
-        differing = (hidden != torch.ones_like(hidden).triu(diagonal=1)).nonzero()
-        if len(differing):
-            i, j = differing[0].tolist()
-            raise ValueError(
-                "attn_mask must be the causal mask, hiding the keys after a query and no other (None: all keys are "
-                f"visible; padding goes into key_padding_mask), got one that {'hides' if hidden[i, j] else 'shows'} "
-                f"key {j} {'from' if hidden[i, j] else 'to'} query {i}"
-            )
+        expect_values(
+            hidden == torch.ones_like(hidden).triu(diagonal=1),
+            "attn_mask must be the causal mask, hiding the keys after a query and no other (None: all keys are "
+            "visible; padding goes into key_padding_mask)",
+            lambda i, j: (
+                f"one that {'hides' if hidden[i, j] else 'shows'} key {j} {'from' if hidden[i, j] else 'to'} query {i}"
+            ),
+        )
     return True
 
 
@@ -91,6 +86,6 @@ def _hidden(name: str, mask: Tensor) -> Tensor:
     expect(mask.is_floating_point(), name, "bool, or floating with -inf for hidden and 0 for visible", mask.dtype)
     hidden = mask == -math.inf
     if values_are_checked(mask.device):
-        other = mask[~hidden & (mask != 0)]
-        expect(len(other) == 0, name, "0 where visible and -inf where hidden", other[:1].tolist())
+        expected = f"{name} must be 0 where visible and -inf where hidden"
+        expect_values(hidden | (mask == 0), expected, lambda i, j: f"{mask[i, j].item()} at [{i}, {j}]")
     return hidden

@@ -120,12 +120,12 @@ class MultiheadProjections(nn.Module):
 
     def _expect_inputs(self, query: Tensor, key: Tensor, value: Tensor, same_tokens: bool = True) -> tuple[int, ...]:
         """B, and the lengths of the queries and of the keys; with `same_tokens` these are one."""
+        dense = "a dense tensor (nn.TransformerEncoder: set use_nested_tensor to False)"
+        expect(not (isinstance(query, Tensor) and query.is_nested), "query", dense, "a nested one")
         expect_tensors(query=query, key=key, value=value)
         sizes = {"embed_dim": self.embed_dim}
         of_queries, of_keys = ("N", "N") if same_tokens else ("Nq", "Nk")
         for name, x, n in (("query", query, of_queries), ("key", key, of_keys), ("value", value, of_keys)):
-            dense = "a dense tensor (nn.TransformerEncoder: set use_nested_tensor to False)"
-            expect(not x.is_nested, name, dense, "a nested one")
             expect_shape(sizes, name, x, f"B {n} embed_dim" if self.batch_first else f"{n} B embed_dim")
         return sizes["B"], sizes[of_queries], sizes[of_keys]
 

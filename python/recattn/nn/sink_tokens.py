@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 from recattn._check import (
     FLOATING,
     INTEGER,
-    checked_lengths,
     expect,
     expect_choice,
     expect_dtype,
@@ -22,7 +21,8 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._gather import gather_rows
-from recattn.functional.validation import checked_indices, values_are_checked
+from recattn.functional.validation import checked_indices, expect_values, values_are_checked
+from recattn.ops.index_checks import checked_lengths
 from recattn.reference.sink_attention import valid_tokens
 
 if TYPE_CHECKING:
@@ -170,7 +170,11 @@ class SinkTokenEmbedding(nn.Module):
             expect_dtype("now", now, (timestamps.dtype,))
             expect_same_device("timestamps", timestamps, now=now)
         if values_are_checked(timestamps.device):
-            _expect_none_later(timestamps, now, valid)
+            expect_values(
+                ~valid | (timestamps <= now[:, None]),
+                "now must be at or after the timestamps of its row",
+                lambda b, j: f"now[{b}] = {now[b].item()} and timestamps[{b}, {j}] = {timestamps[b, j].item()}",
+            )
         age = _differences(now[:, None], timestamps).masked_fill(~valid, 0)
         share = torch.log1p(age.clamp(0, self.max_age)) / math.log1p(self.max_age)
         return _ids_of_shares(share, self.num_ids, valid)
@@ -220,10 +224,12 @@ def at_sinks(values: Tensor, sink_behaviors: Tensor) -> Tensor:
     expect_index(sizes, "values", values, "B k")
     expect_index(sizes, "sink_behaviors", sink_behaviors, "B M")
     expect_same_device("values", values, sink_behaviors=sink_behaviors)
-    if values_are_checked(values.device) and sink_behaviors.numel():
-        least, most = (int(x) for x in sink_behaviors.aminmax())
-        expect(least >= -1, "sink_behaviors", "behaviours, or -1 for padding", least)
-        expect(most < sizes["k"], "values", f"those of at least {most + 1} behaviours", sizes["k"])
+    if values_are_checked(values.device):
+        expect_values(
+            (sink_behaviors >= -1) & (sink_behaviors < values.shape[1]),
+            "sink_behaviors must be behaviours of values, or -1 for padding",
+            lambda b, m: f"{sink_behaviors[b, m].item()} at [{b}, {m}] beside {values.shape[1]} behaviours",
+        )
     # A column of -1 for padding.
     padded = torch.cat([values.new_full((len(values), 1), -1), values], dim=1)
     return padded.gather(1, sink_behaviors.long() + 1)
@@ -552,8 +558,7 @@ def as_mask(sizes: dict[str, int], name: str, mask: object, layout: str) -> Tens
     expect_shape(sizes, name, mask, layout)
     expect_dtype(name, mask, (torch.bool, torch.int64, torch.int32, torch.uint8))
     if values_are_checked(mask.device):
-        other = mask[mask != mask.bool()]
-        expect(len(other) == 0, name, "0 or 1", other[:1].tolist())
+        expect_values(mask == mask.bool(), f"{name} must be 0 or 1", lambda *index: mask[index].item())
     return mask.bool()
 
 
@@ -567,19 +572,9 @@ def _signal_mask(
     expect_same_device(name, signal, mask=mask)
     valid = torch.ones_like(signal, dtype=torch.bool) if mask is None else as_mask(sizes, "mask", mask, "B k")
     if values_are_checked(signal.device):
-        wrong = signal[valid & ~signal.isfinite()]
-        expect(len(wrong) == 0, name, "finite where there is a behaviour", wrong[:1].tolist())
+        finite = ~valid | signal.isfinite()
+        expect_values(finite, f"{name} must be finite where there is a behaviour", lambda *index: signal[index].item())
     return valid
-
-
-def _expect_none_later(timestamps: Tensor, now: Tensor, valid: Tensor) -> None:
-    later = (valid & ~(timestamps <= now[:, None])).nonzero()  # so that NaN is found too
-    if len(later):
-        row, column = later[0].tolist()
-        raise ValueError(
-            f"now must be at or after the timestamps of its row, got now[{row}] = {now[row].item()} and "
-            f"timestamps[{row}, {column}] = {timestamps[row, column].item()}"
-        )
 
 
 def _differences(x: Tensor, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn.functional import leaky_relu, pad
 
 from recattn import reference
 from recattn._check import expect_same_device
+from recattn._dispatch import is_transformed
 from recattn._extension import MISSING
 from recattn.ops import _lrea_attention_triton as by_triton
 from recattn.ops._library import as_dtype, define, differentiable_again, is_traced
@@ -156,7 +157,7 @@ class GramMatrices(torch.autograd.Function):
 
 
 def _gram_matrices(left: Tensor, right: Tensor, seq_lens: Tensor) -> Tensor:
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return _gram_reference(left, right, seq_lens, None)
     if is_traced(left) or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)):
         return GramMatrices.apply(left, right, seq_lens, None)
