@@ -56,6 +56,8 @@ class CorrectionConfig:
 
 # Sink rows and warps of a program that prepares the backward.
 DELTA_BLOCK, DELTA_WARPS = 16, 4
+# A log-sum-exp beyond this, 1/16 of 1/eps, rounds too much for exp(scores - lse) to be a weight.
+LARGEST_LSE: tl.constexpr = tl.constexpr(2.0**19)
 
 # They change with the number of sequences, tokens and sinks: specialised, each change might compile anew.
 _NOT_SPECIALIZED = [
@@ -161,7 +163,7 @@ def sink_attention_correction_fwd_kernel(
     acc = load_tokens(out, rows, V_HEAD_DIM, BLOCK_DV).to(tl.float32)  # [BM, Dv]
     shift = tl.load(lse_rows, mask=rows.valid, other=0.0)  # [BM]
     mass = tl.full([BLOCK_M], 1.0, tl.float32)
-    suppressed = tl.zeros([BLOCK_M], tl.float32)
+    suppressed = tl.where(tl.abs(shift) > LARGEST_LSE, float("inf"), 0.0)  # such a row is done again
     for first_key in range(0, last_sink, BLOCK_N):
         key_sinks = first_key + tl.arange(0, BLOCK_N)
         keys = load_sinks(sinks, key_sinks)
@@ -177,7 +179,7 @@ def sink_attention_correction_fwd_kernel(
     if sink_logits is not None:  # one more term of the softmax, without a value
         logit = tl.load(sink_logits + head * stride_gh).to(tl.float32)
         key_mass -= tl.exp(logit - shift)
-    redone = rows.valid & (suppressed > 0.5 * key_mass)
+    redone = rows.valid & ((suppressed < 0.5 * key_mass) == 0)  # so it is where there is no mass, or NaN
     corrected = Tokens(rows.positions, rows.valid & (redone == 0))
     mass = tl.where(corrected.valid, mass, 1.0)
     store_tokens(out, acc / mass[:, None], corrected, V_HEAD_DIM, BLOCK_DV)

@@ -170,7 +170,9 @@ def pair_scores(sequence, head, rows, keys, visible, HEAD_DIM: tl.constexpr, BLO
 @triton.jit
 def probabilities(scores, bias, rows):
     # A large bias is close to the shift: their difference is exact, where scores + bias would round.
-    return tl.exp(scores + (bias - rows.shift[:, None])) / tl.abs(rows.mass)[:, None]
+    probability = tl.exp(scores + (bias - rows.shift[:, None])) / tl.abs(rows.mass)[:, None]
+    # Scores of 1e8 and more round by more than 1, and not as they did for the shift. NaN stays.
+    return tl.where(probability > 1.0, 1.0, probability)
 
 
 @triton.jit

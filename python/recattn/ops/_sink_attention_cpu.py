@@ -6,7 +6,8 @@ sinks. For a sink row i and the sinks j that it sees, with s = scale · q_i·k_j
     Δ_ij = exp(s_ij - lse_i) · expm1(β_ij)      z_i = 1 + Σ_j Δ_ij
     O_i ← (O_i + Σ_j Δ_ij v_j) / z_i            lse_i ← lse_i + log z_i
 
-A row much of whose mass sat on suppressed sinks is redone over all its keys, for there the sums cancel.
+A row much of whose mass sat on suppressed sinks is redone over all its keys, for there the sums cancel; and so is one
+whose scores are too large for exp(s - lse) to mean anything.
 The backward is that of the unbiased attention, given the corrected O and lse, plus what it misses at sink pairs.
 """
 
@@ -24,6 +25,9 @@ from recattn.reference.sink_attention import softmax_or_zeros
 # A row that loses more than this share of what it keeps is redone over all its keys: its sums cancel. (z itself does
 # not tell: a row may lose nearly all its mass at some sinks and gain as much at others.)
 _CANCELLED = 0.5
+# So is a row whose log-sum-exp rounds by more than this: its scores are computed anew here, with roundings of their own,
+# and exp(s - lse) may be anything.
+_COARSE = 1 / 16
 # Sink rows are taken in blocks of at most this many sink pairs over all heads.
 _BLOCK_PAIRS = 1 << 22
 
@@ -121,6 +125,11 @@ def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: _S
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, settings.causal, attn_mask=mask, scale=scale
     )
+    # Where a score is +inf the softmax is NaN. In half precision PyTorch's op has zeros there, and its backward takes the
+    # row out for its lse.
+    diverged = lse == math.inf
+    if bool(diverged.any()):
+        out, lse = out.masked_fill(diverged.unsqueeze(-1), math.nan), lse.masked_fill(diverged, math.nan)
     out = _unfold(out[..., :value_dim], kv_heads, groups)
     out = token_major(out) if follows_tokens else out.contiguous()
     return out, token_major(_unfold(lse, kv_heads, groups))
@@ -238,7 +247,7 @@ def _correct(
     out_s, q_s, lse_s = sinks.gather(out), sinks.gather(q), sinks.gather(lse)
     k_s, v_s = (_repeat_heads(sinks.gather(x), q.shape[1]) for x in (k, v))
     shift, mass = sink_state.unsqueeze(-1)
-    redone = torch.zeros_like(lse_s, dtype=torch.bool)
+    redone = lse_s.abs() > _COARSE / torch.finfo(lse_s.dtype).eps
     for rows in sinks.row_blocks(q.shape[1]):
         scores, biased = _sink_scores(q_s, k_s, sinks, rows, settings)
         base = lse_s[:, :, rows, None]
@@ -246,7 +255,7 @@ def _correct(
         delta = _exp(biased, shift[:, :, rows]).sub_(_exp(scores, shift[:, :, rows]))
         base = (base - shift[:, :, rows]).exp_()
         mass[:, :, rows] = base + delta.sum(dim=-1, keepdim=True)
-        redone[:, :, rows] = _cancels(delta, mass[:, :, rows])
+        redone[:, :, rows] |= _cancels(delta, mass[:, :, rows])
         out_s[:, :, rows] = (out_s[:, :, rows] * base + delta @ v_s) / mass[:, :, rows]
     lse_s = (shift + mass.log()).squeeze(-1)
     redone &= sinks.live.unsqueeze(1)
@@ -338,7 +347,7 @@ def _exp(scores: Tensor, shift: Tensor) -> Tensor:
 def _cancels(delta: Tensor, mass: Tensor) -> Tensor:
     """[B, Hq, m], True where what the correction takes away is much of what is left."""
     lost = -delta.clamp(max=0).sum(dim=-1)
-    return ~(lost <= _CANCELLED * mass.squeeze(-1))  # True for NaN
+    return ~(lost < _CANCELLED * mass.squeeze(-1))  # True for NaN
 
 
 def _redone_rows(redone: Tensor):
