@@ -116,7 +116,7 @@ def softmax_of_visible(scores, visible):
     shift = tl.where(shift == -float("inf"), 0.0, shift)
     weights = tl.exp(scores - shift[:, None])
     mass = tl.sum(weights, 1)
-    return weights / tl.where(mass > 0.0, mass, 1.0)[:, None]
+    return weights / tl.where(mass == 0.0, 1.0, mass)[:, None]  # NaN stays
 
 
 @triton.jit
@@ -172,7 +172,8 @@ def refine(pair, rows, keys, a_rows, a, inner_values, g, dropout, ADDS_SOURCE: t
 def after_dropout(final, dropout):
     """The final weights that multiply V."""
     if dropout.seed is not None:
-        final = tl.maximum(final, 0.0) * (65536.0 / (65536 - dropout.dropped))
+        # A GPU's maximum of NaN and 0 is 0.
+        final = tl.where(final < 0.0, 0.0, final) * (65536.0 / (65536 - dropout.dropped))
     return final
 
 

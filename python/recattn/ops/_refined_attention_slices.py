@@ -114,7 +114,8 @@ class Mask(NamedTuple):
         """Softmax of [s, r, c] over what a row sees, zero elsewhere and in rows of padding; in place."""
         if self.future is not None:
             r = scores.shape[1]
-            scores[..., rows.start :].add_(self.future[:r, :r])
+            # Zeroed first, for -inf added to +inf or NaN is NaN. (To fill by a mask takes many times longer.)
+            scores[..., rows.start :].tril_().add_(self.future[:r, :r])
         if self.padding is not None:
             scores.masked_fill_(self.padding[:, None, : scores.shape[2]], -math.inf)
         torch.softmax(scores, dim=-1, out=scores)

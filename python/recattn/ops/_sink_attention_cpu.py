@@ -25,8 +25,8 @@ from recattn.reference.sink_attention import softmax_or_zeros
 # A row that loses more than this share of what it keeps is redone over all its keys: its sums cancel. (z itself does
 # not tell: a row may lose nearly all its mass at some sinks and gain as much at others.)
 _CANCELLED = 0.5
-# So is a row whose log-sum-exp rounds by more than this: its scores are computed anew here, with roundings of their own,
-# and exp(s - lse) may be anything.
+# So is a row whose log-sum-exp rounds by more than this: the scores computed here have roundings of their own, and
+# exp(s - lse) may be anything.
 _COARSE = 1 / 16
 # Sink rows are taken in blocks of at most this many sink pairs over all heads.
 _BLOCK_PAIRS = 1 << 22
@@ -125,10 +125,10 @@ def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: _S
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, settings.causal, attn_mask=mask, scale=scale
     )
-    # Where a score is +inf the softmax is NaN. In half precision PyTorch's op has zeros there, and its backward takes the
-    # row out for its lse.
-    diverged = lse == math.inf
-    if bool(diverged.any()):
+    if not math.isfinite((lse / lse).sum()):
+        # A score of +inf, or its own of NaN, makes a row NaN. PyTorch's op takes few scores, all NaN, for none at all
+        # (lse = 0), writes zeros for +inf in half precision, and leaves such rows out of its backward (lse = +inf).
+        diverged = (lse == math.inf) | (q * k).sum(-1).isnan()
         out, lse = out.masked_fill(diverged.unsqueeze(-1), math.nan), lse.masked_fill(diverged, math.nan)
     out = _unfold(out[..., :value_dim], kv_heads, groups)
     out = token_major(out) if follows_tokens else out.contiguous()

@@ -69,7 +69,8 @@ def centre_(query: Tensor, key: Tensor, lengths: Tensor | None) -> Tensor:
     """
     count = key.shape[-2] if lengths is None else lengths.clamp(min=1).view(-1, *[1] * (key.dim() - 1))
     total = key.detach().sum(-2, keepdim=True, dtype=torch.promote_types(key.dtype, torch.float32))
-    mean = (total / count).to(key.dtype)
+    # Any offset will do: one that is not finite would carry a key's NaN to queries that do not see it.
+    mean = (total / count).to(key.dtype).nan_to_num_(0, 0, 0)
     query -= mean
     key -= mean
     return mean
