@@ -172,8 +172,8 @@ def refine(pair, rows, keys, a_rows, a, inner_values, g, dropout, ADDS_SOURCE: t
 def after_dropout(final, dropout):
     """The final weights that multiply V."""
     if dropout.seed is not None:
-        # A GPU's maximum of NaN and 0 is 0.
-        final = tl.where(final < 0.0, 0.0, final) * (65536.0 / (65536 - dropout.dropped))
+        # By itself a GPU's maximum of NaN and 0 is 0.
+        final = tl.maximum(final, 0.0, propagate_nan=tl.PropagateNan.ALL) * (65536.0 / (65536 - dropout.dropped))
     return final
 
 

@@ -247,7 +247,8 @@ def _correct(
     out_s, q_s, lse_s = sinks.gather(out), sinks.gather(q), sinks.gather(lse)
     k_s, v_s = (_repeat_heads(sinks.gather(x), q.shape[1]) for x in (k, v))
     shift, mass = sink_state.unsqueeze(-1)
-    redone = lse_s.abs() > _COARSE / torch.finfo(lse_s.dtype).eps
+    coarse = lse_s.abs() > _COARSE / torch.finfo(lse_s.dtype).eps
+    redone = torch.empty_like(coarse)
     for rows in sinks.row_blocks(q.shape[1]):
         scores, biased = _sink_scores(q_s, k_s, sinks, rows, settings)
         base = lse_s[:, :, rows, None]
@@ -255,10 +256,10 @@ def _correct(
         delta = _exp(biased, shift[:, :, rows]).sub_(_exp(scores, shift[:, :, rows]))
         base = (base - shift[:, :, rows]).exp_()
         mass[:, :, rows] = base + delta.sum(dim=-1, keepdim=True)
-        redone[:, :, rows] |= _cancels(delta, mass[:, :, rows])
+        redone[:, :, rows] = _cancels(delta, mass[:, :, rows])
         out_s[:, :, rows] = (out_s[:, :, rows] * base + delta @ v_s) / mass[:, :, rows]
     lse_s = (shift + mass.log()).squeeze(-1)
-    redone &= sinks.live.unsqueeze(1)
+    redone = (redone | coarse) & sinks.live.unsqueeze(1)
     mass[redone] = -1
     for b, h, m in _redone_rows(redone):
         weights, lse_s[b, h, m] = _full_softmax(q_s, k, sinks, sink_logits, mask, settings, b, h, m)
