@@ -289,3 +289,12 @@ def test_nan_of_a_weight_shows_in_all_gradients(as_on_a_gpu):
     w_v[:, 3] = math.nan
     out = recattn.refined_attention(q, k, v, w_q, w_k, w_v, mechanism="value", causal=False, impl="triton")
     assert torch.autograd.grad(out.sum(), v)[0].isnan().all()
+
+
+def test_infinite_scores_beside_one_of_nan():
+    """PyTorch's CPU attention takes a few such scores for no keys at all."""
+    q, k, v = torch.randn(3, 1, 1, 5, DIM).bfloat16()
+    q[..., 0, :] = torch.tensor([1.0, -math.inf, 1.0, 1.0])
+    k[..., 1] = torch.tensor([1.0, 1.0, 0.0, 1.0, -1.0])
+    sinks, bias = torch.tensor([[0, 2]]), torch.zeros(1, 1, 2, 2)
+    assert recattn.sink_attention(q, k, v, sinks, bias)[..., 0, :].isnan().all()

@@ -126,9 +126,10 @@ def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: _S
         q, k, v, 0.0, settings.causal, attn_mask=mask, scale=scale
     )
     if not math.isfinite((lse / lse).sum()):
-        # A score of +inf, or its own of NaN, makes a row NaN. PyTorch's op takes few scores, all NaN, for none at all
-        # (lse = 0), writes zeros for +inf in half precision, and leaves such rows out of its backward (lse = +inf).
-        diverged = (lse == math.inf) | (q * k).sum(-1).isnan()
+        # A score of +inf, or its own of NaN, makes a row NaN. PyTorch's op takes few scores, all NaN or infinite, for
+        # none at all (lse = 0), writes zeros for +inf in half precision, and leaves such rows out of its backward
+        # (lse = +inf).
+        diverged = (lse == math.inf) | (q * k).sum(-1).isnan() | ((lse == 0) & ~q.isfinite().all(-1))
         out, lse = out.masked_fill(diverged.unsqueeze(-1), math.nan), lse.masked_fill(diverged, math.nan)
     out = _unfold(out[..., :value_dim], kv_heads, groups)
     out = token_major(out) if follows_tokens else out.contiguous()
