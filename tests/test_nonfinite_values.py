@@ -295,6 +295,6 @@ def test_infinite_scores_beside_one_of_nan():
     """PyTorch's CPU attention takes a few such scores for no keys at all."""
     q, k, v = torch.randn(3, 1, 1, 5, DIM).bfloat16()
     q[..., 0, :] = torch.tensor([1.0, -math.inf, 1.0, 1.0])
-    k[..., 1] = torch.tensor([1.0, 1.0, 0.0, 1.0, -1.0])
-    sinks, bias = torch.tensor([[0, 2]]), torch.zeros(1, 1, 2, 2)
+    k[..., 1] = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
+    sinks, bias = torch.tensor([[1, 3]]), torch.zeros(1, 1, 2, 2)
     assert recattn.sink_attention(q, k, v, sinks, bias)[..., 0, :].isnan().all()
