@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recattn._check import expect
+from recattn._check import expect, expect_index
 from recattn.ops import index_checks as ops
 from recattn.ops._triton import constant_in_graphs
 
@@ -54,10 +54,28 @@ def validate(
         seq_len, num_tokens, num_targets, num_slots, num_items: N, T (packed tokens), T (targets), S and I of the call.
 
     Raises:
-        ValueError: names the argument, what was expected, and the first entry that is not it.
+        ValueError: names the argument, what was expected, and what came: the first entry that is not right.
     """
     given = Indices(sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids)
+    sizes: dict[str, int] = {}
+    for name, indices in given._asdict().items():
+        if indices is not None:
+            by_user = name == "item_ids" and isinstance(indices, Tensor) and indices.dim() == 2
+            expect_index(sizes, name, indices, "U L" if by_user else _LAYOUTS[name])
+    for name in ("cu_seqlens", "target_offsets"):
+        offsets = getattr(given, name)
+        expect(offsets is None or len(offsets) > 0, name, f"[{_LAYOUTS[name]}]", "no offset")
     _checked(given, seq_len, num_tokens, num_targets, num_slots, num_items)
+
+
+_LAYOUTS = {
+    "sink_positions": "B M",
+    "seq_lens": "B",
+    "cu_seqlens": "B+1",
+    "target_offsets": "U+1",
+    "slots": "U",
+    "item_ids": "T",
+}
 
 
 def checked_indices(
@@ -79,7 +97,8 @@ def checked_indices(
 
 def expect_values(holds: Tensor, expected: str, got: Callable[..., object]) -> None:
     """Refuse a call, where `values_are_checked`, unless `holds` is all True; `got` takes the index of the first that is
-    not. Python sees no values of a compiled call: there `expected` alone is a RuntimeError when the graph runs.
+    not. Python sees no values of a compiled call: there `expected` alone is a RuntimeError when the graph runs (on a
+    GPU an assertion of the device).
     """
     if torch.compiler.is_compiling():
         torch._assert_async(holds.all(), expected)
