@@ -366,6 +366,23 @@ def test_puts_states_of_any_layout_and_of_a_graph(dtype):
             assert torch.equal(state, expected.state_dict()[name]) and not state.requires_grad, name
 
 
+@pytest.mark.parametrize("offset", [0, 1, 16])
+@pytest.mark.parametrize("dim", [16, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_puts_many_states_as_they_are(dtype, dim, offset):
+    """Where rows are written in larger entries than their own, and where they cannot be."""
+    users = 40
+    table = StateTable(users + 3, heads=2, rank=3, dim=dim, dtype=dtype)
+    flat = torch.randint(-100, 100, (offset + users * 2 * 3 * dim,)).to(dtype)
+    states = flat[offset:].view(users, 2, 3, dim)
+    scales = (torch.rand(users, 2, 3), torch.rand(users, 2, 3)) if dtype == torch.int8 else ()
+    order = torch.randperm(users)
+    table.put(order, states, -states, *scales)
+    saved = table.state_dict()
+    assert torch.equal(saved["keys"], states[order.argsort()[saved["user_ids"]]])
+    assert torch.equal(saved["values"], -saved["keys"])
+
+
 def test_a_user_given_twice_evicts_no_more_than_given_once():
     table = make_table(4)
     table.put(ids(1, 2, 3, 4), *stamped([1, 2, 3, 4]))

@@ -393,8 +393,8 @@ class StateTable:
 
 
 def _write_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
-    width = rows.shape[-1] * rows.element_size()
-    if len(index) >= 16 and width % 16 == 0 and rows.data_ptr() % 16 == 0 and rows.is_contiguous() and rows.is_cpu:
+    width, offset = (size * rows.element_size() for size in (rows.shape[-1], rows.storage_offset()))
+    if len(index) >= 16 and width % 16 == 0 and offset % 16 == 0 and rows.is_contiguous() and rows.is_cpu:
         # A CPU's index_copy_ goes entry by entry: the same bytes in fewer and larger ones.
         table, rows = table.view(torch.complex128), rows.view(torch.complex128)
     table.index_copy_(0, index, rows)
