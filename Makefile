@@ -21,7 +21,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --results $(or $(RESULTS),results/gpu) $(if $(OP),--op $(OP)) $(if $(filter-out 0,$(PROFILE)),--profile)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # The operators' CPU tests again, at each instruction set below the processor's best
 test-isa: $(INSTALLED)

@@ -81,6 +81,7 @@ def worker(rank: int, folder: str) -> None:
     losses = {how: train(wrapped(build(), how), rank, 2) for how in ("DDP", "FSDP2")}
     if rank == 0:
         torch.save(losses, Path(folder) / "losses.pt")
+    dist.barrier()  # neither closes its connections while the other is at work
     dist.destroy_process_group()
 
 
