@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "read_once.h"
 
 namespace recattn {
 
@@ -55,9 +56,6 @@ inline void expect_lengths(const char* name, const std::vector<int64_t>& lengths
 inline bool is_row(int64_t index, int64_t table_size) {
     return static_cast<uint64_t>(index) < static_cast<uint64_t>(table_size);
 }
-
-// Another thread may write to it meanwhile: a compiler that read it anew would use another value than it checked.
-inline int64_t read_once(const int64_t& value) { return __atomic_load_n(&value, __ATOMIC_RELAXED); }
 
 // The entries of an integer tensor as int64: where they lie if they can be, else copied. Where they lie another thread
 // may write them meanwhile, so they are checked when they are used.

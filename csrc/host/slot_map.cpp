@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../read_once.h"
+
 namespace recattn {
 namespace {
 
@@ -25,8 +27,6 @@ int64_t expect_capacity(int64_t capacity, int64_t least) {
 }
 
 // A caller's arrays may be written by its other threads meanwhile: what was checked must be what is used.
-int64_t read_once(const int64_t& entry) { return __atomic_load_n(&entry, __ATOMIC_RELAXED); }
-
 std::vector<int64_t> snapshot(std::span<const int64_t> entries) {
     std::vector<int64_t> copy(entries.size());
     std::transform(entries.begin(), entries.end(), copy.begin(), read_once);

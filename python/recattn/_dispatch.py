@@ -17,10 +17,8 @@ def select(op: str, impl: str | None, refusals: Mapping[str, str | None]) -> str
 
     `refusals` maps each implementation of the operator, best first, to why it cannot serve this call (None: it can).
     """
-    if impl is None and is_transformed():
-        return "reference"
     if impl is None:
-        return next(name for name, why in refusals.items() if why is None)
+        return "reference" if is_transformed() else next(name for name, why in refusals.items() if why is None)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
     if impl not in refusals:

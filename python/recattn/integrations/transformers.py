@@ -271,11 +271,11 @@ class _SinkReader:
 
     @staticmethod
     def _expect_at_most(most: int, counts: Tensor) -> None:
+        expected = f"input_ids must be of at most max_sinks = {most} sinks a sequence"
         if values_are_checked(counts.device):
-            expected = f"input_ids must be of at most max_sinks = {most} sinks a sequence"
             expect_values(counts <= most, expected, lambda row: counts[row].item())
-        else:  # without a synchronisation, and in a graph
-            torch._assert_async((counts <= most).all(), f"input_ids must be of at most max_sinks = {most} sinks a row")
+        else:  # without a synchronisation
+            torch._assert_async((counts <= most).all(), expected)
 
     def _expect_unpacked(self, position_ids: Tensor | None, valid: Tensor) -> None:
         """Of decoders, to which positions that begin anew are another sequence: each would have sinks of its own."""

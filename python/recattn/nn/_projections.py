@@ -144,7 +144,8 @@ class MultiheadProjections(nn.Module):
             seq_lens = lengths_of_padding(key_padding_mask, batch, length, self.padding_side)
         elif seq_lens is not None:
             expect_index({"B": batch}, "seq_lens", seq_lens, "B")
-        self._expect_device(key_padding_mask=key_padding_mask, seq_lens=seq_lens)
+        masks = {"key_padding_mask": key_padding_mask, "seq_lens": seq_lens}
+        expect_same_device("the parameters", self.in_proj_weight, **masks)
         causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, length, length))
         return {"causal": causal, "seq_lens": seq_lens, "padding_side": self.padding_side}
 
@@ -171,9 +172,6 @@ class MultiheadProjections(nn.Module):
         if causal:
             visible = visible & visible.new_ones(queries, keys).tril()
         return {"attn_mask": visible}
-
-    def _expect_device(self, **others: Tensor | None) -> None:
-        expect_same_device("the parameters", self.in_proj_weight, **others)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Heads of queries, keys and values.
