@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from benchmarks.registry import FORWARD, Implementation, Inputs, Operator
-from recattn.testing import Error, Oracle, largest
+from recattn.testing import Error, Oracle
 
 # Only recattn is held to the bound. A peer must compute the same thing; PyTorch's kernels miss the bound now and then.
 PEER_ALLOWANCE = 5.0
@@ -38,10 +38,4 @@ class Gate:
 
 def passes(implementation: Implementation, errors: list[Error]) -> bool:
     allowed = 1.0 if implementation.ours else PEER_ALLOWANCE
-    return all(error.max_bound < math.inf and share_of_bound(error) <= allowed for error in errors)
-
-
-def share_of_bound(error: Error) -> float:
-    """The error as a share of what it may be, the worse of its maximum and its mean."""
-    parts = ((error.max, error.max_bound), (error.mean, error.mean_bound))
-    return largest(value / bound if bound else math.inf if value else 0.0 for value, bound in parts)
+    return all(error.max_bound < math.inf and error.share <= allowed for error in errors)

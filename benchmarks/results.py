@@ -1,8 +1,6 @@
 """A row of results and the file it is written to: JSON lines, one a row."""
 
 import json
-import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.goals import Outcome
+from recattn import _environment
 
 TIMED, NOT_RUN, REFUSED, FAILED = "timed", "not run", "refused: wrong", "failed"
 
@@ -59,25 +58,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "driver": _driver() if device.type == "cuda" else None,
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return {**_environment.describe(device), "dirty": bool(_environment.git("status", "--porcelain"))}
 
 
 def append(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:
@@ -110,29 +91,3 @@ def _record(written: dict[str, object]) -> Record:
     row = Row(**{name: written[name] for name in own})
     row.goals = [Outcome(**goal) for goal in row.goals]
     return Record(row, {name: value for name, value in written.items() if name not in own})
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
-
-
-def _driver() -> str | None:
-    return _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-
-
-def _git(*arguments: str) -> str | None:
-    return _printed("git", *arguments)
-
-
-def _printed(*command: str) -> str | None:
-    """What a command prints; None if it is not there or fails."""
-    root = Path(__file__).parent.parent
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.ceilings import Ceilings
-from benchmarks.correctness import Error, Gate, gradients, passes, share_of_bound
+from benchmarks.correctness import Error, Gate, gradients, passes
 from benchmarks.goals import Goal, Measured, Outcome
 from benchmarks.memory import peak_memory
 from benchmarks.movielens import Histories
@@ -104,7 +104,7 @@ class Contest:
             row.gate_shape = self.workload.gate.shape
             row.errors = {error.name: _recorded(error) for error in errors}
             row.max_error = timing.finite(largest(error.max for error in errors if error.name.startswith("output")))
-            row.error_share = timing.finite(largest(map(share_of_bound, errors)))
+            row.error_share = timing.finite(largest(error.share for error in errors))
         if not passes(implementation, errors):
             _give_up(own.values(), REFUSED, "; ".join(str(error) for error in errors if not error.passed))
             return False

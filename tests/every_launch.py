@@ -2,6 +2,7 @@
 
 python tests/every_launch.py --sequences 70000 --packed 100000    the grids of large batches
 python tests/every_launch.py --compile    compiles each kernel as it is launched
+python tests/every_launch.py --checks    the calls of `python -m recattn check --device cuda` instead
 python tests/every_launch.py --time    prints the time that each call takes of the host instead
 """
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 import dry_driver
 import recattn
+from recattn.checks.cases import OPERATORS, Case, Operator
+from recattn.checks.supervisor import DTYPES
 from recattn.ops import sink_attention as sink_ops
 from recattn.ops.base_attention import BASES, BaseAttention
 
@@ -119,6 +122,29 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
     }
 
 
+def checked_calls() -> dict[str, Callable[[], None]]:
+    """Of the check on a GPU: each case in each dtype, by Triton's kernels."""
+    return {
+        f"{operator.name} {case.name} {dtype}": functools.partial(check, operator, case, dtype)
+        for operator in OPERATORS.values()
+        if "triton" in operator.implementations("cuda")
+        for dtype in DTYPES["cuda"]
+        for case in operator.cases("cuda", dtype)
+    }
+
+
+def check(operator: Operator, case: Case, dtype: torch.dtype) -> None:
+    inputs = case.draw(dtype)
+    leaves = [inputs[name].requires_grad_() for name in case.grads]
+    try:
+        outs = operator.function(**inputs, **case.hints, impl="triton")
+    except NotImplementedError:
+        return
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    if leaves:
+        torch.autograd.grad(outs, leaves, [torch.empty_like(out) for out in outs])
+
+
 def microseconds(call: Callable[[], None], repeats: int = 50) -> float:
     call()
     times = []
@@ -134,12 +160,14 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--packed", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checks", action="store_true")
     parser.add_argument("--time", action="store_true")
     options = parser.parse_args()
 
     launches = dry_driver.install(compiles=options.compile)
     made = {}
-    for name, call in calls(options.sequences, options.packed).items():
+    chosen = checked_calls() if options.checks else calls(options.sequences, options.packed)
+    for name, call in chosen.items():
         launches.clear()
         call()
         made[name] = list(dict.fromkeys(launches))  # a backward may repeat one a thousand times

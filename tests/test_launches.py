@@ -26,15 +26,18 @@ def launches(*arguments: str) -> dict[str, list]:
     return json.loads(run.stdout)
 
 
-def assert_every_kernel(made: dict[str, list]) -> None:
+def every_kernel() -> set[str]:
     modules = map(importlib.import_module, table.kernel_modules())
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")} - {"launch_kernel"}
-    assert {kernel for call in made.values() for kernel, *_ in call} == kernels
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")} - {"launch_kernel"}
+
+
+def launched(made: dict[str, list]) -> set[str]:
+    return {kernel for call in made.values() for kernel, *_ in call}
 
 
 def test_grids_of_large_batches():
     made = launches("--sequences", "70000", "--packed", "100000")
-    assert_every_kernel(made)
+    assert launched(made) == every_kernel()
     for call, of_call in made.items():
         for kernel, grid, _ in of_call:
             assert all(0 < size <= most for size, most in zip(grid, LARGEST_GRID, strict=True)), (call, kernel, grid)
@@ -50,7 +53,17 @@ def test_programs_of_packed_sequences():
 def test_every_launch_compiles(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made = launches("--compile")
-    assert_every_kernel(made)
+    assert launched(made) == every_kernel()
     for call, of_call in made.items():
         for kernel, _, shared_bytes in of_call:
             assert shared_bytes <= table.SHARED_MEMORY[90], (call, kernel)
+
+
+def test_calls_of_the_check():
+    """Each case in each dtype comes to its launches; the kernels that none reaches are those of the correction."""
+    made = launches("--checks")
+    assert [call for call, of_call in made.items() if not of_call] == [
+        "refined_attention ragged additive torch.float32"  # longer than a program holds in float32
+    ]
+    unreached = every_kernel() - launched(made)
+    assert unreached == {"sink_attention_correction_fwd_kernel", "sink_attention_correction_delta_kernel"}

@@ -2,11 +2,11 @@
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import recattn
+from recattn import _environment
 from recattn._dispatch import select
 from recattn._extension import MISSING
 from recattn.ops import AVAILABILITY
@@ -22,7 +22,7 @@ def report() -> str:
 
 def _versions() -> Iterator[str]:
     yield f"recattn {recattn.__version__}"
-    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy"))
+    packages = ", ".join(f"{name} {_environment.installed(name) or 'missing'}" for name in ("torch", "triton", "numpy"))
     yield f"Python {platform.python_version()}, {packages}"
     yield f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -51,13 +51,6 @@ def _reasons() -> Iterator[str]:
             for impl, why in availability(device).items():
                 if why is not None:
                     yield f"  {op} impl={impl!r} on {device}: {why}"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
 
 
 def _compiler() -> str:

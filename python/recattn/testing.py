@@ -25,6 +25,12 @@ class Error:
         """False for NaN, and where low overflowed: an infinite bound would hold nothing."""
         return self.max <= self.max_bound < math.inf and self.mean <= self.mean_bound < math.inf
 
+    @property
+    def share(self) -> float:
+        """The error as a share of its bound, the worse of its maximum and its mean. NaN if one of them is."""
+        parts = ((self.max, self.max_bound), (self.mean, self.mean_bound))
+        return largest(value / bound if bound else math.inf if value else 0.0 for value, bound in parts)
+
     def __str__(self) -> str:
         verdict = "ok  " if self.passed else "FAIL"
         return (

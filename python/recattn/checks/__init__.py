@@ -1,0 +1,8 @@
+"""`python -m recattn check`: does every operator compute the right numbers on this device?
+
+cases.py       the problems: each operator's inputs, small and odd, ragged, real
+worker.py      one process: an operator in one dtype, each implementation against the float64 reference
+supervisor.py  starts the processes, and says of one that crashes or hangs which case it was at
+report.py      the table on the screen, and the JSON file that a bug report attaches
+command.py     the arguments
+"""

@@ -1,0 +1,153 @@
+"""One process of the check: an operator in one dtype, each of its implementations held to the float64 reference.
+
+What it finds it sends as it goes, so that a process that dies takes nothing with it but the case it was at.
+"""
+
+import faulthandler
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recattn.checks.cases import REAL, Case, Inputs, Operator, options_of
+from recattn.testing import Error, Oracle
+
+PASSED, FAILED, RAISED, CRASHED, HUNG, CANNOT_RUN = "passed", "failed", "raised", "crashed", "hung", "cannot run"
+
+
+class Job(NamedTuple):
+    operator: Operator
+    dtype: torch.dtype
+    device: str
+    implementations: tuple[str, ...]
+    quick: bool  # leaves the real case out
+    timeout: float  # seconds for a case
+
+    @property
+    def cases(self) -> list[Case]:
+        cases = self.operator.cases(torch.device(self.device).type, self.dtype)
+        return [case for case in cases if not (self.quick and case.name == REAL)]
+
+
+class Began(NamedTuple):
+    """What the process is at, so that it is known should it not come back."""
+
+    implementation: str
+    case: str
+
+
+@dataclass
+class CaseResult:
+    case: str
+    seconds: float
+    errors: list[Error] = field(default_factory=list)
+    refused: str | None = None  # why the implementation does not serve the case
+
+
+@dataclass
+class Row:
+    """What became of an implementation of an operator in a dtype."""
+
+    operator: str
+    implementation: str
+    dtype: str
+    status: str
+    seconds: float = 0.0
+    worst: float | None = None  # the largest error as a share of its bound: up to 1 passes
+    where: str = ""  # the case and tensor of that error, or the case at which it ended
+    reason: str = ""  # of what is neither passed nor failed
+    cases: list[CaseResult] = field(default_factory=list)
+    output: str = ""  # what the process of a crash or a hang had printed, a traceback included
+
+
+def work(connection: Connection, job: Job, output: str) -> None:
+    """The main function of the process; prints into the file `output`."""
+    printed = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(printed, stream)
+    faulthandler.enable()
+    problems: dict[str, Oracle] = {}
+    for implementation in job.implementations:
+        row = check(job, implementation, problems, lambda case, impl=implementation: begin(connection, job, impl, case))
+        faulthandler.cancel_dump_traceback_later()
+        connection.send(row)
+        if row.status == CRASHED:
+            os._exit(1)  # nothing works in a process whose CUDA context is lost
+
+
+def begin(connection: Connection, job: Job, implementation: str, case: str) -> None:
+    connection.send(Began(implementation, case))
+    faulthandler.dump_traceback_later(job.timeout, exit=True)  # even where the interpreter's lock is held
+
+
+def check(job: Job, implementation: str, problems: dict[str, Oracle], began: Callable[[str], None]) -> Row:
+    """Every case of an implementation; `problems` keeps what the reference made of them for the next one."""
+    row = Row(job.operator.name, implementation, str(job.dtype).removeprefix("torch."), PASSED)
+    started = time.perf_counter()
+    for case in job.cases:
+        began(case.name)
+        case_started = time.perf_counter()
+        result = CaseResult(case.name, 0.0)
+        try:
+            if case.name not in problems:
+                problems[case.name] = problem(job, case)
+            result.errors = problems[case.name].errors(kernel(job, case, implementation))
+        except NotImplementedError as error:
+            result.refused = str(error)
+        except Exception as error:
+            lost = lost_device(job.device)
+            row.status, row.where, row.reason = (
+                CRASHED if lost else RAISED,
+                case.name,
+                f"{type(error).__name__}: {error}",
+            )
+            break
+        finally:
+            row.seconds = time.perf_counter() - started
+            result.seconds = time.perf_counter() - case_started
+            row.cases.append(result)
+    return row if row.status != PASSED else judged(row)
+
+
+def problem(job: Job, case: Case) -> Oracle:
+    torch.manual_seed(0)
+    inputs = {name: x.to(job.device) if isinstance(x, Tensor) else x for name, x in case.draw(job.dtype).items()}
+    return Oracle.of(job.operator.reference, inputs, grads=case.grads)
+
+
+def kernel(job: Job, case: Case, implementation: str) -> Callable[..., Tensor]:
+    options = {**case.hints, **options_of(implementation)}
+
+    def call(**inputs: Inputs) -> Tensor:
+        return job.operator.function(**inputs, **options)
+
+    return call
+
+
+def lost_device(device: str) -> bool:
+    """Whether a CUDA error sticks: every later call would fail, whoever made it."""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def judged(row: Row) -> Row:
+    """Passed or failed by the worst error of its cases; that cannot run which served none."""
+    errors = [(error.share, result.case, error) for result in row.cases for error in result.errors]
+    if not errors:
+        row.status, row.reason = CANNOT_RUN, row.cases[0].refused or "there is no case"
+        return row
+    row.worst, case, error = max(errors, key=lambda found: (found[0] != found[0], found[0]))  # NaN is the worst
+    row.where = f"{case}: {error.name}"
+    if not all(error.passed for _, _, error in errors):
+        row.status = FAILED
+    return row
