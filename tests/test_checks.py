@@ -116,18 +116,18 @@ def test_what_goes_wrong_is_told_apart():
 
 def test_a_hang_costs_its_time_and_one_row():
     started = time.monotonic()
-    rows = run(planted_operator("hangs", "is right"), timeout=1)
+    rows = run(planted_operator("hangs", "is right"), timeout=3)
     assert [row.status for row in rows.values()] == [HUNG, PASSED]
-    assert (rows["hangs"].where, rows["hangs"].output.splitlines()[0]) == ("two", "Timeout (0:00:01)!")
-    assert re.fullmatch(r"no answer within 1 s, in match \(.*\.py:\d+\)", rows["hangs"].reason)
+    assert (rows["hangs"].where, rows["hangs"].output.splitlines()[0]) == ("two", "Timeout (0:00:03)!")
+    assert re.fullmatch(r"no answer within 3 s, in match \(.*\.py:\d+\)", rows["hangs"].reason)
     assert time.monotonic() - started < 30
 
 
 def test_a_process_that_cannot_end_itself_is_ended(monkeypatch):
     monkeypatch.setattr(supervisor, "GRACE", 0.2)
-    rows = run(planted_operator("is stopped", "is right"), timeout=0.5)
+    rows = run(planted_operator("is stopped", "is right"), timeout=3)
     assert [row.status for row in rows.values()] == [HUNG, PASSED]
-    assert rows["is stopped"].reason == "no answer within 0.5 s"
+    assert rows["is stopped"].reason == "no answer within 3 s"
 
 
 def test_a_process_that_does_not_come_to_its_first_case():
@@ -229,21 +229,29 @@ def test_passes_here(capsys, tmp_path, monkeypatch):
 
 
 def test_says_what_went_wrong(capsys, tmp_path, monkeypatch):
-    operator = planted_operator("is right", "is wrong", "crashes", "is NaN")
+    operator = planted_operator("is right", "is wrong", "crashes", "hangs", "is NaN")
     monkeypatch.setattr(command, "OPERATORS", {"planted": operator})
     file = tmp_path / "check.json"
-    code, printed = check(capsys, "--device", "cpu", "--quick", "--json", file)
+    code, printed = check(capsys, "--device", "cpu", "--quick", "--timeout", "3", "--json", file)
     assert code == 1
+    table = [line.split()[:5] for line in printed.out.splitlines() if line.startswith("planted  ")]
+    assert [" ".join(words) for words in table] == [
+        "planted is right float32 passed",
+        "planted is wrong float32 failed",
+        "planted crashes float32 crashed two:",
+        "planted hangs float32 hung two:",
+        "planted is NaN float32 failed",
+    ]
     assert "planted impl='is wrong' float32: failed" in printed.out
     assert "FAIL output: max" in printed.out
     assert "planted impl='crashes' float32: crashed, two: ended by SIGSEGV" in printed.out
     assert "Fatal Python error: Segmentation fault" in printed.out
-    assert printed.out.splitlines()[-1].startswith("1 passed, 2 failed, 1 crashed; ")
+    assert printed.out.splitlines()[-1].startswith("1 passed, 2 failed, 1 crashed, 1 hung; ")
     rows = {row["implementation"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows["is NaN"]["worst"] == "nan"
 
 
-def test_the_file_has_the_rows_so_far_when_it_is_interrupted(tmp_path, monkeypatch):
+def test_the_file_has_the_rows_so_far_when_it_is_interrupted(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "OPERATORS", {"planted": planted_operator("is right", "is wrong")})
     file = tmp_path / "check.json"
     seen = []
@@ -254,8 +262,8 @@ def test_the_file_has_the_rows_so_far_when_it_is_interrupted(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "shown", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_command("check", "--device", "cpu", "--quick", "--json", file)
+    code, printed = check(capsys, "--device", "cpu", "--quick", "--json", file)
+    assert code == 130 and printed.out.splitlines()[-1].startswith("1 passed; ")
     (found,) = seen
     assert not found["finished"] and [row["status"] for row in found["rows"]] == [PASSED]
 

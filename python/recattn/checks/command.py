@@ -19,6 +19,8 @@ An output or gradient passes when neither its largest nor its mean error is over
 same dtype + eps times the largest number). "error/bound" is the worst of a row: up to 1.00 passes. The exit status is 1
 if something went wrong. Attach the file of --json to a bug report."""
 
+INTERRUPTED = 130  # as a shell has it
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
@@ -71,12 +73,16 @@ def check(arguments: argparse.Namespace) -> int:
 
     write(finished=False)  # a file that cannot be written is known before
     found = run(operators, str(device), quick=arguments.quick, timeout=arguments.timeout, jobs=jobs)
-    for row in report.shown(found):
-        rows.append(row)
-        write(finished=False)
-    write(finished=True)
+    interrupted = False
+    try:
+        for row in report.shown(found):
+            rows.append(row)
+            write(finished=False)
+        write(finished=True)
+    except KeyboardInterrupt:
+        interrupted = True
     print(*report.details(rows), report.summary(rows, time.perf_counter() - started), sep="\n")
-    return int(any(map(report.went_wrong, rows)))
+    return INTERRUPTED if interrupted else int(any(map(report.went_wrong, rows)))
 
 
 def _jobs(device: torch.device) -> int:

@@ -22,6 +22,7 @@ DTYPES = {
 START = 60.0  # seconds until a process is at its first case
 GRACE = 5.0  # seconds beyond its time in which a process leaves a traceback, and in which one that is killed ends
 OUTPUT_LINES = 40
+SLOW_IMPORTS = ("sympy", "triton")  # which PyTorch and recattn put off to the first backward, or kernel
 
 
 def run(
@@ -124,7 +125,7 @@ def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
+    context.set_forkserver_preload([work.__module__, *SLOW_IMPORTS])
     return context
 
 
