@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 import recattn
 from recattn import __main__ as command_line
+from recattn import _environment
 from recattn.checks import command, report, supervisor, worker
 from recattn.checks.cases import OPERATORS, Case, Operator
 from recattn.checks.worker import CANNOT_RUN, CRASHED, FAILED, HUNG, PASSED, RAISED, Row
@@ -49,8 +51,6 @@ def misbehave(impl):
     if impl == "poisons":
         worker.lost_device = lambda device: True  # as after an illegal memory access: nothing works any more
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    if impl == "is after CUDA":
-        assert not torch.cuda._is_in_bad_fork()
 
 
 def planted_cases(device, dtype):
@@ -85,7 +85,7 @@ def run(operator, **options):
 
 def test_what_goes_wrong_is_told_apart():
     bad = ("is wrong", "is NaN", "crashes", "exits", "raises", "poisons", "refuses", "refuses one", "is missing")
-    rows = run(planted_operator("is right", *bad, "is after CUDA"), timeout=30)
+    rows = run(planted_operator("is right", *bad, "is last"), timeout=30)
     assert {impl: row.status for impl, row in rows.items()} == {
         "is missing": CANNOT_RUN,
         "is right": PASSED,
@@ -97,7 +97,7 @@ def test_what_goes_wrong_is_told_apart():
         "poisons": CRASHED,
         "refuses": CANNOT_RUN,
         "refuses one": PASSED,
-        "is after CUDA": PASSED,
+        "is last": PASSED,
     }
     assert rows["is right"].worst < 1 < rows["is wrong"].worst
     assert re.fullmatch("(one|two): output", rows["is wrong"].where)
@@ -153,6 +153,23 @@ def test_processes_end_with_the_run():
     (process,) = supervisor.multiprocessing.active_children()
     rows.close()
     assert not process.is_alive()
+
+
+def test_what_processes_are_forked_from_does_not_touch_cuda():
+    """PyTorch refuses CUDA in a process forked from one that has as much as counted the devices."""
+    code = f"""
+import torch
+
+def touched(*_):
+    raise AssertionError("CUDA was touched")
+
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = touched
+torch._C._cuda_getDeviceCount = touched
+for name in {("recattn.checks.worker", *supervisor.SLOW_IMPORTS)!r}:
+    __import__(name)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 # Real operators
@@ -213,7 +230,7 @@ def test_passes_here(capsys, tmp_path, monkeypatch):
     )
     assert code == 0
     *_, last = printed.out.splitlines()
-    assert re.fullmatch(r"2 cannot run, 2 passed; \d+ s", last)  # Triton's is not interpreted
+    assert re.fullmatch(r"2 passed, 2 cannot run; \d+ s", last)  # Triton's is not interpreted
     assert printed.out.startswith(f"recattn {recattn.__version__}, torch {torch.__version__}, ")
     found = json.loads(file.read_text())
     assert found["finished"] and found["quick"]
@@ -284,6 +301,57 @@ def test_a_request_that_cannot_be_met(arguments, said, capsys):
         run_command("check", *arguments)
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+# What only a GPU would run
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch):
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_name": "NVIDIA H100 80GB HBM3",
+        "get_device_capability": (9, 0),
+        "mem_get_info": (70 * 2**30, 80 * 2**30),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(_environment, "_printed", lambda *command: {"nvidia-smi": "580.65.06"}.get(command[0]))
+
+
+def test_the_command_takes_the_gpu(made_up_gpu, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def run(operators, device, **options):
+        asked.append((len(operators), device, options["jobs"] >= 1))
+        return iter(ROWS)
+
+    monkeypatch.setattr(command, "run", run)
+    code, printed = check(capsys, "--json", tmp_path / "check.json")
+    assert code == 1 and asked == [(len(OPERATORS), "cuda", True)]
+    assert "NVIDIA H100 80GB HBM3, compute_capability 9.0, driver 580.65.06" in printed.out.replace("cuda None, ", "")
+    environment = json.loads((tmp_path / "check.json").read_text())["environment"]
+    assert (environment["driver"], environment["compute_capability"]) == ("580.65.06", "9.0")
+    assert command._device("cuda:0") == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("free, cores, jobs", [(70, 16, 8), (70, 4, 2), (9, 16, 2), (1, 16, 1), (70, 1, 1)])
+def test_processes_at_a_time(made_up_gpu, monkeypatch, free, cores, jobs):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert command._jobs(torch.device("cuda")) == jobs
+    assert command._jobs(torch.device("cpu")) == 1
+
+
+def test_a_cuda_error_that_sticks(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not worker.lost_device("cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not worker.lost_device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert worker.lost_device("cuda")
 
 
 # The table

@@ -30,15 +30,18 @@ def run(
 ) -> Iterator[Row]:
     """The rows as they come, `jobs` processes at a time. `quick`: one dtype, and no real shape."""
     kind = torch.device(device).type
-    pending = []
+    dtypes = DTYPES[kind][:1] if quick else DTYPES[kind]
+    pending, unusable = [], []
     for operator in operators:
         reasons = operator.implementations(kind)
-        for implementation, why in reasons.items():
-            if why is not None:
-                yield Row(operator.name, implementation, "", CANNOT_RUN, reason=why)
         usable = tuple(implementation for implementation, why in reasons.items() if why is None)
-        dtypes = DTYPES[kind][:1] if quick else DTYPES[kind]
         pending += [Job(operator, dtype, device, usable, quick, timeout) for dtype in dtypes if usable]
+        unusable += [Row(operator.name, name, "", CANNOT_RUN, reason=why) for name, why in reasons.items() if why]
+    yield from _run(pending, jobs)
+    yield from unusable
+
+
+def _run(pending: list[Job], jobs: int) -> Iterator[Row]:
     running: list[Worker] = []
     try:
         while pending or running:
