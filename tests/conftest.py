@@ -29,6 +29,20 @@ def poisoned_allocations():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=ON_GPU)
+def context_that_works():
+    """A kernel's error is its own test's, and one after which no call works ends the process."""
+    yield
+    end_if_context_is_lost()
+
+
+def end_if_context_is_lost():
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"the CUDA context is lost: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
+
+
 # The benchmark suite on an operator of its own.
 
 
@@ -90,5 +104,5 @@ def only_product(product, monkeypatch, histories):
 def pytest_collection_modifyitems(items):
     if not ON_GPU:
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # a keyword would be a folder's name, too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
