@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import movielens, results
 from benchmarks.ceilings import measure_ceilings
+from benchmarks.memory import limit_memory
 from benchmarks.registry import FORWARD, TRAINING
 from benchmarks.sink_attention import PATHS, SINK_ATTENTION
 from benchmarks.suite import Contest, Settings
@@ -151,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA device here; on a CPU there is nothing to choose")
     device, points = torch.device("cuda"), grid()
+    limit_memory(device)
     measure = contest_on(device, seconds=chosen.seconds * (1 - WARM_UP) / len(points) / 2)
     rows = measure_rows(points, measure, chosen.seconds, time.monotonic)
     environment = results.environment(device)

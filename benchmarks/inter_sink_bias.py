@@ -63,6 +63,6 @@ def eager(q_s: Tensor, k_s: Tensor, sink_mask: Tensor, bias_scale: float, causal
     return bias_scale * weights.mean(1, keepdim=True) * visible
 
 
-@BIAS.implementation("eager, torch.compile", cpu_tier="full")
+@BIAS.implementation("eager, torch.compile", cpu_tier="full", compiled=True)
 def eager_compiled(**inputs):
     return compiled(eager)(**inputs)

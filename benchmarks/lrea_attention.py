@@ -124,6 +124,7 @@ def absorbed_eager(targets, state_keys, state_values, slots):
     prepare=batch_targets,
     restore=unbatch_targets,
     tier="default",
+    compiled=True,
 )
 def absorbed_compiled(**inputs):
     return compiled(absorbed_eager)(**inputs)
@@ -312,7 +313,7 @@ def compress_eager(behaviors, w_comp, valid):
     return w_comp.mT @ (behaviors * valid.mT)
 
 
-@COMPRESS.implementation(COMPILED, prepare=prepare_valid, cpu_tier="full")
+@COMPRESS.implementation(COMPILED, prepare=prepare_valid, cpu_tier="full", compiled=True)
 def compress_compiled(**inputs):
     return compiled(compress_eager)(**inputs)
 
@@ -359,7 +360,7 @@ def compress_items_eager(behaviors, w_comp, seq_lens, item_ids):
     return compress_eager(behaviors[item_ids], w_comp, valid.unsqueeze(1))
 
 
-@COMPRESS_ITEMS.implementation(COMPILED, cpu_tier="full")
+@COMPRESS_ITEMS.implementation(COMPILED, cpu_tier="full", compiled=True)
 def compress_items_compiled(**inputs):
     return compiled(compress_items_eager)(**inputs)
 
@@ -435,6 +436,8 @@ def factored_eager(targets, keys, values, w_decomp, valid):
     return (scores @ w_decomp.mT) @ values
 
 
-@RESTORED.implementation(COMPILED_FACTORED, prepare=prepare_restored, restore=unbatch_targets, cpu_tier="full")
+@RESTORED.implementation(
+    COMPILED_FACTORED, prepare=prepare_restored, restore=unbatch_targets, cpu_tier="full", compiled=True
+)
 def factored_compiled(**inputs):
     return compiled(factored_eager)(**inputs)

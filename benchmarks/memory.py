@@ -1,9 +1,18 @@
-"""Peak memory of a call, beyond its inputs. Measured outside the timed calls."""
+"""Peak memory of a call, beyond its inputs, measured outside the timed calls; and the most that any may take."""
 
 from collections.abc import Callable
 from itertools import accumulate
 
 import torch
+
+# Of a GPU: what does not fit is a row that says so, on a large card as on a small one.
+MOST_BYTES = 60 * 10**9
+
+
+def limit_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(MOST_BYTES / total, 1.0), device)
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:

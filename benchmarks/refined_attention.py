@@ -166,7 +166,7 @@ def eager(q, k, v, w_q, w_k, mechanism, source, visible, w_v=None):
     return masked_softmax(refined, visible) @ v
 
 
-@REFINED_ATTENTION.implementation(COMPILED, prepare=prepare_mask, cpu_tier="full")
+@REFINED_ATTENTION.implementation(COMPILED, prepare=prepare_mask, cpu_tier="full", compiled=True)
 def eager_compiled(**inputs):
     return compiled(eager)(**inputs)
 

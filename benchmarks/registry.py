@@ -52,6 +52,7 @@ class Implementation:
     tier: str = "quick"
     cpu_tier: str | None = None  # where it is another on a CPU
     devices: tuple[str, ...] = ("cpu", "cuda")  # takes part on these; elsewhere only if named
+    compiled: bool = False  # by torch.compile, for every shape: seconds at the first call
     ours: bool = False
 
     def tier_on(self, device: str) -> str:

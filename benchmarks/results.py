@@ -63,9 +63,13 @@ def environment(device: torch.device) -> dict[str, object]:
 
 def append(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:
     """One JSON object a row; what the rows of a run have in common stands in each of them."""
+    append_lines(map(asdict, rows), common, path)
+
+
+def append_lines(records: Iterable[dict[str, object]], common: dict[str, object], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.writelines(json.dumps({**asdict(row), **common}, allow_nan=False) + "\n" for row in rows)
+        file.writelines(json.dumps({**record, **common}, allow_nan=False) + "\n" for record in records)
 
 
 def read(paths: Iterable[Path]) -> list[Record]:

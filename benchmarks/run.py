@@ -18,11 +18,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import compare, movielens, results, table
 from benchmarks.ceilings import around, measure_ceilings
+from benchmarks.memory import limit_memory
 from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Implementation, Operator, load_operators
 from benchmarks.registry import DTYPES as DEFAULT_DTYPES
-from benchmarks.suite import Contest, Settings
+from benchmarks.suite import Contest, Settings, call_each
 from benchmarks.timing import clock_for
-from benchmarks.workloads import TIERS, Workload
+from benchmarks.workloads import TIERS, Draw, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS = {"quick": 0.2, "default": 2.0, "full": 10.0}
@@ -47,6 +48,9 @@ def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operat
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the JSON lines")
     parser.add_argument("--baseline-file", type=Path, help="an older run's file or folder, to hold this one against")
     parser.add_argument("--threshold", type=float, default=compare.THRESHOLD, help="slower than it by more is too slow")
+    parser.add_argument(
+        "--fill", action="store_true", help="only call what is compiled, once, to fill the compilers' caches"
+    )
     parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its items")
     chosen = parser.parse_args(arguments)
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -111,6 +115,19 @@ class Bars:
         self.progress.advance(self.whole)
 
 
+def fill(console: Console, plan, chosen: argparse.Namespace, histories: movielens.Histories) -> int:
+    """Neither the gate, which takes memory that others may need, nor clocks."""
+    ours_broke = False
+    for operator, workload, implementations in plan:
+        compiled = [i for i in implementations if i.compiled or i.ours]
+        for dtype in map(DTYPES.get, chosen.dtype):
+            draw = Draw(0, dtype, chosen.device, histories)
+            for implementation, reason in call_each(operator, workload, compiled, chosen.direction, draw):
+                console.print(f"{operator.name} {workload.name} {implementation.name}: {reason}", highlight=False)
+                ours_broke |= implementation.ours
+    return int(ours_broke)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     operators = load_operators()
@@ -122,8 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
+    limit_memory(chosen.device)
 
     histories = movielens.load(chosen.offline)
+    if chosen.fill:
+        return fill(console, plan, chosen, histories)
     clock = clock_for(chosen.device)
     common = results.environment(chosen.device) | {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

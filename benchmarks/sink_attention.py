@@ -316,7 +316,9 @@ def official_bias(inter_sink_bias: Tensor, sink_positions: Tensor, length: int) 
     return torch.stack(dense)
 
 
-@SINK_ATTENTION.implementation("eager, torch.compile", applies=padded, prepare=pad, restore=unpad, tier="full")
+@SINK_ATTENTION.implementation(
+    "eager, torch.compile", applies=padded, prepare=pad, restore=unpad, tier="full", compiled=True
+)
 def eager_compiled(**inputs):
     return compiled(eager)(**inputs)
 
@@ -362,6 +364,7 @@ def restore_flex(output: Tensor, inputs: Inputs) -> Tensor:
     restore=restore_flex,
     forward_only=lambda device: device.type == "cpu",  # its backward does not exist there
     devices=CUDA,
+    compiled=True,
 )
 def flex(q, k, v, inter_sink_bias, sequence_of, sink_of, is_sink, block_mask):
     bias = inter_sink_bias.float()  # so that its gradient is added up in float32

@@ -1,7 +1,7 @@
 """Runs one operator on one workload: gate, time, judge. Every implementation gives rows, whatever becomes of it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -162,6 +162,31 @@ class Contest:
     def _draw(self, workload: Workload, seed: int) -> Inputs:
         draw = Draw(seed, self.settings.dtype, self.settings.device, self.settings.histories)
         return self.operator.inputs(workload, draw)
+
+
+def call_each(
+    operator: Operator,
+    workload: Workload,
+    implementations: Sequence[Implementation],
+    directions: Sequence[str],
+    draw: Draw,
+) -> Iterator[tuple[Implementation, str]]:
+    """Each implementation once in every direction, unchecked and untimed, for compilers to keep what they make of it.
+
+    Yields those that failed, and how.
+    """
+    inputs = operator.inputs(workload, draw)
+    for implementation in implementations:
+        if implementation.unavailable(workload, draw.device) is not None:
+            continue
+        possible = operator.directions(implementation, draw.device)
+        try:
+            for direction in (d for d in directions if d in possible):
+                timed_call(operator, implementation, direction, [dict(inputs)])(0)()
+        except Exception as error:  # the others are called all the same
+            status, reason = _outcome(error)
+            if status == FAILED:
+                yield implementation, reason
 
 
 def timed_call(

@@ -87,6 +87,6 @@ def eager(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, visible, w_q=None, w_k=No
     return torch.cat([p @ mean_v, p.square() @ cov_v], dim=-1)
 
 
-@WASSERSTEIN_ATTENTION.implementation("eager, torch.compile", prepare=with_visible, cpu_tier="full")
+@WASSERSTEIN_ATTENTION.implementation("eager, torch.compile", prepare=with_visible, cpu_tier="full", compiled=True)
 def eager_compiled(**inputs):
     return compiled(eager)(**inputs)
