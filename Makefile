@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: bench plots examples gpu test test-isa versions lint format clean
+.PHONY: bench plots examples gpu gpu-bench test test-isa versions lint format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -16,9 +16,14 @@ plots: $(INSTALLED)
 examples: $(INSTALLED)
 	for name in ctr_sink sasrec lrea embedding_bag; do $(BIN)/python -m benchmarks.examples.$$name || exit 1; done
 
-# With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [OP=refined_attention] [PROFILE=1]
+# Right? And the headline times. With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [OP=refined_attention]
+GPU = $(PYTHON) -m benchmarks.gpu --results $(or $(RESULTS),results/gpu) $(if $(OP),--op $(OP))
 gpu:
-	$(PYTHON) -m benchmarks.gpu --results $(or $(RESULTS),results/gpu) $(if $(OP),--op $(OP)) $(if $(filter-out 0,$(PROFILE)),--profile)
+	$(GPU)
+
+# Fast? The same, and [PROFILE=1] for ncu in place of compute-sanitizer
+gpu-bench:
+	$(GPU) --bench $(if $(filter-out 0,$(PROFILE)),--profile)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4

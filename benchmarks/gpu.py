@@ -1,221 +1,199 @@
-"""`make gpu`: what needs a GPU, in one go and in under nine minutes: build, check, choose paths, measure.
+"""`make gpu` and `make gpu-bench`: what needs a GPU, in two commands of at most five minutes each.
 
-Nothing is downloaded: it runs on the interpreter that it is started with. What is wrong comes out before what is slow,
-a step that fails does not keep the later ones from running, and the exit status is 1 if any failed. The folder of
-results gets gpu.log (every step's output), gpu.json (what became of each), the dispatch table, the benchmark's rows.
+`make gpu` says whether every operator is right and times the headline workloads; `make gpu-bench` (--bench) runs the
+tests that need a GPU, measures the dispatch table and other workloads, and ends with compute-sanitizer. Nothing is
+downloaded: they run on the interpreter that they are started with. The exit status is 1 if a step failed or was ended.
 """
 
 import argparse
-import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-SECONDS = 530.0
-PASSED, FAILED, OUT_OF_TIME = "passed", "failed", "out of time"
-SHOWN_LINES = 25  # of a failed step's output; the log has all
+from benchmarks.steps import NOT_STARTED, PASSED, ROOT, Stage, Step, run
+
+SECONDS = 285.0  # of either command; ending what is late takes up to LEFT_BEHIND more
 MANAGED = "externally-managed-environment"
 REMEDY = (
     "pip may not install into this interpreter. Put a virtual environment on top of it "
     "(python3 -m venv --system-site-packages DIR; PYTHON=DIR/bin/python make gpu) or allow it "
     "(PIP_BREAK_SYSTEM_PACKAGES=1 make gpu)."
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    name: str
-    command: Sequence[str]
-    seconds: float  # at most
-    environment: Mapping[str, str] = field(default_factory=dict)
+MODULE = (sys.executable, "-m")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    name: str
-    status: str
-    seconds: float
-    returncode: int | None
+class Operator:
+    """What there is of an operator of `recattn check`."""
+
+    headlines: tuple[str, ...] = ()  # of benchmarks.headline
+    benchmarked: tuple[tuple[str, str], ...] = ()  # operator and workload of the suite, where all are asked for
+    kernel_tests: tuple[str, ...] = ()  # patterns; not marked "gpu", for without one they are interpreted
+    gpu_tests: tuple[str, ...] = ()  # files that have tests marked "gpu"
+    built: bool = False  # of CUDA C++
 
 
-# The operators, each with the patterns of its tests. They are not marked, for they run on a CPU too.
-KERNEL_TESTS = {
-    "sink_attention": ("triton_sink_*", "inter_sink_bias", "sink_attention", "base_attention"),
-    "refined_attention": (
-        "triton_refined_*",
-        "triton_wasserstein_*",
-        "refined_attention_long",
-        "refined_attention_paths",
+OPERATORS = {
+    "sink_attention": Operator(
+        ("sink_forward", "sink_backward"),
+        (("sink_attention", "gpu_zipf"), ("sink_attention", "gpu_4k_d128_causal")),
+        ("triton_sink_*",),
+        ("base_attention", "sink_attention_paths"),
     ),
-    "lrea_attention": ("triton_lrea_*",),
+    "inter_sink_bias": Operator(kernel_tests=("inter_sink_bias",)),
+    "refined_attention": Operator(
+        ("refined",),
+        (("refined_attention", "gpu_200"),),
+        ("triton_refined_*", "refined_attention_long", "refined_attention_paths"),
+    ),
+    "wasserstein_attention": Operator((), (("wasserstein_attention", "gpu_stosa"),), ("triton_wasserstein_*",)),
+    "lrea_compress": Operator(kernel_tests=("triton_lrea_attention",)),
+    "lrea_attention": Operator((), (("lrea_attention", "gpu_16k"),), ("triton_lrea_attention",)),
+    "lrea_absorbed_attention": Operator(
+        ("absorbed",),
+        (("lrea_absorbed_attention", "gpu_1x1000"),),
+        (),
+        ("lrea_absorbed_attention_cuda", "lrea_absorbed_attention_bad_values", "lrea_export", "serving_state_table"),
+        built=True,
+    ),
 }
-# What is measured together with an operator.
-BESIDE = {
-    "sink_attention": ("inter_sink_bias",),
-    "refined_attention": ("wasserstein_attention",),
-    "lrea_attention": ("lrea_compress", "lrea_compress_items", "lrea_absorbed_attention"),
-}
-# Those that fit in the time together; another is named.
-TOGETHER = ("sink_attention", "refined_attention")
+BENCHMARKED_WITH = {"lrea_compress": ("lrea_compress_items",)}
 
 
-def stages(results: Path, scratch: Path, profile: bool, operators: Sequence[str] = TOGETHER) -> list[list[Step]]:
-    """One after another; the steps of a stage side by side. Measurements have the machine to themselves."""
-    from benchmarks import workloads as suite
+def install() -> Stage:
+    """Without compiling anything: the Triton kernels are ready in seconds."""
+    pip = (*MODULE, "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    return Stage(25, [Step("install", (*pip, "--editable", str(ROOT)), {"RECATTN_BUILD": "none"})])
 
-    python = (sys.executable, "-m")
-    pip = (*python, "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
-    pytest = (*python, "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", "-n", "6")
-    patterns = [pattern for operator in operators for pattern in KERNEL_TESTS[operator]]
-    kernel_tests = sorted(str(file) for pattern in patterns for file in ROOT.glob(f"tests/test_{pattern}.py"))
-    tests = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    own = ("sink", "refined", "wasserstein", "lrea", "absorbed")
-    own_kernels = [word for name in own for word in ("--kernel-name", f"kernel_substring={name}")]
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "1", *own_kernels, "--tool")
-    targets = (sys.executable, str(ROOT / "tests" / "gpu_sanitizer_targets.py"))
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    bench = (*python, "benchmarks.run", "--device", "cuda", "--offline", "--op")
-    groups = {
-        "sink_attention": (*suite.SINK, *suite.INTER_SINK_BIAS),
-        "refined_attention": (*suite.REFINED, *suite.WASSERSTEIN),
-        "lrea_attention": (*suite.LREA_RESTORED, *suite.LREA_COMPRESS, *suite.LREA_ABSORBED),
-    }
-    workloads = {
-        name: [w.name for w in groups[name] if w.devices == suite.CUDA and w.tier != "full"] for name in operators
-    }
-    measured = {name: (name, *BESIDE[name]) for name in operators}
-    # Compiling takes longer than timing: the compilers' caches are filled while the tests run.
-    slow_to_compile = {
-        "sink_attention": ("FlexAttention", "recattn triton", "recattn correction:flash"),
-        "refined_attention": ("eager, torch.compile", "recattn"),
-        "lrea_attention": ("eager, torch.compile", "eager, factored, torch.compile", "recattn"),
-    }
-    filling = ("--seconds", "0", "--results", str(scratch), "--impl")
-    fills = [
-        (*bench, *measured[name], *filling, *slow_to_compile[name], "--workload", *workloads[name][i::3])
-        for name in operators
-        for i in range(3)
-    ]
-    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    measuring = ("--seconds", "0.8", "--results", str(results), "--workload")
-    table = results / "sink_attention_dispatch.json"
-    installed = ROOT / "python" / "recattn" / "ops" / table.name
-    dispatch = (*python, "benchmarks.dispatch", "--seconds", "60", "--table", str(installed), str(table))
-    planned = [
-        [Step("build", (*pip, "--editable", str(ROOT)), 100)],
-        [
-            Step("GPU tests", (*pytest, "-m", "gpu", str(ROOT / "tests")), 170, tests),
-            Step("kernel tests", (*pytest, "-m", "not gpu", *kernel_tests), 170, tests),
-            Step("memcheck", (*sanitizer, "memcheck", *targets), 170, uncached),
-            Step("racecheck", (*sanitizer, "racecheck", *targets), 170, uncached),
-            *(Step(f"compile {i + 1}", command, 170, threads) for i, command in enumerate(fills)),
-        ],
-    ]
-    if "sink_attention" in operators:  # measured by the table that is written first
-        planned.append([Step("dispatch", dispatch, 80)])
+
+def build(scratch: Path) -> Step:
+    """The C++ and CUDA kernels, in place. Who has imported recattn by then goes on without them."""
+    folders = ("--build-temp", str(scratch / "objects"), "--build-lib", str(scratch / "built"))
+    command = (sys.executable, "setup.py", "build_ext", "--inplace", *folders)
+    return Step("build", command, {"RECATTN_BUILD": "cuda", "MAX_JOBS": "8"})
+
+
+def check(name: str, work: Path, operators: Sequence[str]) -> Step:
+    """The fault of a launch is raised where it was made."""
+    command = (*MODULE, "recattn", "check", "--device", "cuda", "--json", str(work / f"{name}.json"))
+    return Step(name, (*command, "--op", *operators), {"CUDA_LAUNCH_BLOCKING": "1"}, shown=True)
+
+
+def right(work: Path, scratch: Path, operators: Sequence[str]) -> list[Stage]:
+    """`make gpu`. Built kernels are compiled beside the check of the others, and checked when they are there."""
+    built = [name for name in operators if OPERATORS[name].built]
+    others = [name for name in operators if not OPERATORS[name].built]
+    beside = [check("check", work, others)] if others else []
+    plan = [install(), Stage(90, [*beside, *([build(scratch)] if built else [])], together=True)]
     for name in operators:
-        seconds = {"sink_attention": 150, "refined_attention": 55, "lrea_attention": 110}[name]
-        planned.append([Step(f"benchmark of {name}", (*bench, *measured[name], *measuring, *workloads[name]), seconds)])
-    if profile:
-        planned.append([Step("profile", (*python, "benchmarks.profile", "--results", str(results)), 120)])
-    return planned
+        if name in built:
+            plan.append(Stage(15, [check(f"check of {name}", work, [name])]))
+        for headline in OPERATORS[name].headlines:
+            seconds = 35 if name in built else 40
+            command = (*MODULE, "benchmarks.headline", headline, "--results", str(work))
+            plan.append(Stage(seconds, [Step(headline, command, shown=True)]))
+    return plan
 
 
-def run_stage(steps: Sequence[Step], logs: Path, deadline: float) -> list[Outcome]:
-    """The steps side by side, each until it ends or its time does; their output in a file each."""
-    started = time.monotonic()
-    running = {step: start(step, logs / f"{step.name}.log") for step in steps}
-    outcomes = {}
-    try:
-        while len(outcomes) < len(steps):
-            for step, process in running.items():
-                if step not in outcomes:
-                    now = time.monotonic()
-                    late = now > min(started + step.seconds, deadline)
-                    status, returncode = look_after(process, late)
-                    if status is not None:
-                        outcomes[step] = Outcome(step.name, status, round(now - started, 1), returncode)
-            time.sleep(0.05)
-    finally:
-        for process in running.values():
-            look_after(process, late=True)
-    return [outcomes[step] for step in steps]
+def fast(work: Path, scratch: Path, operators: Sequence[str], profile: bool) -> list[Stage]:
+    """`make gpu-bench`. What the measurements and the sanitizers need compiled is called once beside the tests."""
+    every = len(operators) == len(OPERATORS)
+    first, after_build = [], []
+    for name in operators:
+        own = OPERATORS[name]
+        (after_build if own.built else first).extend(tests(file, "gpu") for file in own.gpu_tests)
+        if not every:
+            first += [tests(file, "not gpu") for pattern in own.kernel_tests for file in test_files(pattern)]
+    planned = workloads(operators, every)
+    targets = (sys.executable, str(ROOT / "tests" / "gpu_sanitizer_targets.py"))
+    beside = [*fills(planned), Step("sanitizer targets", targets)]
+    plan = [install(), Stage(90, [*first, *([build(scratch)] if after_build else []), *beside], together=True)]
+    if after_build:
+        plan.append(Stage(20, after_build, together=True))
+    if every:
+        plan.append(Stage(15, [tests("benchmarks", "gpu")]))  # of the clocks: nothing beside it
+    if "sink_attention" in operators:  # its workloads are measured by the table that is written first
+        plan.append(Stage(35, [dispatch(work)]))
+    last = [profiled(work, operators)] if profile else sanitizers(targets)
+    left = SECONDS - sum(stage.seconds for stage in plan) - 40
+    plan.append(Stage(left, [measure(*one, work) for one in planned]))
+    return [*plan, Stage(40, last, together=True)]
 
 
-def start(step: Step, log: Path) -> subprocess.Popen | None:
-    """The process, at the head of a group of its own; None if there is no such program."""
-    with log.open("w") as output:
-        try:
-            return subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env={**environment(), **step.environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except FileNotFoundError as error:
-            output.write(f"{error}\n")
-            return None
+def test_files(pattern: str) -> list[str]:
+    return sorted(path.stem.removeprefix("test_") for path in ROOT.glob(f"tests/test_{pattern}.py"))
 
 
-def look_after(process: subprocess.Popen | None, late: bool) -> tuple[str | None, int | None]:
-    """Status (None: it goes on) and exit status; ends it with all that it started if it is late."""
-    returncode = 127 if process is None else process.poll()
-    if returncode is not None:
-        return (PASSED if returncode == 0 else FAILED), returncode
-    if not late:
-        return None, None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return OUT_OF_TIME, None
+def tests(file: str, marked: str) -> Step:
+    """A process a file: a lost CUDA context fails no other. The log names the test that runs, and where it hangs."""
+    pytest = (*MODULE, "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40")
+    command = (*pytest, "--durations=10", "-m", marked, str(ROOT / "tests" / f"test_{file}.py"))
+    own = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return Step(f"test_{file}, {marked}", command, own)
 
 
-def environment() -> dict[str, str]:
-    """Kernels are compiled, never interpreted."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def workloads(operators: Sequence[str], every: bool) -> list[tuple[str, str]]:
+    """A few of each operator, or all of those that are named."""
+    if every:
+        return [pair for name in operators for pair in OPERATORS[name].benchmarked]
+    from benchmarks.registry import load_operators
+
+    suite = load_operators()
+    names = [each for name in operators for each in (name, *BENCHMARKED_WITH.get(name, ()))]
+    return [
+        (name, w.name) for name in names for w in suite[name].workloads if w.devices == ("cuda",) and w.tier != "full"
+    ]
 
 
-def run(planned: Sequence[Sequence[Step]], results: Path, seconds: float) -> list[Outcome]:
-    """Every stage whatever became of those before, the log and the outcomes kept up to date."""
-    results.mkdir(parents=True, exist_ok=True)
-    log, outcomes, deadline = results / "gpu.log", [], time.monotonic() + seconds
-    log.write_text("")
-    with tempfile.TemporaryDirectory(dir=results, prefix="running-") as folder:
-        for steps in planned:
-            for outcome in run_stage(steps, Path(folder), deadline):
-                output = (Path(folder) / f"{outcome.name}.log").read_text(errors="replace")
-                with log.open("a") as file:
-                    file.write(f"===== {outcome.name}: {outcome.status}, {outcome.seconds} s\n{output}\n")
-                report(outcome, output)
-                outcomes.append(outcome)
-            (results / "gpu.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
-    return outcomes
+def benchmark(name: str, workload: str, *options: str) -> tuple[str, ...]:
+    own = ("--device", "cuda", "--offline", "--op", name, "--workload", workload)
+    return (*MODULE, "benchmarks.run", *own, *options)
 
 
-def report(outcome: Outcome, output: str) -> None:
-    print(f"{outcome.name}: {outcome.status}, {outcome.seconds} s", flush=True)
-    if outcome.status != PASSED:
-        print(*output.splitlines()[-SHOWN_LINES:], sep="\n")
-        if MANAGED in output:
-            print(REMEDY)
+def fills(planned: Sequence[tuple[str, str]]) -> list[Step]:
+    return [
+        Step(f"compile {name} {w}", benchmark(name, w, "--fill"), {"TORCHINDUCTOR_COMPILE_THREADS": "2"})
+        for name, w in planned
+    ]
+
+
+def measure(name: str, workload: str, work: Path) -> Step:
+    command = benchmark(name, workload, "--seconds", "0.5", "--results", str(work))
+    return Step(f"{name} {workload}", command, shown=True, at_least=8, at_most=40)
+
+
+def dispatch(work: Path) -> Step:
+    table = work / "sink_attention_dispatch.json"
+    installed = ROOT / "python" / "recattn" / "ops" / table.name
+    return Step("dispatch", (*MODULE, "benchmarks.dispatch", "--seconds", "22", "--table", str(installed), str(table)))
+
+
+def sanitizers(targets: Sequence[str]) -> list[Step]:
+    from benchmarks.profile import OWN_KERNELS
+
+    own = [word for name in OWN_KERNELS for word in ("--kernel-name", f"kernel_substring={name}")]
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [
+        Step(tool, ("compute-sanitizer", "--error-exitcode", "1", *own, "--tool", tool, *targets), uncached)
+        for tool in ("memcheck", "racecheck")
+    ]
+
+
+def profiled(work: Path, operators: Sequence[str]) -> Step:
+    headline = next((h for name in operators for h in reversed(OPERATORS[name].headlines)), "sink_backward")
+    return Step("profile", (*MODULE, "benchmarks.profile", headline, "--results", str(work)), shown=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--results", type=Path, required=True, help="folder of the log and the records")
-    parser.add_argument(
-        "--op", nargs="+", choices=KERNEL_TESTS, default=TOGETHER, help=f"{' and '.join(TOGETHER)} by default"
-    )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"until what still runs is ended, {SECONDS}")
-    parser.add_argument("--profile", action="store_true", help="also profile the hottest kernels with ncu")
+    parser.add_argument("--results", type=Path, required=True, help="folder of the archive and the JSON lines")
+    parser.add_argument("--op", nargs="+", choices=OPERATORS, default=list(OPERATORS), help="all")
+    parser.add_argument("--bench", action="store_true", help="the tests and measurements of make gpu-bench")
+    parser.add_argument("--profile", action="store_true", help="with --bench: ncu in the sanitizers' place")
     chosen = parser.parse_args(arguments)
 
     import torch
@@ -224,12 +202,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"torch {torch.__version__} sees no CUDA device here")
     # Told to end, it ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    results = chosen.results.resolve()
-    with tempfile.TemporaryDirectory() as scratch:
-        outcomes = run(stages(results, Path(scratch), chosen.profile, chosen.op), results, chosen.seconds)
-    log = results / "gpu.log"
-    print(f"{sum(o.status == PASSED for o in outcomes)} of {len(outcomes)} steps passed; output in {log}")
-    return int(any(outcome.status != PASSED for outcome in outcomes))
+    results, name = chosen.results.resolve(), "gpu-bench" if chosen.bench else "gpu"
+    with tempfile.TemporaryDirectory() as temporary:
+        work, scratch = Path(temporary, "work"), Path(temporary, "scratch")
+        scratch.mkdir()
+        plan = fast(work, scratch, chosen.op, chosen.profile) if chosen.bench else right(work, scratch, chosen.op)
+        outcomes = run(plan, work, results, name)
+        explain(work / "logs" / "install.log")
+    counts = Counter(outcome.status for outcome in outcomes)
+    print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; all output is in {results}")
+    return int(counts.keys() - {PASSED, NOT_STARTED} != set())
+
+
+def explain(log: Path) -> None:
+    if MANAGED in log.read_text(errors="replace"):
+        print(REMEDY)
 
 
 if __name__ == "__main__":

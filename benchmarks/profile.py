@@ -1,68 +1,72 @@
-"""`python -m benchmarks.profile`: where sink_attention's time goes on a GPU, and what ncu says of the hottest kernels.
+"""`python -m benchmarks.profile sink_backward`: what ncu says of recattn's hottest kernels on a headline workload.
 
-PyTorch's profiler ranks the kernels of a training call; ncu then measures one launch of each of recattn's first three.
+PyTorch's profiler ranks them; ncu then measures one launch of each of the first three.
 """
 
 import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import movielens
-from benchmarks.registry import TRAINING
-from benchmarks.sink_attention import SINK_ATTENTION
+from benchmarks.headline import CALLS, HEADLINES, find, kernel_times
 from benchmarks.suite import timed_call
 from benchmarks.workloads import Draw
 
-CALLS = 3
+DEVICE = torch.device("cuda")
+# Kernels with one of these in their names are recattn's.
+OWN_KERNELS = ("sink", "refined", "wasserstein", "lrea", "absorbed")
 
 
-def run_calls(workload: str, implementations: Iterable[str]) -> None:
-    (chosen,) = (w for w in SINK_ATTENTION.workloads if w.name == workload)
-    draw = Draw(0, torch.bfloat16, torch.device("cuda"), movielens.load(offline=True))
-    inputs = [SINK_ATTENTION.inputs(chosen, draw)]
-    for name in implementations:
-        call = timed_call(SINK_ATTENTION, SINK_ATTENTION.implementations[name], TRAINING, inputs)
-        for turn in range(CALLS):
-            call(turn)()
-    torch.cuda.synchronize()
+def own_calls(name: str) -> Iterator[tuple[str, object]]:
+    """recattn's implementations of a headline that run here, and how each is called in its last direction."""
+    headline = HEADLINES[name]
+    operator, workload, contestants = find(headline, DEVICE)
+    inputs = operator.inputs(workload, Draw(0, torch.bfloat16, DEVICE, movielens.load(offline=True)))
+    for implementation in contestants:
+        if implementation.ours and implementation.unavailable(workload, DEVICE) is None:
+            direction = headline.directions[-1]
+            yield implementation.name, timed_call(operator, implementation, direction, [dict(inputs)])
 
 
-def hottest(times: Iterable[tuple[str, float]], count: int) -> list[str]:
-    """recattn's kernels by the time they take."""
-    ours = [(time, name) for name, time in times if re.fullmatch(r"\w*sink\w*_kernel", name)]
-    return [name for _, name in sorted(ours, reverse=True)[:count]]
+def hottest(times: Mapping[str, float], count: int) -> list[str]:
+    """recattn's kernels by the time they take, as they are called in the source."""
+    own = re.compile(rf"\b\w*(?:{'|'.join(OWN_KERNELS)})\w*_kernel\b")
+    found = [(time, match[0]) for name, time in times.items() if (match := own.search(name))]
+    return list(dict.fromkeys(name for _, name in sorted(found, reverse=True)))[:count]
 
 
-def ncu_command(kernels: Sequence[str], report: Path, workload: str, implementations: Sequence[str]) -> list[str]:
+def ncu_command(kernels: Sequence[str], report: Path, headline: str) -> list[str]:
     """The second launch of each: the first may have compiled."""
     selected = f"::regex:^({'|'.join(kernels)})$:2"
     ncu = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-id", selected, "--force-overwrite"]
-    inner = [sys.executable, "-m", "benchmarks.profile", "--workload", workload, "--impl", *implementations, "--calls"]
-    return [*ncu, "--export", str(report), *inner]
+    return [*ncu, "--export", str(report), sys.executable, "-m", "benchmarks.profile", headline, "--calls"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workload", default="gpu_2k_d64_causal")
-    parser.add_argument("--impl", nargs="+", default=["recattn triton", "recattn correction:flash"])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("headline", choices=HEADLINES)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the report")
     parser.add_argument("--calls", action="store_true", help="only run the calls, for a profiler around this program")
     chosen = parser.parse_args(arguments)
-    run_calls(chosen.workload, chosen.impl)
+    times: dict[str, float] = {}
+    for name, call in own_calls(chosen.headline):
+        for turn in range(CALLS):
+            call(turn)()
+        torch.cuda.synchronize()
+        if not chosen.calls:
+            measured = kernel_times(call, DEVICE)
+            print(f"{name}: {sum(measured.values()):.1f} µs", flush=True)
+            times |= measured
     if chosen.calls:
         return 0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run_calls(chosen.workload, chosen.impl)
-    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=20, max_name_column_width=80))
-    kernels = hottest(((event.key, event.self_device_time_total) for event in profile.key_averages()), 3)
     report = (chosen.results / "profile.ncu-rep").resolve()
     report.parent.mkdir(parents=True, exist_ok=True)
-    measured = subprocess.run(ncu_command(kernels, report, chosen.workload, chosen.impl)).returncode
+    measured = subprocess.run(ncu_command(hottest(times, 3), report, chosen.headline)).returncode
     shown = subprocess.run(["ncu", "--import", str(report), "--page", "details"]).returncode
     return measured or shown
 

@@ -1,128 +1,187 @@
-"""`make gpu` and its parts, without a GPU: the driver with steps of its own, the dispatch table with made-up times."""
+"""`make gpu` and `make gpu-bench` without a GPU: the plans, a rehearsal, the dispatch table with made-up times.
+
+What becomes of a step that hangs or dies is in test_gpu_steps.
+"""
 
 import json
 import sys
-import time
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import gpu_sanitizer_targets
-from benchmarks import dispatch, gpu, profile
+from benchmarks import dispatch, gpu, headline, profile, steps
 from benchmarks.dispatch import Point
+from benchmarks.goals import Outcome
+from benchmarks.headline import HEADLINES
+from benchmarks.registry import Operator, load_operators
+from benchmarks.results import Row
 from benchmarks.sink_attention import PATHS
-from benchmarks.workloads import CUDA, REFINED, SINK
+from benchmarks.steps import Stage, Step
+from benchmarks.workloads import CUDA
+from recattn.ops import AVAILABILITY
 
 SANITIZER_TARGETS = dict(gpu_sanitizer_targets.cases(torch.device("cpu")))
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-# The driver
+# The plans
 
 
-def python(name: str, code: str, seconds: float = 20, **environment: str) -> gpu.Step:
-    return gpu.Step(name, (sys.executable, "-c", code), seconds, environment)
-
-
-def test_goes_on_after_a_failure_and_says_so(tmp_path, capsys):
-    planned = [
-        [python("builds", "print('built')")],
-        [python("breaks", "raise SystemExit('what went wrong')"), gpu.Step("absent", ("no-such-program",), 9)],
-        [python("measures", "import os; print(os.environ['COLOUR'], 'TRITON_INTERPRET' in os.environ)", COLOUR="red")],
-    ]
-    outcomes = gpu.run(planned, tmp_path, seconds=60)
-    statuses = {outcome.name: (outcome.status, outcome.returncode) for outcome in outcomes}
-    assert statuses == {
-        "builds": (gpu.PASSED, 0),
-        "breaks": (gpu.FAILED, 1),
-        "absent": (gpu.FAILED, 127),
-        "measures": (gpu.PASSED, 0),
+def both_plans(operators=tuple(gpu.OPERATORS), profile=False) -> dict[str, list[Stage]]:
+    work, scratch = Path("work"), Path("scratch")
+    return {
+        "gpu": gpu.right(work, scratch, operators),
+        "gpu-bench": gpu.fast(work, scratch, operators, profile),
     }
-    assert [outcome["name"] for outcome in json.loads((tmp_path / "gpu.json").read_text())] == list(statuses)
-    log = (tmp_path / "gpu.log").read_text()
-    assert "built" in log and "red False" in log and "no-such-program" in log
-    printed = capsys.readouterr().out
-    assert "what went wrong" in printed and "built" not in printed  # of those that passed, the log has the output
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu.log", "gpu.json"}
 
 
-def test_a_step_ends_with_its_time_and_all_with_theirs(tmp_path):
-    sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    started = time.monotonic()
-    planned = [[python("slow", sleep, seconds=0.5), python("quick", "print(1)")], [python("slow too", sleep)]]
-    outcomes = gpu.run(planned, tmp_path, seconds=2)
-    assert [outcome.status for outcome in outcomes] == [gpu.OUT_OF_TIME, gpu.PASSED, gpu.OUT_OF_TIME]
-    assert time.monotonic() - started < 20
+SELECTIONS = [tuple(gpu.OPERATORS), *((name,) for name in gpu.OPERATORS)]
+PLANS = [
+    pytest.param(plan, id=f"{command} {' '.join(selection) if len(selection) == 1 else 'all'}{' profile' * profile}")
+    for selection in SELECTIONS
+    for profile in (False, True)
+    for command, plan in both_plans(selection, profile).items()
+]
 
 
-def test_steps_of_a_stage_run_side_by_side(tmp_path):
-    meet = """
-import pathlib, sys, time
-own, other = map(pathlib.Path, sys.argv[1:])
-own.touch()
-while not other.exists():
-    time.sleep(0.01)
-"""
-    a, b = tmp_path / "a", tmp_path / "b"
-    stage = [
-        gpu.Step(own.name, (sys.executable, "-c", meet, str(own), str(other)), 30) for own, other in ((a, b), (b, a))
-    ]
-    assert [outcome.status for outcome in gpu.run([stage], tmp_path / "results", seconds=30)] == [gpu.PASSED] * 2
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_fits_its_time_and_downloads_nothing(plan):
+    assert sum(stage.seconds for stage in plan) + steps.LEFT_BEHIND <= 300
+    assert all(stage.seconds >= steps.LEFT_BEHIND for stage in plan)  # an overrun leaves the next one time
+    names = [step.name for stage in plan for step in stage.steps]
+    assert len(set(names)) == len(names) and "/" not in "".join(names)  # of log files
+    assert "--no-index" in plan[0].steps[0].command and plan[0].steps[0].environment["RECATTN_BUILD"] == "none"
+    for step in (step for stage in plan for step in stage.steps):
+        assert ("benchmarks.run" in step.command) <= ("--offline" in step.command)
 
 
-def test_told_to_end_it_ends_its_steps(tmp_path, monkeypatch):
-    started = []
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_is_gated_or_timed_beside_another(plan):
+    for stage in plan:
+        for step in stage.steps if stage.together else ():
+            assert "benchmarks.headline" not in step.command and "benchmarks.dispatch" not in step.command
+            assert ("benchmarks.run" in step.command) <= ("--fill" in step.command)
 
-    def interrupt(seconds):
-        raise KeyboardInterrupt
 
+def test_the_check_comes_first_and_a_time_within_150_seconds():
+    plan = both_plans()["gpu"]
+    assert [step.name for step in plan[1].steps] == ["check", "build"]
+    assert plan[0].seconds + 35 <= 60  # for the first verdict
+    assert plan[2].steps[0].name == "sink_forward" and sum(stage.seconds for stage in plan[:2]) + 35 <= 150
+    headlines = [step.name for stage in plan for step in stage.steps if step.name in HEADLINES]
+    assert headlines == list(HEADLINES)
+    checked = [word for stage in plan for step in stage.steps if "check" in step.command for word in step.command]
+    assert set(checked) >= AVAILABILITY.keys()
+
+
+def test_only_files_with_tests_for_a_gpu_are_collected():
+    plan = both_plans()["gpu-bench"]
+    files = [word for stage in plan for step in stage.steps for word in step.command if "/test_" in word]
+    marked = [path for path in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    assert sorted(files) == sorted(map(str, set(marked) - {Path(__file__)}))
+    for name, operator in gpu.OPERATORS.items():
+        for pattern in operator.kernel_tests:
+            assert gpu.test_files(pattern), (name, pattern)
+
+
+@pytest.mark.parametrize("name", gpu.OPERATORS)
+def test_what_is_measured_is_compiled_before(name):
+    (measured,) = [stage for stage in both_plans([name])["gpu-bench"] if any(step.at_least for step in stage.steps)]
+    filled = [step for stage in both_plans([name])["gpu-bench"] for step in stage.steps if "--fill" in step.command]
+    pairs = [[step.command[i] for i in (7, 9)] for step in measured.steps]
+    assert pairs and pairs == [[step.command[i] for i in (7, 9)] for step in filled]
+    suite = load_operators()
+    assert all(workload in [w.name for w in suite[operator].workloads] for operator, workload in pairs)
+
+
+def test_ncu_takes_the_sanitizers_place():
+    assert [step.name for step in both_plans(profile=True)["gpu-bench"][-1].steps] == ["profile"]
+    assert [step.name for step in both_plans(profile=False)["gpu-bench"][-1].steps] == ["memcheck", "racecheck"]
+
+
+REHEARSED = {
+    "install": (sys.executable, "-S", "-c", "raise SystemExit('error: externally-managed-environment')"),
+    "build": ("nvcc-that-is-not-there",),
+}
+
+
+def on_the_cpu(step: Step) -> Step:
+    """The step with another device, where a GPU is needed."""
+    command = list(REHEARSED.get(step.name, step.command))
+    if "check" in command:
+        command[command.index("cuda")] = "cpu"
+        command.append("--quick")
+    if "benchmarks.headline" in command:
+        command += ["--device", "cpu", "--workload", "tiny", "--seconds", "0.02"]
+    return replace(step, command=command)
+
+
+@WITHOUT_GPU
+def test_make_gpu_rehearsed(tmp_path, monkeypatch, capsys):
+    """Without rich, and with an installation and a build that fail, the numbers are checked and timed all the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    planned = gpu.right
     monkeypatch.setattr(
-        gpu, "start", lambda *arguments, start=gpu.start: started.append(start(*arguments)) or started[-1]
+        gpu,
+        "right",
+        lambda *arguments: [replace(s, steps=list(map(on_the_cpu, s.steps))) for s in planned(*arguments)],
     )
-    monkeypatch.setattr(gpu.time, "sleep", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run([[gpu.Step("long", ("sleep", "60"), 60)]], tmp_path, seconds=60)
-    assert started[0].returncode == -gpu.signal.SIGKILL
+    (tmp_path / "rich.py").write_text("raise ImportError('no rich here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # half a minute
+    status = gpu.main(["--results", str(tmp_path / "results"), "--op", "lrea_absorbed_attention"])
+    printed = capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "results" / "gpu.jsonl").read_text().splitlines()]
+    statuses = {line["step"]: line["status"] for line in lines if "step" in line}
+    assert statuses == {
+        "install": steps.FAILED,
+        "build": steps.FAILED,
+        "check of lrea_absorbed_attention": steps.PASSED,
+        "absorbed": steps.PASSED,
+    }, printed
+    assert status == 1 and "PIP_BREAK_SYSTEM_PACKAGES=1 make gpu" in printed
+    timed, *_ = [line for line in lines if line.get("impl") == "recattn"]
+    (kernels,) = [line for line in lines if line.get("kernels_of") == "recattn"]
+    assert timed["p50_ms"] > 0 and "driver" in timed and "cudnn" in timed
+    assert kernels["microseconds"]["recattn::lrea_absorbed_attention"] > 0
+    with tarfile.open(tmp_path / "results" / "gpu-results.tar.gz") as archive:
+        checked = json.load(archive.extractfile("gpu/check of lrea_absorbed_attention.json"))
+    assert "lrea_absorbed_attention" in json.dumps(checked)
 
 
-def test_a_managed_interpreter_is_explained(tmp_path, capsys):
-    gpu.run([[python("build", "raise SystemExit('error: externally-managed-environment')")]], tmp_path, seconds=20)
-    assert "PIP_BREAK_SYSTEM_PACKAGES=1 make gpu" in capsys.readouterr().out
+# The headline workloads
 
 
-def test_the_plan_fits_its_time_and_downloads_nothing(tmp_path):
-    planned = gpu.stages(tmp_path, tmp_path, profile=False)
-    assert gpu.SECONDS < 9 * 60
-    assert sum(max(step.seconds for step in stage) for stage in planned) < 9 * 60 + 20
-    names = [step.name for stage in planned for step in stage]
-    assert len(set(names)) == len(names)
-    assert [stage[0].name for stage in planned] == [
-        "build",
-        "GPU tests",
-        "dispatch",
-        "benchmark of sink_attention",
-        "benchmark of refined_attention",
-    ]
-    assert "--no-index" in planned[0][0].command
-    for step in planned[1] + planned[3] + planned[4]:
-        if "benchmarks.run" in step.command:
-            assert "--offline" in step.command
-    filled = [word for step in planned[1] if step.name.startswith("compile") for word in step.command]
-    assert {
-        workload.name for workload in SINK + REFINED if workload.devices == CUDA and workload.tier != "full"
-    } <= set(filled)
-    refined = gpu.stages(tmp_path, tmp_path, profile=False, operators=["refined_attention"])
-    assert [stage[0].name for stage in refined] == ["build", "GPU tests", "benchmark of refined_attention"]
-    profiled = gpu.stages(tmp_path, tmp_path, profile=True)
-    assert [step.name for step in profiled[-1]] == ["profile"] and len(profiled) == len(planned) + 1
+@pytest.mark.parametrize("name", HEADLINES)
+def test_a_headline_is_measured_on_a_gpu(name):
+    operator, workload, contestants = headline.find(HEADLINES[name], torch.device("cuda"))
+    assert workload.devices == CUDA and workload.tier != "full"
+    first, *later = headline.rounds(contestants)
+    assert not any(i.compiled for i in first) and len(later) == 1 and later[0][0].name == "recattn"
+    assert {i.name for i in first} | {i.name for i in later[0]} == {i.name for i in contestants}
+    assert all(
+        opponent in {i.name for i in contestants} for goal in goals_of(operator, name) for opponent in goal.against
+    )
 
 
-def test_the_plan_names_tests_that_exist(tmp_path):
-    commands = [step.command for stage in gpu.stages(tmp_path, tmp_path, profile=False) for step in stage]
-    files = [Path(word) for command in commands for word in command if word.endswith(".py")]
-    assert len(files) > 5
-    assert [file for file in files if not file.exists()] == []
+def goals_of(operator: Operator, name: str):
+    goals = operator.goals_of(
+        headline.find(HEADLINES[name], torch.device("cuda"))[1], torch.device("cuda"), torch.bfloat16
+    )
+    return [goal for goal in goals if goal.direction in HEADLINES[name].directions]
+
+
+def test_a_verdict_of_an_earlier_round_is_kept():
+    same = {"op": "product", "workload": "small", "shape": {}, "dtype": "", "direction": "forward", "data": ""}
+    before = [Row(**same, impl="recattn", goals=[Outcome("a", "met"), Outcome("b")])]
+    after = [Row(**same, impl="recattn", goals=[Outcome("a"), Outcome("b", "missed")])]
+    headline.keep_verdicts(after, before)
+    assert [goal.verdict for goal in after[0].goals] == ["met", "missed"]
 
 
 @WITHOUT_GPU
@@ -224,6 +283,7 @@ def test_writes_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "contest_on", lambda device, seconds: lambda point: dict.fromkeys(PATHS, (1.0, 2.0)))
     environment = {"device": "a GPU", "torch": "2.11", "triton": "3.6", "commit": None}
     monkeypatch.setattr(dispatch.results, "environment", lambda device: environment)
+    monkeypatch.setattr(dispatch, "limit_memory", lambda device: None)
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(dispatch.to_json({"another": {"torch": "2.9", "triton": "3.5", "rows": [row(64)]}}))
     assert dispatch.main(["--table", str(old), str(new)]) == 0
@@ -236,16 +296,16 @@ def test_writes_what_it_measured(tmp_path, monkeypatch):
 
 
 def test_the_hottest_kernels_are_ours():
-    times = [
-        ("flash_fwd_kernel", 9.0),
-        ("sink_attention_fwd_kernel", 2.0),
-        ("sink_attention_bwd_dq_kernel", 3.0),
-        ("inter_sink_bias_fwd_kernel", 0.5),
-        ("sink_attention_pairs_bwd_kernel", 1.0),
-        ("void at::native::sink<float>", 4.0),
-    ]
+    times = {
+        "flash_fwd_kernel": 9.0,
+        "sink_attention_fwd_kernel": 2.0,
+        "sink_attention_bwd_dq_kernel": 3.0,
+        "inter_sink_bias_fwd_kernel": 0.5,
+        "void (anonymous namespace)::mma::absorbed_attention_kernel<c10::BFloat16, 32>(Operands)": 1.0,
+        "void at::native::sink<float>": 4.0,
+    }
     kernels = profile.hottest(times, 3)
-    assert kernels == ["sink_attention_bwd_dq_kernel", "sink_attention_fwd_kernel", "sink_attention_pairs_bwd_kernel"]
-    command = profile.ncu_command(kernels, Path("report"), "headline", ["recattn triton"])
+    assert kernels == ["sink_attention_bwd_dq_kernel", "sink_attention_fwd_kernel", "absorbed_attention_kernel"]
+    command = profile.ncu_command(kernels, Path("report"), "sink_backward")
     assert command[command.index("--kernel-id") + 1] == f"::regex:^({'|'.join(kernels)})$:2"
-    assert command[-5:] == ["--workload", "headline", "--impl", "recattn triton", "--calls"]
+    assert command[-2:] == ["sink_backward", "--calls"]
