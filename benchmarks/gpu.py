@@ -40,7 +40,7 @@ class Operator:
 OPERATORS = {
     "sink_attention": Operator(
         ("sink_forward", "sink_backward"),
-        (("sink_attention", "gpu_zipf"), ("sink_attention", "gpu_4k_d128_causal")),
+        (("sink_attention", "gpu_4k_d128_causal"), ("sink_attention", "gpu_many_short")),
         ("triton_sink_*",),
         ("base_attention", "sink_attention_paths"),
     ),

@@ -164,6 +164,7 @@ SINK = (
     sink_workload("gpu_ctr_sink", 32768, 512, 64, 49, heads=8, kv_heads=8),
     sink_workload("gpu_zipf", 2048, 2048, 64, 205, batch=64, ragged=True),
     sink_workload("gpu_zipf_causal", 2048, 2048, 64, 205, batch=64, ragged=True, causal=True),
+    sink_workload("gpu_many_short", 64, 64, 64, 6, batch=2048, ragged=True, causal=True, gate_batch=64),
     sink_workload("gpu_memory", 65536, 8192, 64, 800, gate_batch=1),
     *sweep("n", 4096, (128, 256, 512, 1024, 2048, 4096), CPU),
     *sweep("gpu_n", 32768, (128, 512, 2048, 8192, 16384), CUDA),
