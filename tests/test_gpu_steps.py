@@ -98,6 +98,16 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_what_a_step_leaves_running_is_ended(tmp_path):
+    code = "import subprocess; print('child', subprocess.Popen(['sleep', '30']).pid)"
+    outcomes = run(tmp_path, Stage(10, [python("leaves", code)]))
+    assert outcomes["leaves"].status == PASSED
+    child, deadline = int(log(tmp_path, "leaves").split()[1]), time.monotonic() + 5
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(child)
+
+
 class InTheDriver:
     """A process that no signal ends."""
 
