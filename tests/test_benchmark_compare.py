@@ -13,6 +13,7 @@ from benchmarks import compare, plot, results, run
 from benchmarks.registry import FORWARD, TRAINING
 from benchmarks.results import Record, Row
 from benchmarks.suite import Contest
+from recattn import _environment
 
 RUN = {"device": "a processor", "threads": 2, "started": "2026-01-01T00:00:00+00:00"}
 
@@ -180,6 +181,6 @@ def test_a_run_is_held_against_a_baseline_file(only_product, suite_settings, tmp
     milliseconds = 1.2
     assert run.main(against) == 1
     assert run.main([*against, "--threshold", "0.5"]) == 0
-    monkeypatch.setattr(results, "device_name", lambda device: "another machine")
+    monkeypatch.setattr(_environment, "device_name", lambda device: "another machine")
     assert run.main(against) == 2
     assert "no row in common" in capsys.readouterr().out

@@ -828,11 +828,12 @@ def test_every_row_has_every_field(only_product, tmp_path):
     (file,) = tmp_path.glob("*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["direction"] for row in rows] == [FORWARD, TRAINING]
-    common = {"device", "threads", "python", "torch", "triton", "cuda", "driver", "commit", "dirty", "started"}
+    common = {"device", "compute_capability", "threads", "platform", "python", "commit", "dirty", "started"}
+    common |= {"recattn", "torch", "triton", "numpy", "cuda", "cudnn", "driver"}
     for row in rows:
         assert set(row) == {f.name for f in fields(results.Row)} | common
         unknown = {name for name, value in row.items() if value is None}
-        assert unknown <= {"reason", "host_ms", "triton", "cuda", "driver", "commit"}
+        assert unknown <= {"reason", "host_ms", "triton", "compute_capability", "cuda", "cudnn", "driver", "commit"}
         assert 0 < row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"]
         assert row["gate_shape"] == {"batch": 4} and row["shape"] == {"batch": 16}
         # flops / ms: 48 · 16 operations a pass
