@@ -1,25 +1,16 @@
-// Host-side checks: the message names the argument, what was expected and what came. Python sees a ValueError.
+// Checks of tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <initializer_list>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-namespace recattn {
+#include "expect.h"
 
-template <class... Words>
-void expect(bool holds, const Words&... words) {
-    if (!holds) {
-        std::ostringstream message;
-        (message << ... << words);
-        throw std::invalid_argument(message.str());
-    }
-}
+namespace recattn {
 
 // As PyTorch writes it in Python.
 inline const char* dtype_name(torch::headeronly::ScalarType dtype) {

@@ -6,6 +6,7 @@
 
 #include "absorbed_operands.h"
 #include "convert.h"
+#include "cuda/shared_memory.h"
 
 namespace recattn::fma {
 
@@ -59,7 +60,7 @@ __device__ void stage_state(const StateTable& table, int64_t slot, int head, int
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attention_kernel(const Operands<T> op) {
-    __shared__ SharedMemory<T> shared;
+    RECATTN_SHARED_MEMORY(SharedMemory<T>, shared);
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const int head = blockIdx.y, first_column = blockIdx.z * kColumns;
     const int columns = min(kColumns, op.value_dim - first_column);

@@ -13,7 +13,8 @@
 
 #include "absorbed_operands.h"
 #include "convert.h"
-#include "mma.h"
+#include "cuda/mma.h"
+#include "cuda/shared_memory.h"
 
 namespace recattn::mma {
 
@@ -228,7 +229,7 @@ __device__ void store_piece(const float (&acc)[4][4], int i, float scale, T* out
 template <class T, class State, int kRank>
 __global__ void __launch_bounds__(kThreads, kRank <= 32 ? 3 : 2) absorbed_attention_kernel(const Operands<T> op) {
     constexpr bool kScaled = std::is_same_v<State, int8_t>;
-    extern __shared__ uint4 shared[];
+    RECATTN_DYNAMIC_SHARED_MEMORY(uint4, shared);
     check_users(op);
     store_nobodys_rows(op, 0, op.value_dim);
     const Tile tile = find_tile(op);

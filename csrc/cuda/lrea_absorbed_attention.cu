@@ -1,16 +1,11 @@
 // h = leaky_relu(q keys^T) values for a ragged batch of candidates, each user's state read where it lies in the tables:
 // one launch, on tensor cores where the operands allow it.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <climits>
-#include <type_traits>
 
-#include "absorbed_fma.h"
-#include "absorbed_mma.h"
+#include "absorbed_launch.h"
+#include "cuda/device.h"
 #include "lrea_absorbed_attention.h"
 
 namespace recattn {
@@ -57,58 +52,8 @@ bool fits_tensor_cores(const Tensor& targets, const Tensor& keys, const Tensor& 
            lies_in_pieces(keys) && lies_in_pieces(values);
 }
 
-void expect_success(cudaError_t error) {
-    STD_TORCH_CHECK(error == cudaSuccess, "lrea_absorbed_attention did not start: ", cudaGetErrorString(error));
-}
-
-// A block for each tile (see absorbed_operands.h), head and part of the output's columns.
-template <class T>
-void launch(void (*kernel)(Operands<T>), Operands<T> op, int shift, int threads, int64_t column_blocks,
-            int shared_bytes, cudaStream_t stream) {
-    op.shift = shift;
-    const int64_t tiles = (op.rows >> shift) + op.users;
-    expect(tiles <= INT_MAX, "targets and slots are too many for one launch: ", op.rows, " rows of ", op.users,
-           " users");
-    constexpr int kGrantedUnasked = 48 << 10;
-    if (shared_bytes > kGrantedUnasked) {
-        expect_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    }
-    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(op.heads),
-                    static_cast<unsigned>(column_blocks));
-    kernel<<<grid, threads, shared_bytes, stream>>>(op);
-    expect_success(cudaGetLastError());
-}
-
-template <class T>
-void launch_fma(const Operands<T>& op, cudaStream_t stream) {
-    const int64_t column_blocks = (op.value_dim + fma::kColumns - 1) / fma::kColumns;
-    launch(fma::absorbed_attention_kernel<T>, op, fma::kShift, fma::kThreads, column_blocks, 0, stream);
-}
-
-template <class T, class State, int kRank>
-void launch_mma(const Operands<T>& op, cudaStream_t stream) {
-    const int shared_bytes = mma::Layout<kRank>(op.query_dim, op.value_dim).bytes();
-    launch(mma::absorbed_attention_kernel<T, State, kRank>, op, mma::kShift, mma::kThreads, 1, shared_bytes, stream);
-}
-
-template <class T, class State>
-void launch_mma(const Operands<T>& op, cudaStream_t stream) {
-    const auto launch_rank = op.rank <= 16   ? launch_mma<T, State, 16>
-                             : op.rank <= 32 ? launch_mma<T, State, 32>
-                                             : launch_mma<T, State, mma::kMostRank>;
-    launch_rank(op, stream);
-}
-
-template <class T>
-void run(const Operands<T>& op, bool on_tensor_cores, cudaStream_t stream) {
-    if constexpr (!std::is_same_v<T, float>) {
-        if (on_tensor_cores) return (op.keys.scales ? launch_mma<T, int8_t> : launch_mma<T, T>)(op, stream);
-    }
-    launch_fma(op, stream);
-}
-
 void expect_on_device(const char* name, const Tensor& tensor, const Tensor& targets) {
-    expect(tensor.is_cuda() && tensor.get_device_index() == targets.get_device_index(), name,
+    expect(is_on_device(tensor) && tensor.get_device_index() == targets.get_device_index(), name,
            " must be on targets' device");
 }
 
@@ -129,13 +74,12 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
     expect(sizes.heads <= kMostBlocks, "targets must have at most ", kMostBlocks, " heads, got ", sizes.heads);
     expect(std::max({sizes.rank, sizes.query_dim, sizes.value_dim}) <= kMostBlocks, "rank and widths must be at most ",
            kMostBlocks, ", got r = ", sizes.rank, ", d = ", sizes.query_dim, ", dv = ", sizes.value_dim);
-    const torch::stable::accelerator::DeviceGuard guard(targets.get_device_index());
+    const DeviceGuard guard(targets.get_device_index());
     const Tensor out = torch::stable::new_empty(targets, {sizes.rows, sizes.heads, sizes.value_dim});
     if (out.numel() == 0) return out;
     const Tensor slots_row = without_gaps(slots), offsets_row = without_gaps(target_offsets);
     const OptionalTensor ids_row = item_ids ? OptionalTensor(without_gaps(*item_ids)) : std::nullopt;
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(targets.get_device_index(), &stream));
+    const cudaStream_t stream = current_stream(targets.get_device_index());
     auto* counter = invalid ? static_cast<unsigned long long*>(invalid->mutable_data_ptr()) : nullptr;
     const auto run_as = [&](auto zero) {
         using T = decltype(zero);
@@ -159,7 +103,7 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
                              .query_dim = static_cast<int>(sizes.query_dim),
                              .value_dim = static_cast<int>(sizes.value_dim),
                              .negative_slope = static_cast<float>(negative_slope)};
-        run(op, fits_tensor_cores(targets, state_keys, state_values, sizes), static_cast<cudaStream_t>(stream));
+        launch_absorbed_attention(op, fits_tensor_cores(targets, state_keys, state_values, sizes), stream);
     };
     switch (targets.scalar_type()) {
         case ScalarType::Float:
@@ -193,7 +137,7 @@ Tensor lrea_absorbed_attention_counting(const Tensor& targets, const Tensor& sta
                               key_scales, value_scales, invalid);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(recattn, CUDA, m) {
+RECATTN_CUDA_LIBRARY(m) {
     m.impl("lrea_absorbed_attention", TORCH_BOX(&lrea_absorbed_attention));
     m.impl("lrea_absorbed_attention.counting", TORCH_BOX(&lrea_absorbed_attention_counting));
 }
