@@ -43,6 +43,29 @@ def end_if_context_is_lost():
         pytest.exit(f"the CUDA context is lost: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
 
 
+# The CUDA kernels, emulated where there is no GPU.
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory):
+    import emulated_cuda
+
+    emulated_cuda.load_library(tmp_path_factory)
+
+
+@pytest.fixture
+def cuda_kernels(request, monkeypatch):
+    """impl="cuda" of lrea_absorbed_attention runs, on a GPU's tensors or without one on the CPU's."""
+    import emulated_cuda
+    from recattn._extension import MISSING
+
+    if not ON_GPU:
+        request.getfixturevalue("emulated_library")
+        emulated_cuda.route(monkeypatch)
+    elif "cuda" in MISSING:
+        pytest.skip(MISSING["cuda"])
+
+
 # The benchmark suite on an operator of its own.
 
 

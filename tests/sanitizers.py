@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 
 
+def compiler() -> str:
+    """The C++ compiler; the test is skipped without one."""
+    name = os.environ.get("CXX", "g++")
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"no C++ compiler: {name} is not on the PATH")
+    return found
+
+
 def compile_command(sanitizer: str, folder: Path) -> list[str]:
     """The compiler and its options ("thread" or "address"), tried in the folder; the test is skipped without one."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    command = [compiler, f"-fsanitize={sanitizer}", "-O1", "-g1", "-std=c++20"]
+    command = [compiler(), f"-fsanitize={sanitizer}", "-O1", "-g1", "-std=c++20"]
     source, program = folder / "empty.cpp", str(folder / "empty")
     source.write_text("int main() {}\n")
     for attempt in ([*command, str(source), "-o", program], [program]):

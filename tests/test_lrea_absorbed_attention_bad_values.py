@@ -8,16 +8,23 @@ import torch
 from torch import Tensor
 
 import recattn
-from recattn._extension import MISSING
+from emulated_cuda import DEVICE
 from test_lrea_attention import DTYPES, assert_compiles, assert_refuses, by_item_id, compiled_kernels, draw_absorbed
 
-ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif("cuda" in MISSING, reason=MISSING.get("cuda", ""))]
+ON_CUDA = [pytest.mark.gpu] if DEVICE == "cuda" else []
 IMPLS = ["reference", pytest.param("cpu", marks=compiled_kernels), pytest.param("cuda", marks=ON_CUDA)]
-every_impl = pytest.mark.parametrize("impl", IMPLS)
+every_impl = pytest.mark.parametrize("impl", IMPLS, indirect=True)
 COUNTS = (3, 0, 40, 1, 63)
 USER = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))  # of each target
 # For tensor cores and for multiply-adds.
 SIZES = [(16, 16, 48), (7, 20, 12)]
+
+
+@pytest.fixture
+def impl(request):
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_kernels")
+    return request.param
 
 
 def draw(rank=16, dim=16, value_dim=48, **options) -> dict[str, Tensor]:
@@ -38,14 +45,14 @@ def quantized(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def attend(impl: str, inputs: dict[str, Tensor], **options) -> Tensor:
     if impl == "cuda":
-        inputs = {name: x.cuda() for name, x in inputs.items()}
+        inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
     return recattn.lrea_absorbed_attention(**inputs, **options, impl=impl).cpu()
 
 
 def counting(impl: str, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     """The output, and how many entries were out of range."""
     invalid = torch.full((1,), 1000)
-    invalid = invalid.cuda() if impl == "cuda" else invalid
+    invalid = invalid.to(DEVICE) if impl == "cuda" else invalid
     out = attend(impl, inputs, invalid=invalid)
     return out, invalid.item() - 1000
 
@@ -53,6 +60,13 @@ def counting(impl: str, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
 def are_close(actual: Tensor, expected: Tensor) -> bool:
     """But for rounding: a product of other sizes is summed in another order."""
     return bool((actual - expected).abs().max() <= 0.02 * expected.abs().max())
+
+
+def is_one_of(actual: Tensor, candidates: Tensor, impl: str) -> bool:
+    """Whether a target's output is one of the candidates [n, H, dv]; on CUDA, each of its numbers."""
+    is_close = (actual - candidates).abs() <= 0.02 * candidates.abs().amax((1, 2), keepdim=True)
+    # Nothing orders two blocks that write the same target.
+    return bool(is_close.any(0).all() if impl == "cuda" else is_close.all((1, 2)).any())
 
 
 # --- Scales of int8 states ---
@@ -148,14 +162,13 @@ def test_offsets_out_of_order_serve_every_target_to_a_user_who_has_it(impl, dtyp
     inputs = draw(dtype=dtype)
     ends = torch.tensor(offsets).clamp(0, 107).tolist()
     whole = {**inputs, "target_offsets": torch.tensor([0, 107])}
-    alone = [attend(impl, {**whole, "slots": slot[None]}) for slot in inputs["slots"]]
+    alone = torch.stack([attend(impl, {**whole, "slots": slot[None]}) for slot in inputs["slots"]])
     out, count = counting(impl, {**inputs, "target_offsets": torch.tensor(offsets)})
     assert count > 0
     for t in range(107):
         owners = [user for user in range(5) if ends[user] <= t < ends[user + 1]]
-        of_nobody = t < ends[0] or t >= ends[-1]
-        of_an_owner = any(are_close(out[t], alone[user][t]) for user in owners)
-        assert of_an_owner or (of_nobody and not out[t].any()), (t, owners)
+        zeros = [torch.zeros_like(out[t])] if t < ends[0] or t >= ends[-1] else []
+        assert is_one_of(out[t], torch.stack([*alone[owners, t], *zeros]), impl), (t, owners)
 
 
 @every_impl
@@ -173,7 +186,7 @@ def test_tables_of_nothing_serve_zeros(impl):
 @every_impl
 def test_the_counter_is_checked(impl):
     inputs = {**draw(), "impl": impl}
-    inputs = {name: x.cuda() if impl == "cuda" and isinstance(x, Tensor) else x for name, x in inputs.items()}
+    inputs = {name: x.to(DEVICE) if impl == "cuda" and isinstance(x, Tensor) else x for name, x in inputs.items()}
     device = inputs["slots"].device
     function = recattn.lrea_absorbed_attention
     message = "invalid must be int64, got int32"

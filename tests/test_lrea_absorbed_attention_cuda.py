@@ -1,23 +1,24 @@
 """The CUDA kernels of lrea_absorbed_attention: on tensor cores, and by multiply-adds where those do not fit.
 
-That they compile, and spill no register, is in test_cuda_compile.
+Without a GPU they are emulated. That they compile, and spill no register, is in test_cuda_compile.
 """
 
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import recattn
+from emulated_cuda import DEVICE
 from recattn import reference
-from recattn._extension import MISSING
 from recattn.testing import assert_matches_reference
 from test_lrea_attention import DTYPES, by_item_id, draw_absorbed
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif("cuda" in MISSING, reason=MISSING.get("cuda", ""))]
+pytestmark = [pytest.mark.usefixtures("cuda_kernels"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 # Tiles of 128 candidates and products of 16: empty users, parts of a tile, whole ones, and more than one.
 COUNTS = (1, 0, 2, 100, 63, 129, 0, 16, 300)
@@ -25,7 +26,7 @@ attend = functools.partial(recattn.lrea_absorbed_attention, impl="cuda")
 
 
 def draw(counts=COUNTS, **options) -> dict[str, Tensor]:
-    return {name: value.cuda() for name, value in draw_absorbed(counts, **options).items()}
+    return {name: value.to(DEVICE) for name, value in draw_absorbed(counts, **options).items()}
 
 
 def quantized(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ def test_int8_states_of_small_values_do_not_vanish_in_float16():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_targets_by_item_id(dtype, int8):
     inputs = by_item_id(draw(rank=32, dim=64, value_dim=64, dtype=dtype), "targets")
-    inputs = {name: value.cuda() for name, value in inputs.items()}
+    inputs = {name: value.to(DEVICE) for name, value in inputs.items()}
     inputs = quantized(inputs) if int8 else inputs
     gathered = {**inputs, "targets": inputs["targets"][inputs["item_ids"]]}
     del gathered["item_ids"]
@@ -128,7 +129,7 @@ def test_many_users(users):
     counts = torch.randint(3, (users,))
     counts[users // 2] = 200
     inputs = draw(counts.tolist(), heads=1, rank=4, dim=8, value_dim=8, dtype=torch.bfloat16)
-    owners = torch.arange(users).repeat_interleave(counts).cuda()
+    owners = torch.arange(users).repeat_interleave(counts).to(DEVICE)
     keys, values = (inputs[name][inputs["slots"][owners]].double() for name in ("state_keys", "state_values"))
     scores = torch.einsum("thd,thrd->thr", inputs["targets"].double(), keys)
     expected = torch.einsum("thr,thre->the", torch.nn.functional.leaky_relu(scores, 0.01), values)
@@ -137,6 +138,7 @@ def test_many_users(users):
         assert (attend(**cast) - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_captured_graph_reads_what_its_tensors_hold_when_it_is_replayed(dtype):
     inputs = draw(rank=32, dim=64, value_dim=64, dtype=dtype)
@@ -150,38 +152,45 @@ def test_a_captured_graph_reads_what_its_tensors_hold_when_it_is_replayed(dtype)
     assert out.equal(attend(**inputs))
 
 
+def attend_outside(name: str, index: int, value: int, dtype: torch.dtype) -> None:
+    inputs = by_item_id(draw_absorbed((30, 20, 17), rank=8, dim=16, value_dim=16, dtype=dtype), "targets")
+    inputs[name][index] = value
+    attend(**{name: x.to(DEVICE) for name, x in inputs.items()})
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize(
     "name, index, value, dtype",
     [
-        ("slots", 1, 7, "bfloat16"),
-        ("item_ids", 5, 11, "bfloat16"),
-        ("item_ids", 5, -1, "float32"),
-        ("target_offsets", 1, 60, "float32"),
-        ("target_offsets", 3, 66, "bfloat16"),
+        ("slots", 1, 7, torch.bfloat16),
+        ("item_ids", 5, 11, torch.bfloat16),
+        ("item_ids", 5, -1, torch.float32),
+        ("target_offsets", 1, 60, torch.float32),
+        ("target_offsets", 3, 66, torch.bfloat16),
     ],
 )
 def test_what_lies_outside_a_table_stops_the_kernel(name, index, value, dtype):
-    code = f"""
-import torch, recattn
-inputs = dict(
-    targets=torch.randn(11, 2, 16), state_keys=torch.randn(7, 2, 8, 16), state_values=torch.randn(7, 2, 8, 16),
-    slots=torch.tensor([3, 0, 6]), target_offsets=torch.tensor([0, 30, 50, 67]), item_ids=torch.arange(67) % 11,
-)
-inputs["{name}"][{index}] = {value}
-inputs = {{k: x.to("cuda", torch.{dtype} if x.is_floating_point() else x.dtype) for k, x in inputs.items()}}
-try:
-    recattn.lrea_absorbed_attention(**inputs, impl="cuda")
-    torch.cuda.synchronize()
-except RuntimeError:
-    print("stopped")
-"""
-    assert "stopped" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    if DEVICE == "cpu":
+        with pytest.raises(RuntimeError, match="trap in block"):
+            attend_outside(name, index, value, dtype)
+        return
+    # The process can do no more on the device.
+    code = f"from {__name__} import *\ntry: attend_outside({name!r}, {index}, {value}, {dtype})\n"
+    code += "except RuntimeError as error: print(error)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert "CUDA error" in result.stdout, result.stderr
+
+
+@pytest.mark.gpu
+def test_refuses_another_device():
+    inputs = draw(heads=1)
+    with pytest.raises(ValueError, match="slots must be on targets' device"):
+        attend(**{**inputs, "slots": inputs["slots"].cpu()})
 
 
 def test_refuses():
     inputs = draw(heads=1)
-    with pytest.raises(ValueError, match="slots must be on targets' device"):
-        attend(**{**inputs, "slots": inputs["slots"].cpu()})
     with pytest.raises(ValueError, match="must have at most 65535 heads, got 65536"):
         tables = {name: x.expand(-1, 65536, *x.shape[2:]) for name, x in inputs.items() if x.dim() > 1}
         attend(**{**inputs, **tables})
