@@ -2,8 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*.h csrc/*/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp tests/cuda_emulation/*.* tests/cuda_emulation/*/*)
 
-.PHONY: bench plots examples gpu gpu-bench test test-isa versions lint format clean
+.PHONY: bench plots examples gpu gpu-bench test test-isa sanitize versions lint format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -32,6 +33,10 @@ test: $(INSTALLED)
 test-isa: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/lower_isas.py -n auto --maxprocesses 4
 
+# What is too slow for every change: races of the CUDA kernels, emulated, and mistakes in them that must be seen
+sanitize: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/sanitize.py
+
 # The kernels under each torch and Triton that the package is tried with, to tests/versions.md: [EVERY=8] [ONLY=2.11.0]
 versions: $(INSTALLED)
 	$(BIN)/python tests/versions.py $(if $(EVERY),--every $(EVERY)) $(if $(ONLY),--only $(ONLY))
@@ -39,12 +44,12 @@ versions: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
