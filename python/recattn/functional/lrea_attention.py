@@ -310,8 +310,9 @@ def lrea_absorbed_attention(
     A service passes `invalid`, for one bad index must not fail a batch, or on CUDA the process. Then the number of
     indices out of range is added to it, and only their own targets come out as zeros: those of a user whose slot is no
     row of the tables, those whose item id is none (as a target of zeros does), and those before the first offset or
-    behind the last. Where offsets descend two users have the same targets, and one of the two is served. Nothing waits
-    for the count: read it now and then, and have `recattn.validate` name the index.
+    behind the last. Where offsets descend two users have the same targets, and one of the two is served; on CUDA each
+    number of such an output is of one of the two. Nothing waits for the count: read it now and then, and have
+    `recattn.validate` name the index.
 
     Source: LREA (arXiv 2503.02542), which stores two tensors a user; what they hold is our reading, see `lrea_absorb`.
 
