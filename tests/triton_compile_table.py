@@ -1,16 +1,28 @@
-"""Registers, spills, shared memory and precision of every shipped kernel configuration, compiled without a GPU.
+"""What every shipped kernel configuration compiles to, without a GPU: resources, and instructions that cost speed.
 
-python tests/triton_compile_table.py --write    records them in triton_compile_table.json
-python tests/triton_compile_table.py --check    fails if one spills, rounds float32 to tf32, is over its architecture's
-                                                shared or tensor memory, or is not what the table says
-python tests/triton_compile_table.py --check --sampled    compiles only one configuration in eight where the kernels'
-                                                sources and Triton are those that the whole table was written from
+python tests/triton_compile_table.py --write    records it in triton_compile_table_VERSION.json, of this Triton; the
+                                                rows stay of kernels that, with all they call, did not change
+python tests/triton_compile_table.py --check    fails if one spills, has its wgmma serialized, rounds float32 to tf32,
+                                                is over its architecture's shared or tensor memory, or is not what
+                                                the table says
+python tests/triton_compile_table.py --check --sampled    compiles only one configuration in twenty where the kernels'
+                                                sources are those that the table was written from
 python tests/triton_compile_table.py --one-of-each-kind    fails as --check does, by whatever Triton this is and without
-                                                the table, but for spills: each kernel once for each
-                                                architecture, and once for each dtype and option
+                                                the table, but for spills and serialized wgmma: each kernel once for
+                                                each architecture, and once for each dtype and option
+
+Spills and serialized wgmma are accepted where ACCEPTED says why. The columns:
+
+registers, spilled_bytes, shared_bytes, tensor_columns    of a thread, a thread, a block, a block
+tf32             instructions that round to it
+serialized       what ptxas says (C7514, C7515, ...) where each wgmma waits for the one before
+advisories       what else it says: C7519 where it adds a warpgroup.arrive
+mma              instructions on tensor cores: HMMA, HGMMA (sm_90), UTCHMMA (sm_100)
+loop_*           instructions of the main loop, as `compiled_kernel.main_loop` finds it: all, on tensor cores, FMUL,
+                 ISETP and FSEL
 
 A kernel module takes part by its `shipped_configurations()`, which yields a
-`recattn.triton_kernels.compilation.Compilation` for each.
+`recattn.triton_kernels.compilation.Compilation` for each. To have another Triton, put it first on PYTHONPATH.
 """
 
 import argparse
@@ -22,19 +34,61 @@ import multiprocessing
 import os
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-TABLE = Path(__file__).with_suffix(".json")
+import compiled_kernel
+from compiled_kernel import Row
+
 # What one thread block may use, bytes.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Of tensor memory, which sm_100 has. Beyond it Triton was seen to compile a kernel to nothing.
 TENSOR_COLUMNS = 512
-SAMPLED = 8
+SAMPLED = 20
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Configurations that may, for now, do what is refused of others."""
+
+    what: str  # "spills", or the code by which ptxas says that it serializes wgmma
+    where: str  # a regular expression, found in the names of these configurations and of no others that do so
+    tritons: tuple[str, ...]
+    why: str
+
+
+EITHER = ("3.6.0", "3.7.1")
+# Mended, a kernel leaves this list: an entry that no configuration needs fails the check.
+ACCEPTED = (
+    Accepted(
+        "C7515",
+        r"^sink_attention_(fwd|bwd_dq)_kernel sm_90 bfloat16 ",
+        EITHER,
+        "The loop over sinks stands inside `if holds_sinks`; as a loop of zero rounds it is not serialized.",
+    ),
+    Accepted(
+        "C7515",
+        r"^sink_attention_bwd_dkdv_kernel sm_90 bfloat16 .* dropout ",
+        EITHER,
+        "Something writes an accumulator between its wgmma, and only with dropout. What, is not known yet.",
+    ),
+    Accepted(
+        "C7515",
+        r"^wasserstein_attention_(fwd|bwd_dq)_kernel sm_90 bfloat16 ",
+        EITHER,
+        "Something writes an accumulator between its wgmma. What, is not known yet.",
+    ),
+    Accepted(
+        "C7514",
+        r"^refined_projection_product_kernel sm_90 bfloat16 D=256 512x256 ",
+        EITHER,
+        "Something reads an accumulator between its wgmma, in the largest tile alone. What, is not known yet.",
+    ),
+)
 
 
 def kernel_modules() -> tuple[str, ...]:
@@ -45,8 +99,20 @@ def kernel_modules() -> tuple[str, ...]:
 
 def sources_of(modules: tuple[str, ...]) -> str:
     """What the rows depend on, beside Triton."""
-    files = [importlib.import_module(name).__file__ for name in modules]
+    files = [importlib.import_module(name).__file__ for name in (*modules, compiled_kernel.__name__)]
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def fingerprints(modules: tuple[str, ...]) -> dict[str, str]:
+    """Of each kernel, what its rows depend on: its source with all that it calls, and its configurations."""
+    configurations = defaultdict(list)
+    for compilation in compilations(modules):
+        configurations[compilation.kernel].append(repr(compilation))
+    measured = sources_of(())
+    return {
+        kernel.__name__: hashlib.sha256("".join([measured, kernel.cache_key, *shipped]).encode()).hexdigest()
+        for kernel, shipped in configurations.items()
+    }
 
 
 @functools.cache
@@ -75,47 +141,6 @@ def key(compilation) -> str:
     )
 
 
-def measure(modules: tuple[str, ...], index: int) -> dict[str, int]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from recattn.triton_kernels.compilation import ENABLE_FP_FUSION
-
-    compilation = compilations(modules)[index]
-    types = {name: kind.partition(":") for name, kind in compilation.signature.items()}
-    source = ASTSource(
-        compilation.kernel,
-        signature={name: base for name, (base, _, _) in types.items()},
-        constexprs=dict(compilation.constexprs),
-        attrs={
-            (i,): [["tt.divisibility", int(divisor)]] for i, (_, _, divisor) in enumerate(types.values()) if divisor
-        },
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", compilation.architecture, 32),
-        options={
-            **{name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")},
-            "enable_fp_fusion": ENABLE_FP_FUSION,
-        },
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    used = {name: int(amount) for name, amount in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return {
-        "registers": used["REG"],
-        "spilled_bytes": used["STACK"] + used["LOCAL"],
-        "shared_bytes": compiled.metadata.shared,
-        # Some tiles get tf32 for a product in full precision: on sm_100, those of 64 rows.
-        "tf32": compiled.asm["ptx"].count("tf32"),
-        "tensor_columns": compiled.metadata.tmem_size,
-    }
-
-
 def all_keys(modules: tuple[str, ...]) -> list[str]:
     keys = [key(compilation) for compilation in compilations(modules)]
     if len(set(keys)) < len(keys):
@@ -137,18 +162,16 @@ def one_of_each_kind(keys: list[str]) -> list[int]:
     return sorted(chosen)
 
 
-def measure_or_say_why(modules: tuple[str, ...], index: int) -> dict[str, int] | str:
+def measure_or_say_why(modules: tuple[str, ...], index: int) -> Row | str:
     try:
-        return measure(modules, index)
+        return compiled_kernel.measure(compilations(modules)[index])
     except Exception as error:  # of Triton's, of whichever part of it
         while error.__cause__:
             error = error.__cause__
         return f"does not compile: {type(error).__name__}: {error}"
 
 
-def measure_each(
-    modules: tuple[str, ...], jobs: int, indices: Sequence[int]
-) -> tuple[dict[str, dict[str, int]], list[str]]:
+def measure_each(modules: tuple[str, ...], jobs: int, indices: Sequence[int]) -> tuple[dict[str, Row], list[str]]:
     """The rows, and why others could not be made."""
     keys = all_keys(modules)
     # Forked, the workers have the kernels already.
@@ -159,7 +182,7 @@ def measure_each(
     return rows, [f"{name}: {why}" for name, why in results.items() if isinstance(why, str)]
 
 
-def refusals(rows: dict[str, dict[str, int]]) -> list[str]:
+def refusals(rows: dict[str, Row]) -> list[str]:
     """What no configuration may do, whatever compiles it."""
     problems = []
     for name, row in rows.items():
@@ -173,35 +196,51 @@ def refusals(rows: dict[str, dict[str, int]]) -> list[str]:
     return problems
 
 
-def spills(rows: dict[str, dict[str, int]]) -> list[str]:
-    return [
-        f"{name}: spills {row['spilled_bytes']} bytes at {row['registers']} registers"
+def slow(rows: dict[str, Row], accepted: Sequence[Accepted]) -> list[str]:
+    """Spills and serialized wgmma that are not accepted, and what is accepted though none of all the rows needs it."""
+    found = [
+        (name, "spills", f"spills {row['spilled_bytes']} bytes at {row['registers']} registers")
         for name, row in rows.items()
         if row["spilled_bytes"]
     ]
+    found += [
+        (name, code, f"ptxas serializes its wgmma, {code}") for name, row in rows.items() for code in row["serialized"]
+    ]
+    problems, needed = [], set()
+    for name, what, said in sorted(found):
+        covering = [entry for entry in accepted if entry.what == what and re.search(entry.where, name)]
+        needed.update(covering)
+        if not covering:
+            problems.append(f"{name}: {said}")
+    unneeded = [entry for entry in accepted if entry not in needed]
+    return problems + [f"{entry.what} of {entry.where!r}: accepted, but none needs it" for entry in unneeded]
 
 
-def compare(
-    rows: dict[str, dict[str, int]], shipped: Sequence[str], triton_version: str, table: dict
-) -> tuple[list[str], list[str]]:
-    """Problems and notes: another Triton may use other resources, but the configurations must be those of the table."""
-    recorded = table["rows"]
+def compare(rows: dict[str, Row], shipped: Sequence[str], recorded: dict[str, Row]) -> list[str]:
     problems = [f"{name}: not in the table" for name in shipped if name not in recorded]
     problems += [f"{name}: in the table, but no longer shipped" for name in recorded if name not in shipped]
-    changed = [
+    return problems + [
         f"{name}: {row}, the table says {recorded[name]}"
         for name, row in rows.items()
         if recorded.get(name, row) != row
     ]
-    if triton_version == table["triton"]:
-        return problems + changed, []
-    return problems, [f"this is triton {triton_version}, the table is of {table['triton']}", *changed]
 
 
-def to_json(triton_version: str, sources: str, rows: dict[str, dict[str, int]]) -> str:
-    """One line a row."""
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-    return f'{{\n  "triton": "{triton_version}",\n  "sources": "{sources}",\n  "rows": {{\n{lines}\n  }}\n}}\n'
+def unchanged_rows(table: dict, keys: list[str], kernels: dict[str, str]) -> dict[str, Row]:
+    same = {kernel for kernel, fingerprint in kernels.items() if table["kernels"].get(kernel) == fingerprint}
+    return {name: row for name, row in table["rows"].items() if name in keys and name.split()[0] in same}
+
+
+def to_json(triton_version: str, sources: str, kernels: dict[str, str], rows: dict[str, Row]) -> str:
+    """One line a kernel and a row."""
+
+    def lines(items: dict) -> str:
+        return ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(items.items()))
+
+    return (
+        f'{{\n  "triton": "{triton_version}",\n  "sources": "{sources}",\n'
+        f'  "kernels": {{\n{lines(kernels)}\n  }},\n  "rows": {{\n{lines(rows)}\n  }}\n}}\n'
+    )
 
 
 def main() -> int:
@@ -212,7 +251,7 @@ def main() -> int:
     action.add_argument("--one-of-each-kind", action="store_true")
     parser.add_argument("--sampled", action="store_true")
     parser.add_argument("--module", action="append", help="kernel modules instead of all of recattn.triton_kernels")
-    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--table", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
 
@@ -220,26 +259,37 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from triton import __version__ as triton_version
 
+    path = options.table or Path(__file__).with_name(f"{Path(__file__).stem}_{triton_version}.json")
+    table = json.loads(path.read_text()) if path.exists() else {}
+    if options.check and table.get("triton") != triton_version:
+        parser.error(f"{path} is no table of triton {triton_version}: --write makes one, --one-of-each-kind needs none")
+
     modules = tuple(options.module or kernel_modules())
-    sources = sources_of(modules)
-    table = json.loads(options.table.read_text()) if options.check else {}
-    known = (table.get("triton"), table.get("sources")) == (triton_version, sources)
-    keys = all_keys(modules)
-    every = SAMPLED if options.sampled and known else 1
-    indices = one_of_each_kind(keys) if options.one_of_each_kind else range(0, len(keys), every)
-    rows, problems = measure_each(modules, options.jobs, indices)
+    keys, sources, kernels = all_keys(modules), sources_of(modules), fingerprints(modules)
     # What the table says of those that are not compiled is held to the same limits.
-    held = {**table["rows"], **rows} if known else rows
-    notes = spills(held)
-    if not options.one_of_each_kind:
-        problems, notes = problems + notes, []
+    kept, indices = {}, range(len(keys))
+    if options.one_of_each_kind:
+        indices = one_of_each_kind(keys)
+    elif options.write and table.get("triton") == triton_version:
+        kept = unchanged_rows(table, keys, kernels)
+        indices = [i for i in indices if keys[i] not in kept]
+    elif options.sampled and table["sources"] == sources:
+        kept, indices = table["rows"], indices[::SAMPLED]
+
+    rows, problems = measure_each(modules, options.jobs, indices)
+    held, notes = dict(sorted({**kept, **rows}.items())), []
+    if options.one_of_each_kind:
+        notes = slow(held, [])
+    else:
+        accepted = [a for a in ACCEPTED if triton_version in a.tritons and not options.module]
+        problems += slow(held, accepted)
     problems += refusals(held)
     problems += [f"{name}: in no shipped_configurations()" for name in unlisted_kernels(modules)]
     if options.check:
-        differences, notes = compare(rows, keys, triton_version, table)
-        problems += differences
-    elif options.write and not problems:
-        options.table.write_text(to_json(triton_version, sources, rows))
+        problems += compare(rows, keys, table["rows"])
+    elif options.write and len(held) == len(keys):
+        # With its problems: `--check` finds them there, and what is mended is compiled alone.
+        path.write_text(to_json(triton_version, sources, kernels, held))
     summary = f"{len(indices)} configurations, {len(problems)} problems by triton {triton_version}"
     print(*notes, *problems, summary, sep="\n")
     return 1 if problems else 0

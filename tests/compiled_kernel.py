@@ -1,0 +1,148 @@
+"""What one kernel configuration compiles to: its resources, and what its instructions show."""
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z]\w*)([^;]*);")
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+
+Row = dict[str, int | list[str]]
+
+
+def measure(compilation: object) -> Row:
+    """A row of the table, for a `recattn.triton_kernels.compilation.Compilation`."""
+    compiled, ptxas = compile_with_log(compilation)
+    used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage", compiled.asm["cubin"])))
+    code = instructions(cuobjdump("-sass", compiled.asm["cubin"]))
+    loop = main_loop(code)
+    in_loop = Counter(i.opcode for i in loop)
+    return {
+        "registers": int(used["REG"]),
+        "spilled_bytes": int(used["STACK"]) + int(used["LOCAL"]),
+        "shared_bytes": compiled.metadata.shared,
+        # Some tiles get tf32 for a product in full precision: on sm_100, those of 64 rows.
+        "tf32": compiled.asm["ptx"].count("tf32"),
+        "tensor_columns": compiled.metadata.tmem_size,
+        **advisories(ptxas),
+        "mma": sum(i.on_tensor_cores for i in code),
+        "loop_instructions": len(loop),
+        "loop_mma": sum(i.on_tensor_cores for i in loop),
+        "loop_fmul": in_loop["FMUL"] + in_loop["FMUL2"],
+        "loop_isetp": in_loop["ISETP"],
+        "loop_fsel": in_loop["FSEL"],
+    }
+
+
+def compile_with_log(compilation: object) -> tuple[object, str]:
+    """The kernel as Triton compiles it, and what ptxas says meanwhile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from recattn.triton_kernels.compilation import ENABLE_FP_FUSION
+
+    types = {name: kind.partition(":") for name, kind in compilation.signature.items()}
+    source = ASTSource(
+        compilation.kernel,
+        signature={name: base for name, (base, _, _) in types.items()},
+        constexprs=dict(compilation.constexprs),
+        attrs={
+            (i,): [["tt.divisibility", int(divisor)]] for i, (_, _, divisor) in enumerate(types.values()) if divisor
+        },
+    )
+    options = {name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")}
+    # Triton prints the log where it runs ptxas: not where its cache has the kernel.
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", compilation.architecture, 32),
+            options=options | {"enable_fp_fusion": ENABLE_FP_FUSION},
+        )
+    return compiled, log.getvalue()
+
+
+def cuobjdump(what: str, cubin: bytes) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([program, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def advisories(ptxas: str) -> dict[str, list[str]]:
+    """The codes by which ptxas says that each wgmma waits for the one before, and those of its other advisories."""
+    if "Compiling entry function" not in ptxas:
+        raise ValueError(f"expected what `ptxas -v` says of a kernel, got {ptxas!r}")
+    said = re.findall(r"\((C75\d\d)\) (.*)", ptxas)
+    serialized = {code for code, text in said if "instructions are serialized" in text}
+    return {"serialized": sorted(serialized), "advisories": sorted({code for code, _ in said} - serialized)}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A line of SASS. `target`: where a branch goes."""
+
+    address: int
+    predicated: bool
+    opcode: str
+    target: int | None
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """HMMA, HGMMA on sm_90, UTCHMMA on sm_100; not HFMA2.MMA, whose opcode is HFMA2."""
+        return self.opcode.endswith("MMA")
+
+
+def instructions(sass: str) -> list[Instruction]:
+    return [
+        Instruction(
+            address=int(address, 16),
+            predicated=bool(predicate),
+            opcode=opcode,
+            target=int(found[1], 16) if opcode == "BRA" and (found := _TARGET.search(operands)) else None,
+        )
+        for address, predicate, opcode, operands in _LINE.findall(sass)
+    ]
+
+
+def loops(code: Sequence[Instruction]) -> list[range]:
+    """Addresses from the target of a backward branch to the branch, each loop before those around it.
+
+    A branch back across an EXIT closes no loop: it returns from a wait that stands behind the kernel's end.
+    """
+    exits = [i.address for i in code if i.opcode in ("EXIT", "RET") and not i.predicated]
+    ends: dict[int, int] = {}
+    for i in code:
+        if i.target is not None and i.target < i.address and not any(i.target <= end < i.address for end in exits):
+            ends[i.target] = max(i.address, ends.get(i.target, 0))
+    return sorted((range(start, end + 1) for start, end in ends.items()), key=len)
+
+
+def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
+    """The instructions of the loop that does most of a kernel's products.
+
+    An instruction belongs to the innermost loop around it. The main loop is the one to which most instructions on
+    tensor cores belong, or most FFMA in a kernel that has none of those; of two with as many, the shorter, which has
+    no masks. In a kernel without products in a loop, it is all that belongs to no loop.
+    """
+    on_tensor_cores = any(i.on_tensor_cores for i in code)
+
+    def products(body: Sequence[Instruction]) -> int:
+        return sum(i.on_tensor_cores if on_tensor_cores else i.opcode in ("FFMA", "FFMA2") for i in body)
+
+    nested, bodies = loops(code), defaultdict(list)
+    for i in code:
+        bodies[next((loop for loop in nested if i.address in loop), None)].append(i)
+    straight = bodies.pop(None, [])
+    most = max(bodies.values(), key=lambda body: (products(body), -len(body)), default=straight)
+    return most if products(most) else straight
