@@ -116,7 +116,7 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def loops(code: Sequence[Instruction]) -> list[range]:
-    """Addresses from the target of a backward branch to the branch, each loop before those around it.
+    """Addresses from the target of a backward branch to the last such branch, each loop before those around it.
 
     A branch back across an EXIT closes no loop: it returns from a wait that stands behind the kernel's end.
     """
@@ -124,7 +124,7 @@ def loops(code: Sequence[Instruction]) -> list[range]:
     ends: dict[int, int] = {}
     for i in code:
         if i.target is not None and i.target < i.address and not any(i.target <= end < i.address for end in exits):
-            ends[i.target] = max(i.address, ends.get(i.target, 0))
+            ends[i.target] = i.address
     return sorted((range(start, end + 1) for start, end in ends.items()), key=len)
 
 

@@ -21,7 +21,7 @@ SASS = """
         /*0080*/                   HFMA2.MMA R5, -RZ, RZ, 0, 0 ;             /* 0x00000000ff057435 */
         /*0090*/          @P3 BRA 0x30 ;                                     /* 0xfffffffc00f01947 */
         /*00a0*/                   ISETP.GT.AND P2, PT, R2, R3, PT ;         /* 0x000000030200720c */
-        /*00b0*/                   FSEL R2, R2, -INF , P2 ;                  /* 0xff80000002027808 */
+        /*00b0*/              @!P2 EXIT ;                                    /* 0x000000000000794d */
         /*00c0*/              @!P4 BRA 0x130 ;                               /* 0x0000000000f04947 */
         /*00d0*/                   HGMMA.64x64x16.F32 R24, gdesc[UR4], R24 ; /* 0x00000000041879f0 */
         /*00e0*/                   FMUL R3, R2, R2 ;                         /* 0x0000000202037220 */
@@ -45,25 +45,24 @@ def test_finds_the_loops():
     assert [(loop.start, loop[-1]) for loop in found] == [(0x40, 0x50), (0x130, 0x140), (0x30, 0x90), (0xA0, 0x100)]
 
 
+def test_a_loop_ends_with_its_last_branch():
+    twice = compiled_kernel.instructions(SASS.replace("FMUL R3, R2, R2", "BRA 0xa0"))
+    assert range(0xA0, 0x101) in compiled_kernel.loops(twice)
+
+
+MASKED_LOOP = list(range(0xA0, 0x110, 0x10))
+
+
 def test_the_main_loop_has_most_products():
     """Of the two with as many, the shorter; without the loop inside it."""
     assert main_loop(SASS) == [0x30, 0x60, 0x70, 0x80, 0x90]
-    assert main_loop(SASS.replace("FMUL R3, R2, R2", "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24")) == list(
-        range(0xA0, 0x110, 0x10)
-    )
+    assert main_loop(SASS.replace("FMUL R3, R2, R2", "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24")) == MASKED_LOOP
 
 
 def test_the_main_loop_of_a_kernel_without_tensor_cores():
     scalar = SASS.replace("HGMMA.64x64x16.F32 R24, gdesc[UR4],", "FFMA R24, R25,")
-    assert main_loop(scalar.replace("HGMMA.64x64x16.F32 R24, gdesc[UR8],", "FADD R24,").replace("FMUL", "FFMA")) == [
-        0xA0,
-        0xB0,
-        0xC0,
-        0xD0,
-        0xE0,
-        0xF0,
-        0x100,
-    ]
+    scalar = scalar.replace("HGMMA.64x64x16.F32 R24, gdesc[UR8],", "FADD R24,").replace("FMUL", "FFMA2")
+    assert main_loop(scalar) == MASKED_LOOP
 
 
 def test_without_products_in_a_loop_what_is_in_none():
