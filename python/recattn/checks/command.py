@@ -3,7 +3,8 @@
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ same dtype + eps times the largest number). "error/bound" is the worst of a row:
 if something went wrong. Attach the file of --json to a bug report."""
 
 INTERRUPTED = 130  # as a shell has it
+INTERPRET = "TRITON_INTERPRET"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +58,19 @@ def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
     return parse
 
 
+@contextmanager
+def compiled_kernels() -> Iterator[None]:
+    """TRITON_INTERPRET out of the way, for the processes that are started too."""
+    interpret = os.environ.pop(INTERPRET, None)
+    try:
+        yield
+    finally:
+        if interpret is not None:
+            os.environ[INTERPRET] = interpret
+
+
+@compiled_kernels()
 def check(arguments: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)  # a device runs compiled kernels
     device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     environment = _environment.describe(device)
