@@ -112,7 +112,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
         "refined_attention in three launches": lambda: train(
             refined_attention, refined(100, 3), mechanism="value", source="weights"
         ),
-        "refined_attention of long sequences": lambda: train(refined_attention, refined(65, dtype=torch.float32)),
+        "refined_attention of long sequences": lambda: train(refined_attention, refined(129)),
         "wasserstein_attention": lambda: train(wasserstein_attention, gaussians, **seed_and_padding),
         "wasserstein_attention, refined": lambda: train(wasserstein_attention, gaussians | matrices),
         "lrea_compress": lambda: train(lrea_compress, histories, seq_lens=lengths),
