@@ -45,9 +45,9 @@ TRITONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 TOOLS = ("pytest", "hypothesis", "setuptools>=77,<82", "ninja", "pybind11")
 
 KERNEL_TESTS = sorted({*TESTS.glob("test_triton_*.py")} - {TESTS / "test_triton_compile.py"})
-# And where the tests are that torch.compile the public operators and modules.
+# And where the tests are that torch.compile the public operators and modules, and have nvcc read torch's headers.
 OPERATORS = ("inter_sink_bias", "lrea_attention", "refined_attention", "sink_attention", "wasserstein_attention")
-OTHERS = ("double_backward", "nn_*", "refined_attention_*", "sink_attention_*")
+OTHERS = ("cuda_compile", "double_backward", "nn_*", "refined_attention_*", "sink_attention_*")
 OTHER_TESTS = sorted(path for name in (*OPERATORS, *OTHERS) for path in TESTS.glob(f"test_{name}.py"))
 COMPILES = "compiles or one_graph or compiled_backwards"
 

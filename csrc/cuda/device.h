@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #define RECATTN_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(recattn, CUDA, m)
 
@@ -17,7 +18,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(int32_t device_index) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
     return static_cast<cudaStream_t>(stream);
 }
 
