@@ -292,8 +292,8 @@ def test_the_file_has_the_rows_so_far_when_it_is_interrupted(capsys, tmp_path, m
         (["--device", "gpu"], "must be cpu, cuda or cuda:N, got gpu"),
         (["--device", "cuda:99"], "CUDA devices here, got cuda:99"),
         (["--op", "attention"], "invalid choice: 'attention'"),
-        (["--timeout", "0"], "must be above 0, got 0"),
-        (["--jobs", "two"], "invalid int value: 'two'"),
+        (["--timeout", "0"], "must be a positive number, got '0'"),
+        (["--jobs", "two"], "must be a positive integer, got 'two'"),
     ],
 )
 def test_a_request_that_cannot_be_met(arguments, said, capsys):

@@ -3,13 +3,14 @@
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from recattn import _environment
+from recattn._arguments import positive
 from recattn.checks import report
 from recattn.checks.cases import OPERATORS
 from recattn.checks.supervisor import run
@@ -30,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", choices=OPERATORS, metavar="NAME", help=", ".join(OPERATORS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="written anew after every row, errors included")
     parser.add_argument("--quick", action="store_true", help="one dtype, and no shapes of real size")
-    parser.add_argument("--timeout", type=_positive(float), default=60.0, help="seconds for one case, 60 by default")
-    parser.add_argument("--jobs", type=_positive(int), help="processes at a time; several on a GPU with room for them")
+    parser.add_argument("--timeout", type=positive(float), default=60.0, help="seconds for one case, 60 by default")
+    parser.add_argument("--jobs", type=positive(int), help="processes at a time; several on a GPU with room for them")
 
 
 def _device(text: str) -> torch.device:
@@ -45,17 +46,6 @@ def _device(text: str) -> torch.device:
         found = torch.cuda.device_count()
         raise argparse.ArgumentTypeError(f"torch {torch.__version__} sees {found} CUDA devices here, got {text}")
     return device
-
-
-def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = number(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    parse.__name__ = number.__name__  # argparse names it where the text is no number
-    return parse
 
 
 @contextmanager

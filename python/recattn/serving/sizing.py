@@ -1,11 +1,12 @@
 """`python -m recattn lrea-size`: what serving LREA takes in memory and bandwidth."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from recattn._arguments import positive
 from recattn.serving.state_table import STATE_DTYPES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STATE_DTYPES}
@@ -57,16 +58,16 @@ class LreaSize:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--users", type=_positive(int), required=True)
-    parser.add_argument("--rank", type=_positive(int), required=True, help="r, rows of a state")
-    parser.add_argument("--dim", type=_positive(int), required=True, help="d of targets and keys")
-    parser.add_argument("--value-dim", type=_positive(int), help="dv of values and outputs (--dim)")
-    parser.add_argument("--heads", type=_positive(int), default=1)
+    parser.add_argument("--users", type=positive(int), required=True)
+    parser.add_argument("--rank", type=positive(int), required=True, help="r, rows of a state")
+    parser.add_argument("--dim", type=positive(int), required=True, help="d of targets and keys")
+    parser.add_argument("--value-dim", type=positive(int), help="dv of values and outputs (--dim)")
+    parser.add_argument("--heads", type=positive(int), default=1)
     parser.add_argument("--dtype", choices=DTYPES, required=True, help="of the states; int8 has a scale a row")
     parser.add_argument("--target-dtype", choices=TARGET_DTYPES, help="of the candidates (--dtype; bfloat16 for int8)")
-    parser.add_argument("--candidates", type=_positive(int), default=200, help="of a request, for one user (200)")
-    parser.add_argument("--gpu-memory", type=_positive(float), default=141, help="of one GPU, for states, in GB (141)")
-    parser.add_argument("--requests-per-second", type=_positive(int), help="also print the bandwidth it takes")
+    parser.add_argument("--candidates", type=positive(int), default=200, help="of a request, for one user (200)")
+    parser.add_argument("--gpu-memory", type=positive(float), default=141, help="of one GPU, for states, in GB (141)")
+    parser.add_argument("--requests-per-second", type=positive(int), help="also print the bandwidth it takes")
 
 
 def report(arguments: argparse.Namespace) -> str:
@@ -104,20 +105,6 @@ def _lines(size: LreaSize, gpu_memory: float, requests_per_second: int | None) -
     fit = size.users_in(gpu_memory * 1e9)
     yield f"users in {gpu_memory:g} GB of one GPU", f"{fit:,}"
     yield "GPUs for all users", f"{-(-size.users // fit):,}" if fit else "none is large enough for one"
-
-
-def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = number(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            kind = "integer" if number is int else "number"
-            raise argparse.ArgumentTypeError(f"must be a positive {kind}, got {text!r}")
-        return value
-
-    return parse
 
 
 def _gb(count: float) -> str:
