@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.util import Finalize
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def planted(x, impl):
 def misbehave(impl):
     if impl == "hangs":
         re.match(r"(a+)+$", "a" * 64 + "b")  # keeps the interpreter's lock for ever
+    if impl == "does not leave":
+        Finalize(None, time.sleep, args=(60,), exitpriority=1)
     if impl == "is stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     if impl == "crashes":
@@ -128,6 +131,12 @@ def test_a_process_that_cannot_end_itself_is_ended(monkeypatch):
     rows = run(planted_operator("is stopped", "is right"), timeout=3)
     assert [row.status for row in rows.values()] == [HUNG, PASSED]
     assert rows["is stopped"].reason == "no answer within 3 s"
+
+
+def test_a_process_that_does_not_leave_is_ended(monkeypatch):
+    monkeypatch.setattr(supervisor, "GRACE", 0.2)
+    rows = run(planted_operator("does not leave"), timeout=3)
+    assert [row.status for row in rows.values()] == [PASSED]
 
 
 def test_a_process_that_does_not_come_to_its_first_case():

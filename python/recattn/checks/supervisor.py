@@ -89,7 +89,8 @@ class Worker:
             self.end()
             return
         if time.monotonic() > self.deadline:
-            yield self._dead_row(HUNG, self._printed())
+            if self.remaining:  # else it hangs as it leaves
+                yield self._dead_row(HUNG, self._printed())
             self.end()
 
     def _take(self, message: Began | Row) -> Iterator[Row]:
