@@ -140,7 +140,11 @@ def extensions():
 
 ext_modules, cmdclass = extensions()
 setup(
-    packages=[*find_packages("python"), "recattn.triton_kernels"],
+    packages=[
+        *find_packages("python"),
+        "recattn.triton_kernels",
+        *(f"recattn.triton_kernels.{name}" for name in find_packages("triton_kernels")),
+    ],
     package_dir={"": "python", "recattn.triton_kernels": "triton_kernels"},
     ext_modules=ext_modules,
     cmdclass=cmdclass,

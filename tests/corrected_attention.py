@@ -8,12 +8,12 @@ from torch import Tensor
 
 from recattn.reference.sink_attention import sink_attention as reference
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
-from recattn.triton_kernels.sink_attention_correction import (
+from recattn.triton_kernels.sink_attention.correction import (
     CorrectionConfig,
     launch_sink_attention_correction_delta,
     launch_sink_attention_correction_fwd,
 )
-from recattn.triton_kernels.sink_attention_pairs import PairsConfig, launch_sink_attention_pairs_bwd
+from recattn.triton_kernels.sink_attention.sink_pairs import PairsConfig, launch_sink_attention_pairs_bwd
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.

@@ -292,7 +292,7 @@ def test_every_launch_fuses_multiplication_and_addition():
     package = Path(importlib.util.find_spec("recattn.triton_kernels").submodule_search_locations[0])
     launches = [
         (file.name, ast.unparse(call.func), [keyword.arg for keyword in call.keywords])
-        for file in package.glob("*.py")
+        for file in package.rglob("*.py")
         for call in ast.walk(ast.parse(file.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)
     ]

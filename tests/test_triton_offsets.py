@@ -20,11 +20,11 @@ from recattn.triton_kernels.sink_attention import (
     launch_sink_attention_fwd,
     launch_sink_attention_streams,
 )
-from recattn.triton_kernels.sink_attention_correction import (
+from recattn.triton_kernels.sink_attention.correction import (
     launch_sink_attention_correction_delta,
     launch_sink_attention_correction_fwd,
 )
-from recattn.triton_kernels.sink_attention_pairs import launch_sink_attention_pairs_bwd
+from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
 from recattn.triton_kernels.wasserstein_attention import (
     launch_wasserstein_attention_bwd,
     launch_wasserstein_attention_fwd,

@@ -16,9 +16,9 @@ from memory import LargestTensor
 from recattn import reference
 from recattn.ops import sink_attention as ops
 from recattn.testing import assert_matches_reference
-from recattn.triton_kernels import sink_attention as kernels
 from recattn.triton_kernels.primitives import dropout_weights
-from recattn.triton_kernels.sink_attention_config import TILES, SinkAttentionConfig
+from recattn.triton_kernels.sink_attention import forward as kernels
+from recattn.triton_kernels.sink_attention.config import TILES, SinkAttentionConfig
 from sink_inputs import draw, draw_packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

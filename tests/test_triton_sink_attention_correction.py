@@ -23,7 +23,7 @@ from corrected_attention import (
 )
 from recattn.testing import assert_matches_reference, measure_error
 from recattn.triton_kernels.compilation import Compilation
-from recattn.triton_kernels.sink_attention_correction import (
+from recattn.triton_kernels.sink_attention.correction import (
     CorrectionConfig,
     _delta_arguments,
     _fwd_arguments,

@@ -28,7 +28,7 @@ from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.compilation import Compilation
 from recattn.triton_kernels.primitives import dropout_weights
-from recattn.triton_kernels.sink_attention_pairs import (
+from recattn.triton_kernels.sink_attention.sink_pairs import (
     PairsConfig,
     _arguments,
     launch_sink_attention_pairs_bwd,

@@ -118,7 +118,7 @@ ACCEPTED = (
 def kernel_modules() -> tuple[str, ...]:
     import recattn.triton_kernels as package
 
-    return tuple(f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__))
+    return tuple(module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
 
 
 def sources_of(modules: tuple[str, ...]) -> str:

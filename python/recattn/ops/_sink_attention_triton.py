@@ -111,7 +111,7 @@ def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple[Tensor, Ten
 
 def _fused_bwd(dout, q, k, v, out, lse, sink_state, c: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from recattn.triton_kernels.sink_attention import launch_sink_attention_bwd, launch_sink_attention_streams
-    from recattn.triton_kernels.sink_attention_pairs import launch_sink_attention_pairs_bwd
+    from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
 
     dq, dk, dv = empty_bwd(q, k, v)
     if c.seq_lens is not None:
@@ -145,7 +145,7 @@ def _sequences(c: Context) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _correction_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, base: str) -> tuple[Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention_correction import launch_sink_attention_correction_fwd
+    from recattn.triton_kernels.sink_attention.correction import launch_sink_attention_correction_fwd
 
     out, lse = BASES[base].forward(q, k, v, **c.base_options)
     if c.sink_logits is not None:
@@ -162,8 +162,8 @@ def _correction_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, base: str) -> t
 def _correction_bwd(
     dout, q, k, v, out, lse, sink_state, c: Context, base: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention_correction import launch_sink_attention_correction_delta
-    from recattn.triton_kernels.sink_attention_pairs import launch_sink_attention_pairs_bwd
+    from recattn.triton_kernels.sink_attention.correction import launch_sink_attention_correction_delta
+    from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
 
     sequences = _sequences(c)
     base_lse = lse.clone()

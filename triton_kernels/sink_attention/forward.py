@@ -38,7 +38,7 @@ from recattn.triton_kernels.primitives import (
     offset,
     store_tokens,
 )
-from recattn.triton_kernels.sink_attention_config import SinkAttentionConfig, TileConfig, candidates, kind_of
+from recattn.triton_kernels.sink_attention.config import SinkAttentionConfig, TileConfig, candidates, kind_of
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Programs of the kernel that splits the streams take so many tokens each.
