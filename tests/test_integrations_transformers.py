@@ -13,6 +13,8 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from recattn.integrations import transformers as integration  # noqa: E402
 from recattn.integrations.transformers import BIAS, enable_sink_attention, from_pretrained  # noqa: E402
+from recattn.integrations.transformers import attention as functions  # noqa: E402
+from recattn.integrations.transformers.architectures import attentions_of  # noqa: E402
 
 SINK, VOCABULARY = 7, 60
 SIZES = {
@@ -92,7 +94,7 @@ class Eager:
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], layers: list[int]) -> None:
         self.batch, self.weights, self.hidden = batch, [], None
-        attentions = integration._attentions(model.base_model)
+        attentions = attentions_of(model.base_model)
         self.chosen = {id(attentions[i]) for i in layers}
         self.hooks = [x.register_forward_pre_hook(self.keep_hidden, with_kwargs=True) for x in attentions]
 
@@ -202,9 +204,11 @@ def test_which_layers_need_dense_masks(name, monkeypatch):
     """Only where a window bites."""
     fused, dense = [], []
     for function, calls in (("sink_attention", fused), ("_dense_attention", dense)):
-        own = getattr(integration, function)
+        own = getattr(functions, function)
         monkeypatch.setattr(
-            integration, function, lambda *args, own=own, calls=calls, **kw: calls.append(kw) or own(*args, **kw)
+            functions,
+            function,
+            lambda *args, own=own, calls=calls, **kw: calls.append(kw) or own(*args, **kw),
         )
     model, batch = model_of(name), batch_of("left")
     enabled(model)

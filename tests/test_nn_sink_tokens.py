@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from recattn.nn.sink_tokens import (
-    SinkPooling,
     SinkTokenEmbedding,
-    TwoStageSchedule,
     at_sinks,
     insert_sink_embeddings,
     insert_sinks,
     replace_sink_embeddings,
 )
+from recattn.nn.sink_training import SinkPooling, TwoStageSchedule
 from recattn.testing import assert_matches_reference
 
 SINK, PAD = 99, 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recattn._check import expect, expect_choice, expect_index, expect_same_device, expect_shape
 from recattn.functional.validation import checked_indices
-from recattn.nn.sink_tokens import as_mask, mask_of_sinks
+from recattn.nn._masks import as_mask, mask_of_sinks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from recattn._check import expect, expect_shape, expect_tensors
+from recattn._check import expect, expect_dtype, expect_shape, expect_tensors
 from recattn._dispatch import is_transformed
 from recattn.functional.validation import expect_values, values_are_checked
 from recattn.reference.sink_attention import valid_tokens
@@ -89,3 +89,20 @@ def _hidden(name: str, mask: Tensor) -> Tensor:
         expected = f"{name} must be 0 where visible and -inf where hidden"
         expect_values(hidden | (mask == 0), expected, lambda i, j: f"{mask[i, j].item()} at [{i}, {j}]")
     return hidden
+
+
+def mask_of_sinks(sink_positions: Tensor, length: int) -> Tensor:
+    """[B, N] bool, True at the sinks."""
+    index = sink_positions.long().masked_fill(sink_positions < 0, length)
+    mask = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
+    return mask.scatter(1, index, True)[:, :length]
+
+
+def as_mask(sizes: dict[str, int], name: str, mask: object, layout: str) -> Tensor:
+    """A mask of bool, or of integers 0 and 1, as bool."""
+    expect_tensors(**{name: mask})
+    expect_shape(sizes, name, mask, layout)
+    expect_dtype(name, mask, (torch.bool, torch.int64, torch.int32, torch.uint8))
+    if values_are_checked(mask.device):
+        expect_values(mask == mask.bool(), f"{name} must be 0 or 1", lambda *index: mask[index].item())
+    return mask.bool()

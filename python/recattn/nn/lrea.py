@@ -1,12 +1,11 @@
 """Target attention over a long history compressed to rank r (LREA, arXiv 2503.02542), and the state it is served by."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import (
     FLOATING,
@@ -30,8 +29,7 @@ from recattn.functional import (
     lrea_quantize,
 )
 from recattn.functional._autocast import autocast_inputs, without_autocast
-
-Score = Callable[[Tensor, Tensor], Tensor]
+from recattn.nn.lrea_fidelity import Fidelity, Score, are_finite, measure_fidelity
 
 
 class LREAState(NamedTuple):
@@ -43,18 +41,6 @@ class LREAState(NamedTuple):
     value_scales: Tensor | None  # [U, H, r] float32, of int8 values
     compressed: Tensor  # C [U, r, embed_dim], float32 (float64 of a float64 module)
     lengths: Tensor  # [U] int64
-
-
-class Fidelity(NamedTuple):
-    """How well the absorbed form of one rank agrees with the restored one; `LREA.fidelity` has the formulas."""
-
-    rank: int
-    dtype: torch.dtype  # of the states
-    relative_error: float
-    rank_correlation: float
-    truncation_error: float
-    rare_loss: float
-    common_loss: float
 
 
 class LREA(nn.Module):
@@ -337,7 +323,7 @@ class LREA(nn.Module):
             ValueError: a rank out of range; weights that are not finite.
         """
         expect(isinstance(rank, int) and 0 < rank <= self.rank, "rank", f"between 1 and {self.rank}", rank)
-        finite = _are_finite(self.w_comp, self.w_decomp)
+        finite = are_finite(self.w_comp, self.w_decomp)
         expect(finite, "w_comp and w_decomp", "finite to be truncated", "NaN or infinite entries")
         options = {"target_dim": self.target_dim, "head_dim": self.head_dim, "impl": self.impl}
         options |= {"negative_slope": self.negative_slope, "orientation": self.orientation}
@@ -410,37 +396,22 @@ class LREA(nn.Module):
         expect_shape(sizes, "behaviors", behaviors, "U L embed_dim")
         expect(sizes["L"] > 0, "L of behaviors", "at least 1", 0)
         rows, target_offsets = self._packed(targets, target_offsets, sizes["U"])
-        own = self(rows, behaviors, target_offsets, seq_lens=seq_lens)
-        lengths = self._lengths(sizes["U"], sizes["L"], seq_lens, behaviors.device)
-        rarest, commonest = _rarest_and_commonest(behaviors, lengths)
-        if rare is not None:
-            _expect_inside(sizes, rare, lengths)
-            rarest = rare.long()
         if probes is not None:
             expect_tensors(probes=probes)
             expect_shape(sizes, "probes", probes, "U target_dim")
-
-        report = []
-        for rank in [self.rank] if ranks is None else ranks:
-            module = self if rank == self.rank else self.truncated(rank)
-            restored = module(rows, behaviors, target_offsets, seq_lens=seq_lens)
-            state = module.export_state(behaviors, seq_lens, dtype=dtype)
-            absorbed = module.attend(rows, state, target_offsets=target_offsets)
-            scores = [(score or self._along_query)(outputs, rows) for outputs in (absorbed, restored)]
-            for given in scores:
-                expect_shape({"T": len(rows)}, "score(outputs, targets)", given, "T")
-            report.append(
-                Fidelity(
-                    rank,
-                    state.keys.dtype,
-                    _relative_error(absorbed, restored),
-                    _mean_rank_correlation(*scores, target_offsets),
-                    _relative_error(restored, own),
-                    module._lost_share(behaviors, state, rarest, probes),
-                    module._lost_share(behaviors, state, commonest, probes),
-                )
-            )
-        return report
+        return measure_fidelity(
+            self,
+            rows,
+            behaviors,
+            target_offsets,
+            seq_lens,
+            lengths=self._lengths(sizes["U"], sizes["L"], seq_lens, behaviors.device),
+            ranks=[self.rank] if ranks is None else ranks,
+            dtype=dtype,
+            score=score or self._along_query,
+            rare=rare,
+            probes=probes,
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -492,78 +463,3 @@ class LREA(nn.Module):
 
     def _along_query(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs * (targets @ self.w_q)).sum(-1)
-
-    def _lost_share(self, behaviors: Tensor, state: LREAState, positions: Tensor, probes: Tensor | None) -> float:
-        """1 − restored score / score of one behaviour of each user, by least squares over the users."""
-        if probes is None and self.target_dim != self.embed_dim:
-            return math.nan
-        users, length, _ = behaviors.shape
-        padding = torch.arange(length, device=behaviors.device) >= state.lengths[:, None]  # [U, L]
-        history = behaviors.masked_fill(padding[..., None], 0).to(state.compressed.dtype)
-        chosen = torch.arange(users, device=behaviors.device), positions
-        w_q, w_k, w_decomp = (weight.to(history.dtype) for weight in (self.w_q, self.w_k, self.w_decomp[:, :length]))
-        query = (history[chosen] if probes is None else probes.to(history.dtype)) @ w_q @ w_k.T  # [U, embed_dim]
-        scores = (history @ query[..., None]).squeeze(-1)  # [U, L]
-        restored = (state.compressed @ query[..., None]).squeeze(-1) @ w_decomp
-        scores, restored = (x.double().masked_fill(padding, 0) for x in (scores, restored))
-        if not _are_finite(scores, restored):  # scaled, the others beside an infinite one would be 0
-            return math.nan
-        score, restored = (F.normalize(x, dim=1)[chosen] for x in (scores, restored))
-        size = score.square().sum()
-        return (1 - restored @ score / size).item() if size > 0 else math.nan
-
-
-# --- The figures of the fidelity report ---
-
-
-def _rarest_and_commonest(behaviors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions [U] of the behaviours least and most like the mean of their history, 0 of an empty one."""
-    padding = torch.arange(behaviors.shape[1], device=behaviors.device) >= lengths[:, None]  # [U, L]
-    history = behaviors.double().masked_fill(padding[..., None], 0)
-    likeness = F.cosine_similarity(history, history.sum(1, keepdim=True), dim=-1)
-    return tuple(likeness.masked_fill(padding, sign * math.inf).mul(sign).argmin(1) for sign in (1, -1))
-
-
-def _expect_inside(sizes: dict[str, int], rare: Tensor, lengths: Tensor) -> None:
-    expect_index(sizes, "rare", rare, "U")
-    expect_same_device("behaviors", lengths, rare=rare)
-    limits = lengths.clamp(min=1)
-    outside = ((rare < 0) | (rare >= limits)).nonzero().flatten().tolist()
-    if outside:
-        user = outside[0]
-        expected = f"a position in the history of each user, below {limits[user].item()} for user {user}"
-        raise ValueError(f"rare must be {expected}, got {rare[user].item()}")
-
-
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖; 0 of equal ones, NaN of no targets."""
-    if expected.numel() == 0:
-        return math.nan
-    error, size = (actual.double() - expected.double()).norm(), expected.double().norm()
-    return 0.0 if error == 0 else (error / size).item()
-
-
-def _mean_rank_correlation(scores: Tensor, others: Tensor, target_offsets: Tensor) -> float:
-    """The mean over users of Spearman's correlation, of those whose other scores differ."""
-    if not _are_finite(scores, others):  # scores that overflowed are no ties
-        return math.nan
-    pairs = zip(*(x.double().split(target_offsets.diff().tolist()) for x in (scores, others)), strict=True)
-    correlations = [_rank_correlation(x, y) for x, y in pairs if len(y) > 1 and (y != y[0]).any()]
-    return sum(correlations) / len(correlations) if correlations else math.nan
-
-
-def _rank_correlation(scores: Tensor, others: Tensor) -> float:
-    """Pearson's correlation of the ranks; 0 where one side has no ranking."""
-    x, y = (ranks - ranks.mean() for ranks in map(_ranks, (scores, others)))
-    size = (x.norm() * y.norm()).item()
-    return ((x @ y) / size).clamp(-1, 1).item() if size > 0 else 0.0  # rounding may pass 1
-
-
-def _are_finite(*tensors: Tensor) -> bool:
-    return all(bool(x.isfinite().all()) for x in tensors)
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """From 1, ties at their mean rank."""
-    _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]

@@ -1,0 +1,65 @@
+"""Where the attention of each supported architecture stands, and the bias that it is given."""
+
+from torch import nn
+
+from recattn._check import expect, expect_choice
+from recattn.integrations.transformers.attention import NAME
+from recattn.nn import InterSinkBias
+
+# What PEFT is to train and save beside its adapters: LoraConfig(..., modules_to_save=[BIAS]).
+BIAS = "sink_interaction"
+
+# Of a base model: its layers, and the self-attention of a layer.
+_LAYERS = {
+    "bert": ("encoder.layer", "attention.self"),
+    "roberta": ("encoder.layer", "attention.self"),
+    "distilbert": ("transformer.layer", "attention"),
+    "modernbert": ("layers", "attn"),
+    "qwen2": ("layers", "self_attn"),
+    "qwen3": ("layers", "self_attn"),
+    "llama": ("layers", "self_attn"),
+    "mistral": ("layers", "self_attn"),
+}
+
+
+def attentions_of(base: nn.Module) -> list[nn.Module]:
+    layers, attention = _LAYERS[base.config.model_type]
+    return [layer.get_submodule(attention) for layer in base.get_submodule(layers)]
+
+
+def is_of_bias(parameter: str) -> bool:
+    return f".{BIAS}." in parameter
+
+
+def supported_attentions(model: nn.Module) -> list[nn.Module]:
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    expect_choice("the architecture of model", model_type, tuple(_LAYERS))
+    expect(not getattr(config, "add_cross_attention", False), "model", "without cross-attention", "one with it")
+    without = "without sink attention: restore() first (models that share a config count as one)"
+    expect(config._attn_implementation != NAME, "model", without, "one with it")
+    attentions = attentions_of(model.base_model)
+    causal_by_config = getattr(config, "is_causal", True)
+    expect(causal_by_config or not attentions[0].is_causal, "config.is_causal", "True of a decoder", False)
+    shared = all(attention.config is config for attention in attentions)
+    expect(shared, "model", "one whose layers read its own config", "one whose layers have another")
+    return attentions
+
+
+def bias_of(attention: nn.Module, model: nn.Module, bias_scale: float | None, dropout: float | None) -> InterSinkBias:
+    causal, config = attention.is_causal, model.config
+    if dropout is None:
+        own = getattr(attention, "dropout", None)
+        dropout = own.p if isinstance(own, nn.Dropout) else attention.attention_dropout
+    if bias_scale is None:
+        bias_scale = 1.0 if causal else 10.0
+    bias = InterSinkBias(
+        config.hidden_size,
+        config.num_attention_heads,
+        dropout=dropout,
+        bias_scale=bias_scale,
+        causal=causal,
+        device=next(attention.parameters()).device,
+        dtype=model.dtype,
+    )
+    return bias.train(attention.training)

@@ -1,0 +1,145 @@
+"""The attention function and the mask function that transformers calls."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from recattn._check import expect
+from recattn.functional import sink_attention
+from recattn.ops.sink_attention import no_sinks
+from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
+
+NAME = "recattn_sink"
+
+
+class Sinks(NamedTuple):
+    """What the layers of one forward share. `padding_side` None: padding, if any, is known by the mask alone."""
+
+    positions: Tensor | None  # [B, M]; None where no query is a sink
+    valid: Tensor | None  # [B, M] bool
+    seq_lens: Tensor | None  # [B]; None where nothing is padding
+    padding_side: str | None
+
+
+def sink_attention_mask(
+    q_length: int,
+    kv_length: int,
+    mask_function: object = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = False,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: object,
+) -> Tensor | None:
+    """Of attention in which nothing but causality and padding hides a key: the padding mask [B, N], or None. Of any
+    other, [B, 1, Nq, Nk], True where a key is visible."""
+    wide = local_size is not None and kv_length <= local_size and (allow_is_causal_skip or allow_is_bidirectional_skip)
+    plain = wide or mask_function in (causal_mask_function, bidirectional_mask_function)
+    fits = attention_mask is None or attention_mask.shape[1] == kv_length
+    if plain and fits and q_length == kv_length:
+        return attention_mask
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **kwargs,
+    )
+
+
+def sink_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sinks: Sinks | None = None,
+    inter_sink_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: [B, H, Nq, D], [B, Hkv, Nk, D] twice -> [B, Nq, H, D] and, of
+    output_attentions, the weights [B, H, Nq, Nk]."""
+    for name in ("softcap", "position_bias", "s_aux"):
+        expect(kwargs.get(name) is None, name, "None: sink attention has no such term", type(kwargs.get(name)).__name__)
+    causal = module.is_causal if is_causal is None else is_causal
+    output_attentions = output_attentions or getattr(module.config, "output_attentions", False)
+    unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and sinks.padding_side)
+    if sinks is None or not unmasked or output_attentions or query.shape[2] != key.shape[2]:
+        bias = None if inter_sink_bias is None else _dense_bias(query, key, sinks, inter_sink_bias)
+        mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
+        return _dense_attention(query, key, value, mask, bias, dropout, scaling, output_attentions)
+    out = sink_attention(
+        query,
+        key,
+        value,
+        *(no_sinks(query) if inter_sink_bias is None else (sinks.positions, inter_sink_bias)),
+        causal=causal,
+        seq_lens=None if attention_mask is None else sinks.seq_lens,
+        padding_side=sinks.padding_side or "right",
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _dense_bias(query: Tensor, key: Tensor, sinks: Sinks, inter_sink_bias: Tensor) -> Tensor | None:
+    """[B, 1, Nq, Nk]; a static cache has keys that are none yet, after those of the prompt."""
+    if sinks.positions.shape[1] == 0:
+        return None
+    bias = dense_bias(sinks.positions, inter_sink_bias, query.shape[2])
+    return F.pad(bias, (0, key.shape[2] - query.shape[2]))
+
+
+def _dense_mask(
+    mask: Tensor | None, q_length: int, kv_length: int, causal: bool, device: torch.device
+) -> Tensor | None:
+    """[B, 1, Nq, Nk], bool (True: visible) or additive; None: everything is visible."""
+    if mask is not None and mask.dim() == 4:
+        return mask
+    visible = None if mask is None else mask.bool()[:, None, None, :]
+    if causal:
+        past = torch.ones(q_length, kv_length, dtype=torch.bool, device=device).tril(kv_length - q_length)
+        visible = past[None, None] if visible is None else visible & past
+    return visible
+
+
+def _dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    weights_wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    added = sum(x for x in (mask, bias) if x is not None) if mask is not None or bias is not None else None
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if not weights_wanted:
+        added = None if added is None else added.to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, added, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores if added is None else scores + added
+    weights = F.dropout(softmax_or_zeros(scores), dropout).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(NAME, sink_attention_forward)
+AttentionMaskInterface.register(NAME, sink_attention_mask)

@@ -1,0 +1,178 @@
+"""The hooks: what is read before the base model runs, and before each attention."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from recattn._check import expect, expect_index
+from recattn.functional.validation import checked_indices, expect_values, values_are_checked
+from recattn.integrations.transformers.architectures import BIAS
+from recattn.integrations.transformers.attention import NAME, Sinks
+from recattn.reference.sink_attention import valid_tokens
+
+
+class SinkReader:
+    """Before the base model: the sinks of the batch, as the argument `sinks` that each layer hands to its attention."""
+
+    def __init__(self, names: list[str], attentions: list[nn.Module], settings: dict[str, object]) -> None:
+        self.names, self.attentions = names, attentions
+        self.sink_token_id, self.max_sinks = settings["sink_token_id"], settings["max_sinks"]
+        self.padding_side = settings["padding_side"]
+        self.warned = False
+
+    def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        kwargs["sinks"] = self.read(kwargs, kwargs.pop("sink_positions", None))
+        if base.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_of_frozen_biases()
+        return (), kwargs
+
+    def read(self, arguments: dict[str, object], positions: Tensor | None) -> Sinks:
+        mask, input_ids, embeddings, cache = (
+            arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds", "past_key_values")
+        )
+        tokens = embeddings if input_ids is None else input_ids
+        if tokens is None:  # transformers says so
+            return Sinks(None, None, None, None)
+        if cache is not None and self._continues(cache.get_seq_length(), tokens.shape[1], input_ids, positions):
+            return Sinks(None, None, None, None)
+        visible = _sees_itself(mask)
+        if positions is None:
+            positions = self._positions(input_ids, visible)
+        else:
+            expect_index({"B": tokens.shape[0]}, "sink_positions", positions, "B M")
+            length = tokens.shape[1]
+            positions = checked_indices(positions.device, sink_positions=positions, seq_len=length).sink_positions
+        valid = positions >= 0
+        if visible is not None:
+            valid = valid & visible.gather(1, positions.long().clamp(min=0))
+        if mask is None and cache is None:
+            self._expect_unpacked(arguments.get("position_ids"), valid)
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return Sinks(positions, valid, *self._padding(visible))
+        return Sinks(positions, valid, None, None)
+
+    def _is_sink(self, input_ids: Tensor | None) -> Tensor | None:
+        """[B, N]; None: unknown."""
+        return None if self.sink_token_id is None or input_ids is None else input_ids == self.sink_token_id
+
+    def _positions(self, input_ids: Tensor | None, visible: Tensor | None) -> Tensor:
+        """[B, M] of the sinks that are no padding."""
+        is_sink = self._is_sink(input_ids)
+        what = "given where the model has no sink_token_id or is called without input_ids"
+        expect(is_sink is not None, "sink_positions", what, None)
+        if visible is not None:
+            is_sink = is_sink & visible
+        counts = is_sink.sum(dim=1)
+        if self.max_sinks is None:
+            expect(not torch.compiler.is_exporting(), "max_sinks", "given to export the model", None)
+            # At least one: parameters that no batch of a process uses would stop DDP.
+            most = max(1, int(counts.max())) if counts.numel() else 1
+        else:
+            most = self.max_sinks
+            self._expect_at_most(most, counts)
+        length = input_ids.shape[1]
+        tokens = torch.arange(length, device=input_ids.device)
+        positions = torch.where(is_sink, tokens, length).sort(dim=1).values[:, :most]
+        return positions.masked_fill(positions == length, -1)
+
+    @staticmethod
+    def _expect_at_most(most: int, counts: Tensor) -> None:
+        expected = f"input_ids must be of at most max_sinks = {most} sinks a sequence"
+        if values_are_checked(counts.device):
+            expect_values(counts <= most, expected, lambda row: counts[row].item())
+        else:  # without a synchronisation
+            torch._assert_async((counts <= most).all(), expected)
+
+    def _expect_unpacked(self, position_ids: Tensor | None, valid: Tensor) -> None:
+        """Of decoders, to which positions that begin anew are another sequence: each would have sinks of its own."""
+        if position_ids is None or not self.attentions[0].is_causal:
+            return
+        unpacked = ~valid.any() | (position_ids.diff(dim=-1) == 1).all()
+        expected = "position_ids must be ascending by 1 in sequences with sinks"
+        expect_values(unpacked, expected, lambda: "packed sequences")
+
+    def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
+        """seq_lens and the side of a padding mask [B, N], True at tokens."""
+        if mask is None:
+            return None, "right"
+        side = self.padding_side
+        if side is None:
+            if torch.compiler.is_compiling():
+                return None, None
+            if mask.all():
+                return None, "right"
+            side = _side_of(mask)
+        elif values_are_checked(mask.device):
+            expected = f"attention_mask must be padded on the {side}, as padding_side says"
+            expect_values(_padded_on(mask, side) == mask, expected, lambda row, _: f"{mask[row].int().tolist()}")
+        return (None if side is None else mask.sum(dim=1)), side
+
+    def _continues(self, seen: int | Tensor, length: int, input_ids: Tensor | None, positions: Tensor | None) -> bool:
+        """Whether the tokens follow a prompt, among which no sink may be: its bias takes their hidden states."""
+        is_sink = self._is_sink(input_ids)
+        if torch.compiler.is_compiling() and isinstance(seen, Tensor):  # of a static cache
+            late = is_sink if positions is None else positions >= seen
+            if late is not None:
+                torch._assert_async((seen == 0) | ~late.any(), "the sinks must be among the tokens of the prompt")
+            return length == 1
+        seen = int(seen)
+        among = f"among the {seen} tokens of the prompt: a later one would need their hidden states"
+        if seen > 0 and positions is not None:
+            largest = int(positions.max()) if positions.numel() else -1
+            expect(largest < seen, "sink_positions", among, largest)
+        elif seen > 0 and is_sink is not None:
+            expect(not is_sink.any(), "the sinks", among, "one after it")
+        return seen > 0
+
+    def _warn_of_frozen_biases(self) -> None:
+        named = (pair for attention in self.attentions for pair in getattr(attention, BIAS).named_parameters())
+        # PEFT has the parameter twice: the one it keeps, and that of modules_to_save.
+        if not self.warned and not any(p.requires_grad for name, p in named if name.endswith("scale")):
+            self.warned = True
+            warnings.warn(
+                "every bias between sinks is frozen; with PEFT, let it train: "
+                f"LoraConfig(..., modules_to_save=[{BIAS!r}])",
+                stacklevel=2,
+            )
+
+
+def add_bias(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before an attention: its bias, as an argument that it hands to the attention function."""
+    sinks, implementation = kwargs.get("sinks"), attention.config._attn_implementation
+    expect(implementation == NAME, "the attention of the model", f"{NAME!r} until restore()", repr(implementation))
+    if sinks is None or sinks.positions is None:
+        return args, kwargs
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    bias = getattr(attention, BIAS)(hidden_states, sinks.positions, sinks.valid)
+    return args, {**kwargs, "inter_sink_bias": bias}
+
+
+def take_official_scale(attention: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """The official code has the scale as a scalar of the attention itself."""
+    if f"{prefix}sink_scale" in state_dict:
+        state_dict[f"{prefix}{BIAS}.scale"] = state_dict.pop(f"{prefix}sink_scale").reshape(1)
+
+
+def _sees_itself(mask: object) -> Tensor | None:
+    """[B, N] bool, False at padding, of a mask [B, N], one [B, 1, N, N], in which padding is hidden from itself, or a
+    dict of such for the kinds of layers; None: not known."""
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask.bool()
+    own = mask[:, 0].diagonal(dim1=1, dim2=2)
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+
+
+def _side_of(mask: Tensor) -> str | None:
+    """The side of a mask's padding; None: it is on both or has holes."""
+    return next((side for side in ("right", "left") if torch.equal(_padded_on(mask, side), mask)), None)
+
+
+def _padded_on(mask: Tensor, side: str) -> Tensor:
+    """The mask of as many tokens whose padding is on that side."""
+    return valid_tokens(*mask.shape, mask.sum(dim=1), side, mask.device)
