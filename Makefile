@@ -18,7 +18,7 @@ examples: $(INSTALLED)
 	for name in ctr_sink sasrec lrea embedding_bag; do $(BIN)/python -m benchmarks.examples.$$name || exit 1; done
 
 # Right? And the headline times. With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [OP=refined_attention]
-GPU = $(PYTHON) -m benchmarks.gpu --results $(or $(RESULTS),results/gpu) $(if $(OP),--op $(OP))
+GPU = $(PYTHON) -m benchmarks.tools.gpu --results $(or $(RESULTS),results/gpu) $(if $(OP),--op $(OP))
 gpu:
 	$(GPU)
 

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import compare, model, report, results
-from benchmarks.registry import FORWARD, TRAINING, Operator, load_operators
-from benchmarks.report import OURS, ROOT, SHORT, Machine
-from benchmarks.workloads import Workload
+from benchmarks import ROOT
+from benchmarks.harness import records
+from benchmarks.harness.registry import FORWARD, TRAINING, Operator, load_operators
+from benchmarks.harness.workloads import Workload
+from benchmarks.report import compare, cost_model, markdown
+from benchmarks.report.markdown import OURS, SHORT, Machine
 
 FOLDER = Path(__file__).parent
 RECORDS, FIGURES, RESULTS, README = FOLDER / "results", FOLDER / "figures", FOLDER / "RESULTS.md", ROOT / "README.md"
@@ -177,7 +179,7 @@ def roofline(operators: dict[str, Operator], machine: Machine) -> Figure:
 
 def model_against_measured(operators: dict[str, Operator], machine: Machine) -> Figure:
     found: dict[str, list[tuple[float, float]]] = {}
-    for prediction in report.predictions(operators, machine):
+    for prediction in markdown.predictions(operators, machine):
         found.setdefault(prediction.row.op, []).append((prediction.milliseconds, prediction.row.p50_ms))
     if not found:
         return Figure("model", "", ())
@@ -185,12 +187,17 @@ def model_against_measured(operators: dict[str, Operator], machine: Machine) -> 
     ends = min(everything), max(everything)
     lines = [
         Series(label, "line", ends, tuple(factor * x for x in ends))
-        for label, factor in (("as predicted", 1.0), ("", 1 + model.TOLERANCE), ("", 1 / (1 + model.TOLERANCE)))
+        for label, factor in (
+            ("as predicted", 1.0),
+            ("", 1 + cost_model.TOLERANCE),
+            ("", 1 / (1 + cost_model.TOLERANCE)),
+        )
     ]
     points = [Series(name, "peer points", *zip(*own, strict=True)) for name, own in found.items()]
     return Figure(
         "model",
-        f"Measured against the model of `benchmarks/model.py`; the outer lines are {model.TOLERANCE:.0%} off.",
+        f"Measured against the model of `benchmarks/report/cost_model.py`; the outer lines are "
+        f"{cost_model.TOLERANCE:.0%} off.",
         (Panel("", "predicted ms", "measured ms", (*lines, *points), x_base=10),),
     )
 
@@ -209,7 +216,7 @@ def speed_ups(operators: dict[str, Operator], machine: Machine) -> Figure:
             ours.append((base.p50_ms / own.p50_ms, at))
             for name, (row, _) in machine.contests[operator.name, workload.name, direction].items():
                 role = _role(operator, name)
-                if row.status == results.TIMED and role != "ours" and not operator.implementations[name].ours:
+                if row.status == records.TIMED and role != "ours" and not operator.implementations[name].ours:
                     (limits if role == "limit" else peers).append((base.p50_ms / row.p50_ms, at))
     series = [
         Series(label, role, *zip(*points, strict=True))
@@ -222,7 +229,7 @@ def speed_ups(operators: dict[str, Operator], machine: Machine) -> Figure:
     ]
     return Figure(
         README_FIGURE,
-        f"Times as fast as eager PyTorch on {machine.name}, in {results.dtype_name(machine.dtype)}, forward and "
+        f"Times as fast as eager PyTorch on {machine.name}, in {records.dtype_name(machine.dtype)}, forward and "
         "backward where there is one. Each other point is a way to do the same in PyTorch; a bar does less, as plain "
         "attention does.",
         (Panel("", "times as fast as eager", "", tuple(series), log_y=False, y_names=tuple(names)),) if names else (),
@@ -320,7 +327,7 @@ class Pages:
 
 def pages() -> Pages:
     operators = load_operators()
-    measured = report.machines(results.read([RECORDS]))
+    measured = markdown.machines(records.read([RECORDS]))
     figures, images = {}, {}
     for kind in ("cpu", "cuda"):
         for machine in [machine for machine in measured if machine.type == kind][:1]:
@@ -330,8 +337,8 @@ def pages() -> Pages:
                 images.setdefault(kind, []).append((f"{FIGURES.name}/{path.name}", figure.caption))
     first = [image for own in images.values() for image in own if README_FIGURE in image[0]][-1:]
     texts = {
-        RESULTS: report.results_page(operators, measured, images),
-        README: report.with_block(README.read_text(), report.readme_block(operators, measured, first)),
+        RESULTS: markdown.results_page(operators, measured, images),
+        README: markdown.with_block(README.read_text(), markdown.readme_block(operators, measured, first)),
     }
     return Pages(texts, figures)
 
@@ -346,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     if chosen.compare:
         try:
-            old, new = (results.read([path]) for path in chosen.compare)
+            old, new = (records.read([path]) for path in chosen.compare)
             changes = compare.compare(old, new, load_operators(), chosen.threshold)
         except ValueError as error:
             parser.error(f"--compare: {error}")

@@ -16,14 +16,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import compare, movielens, results, table
-from benchmarks.ceilings import around, measure_ceilings
-from benchmarks.memory import limit_memory
-from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Implementation, Operator, load_operators
-from benchmarks.registry import DTYPES as DEFAULT_DTYPES
-from benchmarks.suite import Contest, Settings, call_each
-from benchmarks.timing import clock_for
-from benchmarks.workloads import TIERS, Draw, Workload
+from benchmarks.data import movielens
+from benchmarks.harness import records
+from benchmarks.harness.ceilings import around, measure_ceilings
+from benchmarks.harness.contest import Contest, Settings, call_each
+from benchmarks.harness.memory import limit_memory
+from benchmarks.harness.registry import (
+    BACKWARD,
+    DIRECTIONS,
+    FORWARD,
+    TRAINING,
+    Implementation,
+    Operator,
+    load_operators,
+)
+from benchmarks.harness.registry import DTYPES as DEFAULT_DTYPES
+from benchmarks.harness.timing import clock_for
+from benchmarks.harness.workloads import TIERS, Draw, Workload
+from benchmarks.report import compare, table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS = {"quick": 0.2, "default": 2.0, "full": 10.0}
@@ -56,7 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operat
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
     try:
-        chosen.baseline = results.read([chosen.baseline_file]) if chosen.baseline_file else None
+        chosen.baseline = records.read([chosen.baseline_file]) if chosen.baseline_file else None
     except ValueError as error:
         parser.error(f"--baseline-file: {error}")
     chosen.tier = chosen.tier or "default"
@@ -145,11 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.fill:
         return fill(console, plan, chosen, histories)
     clock = clock_for(chosen.device)
-    common = results.environment(chosen.device) | {
+    common = records.environment(chosen.device) | {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     table.print_heading(console, common)
-    rows: list[results.Row] = []
+    rows: list[records.Row] = []
     bars = Bars(console, len(plan) * len(chosen.dtype))
     seconds = SECONDS[chosen.tier] if chosen.seconds is None else chosen.seconds
     settings = [
@@ -172,13 +182,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for each in settings:
                 bars.begin(f"{operator.name} · {workload.name}")
                 own = Contest(operator, workload, implementations, each).run()
-                results.append(own, common, path)
+                records.append(own, common, path)
                 if own:
                     console.print(table.block(operator, own))
                 bars.end()
                 rows += own
                 ours_broke |= any(
-                    operator.implementations[row.impl].ours and row.status in (results.REFUSED, results.FAILED)
+                    operator.implementations[row.impl].ours and row.status in (records.REFUSED, records.FAILED)
                     for row in own
                 )
     table.print_summary(console, rows)
@@ -186,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.baseline is None:
         return int(ours_broke)
     try:
-        measured = [results.Record(row, common) for row in rows]
+        measured = [records.Record(row, common) for row in rows]
         changes = compare.compare(chosen.baseline, measured, operators, chosen.threshold)
     except ValueError as error:
         console.print(f"--baseline-file: {error}", highlight=False)

@@ -71,27 +71,27 @@ def cuda_kernels(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def histories():
-    from benchmarks import movielens
+    from benchmarks.data import movielens
 
     return movielens.drawn()
 
 
 @pytest.fixture
 def suite_settings(histories):
-    from benchmarks import suite, timing
-    from benchmarks.ceilings import Ceilings
-    from benchmarks.registry import DIRECTIONS
+    from benchmarks.harness import contest, timing
+    from benchmarks.harness.ceilings import Ceilings
+    from benchmarks.harness.registry import DIRECTIONS
 
     cpu, ceilings = torch.device("cpu"), Ceilings({torch.float32: 0.1}, 10.0, 1.0, 5.0)
-    return suite.Settings(cpu, torch.float32, histories, lambda: ceilings, timing.CpuClock(), 0.01, DIRECTIONS["cpu"])
+    return contest.Settings(cpu, torch.float32, histories, lambda: ceilings, timing.CpuClock(), 0.01, DIRECTIONS["cpu"])
 
 
 @pytest.fixture
 def product():
     """An operator x @ w with an eager implementation."""
-    from benchmarks.goals import TimeGoal
-    from benchmarks.registry import FORWARD, TRAINING, Cost, Operator
-    from benchmarks.workloads import Workload
+    from benchmarks.harness.goals import TimeGoal
+    from benchmarks.harness.registry import FORWARD, TRAINING, Cost, Operator
+    from benchmarks.harness.workloads import Workload
 
     def draw_inputs(workload, draw):
         return {"x": draw.normal(workload.batch, 8), "w": draw.normal(8, 3)}
@@ -117,7 +117,8 @@ def product():
 @pytest.fixture
 def only_product(product, monkeypatch, histories):
     """The command of the suite knows that operator alone."""
-    from benchmarks import movielens, run
+    from benchmarks import run
+    from benchmarks.data import movielens
 
     monkeypatch.setattr(run, "load_operators", lambda: {"product": product})
     monkeypatch.setattr(movielens, "load", lambda offline: histories)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import compare, plot, results, run
-from benchmarks.registry import FORWARD, TRAINING
-from benchmarks.results import Record, Row
-from benchmarks.suite import Contest
+from benchmarks import plot, run
+from benchmarks.harness import records
+from benchmarks.harness.contest import Contest
+from benchmarks.harness.records import Record, Row
+from benchmarks.harness.registry import FORWARD, TRAINING
+from benchmarks.report import compare
 from recattn import _environment
 
 RUN = {"device": "a processor", "threads": 2, "started": "2026-01-01T00:00:00+00:00"}
@@ -48,7 +50,7 @@ def record(product, suite_settings, path: Path, *, work: float, seed: int) -> Pa
     contest = Contest(
         product, product.workloads[0], [*product.implementations.values()], replace(suite_settings, clock=clock)
     )
-    results.append(contest.run(), RUN, path)
+    records.append(contest.run(), RUN, path)
     return path
 
 
@@ -93,8 +95,8 @@ def ours(product):
         (row(1.13), row(1.0), compare.FASTER),
         (row(), row(peak_bytes=2 * 2**24), compare.LARGER),
         (row(peak_bytes=100), row(peak_bytes=2000), compare.SAME),
-        (row(), row(None, status=results.REFUSED), compare.LOST),
-        (row(None, status=results.REFUSED), row(), compare.SAME),
+        (row(), row(None, status=records.REFUSED), compare.LOST),
+        (row(None, status=records.REFUSED), row(), compare.SAME),
     ],
 )
 def test_verdicts(ours, old, new, verdict):
@@ -137,7 +139,7 @@ def test_records_are_read_as_they_were_written(product, suite_settings, tmp_path
     path = record(product, suite_settings, tmp_path / "a.jsonl", work=1.0, seed=0)
     with path.open("a") as file:
         file.write('{"op": "product", "workload": "quality", "auc": 0.8}\n')  # of another benchmark
-    rows = results.read([tmp_path])
+    rows = records.read([tmp_path])
     assert [(row.impl, row.direction) for row, _ in rows] == [
         (name, direction) for name in ("eager", "recattn") for direction in (FORWARD, TRAINING)
     ]

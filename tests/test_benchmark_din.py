@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks import din, movielens
-from benchmarks.din import LREA_RANKS, MODELS, Hyperparameters, Ratings
-from benchmarks.movielens import Item
+from benchmarks.data import movielens
+from benchmarks.data.movielens import Item
+from benchmarks.quality import din
+from benchmarks.quality.din import LREA_RANKS, MODELS, Hyperparameters, Ratings
 from recattn.nn import Fidelity, TargetAttention
 
 HYPER = Hyperparameters(length=32, dim=8, batch=64, epochs=25, patience=10, learning_rate=1e-2)

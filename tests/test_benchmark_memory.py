@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import movielens, run, suite
-from benchmarks.memory import MOST_BYTES, limit_memory, peak_memory
-from benchmarks.registry import Operator, load_operators
-from benchmarks.workloads import CUDA, Draw, SinkWorkload, Workload
+from benchmarks import run
+from benchmarks.data import movielens
+from benchmarks.harness import contest
+from benchmarks.harness.memory import MOST_BYTES, limit_memory, peak_memory
+from benchmarks.harness.registry import Operator, load_operators
+from benchmarks.harness.workloads import CUDA, Draw, SinkWorkload, Workload
 from recattn.testing import Oracle
 
 
@@ -78,7 +80,7 @@ def test_filling_calls_what_is_compiled_and_gates_nothing(only_product, tmp_path
     implement("peer")
     implement("compiled", compiled=True)
     implement("recattn", ours=True)
-    monkeypatch.setattr(suite, "Gate", None)
+    monkeypatch.setattr(contest, "Gate", None)
     monkeypatch.setattr(run, "measure_ceilings", None)
     assert run.main(["--fill", "--quick", "--workload", "small", "--device", "cpu", "--results", str(tmp_path)]) == 0
     assert {name for name, _ in calls} == {"compiled", "recattn"}

@@ -5,17 +5,19 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import model, plot, reasons, report, results
-from benchmarks.goals import Outcome
-from benchmarks.registry import FORWARD, TRAINING, load_operators
-from benchmarks.results import Record, Row
+from benchmarks import plot
+from benchmarks.harness import records
+from benchmarks.harness.goals import Outcome
+from benchmarks.harness.records import Record, Row
+from benchmarks.harness.registry import FORWARD, TRAINING, load_operators
+from benchmarks.report import cost_model, markdown, reasons
 
 OPERATORS = load_operators()
-RECORDS = results.read([plot.RECORDS])
+RECORDS = records.read([plot.RECORDS])
 
 
 def test_nothing_is_stale():
-    stale = [str(path.relative_to(report.ROOT)) for path in plot.pages().stale()]
+    stale = [str(path.relative_to(markdown.ROOT)) for path in plot.pages().stale()]
     assert not stale, f"{stale} are not of the committed records: run python -m benchmarks.plot"
 
 
@@ -25,7 +27,7 @@ def elsewhere(tmp_path, monkeypatch):
     for name, path in {"FIGURES": "figures", "RESULTS": "RESULTS.md", "README": "README.md"}.items():
         monkeypatch.setattr(plot, name, tmp_path / path)
     monkeypatch.setattr(plot, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    (tmp_path / "README.md").write_text(f"before\n{markdown.MARKS[0]}\nold\n{markdown.MARKS[1]}\nafter\n")
     return tmp_path
 
 
@@ -46,8 +48,8 @@ def test_a_changed_record_makes_everything_stale_until_it_is_written(elsewhere, 
     assert plot.main([]) == 0
     assert before == {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
 
-    monkeypatch.setattr(model, "TOLERANCE", 1e9)  # nobody explains what is made up here
-    monkeypatch.setattr(results, "read", lambda paths: [faster(record) for record in RECORDS])
+    monkeypatch.setattr(cost_model, "TOLERANCE", 1e9)  # nobody explains what is made up here
+    monkeypatch.setattr(records, "read", lambda paths: [faster(record) for record in RECORDS])
     capsys.readouterr()
     assert plot.main(["--check"]) == 1
     printed = capsys.readouterr().out
@@ -68,7 +70,7 @@ def test_a_figure_that_nothing_draws_any_more_is_stale(elsewhere):
 def test_the_readme_is_left_as_it_is_around_the_marks(elsewhere):
     assert plot.main([]) == 0
     text = (elsewhere / "README.md").read_text()
-    assert text.startswith(f"before\n{report.MARKS[0]}\n") and text.endswith(f"{report.MARKS[1]}\nafter\n")
+    assert text.startswith(f"before\n{markdown.MARKS[0]}\n") and text.endswith(f"{markdown.MARKS[1]}\nafter\n")
     assert "old" not in text.split() and text.count("![](") == 1
     (elsewhere / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match=r"README\.md must hold"):
@@ -81,7 +83,7 @@ def goals_of(kind: str):
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_every_goal_is_a_row_with_its_verdict(kind):
-    lines = report.goals_table(OPERATORS, report.machines(RECORDS), kind).splitlines()[2:]
+    lines = markdown.goals_table(OPERATORS, markdown.machines(RECORDS), kind).splitlines()[2:]
     assert len(lines) == len(goals_of(kind)) > 5
     for line, (operator, goal) in zip(lines, goals_of(kind), strict=True):
         name, workload, stated, *verdicts = (cell.strip() for cell in line.strip("|").split(" | "))
@@ -91,7 +93,7 @@ def test_every_goal_is_a_row_with_its_verdict(kind):
 
 
 def test_every_goal_for_a_cpu_was_measured_on_the_last_machine():
-    table = report.goals_table(OPERATORS, report.machines(RECORDS)[:1], "cpu")
+    table = markdown.goals_table(OPERATORS, markdown.machines(RECORDS)[:1], "cpu")
     assert "owed" not in table and "–" not in table and "not measured" not in table
 
 
@@ -120,14 +122,14 @@ def cuda_record(**options) -> Record:
 
 
 def test_a_gpu_gets_a_column_once_it_was_measured(monkeypatch):
-    monkeypatch.setattr(model, "TOLERANCE", 1e9)
-    assert "No GPU has run the suite yet" in report.results_page(OPERATORS, report.machines(RECORDS), {})
-    assert "goals for a GPU are owed" in report.readme_block(OPERATORS, report.machines(RECORDS), [])
-    measured = report.machines([*RECORDS, cuda_record()])
-    page = report.results_page(OPERATORS, measured, {})
+    monkeypatch.setattr(cost_model, "TOLERANCE", 1e9)
+    assert "No GPU has run the suite yet" in markdown.results_page(OPERATORS, markdown.machines(RECORDS), {})
+    assert "goals for a GPU are owed" in markdown.readme_block(OPERATORS, markdown.machines(RECORDS), [])
+    measured = markdown.machines([*RECORDS, cuda_record()])
+    page = markdown.results_page(OPERATORS, measured, {})
     assert "| NVIDIA H200 |" in page and "0.97× (unbiased flash) ± 1%: **met**" in page and "driver 580.1" in page
     assert "No GPU has run" not in page
-    assert "owed" not in report.readme_block(OPERATORS, measured, [])
+    assert "owed" not in markdown.readme_block(OPERATORS, measured, [])
 
 
 def test_of_a_contest_the_newest_run_counts_as_a_whole():
@@ -142,7 +144,7 @@ def test_of_a_contest_the_newest_run_counts_as_a_whole():
         at(1, "recattn", TRAINING, 1.5),
         at(2, "recattn", FORWARD, 2.0),
     ]
-    (machine,) = report.machines(records)
+    (machine,) = markdown.machines(records)
     row = records[0].row
     assert machine.row(row.op, row.workload, FORWARD).p50_ms == 3.0
     assert machine.row(row.op, row.workload, FORWARD, "eager") is None  # of an older run
@@ -151,48 +153,48 @@ def test_of_a_contest_the_newest_run_counts_as_a_whole():
 
 def test_what_was_not_run_is_told_once():
     missing = cuda_record(
-        impl="unbiased FlashAttention 2", status=results.NOT_RUN, reason="flash_attn is not installed"
+        impl="unbiased FlashAttention 2", status=records.NOT_RUN, reason="flash_attn is not installed"
     )
     again = Record(replace(missing.row, direction=TRAINING), missing.run)
-    (machine,) = report.machines([missing, again])
-    assert report.not_timed(machine) == [
+    (machine,) = markdown.machines([missing, again])
+    assert markdown.not_timed(machine) == [
         f"- sink_attention, unbiased FlashAttention 2 ({missing.row.workload}): not run: flash_attn is not installed"
     ]
 
 
 def test_the_page_has_every_time_that_counts():
-    machine = report.machines(RECORDS)[0]
+    machine = markdown.machines(RECORDS)[0]
     for operator in OPERATORS.values():
-        text = report.times_table(operator, machine)
+        text = markdown.times_table(operator, machine)
         timed = [
             (workload, row)
             for (op, workload, _), contest in machine.contests.items()
             for row, _ in contest.values()
-            if op == operator.name and row.status == results.TIMED and row.impl in operator.implementations
+            if op == operator.name and row.status == records.TIMED and row.impl in operator.implementations
         ]
         assert bool(text) == bool(timed)
         for workload, row in timed:
             assert f"**{workload}**" in text
-            assert report.table.significant(row.p50_ms) in text
+            assert markdown.table.significant(row.p50_ms) in text
 
 
 def test_a_prediction_that_parts_has_a_reason_beside_it(monkeypatch):
     record = cuda_record()
-    machine = report.machines([record])[0]
-    (prediction,) = report.predictions(OPERATORS, machine)
+    machine = markdown.machines([record])[0]
+    (prediction,) = markdown.predictions(OPERATORS, machine)
     assert prediction.ratio == pytest.approx(record.row.p50_ms / prediction.milliseconds)
-    slow = report.machines([cuda_record(p50_ms=2 * prediction.milliseconds)])[0]
+    slow = markdown.machines([cuda_record(p50_ms=2 * prediction.milliseconds)])[0]
     monkeypatch.setattr(reasons, "REASONS", {})
     with pytest.raises(LookupError):
-        report.model_table(OPERATORS, slow)
+        markdown.model_table(OPERATORS, slow)
     monkeypatch.setattr(reasons, "REASONS", {("sink_attention", "cuda"): (reasons.Reason("a reason"),)})
-    text = report.model_table(OPERATORS, slow)
+    text = markdown.model_table(OPERATORS, slow)
     assert "| 2.00 | 1 |" in text and text.endswith("1. a reason\n")
-    near = report.machines([cuda_record(p50_ms=1.2 * prediction.milliseconds)])[0]
-    assert "a reason" not in report.model_table(OPERATORS, near)
+    near = markdown.machines([cuda_record(p50_ms=1.2 * prediction.milliseconds)])[0]
+    assert "a reason" not in markdown.model_table(OPERATORS, near)
 
 
 def test_records_hold_what_was_measured():
     for row, run in RECORDS:
         assert run["commit"] and json.dumps(asdict(row), allow_nan=False)
-        assert row.status != results.TIMED or 0 < row.p10_ms <= row.p50_ms <= row.p90_ms
+        assert row.status != records.TIMED or 0 < row.p10_ms <= row.p50_ms <= row.p90_ms

@@ -9,9 +9,10 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks import movielens, sasrec
-from benchmarks.movielens import Histories
-from benchmarks.sasrec import PLAIN, Hyperparameters, Split, pad_left, ranking_quality, train
+from benchmarks.data import movielens
+from benchmarks.data.movielens import Histories
+from benchmarks.quality import sasrec
+from benchmarks.quality.sasrec import PLAIN, Hyperparameters, Split, pad_left, ranking_quality, train
 from recattn.nn import RefinedSelfAttention
 
 CPU = torch.device("cpu")

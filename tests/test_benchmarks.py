@@ -17,21 +17,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import (
-    correctness,
-    lrea_attention,
-    memory,
-    movielens,
-    report,
-    results,
-    run,
-    sink_attention,
-    suite,
-    table,
-    timing,
-)
-from benchmarks.ceilings import Ceilings, around
-from benchmarks.goals import (
+from benchmarks import run
+from benchmarks.data import movielens
+from benchmarks.harness import contest, correctness, memory, records, timing
+from benchmarks.harness.ceilings import Ceilings, around
+from benchmarks.harness.goals import (
     NOT_MEASURED,
     CeilingGoal,
     ExtraMemoryGoal,
@@ -41,16 +31,18 @@ from benchmarks.goals import (
     Outcome,
     TimeGoal,
 )
-from benchmarks.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Cost, load_operators
-from benchmarks.workloads import Draw, LreaWorkload, RefinedWorkload, SinkWorkload, Workload
+from benchmarks.harness.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Cost, load_operators
+from benchmarks.harness.workloads import Draw, LreaWorkload, RefinedWorkload, SinkWorkload, Workload
+from benchmarks.operators import lrea_attention, sink_attention
+from benchmarks.report import markdown, table
 
 ROOT = Path(run.__file__).parent.parent
 CPU = torch.device("cpu")
 
 
 def run_all(operator, settings):
-    contest = suite.Contest(operator, operator.workloads[0], list(operator.implementations.values()), settings)
-    return {(row.impl, row.direction): row for row in contest.run()}
+    own = contest.Contest(operator, operator.workloads[0], list(operator.implementations.values()), settings)
+    return {(row.impl, row.direction): row for row in own.run()}
 
 
 # The gate
@@ -67,7 +59,7 @@ def test_a_wrong_output_is_refused_and_never_timed(product, suite_settings):
     rows = run_all(product, suite_settings)
     for direction in (FORWARD, TRAINING):
         row = rows["recattn", direction]
-        assert row.status == results.REFUSED
+        assert row.status == records.REFUSED
         assert "output" in row.reason
         assert row.p50_ms is None and row.samples == 0
         assert row.error_share > 1
@@ -90,16 +82,16 @@ class WrongGradient(torch.autograd.Function):
 def test_a_wrong_gradient_is_refused(product, suite_settings):
     product.implementation("recattn")(lambda x, w: WrongGradient.apply(x, w))
     row = run_all(product, suite_settings)["recattn", FORWARD]
-    assert row.status == results.REFUSED
+    assert row.status == records.REFUSED
     assert "dw" in row.reason and "dx" not in row.reason
 
 
 @pytest.mark.parametrize(
     ("broken", "status"),
     [
-        (lambda x, w: x @ w[:, :1], results.REFUSED),
-        (lambda x, w: x @ w * math.nan, results.REFUSED),
-        (lambda x, w: x @ x, results.FAILED),
+        (lambda x, w: x @ w[:, :1], records.REFUSED),
+        (lambda x, w: x @ w * math.nan, records.REFUSED),
+        (lambda x, w: x @ x, records.FAILED),
     ],
     ids=["shape", "nan", "raises"],
 )
@@ -108,7 +100,7 @@ def test_what_breaks_is_a_row_and_the_others_are_timed(product, suite_settings, 
     rows = run_all(product, suite_settings)
     assert rows["recattn", FORWARD].status == status
     assert rows["recattn", FORWARD].reason
-    assert rows["eager", TRAINING].status == results.TIMED
+    assert rows["eager", TRAINING].status == records.TIMED
 
 
 def test_a_missing_implementation_is_a_row_with_its_reason(product, suite_settings):
@@ -119,9 +111,9 @@ def test_a_missing_implementation_is_a_row_with_its_reason(product, suite_settin
         raise NotImplementedError("not for 8 columns")
 
     rows = run_all(product, suite_settings)
-    assert rows["peer", TRAINING].status == results.NOT_RUN
+    assert rows["peer", TRAINING].status == records.NOT_RUN
     assert rows["peer", TRAINING].reason == "no peer on cpu"
-    assert rows["recattn", FORWARD].status == results.NOT_RUN
+    assert rows["recattn", FORWARD].status == records.NOT_RUN
     assert "not for 8 columns" in rows["recattn", FORWARD].reason
 
 
@@ -135,7 +127,7 @@ def test_a_layout_of_its_own_is_undone_for_the_gate_and_not_timed(product, suite
     restore = {"restore": lambda output, inputs: output.t()}
     product.implementation("recattn", prepare=prepare, **restore)(lambda x, w: w.t() @ x)
     rows = run_all(product, suite_settings)
-    assert rows["recattn", TRAINING].status == results.TIMED
+    assert rows["recattn", TRAINING].status == records.TIMED
     assert len(prepared) < rows["recattn", TRAINING].samples
 
 
@@ -380,7 +372,7 @@ def test_a_goal_whose_opponent_was_refused_or_failed_has_no_verdict(product, sui
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(table.goals([row]))
     assert "wrong, broken: refused or failed" in console.export_text()
-    assert report.verdict(row.goals[0], row) == "wrong, broken: refused or failed: **no verdict**"
+    assert markdown.verdict(row.goals[0], row) == "wrong, broken: refused or failed: **no verdict**"
 
 
 # Directions
@@ -831,7 +823,7 @@ def test_every_row_has_every_field(only_product, tmp_path):
     common = {"device", "compute_capability", "threads", "platform", "python", "commit", "dirty", "started"}
     common |= {"recattn", "torch", "triton", "numpy", "cuda", "cudnn", "driver"}
     for row in rows:
-        assert set(row) == {f.name for f in fields(results.Row)} | common
+        assert set(row) == {f.name for f in fields(records.Row)} | common
         unknown = {name for name, value in row.items() if value is None}
         assert unknown <= {"reason", "host_ms", "triton", "compute_capability", "cuda", "cudnn", "driver", "commit"}
         assert 0 < row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"]
@@ -912,7 +904,7 @@ def test_quick_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sink_attention · tiny" in done.stdout
     (file,) = tmp_path.glob("*.jsonl")
-    timed = {row["impl"] for row in map(json.loads, file.read_text().splitlines()) if row["status"] == results.TIMED}
+    timed = {row["impl"] for row in map(json.loads, file.read_text().splitlines()) if row["status"] == records.TIMED}
     assert {"recattn", "eager", "SDPA, dense bias", "unbiased SDPA"} <= timed
 
 

@@ -5,7 +5,7 @@ from rich.console import Console
 
 pytest.importorskip("transformers", reason="needs transformers")
 
-from benchmarks import movielens
+from benchmarks.data import movielens
 from benchmarks.examples import ctr_sink
 
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from benchmarks import din, movielens
-from benchmarks.din import DIN, Hyperparameters, Ranker, Ratings
+from benchmarks.data import movielens
+from benchmarks.data.movielens import Item
 from benchmarks.examples import embedding_bag, lrea
 from benchmarks.examples.embedding_bag import BOTH, GENRES, IDS, GenreEmbedding
-from benchmarks.movielens import Item
+from benchmarks.quality import din
+from benchmarks.quality.din import DIN, Hyperparameters, Ranker, Ratings
 
 HYPER = Hyperparameters(length=32, dim=8, batch=64, epochs=4, patience=4, learning_rate=1e-2)
 ITEMS = {i: Item(f"Movie {i}", 1990, ("Drama",) if i <= 20 else ("Comedy", "War")) for i in range(1, 41)}

@@ -7,10 +7,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import movielens, sasrec
+from benchmarks.data import movielens
+from benchmarks.data.movielens import Histories
 from benchmarks.examples import sasrec as example
-from benchmarks.movielens import Histories
-from benchmarks.sasrec import Hyperparameters, Split
+from benchmarks.quality import sasrec
+from benchmarks.quality.sasrec import Hyperparameters, Split
 from recattn.nn import RefinedSelfAttention
 
 CPU = torch.device("cpu")

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import gpu_sanitizer_targets
-from benchmarks import dispatch, gpu, headline, profile, steps
-from benchmarks.dispatch import Point
-from benchmarks.goals import Outcome
-from benchmarks.headline import HEADLINES
-from benchmarks.registry import Operator, load_operators
-from benchmarks.results import Row
-from benchmarks.sink_attention import PATHS
-from benchmarks.steps import Stage, Step
-from benchmarks.workloads import CUDA
+from benchmarks.harness.goals import Outcome
+from benchmarks.harness.records import Row
+from benchmarks.harness.registry import Operator, load_operators
+from benchmarks.harness.workloads import CUDA
+from benchmarks.operators.sink_attention import PATHS
+from benchmarks.tools import gpu, headline, profile, steps, tune_dispatch
+from benchmarks.tools.headline import HEADLINES
+from benchmarks.tools.steps import Stage, Step
+from benchmarks.tools.tune_dispatch import Point
 from recattn.ops import AVAILABILITY
 
 SANITIZER_TARGETS = dict(gpu_sanitizer_targets.cases(torch.device("cpu")))
@@ -63,7 +63,9 @@ def test_a_plan_fits_its_time_and_downloads_nothing(plan):
 def test_nothing_is_gated_or_timed_beside_another(plan):
     for stage in plan:
         for step in stage.steps if stage.together else ():
-            assert "benchmarks.headline" not in step.command and "benchmarks.dispatch" not in step.command
+            assert (
+                "benchmarks.tools.headline" not in step.command and "benchmarks.tools.tune_dispatch" not in step.command
+            )
             assert ("benchmarks.run" in step.command) <= ("--fill" in step.command)
 
 
@@ -115,7 +117,7 @@ def on_the_cpu(step: Step) -> Step:
     if "check" in command:
         command[command.index("cuda")] = "cpu"
         command.append("--quick")
-    if "benchmarks.headline" in command:
+    if "benchmarks.tools.headline" in command:
         command += ["--device", "cpu", "--workload", "tiny", "--seconds", "0.02"]
     return replace(step, command=command)
 
@@ -185,7 +187,7 @@ def test_a_verdict_of_an_earlier_round_is_kept():
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize("module, arguments", [(gpu, ["--results", "nowhere"]), (dispatch, [])])
+@pytest.mark.parametrize("module, arguments", [(gpu, ["--results", "nowhere"]), (tune_dispatch, [])])
 def test_without_a_cuda_device_it_says_so(module, arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.main(arguments)
@@ -209,7 +211,7 @@ POINT = Point("bfloat16", 64, 1024, 0.1, False, False)
 
 def test_the_choice_is_the_least_time_of_both_passes():
     times = {"triton": (0.1, 0.5), "correction:flash": (0.2, 0.4)}
-    (row,) = dispatch.measure_rows([POINT], lambda point: times, 10, now=lambda: 0.0)
+    (row,) = tune_dispatch.measure_rows([POINT], lambda point: times, 10, now=lambda: 0.0)
     assert row == {
         "dtype": "bfloat16",
         "head_dim": 64,
@@ -226,12 +228,12 @@ def test_the_choice_is_the_least_time_of_both_passes():
 def test_measuring_ends_with_its_time():
     clock = iter(range(100))
     points = [POINT._replace(length=n) for n in (128, 256, 512, 1024)]
-    rows = dispatch.measure_rows(points, lambda point: {"triton": (1.0, 2.0)}, 3, now=lambda: next(clock))
+    rows = tune_dispatch.measure_rows(points, lambda point: {"triton": (1.0, 2.0)}, 3, now=lambda: next(clock))
     assert [row["length"] for row in rows] == [128, 256]
 
 
 def test_a_point_that_no_path_serves_has_no_row():
-    assert dispatch.measure_rows([POINT], lambda point: {}, 10, now=lambda: 0.0) == []
+    assert tune_dispatch.measure_rows([POINT], lambda point: {}, 10, now=lambda: 0.0) == []
 
 
 def row(length: int, choice: str = "triton") -> dict:
@@ -242,7 +244,7 @@ def test_merging_keeps_other_devices_and_older_rows_of_the_same_versions():
     versions = {"torch": "2.11", "triton": "3.6"}
     other = {"torch": "2.9", "triton": "3.5", "rows": [row(64)]}
     table = {"A100": other, "H200": {**versions, "rows": [row(128), row(256)]}}
-    merged = dispatch.merge(table, "H200", versions, [row(512), row(256, "correction:flash")])
+    merged = tune_dispatch.merge(table, "H200", versions, [row(512), row(256, "correction:flash")])
     assert merged["A100"] == other
     assert [(r["length"], r["choice"]) for r in merged["H200"]["rows"]] == [
         (128, "triton"),
@@ -250,19 +252,19 @@ def test_merging_keeps_other_devices_and_older_rows_of_the_same_versions():
         (512, "triton"),
     ]
     newer = {"torch": "2.12", "triton": "3.6"}
-    assert dispatch.merge(table, "H200", newer, [row(512)])["H200"] == {**newer, "rows": [row(512)]}
-    assert dispatch.merge({}, "H200", versions, [row(512)]) == {"H200": {**versions, "rows": [row(512)]}}
+    assert tune_dispatch.merge(table, "H200", newer, [row(512)])["H200"] == {**newer, "rows": [row(512)]}
+    assert tune_dispatch.merge({}, "H200", versions, [row(512)]) == {"H200": {**versions, "rows": [row(512)]}}
 
 
 def test_the_file_is_json_of_a_line_a_row():
     table = {device: {"torch": "2.11", "triton": None, "rows": [row(128), row(256)]} for device in ("A100", "H200")}
-    text = dispatch.to_json(table)
+    text = tune_dispatch.to_json(table)
     assert json.loads(text) == table
     assert sum('"choice"' in line for line in text.splitlines()) == 4
 
 
 def test_the_grid():
-    points = dispatch.grid()
+    points = tune_dispatch.grid()
     assert len(set(points)) == len(points)
     for point in points:
         workload = point.workload
@@ -273,23 +275,25 @@ def test_the_grid():
 
 def test_measures_with_the_gate_and_the_clocks_of_the_suite(monkeypatch):
     """On the CPU every path is refused, and so none is timed."""
-    monkeypatch.setattr(dispatch, "TOKENS", 64)
-    measure = dispatch.contest_on(torch.device("cpu"), seconds=0.0)
+    monkeypatch.setattr(tune_dispatch, "TOKENS", 64)
+    measure = tune_dispatch.contest_on(torch.device("cpu"), seconds=0.0)
     assert measure(Point("float32", 64, 32, 0.1, False, False)) == {}
 
 
 def test_writes_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "contest_on", lambda device, seconds: lambda point: dict.fromkeys(PATHS, (1.0, 2.0)))
+    monkeypatch.setattr(
+        tune_dispatch, "contest_on", lambda device, seconds: lambda point: dict.fromkeys(PATHS, (1.0, 2.0))
+    )
     environment = {"device": "a GPU", "torch": "2.11", "triton": "3.6", "commit": None}
-    monkeypatch.setattr(dispatch.results, "environment", lambda device: environment)
-    monkeypatch.setattr(dispatch, "limit_memory", lambda device: None)
+    monkeypatch.setattr(tune_dispatch.records, "environment", lambda device: environment)
+    monkeypatch.setattr(tune_dispatch, "limit_memory", lambda device: None)
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text(dispatch.to_json({"another": {"torch": "2.9", "triton": "3.5", "rows": [row(64)]}}))
-    assert dispatch.main(["--table", str(old), str(new)]) == 0
+    old.write_text(tune_dispatch.to_json({"another": {"torch": "2.9", "triton": "3.5", "rows": [row(64)]}}))
+    assert tune_dispatch.main(["--table", str(old), str(new)]) == 0
     assert set(json.loads(old.read_text())) == {"a GPU", "another"}
     (entry,) = json.loads(new.read_text()).values()
-    assert (entry["torch"], entry["triton"], len(entry["rows"])) == ("2.11", "3.6", len(dispatch.grid()))
+    assert (entry["torch"], entry["triton"], len(entry["rows"])) == ("2.11", "3.6", len(tune_dispatch.grid()))
 
 
 # The profile

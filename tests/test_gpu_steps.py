@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, steps
-from benchmarks.steps import FAILED, NOT_STARTED, OUT_OF_TIME, PASSED, ROOT, Stage, Step
+from benchmarks.tools import gpu, steps
+from benchmarks.tools.steps import FAILED, NOT_STARTED, OUT_OF_TIME, PASSED, ROOT, Stage, Step
 
 NAME = "rehearsal"
 
@@ -288,7 +288,7 @@ def test_killed_in_the_middle_its_results_are_those_so_far(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from benchmarks.steps import Stage, Step, run
+from benchmarks.tools.steps import Stage, Step, run
 stages = [Stage(20, [Step(name, command)]) for name, command in (("echo", ("echo", "done")), ("sleep", ("sleep", "3")))]
 run(stages, Path(sys.argv[1], "work"), Path(sys.argv[1], "results"), "{NAME}")
 """

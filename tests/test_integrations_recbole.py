@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import movielens
-from benchmarks.sasrec import pad_left
+from benchmarks.data import movielens
+from benchmarks.quality.sasrec import pad_left
 from recattn import reference
 from recattn.integrations.recbole import RefinedMultiHeadAttention, patch_recbole, read_attention_mask
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import movielens
+from benchmarks.data import movielens
 from recattn.nn import RefinedSelfAttention
 
 MODULE = "recattn.integrations.rectools"

@@ -5,7 +5,7 @@ from itertools import accumulate, product
 import pytest
 import torch
 
-from benchmarks.memory import cpu_allocations, peak_memory
+from benchmarks.harness.memory import cpu_allocations, peak_memory
 from by_differences import stochastic_by_differences
 from recattn import reference, refined_attention
 from recattn.testing import assert_matches_reference

@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks import movielens, wheels
-from benchmarks.din import LIKED, area_under_curve
-from benchmarks.movielens import Event
+from benchmarks.data import movielens, wheels
+from benchmarks.data.movielens import Event
+from benchmarks.quality.din import LIKED, area_under_curve
 from recattn.inspect import sink_mass
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.nn import SinkPooling, SinkTokenEmbedding, TwoStageSchedule

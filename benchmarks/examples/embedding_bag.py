@@ -1,8 +1,8 @@
 """`python -m benchmarks.examples.embedding_bag`: target attention over items that are bags of genres (nn.EmbeddingBag).
 
-The ranker, samples and training of `benchmarks.din`, with an item, target or behaviour, embedded by its id, by the mean
-of its genres, or by the sum of both; `--attention` picks what weighs the behaviours. Genres are all that is known of an
-item that nobody has rated yet, so the AUC is also given over items with few ratings in the training.
+The ranker, samples and training of `benchmarks.quality.din`, with an item, target or behaviour, embedded by its id, by
+the mean of its genres, or by the sum of both; `--attention` picks what weighs the behaviours. Genres are all that is
+known of an item that nobody has rated yet, so the AUC is also given over items with few ratings in the training.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks import din, movielens
-from benchmarks.din import DIN, LREA_RANKS, Hyperparameters, Ranker, Ratings
-from benchmarks.movielens import Item
+from benchmarks.data import movielens
+from benchmarks.data.movielens import Item
+from benchmarks.quality import din
+from benchmarks.quality.din import DIN, LREA_RANKS, Hyperparameters, Ranker, Ratings
 
 IDS, GENRES, BOTH = "ids", "genres", "ids + genres"
 QUICK_USERS = 60

@@ -1,8 +1,8 @@
 """`python -m benchmarks.examples.lrea`: LREA in the place of DIN's attention, trained, and served from a state table.
 
-Ranker, samples and training are those of `benchmarks.din`; the two rankers differ in their attention alone. The states
-of all users then go to a `recattn.serving.StateTable`, and the attention of one user over 1000 candidates is timed from
-there, and in full over the history.
+Ranker, samples and training are those of `benchmarks.quality.din`; the two rankers differ in their attention alone. The
+states of all users then go to a `recattn.serving.StateTable`, and the attention of one user over 1000 candidates is
+timed from there, and in full over the history.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import din
-from benchmarks.din import DIN, SERVED_CANDIDATES, Hyperparameters, Ranker, Ratings, ServingRow
-from benchmarks.results import dtype_name
-from benchmarks.timing import CpuClock, finite, measure
+from benchmarks.harness.records import dtype_name
+from benchmarks.harness.timing import CpuClock, finite, measure
+from benchmarks.quality import din
+from benchmarks.quality.din import DIN, SERVED_CANDIDATES, Hyperparameters, Ranker, Ratings, ServingRow
 from recattn.serving import StateTable
 
 LREA = "LREA 16"

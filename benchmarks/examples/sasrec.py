@@ -1,8 +1,8 @@
 """`python -m benchmarks.examples.sasrec`: SASRec as it is, with nn.MultiheadAttention, and patched for refinement.
 
-Model, split, negatives and ranking are those of `benchmarks.sasrec`. Both trainings start from the same weights and see
-the same batches; HR@10 and NDCG@10 are those of the test after the last epoch. `benchmarks.sasrec` has the spread of
-five seeds, which is as large as the differences seen here.
+Model, split, negatives and ranking are those of `benchmarks.quality.sasrec`. Both trainings start from the same weights
+and see the same batches; HR@10 and NDCG@10 are those of the test after the last epoch. `benchmarks.quality.sasrec` has
+the spread of five seeds, which is as large as the differences seen here.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from benchmarks import movielens, sasrec
-from benchmarks.sasrec import ATTENTIONS, PLAIN, Hyperparameters, SASRec, Split
-from benchmarks.timing import seconds_waited
+from benchmarks.data import movielens
+from benchmarks.harness.timing import seconds_waited
+from benchmarks.quality import sasrec
+from benchmarks.quality.sasrec import ATTENTIONS, PLAIN, Hyperparameters, SASRec, Split
 from recattn.integrations.patching import patch
 from recattn.nn import RefinedSelfAttention
 

@@ -1,0 +1,253 @@
+"""Runs one operator on one workload: gate, time, judge. Every implementation gives rows, whatever becomes of it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.data.movielens import Histories
+from benchmarks.harness import timing
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.correctness import Error, Gate, gradients, passes
+from benchmarks.harness.goals import Goal, Measured, Outcome
+from benchmarks.harness.memory import peak_memory
+from benchmarks.harness.records import FAILED, NOT_RUN, REFUSED, Row, dtype_name
+from benchmarks.harness.registry import BACKWARD, FORWARD, Implementation, Inputs, Operator
+from benchmarks.harness.workloads import Draw, Workload
+from recattn.testing import largest
+
+# Sets of inputs rotate until this much has passed through the caches.
+ROTATED_BYTES = 128 * 2**20
+MAX_INPUT_SETS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: torch.device
+    dtype: torch.dtype
+    histories: Histories
+    ceilings: Callable[[], Ceilings]  # those of what was timed since its last call
+    clock: Callable[[Callable[[], object]], float]
+    seconds: float  # of timing for all implementations of a workload in one direction
+    directions: tuple[str, ...]
+    progress: Callable[[str, float], None] = lambda doing, done: None  # what is being done, and how much of it is
+
+
+@dataclass
+class Contest:
+    """The implementations of an operator against each other on a workload."""
+
+    operator: Operator
+    workload: Workload
+    implementations: Sequence[Implementation]
+    settings: Settings
+    rows: dict[tuple[str, str], Row] = field(default_factory=dict)  # by implementation and direction
+
+    def run(self) -> list[Row]:
+        """A row for each implementation and direction."""
+        self._enter()
+        gate = Gate(self.operator, self._draw(self.workload.gate, seed=0))
+        passed = [implementation for implementation in self.implementations if self._passes(gate, implementation)]
+        del gate  # and all that it holds
+        if passed:
+            sets = self._input_sets()
+            taken = {
+                direction: self._time(direction, [i for i in passed if (i.name, direction) in self.rows], sets)
+                for direction in self.settings.directions
+            }
+            ceilings = self.settings.ceilings()
+            for direction, samples in taken.items():
+                self._record(direction, samples, sets[0], ceilings)
+        return list(self.rows.values())
+
+    def _enter(self) -> None:
+        for implementation in self.implementations:
+            possible = self.operator.directions(implementation, self.settings.device)
+            for direction in (d for d in self.settings.directions if d in possible):
+                self.rows[implementation.name, direction] = Row(
+                    op=self.operator.name,
+                    workload=self.workload.name,
+                    shape=self.workload.shape,
+                    dtype=dtype_name(self.settings.dtype),
+                    impl=implementation.name,
+                    direction=direction,
+                    data=self.settings.histories.source if self.workload.histories else "drawn",
+                    goals=[Outcome(str(goal)) for goal in self._goals(direction, implementation.name)],
+                )
+
+    def _goals(self, direction: str, implementation: str | None = None) -> list[Goal]:
+        return [
+            goal
+            for goal in self.operator.goals_of(self.workload, self.settings.device, self.settings.dtype)
+            if goal.direction == direction and implementation in (None, goal.implementation)
+        ]
+
+    def _passes(self, gate: Gate, implementation: Implementation) -> bool:
+        """Whether it may be timed; if not, its rows say why."""
+        self.settings.progress(f"checking {implementation.name}", 0)
+        own = {direction: row for (name, direction), row in self.rows.items() if name == implementation.name}
+        if not own:  # it has no backward, and only that is asked for
+            return False
+        unavailable = implementation.unavailable(self.workload, self.settings.device)
+        if unavailable is not None:
+            _give_up(own.values(), NOT_RUN, unavailable)
+            return False
+        try:
+            errors = gate.check(implementation, tuple(own))
+        except Exception as error:  # a contestant that breaks does not end the run
+            _give_up(own.values(), *_outcome(error))
+            return False
+        for row in own.values():
+            row.gate_shape = self.workload.gate.shape
+            row.errors = {error.name: _recorded(error) for error in errors}
+            row.max_error = timing.finite(largest(error.max for error in errors if error.name.startswith("output")))
+            row.error_share = timing.finite(largest(error.share for error in errors))
+        if not passes(implementation, errors):
+            _give_up(own.values(), REFUSED, "; ".join(str(error) for error in errors if not error.passed))
+            return False
+        return True
+
+    def _time(
+        self, direction: str, contestants: Sequence[Implementation], sets: Sequence[Inputs]
+    ) -> dict[str, timing.Samples]:
+        """By implementation; the rows get all but their times."""
+        calls = {}
+        for implementation in contestants:
+            row = self.rows[implementation.name, direction]
+            self.settings.progress(f"{direction}: warming up {implementation.name}", 0)
+            try:
+                call = timed_call(self.operator, implementation, direction, sets)
+                call(0)()
+                row.peak_bytes = peak_memory(call(0), self.settings.device)
+                if self.settings.device.type == "cuda":
+                    row.host_ms = timing.host_time(call)
+            except Exception as error:  # out of memory, most likely
+                _give_up([row], *_outcome(error))
+            else:
+                calls[implementation.name] = call
+        return timing.measure(
+            calls,
+            self.settings.clock,
+            self.settings.seconds,
+            judged={name for goal in self._goals(direction) for name in (goal.implementation, *goal.against)},
+            progress=lambda done: self.settings.progress(f"{direction}: timing", done),
+        )
+
+    def _record(self, direction: str, samples: dict[str, timing.Samples], inputs: Inputs, ceilings: Ceilings) -> None:
+        """Times and verdicts, into the rows."""
+        cost = self.operator.cost_of(self.workload, inputs, direction)
+        measured = {}
+        for name, taken in samples.items():
+            row = self.rows[name, direction]
+            row.p10_ms, row.p50_ms, row.p90_ms = (taken.percentile(p) for p in (10, 50, 90))
+            row.samples, row.spread, row.waiting = len(taken.times), timing.finite(taken.spread), taken.waiting
+            row.tflops, row.gbs = cost.flops / row.p50_ms / 1e9, cost.bytes / row.p50_ms / 1e6
+            row.ceilings = ceilings.of(self.settings.dtype)
+            row.ceiling_fraction = ceilings.fraction(cost, self.settings.dtype, row.p50_ms)
+            measured[name] = Measured(taken, row.peak_bytes, row.host_ms, row.ceiling_fraction)
+        lost = {name for (name, d), row in self.rows.items() if d == direction and row.status in (REFUSED, FAILED)}
+        for name in measured:
+            goals = self._goals(direction, name)
+            self.rows[name, direction].goals = [_judged(goal, measured, lost) for goal in goals]
+
+    def _input_sets(self) -> list[Inputs]:
+        first = self._draw(self.workload, seed=1)
+        size = sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
+        count = min(max(math.ceil(ROTATED_BYTES / size), 2), MAX_INPUT_SETS)
+        return [first, *(self._draw(self.workload, seed) for seed in range(2, count + 1))]
+
+    def _draw(self, workload: Workload, seed: int) -> Inputs:
+        draw = Draw(seed, self.settings.dtype, self.settings.device, self.settings.histories)
+        return self.operator.inputs(workload, draw)
+
+
+def call_each(
+    operator: Operator,
+    workload: Workload,
+    implementations: Sequence[Implementation],
+    directions: Sequence[str],
+    draw: Draw,
+) -> Iterator[tuple[Implementation, str]]:
+    """Each implementation once in every direction, unchecked and untimed, for compilers to keep what they make of it.
+
+    Yields those that failed, and how.
+    """
+    inputs = operator.inputs(workload, draw)
+    for implementation in implementations:
+        if implementation.unavailable(workload, draw.device) is not None:
+            continue
+        possible = operator.directions(implementation, draw.device)
+        try:
+            for direction in (d for d in directions if d in possible):
+                timed_call(operator, implementation, direction, [dict(inputs)])(0)()
+        except Exception as error:  # the others are called all the same
+            status, reason = _outcome(error)
+            if status == FAILED:
+                yield implementation, reason
+
+
+def timed_call(
+    operator: Operator, implementation: Implementation, direction: str, sets: Sequence[Inputs]
+) -> Callable[[int], Callable[[], None]]:
+    """What is timed, on the set of inputs whose turn it is; its results are released before it returns.
+
+    The forward of a backward runs before, each time anew: a graph kept for the next time would hold the memory that a
+    backward releases as it goes, and compiled graphs refuse to be kept.
+    """
+    prepared = [dict(implementation.prepare(inputs)) for inputs in sets]
+
+    def forward(inputs: Inputs) -> None:
+        with torch.no_grad():
+            implementation.run(**inputs)
+
+    if direction == FORWARD:
+        return lambda turn: partial(forward, prepared[turn % len(prepared)])
+
+    names = gradients(operator, implementation, prepared[0])
+    for inputs in prepared:
+        inputs.update({name: inputs[name].detach().requires_grad_() for name in names})
+    with torch.no_grad():
+        incoming = torch.randn_like(implementation.run(**prepared[0]))
+
+    def differentiate(output: Tensor, inputs: Inputs) -> None:
+        torch.autograd.grad(output, [inputs[name] for name in names], incoming)
+
+    def backward(turn: int) -> Callable[[], None]:
+        inputs = prepared[turn % len(prepared)]
+        return partial(differentiate, implementation.run(**inputs), inputs)
+
+    def forward_and_backward(turn: int) -> Callable[[], None]:
+        inputs = prepared[turn % len(prepared)]
+        return lambda: differentiate(implementation.run(**inputs), inputs)
+
+    return backward if direction == BACKWARD else forward_and_backward
+
+
+def _judged(goal: Goal, measured: dict[str, Measured], lost: set[str]) -> Outcome:
+    """`lost` are the contestants that were refused or failed: one of them might have been the best opponent."""
+    missing = [name for name in goal.against if name in lost]
+    others = {name: measured[name] for name in goal.against if name in measured}
+    if missing and others:
+        return Outcome(str(goal), timing.NO_VERDICT, ", ".join(missing))
+    return goal.judge(measured[goal.implementation], others) if others or not goal.against else Outcome(str(goal))
+
+
+def _give_up(rows, status: str, reason: str) -> None:
+    for row in rows:
+        row.status, row.reason = status, reason
+
+
+def _outcome(error: Exception) -> tuple[str, str]:
+    """Status and reason of a contestant that raised."""
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if isinstance(error, AssertionError):  # the gate, on an output of the wrong shape
+        return REFUSED, reason
+    # Too little memory, and an implementation that says it does not serve this call, are findings and no failures.
+    return (NOT_RUN if isinstance(error, (torch.OutOfMemoryError, NotImplementedError)) else FAILED), reason
+
+
+def _recorded(error: Error) -> dict[str, float | None]:
+    return {name: timing.finite(getattr(error, name)) for name in ("max", "max_bound", "mean", "mean_bound")}

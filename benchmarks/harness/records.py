@@ -1,0 +1,97 @@
+"""A row of results and the file it is written to: JSON lines, one a row."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.harness.goals import Outcome
+from recattn import _environment
+
+TIMED, NOT_RUN, REFUSED, FAILED = "timed", "not run", "refused: wrong", "failed"
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One implementation of one operator on one workload in one direction. None: not measured."""
+
+    op: str
+    workload: str
+    shape: dict[str, object]
+    dtype: str
+    impl: str
+    direction: str
+    data: str  # where lengths and items come from
+    status: str = TIMED
+    reason: str | None = None  # of any other status
+    p10_ms: float | None = None
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    host_ms: float | None = None  # until a call on an idle GPU returns, before its results are there
+    samples: int = 0
+    spread: float | None = None  # half the 95% confidence interval of the median time, relative to it
+    waiting: float | None = None  # share of the time that threads waited for a core taken by other programs
+    tflops: float | None = None
+    gbs: float | None = None
+    ceiling_fraction: float | None = None
+    peak_bytes: int | None = None  # held at one time beyond the inputs
+    max_error: float | None = None  # of the output against float64
+    error_share: float | None = None  # the worst error of output and gradients as a share of its bound
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    gate_shape: dict[str, object] | None = None
+    ceilings: dict[str, float] = field(default_factory=dict)  # the better of before and after the timing
+    goals: list[Outcome] = field(default_factory=list)
+
+
+class Record(NamedTuple):
+    """A row, and what it has in common with the others of its run."""
+
+    row: Row
+    run: dict[str, object]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    return {**_environment.describe(device), "dirty": bool(_environment.git("status", "--porcelain"))}
+
+
+def append(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:
+    """One JSON object a row; what the rows of a run have in common stands in each of them."""
+    append_lines(map(asdict, rows), common, path)
+
+
+def append_lines(records: Iterable[dict[str, object]], common: dict[str, object], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps({**record, **common}, allow_nan=False) + "\n" for record in records)
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """The rows of `benchmarks.run` in files, and in the files of folders, in the order of the files' names.
+
+    Raises ValueError for what is no such file, or where there are no rows at all.
+    """
+    paths = list(paths)
+    records = []
+    for file in (file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])):
+        try:
+            written = [json.loads(line) for line in file.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: expected JSON lines of benchmarks.run, got {error}") from error
+        records += [_record(fields_of) for fields_of in written if "direction" in fields_of]
+    if not records:
+        raise ValueError(f"{', '.join(map(str, paths))}: expected rows of benchmarks.run, found none")
+    return records
+
+
+def _record(written: dict[str, object]) -> Record:
+    own = {f.name for f in fields(Row)} & written.keys()
+    row = Row(**{name: written[name] for name in own})
+    row.goals = [Outcome(**goal) for goal in row.goals]
+    return Record(row, {name: value for name, value in written.items() if name not in own})

@@ -1,0 +1,177 @@
+"""A layer of BERT-base with sinks, of Hugging Face transformers: what recattn costs in a model that people train.
+
+The limit is the same layer as transformers has it, by SDPA and without a bias. No dropout: a CPU's attention with
+dropout has no fused kernel, of PyTorch's or ours.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks.harness.goals import TimeGoal
+from benchmarks.harness.registry import FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.workloads import BERT_LAYER, Draw, SinkWorkload
+from benchmarks.operators.sink_attention import official_bias, random_positions
+
+EPS = 1e-12  # of BERT's LayerNorms
+BIAS_SCALE = 10.0  # where the official code begins
+ATTENTION, BIAS = "attention.self", "attention.self.sink_interaction"
+WIDTHS = {  # rows and columns of each product, in hidden sizes
+    f"{ATTENTION}.query": (1, 1),
+    f"{ATTENTION}.key": (1, 1),
+    f"{ATTENTION}.value": (1, 1),
+    "attention.output.dense": (1, 1),
+    "intermediate.dense": (4, 1),
+    "output.dense": (1, 4),
+    f"{BIAS}.query_proj": (1, 1),
+    f"{BIAS}.key_proj": (1, 1),
+}
+NORMS = ("attention.output.LayerNorm", "output.LayerNorm", f"{BIAS}.norm")
+PARAMETERS = (*(f"{m}.{p}" for m in (*WIDTHS, *NORMS) for p in ("weight", "bias")), f"{BIAS}.scale")
+PLAIN_PARAMETERS = tuple(name for name in PARAMETERS if BIAS not in name)
+
+
+def key_of(parameter: str) -> str:
+    """Its name as a keyword argument."""
+    return parameter.replace(".", "__")
+
+
+def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
+    size = workload.heads * workload.dim
+    spots = [random_positions(workload.length, workload.sinks, draw) for _ in range(workload.batch)]
+    inputs = {
+        "hidden": draw.normal(workload.batch, workload.length, size),
+        "sink_positions": draw.index(torch.stack(spots)),
+        "heads": workload.heads,
+    }
+    for module, (rows, columns) in WIDTHS.items():
+        inputs[key_of(f"{module}.weight")] = draw.normal(rows * size, columns * size, std=(columns * size) ** -0.5)
+        inputs[key_of(f"{module}.bias")] = draw.normal(rows * size, std=0.1)
+    for module in NORMS:
+        inputs[key_of(f"{module}.weight")] = 1 + draw.normal(size, std=0.1)
+        inputs[key_of(f"{module}.bias")] = draw.normal(size, std=0.1)
+    inputs[key_of(f"{BIAS}.scale")] = torch.full_like(inputs["hidden"][0, 0, :1], BIAS_SCALE)
+    return inputs
+
+
+def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
+    """Twelve products of hidden size squared, and attention; a backward has two products for each of the forward."""
+    hidden = inputs["hidden"]
+    tokens, size = workload.batch * workload.length, hidden.shape[-1]
+    weights = sum(inputs[key_of(name)].nbytes for name in PLAIN_PARAMETERS)
+    flops = 24 * tokens * size**2 + 4 * tokens * workload.length * size
+    forward = 2 * hidden.nbytes + weights
+    return Cost(flops, forward) if direction == FORWARD else Cost(3 * flops, 3 * forward)
+
+
+def layer(hidden: Tensor, heads: int, parameters: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """As BERT's equations read, with every score in memory."""
+
+    def linear(module: str, x: Tensor) -> Tensor:
+        return F.linear(x, parameters[f"{module}.weight"], parameters[f"{module}.bias"])
+
+    def norm(module: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], parameters[f"{module}.weight"], parameters[f"{module}.bias"], EPS)
+
+    q, k, v = (
+        linear(f"{ATTENTION}.{name}", hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    attended = (scores if bias is None else scores + bias).softmax(-1) @ v
+    attended = norm(NORMS[0], linear("attention.output.dense", attended.transpose(1, 2).flatten(2)) + hidden)
+    return norm(NORMS[1], linear("output.dense", F.gelu(linear("intermediate.dense", attended))) + attended)
+
+
+def by_name(inputs: Inputs, names: tuple[str, ...] = PARAMETERS) -> dict[str, Tensor]:
+    return {name: inputs[key_of(name)] for name in names}
+
+
+def official(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor) -> Tensor:
+    """CTR-Sink's official formulation, of a dense bias."""
+    parameters = by_name(inputs)
+    sinks = hidden.gather(1, sink_positions[..., None].expand(-1, -1, hidden.shape[-1]))
+    weight, offset = (parameters[f"{BIAS}.norm.{p}"] for p in ("weight", "bias"))
+    sinks = F.layer_norm(sinks, sinks.shape[-1:], weight, offset)  # of this one, PyTorch's own epsilon
+    q, k = (
+        F.linear(sinks, parameters[f"{BIAS}.{m}.weight"], parameters[f"{BIAS}.{m}.bias"])
+        .unflatten(-1, (heads, -1))
+        .transpose(1, 2)
+        for m in ("query_proj", "key_proj")
+    )
+    between = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1, keepdim=True)  # [B, 1, M, M]
+    dense = official_bias(between, sink_positions, hidden.shape[1])
+    return layer(hidden, heads, parameters, dense * parameters[f"{BIAS}.scale"])
+
+
+def without_bias(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor) -> Tensor:
+    return layer(hidden, heads, by_name(inputs, PLAIN_PARAMETERS), None)
+
+
+EAGER, PLAIN = "official, eager", "transformers, SDPA, no bias"
+BERT = register(
+    Operator(
+        "bert_layer",
+        official,
+        draw_inputs,
+        cost,
+        grads=("hidden", *map(key_of, PARAMETERS)),
+        baseline=EAGER,
+        workloads=BERT_LAYER,
+        goals=(TimeGoal(workload="bert_base", direction=TRAINING, against=(PLAIN,), time_ratio=1.15),),
+    )
+)
+BERT.implementation(EAGER)(official)
+
+
+@cache
+def bert_layer(size: int, heads: int, with_sinks: bool) -> nn.Module:
+    """Of transformers, whose parameters come with each call."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=1,
+        hidden_size=size,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        intermediate_size=4 * size,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertModel(config, add_pooling_layer=False).train()
+    if with_sinks:
+        from recattn.integrations.transformers import enable_sink_attention
+
+        enable_sink_attention(model, bias_scale=BIAS_SCALE)
+    return model.encoder.layer[0]
+
+
+def needs_transformers(workload: SinkWorkload, device: torch.device) -> str | None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return "transformers is not installed"
+    return None
+
+
+@BERT.implementation("recattn", unavailable=needs_transformers, ours=True)
+def patched(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor) -> Tensor:
+    from recattn.integrations.transformers import Sinks
+
+    module = bert_layer(hidden.shape[-1], heads, with_sinks=True)
+    sinks = Sinks(sink_positions, sink_positions >= 0, None, "right")
+    return functional_call(module, by_name(inputs), (hidden,), {"sinks": sinks})
+
+
+@BERT.implementation(
+    PLAIN,
+    unavailable=needs_transformers,
+    reference=without_bias,
+    grads=("hidden", *map(key_of, PLAIN_PARAMETERS)),
+)
+def unpatched(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor) -> Tensor:
+    module = bert_layer(hidden.shape[-1], heads, with_sinks=False)
+    return functional_call(module, by_name(inputs, PLAIN_PARAMETERS), (hidden,))

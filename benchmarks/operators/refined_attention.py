@@ -1,0 +1,215 @@
+"""refined_attention against eager PyTorch, with and without SDPA for the last step, and against two chained calls of
+SDPA; the limit is plain attention."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+import recattn
+from benchmarks.harness.compiled import compiled
+from benchmarks.harness.goals import Goal, MemoryGoal, TimeGoal
+from benchmarks.harness.registry import BACKWARD, FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.workloads import CUDA, REFINED, Draw, RefinedWorkload
+from recattn import reference
+from recattn.ops.refined_attention import availability
+
+
+def draw_inputs(workload: RefinedWorkload, draw: Draw) -> Inputs:
+    n, dim, rank = workload.length, workload.dim, workload.rank or workload.length
+    # Scores of order one: with larger ones the rounding of a single row decides the largest error of every contestant.
+    columns = 2 * rank if workload.mechanism == "stochastic" else rank  # [W^μ | W^Σ]
+    widths = {"w_q": columns, "w_k": columns, "w_v": n}
+    weights = {name: draw.normal(n, widths[name], std=n**-0.5 / 2) for name in weight_names(workload)}
+    kind = {"mechanism": workload.mechanism, "source": workload.source}
+    if not workload.histories:
+        shape = workload.batch, workload.heads, n, dim
+        return {**{name: draw.normal(*shape) for name in ("q", "k", "v")}, **weights, **kind, "seq_lens": None}
+    histories = draw.histories.sample(workload.batch, longest=n)
+    items = draw.embeddings(histories, dim, padding_side="left")  # [B, <= N, dim]
+    items = F.pad(items, (0, 0, n - items.shape[1], 0))
+    projections = (draw.normal(dim, workload.heads * dim, std=dim**-0.5) for _ in range(3))
+    q, k, v = ((items @ w).unflatten(2, (-1, dim)).transpose(1, 2).contiguous() for w in projections)  # [B, H, N, D]
+    lengths = draw.index([len(history) for history in histories])
+    return {"q": q, "k": k, "v": v, **weights, **kind, "seq_lens": lengths, "padding_side": "left"}
+
+
+def weight_names(workload: RefinedWorkload) -> tuple[str, ...]:
+    return ("w_q", "w_k", "w_v") if workload.mechanism in ("value", "additive") else ("w_q", "w_k")
+
+
+def cost(workload: RefinedWorkload, inputs: Inputs, direction: str) -> Cost:
+    """The fewest products known over the visible pairs; the backward has two for each of the forward.
+
+    A rank of N or more folds into A (W_q W_kᵀ) Aᵀ. Of that, and of the products with W_v, what is causal is n³/3.
+    """
+    lengths = inputs["seq_lens"]
+    n = (torch.full((workload.batch,), workload.length) if lengths is None else lengths).double()
+    pairs, rank = n * (n + 1) / 2, inputs["w_q"].shape[1]
+    refining = 6 * rank * pairs
+    if workload.mechanism != "stochastic":
+        refining = torch.minimum(refining, 2 * n**3 / 3)
+    if "w_v" in inputs:
+        refining += 2 * n**3 / 3
+    flops = workload.heads * float((4 * workload.dim * pairs + refining).sum())
+    weights = sum(inputs[name].nbytes for name in weight_names(workload))
+    forward = 4 * inputs["q"].nbytes + weights
+    if direction == FORWARD:
+        return Cost(flops, forward)
+    return Cost(3 * flops, forward + (forward + inputs["q"].nbytes) + (3 * inputs["q"].nbytes + weights))
+
+
+EAGER, COMPILED, CHAINED, PLAIN = "eager", "eager, torch.compile", "two chained SDPA", "plain SDPA"
+
+
+def gpu_goals() -> Iterator[Goal]:
+    """How many times as fast as each peer, and with how much of its memory."""
+    short = {FORWARD: (8, 3, 2), TRAINING: (6, 2.5, 1.5)}
+    long = {FORWARD: (4, 2, 1.3), BACKWARD: (4, 2, 1.25)}
+    for workload in REFINED:
+        if workload.devices != CUDA or workload.mechanism != "simple":
+            continue
+        for direction, speeds in (short if workload.length <= 200 else long).items():
+            for peer, speed in zip((EAGER, COMPILED, CHAINED), speeds, strict=True):
+                goal = {"workload": workload.name, "direction": direction, "against": (peer,), "device": "cuda"}
+                yield TimeGoal(**goal, time_ratio=1 / speed)
+    for workload in ("gpu_200", "gpu_2048"):
+        for direction in (FORWARD, TRAINING):
+            goal = {"workload": workload, "direction": direction, "against": (PLAIN,), "device": "cuda"}
+            yield TimeGoal(**goal, time_ratio=1.6)
+    for peer, ratio in {EAGER: 1 / 15, COMPILED: 1 / 8, CHAINED: 1.0}.items():
+        goal = {"workload": "gpu_2048", "direction": TRAINING, "against": (peer,), "device": "cuda"}
+        yield MemoryGoal(**goal, memory_ratio=ratio)
+
+
+REFINED_ATTENTION = register(
+    Operator(
+        "refined_attention",
+        reference.refined_attention,
+        draw_inputs,
+        cost,
+        grads=("q", "k", "v", "w_q", "w_k", "w_v"),
+        baseline=EAGER,
+        workloads=REFINED,
+        goals=(
+            TimeGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), time_ratio=1 / 1.5),
+            MemoryGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), memory_ratio=1 / 2),
+            *gpu_goals(),
+        ),
+    )
+)
+REFINED_ATTENTION.add_recattn(recattn.refined_attention, availability)
+
+
+def prepare_mask(inputs: Inputs) -> Inputs:
+    """`visible` [B, 1, N, N] in place of the lengths, as a model builds it once for all its layers; None: causal."""
+    inputs = dict(inputs)
+    seq_lens = inputs.pop("seq_lens")
+    if seq_lens is None:
+        return {**inputs, "visible": None}
+    inputs.pop("padding_side")
+    return {**inputs, "visible": visible_pairs(inputs["q"].shape[2], seq_lens)}
+
+
+def visible_pairs(n: int, seq_lens: Tensor) -> Tensor:
+    """[B, 1, N, N], causal, of sequences padded on the left."""
+    valid = torch.arange(n, device=seq_lens.device) >= n - seq_lens[:, None]  # [B, N]
+    return (past(n, seq_lens.device) & valid[:, :, None] & valid[:, None, :]).unsqueeze(1)
+
+
+def past(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
+
+
+def source_weights(q: Tensor, k: Tensor, source: str, visible: Tensor) -> Tensor:
+    logits = q @ k.mT / math.sqrt(q.shape[-1])
+    return logits * visible if source == "logits" else masked_softmax(logits, visible)
+
+
+def distances(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor) -> Tensor:
+    """W² of every query and key, [..., N, N], by means and deviations apart, as STOSA's formulas have them."""
+
+    def squared(x: Tensor, y: Tensor) -> Tensor:
+        return x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
+
+    return squared(mean_q, mean_k) + squared(std_q, std_k)
+
+
+def gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and deviations, the covariance elu + 1 of the second half."""
+    mean, covariance = x.chunk(2, dim=-1)
+    return mean, deviation(F.elu(covariance) + 1)
+
+
+def deviation(covariance: Tensor) -> Tensor:
+    return covariance.clamp(min=torch.finfo(covariance.dtype).tiny).sqrt()
+
+
+@REFINED_ATTENTION.implementation(EAGER, prepare=prepare_mask)
+def eager(q, k, v, w_q, w_k, mechanism, source, visible, w_v=None):
+    visible = past(q.shape[2], q.device) if visible is None else visible
+    a = source_weights(q, k, source, visible)
+    if mechanism == "stochastic":
+        refined = -distances(*gaussians(a @ w_q), *gaussians(a @ w_k)) / math.sqrt(w_q.shape[-1] / 2)
+        return masked_softmax(refined, visible) @ v
+    refined = (a @ w_q) @ (a @ w_k).mT / math.sqrt(w_q.shape[-1])
+    if mechanism != "simple":
+        refined = masked_softmax(refined, visible) @ (a @ w_v)
+    if mechanism == "additive":
+        refined = a + refined
+    return masked_softmax(refined, visible) @ v
+
+
+@REFINED_ATTENTION.implementation(COMPILED, prepare=prepare_mask, cpu_tier="full", compiled=True)
+def eager_compiled(**inputs):
+    return compiled(eager)(**inputs)
+
+
+def is_simple(workload: RefinedWorkload) -> bool:
+    return workload.mechanism == "simple"
+
+
+@REFINED_ATTENTION.implementation("eager, SDPA last", applies=is_simple, prepare=prepare_mask)
+def eager_then_sdpa(q, k, v, w_q, w_k, mechanism, source, visible):
+    a = source_weights(q, k, source, past(q.shape[2], q.device) if visible is None else visible)
+    return causal_sdpa(a @ w_q, a @ w_k, v, visible)
+
+
+def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    if visible is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # SDPA wants a visible key in every row: padded rows see all, and are set to zero.
+    padded = ~visible.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, visible | padded).masked_fill(padded, 0)
+
+
+def refined_weights(source: str, **inputs) -> Tensor:
+    return reference.refined_attention(**inputs, source="weights")
+
+
+@REFINED_ATTENTION.implementation(
+    CHAINED, applies=is_simple, prepare=prepare_mask, reference=refined_weights, cpu_tier="full"
+)
+def two_chained_sdpa(q, k, v, w_q, w_k, mechanism, source, visible):
+    """source="weights" whatever is asked for: A W is then attention with W for values."""
+    n, rank = q.shape[2], w_q.shape[1]
+    w = torch.cat([w_q, w_k], dim=1)[:n].expand(*q.shape[:2], n, 2 * rank)
+    queries, keys = causal_sdpa(q, k, w, visible).chunk(2, dim=-1)
+    return causal_sdpa(queries, keys, v, visible)
+
+
+def plain_attention(q, k, v, seq_lens, padding_side="right", **others):
+    """The reference of sink_attention without sinks is that of plain attention."""
+    no_sinks = torch.zeros(len(q), 0, dtype=torch.int64, device=q.device), q.new_zeros(len(q), 1, 0, 0)
+    return reference.sink_attention(q, k, v, *no_sinks, causal=True, seq_lens=seq_lens, padding_side=padding_side)
+
+
+@REFINED_ATTENTION.implementation(PLAIN, prepare=prepare_mask, reference=plain_attention, grads=("q", "k", "v"))
+def plain_sdpa(q, k, v, visible, **others):
+    return causal_sdpa(q, k, v, visible)

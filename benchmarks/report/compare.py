@@ -1,0 +1,108 @@
+"""Two records of the suite against each other: what has become slower, or takes more memory, than it may."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.harness.records import TIMED, Record
+from benchmarks.harness.registry import Operator
+
+THRESHOLD = 0.10
+# A growth of memory below this is an allocator's rounding.
+NEGLIGIBLE_BYTES = 2**20
+SAME, FASTER, SLOWER, LARGER, LOST = "same", "faster", "slower", "more memory", "lost"
+REGRESSIONS = (SLOWER, LARGER, LOST)
+STYLE = {SLOWER: "red", LARGER: "red", LOST: "red", FASTER: "green"}
+
+Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of a row. None: not timed in one of the two."""
+
+    old: Record
+    new: Record
+    ours: bool
+    verdict: str
+    time_ratio: float | None = None  # new over old
+    spread: float | None = None  # of the ratio, from those of both
+
+
+def key_of(record: Record) -> Key:
+    """What must be the same for two rows to be of one thing."""
+    row, run = record
+    shape = tuple(sorted((name, value) for name, value in row.shape.items() if value not in (None, False)))
+    return run["device"], run["threads"], row.op, row.workload, shape, row.dtype, row.impl, row.direction
+
+
+def compare(
+    old: Sequence[Record], new: Sequence[Record], operators: dict[str, Operator], threshold: float = THRESHOLD
+) -> list[Change]:
+    """A change for each row of recattn and of its peers that both have. Of rows measured again, the last counts.
+
+    Slower is a time ratio that is above 1 + threshold even at the favourable end of its spread.
+
+    Raises ValueError where they have no row in common, as records of two machines have not.
+    """
+    before, after = ({key_of(record): record for record in records} for records in (old, new))
+    common = [key for key in before if key in after]
+    if not common:
+        machines = [sorted({f"{r.run['device']}, {r.run['threads']} threads" for r in rows}) for rows in (old, new)]
+        raise ValueError(f"no row in common: the old record is of {machines[0]}, the new one of {machines[1]}")
+    return [_change(before[key], after[key], operators, threshold) for key in common]
+
+
+def _change(old: Record, new: Record, operators: dict[str, Operator], threshold: float) -> Change:
+    implementation = operators[new.row.op].implementations.get(new.row.impl) if new.row.op in operators else None
+    ours = implementation is not None and implementation.ours
+    if old.row.status != TIMED or new.row.status != TIMED:
+        return Change(old, new, ours, LOST if old.row.status == TIMED else SAME)
+    ratio = new.row.p50_ms / old.row.p50_ms
+    # Too few samples for a spread are no evidence of anything.
+    spread = math.hypot(*(math.inf if row.spread is None else row.spread for row in (old.row, new.row)))
+    verdict = SAME
+    if ratio * (1 - spread) > 1 + threshold:
+        verdict = SLOWER
+    elif new.row.peak_bytes > (1 + threshold) * old.row.peak_bytes + NEGLIGIBLE_BYTES:
+        verdict = LARGER
+    elif ratio * (1 + spread) < 1 / (1 + threshold):
+        verdict = FASTER
+    return Change(old, new, ours, verdict, ratio, spread)
+
+
+def regressions(changes: Sequence[Change]) -> list[Change]:
+    """Those of recattn: that a peer has become slower is for its own people."""
+    return [change for change in changes if change.ours and change.verdict in REGRESSIONS]
+
+
+def report(console: Console, changes: Sequence[Change], threshold: float) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title="changes", title_justify="left", title_style="bold", pad_edge=False)
+    for column in ("operator", "workload", "implementation", "direction"):
+        table.add_column(column)
+    for column in ("old ms", "new ms", "×", "spread", "verdict"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for change in changes:
+        if change.verdict == SAME:
+            continue
+        row = change.new.row
+        figures = ("–",) * 4
+        if change.time_ratio is not None:
+            times = (change.old.row.p50_ms, row.p50_ms, change.time_ratio)
+            figures = (*(f"{value:.3g}" for value in times), f"{change.spread:.0%}")
+        style = STYLE[change.verdict] if change.ours else "dim"
+        table.add_row(row.op, row.workload, row.impl, row.direction, *figures, Text(change.verdict, style=style))
+    if table.row_count:
+        console.print(table)
+    lost, peers = regressions(changes), [c.time_ratio for c in changes if not c.ours and c.time_ratio is not None]
+    console.print(
+        f"{len(changes)} rows in common; {len(lost)} of recattn regressed by more than {threshold:.0%}, spread aside"
+        + (f"; its peers take {statistics.median(peers):.2f}× the old time in the median" if peers else ""),
+        highlight=False,
+    )

@@ -1,0 +1,154 @@
+"""`python -m benchmarks.tools.headline sink_forward`: recattn beside its peers on the one workload that matters most,
+and the time of every kernel in a call.
+
+Peers at hand come first, and are printed before one that torch.compile makes is looked at. Rows, and microseconds by
+kernel, are written as JSON lines. It needs nothing but PyTorch and recattn.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.data import movielens
+from benchmarks.harness import records
+from benchmarks.harness.ceilings import around, measure_ceilings
+from benchmarks.harness.contest import Contest, Settings, timed_call
+from benchmarks.harness.goals import NOT_MEASURED
+from benchmarks.harness.memory import limit_memory
+from benchmarks.harness.records import TIMED, Row
+from benchmarks.harness.registry import BACKWARD, DTYPES, FORWARD, TRAINING, Implementation, Operator, load_operators
+from benchmarks.harness.timing import clock_for
+from benchmarks.harness.workloads import Draw, Workload
+
+CALLS = 3
+SHOWN_KERNELS = 6
+
+
+@dataclass(frozen=True)
+class Headline:
+    operator: str
+    workload: str
+    directions: tuple[str, ...]
+
+
+HEADLINES = {
+    "sink_forward": Headline("sink_attention", "gpu_2k_d64_causal", (FORWARD,)),
+    "sink_backward": Headline("sink_attention", "gpu_2k_d64_causal", (BACKWARD,)),
+    "refined": Headline("refined_attention", "gpu_50", (FORWARD, TRAINING)),
+    "absorbed": Headline("lrea_absorbed_attention", "gpu_1000x200", (FORWARD,)),
+}
+
+
+def find(headline: Headline, device: torch.device) -> tuple[Operator, Workload, list[Implementation]]:
+    """The operator, the workload, and who takes part."""
+    operator = load_operators()[headline.operator]
+    (workload,) = (w for w in operator.workloads if w.name == headline.workload)
+    contestants = [
+        i
+        for i in operator.implementations.values()
+        if i.applies(workload) and device.type in i.devices and i.tier_on(device.type) != "full"
+    ]
+    return operator, workload, contestants
+
+
+def rounds(contestants: Sequence[Implementation]) -> list[list[Implementation]]:
+    """Those at hand, then those that are compiled first. recattn as its user calls it is in both."""
+    at_hand = [i for i in contestants if not i.compiled]
+    compiled = [i for i in contestants if i.compiled]
+    return [at_hand, [*(i for i in at_hand if i.name == "recattn"), *compiled]] if compiled else [at_hand]
+
+
+def keep_verdicts(rows: Sequence[Row], before: Sequence[Row]) -> None:
+    """A goal against those of an earlier round has its verdict from there."""
+    reached = {(row.impl, row.direction, goal.goal): goal for row in before for goal in row.goals}
+    for row in rows:
+        row.goals = [
+            reached.get((row.impl, row.direction, goal.goal), goal) if goal.verdict == NOT_MEASURED else goal
+            for goal in row.goals
+        ]
+
+
+def kernel_times(call: Callable[[int], Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """Microseconds of each kernel in a call, the longest first; on a CPU, of each of PyTorch's operators."""
+    on_cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
+    timed = [call(turn) for turn in range(CALLS)]  # the forward of a backward is no part of it
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for each in timed:
+            each()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+    total = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    times = {event.key: getattr(event, total) / CALLS for event in profile.key_averages()}
+    return {name: times[name] for name in sorted(times, key=times.get, reverse=True) if times[name]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tools.headline", description=__doc__.partition("\n\n")[0]
+    )
+    parser.add_argument("headline", choices=HEADLINES)
+    parser.add_argument("--device", type=torch.device, default="cuda", help="cuda by default")
+    parser.add_argument("--workload", help="another one of the operator's")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing a direction, 1 by default")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the JSON lines")
+    chosen = parser.parse_args(arguments)
+    device, headline = chosen.device, HEADLINES[chosen.headline]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
+    limit_memory(device)
+    headline = replace(headline, workload=chosen.workload or headline.workload)
+    operator, workload, contestants = find(headline, device)
+    dtype, histories, clock = DTYPES[device.type], movielens.load(offline=True), clock_for(device)
+    ceilings = around(partial(measure_ceilings, device, [dtype], clock, quick=True))
+    settings = Settings(device, dtype, histories, ceilings, clock, chosen.seconds, headline.directions, say)
+    common = records.environment(device)
+    path = chosen.results / f"headline-{chosen.headline}.jsonl"
+    inputs = operator.inputs(workload, Draw(1, dtype, device, histories))
+    rows: list[Row] = []
+    for taking_part in rounds(contestants):
+        own = Contest(operator, workload, taking_part, settings).run()
+        keep_verdicts(own, rows)
+        records.append(own, common, path)
+        print(*map(line, own), sep="\n", flush=True)
+        profiled = {(row.impl, row.direction) for row in rows}
+        rows += own
+        for row in (row for row in own if row.status == TIMED and (row.impl, row.direction) not in profiled):
+            call = timed_call(operator, operator.implementations[row.impl], row.direction, [dict(inputs)])
+            times = kernel_times(call, device)
+            show(row, times)
+            about = {"kernels_of": row.impl, "op": row.op, "workload": row.workload, "pass": row.direction}
+            records.append_lines([{**about, "microseconds": times}], common, path)
+    broke = {row.impl for row in rows if row.status in (records.REFUSED, records.FAILED)}
+    return int(any(operator.implementations[name].ours for name in broke))
+
+
+def say(doing: str, done: float) -> None:
+    """Whose turn it was, should the process die or hang."""
+    if not done:
+        print(f"  {doing}", flush=True)
+
+
+def line(row: Row) -> str:
+    """A row as it is printed."""
+    what = f"{row.workload} {row.direction} {row.impl:28}"
+    if row.status != TIMED:
+        return f"{what} {row.status}: {row.reason}"
+    verdicts = [f"{goal.verdict}: {goal.goal}" for goal in row.goals]
+    figures = [f"{what} {1e3 * row.p50_ms:9.1f} µs", f"{row.ceiling_fraction:.0%} of the ceiling", *verdicts]
+    return "; ".join(figures)
+
+
+def show(row: Row, times: dict[str, float]) -> None:
+    print(f"{row.impl}, {row.direction}: {sum(times.values()):.1f} µs in {len(times)} kernels", flush=True)
+    for name, time in list(times.items())[:SHOWN_KERNELS]:
+        print(f"  {time:9.1f} µs  {name[:80]}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
