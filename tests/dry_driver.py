@@ -68,7 +68,7 @@ def _serve_cpu_tensors() -> None:
     from recattn.functional import validation
 
     validation.values_are_checked = lambda device: False  # as on a GPU
-    for module in pkgutil.iter_modules(recattn.ops.__path__):
-        module = importlib.import_module(f"recattn.ops.{module.name}")
+    for module in pkgutil.walk_packages(recattn.ops.__path__, "recattn.ops."):
+        module = importlib.import_module(module.name)
         if hasattr(module, "triton_refusal"):
             module.triton_refusal = lambda device_type, dtype=None: None

@@ -24,7 +24,7 @@ import recattn
 from recattn.checks.cases import OPERATORS, Case, Operator
 from recattn.checks.supervisor import DTYPES
 from recattn.ops import sink_attention as sink_ops
-from recattn.ops.base_attention import BASES, BaseAttention
+from recattn.ops.backends import BASES, BaseAttention
 
 sink_attention = functools.partial(recattn.sink_attention, impl="triton")
 inter_sink_bias = functools.partial(recattn.inter_sink_bias, impl="triton")

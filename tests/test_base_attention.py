@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from recattn import reference
-from recattn.ops import base_attention
-from recattn.ops.base_attention import (
+from recattn.ops import backends as base_attention
+from recattn.ops.backends import (
     BASES,
     BaseAttention,
     Call,

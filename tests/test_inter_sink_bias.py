@@ -15,7 +15,7 @@ import recattn
 from memory import LargestTensor
 from recattn import reference
 from recattn.ops import inter_sink_bias as ops
-from recattn.ops._triton import draw_dropout_seed
+from recattn.ops._support import draw_dropout_seed
 from recattn.testing import assert_matches_reference
 
 pytest.importorskip("triton")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import recattn
 from memory import LargestTensor
 from recattn import reference
-from recattn.ops import _sink_attention_cpu as on_cpu
 from recattn.ops import sink_attention as ops
+from recattn.ops.sink_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
 from sink_inputs import draw, draw_packed
 from strategies import lengths, ragged_lengths, seeds

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 import recattn
 from recattn import reference
 from recattn.ops import sink_attention as ops
-from recattn.ops import sink_attention_dispatch as dispatch
-from recattn.ops.base_attention import BASES, BaseAttention
+from recattn.ops.backends import BASES, BaseAttention
+from recattn.ops.sink_attention import dispatch
 from recattn.testing import assert_matches_reference
 from sink_inputs import draw, draw_packed
 

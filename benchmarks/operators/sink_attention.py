@@ -18,7 +18,7 @@ from benchmarks.harness.goals import ExtraMemoryGoal, Goal, TimeGoal
 from benchmarks.harness.registry import BACKWARD, FORWARD, TRAINING, Cost, Inputs, Operator, register
 from benchmarks.harness.workloads import CPU, CUDA, SINK, Draw, SinkWorkload, offsets
 from recattn import reference
-from recattn.ops.base_attention import BASES
+from recattn.ops.backends import BASES
 
 # CTR-Sink scales its softmax-ed biases by 10 in its encoders.
 BIAS_SCALE = 10

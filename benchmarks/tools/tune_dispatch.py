@@ -32,7 +32,7 @@ from benchmarks.harness.timing import clock_for
 from benchmarks.harness.workloads import SinkWorkload, sink_workload
 from benchmarks.operators.sink_attention import PATHS, SINK_ATTENTION
 
-TABLE = ROOT / "python" / "recattn" / "ops" / "sink_attention_dispatch.json"
+TABLE = ROOT / "python" / "recattn" / "ops" / "sink_attention" / "dispatch.json"
 TOKENS = 16384
 WARM_UP = 0.4  # share of the time for compiling and checking, at a guess
 

@@ -10,7 +10,7 @@ from recattn import _environment
 from recattn._dispatch import select
 from recattn._extension import MISSING
 from recattn.ops import AVAILABILITY
-from recattn.ops._triton import installation_refusal
+from recattn.ops._support import installation_refusal
 
 DEVICES = ("cpu", "cuda")
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 import recattn
 from recattn import reference
 from recattn.ops import AVAILABILITY
-from recattn.ops.base_attention import BASES
+from recattn.ops.backends import BASES
 
 Inputs = dict[str, object]
 REAL = "real"  # the case that is left out when time is short

@@ -19,7 +19,7 @@ from recattn._dispatch import select
 from recattn.functional._autocast import autocast_inputs
 from recattn.ops import inter_sink_bias as ops
 from recattn.ops._library import distinct
-from recattn.ops._triton import draw_dropout_seed
+from recattn.ops._support import draw_dropout_seed
 
 
 def inter_sink_bias(

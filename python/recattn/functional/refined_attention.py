@@ -20,7 +20,7 @@ from recattn._dispatch import select
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
 from recattn.ops import refined_attention as ops
-from recattn.ops._triton import draw_dropout_seed
+from recattn.ops._support import draw_dropout_seed
 
 _MECHANISMS = ("simple", "value", "additive", "stochastic")
 

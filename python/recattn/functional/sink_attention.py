@@ -24,8 +24,8 @@ from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
 from recattn.ops import sink_attention as ops
 from recattn.ops._library import distinct
-from recattn.ops._triton import draw_dropout_seed
-from recattn.ops.base_attention import BASES
+from recattn.ops._support import draw_dropout_seed
+from recattn.ops.backends import BASES
 
 
 def sink_attention(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recattn._check import expect, expect_index
 from recattn.ops import index_checks as ops
-from recattn.ops._triton import constant_in_graphs
+from recattn.ops._support import constant_in_graphs
 
 
 class Indices(NamedTuple):

@@ -21,7 +21,7 @@ from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
 from recattn.ops import wasserstein_attention as ops
 from recattn.ops._library import distinct
-from recattn.ops._triton import draw_dropout_seed
+from recattn.ops._support import draw_dropout_seed
 
 
 def wasserstein_attention(

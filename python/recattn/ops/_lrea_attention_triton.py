@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recattn.ops._triton import constant_in_graphs, triton_refusal
+from recattn.ops._support import constant_in_graphs, triton_refusal
 
 
 def refusal(device: str, dtype: torch.dtype | None, rank: int) -> str | None:

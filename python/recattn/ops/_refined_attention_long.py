@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recattn.ops._library import define, differentiable_again
 from recattn.ops._refined_attention_slices import gaussians, gaussians_backward
-from recattn.ops._triton import triton_refusal
+from recattn.ops._support import triton_refusal
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttention, no_sinks
 from recattn.ops.sink_attention import Settings as AttentionSettings
 from recattn.reference.sink_attention import valid_tokens, visible_pairs

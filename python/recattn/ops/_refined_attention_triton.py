@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recattn.ops._triton import constant_in_graphs, launched_dropout, triton_refusal
+from recattn.ops._support import constant_in_graphs, launched_dropout, triton_refusal
 
 
 def refusal(q: Tensor, v: Tensor, mechanism: str) -> str | None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from recattn.ops._refined_attention_slices import new_output
-from recattn.ops._triton import launched_dropout
+from recattn.ops._support import launched_dropout
 
 
 def wasserstein_attention_fwd(

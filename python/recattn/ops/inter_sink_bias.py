@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recattn import reference
 from recattn.ops._library import define, differentiable_again, refuse_dropout
-from recattn.ops._triton import triton_refusal
+from recattn.ops._support import triton_refusal
 
 # The kernels hold rows of the bias whole.
 _MAX_SINKS = 128

@@ -15,7 +15,7 @@ from recattn.ops import _refined_attention_long as long
 from recattn.ops import _refined_attention_slices as by_slices
 from recattn.ops import _refined_attention_triton as short
 from recattn.ops._library import define, differentiable_again, distinct, refuse_dropout
-from recattn.ops._triton import triton_refusal
+from recattn.ops._support import triton_refusal
 
 
 def availability(device: str) -> dict[str, str | None]:

@@ -1,8 +1,8 @@
 """Which path of sink_attention runs a call on a GPU: "triton" (fused), or "correction:<base>".
 
-What was measured on a device decides there (sink_attention_dispatch.json, written by `python -m
-benchmarks.tools.tune_dispatch`): the row whose shape is nearest. Elsewhere a heuristic does. The choice depends on
-nothing but the call, so the backward comes to that of its forward.
+What was measured on a device decides there (dispatch.json, written by `python -m benchmarks.tools.tune_dispatch`):
+the row whose shape is nearest. Elsewhere a heuristic does. The choice depends on nothing but the call, so the backward
+comes to that of its forward.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recattn.ops.base_attention import BASES, Call
+from recattn.ops.backends import BASES, Call
 
 FUSED = "triton"
 CORRECTION = "correction"

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recattn.ops._triton import launched_dropout
-from recattn.ops.base_attention import BASES, empty_backward, empty_forward
-from recattn.ops.sink_attention_dispatch import FUSED, resolve
+from recattn.ops._support import launched_dropout
+from recattn.ops.backends import BASES, empty_backward, empty_forward
+from recattn.ops.sink_attention.dispatch import FUSED, resolve
 
 
 class Context(NamedTuple):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from recattn import reference
-from recattn.ops import _sink_attention_cpu as on_cpu
-from recattn.ops import _sink_attention_triton as by_triton
 from recattn.ops._library import define, differentiable_again, refuse_dropout
-from recattn.ops._triton import triton_refusal
-from recattn.ops.sink_attention_dispatch import CORRECTION
+from recattn.ops._support import triton_refusal
+from recattn.ops.sink_attention import cpu as on_cpu
+from recattn.ops.sink_attention import triton as by_triton
+from recattn.ops.sink_attention.dispatch import CORRECTION
 
 # The widest head that the kernels' tiles hold.
 MAX_HEAD_DIM = 256
