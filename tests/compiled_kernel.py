@@ -17,7 +17,7 @@ Row = dict[str, int | list[str]]
 
 
 def measure(compilation: object) -> Row:
-    """A row of the table, for a `recattn.triton_kernels.compilation.Compilation`."""
+    """A row of the table, for a `recattn.triton_kernels.common.compilation.Compilation`."""
     compiled, ptxas = compile_with_log(compilation)
     used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage", compiled.asm["cubin"])))
     code = instructions(cuobjdump("-sass", compiled.asm["cubin"]))
@@ -46,16 +46,27 @@ def compile_with_log(compilation: object) -> tuple[object, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from recattn.triton_kernels.compilation import ENABLE_FP_FUSION
+    from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION
 
-    types = {name: kind.partition(":") for name, kind in compilation.signature.items()}
+    names = list(compilation.signature)
+    attributes = {}
+
+    def without_divisor(kind: str | tuple, path: tuple[int, ...]) -> str | tuple:
+        if isinstance(kind, tuple):
+            return type(kind)(*(without_divisor(field, (*path, i)) for i, field in enumerate(kind)))
+        base, _, divisor = kind.partition(":")
+        if divisor:
+            attributes[path] = [["tt.divisibility", int(divisor)]]
+        return base
+
     source = ASTSource(
         compilation.kernel,
-        signature={name: base for name, (base, _, _) in types.items()},
-        constexprs=dict(compilation.constexprs),
-        attrs={
-            (i,): [["tt.divisibility", int(divisor)]] for i, (_, _, divisor) in enumerate(types.values()) if divisor
+        signature={name: without_divisor(kind, (i,)) for i, (name, kind) in enumerate(compilation.signature.items())},
+        constexprs={
+            path if isinstance(path, str) else (names.index(path[0]), path[1]): value
+            for path, value in compilation.constexprs.items()
         },
+        attrs=attributes,
     )
     options = {name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")}
     # Triton prints the log where it runs ptxas: not where its cache has the kernel.

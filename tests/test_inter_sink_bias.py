@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from recattn.triton_kernels import inter_sink_bias as kernels
-from recattn.triton_kernels.primitives import dropout_weights
+from recattn.triton_kernels.common.dropout import dropout_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
@@ -469,7 +469,7 @@ def test_compiles_under_autocast():
 SPECIALIZATIONS = """
 import torch
 from recattn.triton_kernels import inter_sink_bias as kernels
-from recattn.triton_kernels.compilation import Compilation
+from recattn.triton_kernels.common.compilation import Compilation
 
 def compiled_for(batch, sinks):
     q_s, bias, mask, shares = (

@@ -16,8 +16,9 @@ from recattn import reference
 from recattn.ops._refined_attention_triton import refusal
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels import refined_attention as kernels
-from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation
-from recattn.triton_kernels.primitives import dropout_weights
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.dropout import dropout_weights
+from recattn.triton_kernels.common.launch import ARCHITECTURES
 from recattn.triton_kernels.refined_attention_config import RefinedAttentionConfig, StageConfig, TileConfig, largest_n
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -214,7 +215,7 @@ def dropout_mask(dropout: kernels.Dropout, planes: int, n: int) -> Tensor:
     size = max(16, triton.next_power_of_2(n))
     out = torch.empty(planes, size, size, device=DEVICE)
     for plane in range(planes):
-        store_dropout_weights_kernel[(1,)](dropout.seed, out[plane], plane, dropout.dropped, size)
+        store_dropout_weights_kernel[(1,)](dropout.seed, out[plane], plane, dropout.threshold, size)
     return out[:, :n, :n]
 
 

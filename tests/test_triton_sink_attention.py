@@ -16,7 +16,7 @@ from memory import LargestTensor
 from recattn import reference
 from recattn.ops import sink_attention as ops
 from recattn.testing import assert_matches_reference
-from recattn.triton_kernels.primitives import dropout_weights
+from recattn.triton_kernels.common.dropout import dropout_weights
 from recattn.triton_kernels.sink_attention import forward as kernels
 from recattn.triton_kernels.sink_attention.config import TILES, SinkAttentionConfig
 from sink_inputs import draw, draw_packed

@@ -22,7 +22,7 @@ from corrected_attention import (
     unbiased_scores,
 )
 from recattn.testing import assert_matches_reference, measure_error
-from recattn.triton_kernels.compilation import Compilation
+from recattn.triton_kernels.common.compilation import Compilation
 from recattn.triton_kernels.sink_attention.correction import (
     CorrectionConfig,
     _delta_arguments,

@@ -26,8 +26,8 @@ from corrected_attention import (
 )
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
 from recattn.testing import assert_matches_reference
-from recattn.triton_kernels.compilation import Compilation
-from recattn.triton_kernels.primitives import dropout_weights
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.dropout import dropout_weights
 from recattn.triton_kernels.sink_attention.sink_pairs import (
     PairsConfig,
     _arguments,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from recattn.triton_kernels import wasserstein_attention as kernels
-from recattn.triton_kernels.primitives import dropout_weights
+from recattn.triton_kernels.common.dropout import dropout_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.

@@ -22,7 +22,7 @@ loop_*           instructions of the main loop, as `compiled_kernel.main_loop` f
                  ISETP and FSEL
 
 A kernel module takes part by its `shipped_configurations()`, which yields a
-`recattn.triton_kernels.compilation.Compilation` for each. To have another Triton, put it first on PYTHONPATH.
+`recattn.triton_kernels.common.compilation.Compilation` for each. To have another Triton, put it first on PYTHONPATH.
 """
 
 import argparse

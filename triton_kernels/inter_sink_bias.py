@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, launch_kernel, strides
-from recattn.triton_kernels.primitives import block_width, dot_rows, dropout_weights, load_rows, offset, store_rows
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.dropout import dropout_weights
+from recattn.triton_kernels.common.launch import ARCHITECTURES, launch_kernel, strides
+from recattn.triton_kernels.common.tiles import block_width, dot_rows, load_rows, offset, store_rows
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, MAX_REGISTERS, Compilation, launch_kernel, strides
-from recattn.triton_kernels.primitives import block_width, load_rows, offset, store_rows
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.launch import ARCHITECTURES, MAX_REGISTERS, launch_kernel, strides
+from recattn.triton_kernels.common.tiles import block_width, load_rows, offset, store_rows
 
 LARGEST_RANK = 256
 

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, strides
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.launch import ARCHITECTURES, strides
+from recattn.triton_kernels.common.ragged import locate_sequence
+from recattn.triton_kernels.common.tiles import block_width, load_rows, offset, store_rows
 from recattn.triton_kernels.lrea_attention import Launch, Tile, dot_of_any, share_count, sum_of_shares, targets_a_block
-from recattn.triton_kernels.primitives import block_width, load_rows, locate_sequence, offset, store_rows
 
 
 # What changes with the batch must not compile anew.

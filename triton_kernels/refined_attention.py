@@ -21,20 +21,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, Compilation, architecture_of, launch_kernel, strides
-from recattn.triton_kernels.primitives import (
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
+from recattn.triton_kernels.common.launch import ARCHITECTURES, architecture_of, launch_kernel, strides
+from recattn.triton_kernels.common.ragged import locate_sequence
+from recattn.triton_kernels.common.tiles import (
     Matrix,
     Tokens,
     block_width,
-    dropout_weights,
     load_rows,
     load_tokens,
-    locate_sequence,
     offset,
     store_tokens,
 )
 from recattn.triton_kernels.refined_attention_config import RefinedAttentionConfig, largest_n
-from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout
 
 # --- One pair ---
 
@@ -163,7 +163,7 @@ def refine(pair, rows, keys, a_rows, a, inner_values, g, dropout, ADDS_SOURCE: t
     final = softmax_of_visible(m, visible)
     if dropout.seed is not None:
         plane = pair.plane.to(tl.int32)
-        keep = dropout_weights(tl.load(dropout.seed), plane, 0, rows.positions, 0, dropout.dropped, BLOCK_N)
+        keep = dropout_weights(tl.load(dropout.seed), plane, 0, rows.positions, 0, dropout.threshold, BLOCK_N)
         final = tl.where(keep > 0.0, final, -final)
     return Weights(queries, inner, final)
 
@@ -173,7 +173,7 @@ def after_dropout(final, dropout):
     """The final weights that multiply V."""
     if dropout.seed is not None:
         # By itself a GPU's maximum of NaN and 0 is 0.
-        final = tl.maximum(final, 0.0, propagate_nan=tl.PropagateNan.ALL) * (65536.0 / (65536 - dropout.dropped))
+        final = tl.maximum(final, 0.0, propagate_nan=tl.PropagateNan.ALL) * (65536.0 / (65536 - dropout.threshold))
     return final
 
 
@@ -631,7 +631,7 @@ def _shared_arguments(
         "scale": scale,
         "causal": int(causal),
         "left_padded": int(left_padded),
-        "dropped": dropout.dropped,
+        "dropped": dropout.threshold,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": v.shape[3],
         "FROM_WEIGHTS": source == "weights",

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from recattn.triton_kernels.compilation import MAX_REGISTERS
-from recattn.triton_kernels.primitives import block_width
+from recattn.triton_kernels.common.launch import MAX_REGISTERS
+from recattn.triton_kernels.common.tiles import block_width
 
 LARGEST_HEAD_DIM = 256
 

@@ -24,15 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import (
-    ARCHITECTURES,
-    MAX_REGISTERS,
-    Compilation,
-    architecture_of,
-    launch_kernel,
-    strides,
-)
-from recattn.triton_kernels.primitives import block_width, dot_rows, load_rows, locate_sequence, offset, store_rows
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.launch import ARCHITECTURES, MAX_REGISTERS, architecture_of, launch_kernel, strides
+from recattn.triton_kernels.common.ragged import locate_sequence
+from recattn.triton_kernels.common.tiles import block_width, dot_rows, load_rows, offset, store_rows
 
 # --- Launch parameters ---
 

@@ -17,9 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import ARCHITECTURES, MAX_REGISTERS, Compilation, launch_kernel
-from recattn.triton_kernels.primitives import block_width, dropout_weights, load_rows, locate_sequence, store_rows
-from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout, exponential, score_unit
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
+from recattn.triton_kernels.common.launch import ARCHITECTURES, MAX_REGISTERS, launch_kernel
+from recattn.triton_kernels.common.ragged import locate_sequence
+from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
+from recattn.triton_kernels.common.tiles import block_width, load_rows, store_rows
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def wasserstein_attention_fwd_kernel(
         return
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q_tile = load_tile(query, first, rows, length, WIDTH, BLOCK_W)  # [BM, W]
-    scale *= score_unit(q_tile)
+    scale *= log2e_scale(q_tile)
     mean_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     cov_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_shift = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -157,8 +160,8 @@ def wasserstein_attention_fwd_kernel(
         scores = tl.where(is_visible(rows[:, None], keys[None, :], length, causal), scores, -float("inf"))
         # Every row sees the first key, so from the first block on this is finite.
         new_shift = tl.maximum(row_shift, tl.max(scores, 1))
-        weights = exponential(scores - new_shift[:, None], q_tile)
-        rescale = exponential(row_shift - new_shift, q_tile)
+        weights = exp_scaled(scores - new_shift[:, None], q_tile)
+        rescale = exp_scaled(row_shift - new_shift, q_tile)
         row_mass = row_mass * rescale + tl.sum(weights, 1)
         if dropout_seed is not None:
             weights *= dropout_weights(tl.load(dropout_seed), plane, 0, rows, first_key, dropped, BLOCK_N)
@@ -200,7 +203,7 @@ def weights_and_score_gradient(
     """P with dropout and dS, [BM, BN], of the scores of which a row's shift and share, 1 / mass, are given."""
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     scores = score_scale * (2 * products - squared_norms(k_tile)[None, :])
-    weights = exponential(scores - shift[:, None], q_tile) * share[:, None]
+    weights = exp_scaled(scores - shift[:, None], q_tile) * share[:, None]
     weights = tl.where(visible, weights, 0.0)
     dropped_weights = weights
     if dropout_seed is not None:
@@ -258,7 +261,7 @@ def wasserstein_attention_bwd_dq_kernel(
     row_shift = tl.load(shift + first + rows, mask=rows < length, other=0.0)
     row_share = 1 / tl.load(mass + first + rows, mask=rows < length, other=1.0)
     q_tile = load_tile(query, first, rows, length, WIDTH, BLOCK_W)  # [BM, W]
-    score_scale = scale * score_unit(q_tile)
+    score_scale = scale * log2e_scale(q_tile)
     acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)  # Σ_j dS_ij: what rounding leaves of 0
     end = tl.where(causal != 0, tl.minimum(length, (tile + 1) * BLOCK_M), length)
@@ -332,7 +335,7 @@ def wasserstein_attention_bwd_dkdv_kernel(
     k_tile = load_tile(key, first, keys, length, WIDTH, BLOCK_W)  # [BN, W]
     mean_v_tile = load_tile(mean_v, first, keys, length, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
     cov_v_tile = load_tile(cov_v, first, keys, length, V_HEAD_DIM, BLOCK_DV)
-    score_scale = scale * score_unit(k_tile)
+    score_scale = scale * log2e_scale(k_tile)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)  # Σ_i dS_ij
     dmean_v_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -467,7 +470,7 @@ def _arguments(kernel, tensors: dict[str, object], options: dict[str, object], t
     everything = {
         **tensors,
         "dropout_seed": dropout.seed,
-        "dropped": dropout.dropped,
+        "dropped": dropout.threshold,
         "num_heads": num_heads,
         "N": N,
         "scale": options["scale"],

@@ -7,31 +7,23 @@ from recattn.triton_kernels.sink_attention.correction import (
     launch_sink_attention_correction_fwd,
 )
 from recattn.triton_kernels.sink_attention.forward import (
-    NO_DROPOUT,
-    Dropout,
     Streams,
-    exponential,
     launch_sink_attention_bwd,
     launch_sink_attention_fwd,
     launch_sink_attention_streams,
-    score_unit,
 )
 from recattn.triton_kernels.sink_attention.sink_pairs import PairsConfig, launch_sink_attention_pairs_bwd
 
 __all__ = [
-    "NO_DROPOUT",
     "CorrectionConfig",
-    "Dropout",
     "PairsConfig",
     "SinkAttentionConfig",
     "Streams",
     "TileConfig",
-    "exponential",
     "launch_sink_attention_bwd",
     "launch_sink_attention_correction_delta",
     "launch_sink_attention_correction_fwd",
     "launch_sink_attention_fwd",
     "launch_sink_attention_pairs_bwd",
     "launch_sink_attention_streams",
-    "score_unit",
 ]

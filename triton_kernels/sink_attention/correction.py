@@ -9,27 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import (
-    ARCHITECTURES,
-    MAX_REGISTERS,
-    Compilation,
-    as_dense,
-    launch_kernel,
-    strides,
-)
-from recattn.triton_kernels.primitives import (
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.launch import ARCHITECTURES, MAX_REGISTERS, launch_kernel, strides
+from recattn.triton_kernels.common.ragged import Sinks, as_dense, is_sink, load_sinks, locate_sequence
+from recattn.triton_kernels.common.softmax import exp_increase, online_softmax_update
+from recattn.triton_kernels.common.tiles import (
     Matrix,
-    Sinks,
     Tokens,
     block_width,
     dot_tokens,
-    exp_increase,
-    is_sink,
     load_bias,
-    load_sinks,
     load_tokens,
-    locate_sequence,
-    online_softmax_update,
     store_tokens,
 )
 

@@ -16,31 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import (
-    ARCHITECTURES,
-    Compilation,
-    architecture_of,
-    as_dense,
-    launch_kernel,
-    strides,
-)
-from recattn.triton_kernels.primitives import (
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
+from recattn.triton_kernels.common.launch import ARCHITECTURES, architecture_of, launch_kernel, strides
+from recattn.triton_kernels.common.ragged import Sinks, as_dense, count_sinks_before, load_sinks, locate_sequence
+from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
+from recattn.triton_kernels.common.tiles import (
     Matrix,
-    Sinks,
     Tokens,
     block_width,
-    count_sinks_before,
-    dropout_weights,
     load_bias,
-    load_sinks,
     load_tokens,
-    locate_sequence,
     offset,
     store_tokens,
 )
 from recattn.triton_kernels.sink_attention.config import SinkAttentionConfig, TileConfig, candidates, kind_of
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Programs of the kernel that splits the streams take so many tokens each.
 STREAM_BLOCK = 1024
 
@@ -51,14 +42,6 @@ class Streams(NamedTuple):
     is_sink: Tensor  # [B, N] int8
     others: Tensor  # [B, N] int32, the tokens that are no sinks, in order
     sink_bounds: Tensor  # [B, 2] int32, the first sink that counts, and how many count
-
-
-class Dropout(NamedTuple):
-    seed: Tensor | None  # int64 [1]
-    dropped: int  # of 65536
-
-
-NO_DROPOUT = Dropout(None, 0)
 
 
 # --- Tiles of a grid ---
@@ -180,7 +163,7 @@ class DropoutOfPlane(NamedTuple):
 
     seed: tl.tensor
     plane: tl.tensor
-    dropped: tl.tensor
+    threshold: tl.tensor
 
 
 @triton.jit
@@ -235,17 +218,6 @@ def key_bounds(rows, holds_sinks, causal, length, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def score_unit(operand):
-    """Scores count in units of log 2, which saves a product per exponential, but to float32 accuracy in units of 1."""
-    return 1.0 if operand.dtype == tl.float32 else LOG2_E
-
-
-@triton.jit
-def exponential(scores, operand):
-    return tl.exp(scores) if operand.dtype == tl.float32 else tl.exp2(scores)
-
-
-@triton.jit
 def walk_scores(q_tile, k_tile, score_scale, start, last_visible, holds_sinks, length, is_sink, MASKED: tl.constexpr):
     """[BM, BN] scores with the keys that lie at start, in their unit; a tile of sinks leaves the sinks out."""
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * score_scale
@@ -262,7 +234,7 @@ def sink_scores(q_tile, k_tile, score_scale, row_sinks, key_sinks, keys, last_vi
     """[BM, BN] scores with the given sinks, and their bias, in their unit."""
     visible = keys.positions[None, :] <= last_visible[:, None]
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * score_scale
-    bias_tile = load_bias(bias, row_sinks, key_sinks, visible) * score_unit(q_tile)
+    bias_tile = load_bias(bias, row_sinks, key_sinks, visible) * log2e_scale(q_tile)
     return tl.where(visible, scores, -float("inf")), bias_tile
 
 
@@ -277,14 +249,14 @@ def softmax_step(acc, shift, mass, scores, bias, values, dropout, kind, rows, fi
     if MASKED:  # before a row's first key its shift is -inf, and -inf minus itself NaN
         reference = tl.where(new_shift == -float("inf"), 0.0, new_shift)
     if bias is None:
-        weights = exponential(scores - reference[:, None], values)
+        weights = exp_scaled(scores - reference[:, None], values)
     else:  # a large bias is close to the reference: their difference is exact, where scores + bias would round
-        weights = exponential(scores + (bias - reference[:, None]), values)
-    rescale = exponential(shift - reference, values)
+        weights = exp_scaled(scores + (bias - reference[:, None]), values)
+    rescale = exp_scaled(shift - reference, values)
     mass = mass * rescale + tl.sum(weights, 1)
     if dropout.seed is not None:
         weights *= dropout_weights(
-            tl.load(dropout.seed), dropout.plane, kind, rows, first_column, dropout.dropped, weights.shape[1]
+            tl.load(dropout.seed), dropout.plane, kind, rows, first_column, dropout.threshold, weights.shape[1]
         )
     acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
     return acc, new_shift, mass
@@ -413,7 +385,7 @@ def sink_attention_fwd_kernel(
 
     last_visible, first_masked, end = key_bounds(rows, holds_sinks, causal, length, BLOCK_N)
     q_tile = load_tokens(q, rows, HEAD_DIM, BLOCK_D)  # [BM, D]
-    score_scale = scale * score_unit(q_tile)
+    score_scale = scale * log2e_scale(q_tile)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     shift = tl.full([BLOCK_M], -float("inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -449,18 +421,18 @@ def sink_attention_fwd_kernel(
         )
 
     if sink_logits is not None:
-        logit = tl.load(sink_logits + head).to(tl.float32) * score_unit(q_tile)
+        logit = tl.load(sink_logits + head).to(tl.float32) * log2e_scale(q_tile)
         new_shift = tl.maximum(shift, logit)
         reference = tl.where(new_shift == -float("inf"), 0.0, new_shift)
-        rescale = exponential(shift - reference, q_tile)
+        rescale = exp_scaled(shift - reference, q_tile)
         acc *= rescale[:, None]
-        mass = mass * rescale + exponential(logit - reference, q_tile)
+        mass = mass * rescale + exp_scaled(logit - reference, q_tile)
         shift = new_shift
     # A row all of whose keys are suppressed has no mass: zeros, and a log-sum-exp of -inf.
     no_mass = mass == 0
     mass = tl.where(no_mass, 1.0, mass)
     store_tokens(out, acc / mass[:, None], rows, V_HEAD_DIM, BLOCK_DV)
-    shift = shift / score_unit(q_tile)
+    shift = shift / log2e_scale(q_tile)
     lse += batch * stride_lb + head * stride_lh + start * stride_ln
     tl.store(lse + rows.positions.to(tl.int64) * stride_ln, shift + tl.log(mass), mask=rows.valid)
     if holds_sinks:
@@ -481,12 +453,12 @@ def weights_and_score_gradient(
 
     row_shift has the shape of a row or column of the tile, or where a bias is taken off it that of the tile.
     """
-    weights = exponential(scores - row_shift, operand)
+    weights = exp_scaled(scores - row_shift, operand)
     dropped_weights = weights
     if dropout.seed is not None:
         BLOCK_N: tl.constexpr = weights.shape[0] if TRANSPOSED else weights.shape[1]
         factors = dropout_weights(
-            tl.load(dropout.seed), dropout.plane, kind, rows, first_column, dropout.dropped, BLOCK_N
+            tl.load(dropout.seed), dropout.plane, kind, rows, first_column, dropout.threshold, BLOCK_N
         )
         if TRANSPOSED:
             factors = tl.trans(factors)
@@ -498,7 +470,7 @@ def weights_and_score_gradient(
 @triton.jit
 def lse_of_weights(lse, operand):
     """In units of a score, +inf for rows without mass: a weight is then 0 and not NaN."""
-    return tl.where(lse == -float("inf"), float("inf"), lse * score_unit(operand))
+    return tl.where(lse == -float("inf"), float("inf"), lse * log2e_scale(operand))
 
 
 @triton.jit
@@ -638,7 +610,7 @@ def sink_attention_bwd_dq_kernel(
 
     last_visible, first_masked, end = key_bounds(rows, holds_sinks, causal, length, BLOCK_N)
     q_tile = load_tokens(q, rows, HEAD_DIM, BLOCK_D)  # [BM, D]
-    score_scale = scale * score_unit(q_tile)
+    score_scale = scale * log2e_scale(q_tile)
     dout_tile = load_tokens(dout, rows, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
     out_tile = load_tokens(out, rows, V_HEAD_DIM, BLOCK_DV)
     # The kernel of the pairs sums dout · v of float32 in float64: where one key holds a row, the two are equal.
@@ -652,7 +624,7 @@ def sink_attention_bwd_dq_kernel(
         tl.store(sink_delta + plane * M + index, row_delta, mask=rows.valid)
         # A large bias makes a large log-sum-exp, which rounds more than the bound allows; these two do not.
         state = sink_state + plane * M + index
-        row_shift = tl.load(state, mask=rows.valid, other=float("inf")) * score_unit(q_tile)
+        row_shift = tl.load(state, mask=rows.valid, other=float("inf")) * log2e_scale(q_tile)
         divisor = tl.abs(tl.load(state + B.to(tl.int64) * num_q_heads * M, mask=rows.valid, other=1.0))
         for first in range(first_sink // BLOCK_S * BLOCK_S, end_sink, BLOCK_S):
             key_sinks = first + tl.arange(0, BLOCK_S)  # [BS]
@@ -777,7 +749,7 @@ def sink_attention_bwd_dkdv_kernel(
     keys = Tokens(positions, positions < length)
     key_is_sink = tl.load(is_sink + positions, mask=keys.valid, other=0)
     k_tile = load_tokens(k, keys, HEAD_DIM, BLOCK_D)  # [BN, D]
-    score_scale = scale * score_unit(k_tile)
+    score_scale = scale * log2e_scale(k_tile)
     v_tile = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
     first_row = tl.where(causal != 0, first_key // BLOCK_M * BLOCK_M, 0)
     num_blocks = tl.cdiv(length - first_row, BLOCK_M)
@@ -948,7 +920,7 @@ def _arguments(kernel, tensors: dict[str, object], options: dict[str, object], c
         **streams._asdict(),
         "inter_sink_bias": bias,
         "dropout_seed": dropout.seed,
-        "dropped": dropout.dropped,
+        "dropped": dropout.threshold,
         **{
             key: value
             for name, x in _STRIDES.items()

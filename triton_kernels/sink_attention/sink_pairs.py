@@ -19,28 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.compilation import (
-    ARCHITECTURES,
-    MAX_REGISTERS,
-    Compilation,
-    architecture_of,
-    as_dense,
-    launch_kernel,
-    strides,
-)
-from recattn.triton_kernels.primitives import (
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.common.dropout import dropout_weights
+from recattn.triton_kernels.common.launch import ARCHITECTURES, MAX_REGISTERS, architecture_of, launch_kernel, strides
+from recattn.triton_kernels.common.ragged import Sinks, as_dense, is_sink, load_sinks, locate_sequence
+from recattn.triton_kernels.common.softmax import exp_increase
+from recattn.triton_kernels.common.tiles import (
     Matrix,
-    Sinks,
     Tokens,
     block_width,
     dot_tokens,
-    dropout_weights,
-    exp_increase,
-    is_sink,
     load_bias,
-    load_sinks,
     load_tokens,
-    locate_sequence,
     store_rows,
     store_tokens,
 )
@@ -89,7 +79,7 @@ class RowStates(NamedTuple):
 class Dropout(NamedTuple):
     seed: tl.tensor
     first_plane: tl.tensor
-    dropped: tl.tensor
+    threshold: tl.tensor
 
 
 class Sequence(NamedTuple):
@@ -207,7 +197,7 @@ def sink_pair_weights(
     kept = 1.0
     if sequence.dropout.seed is not None:
         seed, plane = tl.load(sequence.dropout.seed), (sequence.dropout.first_plane + head).to(tl.int32)
-        kept = dropout_weights(seed, plane, 1, rows.sinks, first_key, sequence.dropout.dropped, BLOCK_N)
+        kept = dropout_weights(seed, plane, 1, rows.sinks, first_key, sequence.dropout.threshold, BLOCK_N)
     return probability, missing, kept
 
 

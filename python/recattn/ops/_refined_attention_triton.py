@@ -30,7 +30,7 @@ def refusal(q: Tensor, v: Tensor, mechanism: str) -> str | None:
 @constant_in_graphs
 def _limits(device_type: str, dtype: torch.dtype) -> tuple[int, int]:
     """The most tokens and the widest head."""
-    from recattn.triton_kernels.compilation import architecture_of
+    from recattn.triton_kernels.common.launch import architecture_of
     from recattn.triton_kernels.refined_attention_config import LARGEST_HEAD_DIM, largest_n
 
     return largest_n(dtype, architecture_of(torch.empty(0, device=device_type))), LARGEST_HEAD_DIM

@@ -46,6 +46,6 @@ def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 def launched_dropout(seed: Tensor | None, dropout_p: float):
     """Dropout as the kernels take it, in steps of 1/65536."""
-    from recattn.triton_kernels.sink_attention import NO_DROPOUT, Dropout
+    from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 
     return NO_DROPOUT if seed is None else Dropout(seed, min(round(dropout_p * 65536), 65535))

@@ -1,0 +1,1 @@
+"""What the kernels share: device helpers (tiles, softmax, dropout, ragged) and host helpers (launch, compilation)."""

@@ -1,0 +1,38 @@
+"""How kernels are launched.
+
+Triton compiles a kernel anew for each combination of its arguments' types, and of integers being 1 or divisible by 16.
+A kernel lists in `do_not_specialize` what changes with the batch or from call to call, so that no call waits for the
+compiler: sizes, lengths, flags, and strides made of them. The list does not reach into a tuple argument such as
+`tiles.BHND`, so what must not be specialized stays an argument of its own.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# Ampere, Hopper, Blackwell: every shipped configuration is compiled for each.
+ARCHITECTURES = (80, 90, 100)
+# All that a thread can have. Without this limit the assembler may spill to let more programs run side by side.
+MAX_REGISTERS = 255
+# Round a product and the sum it goes into once. Triton does so by default only before 3.10, so every launch says so.
+ENABLE_FP_FUSION = True
+
+
+def launch_kernel(kernel: object, grid: object, arguments: Mapping[str, object], **options: int) -> None:
+    """Run `kernel` on `grid`. `options` are Triton's: num_warps, num_stages, maxnreg."""
+    kernel[grid](**arguments, **options, enable_fp_fusion=ENABLE_FP_FUSION)
+
+
+def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """A tensor's strides as kernel arguments: stride_qb, stride_qh, ... for name "q" and axes "bh..."; 0 for None."""
+    values = [0] * len(axes) if tensor is None else tensor.stride()
+    return {f"stride_{name}{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+def architecture_of(x: Tensor) -> int:
+    """The architecture whose launch parameters a tensor's kernels take: that of its GPU, Hopper's elsewhere."""
+    if x.device.type != "cuda":
+        return 90
+    major, _ = torch.cuda.get_device_capability(x.device)
+    return max(architecture for architecture in ARCHITECTURES if architecture <= max(10 * major, ARCHITECTURES[0]))

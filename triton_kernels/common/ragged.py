@@ -1,0 +1,87 @@
+"""Sequences of different lengths, and the sinks of a sequence."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recattn.triton_kernels.common.tiles import Tokens, offset
+
+
+def as_dense(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Packed tokens [T, H, ...] as a view [B, H, T, ...] whose batch stride is 0; a dense batch as it is."""
+    if cu_seqlens is None:
+        return x
+    return x.transpose(0, 1).unsqueeze(0).expand(cu_seqlens.shape[0] - 1, *x.shape[1::-1], *x.shape[2:])
+
+
+@triton.jit
+def locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded):
+    """One sequence: (its first token on the N axis, its length, the position at which its first token is counted).
+
+    Positions count from the sequence's start where it is packed (cu_seqlens), along the N axis where it is padded
+    (seq_lens).
+    """
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + batch).to(tl.int64)
+        length = (tl.load(cu_seqlens + batch + 1) - start).to(tl.int32)
+        first_position = length * 0
+    elif seq_lens is not None:
+        length = tl.load(seq_lens + batch).to(tl.int32)
+        first_position = tl.where(left_padded != 0, N - length, 0)
+        start = first_position.to(tl.int64)
+    else:
+        length = tl.full((), 0, tl.int32) + N
+        first_position = length * 0
+        start = first_position.to(tl.int64)
+    return start, length, first_position
+
+
+class Sinks(NamedTuple):
+    """The sinks of a sequence in memory; see `load_sink_positions`."""
+
+    positions: tl.tensor
+    stride: tl.tensor
+    count: tl.tensor
+    first_position: tl.tensor
+    length: tl.tensor
+
+
+@triton.jit
+def load_sink_positions(sink_positions, sinks, stride, M, first_position, length):
+    """Tokens of the given sinks, counted from the sequence's first; `length` for a sink to ignore."""
+    positions = tl.load(sink_positions + offset(sinks, stride), mask=sinks < M, other=-1).to(tl.int32)
+    relative = positions - first_position
+    return tl.where((positions >= 0) & (relative >= 0) & (relative < length), relative, length)
+
+
+@triton.jit
+def load_sinks(sinks, indices):
+    """The given sinks as Tokens. A sink to ignore is not valid, and its position is behind every token's."""
+    positions = load_sink_positions(
+        sinks.positions, indices, sinks.stride, sinks.count, sinks.first_position, sinks.length
+    )
+    return Tokens(positions, positions < sinks.length)
+
+
+@triton.jit
+def count_sinks_before(sinks, tokens, steps):
+    """How many sinks stand before each token: `steps` of a binary search. Tokens count from the sequence's first."""
+    low = tokens * 0
+    high = low + sinks.count
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        searching = low < high
+        position = tl.load(sinks.positions + offset(middle, sinks.stride), mask=searching, other=-1).to(tl.int32)
+        before = (position >= 0) & (position - sinks.first_position < tokens)
+        high = tl.where(searching & (before == 0), middle, high)
+        low = tl.where(searching & before, middle + 1, low)
+    return low
+
+
+@triton.jit
+def is_sink(sinks, positions, search_steps):
+    """True where a token of the sequence is a sink."""
+    before = count_sinks_before(sinks, positions, search_steps)
+    return load_sinks(sinks, before).positions == positions

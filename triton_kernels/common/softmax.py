@@ -1,0 +1,51 @@
+"""Softmax over a row's keys, whole or block by block."""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def log2e_scale(x):
+    """The factor of qk before `exp_scaled(qk, x)`: log2(e) for half precision x, 1 for float32.
+
+    exp2 saves a multiplication per exponential. Float32 keeps exp: with exp2 a rounded factor would cost accuracy.
+    """
+    return 1.0 if x.dtype == tl.float32 else LOG2E
+
+
+@triton.jit
+def exp_scaled(qk, x):
+    """exp of qk that has been multiplied by `log2e_scale(x)`."""
+    return tl.exp(qk) if x.dtype == tl.float32 else tl.exp2(qk)
+
+
+@triton.jit
+def online_softmax_update(acc, row_max, row_sum, qk, bias, values):
+    """Add a block of keys to softmax(qk + bias) @ values = acc / row_sum, both scaled by exp(-row_max)."""
+    new_row_max = tl.maximum(row_max, tl.max(qk + bias, 1))
+    # Before a row's first key its maximum is -inf, and -inf minus itself NaN.
+    row_max_safe = tl.where(new_row_max == -float("inf"), 0.0, new_row_max)
+    row_scale = tl.exp(row_max - row_max_safe)
+    p = tl.exp(qk + (bias - row_max_safe[:, None]))
+    acc = acc * row_scale[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+    return acc, new_row_max, row_sum * row_scale + tl.sum(p, 1)
+
+
+@triton.jit
+def exp_increase(qk, bias, row_max):
+    """exp(qk + bias - row_max) - exp(qk - row_max): what the bias adds to a weight."""
+    unbiased = tl.exp(qk - row_max)
+    # A large bias is close to row_max: their difference is exact, where qk + bias would round. The difference of two
+    # exponentials would lose a small bias.
+    return tl.where(tl.abs(bias) < 0.5, unbiased * expm1_series(bias), tl.exp(qk + (bias - row_max)) - unbiased)
+
+
+@triton.jit
+def expm1_series(x):
+    """expm1(x) for |x| < 0.5 to float32 accuracy: eight terms of the Taylor series."""
+    series = 1.0 + x * (1.0 / 8)
+    for n in tl.static_range(7, 1, -1):
+        series = 1.0 + x * (1.0 / n) * series
+    return x * series
