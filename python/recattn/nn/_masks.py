@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention's masks, read as what the operators take."""
+"""Masks of the modules: nn.MultiheadAttention's as the operators' arguments, masks of tokens and of sinks."""
 
 import math
 
@@ -13,16 +13,19 @@ from recattn.reference.sink_attention import valid_tokens
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def padded_keys(key_padding_mask: Tensor, batch: int, length: int) -> Tensor:
-    """[B, N] bool, True at padding, of a padding mask in either form."""
+def read_padding_mask(key_padding_mask: Tensor, batch: int, length: int) -> Tensor:
+    """The padding mask [B, N] as bool, True at padding, from its boolean or its additive form."""
     expect_tensors(key_padding_mask=key_padding_mask)
     expect_shape({"B": batch, "N": length}, "key_padding_mask", key_padding_mask, "B N")
-    return _hidden("key_padding_mask", key_padding_mask)
+    return _to_bool("key_padding_mask", key_padding_mask)
 
 
-def lengths_of_padding(key_padding_mask: Tensor, batch: int, length: int, padding_side: str) -> Tensor:
-    """seq_lens [B] of a padding mask [B, N], True (or -inf) at padding, all of it on one side."""
-    hidden = padded_keys(key_padding_mask, batch, length)
+def read_seq_lens(key_padding_mask: Tensor, batch: int, length: int, padding_side: str) -> Tensor:
+    """The valid tokens per sequence, [B], from a padding mask [B, N], True (or -inf) at padding.
+
+    All padding must be on `padding_side`.
+    """
+    hidden = read_padding_mask(key_padding_mask, batch, length)
     lengths = (~hidden).sum(dim=1)
     if values_are_checked(hidden.device):
         valid = valid_tokens(batch, length, lengths, padding_side, hidden.device)
@@ -36,10 +39,10 @@ def lengths_of_padding(key_padding_mask: Tensor, batch: int, length: int, paddin
 
 
 def zero_padding(valid: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors [..., E] with zeros where `valid` [...] is False; a tensor that is given twice stays one.
+    """The tensors [..., E] with zeros where `valid` [...] is False. A tensor given twice is returned twice.
 
-    Before a projection, whose weight's gradient is a sum over all tokens: 0 · NaN of one in padding would be NaN. The
-    tensors' own gradients are not masked: what attends after the projection gives zeros at padding.
+    Use it before a projection: the weight's gradient sums over all tokens, and a NaN in padding would make it NaN. The
+    gradients of the tensors themselves are not masked, as the attention after the projection has zeros at padding.
     """
     if is_transformed():
         return tuple(x.masked_fill(~valid[..., None], 0) for x in tensors)
@@ -53,7 +56,7 @@ def zero_padding(valid: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 class _ZeroPadding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, valid: Tensor) -> Tensor:
-        # By its bits: on a CPU torch.where takes six times as long with a mask that is broadcast.
+        # Masks the bits: on a CPU, torch.where with a broadcast mask takes six times as long.
         bits = _INTEGER_OF_SIZE[x.element_size()]
         return (x.view(bits) & -valid.to(bits)[..., None]).view(x.dtype)
 
@@ -63,10 +66,10 @@ class _ZeroPadding(torch.autograd.Function):
 
 
 def is_causal_mask(attn_mask: Tensor, queries: int, keys: int) -> bool:
-    """True; of a mask that is not the causal one, an error where reading it costs no synchronisation."""
+    """Return True. Raise for a mask that is not causal, where reading it needs no synchronisation."""
     expect_tensors(attn_mask=attn_mask)
     expect_shape({"Nq": queries, "Nk": keys}, "attn_mask", attn_mask, "Nq Nk")
-    hidden = _hidden("attn_mask", attn_mask)
+    hidden = _to_bool("attn_mask", attn_mask)
     if values_are_checked(hidden.device):
         expect_values(
             hidden == torch.ones_like(hidden).triu(diagonal=1),
@@ -79,8 +82,8 @@ def is_causal_mask(attn_mask: Tensor, queries: int, keys: int) -> bool:
     return True
 
 
-def _hidden(name: str, mask: Tensor) -> Tensor:
-    """A mask in its boolean form; in its additive one, -inf hides and 0 does not."""
+def _to_bool(name: str, mask: Tensor) -> Tensor:
+    """The mask as bool, True where hidden. In its additive form -inf hides and 0 does not."""
     if mask.dtype == torch.bool:
         return mask
     expect(mask.is_floating_point(), name, "bool, or floating with -inf for hidden and 0 for visible", mask.dtype)
@@ -92,14 +95,14 @@ def _hidden(name: str, mask: Tensor) -> Tensor:
 
 
 def mask_of_sinks(sink_positions: Tensor, length: int) -> Tensor:
-    """[B, N] bool, True at the sinks."""
+    """[B, N] bool, True at the sinks. Positions of -1 are padding."""
     index = sink_positions.long().masked_fill(sink_positions < 0, length)
     mask = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
     return mask.scatter(1, index, True)[:, :length]
 
 
 def as_mask(sizes: dict[str, int], name: str, mask: object, layout: str) -> Tensor:
-    """A mask of bool, or of integers 0 and 1, as bool."""
+    """The mask as bool, from bool or from integers 0 and 1."""
     expect_tensors(**{name: mask})
     expect_shape(sizes, name, mask, layout)
     expect_dtype(name, mask, (torch.bool, torch.int64, torch.int32, torch.uint8))

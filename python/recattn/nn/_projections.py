@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention's projections and masks, for the modules that take its place."""
+"""Projections and masks of nn.MultiheadAttention, for the modules that replace it."""
 
 from typing import Any, ClassVar, TypeVar
 
@@ -15,23 +15,24 @@ from recattn._check import (
     expect_shape,
     expect_tensors,
 )
-from recattn.nn._masks import is_causal_mask, lengths_of_padding, zero_padding
+from recattn.nn._masks import is_causal_mask, read_seq_lens, zero_padding
+from recattn.nn._sizes import expect_heads
 from recattn.reference.sink_attention import valid_tokens
 
 Module = TypeVar("Module", bound="MultiheadProjections")
 
 
 class MultiheadProjections(nn.Module):
-    """What surrounds the attention in nn.MultiheadAttention; a subclass attends between `_project` and `_output`.
+    """Parameters, projections and mask handling of nn.MultiheadAttention, without its attention.
 
-    `in_proj_weight`, `in_proj_bias` and `out_proj` are those of nn.MultiheadAttention; with fewer key/value heads the
-    rows of W_K and W_V are fewer.
+    A subclass computes the attention between `_project` and `_output`. `in_proj_weight`, `in_proj_bias` and `out_proj`
+    are those of nn.MultiheadAttention; with fewer key/value heads, W_K and W_V have fewer rows.
     """
 
-    # nn.TransformerEncoderLayer reads it, and would else compute plain attention from our weights in inference.
+    # If True, nn.TransformerEncoderLayer computes plain attention from our weights in inference, without calling us.
     _qkv_same_embed_dim = False
 
-    # Whether queries may be other tokens than the keys.
+    # Whether the module accepts keys that are other tokens than the queries.
     cross_attends: ClassVar[bool]
 
     def __init__(
@@ -40,17 +41,16 @@ class MultiheadProjections(nn.Module):
         num_heads: int,
         *,
         num_kv_heads: int | None = None,
-        dropout: float,
-        bias: bool,
-        batch_first: bool,
-        padding_side: str,
-        impl: str | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        batch_first: bool = True,
+        padding_side: str = "right",
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        expect(num_heads > 0, "num_heads", "at least 1", num_heads)
-        expect(embed_dim > 0 and embed_dim % num_heads == 0, "embed_dim", f"a multiple of {num_heads} heads", embed_dim)
+        expect_heads("embed_dim", embed_dim, num_heads)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         divides = num_kv_heads > 0 and num_heads % num_kv_heads == 0
         expect(divides, "num_kv_heads", f"a divisor of {num_heads} heads", num_kv_heads)
@@ -65,16 +65,17 @@ class MultiheadProjections(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim, **options))
         self.in_proj_bias = nn.Parameter(torch.empty(rows, **options)) if bias else None
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
+        self._reset_projections()
 
     @classmethod
     def from_multihead_attention(cls: type[Module], attention: nn.MultiheadAttention, **options: Any) -> Module:
-        """What takes the place of `attention`, with its sizes, dropout, mode and very parameters.
+        """Build a replacement for `attention` with its sizes, dropout and mode, sharing its parameters.
 
-        The parameters are shared, not copied: an optimizer that has them trains them on. `options` are the
-        constructor's others; a `dropout` among them replaces attention's.
+        The parameters are shared, not copied, so an existing optimizer goes on training them. `options` are the other
+        arguments of the constructor; a `dropout` among them replaces that of `attention`.
 
         Raises:
-            ValueError: an nn.MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn.
+            ValueError: `attention` has kdim, vdim, add_bias_kv or add_zero_attn.
         """
         kind = type(attention).__name__
         expect(isinstance(attention, nn.MultiheadAttention), "attention", "an nn.MultiheadAttention", kind)
@@ -102,6 +103,9 @@ class MultiheadProjections(nn.Module):
         return module.train(attention.training)
 
     def reset_parameters(self) -> None:
+        self._reset_projections()
+
+    def _reset_projections(self) -> None:
         nn.init.xavier_uniform_(self.in_proj_weight)
         self.out_proj.reset_parameters()
         if self.in_proj_bias is not None:
@@ -111,23 +115,23 @@ class MultiheadProjections(nn.Module):
     @property
     def _widths(self) -> tuple[int, int, int]:
         """Rows of W_Q, W_K and W_V."""
-        of_keys = self.num_kv_heads * self.head_dim
-        return self.embed_dim, of_keys, of_keys
+        kv_width = self.num_kv_heads * self.head_dim
+        return self.embed_dim, kv_width, kv_width
 
     @property
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
     def _expect_inputs(self, query: Tensor, key: Tensor, value: Tensor, same_tokens: bool = True) -> tuple[int, ...]:
-        """B, and the lengths of the queries and of the keys; with `same_tokens` these are one."""
+        """Check the inputs; return B, the number of queries and of keys. With `same_tokens` both must be equal."""
         dense = "a dense tensor (nn.TransformerEncoder: set use_nested_tensor to False)"
         expect(not (isinstance(query, Tensor) and query.is_nested), "query", dense, "a nested one")
         expect_tensors(query=query, key=key, value=value)
         sizes = {"embed_dim": self.embed_dim}
-        of_queries, of_keys = ("N", "N") if same_tokens else ("Nq", "Nk")
-        for name, x, n in (("query", query, of_queries), ("key", key, of_keys), ("value", value, of_keys)):
+        nq, nk = ("N", "N") if same_tokens else ("Nq", "Nk")
+        for name, x, n in (("query", query, nq), ("key", key, nk), ("value", value, nk)):
             expect_shape(sizes, name, x, f"B {n} embed_dim" if self.batch_first else f"{n} B embed_dim")
-        return sizes["B"], sizes[of_queries], sizes[of_keys]
+        return sizes["B"], sizes[nq], sizes[nk]
 
     def _read_masks(
         self,
@@ -138,10 +142,10 @@ class MultiheadProjections(nn.Module):
         is_causal: bool,
         seq_lens: Tensor | None,
     ) -> dict[str, Any]:
-        """`causal`, `seq_lens` and `padding_side` as the operators take them, of a self-attention."""
+        """The masks of a self-attention as the operators' arguments `causal`, `seq_lens` and `padding_side`."""
         if key_padding_mask is not None:
             expect(seq_lens is None, "seq_lens", "None beside a key_padding_mask", "both")
-            seq_lens = lengths_of_padding(key_padding_mask, batch, length, self.padding_side)
+            seq_lens = read_seq_lens(key_padding_mask, batch, length, self.padding_side)
         elif seq_lens is not None:
             expect_index({"B": batch}, "seq_lens", seq_lens, "B")
         masks = {"key_padding_mask": key_padding_mask, "seq_lens": seq_lens}
@@ -149,10 +153,10 @@ class MultiheadProjections(nn.Module):
         causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, length, length))
         return {"causal": causal, "seq_lens": seq_lens, "padding_side": self.padding_side}
 
-    def _without_padding(self, visible: dict[str, Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _zero_own_padding(self, masks: dict[str, Any], *inputs: Tensor) -> tuple[Tensor, ...]:
         """The inputs of a self-attention, with zeros at padding."""
-        seq_lens = visible["seq_lens"]
-        if seq_lens is None or not torch.is_grad_enabled():  # the operators read no padding; only gradients would
+        seq_lens = masks["seq_lens"]
+        if seq_lens is None or not torch.is_grad_enabled():  # padding matters only to the gradients of the projections
             return inputs
         batch, length = inputs[0].shape[:2] if self.batch_first else inputs[0].shape[1::-1]
         return self._zero_padding(valid_tokens(batch, length, seq_lens, self.padding_side, seq_lens.device), *inputs)
@@ -164,7 +168,7 @@ class MultiheadProjections(nn.Module):
     def _read_cross_masks(
         queries: int, keys: int, valid_keys: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> dict[str, Any]:
-        """`is_causal` and `attn_mask` as scaled_dot_product_attention takes them; padding is the keys' alone."""
+        """The masks of a cross-attention as arguments of scaled_dot_product_attention. Only keys have padding."""
         causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, queries, keys))
         if valid_keys is None:
             return {"is_causal": causal}
@@ -174,9 +178,9 @@ class MultiheadProjections(nn.Module):
         return {"attn_mask": visible}
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Heads of queries, keys and values.
+        """Queries, keys and values, projected and split into heads [B, H, N, D].
 
-        Inputs that are one tensor share a product: all three, or as in SASRec the key and the value.
+        Inputs that are the same tensor share one matmul: all three, or key and value as in SASRec.
         """
         weight, bias, widths, e = self.in_proj_weight, self.in_proj_bias, self._widths, self.embed_dim
         if key is not value:
@@ -185,22 +189,22 @@ class MultiheadProjections(nn.Module):
         elif query is key:
             projected = F.linear(query, weight, bias).split(widths, dim=-1)
         else:
-            of_query, of_key = (None, None) if bias is None else (bias[:e], bias[e:])
-            keys_and_values = F.linear(key, weight[e:], of_key).split(widths[1:], dim=-1)
-            projected = F.linear(query, weight[:e], of_query), *keys_and_values
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:e], bias[e:])
+            keys_and_values = F.linear(key, weight[e:], kv_bias).split(widths[1:], dim=-1)
+            projected = F.linear(query, weight[:e], q_bias), *keys_and_values
         return tuple(map(self._heads, projected))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """A view [B, H, N, D]."""
+        """[B, N, H·D] or [N, B, H·D] -> [B, H, N, D], a view."""
         x = x.unflatten(-1, (-1, self.head_dim))
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _output(self, x: Tensor) -> Tensor:
-        """[B, H, N, D] projected, in query's layout."""
+        """[B, H, N, D] -> the output projection, in the layout of the query."""
         return self.out_proj((x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2))
 
 
 def identity_values(k: Tensor) -> Tensor:
-    """[B, H, N, N]: the values of which an attention over the keys k [B, H, N, D] returns its weights."""
+    """Identity matrices [B, H, N, N] for keys k [B, H, N, D]: with these as values an attention returns its weights."""
     batch, heads, length, _ = k.shape
     return torch.eye(length, dtype=k.dtype, device=k.device).expand(batch, heads, length, length)

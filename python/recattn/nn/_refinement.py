@@ -1,4 +1,4 @@
-"""The learned matrices of `refined_attention`, for the modules that attend by it."""
+"""The learned matrices of `refined_attention`, as a mixin for modules."""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,11 @@ from recattn._check import expect, expect_choice
 from recattn.functional import refined_attention
 from recattn.functional._autocast import autocast_inputs
 from recattn.nn._projections import identity_values
+from recattn.nn._sizes import expect_positive
 
 
 class Refinement:
-    """Gives an nn.Module the parameters `w_q`, `w_k` and, for "value" and "additive", `w_v`."""
+    """Mixin that gives an nn.Module the parameters `w_q`, `w_k` and, for "value" and "additive", `w_v`."""
 
     def _add_refinement(
         self,
@@ -27,10 +28,10 @@ class Refinement:
     ) -> None:
         expect_choice("mechanism", mechanism, ("simple", "value", "additive", "stochastic"))
         expect_choice("source", source, ("logits", "weights"))
-        # nn.MultiheadAttention has its dropout in this place.
+        # An integer: nn.MultiheadAttention has its dropout at this position.
         expect(isinstance(max_len, int) and max_len > 0, "max_len", "an integer of at least 1", max_len)
         rank = max_len if rank is None else rank
-        expect(rank > 0, "rank", "at least 1", rank)
+        expect_positive(rank=rank)
         self.max_len, self.rank, self.per_head = max_len, rank, per_head
         self.mechanism, self.source = mechanism, source
 
@@ -43,27 +44,27 @@ class Refinement:
         self.w_v = nn.Parameter(torch.empty(*heads, max_len, max_len, **options)) if has_values else None
 
     def _reset_refinement(self) -> None:
-        """M starts about as flat as plain attention does, whatever R is.
+        """Draw normal matrices with which M starts about as flat as in plain attention, whatever R is.
 
-        A row of logits adds up some N rows of W, a row of weights takes their mean.
+        A row of A W sums about N rows of W for source="logits", and averages them for source="weights".
         """
         std = self.max_len**-0.5 if self.source == "logits" else 1.0
         for matrix in self._matrices():
             nn.init.normal_(matrix, std=std)
 
     def _refined(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: dict[str, object], dropout_p: float, impl: str | None
+        self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, object], dropout_p: float, impl: str | None
     ) -> Tensor:
-        options = {**self._reading, **visible, "dropout_p": dropout_p, "impl": impl}
+        options = {**self._mechanism_options, **masks, "dropout_p": dropout_p, "impl": impl}
         return refined_attention(q, k, v, *self._matrices(), **options)
 
-    def _refined_weights(self, q: Tensor, k: Tensor, visible: dict[str, object]) -> Tensor:
+    def _refined_weights(self, q: Tensor, k: Tensor, masks: dict[str, object]) -> Tensor:
         """softmax(mask(M)), [B, H, N, N], before dropout."""
         q, k, *matrices = autocast_inputs(q, k, *self._matrices())
-        return reference.refined_attention(q, k, identity_values(k), *matrices, **self._reading, **visible)
+        return reference.refined_attention(q, k, identity_values(k), *matrices, **self._mechanism_options, **masks)
 
     @property
-    def _reading(self) -> dict[str, str]:
+    def _mechanism_options(self) -> dict[str, str]:
         return {"mechanism": self.mechanism, "source": self.source}
 
     def _matrices(self) -> list[Tensor]:

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import (
-    expect,
     expect_index,
     expect_numbers,
     expect_probability,
@@ -17,25 +16,26 @@ from recattn.functional import inter_sink_bias
 from recattn.functional.inter_sink_bias import expect_sink_mask
 from recattn.functional.validation import checked_indices
 from recattn.nn._masks import zero_padding
+from recattn.nn._sizes import expect_heads
 
 
 class InterSinkBias(nn.Module):
-    """The bias that `recattn.sink_attention` takes, from the hidden states that the attention itself reads:
+    """The bias of `recattn.sink_attention`, computed from the input H of the attention layer:
 
         X = LayerNorm(H at the sinks)       Q = heads of X W_Qᵀ + b_Q,   K = heads of X W_Kᵀ + b_K
         β = scale · mean over heads of dropout(softmax(Q Kᵀ/√d))           d = hidden_size / num_heads
 
-    The formula and the names of `norm`, `query_proj` and `key_proj` are those of CTR-Sink's official code (arXiv
-    2508.03668); `scale` is a scalar `sink_scale` beside the module there. Unlike there, sinks of padding have no share
-    of the softmax, and `causal` hides later ones.
+    The formula and the names `norm`, `query_proj` and `key_proj` are those of CTR-Sink's official code (arXiv
+    2508.03668); its `sink_scale`, a scalar outside the module, is `scale` here. Two things differ: padded sinks are
+    masked out of the softmax, and `causal` hides later sinks.
 
     Args:
-        hidden_size: of the hidden states.
-        num_heads: a divisor of it.
-        dropout: of the weights, while training.
-        bias_scale: the initial `scale`. The official code begins at 1 in decoders and at 10 in BERT.
-        causal: sink i sees the sinks j ≤ i, for a causal attention.
-        impl: as of `recattn.inter_sink_bias`.
+        hidden_size: width of the hidden states.
+        num_heads: a divisor of hidden_size.
+        dropout: dropout probability of the softmax weights, in training.
+        bias_scale: initial value of `scale`. The official code uses 1 in decoders and 10 in BERT.
+        causal: sink i sees the sinks j ≤ i. Use it with causal attention.
+        impl: as in `recattn.inter_sink_bias`.
     """
 
     def __init__(
@@ -51,9 +51,7 @@ class InterSinkBias(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        expect(num_heads > 0, "num_heads", "at least 1", num_heads)
-        multiple = f"a multiple of {num_heads} heads"
-        expect(hidden_size > 0 and hidden_size % num_heads == 0, "hidden_size", multiple, hidden_size)
+        expect_heads("hidden_size", hidden_size, num_heads)
         expect_probability("dropout", dropout)
         expect_numbers(bias_scale=bias_scale)
         self.hidden_size, self.num_heads = hidden_size, num_heads
@@ -62,7 +60,7 @@ class InterSinkBias(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, **options)
         self.query_proj = nn.Linear(hidden_size, hidden_size, **options)
         self.key_proj = nn.Linear(hidden_size, hidden_size, **options)
-        # One entry, not a scalar: FSDP shards no scalars.
+        # One entry, not a scalar: FSDP cannot shard scalars.
         self.scale = nn.Parameter(torch.full((1,), float(bias_scale), **options))
 
     def reset_parameters(self) -> None:
@@ -74,15 +72,15 @@ class InterSinkBias(nn.Module):
         """
         Args:
             hidden_states: H [B, N, hidden_size].
-            sink_positions: [B, M] integer, as of `recattn.sink_attention`.
-            sink_mask: [B, M] bool, False at sinks that do not count, those of padding, where the hidden states may hold
-                anything; by default all but -1 count.
+            sink_positions: [B, M] integer, as in `recattn.sink_attention`.
+            sink_mask: [B, M] bool, False at sinks to ignore, such as those in padding; the hidden states there may hold
+                anything. By default only positions of -1 are ignored.
 
         Returns:
             β [B, 1, M, M], float32 (float64 for float64 hidden states).
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also
+            ValueError: a shape, dtype or device does not match; on a CPU (elsewhere under RECATTN_CHECK=1) also
                 positions out of range or order.
         """
         expect_tensors(hidden_states=hidden_states)
@@ -97,7 +95,7 @@ class InterSinkBias(nn.Module):
             expect_sink_mask(sizes, sink_mask, "hidden_states", hidden_states)
             valid = valid & sink_mask
         if length == 0:
-            hidden_states = F.pad(hidden_states, (0, 0, 0, 1))  # a row for gather to read, which no sink is at
+            hidden_states = F.pad(hidden_states, (0, 0, 0, 1))  # gather needs a row to read
         rows = sink_positions.long().clamp(min=0)[..., None].expand(-1, -1, self.hidden_size)
         (sinks,) = zero_padding(valid, hidden_states.gather(1, rows))  # [B, M, hidden_size]
         sinks = self.norm(sinks)

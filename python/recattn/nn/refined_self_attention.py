@@ -1,4 +1,4 @@
-"""Self-attention with refined weights (AWRSR, arXiv 2410.21048), in the place of nn.MultiheadAttention."""
+"""Self-attention with refined weights (AWRSR, arXiv 2410.21048), as a replacement for nn.MultiheadAttention."""
 
 import torch
 from torch import Tensor
@@ -9,27 +9,27 @@ from recattn.nn._refinement import Refinement
 
 
 class RefinedSelfAttention(Refinement, MultiheadProjections):
-    """`recattn.refined_attention` between the projections of nn.MultiheadAttention, whose place it takes:
+    """nn.MultiheadAttention with `recattn.refined_attention` as its attention:
 
         Q, K, V = heads of (query W_Qᵀ + b_Q), (key W_Kᵀ + b_K), (value W_Vᵀ + b_V)
         output  = concat over heads of softmax(mask(M)) V, times W_Oᵀ, + b_O
 
-    with M refined from A = Q Kᵀ/√D by the learned matrices `w_q`, `w_k` and, for "value" and "additive", `w_v`; see
-    `recattn.refined_attention` for M, and for what of it is our reading of AWRSR (arXiv 2410.21048).
+    M is A = Q Kᵀ/√D refined by the learned matrices `w_q`, `w_k` and, for "value" and "additive", `w_v`. See
+    `recattn.refined_attention` for the formula of M and for which parts are our reading of AWRSR (arXiv 2410.21048).
 
-    `in_proj_weight`, `in_proj_bias` and `out_proj` are those of nn.MultiheadAttention, so that its state_dict loads
-    with `strict=False`, which then reports nothing but the refinement's matrices missing.
+    `in_proj_weight`, `in_proj_bias` and `out_proj` are those of nn.MultiheadAttention. Its state_dict loads with
+    `strict=False`, which then reports only the refinement's matrices as missing.
 
     Args:
-        embed_dim, num_heads, dropout, bias, batch_first, device, dtype: as of nn.MultiheadAttention, but that
-            `batch_first` defaults to True.
-        max_len: the most tokens of a sequence; the rows of the matrices are positions on the N axis.
+        embed_dim, num_heads, dropout, bias, batch_first, device, dtype: as in nn.MultiheadAttention, except that
+            `batch_first` is True by default.
+        max_len: the longest sequence. A row of a matrix belongs to a position on the N axis.
         mechanism: "simple", "value", "additive" or "stochastic".
         source: "logits", or "weights" to refine softmax(mask(Q Kᵀ/√D)) instead.
-        rank: R, the columns of `w_q` and `w_k` ("stochastic": half of them), `max_len` by default as in the paper.
-        per_head: matrices for each head, rather than shared by all.
-        padding_side: where `key_padding_mask` and `seq_lens` have the padding; "left" is SASRec's.
-        impl: as of `recattn.refined_attention`.
+        rank: R, the columns of `w_q` and `w_k` (half of them for "stochastic"); `max_len` by default, as in the paper.
+        per_head: one set of matrices per head instead of one shared by all.
+        padding_side: "left" (as in SASRec) or "right", the side of the padding.
+        impl: as in `recattn.refined_attention`.
     """
 
     cross_attends = False
@@ -65,7 +65,7 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
         )
         refinement = {"mechanism": mechanism, "source": source, "rank": rank, "per_head": per_head}
         self._add_refinement(num_heads, max_len, **refinement, **options)
-        self.reset_parameters()
+        self._reset_refinement()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -84,40 +84,40 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
         *,
         seq_lens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """nn.MultiheadAttention's arguments and results.
+        """As nn.MultiheadAttention.forward, for self-attention.
 
         Args:
-            query, key, value: [B, N, E], or [N, B, E] with batch_first=False; of the same tokens, in any form. Where
-                key is not query itself, a causal mask or `seq_lens` must say so: else it is taken for a cross-attention
-                and refused, for rows of A stand for both queries and keys.
-            key_padding_mask: [B, N], True (or -inf, else 0) at padding, which is on one side. `seq_lens` without it
-                spares the conversion. Padding may hold anything, NaN too: it reaches neither the output nor a gradient,
-                and its own gradients are zero.
-            need_weights: also return softmax(mask(M)), through the reference, before dropout.
-            attn_mask: None, or the causal mask [N, N], True (or -inf, else 0) above the diagonal. Without it, and
+            query, key, value: [B, N, E], or [N, B, E] with batch_first=False, computed from the same tokens. If key is
+                not query itself, give a causal mask or `seq_lens`; without one the call counts as a cross-attention
+                and is an error, because a row of A is both a query and a key of the refinement.
+            key_padding_mask: [B, N], True (or -inf, else 0) at padding, which is on one side. `seq_lens` instead of it
+                saves the conversion. Padding may hold anything, NaN included: it changes neither the output nor a
+                gradient, and its own gradients are zero.
+            need_weights: also return softmax(mask(M)) before dropout, computed by the reference.
+            attn_mask: None, or the causal mask [N, N], True (or -inf, else 0) above the diagonal. Without it and
                 without `is_causal`, every query sees every token.
-            average_attn_weights: the mean of the weights over the heads.
-            is_causal: query i sees the tokens j ≤ i; an `attn_mask` besides is then taken for that without a look.
-            seq_lens: [B] integer, the valid tokens of each sequence.
+            average_attn_weights: average the returned weights over the heads.
+            is_causal: query i sees the tokens j ≤ i. An `attn_mask` is then assumed to be causal and not checked.
+            seq_lens: [B] integer, the number of valid tokens per sequence.
 
         Returns:
-            The output, of query's shape, `out_proj.bias` at padding; and None, or the weights, [B, N, N] or
+            The output, in query's shape, equal to `out_proj.bias` at padding; and None or the weights, [B, N, N] or
             [B, H, N, N], zero at padding.
 
         Raises:
-            ValueError: a cross-attention; shapes, dtypes and devices that do not fit; on a CPU (elsewhere under
+            ValueError: a cross-attention; a shape, dtype or device does not match; on a CPU (elsewhere under
                 RECATTN_CHECK=1) also a mask that is neither causal nor padding on `padding_side`.
         """
-        told = key is query or is_causal or attn_mask is not None or seq_lens is not None
-        same = "query itself, or a causal mask or seq_lens be given (refined attention is no cross-attention)"
-        expect(told, "key", same, "another tensor")
+        is_self_attention = key is query or is_causal or attn_mask is not None or seq_lens is not None
+        expected = "query itself, or a causal mask or seq_lens be given (refined attention is no cross-attention)"
+        expect(is_self_attention, "key", expected, "another tensor")
         batch, length, _ = self._expect_inputs(query, key, value)
-        visible = self._read_masks(batch, length, key_padding_mask, attn_mask, is_causal, seq_lens)
-        q, k, v = self._project(*self._without_padding(visible, query, key, value))
-        out = self._output(self._refined(q, k, v, visible, self._dropout_p, self.impl))
+        masks = self._read_masks(batch, length, key_padding_mask, attn_mask, is_causal, seq_lens)
+        q, k, v = self._project(*self._zero_own_padding(masks, query, key, value))
+        out = self._output(self._refined(q, k, v, masks, self._dropout_p, self.impl))
         if not need_weights:
             return out, None
-        weights = self._refined_weights(q, k, visible)
+        weights = self._refined_weights(q, k, masks)
         return out, weights.mean(dim=1) if average_attn_weights else weights
 
     def extra_repr(self) -> str:

@@ -1,0 +1,14 @@
+"""Checks of the sizes that modules are constructed with."""
+
+from recattn._check import expect
+
+
+def expect_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        expect(size > 0, name, "at least 1", size)
+
+
+def expect_heads(name: str, width: int, num_heads: int) -> None:
+    """Check that `width`, the argument called `name`, divides into `num_heads` heads."""
+    expect_positive(num_heads=num_heads)
+    expect(width > 0 and width % num_heads == 0, name, f"a multiple of {num_heads} heads", width)
