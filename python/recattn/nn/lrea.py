@@ -1,4 +1,4 @@
-"""Target attention over a long history compressed to rank r (LREA, arXiv 2503.02542), and the state it is served by."""
+"""Target attention over a long history compressed to rank r (LREA, arXiv 2503.02542), and its serving state."""
 
 import math
 from collections.abc import Sequence
@@ -29,45 +29,46 @@ from recattn.functional import (
     lrea_quantize,
 )
 from recattn.functional._autocast import autocast_inputs, without_autocast
+from recattn.nn._sizes import expect_positive
 from recattn.nn.lrea_fidelity import Fidelity, Score, are_finite, measure_fidelity
 
 
 class LREAState(NamedTuple):
-    """What is kept of each user. `keys`, `values` and an int8 state's scales are served; the rest `append` needs."""
+    """State of each user. Serving reads keys, values and their scales; `append` also needs compressed and lengths."""
 
-    keys: Tensor  # [U, H, r, target_dim], W_Q and the scale folded in
-    values: Tensor  # [U, H, r, head_dim], W_decomp W_decompᵀ folded in
-    key_scales: Tensor | None  # [U, H, r] float32, of int8 keys
-    value_scales: Tensor | None  # [U, H, r] float32, of int8 values
-    compressed: Tensor  # C [U, r, embed_dim], float32 (float64 of a float64 module)
+    keys: Tensor  # [U, H, r, target_dim], with W_Q and the scale folded in
+    values: Tensor  # [U, H, r, head_dim], with W_decomp W_decompᵀ folded in
+    key_scales: Tensor | None  # [U, H, r] float32, for int8 keys
+    value_scales: Tensor | None  # [U, H, r] float32, for int8 values
+    compressed: Tensor  # C [U, r, embed_dim], float32 (float64 for a float64 module)
     lengths: Tensor  # [U] int64
 
 
 class LREA(nn.Module):
-    """Target attention over a history that is compressed to r rows and restored, or served from r rows alone:
+    """Target attention over a history compressed to r rows: restored to full length in training, absorbed in serving:
 
         C = W_compᵀ E                                  E [L, embed_dim] the behaviours, oldest first
         K, V = heads of C W_K, C W_V        q = heads of e_t W_Q
         h = φ(q (W_decompᵀ K)ᵀ/√D) (W_decompᵀ V)       restored (`forward`), concatenated over the heads
         h ≈ φ(e_t keysᵀ) values                        absorbed (`attend`)
-        keys = K W_Qᵀ/√D,   values = W_decomp W_decompᵀ V             (`export_state`; W the columns of the history)
+        keys = K W_Qᵀ/√D,   values = W_decomp W_decompᵀ V   (`export_state`; the first L columns of W_decomp)
 
-    φ is a leaky ReLU; there is no softmax and, as they would not factor, no biases. Train with `forward` and add
-    `loss`, which draws W_decomp and C towards where the two forms agree; W_Q and W_K stay free, so that is no promise.
-    Serve with `attend`, and let `fidelity` tell what that costs. See `recattn.lrea_absorb` for the two orientations,
-    and for what of this is our reading of LREA.
+    φ is a leaky ReLU. There is no softmax, and there are no biases, as neither would factor. Train with `forward` and
+    add `loss`, a regularizer that keeps the absorbed form close to the restored one. It acts on W_decomp and C but not
+    on W_Q and W_K, so it guarantees nothing: serve with `attend` and measure the difference with `fidelity`. See
+    `recattn.lrea_absorb` for the two orientations and for which parts are our reading of LREA.
 
     Args:
-        embed_dim: of a behaviour.
-        max_len: the most behaviours of a history, the rows of `w_comp` [max_len, rank] and the columns of `w_decomp`
-            [rank, max_len]: positions, counted from the oldest.
+        embed_dim: width of a behaviour.
+        max_len: the longest history. `w_comp` is [max_len, rank] and `w_decomp` [rank, max_len], with one row or column
+            per position, counted from the oldest behaviour.
         rank: r, at most max_len.
         num_heads: H. `w_q` is [target_dim, H·D], `w_k` and `w_v` are [embed_dim, H·D].
-        target_dim: of a target, embed_dim by default.
+        target_dim: width of a target, embed_dim by default.
         head_dim: D, embed_dim / H by default.
-        negative_slope: of φ.
-        orientation: "scores" or "weights", of the absorbed form.
-        impl: as of the functions; None chooses, "reference" insists.
+        negative_slope: slope of φ below 0.
+        orientation: "scores" or "weights", where φ is applied in the absorbed form.
+        impl: as in the functions: None chooses, "reference" forces the reference.
     """
 
     def __init__(
@@ -88,17 +89,15 @@ class LREA(nn.Module):
         super().__init__()
         expect_choice("orientation", orientation, ("scores", "weights"))
         expect_numbers(negative_slope=negative_slope)
-        expect(embed_dim > 0, "embed_dim", "at least 1", embed_dim)
-        expect(max_len > 0, "max_len", "at least 1", max_len)
+        expect_positive(embed_dim=embed_dim, max_len=max_len)
         expect(0 < rank <= max_len, "rank", f"between 1 and max_len, {max_len}", rank)
-        expect(num_heads > 0, "num_heads", "at least 1", num_heads)
+        expect_positive(num_heads=num_heads)
         if head_dim is None:
             multiple = f"a multiple of {num_heads} heads where head_dim is not given"
             expect(embed_dim % num_heads == 0, "embed_dim", multiple, embed_dim)
             head_dim = embed_dim // num_heads
         target_dim = embed_dim if target_dim is None else target_dim
-        expect(head_dim > 0, "head_dim", "at least 1", head_dim)
-        expect(target_dim > 0, "target_dim", "at least 1", target_dim)
+        expect_positive(head_dim=head_dim, target_dim=target_dim)
         self.embed_dim, self.max_len, self.rank, self.num_heads = embed_dim, max_len, rank, num_heads
         self.target_dim, self.head_dim = target_dim, head_dim
         self.negative_slope, self.orientation, self.impl = negative_slope, orientation, impl
@@ -112,12 +111,13 @@ class LREA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """W_comp and W_decomp start uniform from 0, where the first term of `loss` is 0 and φ factors best.
+        """Draw W_comp and W_decomp from U(0, √(3/(r·max_len))), and W_Q, W_K, W_V by Xavier.
 
-        Up to √(3/(r·max_len)): each restored behaviour starts as about 3/4 of the mean of max_len behaviours. Where
-        these are independent, φ(q K̂ᵀ/√D) V̂, a sum over them, then has about the size of one, whatever max_len and r
-        are; where they share a mean, it grows with their number. Both are of one size, since an optimiser such as Adam
-        takes steps of one size in both.
+        Without negative entries the first term of `loss` is 0 and φ factors best. With that bound each restored
+        behaviour starts as about 3/4 of the mean of max_len behaviours. If the behaviours are independent, the output,
+        a sum over them, then has about the size of one behaviour for any max_len and r; if they share a mean, it grows
+        with their number. W_comp and W_decomp have the same bound because an optimizer such as Adam takes steps of the
+        same size in both.
         """
         for weight in (self.w_comp, self.w_decomp):
             nn.init.uniform_(weight, 0, math.sqrt(3 / (self.rank * self.max_len)))
@@ -125,11 +125,10 @@ class LREA(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def compress(self, behaviors: Tensor, seq_lens: Tensor | None = None) -> Tensor:
-        """C = W_compᵀ E: [U, r, embed_dim] of behaviors [U, L, embed_dim], over the first seq_lens[u] of user u.
+        """C = W_compᵀ E: behaviors [U, L, embed_dim] -> [U, r, embed_dim], over the first seq_lens[u] of user u.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit, among them L > max_len; on a CPU also lengths out of
-                range.
+            ValueError: a shape, dtype or device does not match, or L > max_len; on a CPU also lengths out of range.
         """
         expect_tensors(behaviors=behaviors)
         expect_shape({"embed_dim": self.embed_dim}, "behaviors", behaviors, "U L embed_dim")
@@ -144,27 +143,28 @@ class LREA(nn.Module):
         seq_lens: Tensor | None = None,
         compressed: Tensor | None = None,
     ) -> Tensor:
-        """The restored form, h = φ(q (W_decompᵀ K)ᵀ/√D) (W_decompᵀ V), differentiable in all it takes.
+        """The restored form, h = φ(q (W_decompᵀ K)ᵀ/√D) (W_decompᵀ V), differentiable in every input and parameter.
 
         Args:
-            targets: e_t [T, target_dim] with target_offsets; without, [U, target_dim], one a user, or
-                [U, n, target_dim]. In the dtype of the parameters, or autocast's.
+            targets: e_t [T, target_dim] with target_offsets; without them [U, target_dim], one per user, or
+                [U, n, target_dim]. In the dtype of the parameters, unless autocast casts both.
             behaviors: E [U, L, embed_dim], L ≤ max_len, the oldest first.
-            target_offsets: [U + 1] integer, from 0 to T, never descending; user u owns the rows between two of them.
-            seq_lens: [U] integer, how many behaviours of each user count; the rest is padding. L by default.
-            compressed: C [U, r, embed_dim] where `compress` was called already. `behaviors` may then be None; the
-                histories are of seq_lens, by default of max_len.
+            target_offsets: [U + 1] integer, from 0 to T, never descending; user u has the rows
+                target_offsets[u]:target_offsets[u + 1] of `targets`.
+            seq_lens: [U] integer, the number of behaviours per user; the rest is padding. L by default.
+            compressed: C [U, r, embed_dim], if `compress` was already called. `behaviors` may then be None; without it
+                and without `seq_lens` every history has max_len behaviours.
 
         Returns:
             [T, H·D], [U, H·D] or [U, n, H·D]; zeros for a user without behaviours.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit; on a CPU also offsets and lengths out of range.
+            ValueError: a shape, dtype or device does not match; on a CPU also offsets or lengths out of range.
         """
         expect(behaviors is not None or compressed is not None, "behaviors", "given where compressed is not", None)
         if compressed is None:
             compressed = self.compress(behaviors, seq_lens)
-        # With lengths no column beyond them is read, and a slice would fix L in a compiled graph.
+        # With lengths no column beyond them is read, and slicing would make L static in a compiled graph.
         cut = behaviors is not None and seq_lens is None
         w_decomp = self.w_decomp[:, : behaviors.shape[1]] if cut else self.w_decomp
         expect_tensors(targets=targets, compressed=compressed)
@@ -188,7 +188,7 @@ class LREA(nn.Module):
         return self._shaped_like(targets, out)
 
     def loss(self, compressed: Tensor) -> Tensor:
-        """‖max(0, −W_decomp)‖² + ‖max(0, −C)‖², C [U, r, embed_dim] of `compress`: a scalar, summed over the users."""
+        """‖max(0, −W_decomp)‖² + ‖max(0, −C)‖² with C [U, r, embed_dim] from `compress`: a scalar, over all users."""
         expect_tensors(compressed=compressed)
         return lrea_nonnegativity_loss(self.w_decomp, compressed.to(self.w_decomp.dtype))
 
@@ -201,22 +201,22 @@ class LREA(nn.Module):
         dtype: torch.dtype | None = None,
         item_ids: Tensor | None = None,
     ) -> LREAState:
-        """The state of each user, from which `attend` serves and to which `append` adds behaviours:
+        """The state of each user, which `attend` reads and `append` updates:
 
-            keys = K W_Qᵀ/√D        values = G_u V        G_u as of `recattn.lrea_absorb`, over the user's own columns
+            keys = K W_Qᵀ/√D        values = G_u V        G_u as in `recattn.lrea_absorb`, over the user's own columns
 
-        `keys` and `values` take H·r·(target_dim + D) entries a user. `compressed` and `lengths`, 4·r·embed_dim + 8
-        bytes, are the master copy that `append` needs and serving does not: keep it elsewhere, or not at all.
+        `keys` and `values` have H·r·(target_dim + D) entries per user. `compressed` and `lengths`, 4·r·embed_dim + 8
+        bytes per user, are needed by `append` but not by serving: you can store them elsewhere or drop them.
 
         Args:
             behaviors: E [U, L, embed_dim], the oldest first; with `item_ids` an embedding table [I, embed_dim].
-            seq_lens: [U] integer, how many behaviours of each user count. L by default.
-            dtype: of keys and values: bfloat16, float16, float32, float64, or int8 with a scale a row
-                (`recattn.lrea_quantize`); the parameters' by default.
-            item_ids: [U, L] integer, the rows of the table; at padding any number may stand.
+            seq_lens: [U] integer, the number of behaviours per user. L by default.
+            dtype: dtype of keys and values: bfloat16, float16, float32, float64, or int8 with one scale per row
+                (`recattn.lrea_quantize`). By default that of the parameters.
+            item_ids: [U, L] integer, rows of the table; ids at padding are ignored.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit; on a CPU also lengths and item ids out of range.
+            ValueError: a shape, dtype or device does not match; on a CPU also lengths or item ids out of range.
         """
         dtype = self.w_comp.dtype if dtype is None else dtype
         choices = (*FLOATING, torch.int8)
@@ -224,7 +224,7 @@ class LREA(nn.Module):
         expect_tensors(behaviors=behaviors)
         layout = "U L embed_dim" if item_ids is None else "I embed_dim"
         expect_shape({"embed_dim": self.embed_dim}, "behaviors", behaviors, layout)
-        with without_autocast(behaviors):  # a state has the precision that it is exported in
+        with without_autocast(behaviors):  # the precision of a state is that of its dtype
             compressed = lrea_compress(behaviors, self.w_comp, seq_lens, item_ids=item_ids, impl=self.impl)
         compressed = compressed.to(torch.promote_types(compressed.dtype, torch.float32))
         users, length, *_ = behaviors.shape if item_ids is None else item_ids.shape
@@ -232,19 +232,19 @@ class LREA(nn.Module):
 
     @torch.no_grad()
     def append(self, state: LREAState, behavior: Tensor) -> LREAState:
-        """The state after one more behaviour of each user, a rank-one update: C + w_comp[length] ⊗ e, length + 1.
+        """Add one behaviour to each user, a rank-one update: C + w_comp[length] ⊗ e, length + 1. Returns the new state.
 
-        Equal to `export_state` of the longer history to rounding, however many are appended: keys and values are made
-        from C anew, in time O(H·r·D·(embed_dim + target_dim)) a user, beside O(r²·max_len) a call for W_decomp
-        W_decompᵀ. The histories are not read.
+        Up to rounding the result equals `export_state` of the longer history, after any number of appends: keys and
+        values are recomputed from C. That takes O(H·r·D·(embed_dim + target_dim)) per user and O(r²·max_len) per call
+        for W_decomp W_decompᵀ. The histories are not read.
 
         Args:
-            state: of this module, its users those of `behavior`; its rows may be selected from a larger one.
-            behavior: e [U, embed_dim], the newest of each user.
+            state: a state of this module with one row per row of `behavior`, possibly selected from a larger state.
+            behavior: e [U, embed_dim], the newest behaviour of each user.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit; lengths out of range, or a history that has max_len
-                behaviours already (this reads `lengths`, a synchronisation on a GPU).
+            ValueError: a shape, dtype or device does not match; lengths out of range, or a history already has max_len
+                behaviours (the check reads `lengths`, a synchronisation on a GPU).
         """
         sizes = {"rank": self.rank, "embed_dim": self.embed_dim}
         expect_tensors(**{"state.compressed": state.compressed, "behavior": behavior})
@@ -275,16 +275,16 @@ class LREA(nn.Module):
         """The absorbed form, h = φ(e_t keys[s]ᵀ) values[s] with s = slots[u], in O(r) a target.
 
         Args:
-            targets: e_t [T, target_dim] with target_offsets; without, [U, target_dim] or [U, n, target_dim].
-            state: of `export_state` or `append`. Targets are cast to the dtype of its keys, but beside int8.
-            slots: [U] integer, the row of each user in the state; by default its users in their order.
-            target_offsets: [U + 1] integer, as of `forward`.
+            targets: e_t [T, target_dim] with target_offsets; without them [U, target_dim] or [U, n, target_dim].
+            state: from `export_state` or `append`. Targets are cast to the dtype of its keys, unless that is int8.
+            slots: [U] integer, the row of each user in the state; by default all rows in order.
+            target_offsets: [U + 1] integer, as in `forward`.
 
         Returns:
-            [T, H·D], [U, H·D] or [U, n, H·D] in targets' dtype.
+            [T, H·D], [U, H·D] or [U, n, H·D] in the dtype of `targets`.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit; on a CPU also slots and offsets out of range.
+            ValueError: a shape, dtype or device does not match; on a CPU also slots or offsets out of range.
         """
         expect_tensors(targets=targets)
         if slots is None:
@@ -305,7 +305,7 @@ class LREA(nn.Module):
             target_offsets,
             key_scales=state.key_scales,
             value_scales=state.value_scales,
-            # "weights" has φ on W_decomp, inside the values.
+            # With "weights" φ is applied to W_decomp, within the values.
             negative_slope=1.0 if self.orientation == "weights" else self.negative_slope,
             impl=self.impl,
         )
@@ -313,11 +313,11 @@ class LREA(nn.Module):
 
     @torch.no_grad()
     def truncated(self, rank: int) -> "LREA":
-        """A module of a smaller rank whose W_comp W_decomp is the nearest to this one's (truncated SVD, Frobenius).
+        """A module of a smaller rank: the best approximation of W_comp W_decomp in the Frobenius norm (truncated SVD).
 
-        No other of that rank loses less of this map of max_len behaviours onto their restored ones. The factors are
-        U√Σ and √Σ Vᵀ, each pair signed so that its row of W_decomp has no negative sum; beyond the first they are not
-        non-negative, so orientation="scores" serves them worse than what was trained at that rank.
+        The factors are U√Σ and √Σ Vᵀ, with signs such that no row of W_decomp has a negative sum. All but the first row
+        have negative entries, so with orientation="scores" a module trained at that rank serves better than a truncated
+        one.
 
         Raises:
             ValueError: a rank out of range; weights that are not finite.
@@ -331,12 +331,12 @@ class LREA(nn.Module):
         smaller = LREA(self.embed_dim, self.max_len, rank, self.num_heads, **options)
         for name in ("w_q", "w_k", "w_v"):
             getattr(smaller, name).copy_(getattr(self, name))
-        # The product is [max_len, max_len]: its SVD through that of the small middle of two QR factorisations.
+        # SVD of the product [max_len, max_len] by two QR factorizations and an SVD of [rank, rank].
         dtype = torch.promote_types(self.w_comp.dtype, torch.float32)
-        left, left_triangle = torch.linalg.qr(self.w_comp.to(dtype))
-        right, right_triangle = torch.linalg.qr(self.w_decomp.to(dtype).T)
-        u, sigma, vt = torch.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
-        w_comp, w_decomp = left @ u * sigma.sqrt(), sigma.sqrt()[:, None] * (vt @ right.T)
+        q_comp, r_comp = torch.linalg.qr(self.w_comp.to(dtype))
+        q_decomp, r_decomp = torch.linalg.qr(self.w_decomp.to(dtype).T)
+        u, sigma, vt = torch.linalg.svd(r_comp @ r_decomp.T, full_matrices=False)
+        w_comp, w_decomp = q_comp @ u * sigma.sqrt(), sigma.sqrt()[:, None] * (vt @ q_decomp.T)
         signs = torch.where(w_decomp.sum(1) < 0, -1.0, 1.0).to(dtype)
         smaller.w_comp.copy_((w_comp * signs)[:, :rank])
         smaller.w_decomp.copy_((signs[:, None] * w_decomp)[:rank])
@@ -356,40 +356,43 @@ class LREA(nn.Module):
         rare: Tensor | None = None,
         probes: Tensor | None = None,
     ) -> list[Fidelity]:
-        """How well the absorbed form agrees with the restored one on these users, for each rank, with
-        h_ρ the restored and ĥ_ρ the absorbed outputs of the module (ρ = r) or of `truncated(ρ)`:
+        """Compare the absorbed form with the restored one on these users, for each rank ρ.
+
+        h_ρ are the restored and ĥ_ρ the absorbed outputs, of this module for ρ = r and else of `truncated(ρ)`:
 
             relative_error    ‖ĥ_ρ − h_ρ‖ / ‖h_ρ‖, over all targets
-            truncation_error  ‖h_ρ − h_r‖ / ‖h_r‖: what the smaller rank itself loses; 0 for r
-            rank_correlation  Spearman's ρ of score(ĥ_ρ, targets) and score(h_ρ, targets) over the candidates of a user,
-                              ties at their mean rank; the mean over users of at least two candidates. A user whose
-                              restored scores are all equal has no ranking and does not count; one whose absorbed scores
-                              alone are all equal counts 0
-            rare_loss         1 − Σ ŝ_i s_i / Σ s_i² over users: the share of the score of a rare behaviour i that its
-                              restoration loses, by least squares. s_l = (p W_Q)·(e_l W_K) are a probe target's scores
-                              of all behaviours, ŝ_l those of the restored ones, each list scaled to length 1
-            common_loss       the same of the behaviour most like the mean of its history (cosine)
+            truncation_error  ‖h_ρ − h_r‖ / ‖h_r‖, the error of the smaller rank itself; 0 for r
+            rank_correlation  Spearman's correlation of score(ĥ_ρ, targets) and score(h_ρ, targets) over the candidates
+                              of a user, ties at their mean rank; the mean over users with two or more candidates. A
+                              user whose restored scores are all equal is left out; one whose absorbed scores are all
+                              equal, but not the restored ones, counts as 0
+            rare_loss         1 − Σ ŝ_i s_i / Σ s_i² over users: the share of the score of a rare behaviour i that is
+                              lost by compression, by least squares. s_l = (p W_Q)·(e_l W_K) are the scores of a probe
+                              target p for all behaviours, ŝ_l those for the restored behaviours, each list scaled to
+                              norm 1
+            common_loss       the same for the behaviour most similar (cosine) to the mean of its history
 
-        A loss of 0 keeps the score, 1 leaves nothing, above 1 turns its sign, below 0 enlarges it. Scaled to length 1
-        since nothing holds W_comp W_decomp to the scale of the identity; pooled by squares, for a share of a score near
-        0 says nothing. Products are summed over the heads. A user without behaviours does not count.
+        A loss of 0 keeps the score, 1 loses all of it, above 1 flips its sign, below 0 enlarges it. The lists are
+        scaled because nothing keeps W_comp W_decomp at the scale of the identity. Squares are summed over all users
+        because the share of a score near 0 is meaningless. Products are summed over heads. Users without behaviours are
+        left out.
 
-        A figure that nothing counts for is NaN. So is one that anything NaN or infinite goes into, of whatever user;
-        only where finite outputs h meet a ĥ that overflowed (in float16, say) relative_error is inf.
+        A figure is NaN if no user counts for it, or if NaN or infinity enters it from any user. Exception: if h is
+        finite and ĥ overflowed (in float16, for example), relative_error is inf.
 
         Args:
-            targets, behaviors, target_offsets, seq_lens: as of `forward`. The targets are the candidates.
-            ranks: at most r; r alone by default.
-            dtype: of the states, as of `export_state`: how a bfloat16 or int8 state agrees.
-            score: maps outputs [T, H·D] and targets [T, target_dim] to scores [T], the rest of a model; by default
-                h·(e_t W_Q), how far what was found lies along the query.
-            rare: [U] integer, i of each user (0 of one without behaviours); by default the behaviour least like the
-                mean of its history (cosine).
-            probes: p [U, target_dim]; by default behaviour i itself, which takes target_dim = embed_dim: otherwise both
+            targets, behaviors, target_offsets, seq_lens: as in `forward`. The targets are the candidates.
+            ranks: ranks to compare, each at most r; only r by default.
+            dtype: dtype of the states, as in `export_state`, to measure bfloat16 or int8 states.
+            score: the rest of a model: maps outputs [T, H·D] and targets [T, target_dim] to scores [T]. By default
+                h·(e_t W_Q), the component of h along the query.
+            rare: [U] integer, the behaviour i of each user (0 for a user without behaviours); by default the behaviour
+                least similar (cosine) to the mean of its history.
+            probes: p [U, target_dim]; by default behaviour i itself, which needs target_dim = embed_dim: otherwise both
                 losses are NaN.
 
         Raises:
-            ValueError: as of `forward` and `export_state`; ranks out of range; `rare` outside the history.
+            ValueError: as in `forward` and `export_state`; ranks out of range; `rare` outside the history.
         """
         sizes = {"rank": self.rank, "embed_dim": self.embed_dim, "target_dim": self.target_dim}
         expect_tensors(targets=targets, behaviors=behaviors)
@@ -421,7 +424,7 @@ class LREA(nn.Module):
         )
 
     def _packed(self, targets: Tensor, target_offsets: Tensor | None, users: int) -> tuple[Tensor, Tensor]:
-        """[T, target_dim] and the offsets, of targets in any of their forms."""
+        """Targets in any of their shapes as [T, target_dim], with offsets."""
         sizes = {"U": users, "target_dim": self.target_dim}
         if target_offsets is not None:
             expect_shape(sizes, "targets", targets, "T target_dim")
@@ -431,7 +434,7 @@ class LREA(nn.Module):
         return targets.flatten(0, -2), n * torch.arange(users + 1, device=targets.device)
 
     def _shaped_like(self, targets: Tensor, out: Tensor) -> Tensor:
-        """[T, H, D], the heads side by side, in the form of the targets."""
+        """[T, H, D] -> heads concatenated, in the shape of the targets."""
         return out.reshape(*targets.shape[:-1], self.num_heads * self.head_dim)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -439,7 +442,7 @@ class LREA(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
 
     def _state(self, compressed: Tensor, lengths: Tensor, dtype: torch.dtype) -> LREAState:
-        """The absorbed C: computed in C's dtype and rounded once."""
+        """The state of C: computed in the dtype of C and rounded once."""
         with without_autocast(compressed):
             weights = (self.w_q, self.w_k, self.w_v, self.w_decomp)
             w_q, w_k, w_v, w_decomp = (weight.to(compressed.dtype) for weight in weights)

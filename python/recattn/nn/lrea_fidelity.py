@@ -1,4 +1,4 @@
-"""How well the absorbed form of LREA agrees with the restored one, in figures."""
+"""Figures that compare LREA's absorbed form with the restored one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class Fidelity(NamedTuple):
-    """How well the absorbed form of one rank agrees with the restored one; `LREA.fidelity` has the formulas."""
+    """The absorbed form compared with the restored one, at one rank; `LREA.fidelity` has the formulas."""
 
     rank: int
     dtype: torch.dtype  # of the states
@@ -44,7 +44,7 @@ def measure_fidelity(
     rare: Tensor | None,
     probes: Tensor | None,
 ) -> list[Fidelity]:
-    """The figures of `LREA.fidelity`, of targets [T, target_dim] and the lengths [U] of the histories."""
+    """The body of `LREA.fidelity`, for targets [T, target_dim] and histories of `lengths` [U] behaviours."""
     own = lrea(targets, behaviors, target_offsets, seq_lens=seq_lens)
     rarest, commonest = _rarest_and_commonest(behaviors, lengths)
     if rare is not None:
@@ -74,7 +74,7 @@ def measure_fidelity(
 
 
 def _lost_share(lrea: LREA, behaviors: Tensor, state: LREAState, positions: Tensor, probes: Tensor | None) -> float:
-    """1 − restored score / score of one behaviour of each user, by least squares over the users."""
+    """1 − restored score / score of one behaviour per user, by least squares over the users."""
     if probes is None and lrea.target_dim != lrea.embed_dim:
         return math.nan
     users, length, _ = behaviors.shape
@@ -86,7 +86,7 @@ def _lost_share(lrea: LREA, behaviors: Tensor, state: LREAState, positions: Tens
     scores = (history @ query[..., None]).squeeze(-1)  # [U, L]
     restored = (state.compressed @ query[..., None]).squeeze(-1) @ w_decomp
     scores, restored = (x.double().masked_fill(padding, 0) for x in (scores, restored))
-    if not are_finite(scores, restored):  # scaled, the others beside an infinite one would be 0
+    if not are_finite(scores, restored):  # scaling a list with an infinite entry would set the others to 0
         return math.nan
     score, restored = (F.normalize(x, dim=1)[chosen] for x in (scores, restored))
     size = score.square().sum()
@@ -94,11 +94,11 @@ def _lost_share(lrea: LREA, behaviors: Tensor, state: LREAState, positions: Tens
 
 
 def _rarest_and_commonest(behaviors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions [U] of the behaviours least and most like the mean of their history, 0 of an empty one."""
+    """Positions [U] of the behaviours least and most similar to the mean of their history; 0 if it is empty."""
     padding = torch.arange(behaviors.shape[1], device=behaviors.device) >= lengths[:, None]  # [U, L]
     history = behaviors.double().masked_fill(padding[..., None], 0)
-    likeness = F.cosine_similarity(history, history.sum(1, keepdim=True), dim=-1)
-    return tuple(likeness.masked_fill(padding, sign * math.inf).mul(sign).argmin(1) for sign in (1, -1))
+    similarity = F.cosine_similarity(history, history.sum(1, keepdim=True), dim=-1)
+    return tuple(similarity.masked_fill(padding, sign * math.inf).mul(sign).argmin(1) for sign in (1, -1))
 
 
 def _expect_in_history(rare: Tensor, lengths: Tensor) -> None:
@@ -113,27 +113,27 @@ def _expect_in_history(rare: Tensor, lengths: Tensor) -> None:
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖; 0 of equal ones, NaN of no targets."""
+    """‖actual − expected‖ / ‖expected‖; 0 if they are equal, NaN if they are empty."""
     if expected.numel() == 0:
         return math.nan
     error, size = (actual.double() - expected.double()).norm(), expected.double().norm()
     return 0.0 if error == 0 else (error / size).item()
 
 
-def _mean_rank_correlation(scores: Tensor, others: Tensor, target_offsets: Tensor) -> float:
-    """The mean over users of Spearman's correlation, of those whose other scores differ."""
-    if not are_finite(scores, others):  # scores that overflowed are no ties
+def _mean_rank_correlation(absorbed: Tensor, restored: Tensor, target_offsets: Tensor) -> float:
+    """Mean of Spearman's correlation over the users whose restored scores are not all equal."""
+    if not are_finite(absorbed, restored):  # overflowed scores would look like ties
         return math.nan
-    pairs = zip(*(x.double().split(target_offsets.diff().tolist()) for x in (scores, others)), strict=True)
+    pairs = zip(*(x.double().split(target_offsets.diff().tolist()) for x in (absorbed, restored)), strict=True)
     correlations = [_rank_correlation(x, y) for x, y in pairs if len(y) > 1 and (y != y[0]).any()]
     return sum(correlations) / len(correlations) if correlations else math.nan
 
 
-def _rank_correlation(scores: Tensor, others: Tensor) -> float:
-    """Pearson's correlation of the ranks; 0 where one side has no ranking."""
-    x, y = (ranks - ranks.mean() for ranks in map(_ranks, (scores, others)))
-    size = (x.norm() * y.norm()).item()
-    return ((x @ y) / size).clamp(-1, 1).item() if size > 0 else 0.0  # rounding may pass 1
+def _rank_correlation(scores: Tensor, expected: Tensor) -> float:
+    """Pearson's correlation of the ranks; 0 if the scores of one side are all equal."""
+    x, y = (ranks - ranks.mean() for ranks in map(_ranks, (scores, expected)))
+    norm = (x.norm() * y.norm()).item()
+    return ((x @ y) / norm).clamp(-1, 1).item() if norm > 0 else 0.0  # clamped against rounding
 
 
 def are_finite(*tensors: Tensor) -> bool:
@@ -141,6 +141,6 @@ def are_finite(*tensors: Tensor) -> bool:
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """From 1, ties at their mean rank."""
+    """Ranks from 1, ties at their mean rank."""
     _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2)[inverse]

@@ -8,7 +8,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
 from recattn._check import (
-    expect,
     expect_choice,
     expect_index,
     expect_probability,
@@ -19,33 +18,34 @@ from recattn._check import (
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
 from recattn.nn._masks import zero_padding
+from recattn.nn._sizes import expect_heads, expect_positive
 from recattn.reference.sink_attention import valid_tokens
 
 
 class StochasticRefinedSelfAttention(nn.Module):
-    """`recattn.wasserstein_attention` of a sequence of Gaussians over itself, between linear maps:
+    """Self-attention between Gaussians: `recattn.wasserstein_attention` between linear maps:
 
         μ_q, μ_k, μ_v = heads of three linear maps of `mean`
         Σ_q, Σ_k, Σ_v = heads of elu(three linear maps of `cov`) + 1
         mean, covariance = linear maps of the concatenated heads of P μ_v and (P∘P) Σ_v
 
-    where P is refined by the learned matrices `w_q` and `w_k`, or with refine=False is that of STOSA itself.
-    The maps are those of STOSA's code (DistSelfAttention), whose dropout of the outputs, residual and layer norm are
-    left to the caller, as is elu + 1 where the returned covariance must be positive. The refinement is our reading of
-    AWRSR; see `recattn.wasserstein_attention`.
+    P is refined by the learned matrices `w_q` and `w_k`; with refine=False it is STOSA's own. The maps are those of
+    STOSA's code (DistSelfAttention). Its output dropout, residual and layer norm are left to the caller, and so is
+    elu + 1 if the returned covariance must be positive. The refinement is our reading of AWRSR; see
+    `recattn.wasserstein_attention`.
 
     Args:
-        embed_dim: of `mean` and `cov`, a multiple of num_heads.
+        embed_dim: width of `mean` and `cov`, a multiple of num_heads.
         num_heads: H.
-        max_len: the most tokens of a sequence; the rows of the matrices are positions on the N axis.
-        rank: R, half the columns of `w_q` and `w_k`, `max_len` by default.
+        max_len: the longest sequence. A row of a matrix belongs to a position on the N axis.
+        rank: R, half the columns of `w_q` and `w_k`; `max_len` by default.
         refine: whether P is refined.
         source: "logits", or "weights" to refine the softmax of the distances.
-        dropout: probability of dropping one of the weights P in training.
+        dropout: dropout probability of the weights P, in training.
         causal: token i sees the tokens j ≤ i.
-        padding_side: where `seq_lens` has the padding; "left" is SASRec's and STOSA's.
-        bias: whether the linear maps have one.
-        impl: as of `recattn.wasserstein_attention`.
+        padding_side: "left" (as in SASRec and STOSA) or "right", the side of the padding.
+        bias: whether the linear maps have a bias.
+        impl: as in `recattn.wasserstein_attention`.
     """
 
     def __init__(
@@ -68,18 +68,16 @@ class StochasticRefinedSelfAttention(nn.Module):
         super().__init__()
         expect_choice("source", source, ("logits", "weights"))
         expect_choice("padding_side", padding_side, ("right", "left"))
-        expect(num_heads > 0, "num_heads", "at least 1", num_heads)
-        expect(embed_dim > 0 and embed_dim % num_heads == 0, "embed_dim", f"a multiple of {num_heads} heads", embed_dim)
-        expect(max_len > 0, "max_len", "at least 1", max_len)
+        expect_heads("embed_dim", embed_dim, num_heads)
         rank = max_len if rank is None else rank
-        expect(rank > 0, "rank", "at least 1", rank)
+        expect_positive(max_len=max_len, rank=rank)
         expect_probability("dropout", dropout)
         self.embed_dim, self.num_heads, self.max_len, self.rank = embed_dim, num_heads, max_len, rank
         self.refine, self.source, self.dropout, self.causal = refine, source, dropout, causal
         self.padding_side, self.impl = padding_side, impl
 
         options = {"device": device, "dtype": dtype}
-        # Queries, keys and values, one below the other.
+        # The rows of W_q, W_k and W_v, one below the other.
         self.mean_in_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=bias, **options)
         self.cov_in_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=bias, **options)
         self.mean_out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
@@ -89,11 +87,11 @@ class StochasticRefinedSelfAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """nn.Linear's own values; of the matrices, normal ones that leave the softmax unsaturated.
+        """nn.Linear's defaults for the linear maps; normal matrices that do not saturate the softmax.
 
-        With entries of variance s², A W has variance s² ΣA² in each column, a row's entries squared, and M one of the
-        order of √R s² ΣA². Distances are of the order of √D beyond the scale, so that ΣA² ≲ max_len · D for raw ones;
-        of weights it is 1 at most. Hence s² = 1 / (√R · max_len · D), or 1 / √R, and M starts of the order of 1.
+        If the entries of W have variance s², an entry of A W has variance s² ΣA², summed over a row of A, and M is of
+        the order of √R s² ΣA². Scaled distances are of the order of √D, so ΣA² ≲ max_len · D for source="logits"; for
+        source="weights" ΣA² ≤ 1. Hence s² = 1 / (√R · max_len · D) or 1 / √R, with which M starts at the order of 1.
         """
         for module in (self.mean_in_proj, self.cov_in_proj, self.mean_out_proj, self.cov_out_proj):
             module.reset_parameters()
@@ -107,16 +105,17 @@ class StochasticRefinedSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            mean, cov: [B, N, E], what the linear maps take: a covariance need not be positive yet. Padding may hold
-                anything, NaN too: it reaches neither the output nor a gradient, and its own gradients are zero.
-            seq_lens: [B] integer, the valid tokens of each sequence.
-            need_weights: also return P, through the reference, before dropout.
+            mean, cov: [B, N, E], the inputs of the linear maps, so `cov` need not be positive. Padding may hold
+                anything, NaN included: it changes neither the output nor a gradient, and its own gradients are zero.
+            seq_lens: [B] integer, the number of valid tokens per sequence.
+            need_weights: also return P before dropout, computed by the reference.
 
         Returns:
-            Mean and covariance, [B, N, E], the output maps' biases at padding; and P, [B, H, N, N], zero at padding.
+            Mean and covariance, [B, N, E], equal to the biases of the output maps at padding; and with need_weights P,
+            [B, H, N, N], zero at padding.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit.
+            ValueError: a shape, dtype or device does not match.
         """
         expect_tensors(mean=mean, cov=cov)
         sizes = {"E": self.embed_dim}

@@ -1,4 +1,4 @@
-"""Target attention over a whole history by DIN's activation unit (arXiv 1706.06978)."""
+"""Target attention over a whole history with DIN's activation unit (arXiv 1706.06978)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,28 +19,29 @@ from recattn._check import (
 from recattn._gather import gather_rows
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
+from recattn.nn._sizes import expect_positive
 
 
 class TargetAttention(nn.Module):
-    """DIN's attention: a behaviour k_l weighs for a target q what an MLP of the two says, called as `LREA` is:
+    """DIN's attention: an MLP of target q and behaviour k_l gives the weight of the behaviour. Called like `LREA`:
 
-        a(q, k) = MLP [q, k, q − k, q∘k]        the activation unit: linear layers, a PReLU between any two
-        h = Σ_l a(q, k_l) k_l                   pooling="sum", DIN's, or "mean", the same over the number of behaviours
+        a(q, k) = MLP [q, k, q − k, q∘k]        the activation unit: linear layers with PReLU between them
+        h = Σ_l a(q, k_l) k_l                   pooling="sum" (DIN's); "mean" divides by the number of behaviours
         h = Σ_l softmax_l(a(q, k_l)) k_l        pooling="softmax"
 
-    The first layer is linear in k for a given q, so that nothing of width 4·embed_dim is computed for any pair:
+    For a given q the first layer is linear in k, so the concatenation of width 4·embed_dim is never formed:
 
         A q + B k + C (q − k) + D (q∘k) = (B − C + D diag(q)) k + (A + C) q
 
-    For T targets of histories of length L this takes O(T·L·hidden) memory; where that is too much, call it with some of
-    the targets at a time, which are independent of one another.
+    T targets with histories of length L take O(T·L·hidden) memory. If that is too much, pass fewer targets per call:
+    targets do not depend on each other.
 
-    Source: DIN (arXiv 1706.06978), whose sum without a softmax the default is; q∘k for its outer product is that of its
-    public implementations.
+    Source: DIN (arXiv 1706.06978), which sums without a softmax. q∘k in place of the paper's outer product is what its
+    public implementations compute.
 
     Args:
-        embed_dim: of a target and of a behaviour.
-        hidden: the widths of the MLP's hidden layers, at least one.
+        embed_dim: width of a target and of a behaviour.
+        hidden: widths of the MLP's hidden layers, at least one.
         pooling: "sum", "mean" or "softmax".
     """
 
@@ -54,7 +55,7 @@ class TargetAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        expect(embed_dim > 0, "embed_dim", "at least 1", embed_dim)
+        expect_positive(embed_dim=embed_dim)
         are_widths = isinstance(hidden, Sequence) and len(hidden) > 0 and min(hidden) > 0
         expect(are_widths, "hidden", "a sequence of widths, each at least 1, of one or more layers", hidden)
         expect_choice("pooling", pooling, ("sum", "mean", "softmax"))
@@ -73,22 +74,23 @@ class TargetAttention(nn.Module):
         *,
         seq_lens: Tensor | None = None,
     ) -> Tensor:
-        """h of each target over the behaviours of its user, differentiable in all it takes.
+        """h of each target over the behaviours of its user, differentiable in every input and parameter.
 
         Args:
-            targets: q [T, embed_dim] with target_offsets; without, [U, embed_dim], one a user, or [U, n, embed_dim]. In
-                the dtype of the parameters, or autocast's.
+            targets: q [T, embed_dim] with target_offsets; without them [U, embed_dim], one per user, or
+                [U, n, embed_dim]. In the dtype of the parameters, unless autocast casts both.
             behaviors: k [U, L, embed_dim].
-            target_offsets: [U + 1] integer, from 0 to T, never descending; user u owns the rows between two of them.
-                Every target then gets a copy of its user's behaviours, in O(T·L·embed_dim) memory.
-            seq_lens: [U] integer, how many behaviours of each user count; the rest is padding, where anything may
-                stand. L by default.
+            target_offsets: [U + 1] integer, from 0 to T, never descending; user u has the rows
+                target_offsets[u]:target_offsets[u + 1] of `targets`. Each target then gets a copy of its user's
+                behaviours, in O(T·L·embed_dim) memory.
+            seq_lens: [U] integer, the number of behaviours per user; the rest is padding and may hold anything. L by
+                default.
 
         Returns:
-            Of the targets' shape; zeros for a user without behaviours.
+            h, in the shape of `targets`; zeros for a user without behaviours.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit; on a CPU also offsets and lengths out of range.
+            ValueError: a shape, dtype or device does not match; on a CPU also offsets or lengths out of range.
         """
         target_offsets, seq_lens = self._checked_indices(targets, behaviors, target_offsets, seq_lens)
         targets, behaviors = autocast_inputs(targets, behaviors)
@@ -107,7 +109,7 @@ class TargetAttention(nn.Module):
     def _checked_indices(
         self, targets: Tensor, behaviors: Tensor, target_offsets: Tensor | None, seq_lens: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The offsets and lengths, of inputs that fit."""
+        """Check all inputs; return the offsets and lengths."""
         sizes = {"embed_dim": self.embed_dim}
         expect_tensors(targets=targets, behaviors=behaviors)
         expect_shape(sizes, "behaviors", behaviors, "U L embed_dim")
@@ -135,23 +137,23 @@ class TargetAttention(nn.Module):
         if seq_lens is not None:
             lengths = seq_lens[:, None, None].clamp(min=1)
             padding = torch.arange(behaviors.shape[1], device=behaviors.device)[:, None] >= seq_lens[:, None, None]
-            behaviors = behaviors.masked_fill(padding, 0)  # which adds nothing, whatever it weighs
+            behaviors = behaviors.masked_fill(padding, 0)  # adds 0 to h for any weight
         weights = self._activations(targets, behaviors)
         if self.pooling == "mean":
             weights = weights / lengths
         elif self.pooling == "softmax":
             if padding is not None:
-                # Not -inf: of a user without behaviours that would be NaN, in the gradient too.
+                # Not -inf: for a user without behaviours the softmax and its gradient would be NaN.
                 weights = weights.masked_fill(padding, torch.finfo(weights.dtype).min)
             weights = weights.softmax(dim=1)
         return weights.mT @ behaviors  # [U, L, n]ᵀ [U, L, d]
 
     def _activations(self, targets: Tensor, behaviors: Tensor) -> Tensor:
-        """a [U, L, n] of every behaviour and target."""
+        """a(q, k) for every behaviour and target, [U, L, n]."""
         weight, bias = self._first_layer()
-        of_q, of_k, of_difference, of_product = weight.chunk(4, dim=1)  # [units, d] each
-        matrices = (of_k - of_difference) + of_product * targets[:, :, None]  # [U, n, units, d]
-        offsets = F.linear(targets, of_q + of_difference, bias)  # [U, n, units]
+        a, b, c, d = weight.chunk(4, dim=1)  # [units, d] each, as in the class docstring
+        matrices = (b - c) + d * targets[:, :, None]  # [U, n, units, d]
+        offsets = F.linear(targets, a + c, bias)  # [U, n, units]
         x = (behaviors @ matrices.flatten(1, 2).mT).unflatten(-1, offsets.shape[1:]) + offsets[:, None]
         shape = x.shape[:-1]  # [U, L, n], x [U, L, n, units]
         x = x.flatten(0, -2)
