@@ -12,8 +12,8 @@ import torch
 
 from recattn import reference, refined_attention
 from recattn._extension import MISSING
-from recattn.ops import _refined_attention_cpu as on_cpu
-from recattn.ops import _refined_attention_slices as slices
+from recattn.ops.refined_attention import chunked as slices
+from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
 
 MECHANISMS = ("simple", "value", "additive")

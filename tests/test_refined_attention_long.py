@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from interpreted import assert_matches_reference_twice_of_three
 from memory import LargestTensor
 from recattn import reference
-from recattn.ops import _refined_attention_long as long
 from recattn.ops.refined_attention import Settings
+from recattn.ops.refined_attention import triton_long as long
 from recattn.testing import assert_matches_reference
 from test_triton_sink_attention import dropout_mask
 

@@ -9,10 +9,10 @@ pytest.importorskip("triton")
 
 import recattn
 from recattn import reference
-from recattn.ops import _refined_attention_long as long
-from recattn.ops import _refined_attention_slices as slices
-from recattn.ops import _refined_attention_triton as short
 from recattn.ops import refined_attention as ops
+from recattn.ops.refined_attention import chunked as slices
+from recattn.ops.refined_attention import triton_long as long
+from recattn.ops.refined_attention import triton_short as short
 from recattn.testing import assert_matches_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

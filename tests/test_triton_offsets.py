@@ -13,8 +13,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from interpreted import run_outer_programs
-from recattn.triton_kernels import lrea_attention, lrea_compress, refined_attention, refined_projection
+from recattn.triton_kernels import lrea_attention, lrea_compress
 from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
+from recattn.triton_kernels.refined_attention import projection, short
 from recattn.triton_kernels.sink_attention import (
     launch_sink_attention_bwd,
     launch_sink_attention_fwd,
@@ -166,8 +167,8 @@ def test_wasserstein_attention():
 def refined_attention_of(w: Tensor):
     def operator(q, k, v, dout) -> dict[str, Tensor]:
         options = {"mechanism": "additive", "source": "logits", "causal": True, "left_padded": False, "scale": D**-0.5}
-        out = refined_attention.launch_refined_attention_fwd(q, k, v, w, w, w, None, **options)
-        gradients = refined_attention.launch_refined_attention_bwd(dout, q, k, v, w, w, w, None, **options)
+        out = short.launch_refined_attention_fwd(q, k, v, w, w, w, None, **options)
+        gradients = short.launch_refined_attention_bwd(dout, q, k, v, w, w, w, None, **options)
         return {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=False))}
 
     return operator
@@ -175,7 +176,7 @@ def refined_attention_of(w: Tensor):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refined_attention(layout, monkeypatch):
-    monkeypatch.setattr(refined_attention, "_slots", lambda q, groups: len(q))  # all in one launch
+    monkeypatch.setattr(short, "_slots", lambda q, groups: len(q))  # all in one launch
     sizes = {"b": 1_200_000, "n": 16, "d": 128}  # the sums that each pair then has of its own stay small
     inputs = {name: draw(layout, **sizes) for name in ("q", "k", "v", "dout")}
     assert_last_alone(refined_attention_of(torch.randn(16, 16).half() / 16), inputs)
@@ -183,9 +184,9 @@ def test_refined_attention(layout, monkeypatch):
 
 def test_refined_attention_in_three_launches(monkeypatch):
     """What they hand on is more than 2**31 elements."""
-    monkeypatch.setattr(refined_attention, "_slots", lambda q, groups: len(q))
+    monkeypatch.setattr(short, "_slots", lambda q, groups: len(q))
     batch, length = 15_000, 128
-    assert batch * len(refined_attention.HandedOn._fields) * length**2 > 2**31
+    assert batch * len(short.HandedOn._fields) * length**2 > 2**31
     names = ("q", "k", "v", "dout")
     inputs = {name: torch.randn(1, 1, length, 16).half().expand(batch, -1, -1, -1) for name in names}
     assert_last_alone(refined_attention_of(torch.randn(length, length).half() / length), inputs)
@@ -195,13 +196,13 @@ def test_refined_attention_in_three_launches(monkeypatch):
 def test_refined_projection(layout, monkeypatch):
     """The states of the two segments before the last are more than 2**31 elements, too."""
     batch, length, sequences_a_program = 270_000, 130, 16
-    monkeypatch.setattr(refined_projection, "_PROGRAMS", 3 * batch // sequences_a_program)  # of three tiles each
+    monkeypatch.setattr(projection, "_PROGRAMS", 3 * batch // sequences_a_program)  # of three tiles each
     w = torch.randn(length, D).half()
 
     def operator(q, k, dx) -> dict[str, Tensor]:
         order = {"causal": True, "left_padded": False, "scale": 1 / D}
-        x = refined_projection.launch_refined_projection_fwd(q, k, w, None, **order)
-        dq, dk, dw = refined_projection.launch_refined_projection_bwd(dx, q, k, w, None, **order)
+        x = projection.launch_refined_projection_fwd(q, k, w, None, **order)
+        dq, dk, dw = projection.launch_refined_projection_bwd(dx, q, k, w, None, **order)
         return {"x": x, "dq": dq, "dk": dk, "dw": dw}
 
     assert_last_alone(operator, {name: draw(layout, b=batch, n=length) for name in ("q", "k", "dx")})

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 from recattn import reference
-from recattn.ops._refined_attention_triton import refusal
+from recattn.ops.refined_attention.triton_short import refusal
 from recattn.testing import assert_matches_reference
-from recattn.triton_kernels import refined_attention as kernels
 from recattn.triton_kernels.common.compilation import Compilation
 from recattn.triton_kernels.common.dropout import dropout_weights
 from recattn.triton_kernels.common.launch import ARCHITECTURES
-from recattn.triton_kernels.refined_attention_config import RefinedAttentionConfig, StageConfig, TileConfig, largest_n
+from recattn.triton_kernels.refined_attention import short as kernels
+from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig, StageConfig, TileConfig, largest_n
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.

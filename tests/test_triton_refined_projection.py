@@ -9,10 +9,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from memory import LargestTensor
-from recattn.ops._refined_attention_long import RefinedProjection, refined_projection_bwd, refined_projection_fwd
+from recattn.ops.refined_attention.triton_long import RefinedProjection, refined_projection_bwd, refined_projection_fwd
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.testing import assert_matches_reference
-from recattn.triton_kernels import refined_projection as kernels
+from recattn.triton_kernels.refined_attention import projection as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.

@@ -11,7 +11,7 @@ import recattn
 from by_differences import wasserstein_by_differences
 from memory import LargestTensor
 from recattn import reference
-from recattn.ops import _refined_attention_slices as slices
+from recattn.ops.refined_attention import chunked as slices
 from recattn.testing import assert_matches_reference
 from wasserstein_inputs import NAMES, draw, gradients, with_offset
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recattn._check import checked_lengths
 from recattn._extension import MISSING
-from recattn.ops._refined_attention_slices import (
+from recattn.ops.refined_attention.chunked import (
     Plan,
     Settings,
     Weights,

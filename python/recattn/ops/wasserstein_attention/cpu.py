@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from recattn._check import checked_lengths
-from recattn.ops import _refined_attention_slices as refined
-from recattn.ops._refined_attention_slices import Mask, Slice, multiply
+from recattn.ops.refined_attention import chunked as refined
+from recattn.ops.refined_attention.chunked import Mask, Slice, multiply
 
 
 def wasserstein_attention_fwd(

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recattn.ops import _wasserstein_attention_cpu as on_cpu
-from recattn.ops import _wasserstein_attention_triton as by_triton
 from recattn.ops._library import define, differentiable_again, refuse_dropout
-from recattn.ops._refined_attention_long import project, projection_reference
 from recattn.ops._support import triton_refusal
+from recattn.ops.refined_attention.triton_long import project, projection_reference
 from recattn.ops.sink_attention import MAX_HEAD_DIM
+from recattn.ops.wasserstein_attention import cpu as on_cpu
+from recattn.ops.wasserstein_attention import triton as by_triton
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.reference.wasserstein_attention import centre_, masked_softmax, squared_wasserstein_distance
 

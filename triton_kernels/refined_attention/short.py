@@ -34,7 +34,7 @@ from recattn.triton_kernels.common.tiles import (
     offset,
     store_tokens,
 )
-from recattn.triton_kernels.refined_attention_config import RefinedAttentionConfig, largest_n
+from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig, largest_n
 
 # --- One pair ---
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from recattn import reference
-from recattn.ops import _refined_attention_cpu as on_cpu
-from recattn.ops import _refined_attention_long as long
-from recattn.ops import _refined_attention_slices as by_slices
-from recattn.ops import _refined_attention_triton as short
 from recattn.ops._library import define, differentiable_again, distinct, refuse_dropout
 from recattn.ops._support import triton_refusal
+from recattn.ops.refined_attention import chunked as by_slices
+from recattn.ops.refined_attention import cpu as on_cpu
+from recattn.ops.refined_attention import triton_long as long
+from recattn.ops.refined_attention import triton_short as short
 
 
 def availability(device: str) -> dict[str, str | None]:

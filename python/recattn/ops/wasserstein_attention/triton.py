@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from recattn.ops._refined_attention_slices import new_output
 from recattn.ops._support import launched_dropout
+from recattn.ops.refined_attention.chunked import new_output
 
 
 def wasserstein_attention_fwd(

@@ -31,7 +31,7 @@ def refusal(q: Tensor, v: Tensor, mechanism: str) -> str | None:
 def _limits(device_type: str, dtype: torch.dtype) -> tuple[int, int]:
     """The most tokens and the widest head."""
     from recattn.triton_kernels.common.launch import architecture_of
-    from recattn.triton_kernels.refined_attention_config import LARGEST_HEAD_DIM, largest_n
+    from recattn.triton_kernels.refined_attention.config import LARGEST_HEAD_DIM, largest_n
 
     return largest_n(dtype, architecture_of(torch.empty(0, device=device_type))), LARGEST_HEAD_DIM
 
@@ -53,7 +53,7 @@ class Context(NamedTuple):
 def refined_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None, *context
 ) -> Tensor:
-    from recattn.triton_kernels.refined_attention import launch_refined_attention_fwd
+    from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
 
     return launch_refined_attention_fwd(q, k, v, w_q, w_k, w_v, **_options(q, Context(*context)))
 
@@ -61,7 +61,7 @@ def refined_attention_fwd(
 def refined_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None, *context
 ) -> list[Tensor]:
-    from recattn.triton_kernels.refined_attention import launch_refined_attention_bwd
+    from recattn.triton_kernels.refined_attention.short import launch_refined_attention_bwd
 
     return launch_refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, **_options(q, Context(*context)))
 

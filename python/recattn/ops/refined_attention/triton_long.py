@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from recattn.ops._library import define, differentiable_again
-from recattn.ops._refined_attention_slices import gaussians, gaussians_backward
 from recattn.ops._support import triton_refusal
+from recattn.ops.refined_attention.chunked import gaussians, gaussians_backward
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttention, no_sinks
 from recattn.ops.sink_attention import Settings as AttentionSettings
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
@@ -186,13 +186,13 @@ class RefinedProjection(torch.autograd.Function):
 
 
 def _fwd(q, k, w, seq_lens, *order) -> Tensor:
-    from recattn.triton_kernels.refined_projection import launch_refined_projection_fwd
+    from recattn.triton_kernels.refined_attention.projection import launch_refined_projection_fwd
 
     return launch_refined_projection_fwd(q, k, w, _contiguous(seq_lens), **_options(q, *order))
 
 
 def _bwd(dx, q, k, w, seq_lens, *order) -> tuple[Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.refined_projection import launch_refined_projection_bwd
+    from recattn.triton_kernels.refined_attention.projection import launch_refined_projection_bwd
 
     return launch_refined_projection_bwd(dx, q, k, w, _contiguous(seq_lens), **_options(q, *order))
 

@@ -1,0 +1,1 @@
+"""Kernels of refined_attention: short sequences in one program, and the projection x = A W of longer ones."""
