@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*.h csrc/*/*)
-CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp tests/cuda_emulation/*.* tests/cuda_emulation/*/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*/* tests/*/*.cpp tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/*)
 
 .PHONY: bench plots examples gpu gpu-bench test test-isa sanitize versions lint format clean
 
@@ -31,15 +31,15 @@ test: $(INSTALLED)
 
 # The operators' CPU tests again, at each instruction set below the processor's best
 test-isa: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/lower_isas.py -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python tests/packaging/lower_isas.py -n auto --maxprocesses 4
 
 # What is too slow for every change: races of the CUDA kernels, emulated, and mistakes in them that must be seen
 sanitize: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/sanitize.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/cuda/sanitize.py
 
-# The kernels under each torch and Triton that the package is tried with, to tests/versions.md: [EVERY=8] [ONLY=2.11.0]
+# The kernels under each torch and Triton that the package is tried with, to tests/packaging/versions.md: [EVERY=8] [ONLY=2.11.0]
 versions: $(INSTALLED)
-	$(BIN)/python tests/versions.py $(if $(EVERY),--every $(EVERY)) $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python tests/packaging/versions.py $(if $(EVERY),--every $(EVERY)) $(if $(ONLY),--only $(ONLY))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ def end_if_context_is_lost():
 
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory):
-    import emulated_cuda
+    from tests.helpers import emulated_cuda
 
     emulated_cuda.load_library(tmp_path_factory)
 
@@ -56,8 +56,8 @@ def emulated_library(tmp_path_factory):
 @pytest.fixture
 def cuda_kernels(request, monkeypatch):
     """impl="cuda" of lrea_absorbed_attention runs, on a GPU's tensors or without one on the CPU's."""
-    import emulated_cuda
     from recattn._extension import MISSING
+    from tests.helpers import emulated_cuda
 
     if not ON_GPU:
         request.getfixturevalue("emulated_library")

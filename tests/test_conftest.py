@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import end_if_context_is_lost, pytest_collection_modifyitems
+from tests.conftest import end_if_context_is_lost, pytest_collection_modifyitems
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

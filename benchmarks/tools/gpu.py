@@ -25,6 +25,7 @@ REMEDY = (
     "(PIP_BREAK_SYSTEM_PACKAGES=1 make gpu)."
 )
 MODULE = (sys.executable, "-m")
+TESTS = ROOT / "tests"
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Operator:
 
     headlines: tuple[str, ...] = ()  # of benchmarks.tools.headline
     benchmarked: tuple[tuple[str, str], ...] = ()  # operator and workload of the suite, where all are asked for
-    kernel_tests: tuple[str, ...] = ()  # patterns; not marked "gpu", for without one they are interpreted
-    gpu_tests: tuple[str, ...] = ()  # files that have tests marked "gpu"
+    kernel_tests: tuple[str, ...] = ()  # patterns in tests/; not marked "gpu", for without one they are interpreted
+    gpu_tests: tuple[str, ...] = ()  # files in tests/ that have tests marked "gpu"
     built: bool = False  # of CUDA C++
 
 
@@ -42,23 +43,28 @@ OPERATORS = {
     "sink_attention": Operator(
         ("sink_forward", "sink_backward"),
         (("sink_attention", "gpu_4k_d128_causal"), ("sink_attention", "gpu_many_short")),
-        ("triton_sink_*",),
-        ("base_attention", "sink_attention_paths"),
+        ("triton/test_sink_*.py",),
+        ("ops/test_base_attention.py", "ops/test_sink_attention_paths.py"),
     ),
-    "inter_sink_bias": Operator(kernel_tests=("inter_sink_bias",)),
+    "inter_sink_bias": Operator(kernel_tests=("ops/test_inter_sink_bias.py",)),
     "refined_attention": Operator(
         ("refined",),
         (("refined_attention", "gpu_200"),),
-        ("triton_refined_*", "refined_attention_long", "refined_attention_paths"),
+        ("triton/test_refined_*.py", "ops/test_refined_attention_long.py", "ops/test_refined_attention_paths.py"),
     ),
-    "wasserstein_attention": Operator((), (("wasserstein_attention", "gpu_stosa"),), ("triton_wasserstein_*",)),
-    "lrea_compress": Operator(kernel_tests=("triton_lrea_attention",)),
-    "lrea_attention": Operator((), (("lrea_attention", "gpu_16k"),), ("triton_lrea_attention",)),
+    "wasserstein_attention": Operator((), (("wasserstein_attention", "gpu_stosa"),), ("triton/test_wasserstein_*.py",)),
+    "lrea_compress": Operator(kernel_tests=("triton/test_lrea_attention.py",)),
+    "lrea_attention": Operator((), (("lrea_attention", "gpu_16k"),), ("triton/test_lrea_attention.py",)),
     "lrea_absorbed_attention": Operator(
         ("absorbed",),
         (("lrea_absorbed_attention", "gpu_1x1000"),),
         (),
-        ("lrea_absorbed_attention_cuda", "lrea_absorbed_attention_bad_values", "lrea_export", "serving_state_table"),
+        (
+            "cuda/test_lrea_absorbed_attention.py",
+            "cuda/test_lrea_absorbed_attention_bad_values.py",
+            "ops/test_lrea_export.py",
+            "serving/test_state_table.py",
+        ),
         built=True,
     ),
 }
@@ -110,13 +116,13 @@ def fast(work: Path, scratch: Path, operators: Sequence[str], profile: bool) -> 
         if not every:
             first += [tests(file, "not gpu") for pattern in own.kernel_tests for file in test_files(pattern)]
     planned = workloads(operators, every)
-    targets = (sys.executable, str(ROOT / "tests" / "gpu_sanitizer_targets.py"))
+    targets = (sys.executable, str(TESTS / "cuda" / "gpu_sanitizer_targets.py"))
     beside = [*fills(planned), Step("sanitizer targets", targets)]
     plan = [install(), Stage(90, [*first, *([build(scratch)] if after_build else []), *beside], together=True)]
     if after_build:
         plan.append(Stage(20, after_build, together=True))
     if every:
-        plan.append(Stage(15, [tests("benchmarks", "gpu")]))  # of the clocks: nothing beside it
+        plan.append(Stage(15, [tests("benchmarks/test_suite.py", "gpu")]))  # of the clocks: nothing beside it
     if "sink_attention" in operators:  # its workloads are measured by the table that is written first
         plan.append(Stage(35, [dispatch(work)]))
     last = [profiled(work, operators)] if profile else sanitizers(targets)
@@ -126,15 +132,18 @@ def fast(work: Path, scratch: Path, operators: Sequence[str], profile: bool) -> 
 
 
 def test_files(pattern: str) -> list[str]:
-    return sorted(path.stem.removeprefix("test_") for path in ROOT.glob(f"tests/test_{pattern}.py"))
+    return sorted(path.relative_to(TESTS).as_posix() for path in TESTS.glob(pattern))
 
 
 def tests(file: str, marked: str) -> Step:
-    """A process a file: a lost CUDA context fails no other. The log names the test that runs, and where it hangs."""
+    """A process for each file, so that a lost CUDA context fails no other. `file` is relative to tests/.
+
+    The log names the test that runs, and where it hangs.
+    """
     pytest = (*MODULE, "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40")
-    command = (*pytest, "--durations=10", "-m", marked, str(ROOT / "tests" / f"test_{file}.py"))
+    command = (*pytest, "--durations=10", "-m", marked, str(TESTS / file))
     own = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    return Step(f"test_{file}, {marked}", command, own)
+    return Step(f"{file.removesuffix('.py').replace('/', ' ')}, {marked}", command, own)
 
 
 def workloads(operators: Sequence[str], every: bool) -> list[tuple[str, str]]:

@@ -1,5 +1,5 @@
 // Declares a block's shared memory: of a size known here, and of as many T as the launch asks for. These are macros so
-// that tests/cuda_emulation, which has its own shared_memory.h and mma.h, runs all else in this folder on a CPU.
+// that tests/cuda/cuda_emulation, which has its own shared_memory.h and mma.h, runs all else in this folder on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,0 +1,1 @@
+"""Imported from the root of the repository, as tests.FOLDER.MODULE."""

@@ -1,0 +1,325 @@
+"""What every shipped kernel configuration compiles to, without a GPU: resources, and instructions that cost speed.
+
+python tests/compile_table/table.py --write    records it in triton_VERSION.json, of this Triton; the
+                                                rows stay of kernels that, with all they call, did not change
+python tests/compile_table/table.py --check    fails if one spills, has its wgmma serialized, rounds float32 to tf32,
+                                                is over its architecture's shared or tensor memory, or is not what
+                                                the table says
+python tests/compile_table/table.py --check --sampled    compiles only one configuration in forty where the kernels'
+                                                sources are those that the table was written from
+python tests/compile_table/table.py --one-of-each-kind    fails as --check does, by whatever Triton this is and without
+                                                the table, but for spills and serialized wgmma: each kernel once for
+                                                each architecture, and once for each dtype and option
+
+Spills and serialized wgmma are accepted where ACCEPTED says why. The columns:
+
+registers, spilled_bytes, shared_bytes, tensor_columns    of a thread, a thread, a block, a block
+tf32             instructions that round to it
+serialized       what ptxas says (C7514, C7515, ...) where each wgmma waits for the one before
+advisories       what else it says: C7519 where it adds a warpgroup.arrive
+mma              instructions on tensor cores: HMMA, HGMMA (sm_90), UTCHMMA (sm_100)
+loop_*           instructions of the main loop, as `compiled_kernel.main_loop` finds it: all, on tensor cores, FMUL,
+                 ISETP and FSEL
+
+A kernel module takes part by its `shipped_configurations()`, which yields a
+`recattn.triton_kernels.common.compilation.Compilation` for each. To have another Triton, put it first on PYTHONPATH.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for tests.*, where this file is run as a script
+
+from tests.compile_table import compiled_kernel
+from tests.compile_table.compiled_kernel import Row
+
+# What one thread block may use, bytes.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Of tensor memory, which sm_100 has. Beyond it Triton was seen to compile a kernel to nothing.
+TENSOR_COLUMNS = 512
+SAMPLED = 40
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Configurations that may, for now, do what is refused of others."""
+
+    what: str  # "spills", or the code by which ptxas says that it serializes wgmma
+    where: str  # a regular expression, found in their names
+    tritons: tuple[str, ...]
+    why: str
+
+
+OLDER, EITHER = ("3.6.0",), ("3.6.0", "3.7.1")
+FEW_BYTES = "8 to 64 bytes a thread, which 3.7.1 keeps in registers"
+# Mended, a kernel leaves this list: an entry that no configuration needs fails the check.
+ACCEPTED = (
+    Accepted(
+        "C7515",
+        r"^sink_attention_(fwd|bwd_dq)_kernel sm_90 bfloat16 ",
+        EITHER,
+        "The loop over sinks stands inside `if holds_sinks`; as a loop of zero rounds it is not serialized.",
+    ),
+    Accepted(
+        "C7515",
+        r"^sink_attention_bwd_dkdv_kernel sm_90 bfloat16 .* dropout ",
+        EITHER,
+        "Something writes an accumulator between its wgmma, and only with dropout. What, is not known yet.",
+    ),
+    Accepted(
+        "C7515",
+        r"^wasserstein_attention_(fwd|bwd_dq)_kernel sm_90 bfloat16 ",
+        EITHER,
+        "Something writes an accumulator between its wgmma. What, is not known yet.",
+    ),
+    Accepted(
+        "C7514",
+        r"^refined_projection_product_kernel sm_90 bfloat16 D=256 512x256 ",
+        EITHER,
+        "Something reads an accumulator between its wgmma, in the largest tile alone. What, is not known yet.",
+    ),
+    Accepted(
+        "spills",
+        r"^sink_attention_bwd_dq_kernel sm_90 float32 D=256 32x32 warps",
+        OLDER,
+        "3,200 bytes a thread: the tile fits only under 3.7.1. A smaller one has to be measured on a GPU first.",
+    ),
+    Accepted("spills", r"^sink_attention_fwd_kernel sm_80 float32 D=64 16x16 dropout ", OLDER, FEW_BYTES),
+    Accepted(
+        "spills", r"^sink_attention_fwd_kernel sm_80 bfloat16 D=(128 128x32|256 64x32 dropout) ", OLDER, FEW_BYTES
+    ),
+    Accepted("spills", r"^sink_attention_fwd_kernel sm_90 float32 D=32 64x32 warps", OLDER, FEW_BYTES),
+    Accepted("spills", r"^sink_attention_fwd_kernel sm_100 bfloat16 D=64 128x64 warps", OLDER, FEW_BYTES),
+    Accepted("spills", r"^sink_attention_bwd_dq_kernel sm_90 float32 D=32 32x32 dropout ", OLDER, FEW_BYTES),
+    Accepted(
+        "spills", r"^sink_attention_bwd_dkdv_kernel sm_80 float32 D=(64 32x32|128 32x32 dropout) ", OLDER, FEW_BYTES
+    ),
+    Accepted(
+        "spills", r"^sink_attention_bwd_dkdv_kernel sm_90 bfloat16 D=(128 64x64|256 32x64) warps", OLDER, FEW_BYTES
+    ),
+    Accepted("spills", r"^sink_attention_correction_fwd_kernel sm_(80|100) bfloat16 D=64 ", OLDER, FEW_BYTES),
+    Accepted(
+        "spills", r"^wasserstein_attention_bwd_dkdv_kernel sm_100 float32 W=64 Dv=32 32x32 warps", OLDER, FEW_BYTES
+    ),
+)
+
+
+def kernel_modules() -> tuple[str, ...]:
+    import recattn.triton_kernels as package
+
+    return tuple(module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
+
+
+def sources_of(modules: tuple[str, ...]) -> str:
+    """What the rows depend on, beside Triton."""
+    files = [importlib.import_module(name).__file__ for name in (*modules, compiled_kernel.__name__)]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def fingerprints(modules: tuple[str, ...]) -> dict[str, str]:
+    """Of each kernel, what its rows depend on: its source with all that it calls, and its configurations."""
+    configurations = defaultdict(list)
+    for compilation in compilations(modules):
+        configurations[compilation.kernel].append(repr(compilation))
+    measured = sources_of(())
+    return {
+        kernel.__name__: hashlib.sha256("".join([measured, kernel.cache_key, *shipped]).encode()).hexdigest()
+        for kernel, shipped in configurations.items()
+    }
+
+
+@functools.cache
+def compilations(modules: tuple[str, ...]) -> list:
+    found = [importlib.import_module(name) for name in modules]
+    return [c for module in found if hasattr(module, "shipped_configurations") for c in module.shipped_configurations()]
+
+
+def unlisted_kernels(modules: tuple[str, ...]) -> list[str]:
+    """Kernels, by the suffix of their names, that no configuration compiles."""
+    from triton import JITFunction
+
+    listed = {compilation.kernel for compilation in compilations(modules)}
+    return [
+        f"{module}.{name}"
+        for module in modules
+        for name, value in vars(importlib.import_module(module)).items()
+        if name.endswith("_kernel") and isinstance(value, JITFunction) and value not in listed
+    ]
+
+
+def key(compilation) -> str:
+    return (
+        f"{compilation.kernel.__name__} sm_{compilation.architecture} {compilation.label} "
+        f"warps={compilation.num_warps} stages={compilation.num_stages}"
+    )
+
+
+def all_keys(modules: tuple[str, ...]) -> list[str]:
+    keys = [key(compilation) for compilation in compilations(modules)]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"labels must tell configurations apart, got {[k for k in keys if keys.count(k) > 1]}")
+    return keys
+
+
+def one_of_each_kind(keys: list[str]) -> list[int]:
+    """Indices of few keys that have each kernel with each of its architectures and with each dtype and option."""
+    chosen, shown = [], set()
+    for at_once in (2, 1):
+        for i, name in enumerate(keys):
+            kernel, architecture, *words = name.split()
+            kind = " ".join(word for word in words if not re.fullmatch(r"\w+=\d+|\d+(x\d+)+", word))
+            new = {(kernel, architecture), (kernel, kind)} - shown
+            if len(new) >= at_once:
+                chosen.append(i)
+                shown |= new
+    return sorted(chosen)
+
+
+def measure_or_say_why(modules: tuple[str, ...], index: int) -> Row | str:
+    try:
+        return compiled_kernel.measure(compilations(modules)[index])
+    except Exception as error:  # of Triton's, of whichever part of it
+        while error.__cause__:
+            error = error.__cause__
+        return f"does not compile: {type(error).__name__}: {error}"
+
+
+def measure_each(modules: tuple[str, ...], jobs: int, indices: Sequence[int]) -> tuple[dict[str, Row], list[str]]:
+    """The rows, and why others could not be made."""
+    keys = all_keys(modules)
+    # Forked, the workers have the kernels already.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        measured = pool.map(functools.partial(measure_or_say_why, modules), indices)
+        results = dict(sorted(zip((keys[i] for i in indices), measured, strict=True)))
+    rows = {name: row for name, row in results.items() if isinstance(row, dict)}
+    return rows, [f"{name}: {why}" for name, why in results.items() if isinstance(why, str)]
+
+
+def refusals(rows: dict[str, Row]) -> list[str]:
+    """What no configuration may do, whatever compiles it."""
+    problems = []
+    for name, row in rows.items():
+        budget = SHARED_MEMORY[int(re.search(r"sm_(\d+)", name)[1])]
+        if row["tf32"] and "float32" in name:
+            problems.append(f"{name}: {row['tf32']} instructions round float32 to tf32")
+        if row["tensor_columns"] > TENSOR_COLUMNS:
+            problems.append(f"{name}: {row['tensor_columns']} columns of tensor memory, there are {TENSOR_COLUMNS}")
+        if row["shared_bytes"] > budget:
+            problems.append(f"{name}: {row['shared_bytes']} bytes of shared memory, the budget is {budget}")
+    return problems
+
+
+def slow(rows: dict[str, Row], accepted: Sequence[Accepted]) -> list[str]:
+    """Spills and serialized wgmma that are not accepted, and what is accepted though none of all the rows needs it."""
+    found = [
+        (name, "spills", f"spills {row['spilled_bytes']} bytes at {row['registers']} registers")
+        for name, row in rows.items()
+        if row["spilled_bytes"]
+    ]
+    found += [
+        (name, code, f"ptxas serializes its wgmma, {code}") for name, row in rows.items() for code in row["serialized"]
+    ]
+    problems, needed = [], set()
+    for name, what, said in sorted(found):
+        covering = [entry for entry in accepted if entry.what == what and re.search(entry.where, name)]
+        needed.update(covering)
+        if not covering:
+            problems.append(f"{name}: {said}")
+    unneeded = [entry for entry in accepted if entry not in needed]
+    return problems + [f"{entry.what} of {entry.where!r}: accepted, but none needs it" for entry in unneeded]
+
+
+def compare(rows: dict[str, Row], shipped: Sequence[str], recorded: dict[str, Row]) -> list[str]:
+    problems = [f"{name}: not in the table" for name in shipped if name not in recorded]
+    problems += [f"{name}: in the table, but no longer shipped" for name in recorded if name not in shipped]
+    return problems + [
+        f"{name}: {row}, the table says {recorded[name]}"
+        for name, row in rows.items()
+        if recorded.get(name, row) != row
+    ]
+
+
+def unchanged_rows(table: dict, keys: list[str], kernels: dict[str, str]) -> dict[str, Row]:
+    same = {kernel for kernel, fingerprint in kernels.items() if table["kernels"].get(kernel) == fingerprint}
+    return {name: row for name, row in table["rows"].items() if name in keys and name.split()[0] in same}
+
+
+def to_json(triton_version: str, sources: str, kernels: dict[str, str], rows: dict[str, Row]) -> str:
+    """One line a kernel and a row."""
+
+    def lines(items: dict) -> str:
+        return ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(items.items()))
+
+    return (
+        f'{{\n  "triton": "{triton_version}",\n  "sources": "{sources}",\n'
+        f'  "kernels": {{\n{lines(kernels)}\n  }},\n  "rows": {{\n{lines(rows)}\n  }}\n}}\n'
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", action="store_true")
+    action.add_argument("--check", action="store_true")
+    action.add_argument("--one-of-each-kind", action="store_true")
+    parser.add_argument("--sampled", action="store_true")
+    parser.add_argument("--module", action="append", help="kernel modules instead of all of recattn.triton_kernels")
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+
+    # What the interpreter runs cannot be compiled.
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton import __version__ as triton_version
+
+    path = options.table or Path(__file__).with_name(f"triton_{triton_version}.json")
+    table = json.loads(path.read_text()) if path.exists() else {}
+    if options.check and table.get("triton") != triton_version:
+        parser.error(f"{path} is no table of triton {triton_version}: --write makes one, --one-of-each-kind needs none")
+
+    modules = tuple(options.module or kernel_modules())
+    keys, sources, kernels = all_keys(modules), sources_of(modules), fingerprints(modules)
+    # What the table says of those that are not compiled is held to the same limits.
+    kept, indices = {}, range(len(keys))
+    if options.one_of_each_kind:
+        indices = one_of_each_kind(keys)
+    elif options.write and table.get("triton") == triton_version:
+        kept = unchanged_rows(table, keys, kernels)
+        indices = [i for i in indices if keys[i] not in kept]
+    elif options.sampled and table["sources"] == sources:
+        kept, indices = table["rows"], indices[::SAMPLED]
+
+    rows, problems = measure_each(modules, options.jobs, indices)
+    held, notes = dict(sorted({**kept, **rows}.items())), []
+    if options.one_of_each_kind:
+        notes = slow(held, [])
+    else:
+        accepted = [a for a in ACCEPTED if triton_version in a.tritons and not options.module]
+        problems += slow(held, accepted)
+    problems += refusals(held)
+    problems += [f"{name}: in no shipped_configurations()" for name in unlisted_kernels(modules)]
+    if options.check:
+        problems += compare(rows, keys, table["rows"])
+    elif options.write and len(held) == len(keys):
+        # With its problems: `--check` finds them there, and what is mended is compiled alone.
+        path.write_text(to_json(triton_version, sources, kernels, held))
+    summary = f"{len(indices)} configurations, {len(problems)} problems by triton {triton_version}"
+    print(*notes, *problems, summary, sep="\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Calls whose index tensors another thread writes to meanwhile; a process of its own, for what is wrong crashes it.
+
+python tests/helpers/racing_indices.py SECONDS [LIBRARY]: every operator, or of a library its two of serving.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for tests.*, where this file is run as a script
+
+import torch
+from torch import Tensor
+
+
+def race(call: Callable[[], object], indices: dict[str, Tensor], seconds: float) -> tuple[int, int]:
+    """How many calls returned, and how many refused the indices; anything else is raised."""
+    good = {name: x.clone() for name, x in indices.items()}
+    # Just outside, and where no memory is.
+    bad = {name: x.clone() for name, x in indices.items()}
+    for x in bad.values():
+        x.flatten()[::2] += 40
+        x.flatten()[1::2] = torch.iinfo(x.dtype).max
+    over = threading.Event()
+
+    def write():
+        while not over.is_set():
+            for state in (bad, good):
+                for name, x in indices.items():
+                    x.copy_(state[name])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    returned = refused = 0
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end or not (returned and refused):
+            try:
+                call()
+                returned += 1
+            except ValueError:
+                refused += 1
+            assert time.monotonic() < end + 60, "no call returned, or none refused"
+    finally:
+        over.set()
+        writer.join()
+    return returned, refused
+
+
+def every_operator(seconds: float) -> None:
+    from tests.ops.test_bad_indices import CASES, INDICES
+
+    for name, case in CASES.items():
+        if case.options.get("impl") == "triton":  # the interpreter holds the GIL
+            continue
+        inputs = case.inputs()
+        indices = {index: inputs[index] for index in INDICES if index in inputs}
+        print(name, *race(lambda case=case, inputs=inputs: case.function(**inputs), indices, seconds))
+
+
+def operators_of_serving(library: str, seconds: float) -> None:
+    torch.ops.load_library(library)
+    users, items, rank, dim = 64, 8, 4, 16
+    table, w = torch.randn(100, 2, dim), torch.randn(items, rank)
+    state = torch.randn(50, 2, rank, dim)
+    slots, offsets = torch.randint(50, (users,)), torch.arange(users + 1) * items
+    ids = torch.randint(100, (users * items,))
+
+    def attend():
+        torch.ops.recattn.lrea_absorbed_attention(table, state, state, slots, offsets, 0.01, ids, None, None)
+
+    def count():
+        counter = torch.zeros(1, dtype=torch.int64)
+        operator = torch.ops.recattn.lrea_absorbed_attention.counting
+        operator(table, state, state, slots, offsets, 0.01, ids, None, None, counter)
+        if counter.item():
+            raise ValueError("counted")
+
+    histories, lengths = ids.view(users, items).clone(), torch.randint(1, items + 1, (users,))
+
+    def compress():
+        torch.ops.recattn.lrea_compress(table[:, 0], w, lengths, histories)
+
+    served = {"slots": slots, "target_offsets": offsets, "item_ids": ids}
+    print("attend", *race(attend, served, seconds))
+    print("count", *race(count, served, seconds))
+    print("compress", *race(compress, {"seq_lens": lengths, "item_ids": histories}, seconds))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if len(sys.argv) > 2:
+        operators_of_serving(sys.argv[2], float(sys.argv[1]))
+    else:
+        every_operator(float(sys.argv[1]))

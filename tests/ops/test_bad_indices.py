@@ -1,0 +1,270 @@
+"""An index out of range or order is refused with the same words on every way to an operator, eager, compiled or
+exported, by its kernels or its reference; and one that another thread writes meanwhile reads nothing out of bounds."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils import cpp_extension
+
+import recattn
+from recattn._extension import MISSING
+from tests.helpers import sink_inputs, wasserstein_inputs
+from tests.helpers.sanitizers import compile_command, preloaded
+from tests.ops.test_lrea_attention import draw_absorbed, draw_compress, draw_restored
+
+NO_OPTIONS: dict = {}
+
+
+class Case(NamedTuple):
+    """A call whose index tensors are right."""
+
+    function: Callable
+    draw: Callable[[], dict]
+    sizes: dict[str, int]  # as `recattn.validate` takes them
+    options: dict = NO_OPTIONS
+    gradient: str | None = None  # of this input, which the kernels of serving do not have
+
+    def inputs(self) -> dict:
+        torch.manual_seed(0)
+        drawn = {name: x for name, x in self.draw().items() if x is not None}
+        if self.gradient:
+            drawn[self.gradient].requires_grad_()
+        return drawn | self.options
+
+
+def draw_sink() -> dict:
+    inputs = sink_inputs.draw(batch=3, heads=2, kv_heads=1, length=7, dim=4, sinks=3)
+    inputs["sink_positions"][1, 2] = -1
+    return inputs | {"seq_lens": torch.tensor([7, 0, 4])}
+
+
+def draw_packed() -> dict:
+    return sink_inputs.draw_packed([5, 3, 4], [2, 1, 3], heads=2, kv_heads=2, dim=4)
+
+
+def draw_refined(columns=3) -> dict:
+    inputs = {name: torch.randn(3, 2, 7, 4) for name in ("q", "k", "v")}
+    inputs |= {name: torch.randn(7, columns) / 10 for name in ("w_q", "w_k")}
+    return inputs | {"seq_lens": torch.tensor([7, 0, 4])}
+
+
+def draw_gaussians(**options) -> dict:
+    inputs = wasserstein_inputs.draw(b=3, n=7, dtype=torch.float32, **options)
+    return inputs | {"seq_lens": torch.tensor([7, 0, 4])}
+
+
+def draw_history() -> dict:
+    return draw_compress(users=3, length=7, dim=4, rank=3, seq_lens=[7, 0, 4])
+
+
+def draw_items() -> dict:
+    history = draw_history()
+    return history | {"behaviors": torch.randn(9, 4), "item_ids": torch.randint(9, (3, 7))}
+
+
+def draw_targets() -> dict:
+    return draw_restored(counts=(3, 2, 4), rank=3, dim=4, value_dim=5, length=7, seq_lens=[7, 0, 4])
+
+
+def draw_state() -> dict:
+    return draw_absorbed(counts=(3, 2, 4), rank=3, dim=4, value_dim=5, table=6)
+
+
+def draw_candidates() -> dict:
+    return draw_state() | {"targets": torch.randn(8, 2, 4), "item_ids": torch.randint(8, (9,))}
+
+
+def draw_absorbable() -> dict:
+    return {name: x for name, x in draw_targets().items() if name not in ("targets", "target_offsets")}
+
+
+sink = functools.partial(Case, recattn.sink_attention, draw_sink, {"seq_len": 7})
+packed = functools.partial(Case, recattn.sink_attention, draw_packed, {"num_tokens": 12})
+refined = functools.partial(Case, recattn.refined_attention, draw_refined, {"seq_len": 7})
+gaussian = functools.partial(Case, recattn.wasserstein_attention, draw_gaussians, {"seq_len": 7})
+compress = functools.partial(Case, recattn.lrea_compress, draw_history, {"seq_len": 7})
+items = functools.partial(Case, recattn.lrea_compress, draw_items, {"seq_len": 7, "num_items": 9})
+restored = functools.partial(Case, recattn.lrea_attention, draw_targets, {"seq_len": 7, "num_targets": 9})
+absorbed = functools.partial(Case, recattn.lrea_absorbed_attention, draw_state, {"num_slots": 6, "num_targets": 9})
+by_item = functools.partial(
+    Case, recattn.lrea_absorbed_attention, draw_candidates, {"num_slots": 6, "num_targets": 9, "num_items": 8}
+)
+DROPOUT, REFERENCE, TRITON = {"dropout_p": 0.5}, {"impl": "reference"}, {"impl": "triton"}
+CASES = {
+    "sink": sink(),
+    "sink dropout": sink(DROPOUT),
+    "sink reference": sink(REFERENCE),
+    "sink triton": sink(TRITON),
+    "packed": packed(),
+    "packed dropout": packed(DROPOUT),
+    "packed triton": packed(TRITON),
+    "refined": refined(),
+    "refined dropout": refined(DROPOUT),
+    "refined triton": refined(TRITON),
+    "gaussian": gaussian(),
+    "gaussian dropout": gaussian(DROPOUT),
+    "gaussian triton": gaussian(TRITON),
+    "compress": compress(),
+    "compress reference": compress(REFERENCE),
+    "compress triton": compress(TRITON),
+    "items": items(),
+    "items gradient": items(gradient="behaviors"),
+    "items triton": items(TRITON),
+    "restored": restored(),
+    "restored reference": restored(REFERENCE),
+    "restored triton": restored(TRITON),
+    "absorb": Case(recattn.lrea_absorb, draw_absorbable, {"seq_len": 7}),
+    "absorbed": absorbed(),
+    "absorbed gradient": absorbed(gradient="state_keys"),
+    "by item": by_item(),
+    "by item gradient": by_item(gradient="targets"),
+}
+INDICES = ("sink_positions", "seq_lens", "cu_seqlens", "target_offsets", "slots", "item_ids")
+
+
+@functools.cache
+def compiled(name: str) -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(CASES[name].function, backend="aot_eager")
+
+
+def spoil(draw, name: str, indices: Tensor, sizes: dict[str, int]) -> Tensor:
+    """The same with one entry that no call may have."""
+    limit = {
+        "sink_positions": sizes.get("seq_len", 5) - 1,
+        "seq_lens": sizes.get("seq_len"),
+        "cu_seqlens": sizes.get("num_tokens"),
+        "target_offsets": sizes.get("num_targets"),
+        "slots": sizes.get("num_slots", 0) - 1,
+        "item_ids": sizes.get("num_items", 0) - 1,
+    }[name]
+    spoilt = indices.clone()
+    # The first sequence or user is a full one.
+    place = (0,) * (indices.dim() - 1) + (draw(st.integers(0, indices.shape[-1] - 1)),)
+    largest = torch.iinfo(indices.dtype).max
+    above, below = st.integers(limit + 1, largest), st.integers(-largest - 1, -2 if name == "sink_positions" else -1)
+    spoilt[place] = draw(st.one_of(st.sampled_from([limit + 1, largest, -largest - 1, -2]), above, below))
+    if name == "sink_positions" and draw(st.booleans()):  # in range, out of order
+        spoilt = indices.clone()
+        spoilt[0, :2] = draw(st.sampled_from([spoilt[0, :2].flip(0), spoilt[0, 0]]))
+    return spoilt
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=12)
+@given(data=st.data(), dtype=st.sampled_from([torch.int64, torch.int32]))
+def test_every_way_refuses_with_the_words_of_validate(name, data, dtype):
+    case = CASES[name]
+    inputs = case.inputs()
+    inputs |= {index: inputs[index].to(dtype) for index in INDICES if index in inputs}
+    bad = data.draw(st.sampled_from([index for index in INDICES if index in inputs]))
+    inputs[bad] = spoil(data.draw, bad, inputs[bad], case.sizes)
+    with pytest.raises(ValueError) as expected:
+        recattn.validate(**{index: inputs[index] for index in INDICES if index in inputs}, **case.sizes)
+    assert str(expected.value).startswith(f"{bad} must be ")
+    for function in (case.function, compiled(name)):
+        with pytest.raises(ValueError) as error:
+            function(**inputs)
+        assert str(error.value) == str(expected.value)
+
+
+# --- Exported ---
+
+
+class Call(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, **inputs: Tensor):
+        case = CASES[self.name]
+        return case.function(**inputs, **case.options)
+
+
+# The references of the others read offsets one by one, which no exported graph can.
+EXPORTED = ["sink", "sink dropout", "refined", "refined dropout", "gaussian", "compress reference", "items gradient"]
+
+
+@pytest.mark.parametrize("name", [*EXPORTED, "items", "restored", "absorb", "absorbed", "by item"])
+def test_an_exported_graph_refuses_too(name):
+    case = CASES[name]
+    inputs = {name: x for name, x in case.inputs().items() if isinstance(x, Tensor)}
+    exported = torch.export.export(Call(name), (), inputs).module()
+    right = exported(**inputs)
+    if "dropout" not in name:
+        torch.testing.assert_close(right, case.function(**inputs, **case.options))
+    for index in (index for index in INDICES if index in inputs):
+        spoilt = inputs[index].clone()
+        spoilt.flatten()[0] = 100
+        with pytest.raises(ValueError, match=f"{index} must be .*100"):
+            exported(**{**inputs, index: spoilt})
+
+
+# --- Indices that another thread writes meanwhile ---
+
+ROOT = Path(__file__).parents[2]
+RACE = str(ROOT / "tests" / "helpers" / "racing_indices.py")
+
+
+@pytest.mark.skipif("cpu" in MISSING, reason=MISSING.get("cpu", ""))
+def test_races_are_refused_or_served():
+    command = [sys.executable, RACE, "0.1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.skipif("cpu" in MISSING, reason=MISSING.get("cpu", ""))
+def test_races_of_serving_under_address_sanitizer(tmp_path):
+    command, library = compile_command("address", tmp_path), str(tmp_path / "serving.so")
+    csrc = ROOT / "csrc"
+    include = [f"-I{path}" for path in (csrc, *cpp_extension.include_paths())]
+    shared = ["-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    linked = [f"-L{path}" for path in cpp_extension.library_paths()]
+    source = str(csrc / "cpu" / "lrea_attention.cpp")
+    subprocess.run([*command, *shared, *include, source, *linked, "-ltorch_cpu", "-o", library], check=True)
+    environment = os.environ | {"LD_PRELOAD": preloaded(command), "ASAN_OPTIONS": "detect_leaks=0"}
+    race = [sys.executable, RACE, "0.5", library]
+    result = subprocess.run(race, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "AddressSanitizer" not in result.stderr, result.stderr[:5000]
+
+
+# --- Masks of modules, whose values a graph checks as it runs ---
+
+
+HOLES = torch.tensor([[False, True, False, True], [False] * 4])
+FUTURE, LATER_FUTURE = (torch.ones(4, 4, dtype=torch.bool).triu(diagonal) for diagonal in (1, 2))
+HIDDEN = torch.zeros(4, 4).masked_fill(FUTURE, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    "name, right, wrong, message",
+    [
+        ("key_padding_mask", HOLES & False, HOLES, "key_padding_mask must be True at the ends of the sequences only"),
+        ("attn_mask", FUTURE, LATER_FUTURE, "attn_mask must be the causal mask"),
+        ("attn_mask", HIDDEN, FUTURE.float(), "attn_mask must be 0 where visible and -inf where hidden"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_modules_refuse_other_masks(name, right, wrong, message, backend):
+    attention, x = recattn.nn.SinkAttention(8, 2), torch.randn(2, 4, 8)
+
+    def attend(mask):
+        return attention(x, x, x, **{name: mask})[0]
+
+    with pytest.raises(ValueError, match=message):
+        attend(wrong)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(right), attend(right))
+    with pytest.raises(RuntimeError, match=message):
+        compiled(wrong)

@@ -1,0 +1,443 @@
+"""sink_attention: the reference against a formula written apart from it, the CPU path against the reference."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import recattn
+from recattn import reference
+from recattn.ops import sink_attention as ops
+from recattn.ops.sink_attention import cpu as on_cpu
+from recattn.testing import assert_matches_reference
+from tests.helpers.memory import LargestTensor
+from tests.helpers.sink_inputs import draw, draw_packed
+from tests.helpers.strategies import lengths, ragged_lengths, seeds
+
+GRADS = ["q", "k", "v", "inter_sink_bias"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+correction = functools.partial(recattn.sink_attention, impl="correction")
+
+
+def by_loops(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, valid, scale):
+    """The equation, one row at a time, with Python's own sums: [B, Hq, N, Dv] in float64."""
+    batch, heads, length, _ = q.shape
+    out = torch.zeros(batch, heads, length, v.shape[-1], dtype=torch.float64)
+    for b in range(batch):
+        sink_of = {p: s for s, p in enumerate(sink_positions[b].tolist()) if p >= 0}
+        for h in range(heads):
+            g = h // (heads // k.shape[1])
+            bias = inter_sink_bias[b, h if inter_sink_bias.shape[1] > 1 else 0]
+            for i in range(length):
+                keys = [j for j in range(length) if valid[b][j] and valid[b][i] and (j <= i or not causal)]
+                terms = {}
+                for j in keys:
+                    score = scale * float(torch.dot(q[b, h, i], k[b, g, j]))
+                    if i in sink_of and j in sink_of:
+                        score += float(bias[sink_of[i], sink_of[j]])
+                    terms[j] = math.exp(score)
+                total = math.fsum(terms.values())
+                if sink_logits is not None and keys:
+                    total += math.exp(float(sink_logits[h]))
+                for j, term in terms.items():
+                    out[b, h, i] += term / total * v[b, g, j]
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("with_logits", [False, True])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_reference_is_the_equation(causal, with_logits, padding_side):
+    inputs = draw(
+        batch=3, heads=4, kv_heads=2, length=9, dim=5, value_dim=3, sinks=4, bias_heads=4, dtype=torch.float64
+    )
+    inputs["inter_sink_bias"] = inputs["inter_sink_bias"].double()
+    inputs["sink_positions"][1, 2:] = -1
+    logits = torch.randn(4, dtype=torch.float64) if with_logits else None
+    seq_lens = torch.tensor([9, 6, 0])
+    valid = [[p < n if padding_side == "right" else p >= 9 - n for p in range(9)] for n in seq_lens.tolist()]
+    expected = by_loops(**inputs, sink_logits=logits, causal=causal, valid=valid, scale=0.3)
+    got = reference.sink_attention(
+        **inputs, sink_logits=logits, causal=causal, seq_lens=seq_lens, padding_side=padding_side, scale=0.3
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_gradients(causal):
+    inputs = draw(heads=2, kv_heads=1, length=6, dim=3, sinks=3, dtype=torch.float64)
+    inputs["inter_sink_bias"] = inputs["inter_sink_bias"].double()
+    leaves = [inputs.pop(name).requires_grad_() for name in GRADS]
+    logits = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def function(q, k, v, bias, sink_logits):
+        return reference.sink_attention(
+            q,
+            k,
+            v,
+            **inputs,
+            inter_sink_bias=bias,
+            sink_logits=sink_logits,
+            causal=causal,
+            seq_lens=torch.tensor([6, 4]),
+        )
+
+    assert torch.autograd.gradcheck(function, (*leaves, logits))
+
+
+@pytest.mark.parametrize("scale", [0.125, 0.3])
+@pytest.mark.parametrize("dim", [50, 128])
+def test_weights_of_the_backward_sum_to_one(dim, scale):
+    """As those of the forward do, to a few roundings of scores in the tens, whatever the scale."""
+    q, k = torch.randn(2, 1, 4, dim, dim)
+    v = torch.zeros(1, 4, dim, dim, requires_grad=True)
+    out = recattn.sink_attention(q, k, v, torch.empty(1, 0, dtype=torch.long), torch.empty(1, 1, 0, 0), scale=scale)
+    (weights,) = torch.autograd.grad(out, v, torch.eye(dim).expand_as(out))  # transposed
+    assert (weights.double().sum(-2) - 1).abs().max() <= 10 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"length": 1, "sinks": 1},
+        {"length": 63, "sinks": 0},
+        {"length": 63, "sinks": 63, "bias_scale": 30.0},
+        {"length": 129, "sinks": 60, "kv_heads": 2, "bias_heads": 4},
+        {"length": 192, "sinks": 40, "kv_heads": 1, "dim": 50, "value_dim": 20},
+        {"length": 64, "sinks": 20, "dim": 8, "value_dim": 24, "bias_scale": 5.0},
+    ],
+    ids=str,
+)
+def test_dense(dtype, causal, shape):
+    assert_matches_reference(
+        correction, reference.sink_attention, {**draw(**shape, dtype=dtype), "causal": causal}, grads=GRADS
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bias", [-50.0, 200.0, -math.inf, 1e-6])
+@pytest.mark.parametrize("sinks", [30, 100])
+def test_extreme_bias(dtype, causal, bias, sinks):
+    """Rows whose mass sits on suppressed sinks, rows that lose every key, overflow of exp(β), a tiny β."""
+    inputs = draw(batch=3, sinks=sinks, kv_heads=2, dtype=dtype)
+    chosen = torch.rand(inputs["inter_sink_bias"].shape) < 0.5
+    inputs["inter_sink_bias"] = torch.where(chosen, bias, 0.0)
+    inputs["inter_sink_bias"][:, :, 3] = bias
+    assert_matches_reference(correction, reference.sink_attention, {**inputs, "causal": causal}, grads=GRADS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_padded(dtype, causal, padding_side):
+    inputs = draw(batch=6, sinks=30, bias_scale=3.0, bias_heads=4, kv_heads=2, dtype=dtype)
+    inputs["sink_positions"][1, 20:] = -1
+    inputs |= {"seq_lens": torch.tensor([100, 0, 37, 1, 63, 64]), "padding_side": padding_side, "causal": causal}
+    assert_matches_reference(correction, reference.sink_attention, inputs, grads=GRADS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", ["dense", "padded", "packed"])
+def test_sink_logits(dtype, causal, form):
+    if form == "packed":
+        inputs = draw_packed([129, 0, 63, 1], [30, 0, 63, 1], dtype=dtype)
+    else:
+        inputs = draw(heads=16, bias_scale=3.0, dtype=dtype)
+    if form == "padded":
+        inputs["seq_lens"] = torch.tensor([41, 100])
+    inputs |= {"sink_logits": torch.randn(inputs["q"].shape[-3 if form != "packed" else 1]), "causal": causal}
+    assert_matches_reference(correction, reference.sink_attention, inputs, grads=[*GRADS, "sink_logits"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed(dtype, causal):
+    inputs = draw_packed([129, 0, 63, 1, 70], [30, 0, 63, 1, 0], dtype=dtype)
+    assert_matches_reference(correction, reference.sink_attention, {**inputs, "causal": causal}, grads=GRADS)
+
+
+@given(length=lengths, data=st.data(), seed=seeds, causal=st.booleans(), left=st.booleans())
+def test_packed_equals_padded_equals_alone(length, data, seed, causal, left):
+    """One sequence's result does not depend on the batch it sits in, nor on how the batch is laid out."""
+    torch.manual_seed(seed)
+    seq_lens = data.draw(ragged_lengths(length))
+    sinks = data.draw(st.integers(0, length))
+    inputs = draw(batch=len(seq_lens), length=length, sinks=sinks, kv_heads=2, dim=8)
+    padded, lse = correction(
+        **inputs,
+        causal=causal,
+        seq_lens=torch.tensor(seq_lens),
+        padding_side="left" if left else "right",
+        return_lse=True,
+    )
+    for b, n in enumerate(seq_lens):
+        start = length - n if left else 0
+        own = slice(start, start + n)
+        positions = inputs["sink_positions"][b] - start
+        kept = (positions >= 0) & (positions < n)
+        alone = {name: inputs[name][b : b + 1, :, own] for name in ("q", "k", "v")}
+        alone["sink_positions"] = positions[kept].unsqueeze(0)
+        alone["inter_sink_bias"] = inputs["inter_sink_bias"][b : b + 1, :, kept][..., kept]
+        expected, expected_lse = correction(**alone, causal=causal, return_lse=True)
+        torch.testing.assert_close(padded[b, :, own], expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse[b, :, own], expected_lse[0], rtol=1e-5, atol=1e-5)
+        outside = torch.ones(length, dtype=torch.bool)
+        outside[own] = False
+        assert (padded[b, :, outside] == 0).all() and (lse[b, :, outside] == -math.inf).all()
+
+
+@pytest.mark.parametrize("impl", ["correction", "reference"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_may_hold_anything(impl, causal):
+    inputs = {**draw(sinks=30), "seq_lens": torch.tensor([40, 77]), "causal": causal, "impl": impl}
+    dirty = {name: inputs[name].clone() for name in ("q", "k", "v", "inter_sink_bias")}
+    for b, n in enumerate((40, 77)):
+        for name in ("q", "k", "v"):
+            dirty[name][b, :, n:] = math.nan
+        padded_sinks = inputs["sink_positions"][b] >= n
+        dirty["inter_sink_bias"][b, :, padded_sinks] = math.nan
+        dirty["inter_sink_bias"][b, :, :, padded_sinks] = math.nan
+    results = []
+    for values in ({}, dirty):
+        leaves = {name: {**inputs, **values}[name].clone().requires_grad_() for name in GRADS}
+        out = recattn.sink_attention(**{**inputs, **leaves})
+        results.append((out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))))
+    for clean, other in zip(*results, strict=True):
+        torch.testing.assert_close(clean, other, rtol=0, atol=0)
+
+
+def test_float64_is_kept():
+    inputs = draw(length=63, dtype=torch.float64, bias_scale=3.0)
+    out, lse = correction(**inputs, return_lse=True)
+    expected, expected_lse = reference.sink_attention(**inputs, return_lse=True)
+    assert lse.dtype == torch.float64
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+
+
+def test_zero_bias_is_plain_attention():
+    inputs = draw(length=129, sinks=129)
+    inputs["inter_sink_bias"] = torch.zeros_like(inputs["inter_sink_bias"])
+    plain = torch.nn.functional.scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"])
+    assert torch.equal(correction(**inputs), plain)
+
+
+def test_views_that_are_not_contiguous():
+    inputs = draw(length=63)
+    views = {
+        "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2),
+        "k": torch.randn(2, 4, 16, 63).transpose(2, 3),
+        "v": torch.randn(2, 8, 63, 32)[:, ::2, :, ::2],
+        "inter_sink_bias": torch.randn(2, 20, 20, 1).permute(0, 3, 2, 1),
+    }
+    assert_matches_reference(correction, reference.sink_attention, {**inputs, **views}, grads=GRADS)
+
+
+def test_expanded_gradient():
+    """out.sum() sends back a gradient of stride 0."""
+    inputs = draw(length=63)
+    leaves = {name: inputs[name].requires_grad_() for name in GRADS}
+    correction(**inputs).sum().backward()
+    expected = torch.autograd.grad(reference.sink_attention(**inputs).sum(), list(leaves.values()))
+    for leaf, gradient in zip(leaves.values(), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+def test_empty_batches(batch, length):
+    inputs = {
+        "q": torch.zeros(batch, 2, length, 4, requires_grad=True),
+        "k": torch.zeros(batch, 2, length, 4),
+        "v": torch.zeros(batch, 2, length, 4),
+        "sink_positions": torch.full((batch, 1), -1),
+        "inter_sink_bias": torch.zeros(batch, 1, 1, 1),
+    }
+    out = correction(**inputs)
+    out.sum().backward()
+    assert out.shape == (batch, 2, length, 4) and inputs["q"].grad.shape == inputs["q"].shape
+
+
+def test_empty_packed_batch():
+    inputs = draw_packed([0, 0], [0, 0])
+    out, lse = correction(**inputs, return_lse=True)
+    assert out.shape == (0, 4, 16) and lse.shape == (4, 0)
+
+
+def test_dropout_runs_the_reference_and_keeps_the_mean():
+    inputs = draw(length=20, sinks=5, dim=4)
+    mean = torch.stack([recattn.sink_attention(**inputs, dropout_p=0.5) for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(mean, correction(**inputs), rtol=0.1, atol=0.1)
+    with pytest.raises(NotImplementedError, match="cannot run impl='correction' here: it has no dropout"):
+        correction(**inputs, dropout_p=0.5)
+
+
+def test_reruns_agree_to_the_bit():
+    inputs = draw(length=129, sinks=60, bias_scale=10.0, kv_heads=2)
+    runs = []
+    for _ in range(2):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in GRADS}
+        out = correction(**{**inputs, **leaves})
+        runs.append((out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_no_tensor_of_n_squared_elements():
+    inputs = draw(batch=1, heads=2, kv_heads=2, length=2048, dim=16, sinks=100)
+    arguments = (*inputs.values(), None, None, None, False, False, 0.25)
+    with LargestTensor() as forward:
+        results = on_cpu.sink_attention_fwd(*arguments)
+    with LargestTensor() as backward:
+        on_cpu.sink_attention_bwd(torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:])
+    assert max(forward.elements, backward.elements) <= 4 * 2048 * 16 * 2 < 2048 * 2048
+
+
+def op_inputs(form: str, dtype=torch.float32):
+    packed = form == "packed"
+    inputs = (
+        draw_packed([20, 0, 13], [5, 0, 3], dtype=dtype)
+        if packed
+        else draw(length=20, sinks=5, kv_heads=2, dtype=dtype)
+    )
+    seq_lens = torch.tensor([20, 7]) if form == "padded" else None
+    arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias")]
+    return [*arguments, torch.randn(4), seq_lens, inputs.get("cu_seqlens"), None, True, False, 0.25, 0.0, None, "auto"]
+
+
+@pytest.mark.parametrize("form", ["dense", "padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(form, dtype):
+    arguments = op_inputs(form, dtype)
+    torch.library.opcheck(ops.sink_attention_fwd, arguments)
+    results = ops.sink_attention_fwd(*arguments)
+    torch.library.opcheck(
+        ops.sink_attention_bwd, [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
+    )
+
+
+def test_opcheck_permuted():
+    arguments = op_inputs("dense")
+    arguments[0] = torch.randn(2, 20, 4, 16).transpose(1, 2)
+    arguments[2] = torch.randn(2, 2, 6, 20).transpose(2, 3)
+    torch.library.opcheck(ops.sink_attention_fwd, arguments)
+
+
+def test_compiles_to_one_graph_without_recompiling():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda **inputs: correction(**inputs, causal=True), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for batch, length, sinks in ((2, 40, 5), (3, 63, 9), (5, 100, 30)):
+        inputs = draw(batch=batch, length=length, sinks=sinks)
+        leaves = {name: inputs[name].requires_grad_() for name in GRADS}
+        with torch.compiler.set_stance("fail_on_recompile" if batch > 2 else "default"):
+            out = compiled(**inputs)
+        expected = correction(**inputs, causal=True)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        for got, want in zip(
+            torch.autograd.grad(out.sum(), list(leaves.values())),
+            torch.autograd.grad(expected.sum(), list(leaves.values())),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_compiles_with_one_tensor_for_q_k_and_v():
+    inputs = draw(length=20, sinks=5)
+    del inputs["k"], inputs["v"]
+
+    def itself(q, **others):
+        return correction(q, q, q, **others)
+
+    leaf = inputs["q"].requires_grad_()
+    out = torch.compile(itself, fullgraph=True, backend="aot_eager")(**inputs)
+    expected = itself(**inputs)
+    assert torch.equal(out, expected)
+    assert torch.equal(*(torch.autograd.grad(x.sum(), leaf)[0] for x in (out, expected)))
+
+
+BAD = {
+    "q must be a torch.Tensor, got list": {"q": [1.0]},
+    r"q must be \[B, Hq, N, D\] = .* got \[4, 100, 16\]": {"q": torch.zeros(4, 100, 16)},
+    r"k must be \[B, Hkv, N, D\] = \[2, 4, 100, 16\], got \[2, 4, 99, 16\]": {"k": torch.zeros(2, 4, 99, 16)},
+    r"v must be \[B, Hkv, N, Dv\] = \[2, 4, 100, 16\], got \[3, 4, 100, 16\]": {"v": torch.zeros(3, 4, 100, 16)},
+    r"\(Hq, Hkv\) of q and k must be a multiple and its divisor, got \(4, 3\)": {
+        "k": torch.zeros(2, 3, 100, 16),
+        "v": torch.zeros(2, 3, 100, 16),
+    },
+    "D of q, k and v must be at least 1, got 0": {"q": torch.zeros(2, 4, 100, 0), "k": torch.zeros(2, 4, 100, 0)},
+    "q must be float64 or float32 or bfloat16 or float16, got int64": {
+        "q": torch.zeros(2, 4, 100, 16, dtype=torch.long)
+    },
+    "k must have the dtype of q, float32, got float16": {"k": torch.zeros(2, 4, 100, 16, dtype=torch.half)},
+    r"sink_positions must be \[B, M\] = \[2, 3\], got \[3, 3\]": {
+        "sink_positions": torch.zeros(3, 3, dtype=torch.long)
+    },
+    "sink_positions must be int64 or int32, got float32": {"sink_positions": torch.zeros(2, 20)},
+    r"inter_sink_bias must be \[B, 1 or Hq, M, M\] = \[2, 1 or 4, 20, 20\], got \[2, 4, 20, 19\]": {
+        "inter_sink_bias": torch.zeros(2, 4, 20, 19)
+    },
+    "inter_sink_bias must be float64 .* got int64": {"inter_sink_bias": torch.zeros(2, 1, 20, 20, dtype=torch.long)},
+    r"sink_logits must be \[Hq\] = \[4\], got \[2\]": {"sink_logits": torch.zeros(2)},
+    "sink_logits must be a torch.Tensor, got list": {"sink_logits": [0.0] * 4},
+    "seq_lens must be a torch.Tensor, got list": {"seq_lens": [3, 4]},
+    "cu_seqlens must be a torch.Tensor, got list": {"cu_seqlens": [0, 3]},
+    r"seq_lens must be \[B\] = \[2\], got \[3\]": {"seq_lens": torch.zeros(3, dtype=torch.long)},
+    "seq_lens must be int64 or int32, got float32": {"seq_lens": torch.zeros(2)},
+    "seq_lens must be between 0 and 100, got 101 at index": {"seq_lens": torch.tensor([3, 101])},
+    "padding_side must be 'right' or 'left', got 'top'": {"padding_side": "top"},
+    "dropout_p must be at least 0 and below 1, got 1.0": {"dropout_p": 1.0},
+    "scale must be finite, got nan": {"scale": math.nan},
+    "impl must be None or one of .* got 'fast'": {"impl": "fast"},
+    "seq_lens must be None beside cu_seqlens": {"seq_lens": torch.ones(2).long(), "cu_seqlens": torch.tensor([0, 1])},
+    "sink_positions must be below the sequence length 100, got 100": {
+        "sink_positions": torch.arange(81, 101).repeat(2, 1)
+    },
+    "sink_positions must be token positions, or -1 for padding, got -2": {
+        "sink_positions": torch.arange(-2, 18).repeat(2, 1)
+    },
+    "sink_positions must be strictly ascending, padded with -1 at the end, got 3": {
+        "sink_positions": torch.tensor([[*range(19), 3]] * 2)
+    },
+    "k must be on the device of q, cpu, got meta": {"k": torch.zeros(2, 4, 100, 16, device="meta")},
+}
+
+
+@pytest.mark.parametrize("impl", ["correction", "reference"])
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message, impl):
+    bad = BAD[message]
+    inputs = {"impl": impl, **draw(), **bad}
+    if r"= \[2, 3\]" in message:
+        message = message.replace(r"\[2, 3\]", r"\[2, \d+\]")
+    with pytest.raises(ValueError, match=message):
+        recattn.sink_attention(**inputs)
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens, message",
+    [
+        ([0, 5, 20], "cu_seqlens must be offsets from 0 to 33, got offsets from 0 to 20"),
+        ([0, 34, 33], "cu_seqlens must be ascending, got 33 at index"),
+        ([0, 2, 33], "sink_positions must be below the sequence length of each sequence"),
+    ],
+)
+def test_bad_offsets(cu_seqlens, message):
+    inputs = draw_packed([20, 13], [5, 3])
+    inputs["sink_positions"][0, 0] = 1
+    inputs["sink_positions"][0, 1:] = torch.arange(10, 14)
+    for impl in ("correction", "reference"):
+        with pytest.raises(ValueError, match=message):
+            recattn.sink_attention(**{**inputs, "cu_seqlens": torch.tensor(cu_seqlens)}, impl=impl)
+
+
+def test_an_impl_that_does_not_exist_says_what_does():
+    with pytest.raises(NotImplementedError, match="has no impl='cuda'; it has 'correction', 'triton', 'reference'"):
+        recattn.sink_attention(**draw(), impl="cuda")

@@ -1,0 +1,443 @@
+"""wasserstein_attention: the reference against the definition, the CPU implementation against the reference."""
+
+import functools
+import math
+from itertools import product
+
+import pytest
+import torch
+
+import recattn
+from recattn import reference
+from recattn.ops.refined_attention import chunked as slices
+from recattn.testing import assert_matches_reference
+from tests.helpers.by_differences import wasserstein_by_differences
+from tests.helpers.memory import LargestTensor
+from tests.helpers.wasserstein_inputs import NAMES, draw, gradients, with_offset
+
+SOURCES = ("logits", "weights")
+PADDINGS = [(None, "right"), ([3, 0], "right"), ([3, 0], "left")]
+cpu = functools.partial(recattn.wasserstein_attention, impl="cpu")
+
+
+def check(inputs, **options):
+    kernel, low = (functools.partial(f, **options) for f in (cpu, reference.wasserstein_attention))
+    assert_matches_reference(kernel, low, inputs, grads=list(inputs))
+
+
+# --- The reference ---
+
+
+def by_hand(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q=None, w_k=None, *, source="logits", causal, lengths, **o):
+    """One query at a time; the 2-Wasserstein distance of two Gaussians from its definition."""
+    mean, covariance = torch.zeros_like(mean_v), torch.zeros_like(cov_v)
+    b, h, n, _ = mean_q.shape
+    for pair in product(range(b), range(h)):
+        length = n if lengths is None else lengths[pair[0]]
+        tokens = range(length) if o["padding_side"] == "right" else range(n - length, n)
+        seen = {i: [j for j in tokens if j <= i or not causal] for i in tokens}
+        queries = {i: (mean_q[pair][i], cov_q[pair][i]) for i in tokens}
+        keys = {j: (mean_k[pair][j], cov_k[pair][j]) for j in tokens}
+        scores = {i: {j: -o["scale"] * distance(queries[i], keys[j]) for j in seen[i]} for i in tokens}
+        if w_q is not None:
+            a = scores if source == "logits" else {i: softmax(row) for i, row in scores.items()}
+            of_query, of_key = (w if w.dim() == 2 else w[pair[1]] for w in (w_q, w_k))
+            rank = w_q.shape[-1] // 2
+            queries, keys = ({i: projected(row, w) for i, row in a.items()} for w in (of_query, of_key))
+            scores = {i: {j: -distance(queries[i], keys[j]) / rank**0.5 for j in seen[i]} for i in tokens}
+        for i in tokens:
+            for j, p in softmax(scores[i]).items():
+                mean[pair][i] += p * mean_v[pair][j]
+                covariance[pair][i] += p**2 * cov_v[pair][j]
+    return mean, covariance
+
+
+def distance(a, b) -> float:
+    """Tr(A + B - 2 (A^½ B A^½)^½) with diagonal A and B, beside the means' distance."""
+    (mean_i, cov_i), (mean_j, cov_j) = a, b
+    trace = (cov_i + cov_j - 2 * (cov_i.sqrt() * cov_j * cov_i.sqrt()).sqrt()).sum()
+    return float((mean_i - mean_j).pow(2).sum() + trace)
+
+
+def softmax(row: dict[int, float]) -> dict[int, float]:
+    total = math.fsum(math.exp(x) for x in row.values())
+    return {j: math.exp(x) / total for j, x in row.items()}
+
+
+def projected(row: dict[int, float], w):
+    """The Gaussian of a row of A."""
+    x = sum(a * w[j] for j, a in row.items())
+    mean, x = x.chunk(2)
+    return mean, torch.nn.functional.elu(x) + 1
+
+
+BY_TENSORS = [reference.wasserstein_attention, wasserstein_by_differences]
+
+
+@pytest.mark.parametrize("function", BY_TENSORS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths, padding_side", PADDINGS)
+def test_by_hand(causal, lengths, padding_side, function):
+    inputs = draw()
+    seq_lens = None if lengths is None else torch.tensor(lengths)
+    options = {"causal": causal, "padding_side": padding_side, "scale": 0.3}
+    actual = function(**inputs, seq_lens=seq_lens, **options)
+    for a, e in zip(actual, by_hand(**inputs, lengths=lengths, **options), strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("function", BY_TENSORS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths, padding_side", PADDINGS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_refined_by_hand(source, causal, lengths, padding_side, function):
+    inputs = draw(rank=3, n_max=7, per_head=("w_k",), source=source)
+    seq_lens = None if lengths is None else torch.tensor(lengths)
+    options = {"source": source, "causal": causal, "padding_side": padding_side, "scale": 0.8}
+    actual = function(**inputs, seq_lens=seq_lens, **options)
+    for a, e in zip(actual, by_hand(**inputs, lengths=lengths, **options), strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_refinement_is_that_of_refined_attention(source):
+    """Its stochastic mechanism, of vectors whose products are the distances."""
+    inputs = draw(n=6, rank=4, source=source)
+    for name in ("mean_q", "mean_k"):  # of one length
+        inputs[name] = torch.nn.functional.normalize(inputs[name], dim=-1)
+    inputs["cov_q"], inputs["cov_k"] = (torch.zeros_like(inputs["cov_q"]) for _ in range(2))
+    mean, _ = reference.wasserstein_attention(**inputs, source=source, scale=0.5)
+    # A = 0.5 (2 q·k - 2): the constant as one more entry of the vectors.
+    ones = torch.ones_like(inputs["mean_q"][..., :1])
+    q, k = torch.cat([inputs["mean_q"], -ones], -1), torch.cat([inputs["mean_k"], ones], -1)
+    matrices = inputs["w_q"], inputs["w_k"]
+    options = {"mechanism": "stochastic", "source": source, "scale": 1.0}
+    expected = reference.refined_attention(q, k, inputs["mean_v"], *matrices, **options)
+    torch.testing.assert_close(mean, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (2, "logits"), (2, "weights")])
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_gradcheck(causal, rank, source):
+    inputs = draw(b=2, h=1, n=4, d=2, rank=rank, source=source)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    options = {"causal": causal, "source": source, "seq_lens": torch.tensor([3, 0]), "padding_side": "left"}
+
+    def function(*args):
+        return reference.wasserstein_attention(**dict(zip(inputs, args, strict=True)), **options)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_reference_dropout_drops_weights_of_both_products():
+    """With identities for values the outputs are P and P∘P of one mask."""
+    n = 40
+    inputs = draw(n=n)
+    inputs["mean_v"] = inputs["cov_v"] = torch.eye(n, dtype=torch.float64).expand(2, 2, n, n)
+    p, _ = reference.wasserstein_attention(**inputs)
+    dropped, squares = recattn.wasserstein_attention(**inputs, dropout_p=0.25)
+    torch.testing.assert_close(squares, dropped.square())
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], p[kept] / 0.75)
+    share = kept.sum() / (p != 0).sum()
+    assert abs(share - 0.75) < 0.03
+
+
+def test_distance_is_a_dot_product_with_row_and_column_terms():
+    """So ordinary attention over vectors of two or four more entries computes it: the row term drops out."""
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = draw(n=7).values()
+    d = mean_q.shape[-1]
+    query, key = torch.cat([mean_q, cov_q.sqrt()], -1), torch.cat([mean_k, cov_k.sqrt()], -1)
+    difference = query.unsqueeze(-2) - key.unsqueeze(-3)  # [B, H, N, N, 2D]
+    row, column = query.square().sum(-1, keepdim=True), key.square().sum(-1, keepdim=True)
+    torch.testing.assert_close(difference.square().sum(-1), row + column.mT - 2 * query @ key.mT)
+
+    query, key = torch.cat([2 * query, -torch.ones_like(row)], -1), torch.cat([key, column], -1)
+    mean = torch.nn.functional.scaled_dot_product_attention(query, key, mean_v, is_causal=True, scale=d**-0.5)
+    torch.testing.assert_close(mean, reference.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)[0])
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (4, "logits"), (4, "weights")])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_padding_never_matters(padding_side, causal, rank, source, function):
+    """Whatever it holds: outputs and gradients are those of the tokens alone, and zero at padding."""
+    inputs = draw(n=6, rank=rank, source=source)
+    options = {"causal": causal, "source": source}
+    tokens, padding = (slice(0, 4), slice(4, 6)) if padding_side == "right" else (slice(2, 6), slice(0, 2))
+    dirty = {name: x.clone() for name, x in inputs.items()}
+    for name in NAMES:
+        dirty[name][0, :, padding] = math.nan
+        dirty[name][1] = math.inf
+    alone = {name: x[:1, :, tokens] if name in NAMES else x[tokens] for name, x in inputs.items()}
+    expected = reference.wasserstein_attention(**alone, **options)
+    actual = gradients(function, dirty, seq_lens=torch.tensor([4, 0]), padding_side=padding_side, **options)
+    for name, out in zip(("mean", "cov"), expected, strict=True):
+        torch.testing.assert_close(actual[name][:1, :, tokens], out)
+    for name, x in actual.items():
+        assert x.isfinite().all(), name
+        if x.dim() == 4:
+            assert not x[0, :, padding].any() and not x[1].any(), name
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zero_covariances_have_finite_gradients(dtype, function):
+    inputs = draw(dtype=dtype)
+    inputs["cov_q"][0] = 0
+    inputs["cov_k"][:, :, 2:] = 0
+    inputs["cov_v"][1] = 0
+    for name, x in gradients(function, inputs).items():
+        assert x.isfinite().all(), name
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("sizes", [{"b": 0}, {"h": 0}, {"n": 0, "n_max": 4}, {"dv": 0}])
+@pytest.mark.parametrize("padded", [True, False])
+def test_empty_sizes(sizes, padded, rank, function):
+    inputs = draw(rank=rank, **sizes)
+    seq_lens = torch.zeros(inputs["mean_q"].shape[0], dtype=torch.int64) if padded else None
+    results = gradients(function, inputs, seq_lens=seq_lens)
+    assert results["mean"].shape == results["cov"].shape == inputs["mean_v"].shape
+    for name, x in inputs.items():
+        assert results[f"d{name}"].shape == x.shape and not results[f"d{name}"].any()
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (4, "logits"), (4, "weights")])
+def test_the_past_never_sees_the_future(rank, source, function):
+    inputs = draw(n=12, rank=rank, source=source)
+    changed = {name: x.clone() for name, x in inputs.items()}
+    for name in NAMES:
+        changed[name][:, :, 7:] = torch.rand_like(changed[name][:, :, 7:])
+    before, after = (function(**x, source=source) for x in (inputs, changed))
+    for b, a in zip(before, after, strict=True):
+        torch.testing.assert_close(b[:, :, :7], a[:, :, :7], atol=1e-14, rtol=0)
+        assert not torch.allclose(b[:, :, 7:], a[:, :, 7:])
+
+
+# --- Offsets, which change no distance but are lost digits of ‖q‖² + ‖k‖² - 2 q·k ---
+
+
+def check_by_differences(function, inputs, **options):
+    few = torch.tensor([30, 0, 5])  # a mean that counts padding leaves most of an offset
+    for padding in ({}, {"seq_lens": few}, {"seq_lens": few, "padding_side": "left"}):
+        kernel, low = (functools.partial(f, **options, **padding) for f in (function, wasserstein_by_differences))
+        assert_matches_reference(kernel, low, inputs, grads=list(inputs))
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (6, "logits"), (6, "weights")])
+@pytest.mark.parametrize("part", ["mean", "cov"])
+@pytest.mark.parametrize("offset", [0, 10, 100, 1000])
+def test_offset(offset, part, rank, source, dtype, function):
+    inputs = draw(b=3, n=30, d=16, dv=8, rank=rank, source=source, dtype=dtype)
+    check_by_differences(function, with_offset(inputs, part, offset), source=source)
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("offset", [0, 10])
+def test_offset_of_the_refined_gaussians(offset, function):
+    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's; a larger one is lost digits of A W itself."""
+    inputs = draw(b=3, n=30, d=16, dv=8, rank=6, source="weights", dtype=torch.float32)
+    inputs |= {name: inputs[name] + offset for name in ("w_q", "w_k")}
+    check_by_differences(function, inputs, source="weights")
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+def test_offset_of_each_sequence_and_head(function):
+    inputs = draw(b=3, n=30, d=16, dv=8, dtype=torch.float32)
+    offsets = torch.tensor([[0.0, 300.0], [-200.0, 0.0], [1000.0, -1000.0]])[..., None, None]
+    check_by_differences(function, inputs | {name: inputs[name] + offsets for name in ("mean_q", "mean_k")})
+
+
+# --- The CPU implementation ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n", [1, 63, 100, 129])
+def test_cpu_error(n, causal, dtype):
+    check(draw(b=4, n=n, d=5, dv=7, dtype=dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n", [1, 63, 129])
+@pytest.mark.parametrize("source", SOURCES)
+def test_cpu_refined_error(source, n, causal, dtype):
+    inputs = draw(b=4, n=n, d=5, dv=7, rank=6, n_max=n + 3, source=source, dtype=dtype)
+    check(inputs, causal=causal, source=source)
+
+
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (41, "logits"), (6, "weights")])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_cpu_ragged_error(padding_side, causal, rank, source):
+    inputs = draw(b=6, n=40, d=16, dv=16, rank=rank, per_head=("w_q",), source=source, dtype=torch.float32)
+    seq_lens = torch.tensor([40, 0, 1, 33, 40, 17], dtype=torch.int32)
+    check(inputs, causal=causal, source=source, seq_lens=seq_lens, padding_side=padding_side)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 0.0, 0.5])
+def test_cpu_scale(scale):
+    check(draw(b=4, n=20, rank=5, dtype=torch.float32), scale=scale)
+    check(draw(b=4, n=20, dtype=torch.float32), scale=scale)
+
+
+def test_cpu_zero_covariances_error():
+    inputs = draw(b=4, n=20, dtype=torch.float32)
+    inputs["cov_q"][0] = 0
+    inputs["cov_k"][:, :, 10:] = 0
+    check(inputs)
+
+
+def test_cpu_slices_and_blocks(monkeypatch):
+    """One pair a slice, and three rows a block."""
+    monkeypatch.setattr(slices, "_SLICE_ELEMENTS", 1)
+    monkeypatch.setattr(slices, "BLOCK_ROWS", 3)
+    for rank, causal, source in product((None, 4), (True, False), SOURCES):
+        inputs = draw(b=9, n=10, rank=rank, per_head=("w_q", "w_k"), source=source, dtype=torch.float32)
+        check(inputs, causal=causal, source=source, seq_lens=torch.tensor([10, 4, 7] * 3))
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_cpu_float64_is_float64(rank):
+    inputs = draw(n=20, rank=rank)
+    expected = gradients(reference.wasserstein_attention, inputs)
+    for name, x in gradients(cpu, inputs).items():
+        torch.testing.assert_close(x, expected[name], atol=1e-12, rtol=0)
+
+
+def test_cpu_views():
+    """Heads behind tokens, a cut last axis, a transposed matrix."""
+    inputs = draw(n=20, rank=10, dtype=torch.float32)
+    views = {
+        "mean_q": inputs["mean_q"].transpose(1, 2).contiguous().transpose(1, 2),
+        "cov_k": torch.cat([inputs["cov_k"]] * 2, dim=-1)[..., :3],
+        "mean_v": inputs["mean_v"].mT.contiguous().mT,
+        "w_q": inputs["w_q"].T.contiguous().T,
+    }
+    expected = gradients(cpu, inputs, seq_lens=torch.tensor([20, 4]))
+    for name, x in gradients(cpu, inputs | views, seq_lens=torch.tensor([20, 4])).items():
+        torch.testing.assert_close(x, expected[name])
+
+
+def test_one_tensor_for_several_arguments():
+    inputs = draw(n=9, d=4, dv=4, dtype=torch.float32)
+    inputs |= {"mean_k": inputs["mean_q"], "mean_v": inputs["mean_q"], "cov_v": inputs["mean_q"]}
+    for actual, expected in zip(cpu(**inputs), reference.wasserstein_attention(**inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("rank", [None, 50])
+def test_cpu_reruns_are_bitwise_equal(rank):
+    inputs = draw(b=20, n=50, rank=rank, dtype=torch.float32)
+    first, second = (gradients(cpu, inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (16, "logits"), (16, "weights")])
+def test_cpu_has_no_tensor_of_n_squared_elements(rank, source):
+    n = 1024
+    inputs = draw(b=1, h=1, n=n, d=16, dv=16, rank=rank, source=source, dtype=torch.float32)
+    with LargestTensor() as watched:
+        gradients(cpu, inputs, source=source)
+    assert watched.elements <= n * n // 8
+
+
+# --- The operators ---
+
+
+def test_opcheck():
+    query, key, mean_v, cov_v = (torch.randn(3, 2, 9, size) for size in (6, 6, 4, 4))
+    options = (True, True, None, 0.0, "cpu")
+    arguments = (query, key, mean_v, cov_v, torch.tensor([9, 0, 4]), None, *options)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_attention_fwd.default, arguments)
+    outs = torch.ops.recattn.wasserstein_attention_fwd(*arguments)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_attention_bwd.default, (mean_v, cov_v, *outs, *arguments))
+
+
+def test_opcheck_projection():
+    query, key, w, dx = torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.randn(9, 12), torch.randn(3, 2, 9, 12)
+    arguments = (query, key, w, torch.tensor([9, 0, 4]), "logits", True, True, None)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_projection_fwd.default, arguments)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_projection_bwd.default, (dx, *arguments))
+
+
+def test_compiles_whole_without_recompiling():
+    torch.compiler.reset()
+    compiled = torch.compile(recattn.wasserstein_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for b, h, n, d, rank in ((3, 2, 9, 8, 7), (5, 4, 20, 12, 11), (6, 3, 31, 16, 40)):
+        inputs = draw(b, h, n, d, d + 5, rank, n + 3, dtype=torch.float32)
+        options = {"seq_lens": torch.randint(n, (b,)), "padding_side": "left"}
+        expected = gradients(cpu, inputs, **options)
+        with torch.compiler.set_stance("fail_on_recompile" if b > 3 else "default"):
+            actual = gradients(compiled, inputs, **options)
+        for name, x in actual.items():
+            torch.testing.assert_close(x, expected[name])
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_autocast_casts_the_inputs(rank):
+    inputs = draw(n=20, rank=rank, dtype=torch.float32)
+    expected = gradients(cpu, {name: x.bfloat16() for name, x in inputs.items()})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = gradients(cpu, inputs)
+    for name, x in actual.items():
+        torch.testing.assert_close(x, expected[name].to(x), atol=0, rtol=0)
+
+
+# --- Dispatch and bad input ---
+
+
+def test_implementations():
+    inputs = draw()
+    for default, chosen in zip(recattn.wasserstein_attention(**inputs), cpu(**inputs), strict=True):
+        assert torch.equal(default, chosen)
+    with pytest.raises(NotImplementedError, match="wasserstein_attention has no impl='correction'"):
+        recattn.wasserstein_attention(**inputs, impl="correction")
+    with pytest.raises(NotImplementedError, match="cannot run impl='cpu' here: it has no dropout"):
+        recattn.wasserstein_attention(**inputs, impl="cpu", dropout_p=0.1)
+    with pytest.raises(NotImplementedError, match="cannot run impl='cpu' here: the tensors are on meta"):
+        recattn.wasserstein_attention(**{name: x.to("meta") for name, x in inputs.items()}, impl="cpu")
+
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"source": "scores"}, "source must be 'logits' or 'weights', got 'scores'"),
+        ({"padding_side": "both"}, "padding_side must be 'right' or 'left', got 'both'"),
+        ({"scale": math.nan}, "scale must be finite, got nan"),
+        ({"dropout_p": 1.0}, "dropout_p must be at least 0 and below 1, got 1.0"),
+        ({"mean_q": None}, "mean_q must be a torch.Tensor, got NoneType"),
+        ({"mean_q": zeros(2, 5, 3)}, r"mean_q must be \[B, H, N, D\] = .* got \[2, 5, 3\]"),
+        ({"cov_q": zeros(2, 2, 5, 4)}, r"cov_q must be \[B, H, N, D\] = \[2, 2, 5, 3\], got \[2, 2, 5, 4\]"),
+        ({"mean_k": zeros(2, 2, 6, 3)}, r"mean_k must be \[B, H, N, D\] = \[2, 2, 5, 3\], got \[2, 2, 6, 3\]"),
+        ({"cov_v": zeros(2, 2, 5, 3)}, r"cov_v must be \[B, H, N, Dv\] = \[2, 2, 5, 2\], got \[2, 2, 5, 3\]"),
+        (dict.fromkeys(NAMES[:4], zeros(2, 2, 5, 0)), "D of mean_q and mean_k must be at least 1, got 0"),
+        ({"w_q": None}, "w_q must be a torch.Tensor, got NoneType"),
+        ({"w_k": zeros(3, 5, 8)}, r"w_k must be \[H, Nmax, 2R\] = \[2, 5, 8\], got \[3, 5, 8\]"),
+        ({"w_k": zeros(5, 6)}, r"w_k must be \[Nmax, 2R\] = \[5, 8\], got \[5, 6\]"),
+        (dict.fromkeys(("w_q", "w_k"), zeros(4, 8)), "Nmax of w_q and w_k must be at least N = 5, got 4"),
+        (dict.fromkeys(("w_q", "w_k"), zeros(5, 7)), "2R of w_q and w_k must be even and at least 2, got 7"),
+        (dict.fromkeys(("w_q", "w_k"), zeros(5, 0)), "2R of w_q and w_k must be even and at least 2, got 0"),
+        ({"cov_k": torch.zeros(2, 2, 5, 3)}, "cov_k must have the dtype of mean_q, float64, got float32"),
+        ({"mean_q": zeros(2, 2, 5, 3).long()}, "mean_q must be float64 or .* got int64"),
+        ({"cov_v": zeros(2, 2, 5, 2).to("meta")}, "cov_v must be on the device of mean_q, cpu, got meta"),
+        ({"seq_lens": torch.tensor([5])}, r"seq_lens must be \[B\] = \[2\], got \[1\]"),
+        ({"seq_lens": torch.tensor([5, 6])}, "seq_lens must be between 0 and 5, got 6"),
+        ({"seq_lens": torch.tensor([5, -1])}, "seq_lens must be between 0 and 5, got -1"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_bad_input(changes, message, impl):
+    with pytest.raises(ValueError, match=message):
+        recattn.wasserstein_attention(**{**draw(rank=4), "impl": impl, **changes})

@@ -1,0 +1,210 @@
+"""recattn imports without a compiler, without triton and without its compiled kernels, and says what is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recattn import _versions
+
+ROOT = Path(__file__).parents[2]
+CALL = """
+import torch, recattn
+q = torch.randn(1, 2, 5, 4)
+recattn.sink_attention(q, q, q, torch.tensor([[1, 3]]), torch.zeros(1, 1, 2, 2))
+"""
+BLOCK_TRITON = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def python(code: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def without_kernels(tmp_path_factory) -> str:
+    """A PYTHONPATH on which recattn is a copy without compiled kernels."""
+    folder = tmp_path_factory.mktemp("pure")
+    shutil.copytree(ROOT / "python" / "recattn", folder / "recattn", ignore=shutil.ignore_patterns("*.so"))
+    return str(folder)
+
+
+def test_without_triton():
+    python(BLOCK_TRITON + CALL)
+
+
+IMPORT_LIMIT_MS = 60
+IMPORT = """
+import sys, time, torch
+before = {*sys.modules}
+print("torch is imported", file=sys.stderr)
+start = time.thread_time()
+import recattn
+milliseconds = 1000 * (time.thread_time() - start)
+"""
+
+
+def import_cost() -> tuple[float, str]:
+    """Milliseconds of a processor that `import recattn` takes after `import torch`, and its slowest modules."""
+    # With bytecode, as an installed package has it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-X", "importtime", "-c", IMPORT + "print(milliseconds)"]
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    _, _, report = run.stderr.partition("torch is imported")
+    times = re.findall(r"import time: +\d+ \| +(\d+) \| +(\S+)", report)
+    slowest = sorted(((int(microseconds), name) for microseconds, name in times), reverse=True)[:15]
+    return float(run.stdout), "\n".join(f"{microseconds / 1000:8.1f} ms  {name}" for microseconds, name in slowest)
+
+
+def test_import_costs_little_more_than_torch():
+    for _ in range(5):  # other processes slow some
+        milliseconds, slowest = import_cost()
+        if milliseconds <= IMPORT_LIMIT_MS:
+            return
+    pytest.fail(f"import recattn takes {milliseconds:.0f} ms beyond torch:\n{slowest}")
+
+
+def test_import_loads_no_other_package():
+    lazy = ("torch._dynamo", "torch._inductor")
+    expected = {"recattn", "torch", *sys.stdlib_module_names}
+    loaded = python(IMPORT + "print(*{*sys.modules} - before)").split()
+    assert "recattn" in loaded
+    assert [x for x in sorted(loaded) if x.partition(".")[0] not in expected or x.startswith(lazy)] == []
+
+
+def test_constant_in_graphs_is_assume_constant_result():
+    from recattn.ops._support import constant_in_graphs
+
+    def marked(mark):
+        return vars(mark(lambda: None))
+
+    assert marked(constant_in_graphs) == marked(torch.compiler.assume_constant_result) != {}
+
+
+def test_without_compiled_kernels(without_kernels):
+    out = python(CALL + "print(recattn.__file__)", PYTHONPATH=without_kernels)
+    assert without_kernels in out
+
+
+def test_a_call_that_needs_missing_kernels_says_how_to_get_them(without_kernels):
+    code = """
+import torch, recattn
+x = torch.zeros(1, 1, 4, 8)
+arguments = (torch.zeros(2, 1, 8), x, x, torch.tensor([0]), torch.tensor([0, 2]))
+assert recattn.lrea_absorbed_attention(*arguments).shape == (2, 1, 8)
+try:
+    recattn.lrea_absorbed_attention(*arguments, impl="cpu")
+except NotImplementedError as error:
+    print(error)
+"""
+    message = python(code, PYTHONPATH=without_kernels)
+    assert "RECATTN_BUILD=cpu pip install --no-build-isolation ." in message
+
+
+@pytest.mark.parametrize("package, older", [("torch", "2.9.1+cpu"), ("triton", "3.4.0")])
+def test_a_version_that_is_too_old_is_named_with_the_oldest(package, older):
+    code = f"""
+import {package}
+{package}.__version__ = {older!r}
+try:
+    import torch, recattn
+    q = torch.zeros(1, 1, 4, 8)
+    recattn.refined_attention(q, q, q, torch.zeros(4, 4), torch.zeros(4, 4), impl="triton")
+except (ImportError, NotImplementedError) as error:
+    print(type(error).__name__, error)
+"""
+    raised, _, message = python(code, TRITON_INTERPRET="1").partition(" ")
+    assert raised == {"torch": "ImportError", "triton": "NotImplementedError"}[package]
+    oldest = _versions.OLDEST[package]
+    assert f"recattn needs {package} {oldest} or newer, and this is {package} {older}: pip install" in message
+    assert f'"{package}>={oldest}' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_versions_compare_by_their_numbers():
+    assert [_versions.refusal("torch", version) for version in ("2.10.0a0+git", "2.10", "2.14.1+cu130", "3.0")] == [
+        None
+    ] * 4
+    assert all(_versions.refusal("triton", version) for version in ("3.5.0", "3.4.2", "2.10.9"))
+
+
+def test_info():
+    text = python("import runpy, sys; sys.argv = ['recattn', 'info']; runpy.run_module('recattn', run_name='__main__')")
+    assert "sink_attention" in text and "correction" in text and "C++ kernels: built with" in text
+
+
+def test_info_without_kernels(without_kernels):
+    code = "import runpy, sys; sys.argv = ['recattn', 'info']; runpy.run_module('recattn', run_name='__main__')"
+    text = python(BLOCK_TRITON + code, PYTHONPATH=without_kernels)
+    assert "installed without its cpu kernels" in text
+
+
+def setup_py(tmp_path: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a copy of the project's setup.py."""
+    project = tmp_path / "project"
+    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "build", "*.so", "results")
+    shutil.copytree(ROOT, project, ignore=ignored, dirs_exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "setup.py", *command],
+        cwd=project,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"RECATTN_BUILD": "fast"}, "RECATTN_BUILD must be auto, cuda, cpu or none, got 'fast'"),
+        ({"RECATTN_BUILD": "cpu", "CXX": "no-such-compiler"}, "install a C++20 compiler"),
+        ({"RECATTN_BUILD": "cuda"}, "install a CUDA build of torch"),
+    ],
+)
+def test_a_build_that_cannot_be_met_says_the_remedy(tmp_path, environment, message):
+    if environment == {"RECATTN_BUILD": "cuda"} and torch.version.cuda is not None:
+        pytest.skip("torch is a CUDA build here")
+    result = setup_py(tmp_path, "build", **environment)
+    assert result.returncode != 0 and message in result.stderr
+
+
+def test_an_old_setuptools_is_refused_with_the_remedy(tmp_path):
+    """A venv of Python 3.11 holds 65.5.0, whose own message names a field of pyproject.toml."""
+    (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"\nfind_packages = setup = None\n')
+    result = setup_py(tmp_path, "build", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert result.stderr == (
+        "recattn is built by setuptools 77 or newer, and this is 65.5.0: pip install --upgrade setuptools, "
+        "or leave out --no-build-isolation\n"
+    )
+
+
+@pytest.mark.parametrize("environment", [{"RECATTN_BUILD": "none"}, {"CXX": "no-such-compiler"}])
+def test_builds_without_a_compiler(tmp_path, environment):
+    result = setup_py(tmp_path, "build", "--build-base", str(tmp_path / "build"), **environment)
+    assert result.returncode == 0, result.stderr
+    assert ("no c++ on the PATH" in result.stderr) == ("CXX" in environment)
+    built = tmp_path / "build" / "lib" / "recattn"
+    assert (built / "functional" / "sink_attention.py").exists() and (built / "triton_kernels" / "__init__.py").exists()
+    assert not list(built.rglob("*.so"))
+
+
+def test_auto_leaves_out_what_does_not_compile(tmp_path):
+    project = tmp_path / "project"
+    (project / "csrc" / "cpu").mkdir(parents=True)
+    (project / "csrc" / "cpu" / "broken.cpp").write_text("this is no C++\n")
+    result = setup_py(tmp_path, "build", "--build-base", str(tmp_path / "build"), MAX_JOBS="1")
+    assert result.returncode == 0, result.stderr
+    assert "installed without some compiled kernels: recattn._C did not compile" in result.stderr

@@ -1,0 +1,277 @@
+"""Every kernel in tensors of more than 2**31 elements: the last sequences come out as they do alone.
+
+The interpreter runs the last programs, in memory of which only what is written takes room, and fails where an int32
+overflows.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from recattn.triton_kernels import lrea_attention, lrea_compress
+from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
+from recattn.triton_kernels.refined_attention import projection, short
+from recattn.triton_kernels.sink_attention import (
+    launch_sink_attention_bwd,
+    launch_sink_attention_fwd,
+    launch_sink_attention_streams,
+)
+from recattn.triton_kernels.sink_attention.correction import (
+    launch_sink_attention_correction_delta,
+    launch_sink_attention_correction_fwd,
+)
+from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
+from recattn.triton_kernels.wasserstein_attention import (
+    launch_wasserstein_attention_bwd,
+    launch_wasserstein_attention_fwd,
+)
+from tests.helpers.interpreted import run_outer_programs
+
+LARGEST = 10 << 30  # bytes of one tensor, which the system grants where it has as many
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter"),
+    pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < LARGEST, reason="needs 10 GB"),
+]
+
+# More than 2**31 elements, and as far from an axis' first index to its last where that axis comes first in memory.
+B, N, D, M = 540_000, 64, 64, 20
+# By sequences, as nn.MultiheadAttention has them where not batch_first, and by features.
+LAYOUTS = ["bhnd", "nbhd", "dbhn"]
+PROGRAMS = 5
+
+
+@pytest.fixture(autouse=True)
+def outer_programs(poisoned_allocations, monkeypatch):
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    run_outer_programs(monkeypatch, PROGRAMS)
+
+
+def empty(layout: str, dtype: torch.dtype = torch.float16, **sizes: int) -> Tensor:
+    """[b, h, n, d] with its axes in memory as `layout` has them."""
+    sizes = {"b": B, "h": 1, "n": N, "d": D, **sizes}
+    return torch.empty([sizes[axis] for axis in layout], dtype=dtype).permute([layout.index(axis) for axis in "bhnd"])
+
+
+def draw(layout: str, dtype: torch.dtype = torch.float16, **sizes: int) -> Tensor:
+    """The same with numbers in the last sequence."""
+    x = empty(layout, dtype, **sizes)
+    assert x.numel() > 2**31
+    x[-1] = torch.randn(x.shape[1:])
+    return x
+
+
+def draw_rows(*sizes: int, drawn: int = N) -> Tensor:
+    """Float16 with numbers in the last rows."""
+    x = torch.empty(sizes, dtype=torch.float16)
+    assert x.numel() > 2**31
+    x[-drawn:] = torch.randn(x[-drawn:].shape)
+    return x
+
+
+def draw_columns(rows: int, columns: int, numbers: Tensor) -> Tensor:
+    """[rows, columns], its outer rows the given numbers, with more than 2**31 elements between outer columns."""
+    x = torch.empty(columns, 2**31 // (columns - 1) + rows, dtype=numbers.dtype)[:, -rows:].t()
+    x[:N] = x[-N:] = numbers
+    return x
+
+
+def assert_last_alone(operator, inputs: dict[str, Tensor], last: dict[str, Tensor] | None = None) -> None:
+    """`operator` of all sequences gives the last one what it gives it alone."""
+    outs = operator(**inputs)
+    last = last or {name: x[-1:] for name, x in inputs.items()}
+    for name, alone in operator(**{name: x.contiguous() for name, x in last.items()}).items():
+        assert alone.abs().max() > 0 and torch.equal(outs[name][-len(alone) :], alone), name
+
+
+def sink_attention(q, k, v, dout, sink_positions, inter_sink_bias, cu_seqlens=None) -> dict[str, Tensor]:
+    """The fused path, and the correction of its own output without bias."""
+    sequences, order = (None, cu_seqlens), {"causal": False, "left_padded": False, "scale": D**-0.5}
+    sinks = (sink_positions, inter_sink_bias)
+    streams = launch_sink_attention_streams(q, sink_positions, *sequences, left_padded=False)
+    outs = {}
+    for prefix, bias in (("", inter_sink_bias), ("corrected ", torch.zeros(()).expand_as(inter_sink_bias))):
+        out, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        state = torch.zeros(2, sink_positions.shape[0], q.shape[1], M)
+        fused = (sink_positions, bias, *sequences, streams)
+        launch_sink_attention_fwd(q, k, v, out, lse, state, sink_positions, bias, None, *sequences, streams, **order)
+        delta = launch_sink_attention_bwd(q, k, v, out, dout, lse, state, dq, dk, dv, *fused, **order)
+        pairs = (None, dk, dv)
+        if prefix:
+            state = launch_sink_attention_correction_fwd(q, k, v, out, lse, *sinks, None, *sequences, **order)
+            delta = launch_sink_attention_correction_delta(
+                out, dout, sink_positions, state, lse, *sequences, left_padded=False
+            )
+            pairs = (dq, dk, dv)
+        dbias = launch_sink_attention_pairs_bwd(
+            q, k, v, dout, *sinks, state, delta, *pairs, *sequences, None, 0, corrects=bool(prefix), **order
+        )
+        made = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias}
+        outs |= {prefix + name: x for name, x in made.items()}
+    return outs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sink_attention(layout):
+    inputs = {name: draw(layout) for name in ("q", "k", "v", "dout")}
+    inputs["sink_positions"] = draw_columns(B, M, 3 * torch.arange(M, dtype=torch.int8))
+    inputs["inter_sink_bias"] = draw_columns(M, M, torch.randn(M).half()).expand(B, 1, M, M)
+    assert_last_alone(sink_attention, inputs)
+
+
+def test_packed_sink_attention():
+    positions, bias = (3 * torch.arange(M)).expand(B, M), torch.randn(M, M).expand(B, 1, M, M)
+    tokens = {name: draw_rows(B * N, 1, D) for name in ("q", "k", "v", "dout")}
+    inputs = {**tokens, "sink_positions": positions, "inter_sink_bias": bias, "cu_seqlens": torch.arange(B + 1) * N}
+    last = {name: x[-N:] for name, x in tokens.items()} | {"cu_seqlens": torch.tensor([0, N])}
+    assert_last_alone(sink_attention, inputs, last | {"sink_positions": positions[:1], "inter_sink_bias": bias[:1]})
+
+
+def inter_sink_bias(q_s, k_s, dout, sink_mask) -> dict[str, Tensor]:
+    out, shares = torch.empty_like(dout), torch.empty(q_s.shape[:3])
+    dq_s, dk_s = torch.empty_like(q_s), torch.empty_like(k_s)
+    inputs, options = (q_s, k_s, sink_mask, None, None), {"factor": 1.0, "causal": False, "dropout_p": 0.0}
+    launch_inter_sink_bias_fwd(*inputs, out, **options, scale=D**-0.5)
+    launch_inter_sink_bias_bwd(dout, *inputs, dq_s, dk_s, shares, **options, scale=D**-0.5)
+    return {"out": out, "dq_s": dq_s, "dk_s": dk_s, "shares": shares}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inter_sink_bias(layout):
+    inputs = {name: draw(layout) for name in ("q_s", "k_s")}
+    inputs["dout"] = draw("bhnd", torch.float32, d=N)
+    inputs["sink_mask"] = draw_columns(B, N, torch.arange(N) % 5 > 0)
+    assert_last_alone(inter_sink_bias, inputs)
+
+
+def wasserstein_attention(query, key, mean_v, cov_v, dmean, dcov) -> dict[str, Tensor]:
+    inputs, order = (query, key, mean_v, cov_v), {"causal": True, "left_padded": False, "scale": 1 / D}
+    made = {name: torch.empty_like(x) for name, x in zip(("mean", "cov"), (mean_v, cov_v), strict=True)}
+    outs = (*made.values(), *(torch.empty(query.shape[:3]) for _ in range(2)))
+    launch_wasserstein_attention_fwd(*inputs, *outs, None, **order)
+    names = ("dquery", "dkey", "dmean_v", "dcov_v")
+    gradients = {name: torch.empty_like(x) for name, x in zip(names, inputs, strict=True)}
+    launch_wasserstein_attention_bwd(*inputs, *outs, dmean, dcov, *gradients.values(), None, **order)
+    return made | gradients
+
+
+def test_wasserstein_attention():
+    names = ("query", "key", "mean_v", "cov_v", "dmean", "dcov")
+    assert_last_alone(wasserstein_attention, {name: draw("bhnd") for name in names})
+
+
+def refined_attention_of(w: Tensor):
+    def operator(q, k, v, dout) -> dict[str, Tensor]:
+        options = {"mechanism": "additive", "source": "logits", "causal": True, "left_padded": False, "scale": D**-0.5}
+        out = short.launch_refined_attention_fwd(q, k, v, w, w, w, None, **options)
+        gradients = short.launch_refined_attention_bwd(dout, q, k, v, w, w, w, None, **options)
+        return {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=False))}
+
+    return operator
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_refined_attention(layout, monkeypatch):
+    monkeypatch.setattr(short, "_slots", lambda q, groups: len(q))  # all in one launch
+    sizes = {"b": 1_200_000, "n": 16, "d": 128}  # the sums that each pair then has of its own stay small
+    inputs = {name: draw(layout, **sizes) for name in ("q", "k", "v", "dout")}
+    assert_last_alone(refined_attention_of(torch.randn(16, 16).half() / 16), inputs)
+
+
+def test_refined_attention_in_three_launches(monkeypatch):
+    """What they hand on is more than 2**31 elements."""
+    monkeypatch.setattr(short, "_slots", lambda q, groups: len(q))
+    batch, length = 15_000, 128
+    assert batch * len(short.HandedOn._fields) * length**2 > 2**31
+    names = ("q", "k", "v", "dout")
+    inputs = {name: torch.randn(1, 1, length, 16).half().expand(batch, -1, -1, -1) for name in names}
+    assert_last_alone(refined_attention_of(torch.randn(length, length).half() / length), inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_refined_projection(layout, monkeypatch):
+    """The states of the two segments before the last are more than 2**31 elements, too."""
+    batch, length, sequences_a_program = 270_000, 130, 16
+    monkeypatch.setattr(projection, "_PROGRAMS", 3 * batch // sequences_a_program)  # of three tiles each
+    w = torch.randn(length, D).half()
+
+    def operator(q, k, dx) -> dict[str, Tensor]:
+        order = {"causal": True, "left_padded": False, "scale": 1 / D}
+        x = projection.launch_refined_projection_fwd(q, k, w, None, **order)
+        dq, dk, dw = projection.launch_refined_projection_bwd(dx, q, k, w, None, **order)
+        return {"x": x, "dq": dq, "dk": dk, "dw": dw}
+
+    assert_last_alone(operator, {name: draw(layout, b=batch, n=length) for name in ("q", "k", "dx")})
+
+
+def user_products(rows, others, matrices, target_offsets) -> dict[str, Tensor]:
+    return {
+        "product": lrea_attention.launch_lrea_user_matmul(rows, matrices, target_offsets),
+        "outer": lrea_compress.launch_lrea_user_outer(rows, others, target_offsets),
+    }
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_lrea_user_products(by_features):
+    """N targets a user."""
+    rows, others = (draw_rows(B * N, 1, D) for _ in range(2))
+    if by_features:
+        rows, others = (draw_columns(B * N, D, torch.randn(D).half())[:, None] for _ in range(2))
+    inputs = {"rows": rows, "others": others, "matrices": draw(LAYOUTS[2 * by_features])}
+    offsets = {"target_offsets": torch.arange(B + 1) * N}
+    last = {"rows": rows[-N:], "others": others[-N:], "matrices": inputs["matrices"][-1:]}
+    assert_last_alone(user_products, inputs | offsets, last | {"target_offsets": torch.tensor([0, N])})
+
+
+def middle_factor(z, w) -> dict[str, Tensor]:
+    y = lrea_attention.launch_lrea_middle_factor_fwd(z, w, None, 0.1)
+    dz, dw = lrea_attention.launch_lrea_middle_factor_bwd(z, z, z, w, None, 0.1)
+    return {"y": y, "dz": dz, "dw": dw.t()}
+
+
+@pytest.mark.parametrize("many", ["rows", "columns"])
+def test_lrea_middle_factor(many, monkeypatch):
+    """Loops over as many rows, or columns, are cut into shares of 512."""
+    monkeypatch.setattr(lrea_attention, "FULL_GRID", B * N)
+    if many == "rows":
+        z, w = draw_rows(B * N, D, drawn=128), torch.randn(D, 40).half()
+        assert_last_alone(middle_factor, {"z": z, "w": w}, {"z": z[-128:], "w": w})
+    else:
+        z, w = torch.randn(N, D).half(), torch.empty(D, B * N, dtype=torch.float16)
+        w[:, -512:] = torch.randn(D, 512)
+        assert_last_alone(middle_factor, {"z": z, "w": w}, {"z": z, "w": w[:, -512:]})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lrea_compress(layout, monkeypatch):
+    monkeypatch.setattr(lrea_attention, "FULL_GRID", B)
+    w_comp = torch.randn(N, D)
+
+    def operator(behaviors, dcompressed) -> dict[str, Tensor]:
+        return {
+            "compressed": lrea_compress.launch_lrea_compress_fwd(behaviors, w_comp, None, None),
+            "dbehaviors": lrea_compress.launch_lrea_compress_bwd_behaviors(dcompressed, w_comp, None, N),
+            "dw_comp": lrea_compress.launch_lrea_compress_bwd_w_comp(dcompressed, behaviors, None),
+        }
+
+    behaviors, dcompressed = draw(layout, torch.float32), draw("bhnd", torch.float32)
+    assert_last_alone(operator, {"behaviors": behaviors[:, 0], "dcompressed": dcompressed[:, 0]})
+
+
+def compress_items(table, item_ids) -> dict[str, Tensor]:
+    w_comp = torch.linspace(-1, 1, N * 8, dtype=table.dtype).view(N, 8)
+    return {"compressed": lrea_compress.launch_lrea_compress_fwd(table, w_comp, None, item_ids)}
+
+
+def test_lrea_compress_by_item_ids():
+    table, item_ids = torch.randn(N, D), draw_columns(B, N, torch.arange(N, dtype=torch.int8))
+    assert_last_alone(
+        compress_items, {"table": table, "item_ids": item_ids}, {"table": table, "item_ids": item_ids[-1:]}
+    )
+    table, item_ids = draw_rows(B * N, D), torch.arange(N)[None]
+    last = {"table": table[-N:], "item_ids": item_ids}
+    assert_last_alone(compress_items, {"table": table, "item_ids": item_ids + (B - 1) * N}, last)

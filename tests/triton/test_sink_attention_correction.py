@@ -1,0 +1,359 @@
+"""The correction of an attention without bias, against a full softmax in float64, on a GPU or by the interpreter."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from recattn.testing import assert_matches_reference, measure_error
+from recattn.triton_kernels.common.compilation import Compilation
+from recattn.triton_kernels.sink_attention.correction import (
+    CorrectionConfig,
+    _delta_arguments,
+    _fwd_arguments,
+    launch_sink_attention_correction_delta,
+    launch_sink_attention_correction_fwd,
+    sink_attention_correction_delta_kernel,
+    sink_attention_correction_fwd_kernel,
+)
+from tests.helpers.corrected_attention import (
+    BIASES,
+    CORRECTION_TILES,
+    DTYPES,
+    SCALE,
+    corrected_attention,
+    live_sinks,
+    random_inputs,
+    reference_attention,
+    strided_copy,
+    unbiased_attention,
+    unbiased_scores,
+)
+
+
+def base(inputs: dict) -> tuple[Tensor, Tensor]:
+    return unbiased_attention(
+        *(inputs.get(name) for name in ("q", "k", "v", "sink_logits", "seq_lens", "cu_seqlens")),
+        causal=inputs["causal"],
+        left_padded=inputs.get("padding_side") == "left",
+        scale=inputs["scale"],
+    )
+
+
+def correct(inputs: dict, out: Tensor, lse: Tensor, config: CorrectionConfig | None = CORRECTION_TILES) -> Tensor:
+    return launch_sink_attention_correction_fwd(
+        *(inputs[name] for name in ("q", "k", "v")),
+        *(out, lse),
+        *(inputs.get(name) for name in ("sink_positions", "inter_sink_bias", "sink_logits", "seq_lens", "cu_seqlens")),
+        causal=inputs["causal"],
+        left_padded=inputs.get("padding_side") == "left",
+        scale=inputs["scale"],
+        config=config,
+    )
+
+
+def assert_corrects(inputs: dict) -> None:
+    assert_matches_reference(corrected_attention, reference_attention, inputs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N, M", [(1, 0), (1, 1), (63, 20), (100, 1), (100, 100), (129, 40)])
+def test_full_softmax(N, M, dtype, causal):
+    assert_corrects(random_inputs(N, M, dtype=dtype, causal=causal))
+
+
+@pytest.mark.parametrize("Hq, Hkv, bias_heads", [(2, 2, 1), (2, 2, 2), (4, 1, 4)])
+def test_heads(Hq, Hkv, bias_heads):
+    assert_corrects(random_inputs(63, 30, B=1, Hq=Hq, Hkv=Hkv, bias_heads=bias_heads, causal=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("bias", ["-50", "30"])
+def test_ragged(bias, layout, causal):
+    inputs = random_inputs(129, 70, Hq=1, lengths=[129, 0, 1, 64, 0], layout=layout, causal=causal)
+    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    assert_corrects(inputs)
+
+
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+def test_ragged_float16(layout):
+    assert_corrects(random_inputs(63, 63, lengths=[63, 0, 30], layout=layout, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("M", [30, 63])
+@pytest.mark.parametrize("bias", BIASES)
+def test_bias_range(bias, M, causal):
+    """Every token a sink: no key but the suppressed ones is left to carry a row."""
+    inputs = random_inputs(63, M, B=1, causal=causal)
+    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    assert_corrects(inputs)
+
+
+@pytest.mark.parametrize("bias", ["-50", "200", "some -inf", "all -inf"])
+def test_bias_range_float16(bias):
+    inputs = random_inputs(63, 63, B=1, dtype=torch.float16, causal=True)
+    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    assert_corrects(inputs)
+
+
+@pytest.mark.parametrize("logit", [-math.inf, -3.0, 5.0])
+@pytest.mark.parametrize("bias", ["30", "-50", "all -inf"])
+def test_sink_logits(bias, logit):
+    inputs = random_inputs(63, 63, Hq=2, lengths=[63, 20], layout="packed", causal=True)
+    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    inputs["sink_logits"] = logit + torch.randn(4)[::2].to(inputs["q"].device)
+    assert_corrects(inputs)
+
+
+@pytest.mark.parametrize("D, Dv", [(16, 64), (64, 16), (50, 50), (100, 24), (256, 256)])
+@pytest.mark.parametrize("suppressed", [False, True])
+def test_head_dims(D, Dv, suppressed):
+    inputs = random_inputs(40, 40, B=1, D=D, Dv=Dv, causal=True)
+    inputs["inter_sink_bias"] -= 50 * suppressed
+    assert_corrects(inputs)
+
+
+@pytest.mark.parametrize("tile", [None, (16, 16, 16), (32, 16, 64), (16, 64, 32)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_tile(dtype, tile):
+    """None: the shipped one."""
+    inputs = random_inputs(100, 70, B=1, D=64, dtype=dtype, causal=True)
+    inputs["inter_sink_bias"] = 60 * inputs["inter_sink_bias"] - 50
+    inputs["correction_tiles"] = tile and CorrectionConfig(*tile, num_warps=4, num_stages=1)
+    assert_corrects(inputs)
+
+
+@pytest.mark.parametrize("bias", [1e-12, -1e-12, 1e-6, 1e-3, 0.499, 0.501])
+def test_small_bias_relative_accuracy(bias):
+    """Correcting an output of zeros leaves Σ Δ v / z alone, which is then held to its own scale."""
+    inputs = random_inputs(63, 63, B=1)
+    inputs["inter_sink_bias"].fill_(bias)
+    _, lse = base(inputs)
+    out = torch.zeros_like(inputs["q"])
+
+    def correction_of_zeros(q, k, v, bias, lse):
+        delta = (SCALE * q @ k.mT - lse[..., None]).exp() * bias.expm1()
+        return delta @ v / (1 + delta.sum(-1, keepdim=True))
+
+    correct(inputs, out, lse.clone())
+    tensors = {"q": inputs["q"], "k": inputs["k"], "v": inputs["v"], "bias": inputs["inter_sink_bias"], "lse": lse}
+    assert_matches_reference(lambda **_: out, correction_of_zeros, tensors)
+
+
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("bias", ["30", "-50"])
+def test_touches_sink_rows_only(bias, layout):
+    inputs = random_inputs(63, 30, lengths=[63, 0, 41], layout=layout, causal=True)
+    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    before, after = base(inputs), base(inputs)
+    correct(inputs, *after)
+    rows = torch.zeros_like(after[1], dtype=torch.bool)  # as lse
+    for b in range(3):
+        sinks = inputs["sink_positions"][b, live_sinks(inputs, b)]
+        if layout == "packed":
+            rows[inputs["cu_seqlens"][b] + sinks] = True
+        else:
+            rows[b, :, sinks] = True
+    for x, y in zip(after, before, strict=True):
+        assert torch.equal(x[~rows], y[~rows])
+        assert not torch.equal(x[rows], y[rows])
+
+
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("bias", ["small", "-1.5", "all -inf"])
+def test_sink_state(bias, layout):
+    """The probabilities of sink pairs, which rows were done again, and nothing where a sink is ignored."""
+    inputs = random_inputs(40, 40, lengths=[40, 0, 25], layout=layout, causal=True)
+    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    out, lse = base(inputs)
+    shift, mass = correct(inputs, out, lse)
+    promoted = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()
+    }
+    scores = unbiased_scores(
+        *(promoted.get(name) for name in ("q", "k", "seq_lens", "cu_seqlens")),
+        causal=True,
+        left_padded=layout == "left",
+        scale=SCALE,
+    ).double()
+    for b in range(3):
+        live = live_sinks(inputs, b)
+        assert (shift[b, :, ~live] == 0).all() and (mass[b, :, ~live] == 0).all()
+        sinks = inputs["sink_positions"][b, live].long()
+        if layout == "packed":
+            sinks = sinks + inputs["cu_seqlens"][b]
+            sink_scores, row_lse = scores[0][:, sinks[:, None], sinks], lse[sinks].T
+        else:
+            sink_scores, row_lse = scores[b][:, sinks[:, None], sinks], lse[b, :, sinks]
+        biased = sink_scores + inputs["inter_sink_bias"][b][:, live][:, :, live]
+        massless = row_lse.isneginf()
+        assert torch.equal(shift[b, :, live].isposinf(), massless) and (mass[b, :, live][massless] == -1).all()
+        probability = (biased - shift[b, :, live, None]).exp() / mass[b, :, live, None].abs()
+        expected = (biased - row_lse.masked_fill(massless, math.inf)[..., None].double()).exp()
+        torch.testing.assert_close(probability, expected, rtol=1e-4, atol=1e-6)
+        assert (mass[b, :, live] > 0).all() if bias == "small" else bias == "-1.5" or (mass[b, :, live] < 0).all()
+
+
+@pytest.mark.parametrize("suppressed", [False, True])
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
+    inputs = random_inputs(63, 50, lengths=[63, 0, 41], layout=layout)
+    inputs["inter_sink_bias"] -= 50 * suppressed
+    expected = base(inputs)
+    correct(inputs, *expected)
+    poisoned = inputs | {"inter_sink_bias": inputs["inter_sink_bias"].clone()}
+    for b in range(3):
+        ignored = ~live_sinks(inputs, b)
+        poisoned["inter_sink_bias"][b].masked_fill_(ignored[:, None] | ignored, math.nan)
+    if layout == "packed":
+        poisoned |= {
+            name: torch.cat([x, torch.full_like(x[:5], math.nan)]) for name, x in inputs.items() if name in "qkv"
+        }
+        actual = [torch.cat([x, torch.full_like(x[:5], math.nan)]) for x in base(inputs)]
+    else:
+        position = torch.arange(63, device=inputs["q"].device)
+        lengths = inputs["seq_lens"][:, None]
+        padding = position >= lengths if layout == "right" else position < 63 - lengths
+        poisoned |= {n: x.masked_fill(padding[:, None, :, None], math.nan) for n, x in inputs.items() if n in "qkv"}
+        actual = base(inputs)
+    correct(poisoned, *actual)
+    assert all(torch.equal(x[: len(y)], y) for x, y in zip(actual, expected, strict=True))
+
+
+def test_no_seq_lens():
+    inputs = random_inputs(100, 20, lengths=[100, 100], causal=True)
+    runs = [base(inputs) for _ in range(2)]
+    correct(inputs, *runs[0])
+    del inputs["seq_lens"]
+    correct(inputs, *runs[1])
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("suppressed", [False, True])
+@pytest.mark.parametrize("layout", ["right", "packed"])
+def test_non_contiguous(layout, suppressed):
+    inputs = random_inputs(63, 40, bias_heads=2, lengths=[63, 50], layout=layout, causal=True)
+    inputs["inter_sink_bias"] -= 50 * suppressed
+    expected = base(inputs)
+    strided = [strided_copy(x) for x in expected]
+    correct(inputs, *expected)
+    correct({n: strided_copy(x) if isinstance(x, Tensor) else x for n, x in inputs.items()}, *strided)
+    assert all(map(torch.equal, strided, expected))
+
+
+@pytest.mark.parametrize("layout", ["right", "packed"])
+def test_int32_indices(layout):
+    inputs = random_inputs(63, 40, lengths=[63, 30], layout=layout)
+    narrow = {n: x.int() if isinstance(x, Tensor) and not x.is_floating_point() else x for n, x in inputs.items()}
+    expected, actual = (base(inputs) for _ in range(2))
+    correct(inputs, *expected)
+    correct(narrow, *actual)
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_bias_dtypes(dtype):
+    inputs = random_inputs(63, 40)
+    inputs["inter_sink_bias"] = inputs["inter_sink_bias"].to(dtype)
+    expected, actual = (base(inputs) for _ in range(2))
+    correct(inputs | {"inter_sink_bias": inputs["inter_sink_bias"].float()}, *expected)
+    correct(inputs, *actual)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_bitwise_equal_reruns():
+    inputs = random_inputs(100, 100, causal=True)
+    inputs["inter_sink_bias"] *= 30
+    runs = [base(inputs) for _ in range(2)]
+    states = [correct(inputs, *run) for run in runs]
+    assert all(map(torch.equal, *runs))
+    assert torch.equal(states[0].nan_to_num(), states[1].nan_to_num())
+
+
+@pytest.mark.parametrize(
+    "empty", [{"B": 0}, {"N": 0, "M": 0}, {"N": 4, "M": 0}, {"lengths": [0, 0], "layout": "packed"}]
+)
+def test_nothing_to_do(empty):
+    inputs = random_inputs(**({"N": 4, "M": 2} | empty))
+    out, lse = base(inputs)
+    sink_state = correct(inputs, out, lse)
+    B, M = inputs["sink_positions"].shape
+    assert sink_state.shape == (2, B, 2, M)
+    launch_sink_attention_correction_delta(
+        *(out, out, inputs["sink_positions"], sink_state, lse, inputs.get("seq_lens"), inputs.get("cu_seqlens")),
+        left_padded=False,
+    )
+
+
+# --- What the backward reads of a sink row ---
+
+
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_delta(dtype, layout):
+    inputs = random_inputs(63, 50, lengths=[63, 0, 41], layout=layout, dtype=dtype, Dv=100)
+    inputs["inter_sink_bias"] -= 1.5
+    out, lse = base(inputs)
+    sink_state = correct(inputs, out, lse)
+    dout, base_lse = torch.randn_like(out), lse.clone()
+    context = [inputs.get("seq_lens"), inputs.get("cu_seqlens")]
+    sink_delta = launch_sink_attention_correction_delta(
+        out, dout, inputs["sink_positions"], sink_state, base_lse, *context, left_padded=layout == "left"
+    )
+    row_sums = (out.double() * dout.double()).sum(-1)  # as lse
+    redone = torch.zeros_like(lse, dtype=torch.bool)
+    for b in range(3):
+        live = live_sinks(inputs, b)
+        sinks = inputs["sink_positions"][b, live].long()
+        assert sink_delta[b, :, ~live].isnan().all()
+        rows = inputs["cu_seqlens"][b] + sinks if layout == "packed" else sinks
+        expected = row_sums[rows].T if layout == "packed" else row_sums[b, :, rows]
+        error = measure_error(
+            "delta", sink_delta[b, :, live], expected.float(), expected, torch.finfo(torch.float32).eps
+        )
+        assert error.passed, error
+        if layout == "packed":
+            redone[rows] = sink_state[1, b, :, live].T < 0
+        else:
+            redone[b, :, rows] = sink_state[1, b, :, live] < 0
+    assert redone.any() and not redone.all()
+    assert torch.equal(base_lse, lse.masked_fill(redone, math.inf))
+
+
+# --- Compilation ---
+
+
+@pytest.mark.parametrize("layout", ["right", "packed"])
+def test_no_recompilation(layout):
+    """Numbers of tokens, sinks and sequences leave the compiled kernels as they are."""
+
+    def compilations(N, M, lengths):
+        inputs = random_inputs(N, M, lengths=lengths, layout=layout, D=64, Hq=4, Hkv=2)
+        out, lse = base(inputs)
+        context = [inputs.get("seq_lens"), inputs.get("cu_seqlens")]
+        bias, positions = inputs["inter_sink_bias"], inputs["sink_positions"]
+        state, delta = torch.empty(2, len(lengths), 4, M), torch.empty(len(lengths), 4, M)
+        config = CorrectionConfig.heuristic(64, torch.float32)
+        forward = _fwd_arguments(
+            *(inputs[name] for name in "qkv"),
+            *(out, lse, positions, bias, None, state, *context),
+            causal=N % 2 == 0,
+            left_padded=False,
+            scale=SCALE,
+            config=config,
+        )
+        backward = _delta_arguments(out, out, positions, state, lse, delta, *context, False)
+        return [
+            Compilation.of(sink_attention_correction_fwd_kernel, "", 90, forward, 4, 1),
+            Compilation.of(sink_attention_correction_delta_kernel, "", 90, backward, 4, 1),
+        ]
+
+    first = compilations(17, 3, [17, 4, 2])
+    for N, M, lengths in [(1, 1, [1]), (64, 16, [64, 16] * 8), (100, 50, [100, 60])]:
+        assert compilations(N, M, lengths) == first

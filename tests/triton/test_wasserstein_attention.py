@@ -1,0 +1,265 @@
+"""wasserstein_attention's Triton kernels against the reference, by Triton's interpreter where there is no GPU."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+import recattn
+from recattn import reference
+from recattn.ops import wasserstein_attention as ops
+from tests.helpers.interpreted import assert_matches_reference_twice_of_three
+from tests.helpers.memory import LargestTensor
+from tests.helpers.wasserstein_inputs import NAMES, draw, gradients, with_offset
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from recattn.triton_kernels import wasserstein_attention as kernels
+from recattn.triton_kernels.common.dropout import dropout_weights
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+by_triton = functools.partial(recattn.wasserstein_attention, impl="triton")
+
+
+def draw_here(dtype=torch.float32, **sizes):
+    return {name: x.to(DEVICE) for name, x in draw(**sizes, dtype=dtype).items()}
+
+
+def lengths(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def check(inputs, **options):
+    kernel, low = (functools.partial(f, **options) for f in (by_triton, reference.wasserstein_attention))
+    assert_matches_reference_twice_of_three(kernel, low, inputs, grads=list(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n, d, dv", [(1, 5, 7), (63, 16, 16), (100, 5, 40), (129, 8, 3)])
+def test_matches_reference(n, d, dv, causal, dtype):
+    b, h = (1, 1) if n > 63 else (2, 2)
+    check(draw_here(b=b, h=h, n=n, d=d, dv=dv, dtype=dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_ragged(padding_side, causal, dtype):
+    inputs = draw_here(b=5, h=1, n=70, d=7, dv=16, dtype=dtype)
+    check(inputs, causal=causal, seq_lens=lengths(70, 0, 1, 33, 64), padding_side=padding_side)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("source", ["logits", "weights"])
+def test_refined(source, causal, dtype):
+    check(draw_here(b=3, n=63, d=6, dv=16, rank=10, n_max=70, source=source, dtype=dtype), causal=causal, source=source)
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("source", ["logits", "weights"])
+def test_refined_ragged(source, padding_side):
+    inputs = draw_here(b=5, n=40, d=6, dv=16, rank=40, per_head=("w_k",), source=source)
+    check(inputs, source=source, seq_lens=lengths(40, 0, 1, 33, 17), padding_side=padding_side)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d, dv", [(64, 64), (128, 16)])
+def test_wide_heads(d, dv, dtype):
+    check(draw_here(b=2, h=1, n=40, d=d, dv=dv, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "rank, source, dtype",
+    [(None, "logits", dtype) for dtype in DTYPES] + [(6, source, torch.float32) for source in ("logits", "weights")],
+)
+@pytest.mark.parametrize("part, offset", [("mean", 100), ("mean", 1000), ("cov", 100)])
+def test_offset(part, offset, rank, source, dtype):
+    """It changes no distance, but is lost digits of ‖q‖² + ‖k‖² - 2 q·k; the reference is held to plain differences."""
+    inputs = draw_here(b=2, n=30, d=16, dv=8, rank=rank, source=source, dtype=dtype)
+    padding = {"seq_lens": lengths(30, 12), "padding_side": "left"}
+    check(with_offset(inputs, part, offset), source=source, **padding)
+
+
+def test_offset_of_the_refined_gaussians():
+    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's; a larger one is lost digits of A W itself."""
+    inputs = draw_here(b=2, n=30, d=16, dv=8, rank=6, source="weights")
+    inputs |= {name: inputs[name] + 10 for name in ("w_q", "w_k")}
+    padding = {"seq_lens": lengths(30, 12), "padding_side": "left"}
+    check(inputs, source="weights", **padding)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 0.0, 0.5])
+def test_any_scale(scale):
+    check(draw_here(n=40), scale=scale)
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_padding_never_matters(rank, padding_side):
+    inputs = draw_here(n=20, rank=rank)
+    tokens, padding = (slice(0, 13), slice(13, 20)) if padding_side == "right" else (slice(7, 20), slice(0, 7))
+    dirty = {name: x.clone() for name, x in inputs.items()}
+    for name in NAMES:
+        dirty[name][0, :, padding] = math.nan
+        dirty[name][1] = math.inf
+    alone = {name: x[:1, :, tokens] if name in NAMES else x[tokens] for name, x in inputs.items()}
+    actual = gradients(by_triton, dirty, seq_lens=lengths(13, 0), padding_side=padding_side)
+    for name, out in zip(("mean", "cov"), reference.wasserstein_attention(**alone), strict=True):
+        torch.testing.assert_close(actual[name][:1, :, tokens], out)
+    for name, x in actual.items():
+        assert x.isfinite().all(), name
+        if x.dim() == 4:
+            assert not x[0, :, padding].any() and not x[1].any(), name
+
+
+def test_zero_covariances():
+    inputs = draw_here(n=40)
+    inputs["cov_q"][0] = 0
+    inputs["cov_k"][:, :, 2:] = 0
+    inputs["cov_v"][1] = 0
+    check(inputs)
+
+
+def test_views_that_are_not_contiguous():
+    inputs = draw_here(n=20, rank=10)
+    views = {
+        "mean_q": inputs["mean_q"].transpose(1, 2).contiguous().transpose(1, 2),
+        "cov_k": torch.cat([inputs["cov_k"]] * 2, dim=-1)[..., :3],
+        "mean_v": inputs["mean_v"].mT.contiguous().mT,
+        "w_q": inputs["w_q"].T.contiguous().T,
+    }
+    expected = gradients(by_triton, inputs)
+    for name, x in gradients(by_triton, inputs | views).items():
+        torch.testing.assert_close(x, expected[name])
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("sizes", [{"b": 0}, {"n": 0, "n_max": 4}, {"dv": 0}])
+def test_nothing_to_do(sizes, rank):
+    inputs = draw_here(rank=rank, **sizes)
+    results = gradients(by_triton, inputs)
+    for name, x in inputs.items():
+        assert results[f"d{name}"].shape == x.shape and not results[f"d{name}"].any()
+
+
+def test_reruns_agree_to_the_bit():
+    inputs = draw_here(n=129)
+    first, second = (gradients(by_triton, inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (16, "logits"), (16, "weights")])
+def test_no_tensor_of_n_squared_elements(rank, source):
+    n = 512
+    inputs = draw_here(b=1, h=1, n=n, d=8, dv=8, rank=rank, source=source, dtype=torch.float16)
+    with LargestTensor() as watched:
+        gradients(by_triton, inputs, source=source)
+    assert watched.elements <= n * n // 4
+
+
+# --- Dropout ---
+
+
+@triton.jit
+def factors_kernel(seed, out, dropped, N, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    factors = dropout_weights(tl.load(seed), tl.program_id(0), 0, rows, 0, dropped, BLOCK)
+    addresses = out + tl.program_id(0) * N * N + rows[:, None] * N + rows[None, :]
+    tl.store(addresses, factors, mask=(rows < N)[:, None] & (rows < N)[None, :])
+
+
+def with_factors(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, *, factors, **options):
+    """The equation with given factors [B, H, N, N] of the weights, which come from values that are identities."""
+    n = mean_q.shape[2]
+    identity = torch.eye(n, dtype=mean_q.dtype, device=mean_q.device).expand(*mean_q.shape[:2], n, n)
+    p, _ = reference.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, identity, identity, **options)
+    p = p * factors.to(p.dtype)
+    return p @ mean_v, p.square() @ cov_v
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout_is_of_both_products(causal):
+    """The weights that one seed drops, in both directions, by tiles of any size.
+
+    Of p = ½ the factors are exact: a row of one key has no gradient, in float32 too.
+    """
+    n, p = 50, 0.5
+    inputs = draw_here(b=2, h=2, n=n, d=5, dv=7)
+    seed = torch.tensor([1234], device=DEVICE)
+    factors = torch.empty(2, 2, n, n, device=DEVICE)
+    factors_kernel[(4,)](seed, factors, round(p * 65536), n, BLOCK=64)
+    assert 0.45 < (factors == 0).float().mean() < 0.55
+    settings = ops.Settings("logits", causal, False, None, p, "triton")
+
+    def seeded(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v):
+        return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, None, None, None, seed, settings)
+
+    expected = functools.partial(with_factors, causal=causal)
+    assert_matches_reference_twice_of_three(
+        lambda factors, **tensors: seeded(**tensors), expected, {**inputs, "factors": factors}, grads=NAMES
+    )
+
+
+def test_dropout_follows_the_generator():
+    inputs = draw_here(n=40)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(by_triton(**inputs, dropout_p=0.5)[0])
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+# --- The operators and their launches ---
+
+
+def test_opcheck():
+    query, key, mean_v, cov_v = (torch.randn(3, 2, 9, size, device=DEVICE) for size in (6, 6, 4, 4))
+    options = (True, True, None, 0.1, "triton")
+    arguments = (query, key, mean_v, cov_v, lengths(9, 0, 4), torch.tensor([5], device=DEVICE), *options)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_attention_fwd.default, arguments)
+    outs = torch.ops.recattn.wasserstein_attention_fwd(*arguments)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_attention_bwd.default, (mean_v, cov_v, *outs, *arguments))
+
+
+def test_compiles_whole_without_recompiling():
+    torch.compiler.reset()
+    compiled = torch.compile(by_triton, fullgraph=True, dynamic=True, backend="aot_eager")
+    for b, h, n in ((3, 2, 9), (4, 3, 20)):
+        inputs = draw_here(b=b, h=h, n=n, d=8, dv=13, rank=7, n_max=n + 3)
+        expected = gradients(by_triton, inputs)
+        with torch.compiler.set_stance("fail_on_recompile" if b > 3 else "default"):
+            actual = gradients(compiled, inputs)
+        for name, x in actual.items():
+            torch.testing.assert_close(x, expected[name])
+
+
+def test_launches_compile_alike_for_any_batch_and_length(monkeypatch):
+    """Nothing that changes with B, H, N or the options is a constant of the kernels."""
+    signatures = []
+
+    def record(kernel, tensors, options, tile, block):
+        if kernel.arg_names:
+            arguments = kernels._arguments(kernel, tensors, options, tile)
+            signatures.append(kernels.Compilation.of(kernel, "", 90, arguments, 4, 1).signature)
+
+    monkeypatch.setattr(kernels, "_launch", record)
+    for b, h, n, scale, causal in ((2, 2, 16, 1.0, True), (3, 1, 17, 0.3, False)):
+        gradients(by_triton, draw_here(b=b, h=h, n=n), scale=scale, causal=causal)
+    assert signatures[:3] == signatures[3:]
+
+
+def test_refusals():
+    with pytest.raises(NotImplementedError, match="its kernels compute in float32, and mean_q is float64"):
+        by_triton(**draw_here(dtype=torch.float64))
+    with pytest.raises(NotImplementedError, match="its kernels hold"):
+        by_triton(**draw_here(d=129))
+    with pytest.raises(NotImplementedError, match="its kernels hold"):
+        by_triton(**draw_here(rank=129))
