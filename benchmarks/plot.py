@@ -1,8 +1,8 @@
 """`python -m benchmarks.plot`: draw the committed records, and write RESULTS.md and README's figures from them.
 
-With --check nothing is written: the exit status is 1 where what stands there is stale. With --compare OLD NEW two
-records (files, or folders of them) are held against each other: it is 1 where recattn has become slower by more than
---threshold, or takes more memory by more, or is no longer timed, and 2 where there is nothing to compare.
+--check writes nothing; the exit status is 1 if a page or figure is stale. --compare OLD NEW compares two records (files
+or folders of files): the exit status is 1 if recattn has become slower, or needs more memory, by more than --threshold,
+or is no longer timed, and 2 if the records have nothing in common.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 RECORDS, FIGURES, RESULTS, README = FOLDER / "results", FOLDER / "figures", FOLDER / "RESULTS.md", ROOT / "README.md"
 README_FIGURE = "speed-ups"
 
-# How series look, by the part they play.
+# How a series is drawn, by its role.
 PEER = {"linewidth": 1.2, "marker": "o", "markersize": 3}
 ROLES = {
     "ours": {"linewidth": 2.4, "marker": "o", "markersize": 5, "color": "#c1272d", "zorder": 3},
@@ -57,7 +57,7 @@ class Panel:
     series: tuple[Series, ...]
     x_base: int | None = 2  # of its logarithmic scale; None: linear
     log_y: bool = True
-    y_names: tuple[str, ...] = ()  # at 0, 1, …, from the top
+    y_names: tuple[str, ...] = ()  # labels at y = 0, 1, …, from the top
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Figure:
 
     @property
     def digest(self) -> str:
-        """Of all that is drawn: a figure is stale when its own is another."""
+        """Hash of everything drawn. A figure file is stale if it does not hold this digest."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
 
@@ -76,7 +76,7 @@ class Figure:
 
 
 def sweep(operator: Operator, machine: Machine, workloads: Sequence[Workload], direction: str, x, y) -> list[Series]:
-    """A series for each contestant over those workloads: y of its row against x of the workload."""
+    """A series for each implementation: y of its rows against x of their workloads."""
     found: dict[str, list[tuple[float, float]]] = {}
     for workload in workloads:
         for name in machine.contests.get((operator.name, workload.name, direction), {}):
@@ -99,7 +99,7 @@ def _role(operator: Operator, name: str) -> str:
 def speed_by_length(operators: dict[str, Operator], machine: Machine) -> Figure:
     operator = operators["sink_attention"]
     panels = [
-        Panel(f"{kind}, {SHORT[direction]}", "tokens a sequence", "TFLOP/s", tuple(series), log_y=False)
+        Panel(f"{kind}, {SHORT[direction]}", "tokens per sequence", "TFLOP/s", tuple(series), log_y=False)
         for causal, kind in ((False, "full"), (True, "causal"))
         for direction in (FORWARD, TRAINING)
         if (
@@ -110,14 +110,14 @@ def speed_by_length(operators: dict[str, Operator], machine: Machine) -> Figure:
     ]
     return Figure(
         "length",
-        "sink_attention against the length of the sequence: as many tokens in all, 8 heads, D = 64, a tenth of the "
-        "tokens sinks. The dashed line is attention without the bias, the limit.",
+        "sink_attention by sequence length, at the same total number of tokens: 8 heads, D = 64, a tenth of the tokens "
+        "are sinks. Dashed line: attention without the bias, the limit.",
         tuple(panels),
     )
 
 
 def lengths(operator: Operator, machine: Machine, causal: bool) -> list[Workload]:
-    """The sweep over N."""
+    """The workloads of the sweep over N."""
     prefix, suffix = "gpu_" if machine.type == "cuda" else "", "_causal" if causal else ""
     return [w for w in operator.workloads if w.name == f"{prefix}n{w.length}{suffix}" and w.sinks == w.length // 10]
 
@@ -131,23 +131,23 @@ def memory_by_length(operators: dict[str, Operator], machine: Machine) -> Figure
     series = sweep(
         operator, machine, lengths(operator, machine, False), TRAINING, length, lambda row: row.peak_bytes / 2**20
     )
-    panels = [Panel("sink_attention, full", "tokens a sequence", "MiB", tuple(series))] if series else []
+    panels = [Panel("sink_attention, full", "tokens per sequence", "MiB", tuple(series))] if series else []
     operator = operators["refined_attention"]
     workloads = [w for w in operator.workloads if w.name == f"n{w.length}"]
     series = sweep(operator, machine, workloads, TRAINING, length, lambda row: row.peak_bytes / 2**20)
-    panels += [Panel("refined_attention, R = 64", "tokens a sequence", "MiB", tuple(series))] if series else []
-    return Figure("memory", "Peak memory beyond the inputs, forward and backward.", tuple(panels))
+    panels += [Panel("refined_attention, R = 64", "tokens per sequence", "MiB", tuple(series))] if series else []
+    return Figure("memory", "Peak memory, not counting the inputs, forward+backward.", tuple(panels))
 
 
 def cost_of_sinks(operators: dict[str, Operator], machine: Machine) -> Figure:
     operator = operators["sink_attention"]
     workloads = [w for w in operator.workloads if w.name == f"m{w.sinks}"]
     panels = [
-        Panel(SHORT[direction], "sinks among 1024 tokens", "ms", tuple(series), x_base=None, log_y=False)
+        Panel(SHORT[direction], "sinks per 1024 tokens", "ms", tuple(series), x_base=None, log_y=False)
         for direction in (FORWARD, TRAINING)
         if (series := sweep(operator, machine, workloads, direction, lambda w: w.sinks, lambda row: row.p50_ms))
     ]
-    caption = "sink_attention against the number of sinks: B = 2, 8 heads, N = 1024, D = 64."
+    caption = "sink_attention by number of sinks: B = 2, 8 heads, N = 1024, D = 64."
     return Figure("sinks", caption, tuple(panels))
 
 
@@ -168,11 +168,11 @@ def roofline(operators: dict[str, Operator], machine: Machine) -> Figure:
         if series:
             corners = sorted({min(xs), 1e3 * tflops / gbs, max(xs)})
             roof = Series("roof", "line", tuple(corners), tuple(min(tflops, x * gbs / 1e3) for x in corners))
-            panels.append(Panel(SHORT[direction], "FLOP a byte", "TFLOP/s", (roof, *series)))
+            panels.append(Panel(SHORT[direction], "FLOP per byte", "TFLOP/s", (roof, *series)))
     return Figure(
         "roofline",
-        "What recattn reaches, by the least arithmetic and traffic that the work takes, under the best measured matrix "
-        "product and copy. (Above the roof lies what the caches held.)",
+        "Rates that recattn reaches, counting the least arithmetic and memory traffic that each workload needs. The "
+        "roof is the best measured matmul and copy; points above it ran from the caches.",
         tuple(panels),
     )
 
@@ -196,14 +196,14 @@ def model_against_measured(operators: dict[str, Operator], machine: Machine) -> 
     points = [Series(name, "peer points", *zip(*own, strict=True)) for name, own in found.items()]
     return Figure(
         "model",
-        f"Measured against the model of `benchmarks/report/cost_model.py`; the outer lines are "
+        "Measured times against the predictions of `benchmarks/report/cost_model.py`. The outer lines are "
         f"{cost_model.TOLERANCE:.0%} off.",
         (Panel("", "predicted ms", "measured ms", (*lines, *points), x_base=10),),
     )
 
 
 def speed_ups(operators: dict[str, Operator], machine: Machine) -> Figure:
-    """Of the workloads that every run measures."""
+    """Speedups on the workloads of the default tier."""
     names, ours, peers, limits = [], [], [], []
     for operator in operators.values():
         for workload in operator.workloads:
@@ -215,24 +215,24 @@ def speed_ups(operators: dict[str, Operator], machine: Machine) -> Figure:
             names.append(f"{operator.name} · {workload.name}")
             ours.append((base.p50_ms / own.p50_ms, at))
             for name, (row, _) in machine.contests[operator.name, workload.name, direction].items():
-                role = _role(operator, name)
-                if row.status == records.TIMED and role != "ours" and not operator.implementations[name].ours:
-                    (limits if role == "limit" else peers).append((base.p50_ms / row.p50_ms, at))
+                if row.status == records.TIMED and not operator.implementations[name].ours:
+                    limit = _role(operator, name) == "limit"
+                    (limits if limit else peers).append((base.p50_ms / row.p50_ms, at))
     series = [
         Series(label, role, *zip(*points, strict=True))
         for label, role, points in (
-            ("PyTorch, doing less", "limit points", limits),
-            ("PyTorch", "peer points", peers),
+            ("attention that computes less", "limit points", limits),
+            ("other PyTorch implementations", "peer points", peers),
             ("recattn", "our points", ours),
         )
         if points
     ]
     return Figure(
         README_FIGURE,
-        f"Times as fast as eager PyTorch on {machine.name}, in {records.dtype_name(machine.dtype)}, forward and "
-        "backward where there is one. Each other point is a way to do the same in PyTorch; a bar does less, as plain "
-        "attention does.",
-        (Panel("", "times as fast as eager", "", tuple(series), log_y=False, y_names=tuple(names)),) if names else (),
+        f"Speedup over eager PyTorch ({machine.title}, {records.dtype_name(machine.dtype)}, forward+backward where "
+        "there is a backward). Red dots: recattn. Other dots: other PyTorch implementations. Vertical bars: attention "
+        "without bias or refinement, which computes less.",
+        (Panel("", "speedup over eager", "", tuple(series), log_y=False, y_names=tuple(names)),) if names else (),
     )
 
 
@@ -304,7 +304,7 @@ def _unused(colors: dict[str, str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Pages:
-    """All that is written from the records."""
+    """All pages and figures made from the records."""
 
     texts: dict[Path, str]
     figures: dict[Path, Figure]
@@ -346,9 +346,14 @@ def pages() -> Pages:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.partition("\n")[0])
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--check", action="store_true", help="write nothing; fail where what is written is stale")
-    task.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="fail where recattn regressed")
-    parser.add_argument("--threshold", type=float, default=compare.THRESHOLD, help="of a regression, %(default)s")
+    task.add_argument("--check", action="store_true", help="write nothing; fail if a page or figure is stale")
+    task.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="fail if recattn regressed")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=compare.THRESHOLD,
+        help="relative slowdown that counts as a regression, %(default)s",
+    )
     chosen = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if chosen.compare:

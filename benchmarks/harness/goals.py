@@ -1,4 +1,4 @@
-"""Goals: what an implementation must reach against the best of several others, and what became of it."""
+"""Goals: what an implementation must reach against the best of several others, and whether it did."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a goal. None: it does not apply, or was not measured."""
+    """The result of a goal. A field is None if it does not apply or was not measured."""
 
     goal: str
     verdict: str = NOT_MEASURED
-    against: str | None = None  # the one that it was decided against, or those that were missing
+    against: str | None = None  # the opponent that decided it, or the opponents that are missing
     time_ratio: float | None = None
     spread: float | None = None  # of the ratio
     extra_bytes: int | None = None
@@ -34,16 +34,17 @@ class Outcome:
 
     @property
     def undecided(self) -> bool:
-        """Whether nothing was measured that decides it, for want of the opponents in `against`."""
+        """Whether nothing could be measured because the opponents in `against` are missing."""
         figures = (self.time_ratio, self.extra_bytes, self.memory_ratio, self.milliseconds, self.ceiling_fraction)
         return self.verdict == timing.NO_VERDICT and all(figure is None for figure in figures)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A goal against the best of those in `against` that were measured: each of them must be matched. None: absolute.
+    """A goal against the best of the measured implementations in `against`; an absolute one if that is empty.
 
-    It is stated for one kind of device, and for the dtype that runs on it are in by default.
+    A goal belongs to one type of device and to that device's default dtype. Its str() identifies it in the records.
+    `quantity` and `target` are the same for a table: what is compared, and the value it must reach.
     """
 
     workload: str
@@ -56,6 +57,12 @@ class Goal:
     def opponents(self) -> str:
         return self.against[0] if len(self.against) == 1 else f"the best of {', '.join(self.against)}"
 
+    def _absolute(self, ratio: float, own: Measured, **figures: float) -> Outcome:
+        """The outcome of a goal without opponents: met where `ratio` is at most 1."""
+        spread = own.samples.spread
+        verdict = timing.verdict(ratio, spread, own.samples.waiting, 1.0)
+        return Outcome(str(self), verdict, spread=timing.finite(spread), **figures)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TimeGoal(Goal):
@@ -65,12 +72,20 @@ class TimeGoal(Goal):
 
     def __str__(self) -> str:
         if self.time_ratio >= 1:
-            return f"{self.direction} ≤ {self.time_ratio:.2f}× the time of {self.opponents}"
-        return f"{self.direction} ≥ {1 / self.time_ratio:.1f}× as fast as {self.opponents}"
+            return f"{self.direction} {self.target} the time of {self.opponents}"
+        return f"{self.direction} {self.target} as fast as {self.opponents}"
+
+    @property
+    def quantity(self) -> str:
+        return f"{'time vs' if self.time_ratio >= 1 else 'speedup over'} {self.opponents}"
+
+    @property
+    def target(self) -> str:
+        return f"≤ {self.time_ratio:.2f}×" if self.time_ratio >= 1 else f"≥ {1 / self.time_ratio:.1f}×"
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
-        # The best is one opponent for the whole run: the fastest of each round, which nobody can choose, would be a
-        # minimum over noise. The ratio to it is still taken round by round.
+        # One opponent for the whole run: the one with the worst ratio. The fastest of each round would be a minimum
+        # over noise. The ratio itself is taken round by round.
         ratios = {name: timing.time_ratio(own.samples, other.samples) for name, other in others.items()}
         best = max(ratios, key=ratios.get)
         ratio, spread = ratios[best]
@@ -80,12 +95,20 @@ class TimeGoal(Goal):
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraMemoryGoal(Goal):
-    """Peak memory beyond the inputs ≤ that of the leanest + extra_bytes."""
+    """Peak memory beyond the inputs ≤ that of the leanest opponent + extra_bytes."""
 
     extra_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.direction} ≤ {self.extra_bytes / 1e6:.0f} MB more than {self.opponents}"
+        return f"{self.direction} {self.target} more than {self.opponents}"
+
+    @property
+    def quantity(self) -> str:
+        return f"memory beyond {self.opponents}"
+
+    @property
+    def target(self) -> str:
+        return f"≤ {self.extra_bytes / 1e6:.0f} MB"
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         leanest, peak = _leanest(others)
@@ -95,13 +118,21 @@ class ExtraMemoryGoal(Goal):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryGoal(Goal):
-    """Peak memory beyond the inputs ≤ memory_ratio · that of the leanest."""
+    """Peak memory beyond the inputs ≤ memory_ratio · that of the leanest opponent."""
 
     memory_ratio: float
 
     def __str__(self) -> str:
-        share = "" if self.memory_ratio == 1 else f"1/{1 / self.memory_ratio:.0f} of "
-        return f"{self.direction} ≤ {share}the memory of {self.opponents}"
+        share = "≤ " if self.memory_ratio == 1 else f"{self.target} of "
+        return f"{self.direction} {share}the memory of {self.opponents}"
+
+    @property
+    def quantity(self) -> str:
+        return f"memory vs {self.opponents}"
+
+    @property
+    def target(self) -> str:
+        return "≤ 1" if self.memory_ratio == 1 else f"≤ 1/{1 / self.memory_ratio:.0f}"
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         leanest, peak = _leanest(others)
@@ -111,34 +142,46 @@ class MemoryGoal(Goal):
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyGoal(Goal):
-    """One call alone ≤ milliseconds: the device's time, and the host's before it where `host`."""
+    """One call ≤ milliseconds: the device's time, plus the host's time before it if `host`."""
 
     milliseconds: float
     host: bool = False
 
     def __str__(self) -> str:
-        return f"{'host + device' if self.host else 'device'} ≤ {1e3 * self.milliseconds:g} µs a call"
+        return f"{'host + device' if self.host else 'device'} {self.target} a call"
+
+    @property
+    def quantity(self) -> str:
+        return f"time of one call on {'host and device' if self.host else 'the device'}"
+
+    @property
+    def target(self) -> str:
+        return f"≤ {1e3 * self.milliseconds:g} µs"
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         taken = own.samples.percentile(50) + (own.host_ms or 0.0 if self.host else 0.0)
-        spread = own.samples.spread
-        verdict = timing.verdict(taken / self.milliseconds, spread, own.samples.waiting, 1.0)
-        return Outcome(str(self), verdict, spread=timing.finite(spread), milliseconds=taken)
+        return self._absolute(taken / self.milliseconds, own, milliseconds=taken)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CeilingGoal(Goal):
-    """The least time that the work could take here, by the measured ceilings, ≥ fraction of the time it takes."""
+    """The shortest time that the measured ceilings allow ≥ fraction · the time taken."""
 
     fraction: float
 
     def __str__(self) -> str:
-        return f"{self.direction} ≥ {self.fraction:.0%} of the ceiling"
+        return f"{self.direction} {self.target} of the ceiling"
+
+    @property
+    def quantity(self) -> str:
+        return "share of the ceiling"
+
+    @property
+    def target(self) -> str:
+        return f"≥ {self.fraction:.0%}"
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
-        spread = own.samples.spread
-        verdict = timing.verdict(self.fraction / own.ceiling_fraction, spread, own.samples.waiting, 1.0)
-        return Outcome(str(self), verdict, spread=timing.finite(spread), ceiling_fraction=own.ceiling_fraction)
+        return self._absolute(self.fraction / own.ceiling_fraction, own, ceiling_fraction=own.ceiling_fraction)
 
 
 def _leanest(others: Mapping[str, Measured]) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""A row of results and the file it is written to: JSON lines, one a row."""
+"""A row of results, and the files of JSON lines that rows are written to, one per line."""
 
 import json
 from collections.abc import Iterable
@@ -13,10 +13,14 @@ from recattn import _environment
 
 TIMED, NOT_RUN, REFUSED, FAILED = "timed", "not run", "refused: wrong", "failed"
 
+# Records written before a name or a sentence changed keep the old one; they are read as the new one.
+RENAMED = {("refined_attention", "recattn cuda"): "recattn chunked"}
+REWORDED = {"it is what the row recattn runs here": "same as the recattn row on this device"}
+
 
 @dataclass(kw_only=True)
 class Row:
-    """One implementation of one operator on one workload in one direction. None: not measured."""
+    """One implementation of one operator on one workload in one direction. A field is None if it was not measured."""
 
     op: str
     workload: str
@@ -24,30 +28,30 @@ class Row:
     dtype: str
     impl: str
     direction: str
-    data: str  # where lengths and items come from
+    data: str  # source of the sequence lengths and items
     status: str = TIMED
-    reason: str | None = None  # of any other status
+    reason: str | None = None  # why the status is not TIMED
     p10_ms: float | None = None
     p50_ms: float | None = None
     p90_ms: float | None = None
-    host_ms: float | None = None  # until a call on an idle GPU returns, before its results are there
+    host_ms: float | None = None  # host time of a call on an idle GPU: until it returns, not until it has finished
     samples: int = 0
     spread: float | None = None  # half the 95% confidence interval of the median time, relative to it
-    waiting: float | None = None  # share of the time that threads waited for a core taken by other programs
+    waiting: float | None = None  # share of the time that threads waited for a core used by other programs
     tflops: float | None = None
     gbs: float | None = None
     ceiling_fraction: float | None = None
-    peak_bytes: int | None = None  # held at one time beyond the inputs
-    max_error: float | None = None  # of the output against float64
-    error_share: float | None = None  # the worst error of output and gradients as a share of its bound
+    peak_bytes: int | None = None  # most memory in use at one time, not counting the inputs
+    max_error: float | None = None  # of the output, against float64
+    error_share: float | None = None  # largest error of output and gradients, as a share of its bound
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     gate_shape: dict[str, object] | None = None
-    ceilings: dict[str, float] = field(default_factory=dict)  # the better of before and after the timing
+    ceilings: dict[str, float] = field(default_factory=dict)  # the better of the measurements before and after
     goals: list[Outcome] = field(default_factory=list)
 
 
 class Record(NamedTuple):
-    """A row, and what it has in common with the others of its run."""
+    """A row, and what all rows of its run share (device, versions, commit)."""
 
     row: Row
     run: dict[str, object]
@@ -62,7 +66,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def append(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:
-    """One JSON object a row; what the rows of a run have in common stands in each of them."""
+    """Write one JSON object per row. What the rows of a run share is repeated in each."""
     append_lines(map(asdict, rows), common, path)
 
 
@@ -73,9 +77,9 @@ def append_lines(records: Iterable[dict[str, object]], common: dict[str, object]
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """The rows of `benchmarks.run` in files, and in the files of folders, in the order of the files' names.
+    """The rows of `benchmarks.run` in the given files, and in the files of the given folders, sorted by file name.
 
-    Raises ValueError for what is no such file, or where there are no rows at all.
+    Raises ValueError if a file does not hold such rows, or if there are no rows at all.
     """
     paths = list(paths)
     records = []
@@ -93,5 +97,7 @@ def read(paths: Iterable[Path]) -> list[Record]:
 def _record(written: dict[str, object]) -> Record:
     own = {f.name for f in fields(Row)} & written.keys()
     row = Row(**{name: written[name] for name in own})
+    row.impl = RENAMED.get((row.op, row.impl), row.impl)
+    row.reason = REWORDED.get(row.reason, row.reason)
     row.goals = [Outcome(**goal) for goal in row.goals]
     return Record(row, {name: value for name, value in written.items() if name not in own})

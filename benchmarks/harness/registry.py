@@ -111,7 +111,7 @@ def _unavailable_in_recattn(
 ) -> str | None:
     refusals = availability(device.type)
     if refusals[impl] is None and impl == next(name for name, why in refusals.items() if why is None):
-        return "it is what the row recattn runs here"
+        return "same as the recattn row on this device"
     return refusals[impl]
 
 

@@ -1,8 +1,9 @@
-"""What the committed records say, as text: RESULTS.md, and the part of README between its marks.
+"""The committed records as text: RESULTS.md, and the part of README.md between its two marks.
 
-Of what was measured more than once on a machine, the newest run counts, contestant beside contestant.
+If a machine measured a workload more than once, the newest run counts, with all its contestants.
 """
 
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,27 +18,32 @@ from benchmarks.report import cost_model, reasons, table
 
 OURS = "recattn"
 MARKS = "<!-- python -m benchmarks.plot writes what follows -->", "<!-- until here -->"
-OWED = "owed"
 SHORT = {FORWARD: "fwd", BACKWARD: "bwd", TRAINING: "fwd + bwd"}
+MOST_NAMED = 5  # workloads in a line of the list of what was not timed
 
 Contest = dict[str, Record]  # by implementation
 
 
 @dataclass
 class Machine:
-    """A device and what was last measured on it, in the dtype that its goals are for."""
+    """A device and the newest measurements on it, in the dtype of its goals."""
 
     name: str
     type: str  # "cpu" or "cuda"
     contests: dict[tuple[str, str, str], Contest] = field(default_factory=dict)  # by operator, workload, direction
-    run: dict[str, object] = field(default_factory=dict)  # the newest
+    run: dict[str, object] = field(default_factory=dict)  # of the newest row: versions, commit, time
+
+    @property
+    def title(self) -> str:
+        """The name without the vendor's decoration."""
+        return self.name.replace("(R)", "").replace(" Processor", "")
 
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.type]
 
     def row(self, operator: str, workload: str, direction: str, implementation: str = OURS) -> Row | None:
-        """None where it was not timed."""
+        """None if it was not timed."""
         record = self.contests.get((operator, workload, direction), {}).get(implementation)
         return record.row if record is not None and record.row.status == TIMED else None
 
@@ -45,14 +51,14 @@ class Machine:
         return (row for contest in self.contests.values() for row, _ in contest.values())
 
     def device(self, row: Row) -> cost_model.Device:
-        """As a model sees it, by the ceilings of that row."""
+        """The device for the cost model, with the ceilings measured for that row."""
         return cost_model.Device(
             self.name, self.type, Ceilings(**{**row.ceilings, "tflops": {self.dtype: row.ceilings["tflops"]}})
         )
 
 
 def machines(records: Iterable[Record]) -> list[Machine]:
-    """The last measured first."""
+    """The machines in the records, the last measured first."""
     found: dict[str, Machine] = {}
     for record in sorted(records, key=lambda record: record.run["started"]):
         row, run = record
@@ -74,47 +80,105 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
 
 
+# --- Summary ---
+
+
+def summary_table(operators: dict[str, Operator], measured: Sequence[Machine]) -> str:
+    """A row for each operator and device: speedups over baselines, as the median and range over the workloads."""
+    rows = [row for operator in operators.values() for machine in measured if (row := _summary(operator, machine))]
+    columns = (
+        "operator",
+        "device",
+        "workloads",
+        "speedup over eager PyTorch",
+        "speedup over the fastest equivalent baseline",
+        "time vs attention that computes less",
+    )
+    return markdown(columns, rows)
+
+
+def _summary(operator: Operator, machine: Machine) -> tuple[str, ...] | None:
+    direction = TRAINING if operator.grads else FORWARD
+    over_eager, over_fastest, versus_less = [], [], []
+    for workload in operator.workloads:
+        contest = machine.contests.get((operator.name, workload.name, direction), {})
+        times = {name: row.p50_ms for name, (row, _) in contest.items() if row.status == TIMED}
+        if OURS not in times:
+            continue
+        peers = {name: i for name, i in operator.implementations.items() if name in times and not i.ours}
+        equivalent = [times[name] for name, i in peers.items() if i.reference is None]
+        less = [times[name] for name, i in peers.items() if i.reference is not None]
+        if operator.baseline in times:
+            over_eager.append(times[operator.baseline] / times[OURS])
+        over_fastest += [min(equivalent) / times[OURS]] if equivalent else []
+        versus_less += [times[OURS] / min(less)] if less else []
+    if not over_fastest:
+        return None
+    figures = (_median_and_range(ratios) for ratios in (over_eager, over_fastest, versus_less))
+    return operator.name, machine.title, f"{len(over_fastest)}", *figures
+
+
+def _median_and_range(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "–"
+    median, least, most = (
+        f"{value:.2f}" if value < 10 else f"{value:.0f}"
+        for value in (statistics.median(ratios), min(ratios), max(ratios))
+    )
+    return f"**{median}×**" if len(ratios) == 1 else f"**{median}×** ({least}–{most})"
+
+
 # --- Goals ---
 
 
-def goals_table(operators: dict[str, Operator], measured: Sequence[Machine], kind: str) -> str:
-    """Every goal for that type of device, with what each machine of the type made of it."""
-    own = [machine for machine in measured if machine.type == kind]
-    rows = [
-        (
-            operator.name,
-            goal.workload,
-            table.stated(str(goal), goal.implementation),
-            *(_verdict(operator, goal, machine) for machine in own or [None]),
-        )
-        for operator in operators.values()
-        for goal in operator.goals
-        if goal.device == kind
-    ]
-    return markdown(("operator", "workload", "goal", *([machine.name for machine in own] or ["H200"])), rows)
+def goals_tables(operators: dict[str, Operator], measured: Sequence[Machine], kind: str) -> str:
+    """Every goal for that type of device. Workloads with the same goals share a table; a column is a goal."""
+    own = [machine for machine in measured if machine.type == kind] or [None]
+    newest, tables = own[0], []
+    for operator in operators.values():
+        by_goals: dict[tuple[str, ...], dict[str, list[Goal]]] = {}
+        for workload in operator.workloads:
+            goals = [goal for goal in operator.goals if (goal.workload, goal.device) == (workload.name, kind)]
+            if goals:
+                by_goals.setdefault(tuple(map(_stated, goals)), {})[workload.name] = goals
+        for columns, workloads in by_goals.items():
+            rows = [
+                (name, machine.title if machine else "not measured", *cells)
+                for name, goals in workloads.items()
+                for machine in own
+                if (cells := [_result(operator, goal, machine) for goal in goals])
+                and (machine is newest or any(cell != "–" for cell in cells))
+            ]
+            tables.append(markdown((operator.name, "device", *columns), rows))
+    return "\n".join(tables)
 
 
-def _verdict(operator: Operator, goal: Goal, machine: Machine | None) -> str:
-    if machine is None:
-        return OWED
-    record = machine.contests.get((operator.name, goal.workload, goal.direction), {}).get(goal.implementation)
+def _stated(goal: Goal) -> str:
+    """A goal as the heading of a column."""
+    return table.stated(f"{goal.direction}, {goal.quantity} (goal: {goal.target})", goal.implementation)
+
+
+def _result(operator: Operator, goal: Goal, machine: Machine | None) -> str:
+    contests = machine.contests if machine else {}
+    record = contests.get((operator.name, goal.workload, goal.direction), {}).get(goal.implementation)
     outcomes = [outcome for outcome in record.row.goals if outcome.goal == str(goal)] if record else []
-    return verdict(outcomes[0], record.row) if outcomes else "–"
+    return result(outcomes[0], record.row) if outcomes else "–"
 
 
-def verdict(outcome: Outcome, row: Row) -> str:
-    """What was measured, and whether that is enough."""
+def result(outcome: Outcome, row: Row) -> str:
+    """What was measured. A verdict is added unless the goal is met."""
     if outcome.verdict == NOT_MEASURED:
         return f"{NOT_MEASURED}: {table.measured(outcome, row)}"
     spread = "" if outcome.spread is None else f" ± {outcome.spread:.0%}"
-    return f"{table.measured(outcome, row)}{spread}: **{outcome.verdict}**"
+    verdict = "" if outcome.verdict == "met" else f" ({outcome.verdict})"
+    return f"{table.measured(outcome, row)}{spread}{verdict}"
 
 
 # --- Times ---
 
 
 def times_table(operator: Operator, machine: Machine) -> str:
-    """A line for each workload and direction: recattn, who computes the same, who computes something else."""
+    """A line for each workload and direction: the times of recattn and of its baselines."""
     rows = []
     for workload in operator.workloads:
         heading = _heading(workload)
@@ -125,7 +189,15 @@ def times_table(operator: Operator, machine: Machine) -> str:
                 same, other = _peers(operator, contest)
                 rows.append((heading, SHORT[direction], _own(row), same, other, _memory(row), _share(row)))
                 heading = ""
-    columns = ("workload", "", "recattn", "the same", "less, or something else", "peak MB", "ceiling")
+    columns = (
+        "workload",
+        "pass",
+        "recattn",
+        "equivalent baselines",
+        "baselines that compute less or something else",
+        "peak MB",
+        "ceiling",
+    )
     return markdown(columns, rows) if rows else ""
 
 
@@ -139,7 +211,7 @@ def _own(row: Row) -> str:
 
 
 def _peers(operator: Operator, contest: Contest) -> tuple[str, str]:
-    """Times of those with the operator's own reference, and of those with another, fastest first."""
+    """Times of the equivalent baselines, and of those held against another reference; the fastest first."""
     cells: tuple[list[tuple[float, str]], ...] = ([], [])
     for name, (row, _) in contest.items():
         implementation = operator.implementations.get(name)
@@ -159,7 +231,7 @@ def _share(row: Row) -> str:
 
 
 def not_timed(machine: Machine) -> list[str]:
-    """Why contestants have no time, each reason once."""
+    """Why implementations have no time: each reason once, with its workloads."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for (operator, workload, _), contest in machine.contests.items():
         for name, (row, _) in contest.items():
@@ -167,10 +239,14 @@ def not_timed(machine: Machine) -> list[str]:
                 where = found.setdefault((operator, name, f"{row.status}: {row.reason}"), [])
                 if workload not in where:
                     where.append(workload)
-    return [f"- {op}, {name} ({', '.join(where)}): {reason}" for (op, name, reason), where in found.items()]
+    return [f"- {op}, {name} ({_named(where)}): {reason}" for (op, name, reason), where in found.items()]
 
 
-# --- The model ---
+def _named(workloads: Sequence[str]) -> str:
+    return ", ".join(workloads) if len(workloads) <= MOST_NAMED else f"{len(workloads)} workloads"
+
+
+# --- The cost model ---
 
 
 @dataclass(frozen=True)
@@ -184,17 +260,18 @@ class Prediction:
         return self.row.p50_ms / self.milliseconds
 
     @property
-    def parts(self) -> bool:
+    def is_off(self) -> bool:
+        """Whether the measured time differs from the predicted one by more than the tolerance."""
         return not 1 / (1 + cost_model.TOLERANCE) <= self.ratio <= 1 + cost_model.TOLERANCE
 
 
 def predictions(operators: dict[str, Operator], machine: Machine) -> Iterator[Prediction]:
-    """Of what recattn was timed at."""
+    """Predictions of the times of recattn."""
     for operator in operators.values():
         for workload in operator.workloads:
             for direction in SHORT:
                 row = machine.row(operator.name, workload.name, direction)
-                if row is None or not row.ceilings:  # of before ceilings were measured for each
+                if row is None or not row.ceilings:  # records from before every row had its ceilings
                     continue
                 predicted = cost_model.predict(operator, workload, direction, machine.device(row), machine.dtype)
                 if predicted is not None:
@@ -205,7 +282,7 @@ def model_table(operators: dict[str, Operator], machine: Machine) -> str:
     rows, given = [], []
     for prediction in predictions(operators, machine):
         row, why = prediction.row, "–"
-        if prediction.parts:
+        if prediction.is_off:
             reason = reasons.reason(row.op, row.workload, machine.type)
             if reason not in given:
                 given.append(reason)
@@ -220,7 +297,7 @@ def model_table(operators: dict[str, Operator], machine: Machine) -> str:
 
 
 def gpu_predictions_table(operators: dict[str, Operator]) -> str:
-    """Of the workloads that are for a GPU, in bfloat16."""
+    """Predicted times of the workloads meant for a GPU, in bfloat16."""
     rows = []
     for operator in operators.values():
         for workload in operator.workloads:
@@ -244,10 +321,9 @@ def about(machine: Machine) -> str:
     commits = {record.run["commit"][:8] for contest in machine.contests.values() for record in contest.values()}
     return (
         f"torch {run['torch']}, triton {run['triton']}, Python {run['python']}{extra}; commits "
-        f"{', '.join(sorted(commits))}. Ceilings, the better of before and after each workload: "
-        f"{_range(machine, 'tflops')} TFLOP/s, "
-        f"copy {_range(machine, 'gbs')} GB/s, softmax {_range(machine, 'gsoftmax')} G/s, "
-        f"{_range(machine, 'launch_us')} µs a call."
+        f"{', '.join(sorted(commits))}. Ceilings (the better of the measurements before and after each workload): "
+        f"matmul {_range(machine, 'tflops')} TFLOP/s, copy {_range(machine, 'gbs')} GB/s, "
+        f"softmax {_range(machine, 'gsoftmax')} G elements/s, {_range(machine, 'launch_us')} µs per call."
     )
 
 
@@ -259,43 +335,77 @@ def _range(machine: Machine, ceiling: str) -> str:
 def results_page(
     operators: dict[str, Operator], measured: Sequence[Machine], images: dict[str, list[tuple[str, str]]]
 ) -> str:
-    """RESULTS.md. `images`: of each type of device, the files of its figures and their captions."""
+    """RESULTS.md. `images`: the figures of each type of device, as files and captions."""
     parts = [
-        "# Results\n\nWritten by `python -m benchmarks.plot` from the records in `results/`; edit nothing here.\n\n"
-        f"Every time is a median of interleaved calls that passed the float64 gate. {table.LEGEND}\n"
+        "# Results\n\nWritten by `python -m benchmarks.plot` from the records in `results/`. Do not edit.\n",
+        _summary_section(operators, measured),
     ]
     for kind, title in {"cpu": "CPU", "cuda": "GPU"}.items():
         own = [machine for machine in measured if machine.type == kind]
-        parts.append(f"## Goals on a {title}\n\n{goals_table(operators, measured, kind)}")
-        if not own:
-            parts.append(f"No {title} has run the suite yet: every figure for one is {OWED}.\n")
-        # Figures and times of the last machine of a type; older ones stand among the goals.
-        for machine in own[:1]:
-            parts.append(f"## {machine.name}\n\n{about(machine)}\n")
-            parts += [f"![]({file})\n\n{caption}\n" for file, caption in images.get(kind, [])]
-            for operator in operators.values():
-                times = times_table(operator, machine)
-                parts += (
-                    [f"### {operator.name}\n\nMilliseconds, {dtype_name(machine.dtype)}.\n\n{times}"] if times else []
-                )
-            missing = not_timed(machine)
-            parts += ["### Not timed\n\n" + "\n".join(missing) + "\n"] if missing else []
-            predicted = model_table(operators, machine)
-            parts += [f"### Measured against the model\n\n{cost_model.__doc__}\n{predicted}"] if predicted else []
-    parts.append(f"## What the model expects of GPUs\n\nbfloat16.\n\n{gpu_predictions_table(operators)}")
+        parts.append(_goals_section(operators, measured, kind, title))
+        # Figures and times of the last machine of a type. Older machines appear in the summary and the goals.
+        parts += [_machine_section(operators, machine, images.get(kind, [])) for machine in own[:1]]
+    parts.append(
+        f"## Predicted times on GPUs\n\nFrom the cost model, in bfloat16.\n\n{gpu_predictions_table(operators)}"
+    )
     return "\n".join(parts)
 
 
+def _summary_section(operators: dict[str, Operator], measured: Sequence[Machine]) -> str:
+    terms = "".join(f"- **{term}**: {meaning}.\n" for term, meaning in table.LEGEND.items())
+    no_gpu = "" if _has_gpu(measured) else "No GPU has run the suite yet.\n\n"
+    return (
+        f"## Summary\n\n{_conditions(measured)} A speedup above 1× means that recattn is faster; in the last column, "
+        "less is better. Every time is the median of interleaved calls of an implementation that passed the float64 "
+        f"correctness check.\n\n{summary_table(operators, measured)}\n{no_gpu}"
+        "A baseline is *equivalent* if it computes the same result. Attention without the operator's bias or "
+        f"refinement computes less; its time is the limit to compare with.\n\nTerms in the tables:\n\n{terms}"
+    )
+
+
+def _conditions(measured: Sequence[Machine]) -> str:
+    dtypes = {machine.type: dtype_name(machine.dtype) for machine in measured}
+    names = {"cpu": "CPUs", "cuda": "GPUs"}
+    used = ", ".join(f"{dtype} on {names[kind]}" for kind, dtype in sorted(dtypes.items()))
+    return (
+        "Median over the workloads of an operator (smallest–largest in brackets), forward+backward where there is a "
+        f"backward, {used}."
+    )
+
+
+def _goals_section(operators: dict[str, Operator], measured: Sequence[Machine], kind: str, title: str) -> str:
+    no_device = "" if any(machine.type == kind for machine in measured) else f"No {title} has run the suite yet.\n\n"
+    return (
+        f"## Goals on a {title}\n\nEach column is a goal; ± is the spread of the ratio. A value without a remark meets "
+        f"its goal.\n\n{no_device}{goals_tables(operators, measured, kind)}"
+    )
+
+
+def _machine_section(operators: dict[str, Operator], machine: Machine, images: Iterable[tuple[str, str]]) -> str:
+    parts = [f"## {machine.title}\n\n{about(machine)}\n", *(f"![]({file})\n\n{text}\n" for file, text in images)]
+    for operator in operators.values():
+        times = times_table(operator, machine)
+        parts += [f"### {operator.name}\n\nMilliseconds, {dtype_name(machine.dtype)}.\n\n{times}"] if times else []
+    missing = not_timed(machine)
+    parts += ["### Not timed\n\n" + "\n".join(missing) + "\n"] if missing else []
+    predicted = model_table(operators, machine)
+    parts += [f"### Measured against the cost model\n\n{cost_model.__doc__}\n{predicted}"] if predicted else []
+    return "\n".join(parts)
+
+
+def _has_gpu(measured: Sequence[Machine]) -> bool:
+    return any(machine.type == "cuda" for machine in measured)
+
+
 def readme_block(operators: dict[str, Operator], measured: Sequence[Machine], images: Iterable[tuple[str, str]]) -> str:
-    """What stands between the marks of README.md: its one figure, and the goals."""
+    """The text between the marks of README.md: its one figure, and the summary."""
     figures = "".join(f"![](benchmarks/{file})\n\n{caption}\n" for file, caption in images)
-    goals = sum(goal.device == "cuda" for operator in operators.values() for goal in operator.goals)
-    owed = "" if any(machine.type == "cuda" for machine in measured) else f"\nAll {goals} goals for a GPU are {OWED}.\n"
-    return f"\n{figures}\n{goals_table(operators, measured, 'cpu')}{owed}\n"
+    no_gpu = "" if _has_gpu(measured) else "\nNo GPU has run the suite yet.\n"
+    return f"\n{figures}\n{_conditions(measured)}\n\n{summary_table(operators, measured)}{no_gpu}\n"
 
 
 def with_block(readme: str, block: str) -> str:
-    """README.md with what stands between its marks replaced."""
+    """README.md with the text between its marks replaced."""
     begin, end = MARKS
     if readme.count(begin) != 1 or readme.count(end) != 1:
         raise ValueError(f"README.md must hold each of {begin!r} and {end!r} once")

@@ -1,4 +1,4 @@
-"""The printed table: a block for each operator and workload, a row for each implementation."""
+"""The printed tables: one for each operator and workload, with a row for each implementation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,18 +17,22 @@ from benchmarks.harness.timing import MAX_SPREAD, MAX_WAITING
 VERDICT_STYLE = {"met": "green", "missed": "red"}
 HEADINGS = {FORWARD: "forward ms", BACKWARD: "backward ms", TRAINING: "fwd+bwd ms"}
 
-LEGEND = (
-    "ms: median of single calls.  × : times as fast as the baseline, in each direction.  "
-    "peak: most memory held at one time beyond the inputs.  ceiling: least time the work could take here (measured "
-    "matrix product and copy) over the time.  error: largest of the output against float64, and in brackets the worst "
-    f"of output and gradients as a share of what it may be (peers may be {PEER_ALLOWANCE:.0f} times farther off).  "
-    f"no verdict: over {MAX_SPREAD:.0%} spread (half the 95% confidence interval of the median of the time ratios of "
-    f"interleaved rounds, relative to it), or over {MAX_WAITING:.0%} of the time spent waiting for other programs."
-)
+LEGEND = {
+    "ms": "median time of a single call",
+    "×": "speedup over the baseline, in each direction",
+    "peak": "most memory in use at one time, not counting the inputs",
+    "ceiling": "the shortest time that the measured matmul and copy rates allow, divided by the time taken",
+    "error": "largest error of the output against float64; in brackets the largest error of output and gradients as "
+    f"a share of its bound (the bound of other implementations is {PEER_ALLOWANCE:.0f} times larger)",
+    "spread (±)": "half the 95% confidence interval of the median of the time ratios of interleaved rounds, relative "
+    "to the median",
+    "no verdict": f"the spread is over {MAX_SPREAD:.0%}, or the threads waited for other programs for over "
+    f"{MAX_WAITING:.0%} of the time",
+}
 
 
 def block(operator: Operator, rows: Sequence[Row]) -> Group:
-    """All rows of one operator and workload."""
+    """The printed table of one operator and workload."""
     head = rows[0]
     shape = " ".join(f"{name}={value}" for name, value in head.shape.items() if value not in (None, False))
     title = Text.assemble((f"\n{operator.name} · {head.workload}", "bold"), f"  {head.dtype}  {shape}  ({head.data})")
@@ -60,7 +64,7 @@ def block(operator: Operator, rows: Sequence[Row]) -> Group:
         if waiting > MAX_WAITING:
             notes.append(f"{direction}: other programs kept the threads waiting {waiting:.0%} of the time")
     notes += [
-        f"{row.impl}, {row.direction}: launching it takes the host {row.host_ms:.2f} ms, longer than the GPU takes"
+        f"{row.impl}, {row.direction}: the host takes {row.host_ms:.2f} ms to launch, longer than the GPU takes to run"
         for row in rows
         if row.host_ms and row.p50_ms and row.host_ms > row.p50_ms
     ]
@@ -71,7 +75,7 @@ def block(operator: Operator, rows: Sequence[Row]) -> Group:
 
 
 def goals(rows: Sequence[Row]) -> Table:
-    """The goals and what became of them."""
+    """The goals and their verdicts."""
     table = Table(box=box.SIMPLE_HEAD, title="goals", title_justify="left", title_style="bold", pad_edge=False)
     for column in ("operator", "workload", "goal", "measured", "spread", "verdict"):
         table.add_column(column)
@@ -89,7 +93,7 @@ def goals(rows: Sequence[Row]) -> Table:
 
 
 def stated(goal: str, implementation: str) -> str:
-    """A goal with whose it is, if it is not that of recattn as a user calls it."""
+    """A goal, preceded by its implementation unless that is recattn with its default options."""
     return goal if implementation == "recattn" else f"{implementation}: {goal}"
 
 
@@ -105,11 +109,11 @@ def print_heading(console: Console, common: Mapping[str, object]) -> None:
 def print_summary(console: Console, rows: Sequence[Row]) -> None:
     if any(row.goals for row in rows):
         console.print(goals(rows))
-    console.print(Text(LEGEND, style="dim"))
+    console.print(Text(".  ".join(f"{term}: {meaning}" for term, meaning in LEGEND.items()), style="dim"))
 
 
 def measured(outcome: Outcome, row: Row) -> str:
-    """What was measured, the way the goal puts it, or why nothing was."""
+    """The measured value in the unit of the goal, or why there is none."""
     if outcome.verdict == NOT_MEASURED:
         return row.status if row.status != TIMED else "nothing to compare with was timed"
     if outcome.undecided:
@@ -121,7 +125,7 @@ def measured(outcome: Outcome, row: Row) -> str:
     elif outcome.ceiling_fraction is not None:
         value = _percent(outcome.ceiling_fraction)
     elif outcome.memory_ratio is not None:
-        value = f"{outcome.memory_ratio:.2g} of it"
+        value = f"{outcome.memory_ratio:.2g}×"
     else:
         value = f"{outcome.time_ratio:.2f}×" if "≤" in outcome.goal else f"{1 / outcome.time_ratio:.2f}×"
     return f"{value} ({outcome.against})" if "the best of" in outcome.goal else value
@@ -142,7 +146,7 @@ def _speed(row: Row | None, baseline: Row | None) -> str:
 
 
 def significant(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
@@ -160,8 +164,8 @@ def _error(row: Row) -> str:
 
 def _ceilings(measured: Mapping[str, float]) -> str:
     return (
-        f"ceilings: {measured['tflops']:.3g} TFLOP/s, copy {measured['gbs']:.3g} GB/s, "
-        f"softmax {measured['gsoftmax']:.3g} G/s, {measured['launch_us']:.2g} µs a call"
+        f"ceilings: matmul {measured['tflops']:.3g} TFLOP/s, copy {measured['gbs']:.3g} GB/s, "
+        f"softmax {measured['gsoftmax']:.3g} G elements/s, {measured['launch_us']:.2g} µs per call"
     )
 
 

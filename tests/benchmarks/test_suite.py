@@ -372,7 +372,7 @@ def test_a_goal_whose_opponent_was_refused_or_failed_has_no_verdict(product, sui
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(table.goals([row]))
     assert "wrong, broken: refused or failed" in console.export_text()
-    assert markdown.verdict(row.goals[0], row) == "wrong, broken: refused or failed: **no verdict**"
+    assert markdown.result(row.goals[0], row) == "wrong, broken: refused or failed (no verdict)"
 
 
 # Directions
