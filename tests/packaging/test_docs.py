@@ -1,0 +1,32 @@
+"""The examples of the README and of docs/ run, and their links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES += [ROOT / "tests" / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in PAGES if page.exists()]
+RESULTS = ("out", "bias", "mean_out", "cov_out", "h")
+
+
+def examples_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if examples_of(page)], ids=lambda page: page.stem)
+def test_examples(page, tmp_path, monkeypatch):
+    """From the first to the last, as a reader goes."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for example in examples_of(page):
+        exec(example, namespace)
+        assert all(namespace[name].isfinite().all() for name in RESULTS if f"\n{name} =" in f"\n{example}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
