@@ -4,16 +4,12 @@ C_u is a sum of outer products, Σ_l W_l ⊗ E_ul, and so are the gradients of k
 Σ_t z_t ⊗ q_t over the targets of a user: one kernel sums both.
 """
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.common.compilation import Compilation
-from recattn.triton_kernels.common.launch import ARCHITECTURES, strides
+from recattn.triton_kernels.common.launch import strides
 from recattn.triton_kernels.common.ragged import locate_sequence
 from recattn.triton_kernels.common.tiles import block_width, load_rows, offset, store_rows
 from recattn.triton_kernels.lrea_attention import Launch, Tile, dot_of_any, share_count, sum_of_shares, targets_a_block
@@ -295,22 +291,3 @@ def _plan_compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: 
         "BLOCK_D": tile.visited,
     }
     return Launch(lrea_compress_bwd_w_comp_kernel, (blocks, shares), arguments, tile), partials
-
-
-def shipped_configurations() -> Iterator[Compilation]:
-    """What is launched for a rank of 32 and behaviours of 64, with item ids."""
-    meta = torch.device("meta")
-    seq_lens = torch.empty(256, dtype=torch.int64, device=meta)
-    item_ids = torch.empty(256, 10_000, dtype=torch.int64, device=meta)
-    for architecture, dtype in itertools.product(ARCHITECTURES, (torch.float32, torch.bfloat16)):
-        behaviors = torch.empty(256, 10_000, 64, dtype=dtype, device=meta)
-        w_comp = torch.empty(10_000, 32, dtype=dtype, device=meta)
-        dcompressed = torch.empty(256, 32, 64, dtype=dtype, device=meta)
-        launches = {
-            "r=32": _plan_compress_fwd(behaviors[0], w_comp, seq_lens, item_ids),
-            "r=32 dW": _plan_compress_bwd_w_comp(dcompressed, behaviors, seq_lens),
-        }
-        if dtype == torch.float32:  # in half precision it needs few registers
-            launches["r=32 dE"] = _plan_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, 10_000)
-        for label, (launch, _) in launches.items():
-            yield launch.compilation(f"{str(dtype).removeprefix('torch.')} {label}", architecture)

@@ -17,7 +17,7 @@ Row = dict[str, int | list[str]]
 
 
 def measure(compilation: object) -> Row:
-    """A row of the table, for a `recattn.triton_kernels.common.compilation.Compilation`."""
+    """A row of the table, for a `tests.compile_table.compilation.Compilation`."""
     compiled, ptxas = compile_with_log(compilation)
     used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage", compiled.asm["cubin"])))
     code = instructions(cuobjdump("-sass", compiled.asm["cubin"]))
@@ -53,7 +53,8 @@ def compile_with_log(compilation: object) -> tuple[object, str]:
 
     def without_divisor(kind: str | tuple, path: tuple[int, ...]) -> str | tuple:
         if isinstance(kind, tuple):
-            return type(kind)(*(without_divisor(field, (*path, i)) for i, field in enumerate(kind)))
+            fields = [without_divisor(field, (*path, i)) for i, field in enumerate(kind)]
+            return type(kind)(*fields) if hasattr(kind, "_fields") else tuple(fields)
         base, _, divisor = kind.partition(":")
         if divisor:
             attributes[path] = [["tt.divisibility", int(divisor)]]
@@ -63,7 +64,7 @@ def compile_with_log(compilation: object) -> tuple[object, str]:
         compilation.kernel,
         signature={name: without_divisor(kind, (i,)) for i, (name, kind) in enumerate(compilation.signature.items())},
         constexprs={
-            path if isinstance(path, str) else (names.index(path[0]), path[1]): value
+            path if isinstance(path[0], int) or isinstance(path, str) else (names.index(path[0]), path[1]): value
             for path, value in compilation.constexprs.items()
         },
         attrs=attributes,

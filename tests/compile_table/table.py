@@ -21,8 +21,10 @@ mma              instructions on tensor cores: HMMA, HGMMA (sm_90), UTCHMMA (sm_
 loop_*           instructions of the main loop, as `compiled_kernel.main_loop` finds it: all, on tensor cores, FMUL,
                  ISETP and FSEL
 
-A kernel module takes part by its `shipped_configurations()`, which yields a
-`recattn.triton_kernels.common.compilation.Compilation` for each. To have another Triton, put it first on PYTHONPATH.
+python tests/compile_table/table.py --check --only "fwd_kernel sm_90 bfloat16"    compiles what this expression finds
+
+A module of this folder takes part by its `shipped_configurations()`, which yields a `compilation.Compilation` for each.
+To have another Triton, put it first on PYTHONPATH.
 """
 
 import argparse
@@ -51,6 +53,9 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Of tensor memory, which sm_100 has. Beyond it Triton was seen to compile a kernel to nothing.
 TENSOR_COLUMNS = 512
 SAMPLED = 40
+UNNEEDED = "accepted, but none needs it"
+# Modules of this folder that ship no configurations.
+TOOLS = ("compilation", "compiled_kernel", "table")
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ ACCEPTED = (
 def kernel_modules() -> tuple[str, ...]:
     import recattn.triton_kernels as package
 
-    return tuple(module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
+    kernels = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    # The kernels' configurations are in modules beside this one; a kernel module may still have its own.
+    beside = [f"tests.compile_table.{path.stem}" for path in sorted(Path(__file__).parent.glob("[a-z]*.py"))]
+    return (*kernels, *(name for name in beside if "test_" not in name and name.rpartition(".")[2] not in TOOLS))
 
 
 def sources_of(modules: tuple[str, ...]) -> str:
@@ -239,7 +247,7 @@ def slow(rows: dict[str, Row], accepted: Sequence[Accepted]) -> list[str]:
         if not covering:
             problems.append(f"{name}: {said}")
     unneeded = [entry for entry in accepted if entry not in needed]
-    return problems + [f"{entry.what} of {entry.where!r}: accepted, but none needs it" for entry in unneeded]
+    return problems + [f"{entry.what} of {entry.where!r}: {UNNEEDED}" for entry in unneeded]
 
 
 def compare(rows: dict[str, Row], shipped: Sequence[str], recorded: dict[str, Row]) -> list[str]:
@@ -276,7 +284,8 @@ def main() -> int:
     action.add_argument("--check", action="store_true")
     action.add_argument("--one-of-each-kind", action="store_true")
     parser.add_argument("--sampled", action="store_true")
-    parser.add_argument("--module", action="append", help="kernel modules instead of all of recattn.triton_kernels")
+    parser.add_argument("--module", action="append", help="these modules instead of all kernels and all of this folder")
+    parser.add_argument("--only", help="a regular expression: only the configurations in whose names it is found")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -301,18 +310,25 @@ def main() -> int:
         indices = [i for i in indices if keys[i] not in kept]
     elif options.sampled and table["sources"] == sources:
         kept, indices = table["rows"], indices[::SAMPLED]
+    if options.only:
+        indices = [i for i in indices if re.search(options.only, keys[i])]
 
+    partial = options.module or options.only
     rows, problems = measure_each(modules, options.jobs, indices)
     held, notes = dict(sorted({**kept, **rows}.items())), []
     if options.one_of_each_kind:
         notes = slow(held, [])
     else:
-        accepted = [a for a in ACCEPTED if triton_version in a.tritons and not options.module]
-        problems += slow(held, accepted)
+        found = slow(held, [a for a in ACCEPTED if triton_version in a.tritons])
+        # What a part of the configurations does not need, another may.
+        problems += [p for p in found if not (partial and p.endswith(UNNEEDED))]
     problems += refusals(held)
     problems += [f"{name}: in no shipped_configurations()" for name in unlisted_kernels(modules)]
     if options.check:
-        problems += compare(rows, keys, table["rows"])
+        # Of the table, the kernels of the modules asked for.
+        own = {name.split()[0] for name in keys} if options.module and not options.table else None
+        recorded = {name: row for name, row in table["rows"].items() if own is None or name.split()[0] in own}
+        problems += compare(rows, keys, recorded)
     elif options.write and len(held) == len(keys):
         # With its problems: `--check` finds them there, and what is mended is compiled alone.
         path.write_text(to_json(triton_version, sources, kernels, held))
