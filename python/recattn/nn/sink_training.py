@@ -1,4 +1,4 @@
-"""The training of CTR-Sink (arXiv 2508.03668) in two stages: what is pooled, and when the stage changes."""
+"""CTR-Sink's training in two stages (arXiv 2508.03668): the pooling and its schedule."""
 
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,13 @@ STAGES = ("sinks", "tokens")
 
 
 class SinkPooling(nn.Module):
-    """The user's vector: the mean of the hidden states of a set of tokens S,
+    """The user vector, the mean of the hidden states over a set of tokens S:
 
-        u = (1/|S|) Σ_{i∈S} h_i        S: the sinks (stage "sinks"), or all tokens but padding (stage "tokens")
+        u = (1/|S|) Σ_{i∈S} h_i        S: the sinks (stage "sinks"), or all tokens except padding (stage "tokens")
 
-    CTR-Sink's official code trains by the first, then by the second, and evaluates by the second always. So does this
-    module: `stage` counts while `training`; in eval it is "tokens". A row without sinks is pooled over all its tokens
-    (ours); one without tokens is 0. The module has no parameters, and its stage is no part of the state dict:
-    `TwoStageSchedule` keeps it.
+    As in CTR-Sink's official code, training uses "sinks" first and then "tokens", and evaluation always uses "tokens":
+    `stage` applies in training mode only. A row without sinks is pooled over all its tokens (our choice); a row without
+    tokens gives 0. The module has no parameters. Its stage is not in the state dict but in that of `TwoStageSchedule`.
     """
 
     def __init__(self, stage: str = "tokens") -> None:
@@ -32,7 +31,7 @@ class SinkPooling(nn.Module):
 
     @property
     def stage(self) -> str:
-        """Of training: "sinks" or "tokens"."""
+        """The stage in training mode, "sinks" or "tokens"."""
         return self._stage
 
     @stage.setter
@@ -52,15 +51,15 @@ class SinkPooling(nn.Module):
         Args:
             hidden_states: [B, N, d]. Padding may hold anything.
             attention_mask: [B, N], True or 1 at tokens, False or 0 at padding, on any side.
-            sink_positions: [B, M], padded with -1; those of padding do not count. Stage "tokens" needs none.
-            stage: for this call, whatever the mode.
+            sink_positions: [B, M], padded with -1; sinks in padding are ignored. Not needed for stage "tokens".
+            stage: the stage of this call, in training and evaluation.
 
         Returns:
-            [B, d], of the dtype of `hidden_states`; summed in float32 at least.
+            [B, d], in the dtype of `hidden_states`; summed in float32 or wider.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit, or stage "sinks" without `sink_positions`; on a CPU
-                (elsewhere under RECATTN_CHECK=1) also values that do.
+            ValueError: a shape, dtype or device does not match, or stage "sinks" without `sink_positions`; on a CPU
+                (elsewhere under RECATTN_CHECK=1) also a mask other than 0 and 1, or positions out of range or order.
         """
         if stage is None:
             stage = self.stage if self.training else "tokens"
@@ -89,15 +88,15 @@ class SinkPooling(nn.Module):
 
 
 class TwoStageSchedule:
-    """CTR-Sink's two stages: `pooling.stage` is "sinks" for the first epochs (or optimizer steps), then "tokens".
+    """CTR-Sink's two stages: sets `pooling.stage` to "sinks" for the first epochs (or steps), then to "tokens".
 
-    The official recipe is three epochs of each, with one AdamW and one cosine schedule across both, and all weights
-    trained in both: nothing but the pooling changes. In a loop of your own, call `start_epoch` before each epoch, or
-    with `sink_steps` `step` after each optimizer step; for transformers' Trainer there is `trainer_callback`.
+    The official recipe is three epochs of each stage with one AdamW and one cosine schedule for both. All weights are
+    trained in both; only the pooling changes. In your own loop, call `start_epoch` before each epoch, or with
+    `sink_steps` call `step` after each optimizer step. With transformers' Trainer, use `trainer_callback`.
 
     Args:
-        pooling: the model's.
-        sink_epochs, sink_steps: how long the first stage is; one of the two.
+        pooling: the SinkPooling of the model.
+        sink_epochs, sink_steps: length of the first stage in epochs or in optimizer steps; give one of the two.
     """
 
     def __init__(self, pooling: SinkPooling, *, sink_epochs: int | None = None, sink_steps: int | None = None) -> None:
@@ -107,36 +106,36 @@ class TwoStageSchedule:
         self.pooling = pooling
         self.unit, self.switch_at = ("step", sink_steps) if sink_epochs is None else ("epoch", sink_epochs)
         expect(self.switch_at >= 0, f"sink_{self.unit}s", "at least 0", self.switch_at)
-        self._reach(0)
+        self._set_count(0)
 
     @property
     def stage(self) -> str:
         return self.pooling.stage
 
     def start_epoch(self, epoch: int) -> None:
-        """Epoch `epoch` begins, counted from 0."""
+        """Call before each epoch. `epoch` counts from 0."""
         self._expect_unit("epoch", "start_epoch")
         expect(epoch >= 0, "epoch", "at least 0", epoch)
-        self._reach(epoch)
+        self._set_count(epoch)
 
     def step(self) -> None:
-        """One more optimizer step is done."""
+        """Call after each optimizer step."""
         self._expect_unit("step", "step")
-        self._reach(self.count + 1)
+        self._set_count(self.count + 1)
 
     def state_dict(self) -> dict[str, int]:
         return {self.unit: self.count}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up the stage of a saved state."""
+        """Set the count and the stage from a saved state."""
         expect(set(state) == {self.unit}, "state", f"of a schedule counted by the {self.unit}", state)
-        self._reach(state[self.unit])
+        self._set_count(state[self.unit])
 
     def trainer_callback(self) -> "TrainerCallback":
-        """A callback of transformers' Trainer that sets the stage before each epoch (or step) it trains.
+        """A callback for transformers' Trainer that sets the stage before each epoch (or step).
 
-        The Trainer's own count decides, which it restores from a checkpoint. A dataset without a length is one epoch
-        to it: use `sink_steps` there.
+        It follows the Trainer's count, which the Trainer restores from a checkpoint. The Trainer counts a dataset
+        without a length as a single epoch: use `sink_steps` there.
         """
         try:
             from transformers import TrainerCallback
@@ -147,16 +146,16 @@ class TwoStageSchedule:
         class TwoStageCallback(TrainerCallback):
             def on_epoch_begin(self, args, state, control, **kwargs):
                 if schedule.unit == "epoch":
-                    # The fraction of an epoch that a checkpoint within it was saved at.
-                    schedule._reach(int(state.epoch))
+                    # A fraction if training resumes from a checkpoint within an epoch.
+                    schedule._set_count(int(state.epoch))
 
             def on_step_begin(self, args, state, control, **kwargs):
                 if schedule.unit == "step":
-                    schedule._reach(state.global_step)
+                    schedule._set_count(state.global_step)
 
         return TwoStageCallback()
 
-    def _reach(self, count: int) -> None:
+    def _set_count(self, count: int) -> None:
         self.count = count
         self.pooling.stage = "sinks" if count < self.switch_at else "tokens"
 

@@ -1,4 +1,4 @@
-"""What a ranking service keeps: a table of users' states, and who lies where in it."""
+"""State of a ranking service: a table of user states, and the map from user ids to its rows."""
 
 from recattn.serving.slot_map import SlotMap
 from recattn.serving.state_table import Request, StateTable

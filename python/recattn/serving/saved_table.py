@@ -1,4 +1,4 @@
-"""A saved StateTable: a dict of tensors alone, among them the version of the format and a checksum of all others."""
+"""The saved form of a StateTable: a dict of tensors, two of which are a format version and a checksum."""
 
 import zlib
 from collections.abc import Iterable, Mapping
@@ -11,23 +11,23 @@ from recattn._check import expect, expect_tensors
 FORMAT_VERSION = 1
 
 
-def seal(states: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The states, with `format_version` and `checksum`."""
+def add_checksum(states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The states with `format_version` and `checksum` added."""
     versioned = {"format_version": torch.tensor(FORMAT_VERSION), **states}
     return {**versioned, "checksum": torch.tensor(_checksum(versioned))}
 
 
-def unseal(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The states of these names, as they were sealed.
+def verify_checksum(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The states of these names, without `format_version` and `checksum`.
 
     Raises:
-        ValueError: another version, other names, or not what was sealed.
+        ValueError: another version or other names, or the checksum does not match.
     """
     expect(isinstance(saved, Mapping), "state", "a dict of StateTable.state_dict", type(saved).__name__)
     version = saved.get("format_version")
     known = isinstance(version, Tensor) and version.numel() == 1 and version.item() == FORMAT_VERSION
     advice = "save it anew with the recattn that wrote it, or put its states without a check"
-    expect(known, "format_version of state", f"{FORMAT_VERSION} ({advice})", _brief(version))
+    expect(known, "format_version of state", f"{FORMAT_VERSION} ({advice})", _without_tensor(version))
     needed = ("format_version", *names, "checksum")
     expected = f"a dict of {', '.join(needed)} (load it into a table of the dtype that it was saved from)"
     expect(set(saved) == set(needed), "state", expected, ", ".join(map(str, saved)))
@@ -37,13 +37,13 @@ def unseal(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tenso
     computed = _checksum(states)
     intact = checksum.numel() == 1 and checksum.item() == computed
     expected = f"{computed}, that of its tensors (the state is damaged: load another copy)"
-    expect(intact, "checksum of state", expected, _brief(checksum))
+    expect(intact, "checksum of state", expected, _without_tensor(checksum))
     del states["format_version"]
     return states
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of every name, dtype, shape and byte."""
+    """CRC-32 of all names, dtypes, shapes and bytes."""
     checksum = 0
     for name, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
@@ -52,5 +52,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     return checksum
 
 
-def _brief(value: object) -> object:
+def _without_tensor(value: object) -> object:
     return value.tolist() if isinstance(value, Tensor) else value

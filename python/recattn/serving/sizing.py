@@ -1,4 +1,4 @@
-"""`python -m recattn lrea-size`: what serving LREA takes in memory and bandwidth."""
+"""`python -m recattn lrea-size`: memory and bandwidth needed to serve LREA."""
 
 import argparse
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from recattn.serving.state_table import STATE_DTYPES
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STATE_DTYPES}
 TARGET_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating_point)
 SCALE_BYTES = 4
-# Of SlotMap: 1.5 entries of its index (id, row) and one row (id, pins, reference bit, state), 16 bytes each.
+# Per user in SlotMap: 1.5 index entries (id, row) and one row (id, pins, reference bit, state), 16 bytes each.
 SLOT_MAP_BYTES = 40
 
 
 @dataclass(frozen=True)
 class LreaSize:
-    """Bytes that a StateTable of `users` holds, and that a request of one user and some candidates moves."""
+    """Bytes held by a StateTable of `users`, and bytes moved by a request of one user with `candidates`."""
 
     users: int
     rank: int
@@ -31,12 +31,12 @@ class LreaSize:
 
     @property
     def state_bytes(self) -> int:
-        """Of a user: keys [H, r, d] and values [H, r, dv]."""
+        """Per user: keys [H, r, d] and values [H, r, dv]."""
         return self.heads * self.rank * (self.dim + self.value_dim) * DTYPES[self.dtype].itemsize
 
     @property
     def scale_bytes(self) -> int:
-        """Of a user: a float32 for every row of an int8 state."""
+        """Per user: one float32 per row of an int8 state."""
         return 2 * self.heads * self.rank * SCALE_BYTES if DTYPES[self.dtype] == torch.int8 else 0
 
     @property
@@ -45,7 +45,7 @@ class LreaSize:
 
     @property
     def candidate_bytes(self) -> int:
-        """Of a request: every target read [H, d], every output written [H, dv]."""
+        """Per request: targets read [H, d] and outputs written [H, dv]."""
         return self.candidates * self.heads * (self.dim + self.value_dim) * DTYPES[self.target_dtype].itemsize
 
     @property
@@ -53,21 +53,29 @@ class LreaSize:
         return self.row_bytes + self.candidate_bytes
 
     def users_in(self, memory: float) -> int:
-        """How many users a table in `memory` bytes has room for, beside its row of zeros."""
+        """Users that fit into a table of `memory` bytes, besides its row of zeros."""
         return max(int(memory // self.row_bytes) - 1, 0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--users", type=positive(int), required=True)
     parser.add_argument("--rank", type=positive(int), required=True, help="r, rows of a state")
-    parser.add_argument("--dim", type=positive(int), required=True, help="d of targets and keys")
-    parser.add_argument("--value-dim", type=positive(int), help="dv of values and outputs (--dim)")
+    parser.add_argument("--dim", type=positive(int), required=True, help="d, width of targets and keys")
+    parser.add_argument("--value-dim", type=positive(int), help="dv, width of values and outputs (default: --dim)")
     parser.add_argument("--heads", type=positive(int), default=1)
-    parser.add_argument("--dtype", choices=DTYPES, required=True, help="of the states; int8 has a scale a row")
-    parser.add_argument("--target-dtype", choices=TARGET_DTYPES, help="of the candidates (--dtype; bfloat16 for int8)")
-    parser.add_argument("--candidates", type=positive(int), default=200, help="of a request, for one user (200)")
-    parser.add_argument("--gpu-memory", type=positive(float), default=141, help="of one GPU, for states, in GB (141)")
-    parser.add_argument("--requests-per-second", type=positive(int), help="also print the bandwidth it takes")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, required=True, help="dtype of the states; int8 has one scale per row"
+    )
+    parser.add_argument(
+        "--target-dtype", choices=TARGET_DTYPES, help="dtype of the candidates (default: --dtype; bfloat16 for int8)"
+    )
+    parser.add_argument(
+        "--candidates", type=positive(int), default=200, help="candidates of a request, for one user (default: 200)"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=positive(float), default=141, help="GB of one GPU available for states (default: 141)"
+    )
+    parser.add_argument("--requests-per-second", type=positive(int), help="also print the bandwidth needed")
 
 
 def report(arguments: argparse.Namespace) -> str:

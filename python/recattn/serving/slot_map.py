@@ -1,17 +1,17 @@
-"""SlotMap (C++, csrc/host), or what stands for it where it was not compiled."""
+"""SlotMap (C++, csrc/host), or a placeholder if it was not compiled."""
 
 from recattn._extension import MISSING
 
 try:
     from recattn._host import SlotMap
 except ImportError as error:
-    _WHY = MISSING.get("cpu", str(error))
+    _REASON = MISSING.get("cpu", str(error))
 
     class SlotMap:
-        """Says why it is missing when it is made: recattn imports without its compiled parts."""
+        """Placeholder that raises when constructed, so that recattn imports without its compiled parts."""
 
         def __init__(self, capacity: int) -> None:
-            raise NotImplementedError(f"SlotMap is not available: {_WHY}")
+            raise NotImplementedError(f"SlotMap is not available: {_REASON}")
 
 
 __all__ = ["SlotMap"]

@@ -1,4 +1,4 @@
-"""The states that `lrea_absorbed_attention` reads, one row a user, in tensors allocated once."""
+"""The states read by `lrea_absorbed_attention`, one row per user, in preallocated tensors."""
 
 import math
 import threading
@@ -17,15 +17,15 @@ from recattn.serving import saved_table
 from recattn.serving.slot_map import SlotMap
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-LARGEST_SCALE = torch.finfo(torch.float32).max / INT8_MAX  # a row of a larger one may overflow where it is read
+LARGEST_SCALE = torch.finfo(torch.float32).max / INT8_MAX  # with a larger scale, scale · entry may overflow
 
 
 class Tables(NamedTuple):
-    """One tensor a field. Their last row is nobody's: zeros, for users who are not there."""
+    """The tensors of a StateTable. Their last row is zeros and serves all users who are not in the table."""
 
     keys: Tensor  # [S + 1, H, r, d]
     values: Tensor  # [S + 1, H, r, dv]
-    key_scales: Tensor | None  # [S + 1, H, r], of int8 states
+    key_scales: Tensor | None  # [S + 1, H, r], for int8 states
     value_scales: Tensor | None
 
     def named(self) -> dict[str, Tensor]:
@@ -33,20 +33,20 @@ class Tables(NamedTuple):
 
 
 class Request:
-    """The rows of some users, nobody else's as long as the `with` of `StateTable.request` lasts.
+    """The rows of some users, pinned until the `with` block of `StateTable.request` ends.
 
     Attributes:
-        slots: [U] int64 on the table's device, the row of each user in `tables`; of a user who is not there the last
-            one, which is zeros.
-        found: [U] bool on the CPU, who is there.
-        tables: keys, values and, of int8 states, key_scales and value_scales, as `lrea_absorbed_attention` takes them.
+        slots: [U] int64 on the table's device, the row of each user in `tables`; the last row, zeros, for a user who is
+            not in the table.
+        found: [U] bool on the CPU, whether the user is in the table.
+        tables: keys, values and, for int8 states, key_scales and value_scales: arguments of `lrea_absorbed_attention`.
     """
 
     def __init__(self, tables: Tables, rows: Tensor) -> None:
         self.tables = tables
         self.found = rows >= 0
         self.slots = rows.where(self.found, len(tables.keys) - 1).to(tables.keys.device)
-        self._over = False
+        self._ended = False
 
     def attend(
         self,
@@ -58,21 +58,22 @@ class Request:
         invalid: Tensor | None = None,
         impl: str | None = None,
     ) -> Tensor:
-        """`recattn.lrea_absorbed_attention` of targets over the states of these users, in their order.
+        """`recattn.lrea_absorbed_attention` of the targets over the states of these users, in the order of the request.
 
-        A counter kept for the life of the service has item ids and offsets out of range counted, and their targets
-        served as zeros, instead of an error for the whole batch:
+        With the counter `invalid`, item ids and offsets out of range are counted and their targets give zeros, instead
+        of an error for the whole batch. Keep one counter for the life of the service:
 
             invalid = torch.zeros(1, dtype=torch.int64, device=table.device)
             scores = request.attend(targets, target_offsets, item_ids=item_ids, invalid=invalid)
 
         Returns:
-            [T, H, dv] in targets' dtype; zeros for the (finite) targets of a user who is not there.
+            [T, H, dv] in the dtype of `targets`; zeros for the (finite) targets of a user who is not in the table.
 
         Raises:
-            RuntimeError: the `with` is over. Everything else as `lrea_absorbed_attention` has it.
+            RuntimeError: the `with` block has ended.
+            ValueError, NotImplementedError: as in `lrea_absorbed_attention`.
         """
-        if self._over:
+        if self._ended:
             raise RuntimeError("this request is over: its rows may be other users' by now")
         return lrea_absorbed_attention(
             targets,
@@ -90,31 +91,31 @@ class Request:
 
 
 class StateTable:
-    """The absorbed states of up to `capacity` users, as `lrea_absorbed_attention` reads them:
+    """The absorbed states of up to `capacity` users, in the layout of `lrea_absorbed_attention`:
 
         keys [S, H, r, d],  values [S, H, r, dv],  int8 also key_scales, value_scales [S, H, r]
 
-    `put` writes a state to a row that nobody reads and only then shows it, so a request sees each user's last state as
-    a whole, or that there is none. Where no row is free it evicts users whom no request asked for lately (CLOCK). An
-    update needs a second row until it is shown: in a full table it evicts somebody else.
+    `put` writes a state to a row that no request reads and then publishes it, so a request sees the latest complete
+    state of a user, or none. If no row is free, `put` evicts users that no request asked for recently (CLOCK). An
+    update needs a second row until it is published: in a full table it evicts another user.
 
-    Every method may be called from any thread. Writers take turns; a request never waits for a state to be copied.
+    All methods are thread-safe. Writers run one at a time; a request never waits for a state to be copied.
 
-    On a CUDA device reads and writes are ordered by the current stream. Who uses several streams must have one wait for
-    the stream of `put` and `grow` before it reads what they wrote, and for its own reads before it leaves the `with` of
-    a request.
+    On a CUDA device reads and writes are ordered by the current stream. If you use several streams, a reading stream
+    must wait for the stream of `put` and `grow`, and must have finished its reads before the `with` block of the
+    request ends.
 
     Source: our own.
 
     Args:
-        capacity: S, how many users have room; one more row of zeros is allocated.
+        capacity: S, the number of users; one more row, of zeros, is allocated.
         heads, rank, dim: H, r, d.
         value_dim: dv, dim by default.
-        dtype: float32, bfloat16, float16, or int8 with a scale a row (`lrea_quantize`).
-        device: of the tensors; who lies where is kept on the host.
+        dtype: float32, bfloat16, float16, or int8 with one scale per row (`lrea_quantize`).
+        device: device of the tensors. The map from users to rows stays on the host.
 
     Raises:
-        ValueError: sizes or a dtype that do not fit.
+        ValueError: a size or dtype is not supported.
         NotImplementedError: recattn was installed without its compiled host module.
     """
 
@@ -150,38 +151,39 @@ class StateTable:
         *,
         on_invalid: str = "raise",
     ) -> Tensor:
-        """Write users' states in place of those they had. Of a user given twice only the last state is looked at.
+        """Write states of users, replacing their previous ones. If a user is given twice, the last state counts.
 
-        A state is invalid if the table cannot hold it: an entry is NaN or infinite, or becomes so in the table's dtype,
-        or a scale is negative. To find them takes a pass over the states and, on CUDA, a synchronisation.
+        A state is invalid if the table cannot hold it: an entry is NaN or infinite, or overflows in the table's dtype,
+        or a scale is negative. The check takes one pass over the states and, on CUDA, a synchronisation.
 
         Args:
             user_ids: [U] int64 or int32 on the CPU, any numbers.
-            keys: [U, H, r, d] floating, of any device, rounded to the table's dtype (int8: by `lrea_quantize`); or int8
-                with its scales.
+            keys: [U, H, r, d] floating on any device, rounded to the table's dtype (int8: by `lrea_quantize`); or int8
+                with scales.
             values: [U, H, r, dv], as keys.
-            key_scales, value_scales: [U, H, r] float32, of int8 keys and values.
-            on_invalid: "raise", or "missing" to erase users whose state is invalid, with the state they had before, and
+            key_scales, value_scales: [U, H, r] float32, the scales of int8 keys and values.
+            on_invalid: "raise", or "missing" to erase users with an invalid state, including their previous state, and
                 put the others.
 
         Returns:
-            int64 on the CPU, the users erased for their invalid state; none under "raise".
+            int64 on the CPU, the users erased because their state is invalid; empty with "raise".
 
         Raises:
-            ValueError: shapes or dtypes that do not fit; invalid states under on_invalid="raise". Nothing has changed.
-            RuntimeError: more users than rows, or requests hold too many of them; nothing has changed.
+            ValueError: a shape or dtype does not match, or a state is invalid with on_invalid="raise". The table is
+                unchanged.
+            RuntimeError: more users than rows, or requests pin too many rows. The table is unchanged.
         """
         expect_choice("on_invalid", on_invalid, ("raise", "missing"))
         ids = _user_ids(user_ids)
         given = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
-        states = self._as_stored(len(ids), given)
+        states = self._to_storage(len(ids), given)
         missing = torch.empty(0, dtype=torch.int64)
-        if invalid := self._invalid(states):
+        if invalid := self._invalid_positions(states):
             ids = ids.tolist()
             last = {user: position for position, user in enumerate(ids)}
             invalid = [position for position in invalid if last[ids[position]] == position]
             if invalid and on_invalid == "raise":
-                self._refuse(ids[invalid[0]], invalid[0], given, states, len(invalid))
+                self._raise_invalid(ids[invalid[0]], invalid[0], given, states, len(invalid))
             missing = torch.tensor([ids[position] for position in invalid], dtype=torch.int64)
             kept = sorted(set(last.values()).difference(invalid))
             ids, states = [ids[position] for position in kept], {name: state[kept] for name, state in states.items()}
@@ -193,76 +195,80 @@ class StateTable:
 
     @contextmanager
     def request(self, user_ids: Tensor) -> Iterator[Request]:
-        """Hold the rows of users while a request reads them:
+        """Pin the rows of users while a request reads them:
 
             with table.request(user_ids) as request:
                 scores = request.attend(targets, target_offsets)
 
         Args:
-            user_ids: [U] int64 or int32 on the CPU; a user may come twice.
+            user_ids: [U] int64 or int32 on the CPU; a user may appear twice.
         """
         rows = self._slot_map.acquire(_user_ids(user_ids))
         try:
-            # Read after the rows were pinned: tables that `grow` made meanwhile hold them too, older ones may not.
+            # Read self._tables after pinning: if `grow` ran in between, only its new tables are sure to have the rows.
             request = Request(self._tables, torch.from_numpy(rows))
             try:
                 yield request
             finally:
-                request._over = True
+                request._ended = True
         finally:
             self._slot_map.release(rows)
 
     def attend(self, targets: Tensor, user_ids: Tensor, target_offsets: Tensor, **options: object) -> Tensor:
-        """`Request.attend` in a request of its own."""
+        """`Request.attend` in a request for this call only."""
         with self.request(user_ids) as request:
             return request.attend(targets, target_offsets, **options)
 
     def contains(self, user_ids: Tensor) -> Tensor:
-        """[U] bool on the CPU: who is there. Does not count as asking for a user."""
+        """Whether each user is in the table, [U] bool on the CPU. Does not count as a use of the user for eviction."""
         return torch.from_numpy(self._slot_map.contains(_user_ids(user_ids)))
 
     def erase(self, user_ids: Tensor) -> int:
-        """Forget users; returns how many were there."""
+        """Remove users. Returns how many were in the table."""
         return self._slot_map.erase(_user_ids(user_ids))
 
     def grow(self, capacity: int) -> None:
-        """Room for more users. New tensors take over all rows, while requests in progress keep those they began with;
-        both are in memory for that time."""
+        """Increase the capacity by copying all rows to new tensors.
+
+        Requests in progress keep the old tensors, so both are in memory until they end.
+        """
         expect(isinstance(capacity, int), "capacity", "an integer", capacity)
         with self._writing:
             expect(capacity >= self.capacity, "capacity", f"at least {self.capacity}", capacity)
             tables = self._allocate(capacity, self.device)
             for name, table in tables.named().items():
                 table[: self.capacity].copy_(getattr(self._tables, name)[: self.capacity])
-            # The tables first: no request is to get a row that its tables lack.
+            # Tables before the slot map, so that no request gets a row that its tables lack.
             self._tables = tables
             self._slot_map.grow(capacity)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of all states on the CPU, to save by `torch.save` or in any store of tensors:
+        """A copy of all states on the CPU, to be saved with `torch.save` or in any store of tensors:
 
             user_ids [U],  keys [U, H, r, d],  values [U, H, r, dv],  int8 also key_scales, value_scales [U, H, r]
             format_version [],  checksum []
 
-        The checksum is of all the rest: `load_state_dict` refuses a damaged copy.
+        The checksum covers all other tensors; `load_state_dict` raises if it does not match.
         """
         user_ids = torch.from_numpy(self._slot_map.ids())
         with self.request(user_ids) as request:
             rows = request.slots[request.found.to(self.device)]
             states = {name: table[rows].cpu() for name, table in request.tables.named().items()}
-        return saved_table.seal({"user_ids": user_ids[request.found], **states})
+        return saved_table.add_checksum({"user_ids": user_ids[request.found], **states})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put the states of a `state_dict` of a table with the same dtype and sizes; the capacity and the device may
-        differ. Users who are there and not in `state` stay while there is room, as in `put`.
+        """Put all states from the `state_dict` of a table with the same dtype and sizes.
+
+        Capacity and device may differ. Users of this table who are not in `state` stay as long as there is room, as in
+        `put`.
 
         Raises:
-            ValueError: another version of the format, a damaged state, another dtype or other sizes, or a capacity
-                below the number of users. Nothing has changed.
-            RuntimeError: requests hold too many rows; nothing has changed.
+            ValueError: another format version, a damaged state, another dtype or other sizes, or more users than the
+                capacity. The table is unchanged.
+            RuntimeError: requests pin too many rows. The table is unchanged.
         """
         tables = self._tables.named()
-        states = saved_table.unseal(state, ("user_ids", *tables))
+        states = saved_table.verify_checksum(state, ("user_ids", *tables))
         user_ids = states.pop("user_ids")
         _expect_saved("user_ids", user_ids, torch.int64, [user_ids.numel()])
         for name, table in tables.items():
@@ -278,7 +284,7 @@ class StateTable:
         )
 
     def stats(self) -> dict[str, int]:
-        """Users found and not found by requests, and evicted by `put`, since the start."""
+        """Counts since construction: users found by requests, not found by requests, and evicted by `put`."""
         return self._slot_map.stats()
 
     def __len__(self) -> int:
@@ -294,7 +300,7 @@ class StateTable:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors."""
+        """Bytes of the tensors."""
         return sum(table.nbytes for table in self._tables.named().values())
 
     def _allocate(self, capacity: int, device: torch.device) -> Tables:
@@ -311,7 +317,7 @@ class StateTable:
             table[-1].zero_()
         return tables
 
-    def _as_stored(self, num_users: int, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def _to_storage(self, num_users: int, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """The states in the dtype and on the device of the tables."""
         sizes = {"U": num_users, **self._sizes}
         keys, values = given["keys"], given["values"]
@@ -337,25 +343,25 @@ class StateTable:
             name: states[name].detach().to(table.device, table.dtype) for name, table in self._tables.named().items()
         }
 
-    def _invalid(self, states: dict[str, Tensor]) -> list[int]:
+    def _invalid_positions(self, states: dict[str, Tensor]) -> list[int]:
         """Positions of the users whose state the table cannot hold."""
         if self.dtype == torch.int8:
             scales = torch.stack((states["key_scales"], states["value_scales"]), 1)  # [U, 2, H, r]
             low, high = scales.aminmax() if scales.numel() else (0.0, 0.0)
-            if low >= 0 and high <= LARGEST_SCALE:  # not of NaN
+            if low >= 0 and high <= LARGEST_SCALE:  # False for NaN
                 return []
             return (~_valid_scales(scales).all((1, 2, 3))).nonzero()[:, 0].tolist()
         keys, values = states["keys"], states["values"]
-        # A sum is finite unless an entry is not or, rarely, it overflows: the cheapest pass there is.
+        # The cheapest check: a finite sum means finite entries. A sum that overflows only leads to the full check.
         if all(math.isfinite(x.sum(dtype=torch.float32)) for x in (keys, values)):
             return []
         valid = keys.isfinite().all((1, 2, 3)) & values.isfinite().all((1, 2, 3))
         return (~valid).nonzero()[:, 0].tolist()
 
-    def _refuse(
+    def _raise_invalid(
         self, user: int, position: int, given: dict[str, Tensor | None], states: dict[str, Tensor], count: int
     ) -> NoReturn:
-        """Name the worst entry of an invalid state, in the tensor that was given."""
+        """Raise a ValueError that names the worst entry of an invalid state, in the tensor that the caller gave."""
         for name, scales_name in (("keys", "key_scales"), ("values", "value_scales")):
             if self.dtype == torch.int8:
                 valid = _valid_scales(states[scales_name][position])
@@ -376,7 +382,7 @@ class StateTable:
         )
 
     def _write(self, ids: object, states: dict[str, Tensor]) -> None:
-        """To rows that nobody reads; of a user given twice the last state."""
+        """Write to rows that no request reads, then publish them. If a user is given twice, the last state counts."""
         rows = self._slot_map.reserve(ids)
         try:
             last = rows >= 0
@@ -395,13 +401,13 @@ class StateTable:
 def _write_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
     width, offset = (size * rows.element_size() for size in (rows.shape[-1], rows.storage_offset()))
     if len(index) >= 16 and width % 16 == 0 and offset % 16 == 0 and rows.is_contiguous() and rows.is_cpu:
-        # A CPU's index_copy_ goes entry by entry: the same bytes in fewer and larger ones.
+        # index_copy_ on a CPU copies entry by entry: view the rows as fewer, larger entries.
         table, rows = table.view(torch.complex128), rows.view(torch.complex128)
     table.index_copy_(0, index, rows)
 
 
 def _valid_scales(scales: Tensor) -> Tensor:
-    return scales.clamp(0, LARGEST_SCALE).eq(scales)  # NaN is not
+    return scales.clamp(0, LARGEST_SCALE).eq(scales)  # False for NaN
 
 
 def _expect_saved(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
@@ -411,7 +417,7 @@ def _expect_saved(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int
 
 
 def _user_ids(user_ids: Tensor):
-    """As the slot map reads them: int64 on the host, without a copy where they already are."""
+    """User ids as the slot map reads them, an array on the host that shares the tensor's memory."""
     expect_index({}, "user_ids", user_ids, "U")
     expect(user_ids.device.type == "cpu", "user_ids", "on the CPU", user_ids.device)
     return user_ids.numpy()
