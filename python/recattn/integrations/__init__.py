@@ -1,1 +1,1 @@
-"""recattn in other people's models; a module needs the library that it is named after."""
+"""recattn in models of other libraries. Each module needs the library it is named after."""

@@ -1,4 +1,4 @@
-"""Replacing modules of a model that is already built, by instance, and putting them back."""
+"""Replacement of modules in a built model, instance by instance, with undo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Factory = Callable[[nn.Module, str], nn.Module | None]
 
 
 class _Replacement(NamedTuple):
-    """`parent.<attribute>`, called `name` in the model, was `old` and is `new`, or was left (None)."""
+    """`parent.<attribute>`, `name` in the model, was `old` and is now `new`; if `new` is None, `old` was left."""
 
     name: str
     parent: nn.Module
@@ -26,33 +26,33 @@ class _Replacement(NamedTuple):
 
 
 def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | type[nn.Module]]) -> PatchHandle:
-    """Replace the submodules of `model` that are instances of a key, where they stand; classes are left alone.
+    """Replace the submodules of `model` that are instances of a key, in place; classes are not changed.
 
         handle = recattn.patch(model, {nn.MultiheadAttention: partial(recattn.nn.RefinedSelfAttention, max_len=50)})
 
     A value is called as `value(old_module, qualified_name)` and returns the new module, or None to leave the old one.
-    `recattn.nn.RefinedSelfAttention` and `recattn.nn.SinkAttention`, or a functools.partial of them with keywords, take
-    the place of nn.MultiheadAttention: they are built with its sizes, dropout, device, dtype and mode, and share its
-    very parameters. Names in the state_dict stay, an optimizer made before trains them on, and only the parameters
-    without a counterpart, `handle.added_parameters`, are new to it. RefinedSelfAttention leaves the cross-attention of
-    an nn.TransformerDecoderLayer; `handle.left` names what was left.
+    `recattn.nn.RefinedSelfAttention` and `recattn.nn.SinkAttention`, or a functools.partial of them with keywords,
+    replace nn.MultiheadAttention: they take its sizes, dropout, device, dtype and mode, and share its parameters. Names
+    in the state_dict stay the same, and an existing optimizer goes on training the shared parameters; only
+    `handle.added_parameters` are new to it. RefinedSelfAttention does not replace the cross-attention of an
+    nn.TransformerDecoderLayer; `handle.left` names the modules that were left.
 
-    The most derived key decides. A module that stands in several places is replaced by one new module in all of them.
-    What is within a replaced module is not looked at. Forward hooks of a replaced module do not move to the new one.
-    An nn.TransformerEncoder above a replaced module no longer makes nested tensors. A module of your own in the place
-    of `nn.TransformerEncoderLayer.self_attn` needs `_qkv_same_embed_dim = False`, or inference reads its weights and
-    does not call it.
+    The most derived key applies. A module used in several places is replaced by one new module in all of them.
+    Submodules of a replaced module are not searched. Forward hooks of a replaced module do not move to the new one. An
+    nn.TransformerEncoder that contains a replaced module no longer makes nested tensors. Your own replacement for
+    `nn.TransformerEncoderLayer.self_attn` needs `_qkv_same_embed_dim = False`; otherwise the layer computes plain
+    attention from its weights in inference, without calling it.
 
     Args:
-        model: whose submodules are replaced; it cannot be replaced itself.
-        replacements: from a module class to what makes the new module.
+        model: the model whose submodules are replaced; the model itself is not.
+        replacements: maps a module class to the factory of the new modules.
 
     Returns:
-        The handle that undoes it, also as a context manager.
+        A handle that undoes the replacement, also usable as a context manager.
 
     Raises:
-        ValueError: nothing to replace; keys or results that are no modules; an nn.MultiheadAttention with kdim, vdim,
-            add_bias_kv or add_zero_attn for our classes. The model is then as it was.
+        ValueError: nothing to replace; a key or a result is no module; our classes meet an nn.MultiheadAttention with
+            kdim, vdim, add_bias_kv or add_zero_attn. The model is then unchanged.
     """
     expect(isinstance(model, nn.Module), "model", "an nn.Module", type(model).__name__)
     for key in replacements:
@@ -73,28 +73,28 @@ def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | typ
 
 
 class PatchHandle:
-    """What `recattn.patch` did. `restore`, or the end of a `with` block, undoes it.
+    """The result of `recattn.patch`. `restore`, or the end of a `with` block, undoes it.
 
     Attributes:
-        replaced: the names of the places that hold a new module.
-        left: those whose module is of a class to be replaced and stayed: cross-attentions where the new class has none,
-            and those for which a function returned None.
+        replaced: names of the replaced submodules.
+        left: names of submodules of a class to replace that were left: cross-attentions, if the new class does not
+            support them, and modules for which a factory returned None.
     """
 
     def __init__(self, model: nn.Module, replacements: list[_Replacement], left: list[str]) -> None:
         self.replaced, self.left = [replacement.name for replacement in replacements], left
         self._new_of = {replacement.old: replacement.new for replacement in replacements}
-        self._standing = replacements
+        self._active = replacements
         self._shared = [pair for old, new in self._new_of.items() for pair in _shared_parameters(old, new)]
-        self._nesting = list(_nesting_encoders(model, {replacement.parent for replacement in replacements}))
+        self._nested_encoders = list(_nesting_encoders(model, {replacement.parent for replacement in replacements}))
         for _, parent, attribute, _, new in replacements:
             setattr(parent, attribute, new)
-        for encoder in self._nesting:
+        for encoder in self._nested_encoders:
             encoder.use_nested_tensor = False
 
     @property
     def added_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the new modules that the old ones had not."""
+        """Parameters of the new modules that the old ones did not have."""
         known = set(nn.ModuleList(self._new_of).parameters())
         return [parameter for parameter in nn.ModuleList(self._new_of.values()).parameters() if parameter not in known]
 
@@ -102,22 +102,22 @@ class PatchHandle:
         return f"PatchHandle(replaced={self.replaced}, left={self.left})"
 
     def restore(self) -> None:
-        """Put the very same old modules back; parameters that were shared are as trained meanwhile. Twice is once.
+        """Put the old module objects back. Shared parameters keep their trained values. A second call does nothing.
 
         Raises:
-            RuntimeError: a place was changed by somebody else since. The model is then left as it is.
+            RuntimeError: a replaced submodule was replaced again since. The model is then unchanged.
         """
-        for name, parent, attribute, _, new in self._standing:
+        for name, parent, attribute, _, new in self._active:
             if getattr(parent, attribute, None) is not new:
                 raise RuntimeError(f"{name} was replaced again since: restore the later patch first")
         for (owner, name), (new_owner, new_name) in self._shared:
-            # Loading with assign=True, say, gives the new module other objects.
+            # The new module may hold other Parameter objects by now, after loading with assign=True for example.
             owner.register_parameter(name, getattr(new_owner, new_name))
-        for _, parent, attribute, old, new in self._standing:
+        for _, parent, attribute, old, new in self._active:
             setattr(parent, attribute, old.train(new.training))
-        for encoder in self._nesting:
+        for encoder in self._nested_encoders:
             encoder.use_nested_tensor = True
-        self._standing, self._shared, self._nesting = [], [], []
+        self._active, self._shared, self._nested_encoders = [], [], []
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -133,11 +133,11 @@ def _factory(value: Factory | type[nn.Module], cross_attentions: set[nn.Module |
     if isinstance(kind, type) and issubclass(kind, MultiheadProjections):
         positional = getattr(value, "args", ())
         expect(not positional, f"options of {kind.__name__}", "keywords in functools.partial", positional)
-        return functools.partial(_in_place_of_multihead_attention, kind, options, cross_attentions)
+        return functools.partial(_replace_multihead_attention, kind, options, cross_attentions)
     return value
 
 
-def _in_place_of_multihead_attention(
+def _replace_multihead_attention(
     kind: type[MultiheadProjections],
     options: Mapping[str, object],
     cross_attentions: set[nn.Module | None],
@@ -159,8 +159,8 @@ def _factory_of(module: nn.Module, factories: Mapping[type, Factory]) -> Factory
 def _replacements(
     parent: nn.Module, prefix: str, factories: Mapping[type, Factory], made: dict[nn.Module, nn.Module | None]
 ) -> Iterator[_Replacement]:
-    """Of everything of a class to be replaced below `parent`; `made` remembers the new module of each old one."""
-    for attribute, old in parent._modules.items():  # named_children leaves out what stands twice
+    """Replacements for all modules below `parent` of a class to replace; `made` caches the new module of each old."""
+    for attribute, old in parent._modules.items():  # named_children would skip repeated modules
         if old is None:
             continue
         name = prefix + attribute
@@ -177,7 +177,7 @@ def _replacements(
 
 
 def _shared_parameters(old: nn.Module, new: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
-    """(module, name) within `old` and within `new` of the parameters they have in common."""
+    """(module, name) in `old` and in `new` of each parameter that both have."""
     places = {parameter: place for place, parameter in _parameter_places(new)}
     for place, parameter in _parameter_places(old):
         if parameter in places:
@@ -191,7 +191,7 @@ def _parameter_places(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str]
 
 
 def _nesting_encoders(model: nn.Module, parents: set[nn.Module]) -> Iterator[nn.TransformerEncoder]:
-    """Those above one of `parents` that hand nested tensors down in inference, as only PyTorch's own kernel takes."""
+    """Encoders that contain one of `parents` and would pass nested tensors to it in inference."""
     for module in model.modules():
         nests = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
         if nests and not parents.isdisjoint(module.modules()):

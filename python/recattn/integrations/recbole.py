@@ -1,4 +1,4 @@
-"""Refined attention in RecBole's sequential models (SASRec, BERT4Rec and what else has its TransformerEncoder)."""
+"""Refined attention in RecBole's sequential models: SASRec, BERT4Rec and others with its TransformerEncoder."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn._refinement import Refinement
 from recattn.reference.sink_attention import valid_tokens
 
-_HIDDEN = -10000.0  # RecBole's, in the place of -inf
+_HIDDEN = -10000.0  # RecBole's value for hidden keys, where others use -inf
 
 
 def patch_recbole(
@@ -17,20 +17,20 @@ def patch_recbole(
     max_len: int | None = None,
     **options: object,
 ) -> PatchHandle:
-    """Replace every recbole.model.layers.MultiHeadAttention of a model by a `RefinedMultiHeadAttention`.
+    """Replace every recbole.model.layers.MultiHeadAttention in a model with a `RefinedMultiHeadAttention`.
 
-    Call it after the model is built and before its trainer, whose optimizer then gets the matrices too. RecBole's
-    classes are left alone; the handle undoes it. Tried with RecBole 1.2.1: SASRec and BERT4Rec.
+    Call it between building the model and building its trainer, so that the optimizer gets the new matrices. RecBole's
+    classes are not changed, and the handle undoes the replacement. Tested with SASRec and BERT4Rec of RecBole 1.2.1.
 
     Args:
         model: a RecBole model, or any module with its TransformerEncoder.
-        max_len: the most tokens of a sequence; the model's `max_seq_length` by default.
+        max_len: the longest sequence; the model's `max_seq_length` by default.
         options: `mechanism`, `source`, `rank`, `per_head`, `padding_side` (RecBole's data loaders pad on the right) and
             `impl` of `RefinedMultiHeadAttention`.
 
     Raises:
         ImportError: RecBole is not installed.
-        ValueError: no such module in the model, no `max_len`, options that do not fit.
+        ValueError: the model has no such module or no `max_len`, or an option is not supported.
     """
     try:
         from recbole.model.layers import MultiHeadAttention
@@ -51,15 +51,15 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         Q, K, V = heads of query(X), key(X), value(X)
         output  = LayerNorm(X + dropout(dense(concat over heads of softmax(mask(M)) V)))
 
-    with M refined from Q Kᵀ/√D by the learned matrices `w_q`, `w_k` and, for "value" and "additive", `w_v`; see
-    `recattn.nn.RefinedSelfAttention` for them.
+    M is Q Kᵀ/√D refined by the learned matrices `w_q`, `w_k` and, for "value" and "additive", `w_v`; see
+    `recattn.nn.RefinedSelfAttention`.
 
     Args:
-        attention: the recbole.model.layers.MultiHeadAttention whose layers, and so parameters and dropout
-            probabilities, this module shares.
-        max_len: the most tokens of a sequence.
-        mechanism, source, rank, per_head, impl: as of `recattn.nn.RefinedSelfAttention`.
-        padding_side: "right", or "left".
+        attention: the recbole.model.layers.MultiHeadAttention to replace. Its layers, with their parameters and dropout
+            probabilities, are shared.
+        max_len: the longest sequence.
+        mechanism, source, rank, per_head, impl: as in `recattn.nn.RefinedSelfAttention`.
+        padding_side: "right" or "left".
     """
 
     def __init__(
@@ -90,24 +90,24 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         """
         Args:
             input_tensor: X, [B, N, E].
-            attention_mask: RecBole's, 0 where visible and -10000 where hidden: [B, 1, N, N], causal, or [B, 1, 1, N],
-                where every token sees every other; in both, padding is hidden from all.
+            attention_mask: RecBole's mask, 0 where visible and -10000 where hidden: [B, 1, N, N] if causal,
+                [B, 1, 1, N] if every token sees all others. Both hide padding.
 
         Returns:
-            [B, N, E]; at padding LayerNorm(dropout(dense.bias)): it sees nothing, and X there may hold anything.
+            [B, N, E]; at padding, where X may hold anything, LayerNorm(dropout(dense.bias)).
 
         Raises:
-            ValueError: shapes that do not fit; on a CPU (elsewhere under RECATTN_CHECK=1) also another mask.
+            ValueError: a shape does not match; on a CPU (elsewhere under RECATTN_CHECK=1) also another kind of mask.
         """
         expect_tensors(input_tensor=input_tensor)
         expect_shape({"E": self.dense.in_features}, "input_tensor", input_tensor, "B N E")
-        visible = read_attention_mask(attention_mask, input_tensor, self.padding_side)
+        masks = read_attention_mask(attention_mask, input_tensor, self.padding_side)
         shape, device = input_tensor.shape[:2], input_tensor.device
-        valid = valid_tokens(*shape, visible["seq_lens"], self.padding_side, device)
-        input_tensor = input_tensor.where(valid[..., None], 0)  # NaN would reach the gradients, by the residual too
+        valid = valid_tokens(*shape, masks["seq_lens"], self.padding_side, device)
+        input_tensor = input_tensor.where(valid[..., None], 0)  # NaN would reach gradients, also through the residual
         q, k, v = (self._heads(project(input_tensor)) for project in (self.query, self.key, self.value))
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        heads = self._refined(q, k, v, visible, dropout_p, self.impl)
+        heads = self._refined(q, k, v, masks, dropout_p, self.impl)
         out = self.dense(heads.transpose(1, 2).flatten(-2))
         return self.LayerNorm(self.out_dropout(out) + input_tensor)
 
@@ -123,7 +123,7 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
 
 
 def read_attention_mask(attention_mask: Tensor, x: Tensor, padding_side: str) -> dict[str, object]:
-    """`causal`, `seq_lens` and `padding_side` of RecBole's mask over the tokens x [B, N, E]."""
+    """RecBole's mask over the tokens x [B, N, E] as the arguments `causal`, `seq_lens` and `padding_side`."""
     batch, length, _ = x.shape
     expect_tensors(attention_mask=attention_mask)
     expect_shape({"B": batch, "N": length}, "attention_mask", attention_mask, "B 1 1|N N")

@@ -1,4 +1,4 @@
-"""Refined attention in RecTools' SASRec, through its own `transformer_layers_type`."""
+"""Refined attention in RecTools' SASRec, as a `transformer_layers_type`."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ except ImportError as error:
 
 
 class RefinedSASRecLayers(SASRecTransformerLayers):
-    """RecTools' SASRecTransformerLayers with `recattn.nn.RefinedSelfAttention` for nn.MultiheadAttention:
+    """RecTools' SASRecTransformerLayers with `recattn.nn.RefinedSelfAttention` in place of nn.MultiheadAttention:
 
         SASRecModel(
             session_max_len=50,
@@ -26,13 +26,13 @@ class RefinedSASRecLayers(SASRecTransformerLayers):
             transformer_layers_kwargs={"max_len": 50, "mechanism": "simple"},
         )
 
-    Padding, which RecTools puts on the left, is always hidden; its own layers let every token attend to it unless
-    `use_key_padding_mask` is set, which here it must not be. At the start of a training RecTools draws every matrix
-    anew (Xavier, normal), those of the refinement among them. Tried with RecTools 0.19.0.
+    Padding, which RecTools puts on the left, is always hidden. (RecTools' own layers hide it only with
+    `use_key_padding_mask`, which must not be set here.) When training starts, RecTools draws all matrices anew (Xavier,
+    normal), including those of the refinement. Tested with RecTools 0.19.0.
 
     Args:
-        n_blocks, n_factors, n_heads, dropout_rate: as RecTools gives them.
-        max_len: the most tokens of a sequence, the model's `session_max_len`.
+        n_blocks, n_factors, n_heads, dropout_rate: passed by RecTools.
+        max_len: the longest sequence, `session_max_len` of the model.
         refinement: `mechanism`, `source`, `rank`, `per_head` and `impl` of `recattn.nn.RefinedSelfAttention`.
     """
 
@@ -56,12 +56,12 @@ class RefinedSASRecLayers(SASRecTransformerLayers):
             seqs: [B, N, n_factors].
             timeline_mask: [B, N, 1] bool, False at padding.
             attn_mask: None, or the causal mask [N, N].
-            key_padding_mask: not looked at, for `timeline_mask` says it.
+            key_padding_mask: ignored, `timeline_mask` is used.
 
         Raises:
-            ValueError: a model with use_key_padding_mask, whose masks are merged into one; shapes that do not fit.
+            ValueError: the model has use_key_padding_mask (its masks are merged into one), or a shape does not match.
         """
         merged = attn_mask is not None and attn_mask.dim() == 3
         expect(not merged, "use_key_padding_mask", "False: the padding is hidden without it", True)
-        seqs = seqs.where(timeline_mask, 0)  # RecTools multiplies by the mask, which leaves NaN
+        seqs = seqs.where(timeline_mask, 0)  # RecTools multiplies by the mask, which keeps NaN
         return super().forward(seqs, timeline_mask, attn_mask, ~timeline_mask.squeeze(-1), **kwargs)

@@ -1,4 +1,4 @@
-"""LREA in the place of the activation units of torch-rechub's DIN."""
+"""LREA as a replacement for the activation units of torch-rechub's DIN."""
 
 from torch import Tensor, nn
 
@@ -8,18 +8,18 @@ from recattn.nn import LREA
 
 
 class LREAActivationUnit(nn.Module):
-    """`recattn.nn.LREA.forward` called as torch-rechub's ActivationUnit is: unit(history [B, N, D], target [B, D]).
+    """`recattn.nn.LREA.forward` with the call of torch-rechub's ActivationUnit: unit(history [B, N, D], target [B, D]).
 
-    No lengths are given, so a row of the history that is zero throughout is padding, wherever it stands: the embedding
-    of the `padding_idx` of a feature. (A table without `padding_idx` has none; id 0 then is a behaviour like any other,
-    as it is to the units of torch-rechub.) The others, the oldest first, move to the front: see `without_padding`.
+    The call has no lengths, so a history row that is all zeros counts as padding at any position: it is the embedding
+    of a feature's `padding_idx`. (Without `padding_idx`, id 0 is a behaviour like any other, as in torch-rechub.) The
+    other rows, the oldest first, move to the front; see `without_padding`.
 
     Source: our own.
 
     Args:
         embed_dim: D.
         max_len: the longest N.
-        rank, options: as of `recattn.nn.LREA`, with heads that together have D columns.
+        rank, options: as in `recattn.nn.LREA`; num_heads · head_dim must be D.
     """
 
     def __init__(self, embed_dim: int, max_len: int, rank: int, **options: object) -> None:
@@ -29,10 +29,10 @@ class LREAActivationUnit(nn.Module):
         expect(width == embed_dim, "num_heads · head_dim", f"embed_dim, {embed_dim}", width)
 
     def forward(self, history: Tensor, target: Tensor) -> Tensor:
-        """[B, N, D], [B, D] -> [B, D]; zeros where all of a history is padding.
+        """[B, N, D], [B, D] -> [B, D]; zeros if the whole history is padding.
 
         Raises:
-            ValueError: shapes, dtypes and devices that do not fit, among them N > max_len.
+            ValueError: a shape, dtype or device does not match, or N > max_len.
         """
         behaviors, seq_lens = without_padding(history)
         n = history.shape[1]
@@ -41,10 +41,11 @@ class LREAActivationUnit(nn.Module):
 
 
 def without_padding(history: Tensor) -> tuple[Tensor, Tensor]:
-    """behaviors [B, N, D], seq_lens [B]: the rows of history [B, N, D] that are not all zeros, in their order, first.
+    """Move the nonzero rows of history [B, N, D] to the front; returns behaviors [B, N, D] and seq_lens [B].
 
-    As `LREA` takes them: `unit.lrea.loss(unit.lrea.compress(*without_padding(history)))` is the term to train with,
-    `unit.lrea.export_state(*without_padding(history))` what to serve from.
+    The result is what `LREA` takes: train with the term
+    `unit.lrea.loss(unit.lrea.compress(*without_padding(history)))`, serve from
+    `unit.lrea.export_state(*without_padding(history))`.
     """
     expect_tensors(history=history)
     expect_shape({}, "history", history, "B N D")
@@ -54,21 +55,21 @@ def without_padding(history: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def replace_attention(model: nn.Module, max_len: int, rank: int, **options: object) -> PatchHandle:
-    """Put an `LREAActivationUnit` in the place of every ActivationUnit of a torch-rechub model.
+    """Replace every ActivationUnit of a torch-rechub model with an `LREAActivationUnit`.
 
-    Do it before an optimizer is made: an older one does not know the new parameters, `handle.added_parameters`.
+    Call it before building the optimizer: an existing one does not know the new parameters, `handle.added_parameters`.
 
     Args:
-        model: a `torch_rechub.models.ranking.DIN`, or what holds one.
+        model: a `torch_rechub.models.ranking.DIN`, or a module that contains one.
         max_len: the longest history, padding included.
-        rank, options: as of `recattn.nn.LREA`; device and dtype are the units' own.
+        rank, options: as in `recattn.nn.LREA`; device and dtype are those of the replaced units.
 
     Returns:
-        A handle whose `restore()`, or the end of whose `with` block, puts the very same units back.
+        A handle whose `restore()`, or the end of whose `with` block, puts the old units back.
 
     Raises:
         ImportError: torch-rechub is not installed.
-        ValueError: no ActivationUnit in the model, or options that do not fit.
+        ValueError: the model has no ActivationUnit, or an option is not supported.
     """
 
     def replacement(unit: nn.Module, name: str) -> LREAActivationUnit:

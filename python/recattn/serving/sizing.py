@@ -63,17 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=positive(int), required=True, help="d, width of targets and keys")
     parser.add_argument("--value-dim", type=positive(int), help="dv, width of values and outputs (default: --dim)")
     parser.add_argument("--heads", type=positive(int), default=1)
+    parser.add_argument("--dtype", choices=DTYPES, required=True, help="of the states; int8 has one scale per row")
     parser.add_argument(
-        "--dtype", choices=DTYPES, required=True, help="dtype of the states; int8 has one scale per row"
+        "--target-dtype", choices=TARGET_DTYPES, help="of the candidates (default: --dtype, bfloat16 for int8)"
     )
     parser.add_argument(
-        "--target-dtype", choices=TARGET_DTYPES, help="dtype of the candidates (default: --dtype; bfloat16 for int8)"
+        "--candidates", type=positive(int), default=200, help="per request, for one user (default: 200)"
     )
     parser.add_argument(
-        "--candidates", type=positive(int), default=200, help="candidates of a request, for one user (default: 200)"
-    )
-    parser.add_argument(
-        "--gpu-memory", type=positive(float), default=141, help="GB of one GPU available for states (default: 141)"
+        "--gpu-memory", type=positive(float), default=141, help="GB per GPU available for states (default: 141)"
     )
     parser.add_argument("--requests-per-second", type=positive(int), help="also print the bandwidth needed")
 

@@ -1,12 +1,12 @@
-"""CTR-Sink (arXiv 2508.03668) on the language models of Hugging Face transformers.
+"""CTR-Sink (arXiv 2508.03668) in language models of Hugging Face transformers.
 
-`enable_sink_attention` makes `recattn.sink_attention` the attention of a model in memory and gives each chosen layer a
-`recattn.nn.InterSinkBias`; nothing of the model's own is replaced, and `restore` takes all of it back:
+`enable_sink_attention` sets `recattn.sink_attention` as the attention of a loaded model and adds a
+`recattn.nn.InterSinkBias` to each chosen layer. It replaces no module of the model, and `restore` undoes it:
 
-- a hook before the base model finds the sinks of the batch and the sides of its padding;
-- a hook before each attention makes its bias of the hidden states that the attention reads;
-- the attention function "recattn_sink", and the mask function without which transformers would drop causality and
-  padding, are registered when this module is imported.
+- a hook before the base model finds the sinks and the padding side of the batch (hooks.py);
+- a hook before each attention computes its bias from the hidden states that the attention reads (hooks.py);
+- importing this package registers the attention function "recattn_sink" and its mask function, without which
+  transformers would drop causality and padding (attention.py).
 """
 
 try:

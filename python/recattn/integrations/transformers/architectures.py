@@ -1,4 +1,4 @@
-"""Where the attention of each supported architecture stands, and the bias that it is given."""
+"""Where the supported architectures have their attention modules, and the bias added to each."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ from recattn._check import expect, expect_choice
 from recattn.integrations.transformers.attention import NAME
 from recattn.nn import InterSinkBias
 
-# What PEFT is to train and save beside its adapters: LoraConfig(..., modules_to_save=[BIAS]).
+# Name of the bias within an attention module. For PEFT: LoraConfig(..., modules_to_save=[BIAS]).
 BIAS = "sink_interaction"
 
-# Of a base model: its layers, and the self-attention of a layer.
+# Paths of the layers in the base model and of the self-attention in a layer.
 _LAYERS = {
     "bert": ("encoder.layer", "attention.self"),
     "roberta": ("encoder.layer", "attention.self"),

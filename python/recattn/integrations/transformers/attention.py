@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls."""
+"""The attention function and the mask function that transformers calls, registered as `NAME`."""
 
 import math
 from typing import NamedTuple
@@ -18,11 +18,11 @@ NAME = "recattn_sink"
 
 
 class Sinks(NamedTuple):
-    """What the layers of one forward share. `padding_side` None: padding, if any, is known by the mask alone."""
+    """The sinks and the padding of a batch, shared by all layers. If `padding_side` is None, only the mask says it."""
 
-    positions: Tensor | None  # [B, M]; None where no query is a sink
+    positions: Tensor | None  # [B, M]; None if no query is a sink
     valid: Tensor | None  # [B, M] bool
-    seq_lens: Tensor | None  # [B]; None where nothing is padding
+    seq_lens: Tensor | None  # [B]; None if nothing is padding
     padding_side: str | None
 
 
@@ -36,8 +36,11 @@ def sink_attention_mask(
     allow_is_bidirectional_skip: bool = False,
     **kwargs: object,
 ) -> Tensor | None:
-    """Of attention in which nothing but causality and padding hides a key: the padding mask [B, N], or None. Of any
-    other, [B, 1, Nq, Nk], True where a key is visible."""
+    """transformers' mask function, the mask that `sink_attention_forward` gets.
+
+    If only causality and padding hide keys, it is the padding mask [B, N] or None; otherwise [B, 1, Nq, Nk], True where
+    a key is visible.
+    """
     wide = local_size is not None and kv_length <= local_size and (allow_is_causal_skip or allow_is_bidirectional_skip)
     plain = wide or mask_function in (causal_mask_function, bidirectional_mask_function)
     fits = attention_mask is None or attention_mask.shape[1] == kv_length
@@ -69,8 +72,10 @@ def sink_attention_forward(
     output_attentions: bool = False,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function: [B, H, Nq, D], [B, Hkv, Nk, D] twice -> [B, Nq, H, D] and, of
-    output_attentions, the weights [B, H, Nq, Nk]."""
+    """transformers' attention function. With output_attentions it also returns the weights [B, H, Nq, Nk].
+
+    query [B, H, Nq, D], key and value [B, Hkv, Nk, D] -> [B, Nq, H, D].
+    """
     for name in ("softcap", "position_bias", "s_aux"):
         expect(kwargs.get(name) is None, name, "None: sink attention has no such term", type(kwargs.get(name)).__name__)
     causal = module.is_causal if is_causal is None else is_causal
@@ -95,7 +100,7 @@ def sink_attention_forward(
 
 
 def _dense_bias(query: Tensor, key: Tensor, sinks: Sinks, inter_sink_bias: Tensor) -> Tensor | None:
-    """[B, 1, Nq, Nk]; a static cache has keys that are none yet, after those of the prompt."""
+    """[B, 1, Nq, Nk]. A static cache has more keys than queries: its unused slots after the prompt."""
     if sinks.positions.shape[1] == 0:
         return None
     bias = dense_bias(sinks.positions, inter_sink_bias, query.shape[2])
@@ -125,6 +130,7 @@ def _dense_attention(
     scaling: float | None,
     weights_wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    """Attention with a dense mask and a dense bias: the output [B, Nq, H, D] and, if wanted, the weights."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
     added = sum(x for x in (mask, bias) if x is not None) if mask is not None or bias is not None else None

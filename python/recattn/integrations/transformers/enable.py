@@ -1,4 +1,4 @@
-"""`enable_sink_attention` and the handle that undoes it."""
+"""`enable_sink_attention`, and the handle that undoes it."""
 
 import inspect
 import operator
@@ -14,25 +14,25 @@ from recattn.integrations.transformers.hooks import SinkReader, add_bias, take_o
 
 
 class SinkAttentionHandle:
-    """What `enable_sink_attention` did to a model.
+    """The result of `enable_sink_attention`; `restore` undoes it.
 
     Attributes:
-        settings: the keyword arguments of `enable_sink_attention`, as they stand in `model.config.recattn_sink`.
+        settings: the keyword arguments of `enable_sink_attention`, also stored in `model.config.recattn_sink`.
     """
 
     def __init__(self, model: nn.Module, settings: dict[str, object]) -> None:
         self.settings = settings
-        self._model, self._previous = model, model.config._attn_implementation
-        self._had = getattr(model.config, "recattn_sink", None)
+        self._model, self._previous_attention = model, model.config._attn_implementation
+        self._previous_settings = getattr(model.config, "recattn_sink", None)
         self._hooks: list[object] = []
 
     @property
     def biases(self) -> dict[int, nn.Module]:
-        """The `recattn.nn.InterSinkBias` of each chosen layer (or what PEFT wrapped it in), by its index."""
+        """The `recattn.nn.InterSinkBias` of each chosen layer (or PEFT's wrapper of it), by layer index."""
         return {i: getattr(x, BIAS) for i, x in enumerate(attentions_of(self._model.base_model)) if hasattr(x, BIAS)}
 
     def restore(self) -> None:
-        """Take everything back: the model is then bit for bit what it was. A second call does nothing."""
+        """Undo everything: the model is then bit for bit what it was before. A second call does nothing."""
         if not self._hooks:
             return
         for hook in self._hooks:
@@ -40,11 +40,11 @@ class SinkAttentionHandle:
         self._hooks.clear()
         for i in self.biases:
             delattr(attentions_of(self._model.base_model)[i], BIAS)
-        if self._had is None:
+        if self._previous_settings is None:
             del self._model.config.recattn_sink
         else:
-            self._model.config.recattn_sink = self._had
-        self._model.set_attn_implementation(self._previous)
+            self._model.config.recattn_sink = self._previous_settings
+        self._model.set_attn_implementation(self._previous_attention)
 
     def _install(self) -> None:
         model, settings = self._model, self.settings
@@ -71,42 +71,46 @@ def enable_sink_attention(
     max_sinks: int | None = None,
     padding_side: str | None = None,
 ) -> SinkAttentionHandle:
-    """Let a language model of Hugging Face attend with a learned bias between its sink tokens, in each chosen layer:
+    """Add a learned bias between sink tokens to the attention of a Hugging Face language model, in the chosen layers:
 
         O = softmax(Q Kᵀ/√D + mask + β) V,    β = `recattn.nn.InterSinkBias` of the layer's input, between sinks only
 
-    The sinks of a batch are the tokens `sink_token_id` of its `input_ids`, or those at `sink_positions` [B, M] if the
-    model is called with them (which a Trainer lets through with `remove_unused_columns=False` only). Without sinks, or
-    with `bias.scale` at 0, the model computes what it did before, but for the hidden states at padding, which no valid
-    token sees (a head that pools position 0 does: pad BERT on the right). Padding on either side, `output_attentions`
-    (the dense weights, bias included), gradient checkpointing, autocast and `generate` with a cache work, if the sinks
-    are in the prompt (`bad_words_ids` keeps it from making more). Sliding windows that bite and masks of one's own are
-    served by dense masks, as are packed sequences without sinks; with sinks these are refused.
+    The sinks of a batch are the tokens `sink_token_id` in `input_ids`, or the positions `sink_positions` [B, M] if the
+    model is called with them (a Trainer passes them only with `remove_unused_columns=False`). Without sinks, or with
+    `bias.scale` 0, the model computes the same as before, except for hidden states at padding. No valid token sees
+    these, but a head that pools position 0 does: pad BERT on the right.
 
-    The new parameters are those of the attentions' `sink_interaction`; state dicts of the official code load, its
-    `sink_scale` included. `save_pretrained` writes them, and these settings with the config; load by `from_pretrained`
-    of this module. PEFT freezes and does not save what it is not told of: enable first, then get_peft_model with
-    `LoraConfig(..., modules_to_save=["sink_interaction"])`; and enable before an adapter is loaded.
+    Padding on either side, `output_attentions` (dense weights, bias included), gradient checkpointing and autocast
+    work. So does `generate` with a cache, if all sinks are in the prompt (`bad_words_ids` prevents new ones). Sliding
+    windows shorter than the sequence and custom masks run with dense masks. So do packed sequences without sinks; with
+    sinks they are an error.
+
+    The new parameters are the modules `sink_interaction` of the attentions. State dicts of the official code load,
+    including its `sink_scale`. `save_pretrained` saves the parameters, and these settings in the config; load them with
+    `from_pretrained` of this package. PEFT freezes and does not save unknown modules: enable first, then call
+    get_peft_model with `LoraConfig(..., modules_to_save=["sink_interaction"])`. Also enable before loading an adapter.
 
     Args:
-        model: BERT, RoBERTa, DistilBERT, ModernBERT, Qwen2, Qwen3, Llama or Mistral, with any head, or as a PeftModel.
-        sink_token_id: of [SINK]. None: each call gives `sink_positions`.
-        layers: those that have a bias: the first n, or their indices; all by default. The official code takes the first
-            half of Qwen2, the first third of Qwen3 and the first two of BERT.
-        bias_scale: where `scale` begins; by default, as in the official code, at 1 in decoders and at 10 in encoders.
-        dropout: of the bias's weights, by default that of the model's attention.
-        max_sinks: the most sinks of a sequence of `input_ids`. Known, it spares a look at the batch, which on a GPU is
-            a synchronisation and in a compiled model a graph break.
-        padding_side: "left" or "right", where the attention mask has its padding. None looks at each batch; a compiled
-            model cannot look, and without this serves masked batches by dense masks.
+        model: BERT, RoBERTa, DistilBERT, ModernBERT, Qwen2, Qwen3, Llama or Mistral, with any head, or a PeftModel of
+            one.
+        sink_token_id: id of [SINK]. With None, every call needs `sink_positions`.
+        layers: the layers with a bias: the first n, or their indices; all by default. The official code uses the first
+            half of Qwen2, the first third of Qwen3 and the first two layers of BERT.
+        bias_scale: initial `scale`; by default, as in the official code, 1 in decoders and 10 in encoders.
+        dropout: dropout probability of the softmax weights of the bias, by default that of the model's attention.
+        max_sinks: the largest number of sinks per sequence in `input_ids`. Without it each batch is read, which costs a
+            synchronisation on a GPU and a graph break in a compiled model.
+        padding_side: "left" or "right", the padding side of the attention mask. With None each batch is read; a
+            compiled model then uses dense masks for masked batches.
 
     Returns:
-        A handle, whose `restore()` undoes it all.
+        A handle, whose `restore()` undoes everything.
 
     Raises:
-        ValueError: a model of another architecture or already enabled (models that share a config count as one),
-            options out of range; and, at calls, a batch without `input_ids` or `sink_positions`, positions out of order
-            or range, more sinks than `max_sinks`, a sink after the prompt or in packed sequences.
+        ValueError: an unsupported architecture, a model that is already enabled (models that share a config count as
+            one), or options out of range. Later calls of the model raise it for a batch without `input_ids` and
+            `sink_positions`, positions out of order or range, more sinks than `max_sinks`, and sinks after the prompt
+            or in packed sequences.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -124,7 +128,7 @@ def enable_sink_attention(
     last = model.config.vocab_size - 1
     settings = {
         "sink_token_id": None if sink_token_id is None else _integer("sink_token_id", sink_token_id, 0, last),
-        "layers": _chosen(layers, len(attentions)),
+        "layers": _layer_indices(layers, len(attentions)),
         "bias_scale": bias_scale,
         "dropout": dropout,
         "max_sinks": None if max_sinks is None else _integer("max_sinks", max_sinks, 1, None),
@@ -146,7 +150,7 @@ def _integer(name: str, value: object, low: int, high: int | None) -> int:
     return number
 
 
-def _chosen(layers: int | Sequence[int] | None, count: int) -> list[int]:
+def _layer_indices(layers: int | Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, Sequence) and not isinstance(layers, str):

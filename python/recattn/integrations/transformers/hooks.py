@@ -1,4 +1,4 @@
-"""The hooks: what is read before the base model runs, and before each attention."""
+"""The hooks of a model: one reads the sinks of a batch, one computes the bias of a layer, one loads old scales."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from recattn.reference.sink_attention import valid_tokens
 
 
 class SinkReader:
-    """Before the base model: the sinks of the batch, as the argument `sinks` that each layer hands to its attention."""
+    """Hook before the base model: finds the sinks and passes them to each attention as the argument `sinks`."""
 
     def __init__(self, names: list[str], attentions: list[nn.Module], settings: dict[str, object]) -> None:
         self.names, self.attentions = names, attentions
@@ -33,11 +33,11 @@ class SinkReader:
             arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds", "past_key_values")
         )
         tokens = embeddings if input_ids is None else input_ids
-        if tokens is None:  # transformers says so
+        if tokens is None:  # transformers raises for it
             return Sinks(None, None, None, None)
-        if cache is not None and self._continues(cache.get_seq_length(), tokens.shape[1], input_ids, positions):
+        if cache is not None and self._follows_prompt(cache.get_seq_length(), tokens.shape[1], input_ids, positions):
             return Sinks(None, None, None, None)
-        visible = _sees_itself(mask)
+        visible = _valid_tokens_of(mask)
         if positions is None:
             positions = self._positions(input_ids, visible)
         else:
@@ -54,20 +54,20 @@ class SinkReader:
         return Sinks(positions, valid, None, None)
 
     def _is_sink(self, input_ids: Tensor | None) -> Tensor | None:
-        """[B, N]; None: unknown."""
+        """Whether each token is a sink, [B, N]; None if unknown."""
         return None if self.sink_token_id is None or input_ids is None else input_ids == self.sink_token_id
 
     def _positions(self, input_ids: Tensor | None, visible: Tensor | None) -> Tensor:
-        """[B, M] of the sinks that are no padding."""
+        """Positions [B, M] of the sinks outside padding, padded with -1."""
         is_sink = self._is_sink(input_ids)
-        what = "given where the model has no sink_token_id or is called without input_ids"
-        expect(is_sink is not None, "sink_positions", what, None)
+        expected = "given where the model has no sink_token_id or is called without input_ids"
+        expect(is_sink is not None, "sink_positions", expected, None)
         if visible is not None:
             is_sink = is_sink & visible
         counts = is_sink.sum(dim=1)
         if self.max_sinks is None:
             expect(not torch.compiler.is_exporting(), "max_sinks", "given to export the model", None)
-            # At least one: parameters that no batch of a process uses would stop DDP.
+            # At least one, so that every batch uses the parameters of the bias: DDP requires it.
             most = max(1, int(counts.max())) if counts.numel() else 1
         else:
             most = self.max_sinks
@@ -86,7 +86,7 @@ class SinkReader:
             torch._assert_async((counts <= most).all(), expected)
 
     def _expect_unpacked(self, position_ids: Tensor | None, valid: Tensor) -> None:
-        """Of decoders, to which positions that begin anew are another sequence: each would have sinks of its own."""
+        """Raise if a decoder gets sinks in packed sequences, which transformers finds by restarting position_ids."""
         if position_ids is None or not self.attentions[0].is_causal:
             return
         unpacked = ~valid.any() | (position_ids.diff(dim=-1) == 1).all()
@@ -94,7 +94,7 @@ class SinkReader:
         expect_values(unpacked, expected, lambda: "packed sequences")
 
     def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
-        """seq_lens and the side of a padding mask [B, N], True at tokens."""
+        """seq_lens and the padding side of a mask [B, N] that is True at tokens."""
         if mask is None:
             return None, "right"
         side = self.padding_side
@@ -109,10 +109,15 @@ class SinkReader:
             expect_values(_padded_on(mask, side) == mask, expected, lambda row, _: f"{mask[row].int().tolist()}")
         return (None if side is None else mask.sum(dim=1)), side
 
-    def _continues(self, seen: int | Tensor, length: int, input_ids: Tensor | None, positions: Tensor | None) -> bool:
-        """Whether the tokens follow a prompt, among which no sink may be: its bias takes their hidden states."""
+    def _follows_prompt(
+        self, seen: int | Tensor, length: int, input_ids: Tensor | None, positions: Tensor | None
+    ) -> bool:
+        """Whether the tokens continue a cached prompt. Raise if a sink follows the prompt.
+
+        The bias of a later sink would need the hidden states of the prompt, which are not cached.
+        """
         is_sink = self._is_sink(input_ids)
-        if torch.compiler.is_compiling() and isinstance(seen, Tensor):  # of a static cache
+        if torch.compiler.is_compiling() and isinstance(seen, Tensor):  # a static cache
             late = is_sink if positions is None else positions >= seen
             if late is not None:
                 torch._assert_async((seen == 0) | ~late.any(), "the sinks must be among the tokens of the prompt")
@@ -128,7 +133,7 @@ class SinkReader:
 
     def _warn_of_frozen_biases(self) -> None:
         named = (pair for attention in self.attentions for pair in getattr(attention, BIAS).named_parameters())
-        # PEFT has the parameter twice: the one it keeps, and that of modules_to_save.
+        # PEFT has the parameter twice, the original and the copy in modules_to_save.
         if not self.warned and not any(p.requires_grad for name, p in named if name.endswith("scale")):
             self.warned = True
             warnings.warn(
@@ -139,7 +144,7 @@ class SinkReader:
 
 
 def add_bias(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Before an attention: its bias, as an argument that it hands to the attention function."""
+    """Hook before an attention: computes its bias, an argument that the attention passes to the attention function."""
     sinks, implementation = kwargs.get("sinks"), attention.config._attn_implementation
     expect(implementation == NAME, "the attention of the model", f"{NAME!r} until restore()", repr(implementation))
     if sinks is None or sinks.positions is None:
@@ -150,14 +155,16 @@ def add_bias(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 
 def take_official_scale(attention: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """The official code has the scale as a scalar of the attention itself."""
+    """Hook before load_state_dict: renames the scale of the official code, a scalar of the attention module."""
     if f"{prefix}sink_scale" in state_dict:
         state_dict[f"{prefix}{BIAS}.scale"] = state_dict.pop(f"{prefix}sink_scale").reshape(1)
 
 
-def _sees_itself(mask: object) -> Tensor | None:
-    """[B, N] bool, False at padding, of a mask [B, N], one [B, 1, N, N], in which padding is hidden from itself, or a
-    dict of such for the kinds of layers; None: not known."""
+def _valid_tokens_of(mask: object) -> Tensor | None:
+    """Valid tokens of an attention mask, [B, N] bool; None if unknown.
+
+    The mask is [B, N], or [B, 1, N, N], in which padding is hidden from itself, or a dict of these per type of layer.
+    """
     if isinstance(mask, dict):
         mask = next(iter(mask.values()), None)
     if not isinstance(mask, Tensor):
@@ -169,10 +176,10 @@ def _sees_itself(mask: object) -> Tensor | None:
 
 
 def _side_of(mask: Tensor) -> str | None:
-    """The side of a mask's padding; None: it is on both or has holes."""
+    """The padding side of a mask; None if the padding is on both sides or between tokens."""
     return next((side for side in ("right", "left") if torch.equal(_padded_on(mask, side), mask)), None)
 
 
 def _padded_on(mask: Tensor, side: str) -> Tensor:
-    """The mask of as many tokens whose padding is on that side."""
+    """The mask with the same number of tokens per row and all padding on `side`."""
     return valid_tokens(*mask.shape, mask.sum(dim=1), side, mask.device)

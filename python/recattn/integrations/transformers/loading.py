@@ -1,4 +1,4 @@
-"""Loading a model that was saved with sink attention."""
+"""Loading of models that were saved with sink attention."""
 
 from torch import Tensor, nn
 
@@ -8,12 +8,12 @@ from recattn.integrations.transformers.enable import SinkAttentionHandle, enable
 
 
 def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.Module, SinkAttentionHandle]:
-    """`model_class.from_pretrained(path, **kwargs)` of a model that was saved with sink attention, and its handle.
+    """`model_class.from_pretrained(path, **kwargs)` for a model saved with sink attention; returns it and its handle.
 
-    transformers alone drops the parameters of the bias, and says so by a report of unexpected weights.
+    transformers alone would drop the parameters of the bias and report them as unexpected weights.
 
     Raises:
-        ValueError: a config without sink settings, or weights whose biases are not those that these name.
+        ValueError: the config has no sink settings, or the saved biases are not those of the layers it names.
     """
     model = model_class.from_pretrained(path, **kwargs)
     settings = getattr(model.config, "recattn_sink", None)
@@ -28,7 +28,7 @@ def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.
 
 
 def _saved_biases(path: str, prefix: str, **kwargs: object) -> dict[str, Tensor]:
-    """The parameters of the biases in a checkpoint, named as in the base model."""
+    """The bias parameters in a checkpoint, named as in the base model."""
     from safetensors import safe_open
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
