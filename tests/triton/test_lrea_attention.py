@@ -11,8 +11,8 @@ from torch import Tensor
 import recattn
 from recattn import reference
 from recattn.functional import validation
-from recattn.ops import _lrea_attention_triton as by_triton
 from recattn.ops import lrea_attention as ops
+from recattn.ops.lrea_attention import triton as by_triton
 from recattn.testing import assert_matches_reference
 from tests.helpers.memory import LargestTensor
 from tests.helpers.strategies import ragged_lengths, seeds
@@ -20,8 +20,8 @@ from tests.ops.test_lrea_attention import RESTORED_GRADS, assert_compiles, draw_
 
 pytest.importorskip("triton")
 
-from recattn.triton_kernels import lrea_attention as kernels
-from recattn.triton_kernels import lrea_compress as compress_kernels
+from recattn.triton_kernels.lrea import compress as compress_kernels
+from recattn.triton_kernels.lrea import core as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.

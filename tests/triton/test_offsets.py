@@ -12,8 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from recattn.triton_kernels import lrea_attention, lrea_compress
 from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
+from recattn.triton_kernels.lrea import compress, core
 from recattn.triton_kernels.refined_attention import projection, short
 from recattn.triton_kernels.sink_attention import (
     launch_sink_attention_bwd,
@@ -210,8 +210,8 @@ def test_refined_projection(layout, monkeypatch):
 
 def user_products(rows, others, matrices, target_offsets) -> dict[str, Tensor]:
     return {
-        "product": lrea_attention.launch_lrea_user_matmul(rows, matrices, target_offsets),
-        "outer": lrea_compress.launch_lrea_user_outer(rows, others, target_offsets),
+        "product": core.launch_lrea_user_matmul(rows, matrices, target_offsets),
+        "outer": compress.launch_lrea_user_outer(rows, others, target_offsets),
     }
 
 
@@ -228,15 +228,15 @@ def test_lrea_user_products(by_features):
 
 
 def middle_factor(z, w) -> dict[str, Tensor]:
-    y = lrea_attention.launch_lrea_middle_factor_fwd(z, w, None, 0.1)
-    dz, dw = lrea_attention.launch_lrea_middle_factor_bwd(z, z, z, w, None, 0.1)
+    y = core.launch_lrea_middle_factor_fwd(z, w, None, 0.1)
+    dz, dw = core.launch_lrea_middle_factor_bwd(z, z, z, w, None, 0.1)
     return {"y": y, "dz": dz, "dw": dw.t()}
 
 
 @pytest.mark.parametrize("many", ["rows", "columns"])
 def test_lrea_middle_factor(many, monkeypatch):
     """Loops over as many rows, or columns, are cut into shares of 512."""
-    monkeypatch.setattr(lrea_attention, "FULL_GRID", B * N)
+    monkeypatch.setattr(core, "FULL_GRID", B * N)
     if many == "rows":
         z, w = draw_rows(B * N, D, drawn=128), torch.randn(D, 40).half()
         assert_last_alone(middle_factor, {"z": z, "w": w}, {"z": z[-128:], "w": w})
@@ -248,14 +248,14 @@ def test_lrea_middle_factor(many, monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lrea_compress(layout, monkeypatch):
-    monkeypatch.setattr(lrea_attention, "FULL_GRID", B)
+    monkeypatch.setattr(core, "FULL_GRID", B)
     w_comp = torch.randn(N, D)
 
     def operator(behaviors, dcompressed) -> dict[str, Tensor]:
         return {
-            "compressed": lrea_compress.launch_lrea_compress_fwd(behaviors, w_comp, None, None),
-            "dbehaviors": lrea_compress.launch_lrea_compress_bwd_behaviors(dcompressed, w_comp, None, N),
-            "dw_comp": lrea_compress.launch_lrea_compress_bwd_w_comp(dcompressed, behaviors, None),
+            "compressed": compress.launch_lrea_compress_fwd(behaviors, w_comp, None, None),
+            "dbehaviors": compress.launch_lrea_compress_bwd_behaviors(dcompressed, w_comp, None, N),
+            "dw_comp": compress.launch_lrea_compress_bwd_w_comp(dcompressed, behaviors, None),
         }
 
     behaviors, dcompressed = draw(layout, torch.float32), draw("bhnd", torch.float32)
@@ -264,7 +264,7 @@ def test_lrea_compress(layout, monkeypatch):
 
 def compress_items(table, item_ids) -> dict[str, Tensor]:
     w_comp = torch.linspace(-1, 1, N * 8, dtype=table.dtype).view(N, 8)
-    return {"compressed": lrea_compress.launch_lrea_compress_fwd(table, w_comp, None, item_ids)}
+    return {"compressed": compress.launch_lrea_compress_fwd(table, w_comp, None, item_ids)}
 
 
 def test_lrea_compress_by_item_ids():

@@ -17,9 +17,9 @@ from recattn import reference
 from recattn._check import expect_same_device
 from recattn._dispatch import is_transformed
 from recattn._extension import MISSING
-from recattn.ops import _lrea_attention_triton as by_triton
 from recattn.ops._library import as_dtype, define, differentiable_again, is_traced
 from recattn.ops._ragged import length_buckets
+from recattn.ops.lrea_attention import triton as by_triton
 
 # Elements of the products that the gradient of w_comp sums over users at a time.
 _CHUNK_ELEMENTS = 1 << 20

@@ -12,7 +12,7 @@ from torch import Tensor
 from recattn.triton_kernels.common.launch import strides
 from recattn.triton_kernels.common.ragged import locate_sequence
 from recattn.triton_kernels.common.tiles import block_width, load_rows, offset, store_rows
-from recattn.triton_kernels.lrea_attention import Launch, Tile, dot_of_any, share_count, sum_of_shares, targets_a_block
+from recattn.triton_kernels.lrea.core import Launch, Tile, dot_of_any, share_count, sum_of_shares, targets_a_block
 
 
 # What changes with the batch must not compile anew.

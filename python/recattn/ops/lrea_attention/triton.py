@@ -20,19 +20,19 @@ def refusal(device: str, dtype: torch.dtype | None, rank: int) -> str | None:
 
 @constant_in_graphs
 def _largest_rank() -> int:
-    from recattn.triton_kernels.lrea_attention import LARGEST_RANK
+    from recattn.triton_kernels.lrea.core import LARGEST_RANK
 
     return LARGEST_RANK
 
 
 def user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor) -> Tensor:
-    from recattn.triton_kernels.lrea_attention import launch_lrea_user_matmul
+    from recattn.triton_kernels.lrea.core import launch_lrea_user_matmul
 
     return launch_lrea_user_matmul(rows, matrices, target_offsets.contiguous())
 
 
 def user_outer(left: Tensor, right: Tensor, target_offsets: Tensor) -> Tensor:
-    from recattn.triton_kernels.lrea_compress import launch_lrea_user_outer
+    from recattn.triton_kernels.lrea.compress import launch_lrea_user_outer
 
     return launch_lrea_user_outer(left, right, target_offsets.contiguous())
 
@@ -40,7 +40,7 @@ def user_outer(left: Tensor, right: Tensor, target_offsets: Tensor) -> Tensor:
 def middle_factor_fwd(
     z: Tensor, w_decomp: Tensor, target_offsets: Tensor, seq_lens: Tensor | None, negative_slope: float
 ) -> Tensor:
-    from recattn.triton_kernels.lrea_attention import launch_lrea_middle_factor_fwd
+    from recattn.triton_kernels.lrea.core import launch_lrea_middle_factor_fwd
 
     ragged = _rows_by_length(z, target_offsets, seq_lens)
     z_rows = _rows(z, ragged).to(w_decomp.dtype)
@@ -55,7 +55,7 @@ def middle_factor_bwd(
     seq_lens: Tensor | None,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
-    from recattn.triton_kernels.lrea_attention import launch_lrea_middle_factor_bwd
+    from recattn.triton_kernels.lrea.core import launch_lrea_middle_factor_bwd
 
     dtype = w_decomp.dtype
     ragged = _rows_by_length(z, target_offsets, seq_lens)
@@ -68,7 +68,7 @@ def middle_factor_bwd(
 
 def _rows_by_length(z: Tensor, target_offsets: Tensor, seq_lens: Tensor | None):
     """How the T·H rows of z are sorted; None: they see all columns, and are not."""
-    from recattn.triton_kernels.lrea_attention import RaggedRows
+    from recattn.triton_kernels.lrea.core import RaggedRows
 
     if seq_lens is None:
         return None
@@ -87,20 +87,20 @@ def _rows(x: Tensor, ragged) -> Tensor:
 
 
 def compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
-    from recattn.triton_kernels.lrea_compress import launch_lrea_compress_fwd
+    from recattn.triton_kernels.lrea.compress import launch_lrea_compress_fwd
 
     return launch_lrea_compress_fwd(behaviors, w_comp, _contiguous(seq_lens), item_ids)
 
 
 def compress_bwd_behaviors(dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int) -> Tensor:
-    from recattn.triton_kernels.lrea_compress import launch_lrea_compress_bwd_behaviors
+    from recattn.triton_kernels.lrea.compress import launch_lrea_compress_bwd_behaviors
 
     tensors = (dcompressed.contiguous(), w_comp.contiguous(), _contiguous(seq_lens))
     return launch_lrea_compress_bwd_behaviors(*tensors, length)
 
 
 def compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None) -> Tensor:
-    from recattn.triton_kernels.lrea_compress import launch_lrea_compress_bwd_w_comp
+    from recattn.triton_kernels.lrea.compress import launch_lrea_compress_bwd_w_comp
 
     return launch_lrea_compress_bwd_w_comp(dcompressed.contiguous(), behaviors, _contiguous(seq_lens))
 
