@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from recattn.triton_kernels import lrea_compress as kernels
+from recattn.triton_kernels.lrea import compress as kernels
 from tests.compile_table.compilation import ARCHITECTURES, DTYPES, Compilation, meta, name_of, recorded
 
 USERS, LENGTH, RANK, WIDTH = 256, 10_000, 32, 64
