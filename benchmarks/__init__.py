@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent  # of the repository
+DISPATCH_TABLE = ROOT / "python" / "recattn" / "ops" / "sink_attention" / "dispatch.json"
 
 # The profiler, which measures peak memory, logs every start and stop; torch reads this when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

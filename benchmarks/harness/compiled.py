@@ -1,4 +1,4 @@
-"""torch.compile, as the peers that use it want it."""
+"""torch.compile with the settings that all compiled implementations share."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,6 +8,6 @@ import torch
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """Compiled anew for every shape. (One shape too many would run uncompiled, in silence but for fullgraph.)"""
+    """Compile anew for every shape. Past the recompile limit torch would run eager; fullgraph makes that an error."""
     torch._dynamo.config.recompile_limit = 128
     return torch.compile(function, dynamic=False, fullgraph=True)

@@ -18,6 +18,14 @@ class Measured(NamedTuple):
     ceiling_fraction: float | None = None
 
 
+class Wording(NamedTuple):
+    """A goal in words: as one sentence, which identifies it in the records, and as two cells of a table."""
+
+    sentence: str
+    quantity: str  # what is compared
+    target: str  # the value to reach
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The result of a goal. A field is None if it does not apply or was not measured."""
@@ -43,8 +51,7 @@ class Outcome:
 class Goal:
     """A goal against the best of the measured implementations in `against`; an absolute one if that is empty.
 
-    A goal belongs to one type of device and to that device's default dtype. Its str() identifies it in the records.
-    `quantity` and `target` are the same for a table: what is compared, and the value it must reach.
+    A goal belongs to one type of device and to that device's default dtype. Subclasses word and judge it.
     """
 
     workload: str
@@ -56,6 +63,13 @@ class Goal:
     @property
     def opponents(self) -> str:
         return self.against[0] if len(self.against) == 1 else f"the best of {', '.join(self.against)}"
+
+    @property
+    def wording(self) -> Wording:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.wording.sentence
 
     def _absolute(self, ratio: float, own: Measured, **figures: float) -> Outcome:
         """The outcome of a goal without opponents: met where `ratio` is at most 1."""
@@ -70,18 +84,14 @@ class TimeGoal(Goal):
 
     time_ratio: float
 
-    def __str__(self) -> str:
+    @property
+    def wording(self) -> Wording:
         if self.time_ratio >= 1:
-            return f"{self.direction} {self.target} the time of {self.opponents}"
-        return f"{self.direction} {self.target} as fast as {self.opponents}"
-
-    @property
-    def quantity(self) -> str:
-        return f"{'time vs' if self.time_ratio >= 1 else 'speedup over'} {self.opponents}"
-
-    @property
-    def target(self) -> str:
-        return f"≤ {self.time_ratio:.2f}×" if self.time_ratio >= 1 else f"≥ {1 / self.time_ratio:.1f}×"
+            target, comparison, quantity = f"≤ {self.time_ratio:.2f}×", "the time of", "time vs"
+        else:
+            target, comparison, quantity = f"≥ {1 / self.time_ratio:.1f}×", "as fast as", "speedup over"
+        sentence = f"{self.direction} {target} {comparison} {self.opponents}"
+        return Wording(sentence, f"{quantity} {self.opponents}", target)
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         # One opponent for the whole run: the one with the worst ratio. The fastest of each round would be a minimum
@@ -99,16 +109,11 @@ class ExtraMemoryGoal(Goal):
 
     extra_bytes: int
 
-    def __str__(self) -> str:
-        return f"{self.direction} {self.target} more than {self.opponents}"
-
     @property
-    def quantity(self) -> str:
-        return f"memory beyond {self.opponents}"
-
-    @property
-    def target(self) -> str:
-        return f"≤ {self.extra_bytes / 1e6:.0f} MB"
+    def wording(self) -> Wording:
+        target = f"≤ {self.extra_bytes / 1e6:.0f} MB"
+        sentence = f"{self.direction} {target} more than {self.opponents}"
+        return Wording(sentence, f"memory beyond {self.opponents}", target)
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         leanest, peak = _leanest(others)
@@ -122,17 +127,12 @@ class MemoryGoal(Goal):
 
     memory_ratio: float
 
-    def __str__(self) -> str:
-        share = "≤ " if self.memory_ratio == 1 else f"{self.target} of "
-        return f"{self.direction} {share}the memory of {self.opponents}"
-
     @property
-    def quantity(self) -> str:
-        return f"memory vs {self.opponents}"
-
-    @property
-    def target(self) -> str:
-        return "≤ 1" if self.memory_ratio == 1 else f"≤ 1/{1 / self.memory_ratio:.0f}"
+    def wording(self) -> Wording:
+        share = "1" if self.memory_ratio == 1 else f"1/{1 / self.memory_ratio:.0f}"
+        amount = "" if self.memory_ratio == 1 else f"{share} of "
+        sentence = f"{self.direction} ≤ {amount}the memory of {self.opponents}"
+        return Wording(sentence, f"memory vs {self.opponents}", f"≤ {share}")
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         leanest, peak = _leanest(others)
@@ -147,16 +147,10 @@ class LatencyGoal(Goal):
     milliseconds: float
     host: bool = False
 
-    def __str__(self) -> str:
-        return f"{'host + device' if self.host else 'device'} {self.target} a call"
-
     @property
-    def quantity(self) -> str:
-        return f"time of one call on {'host and device' if self.host else 'the device'}"
-
-    @property
-    def target(self) -> str:
-        return f"≤ {1e3 * self.milliseconds:g} µs"
+    def wording(self) -> Wording:
+        clocks, target = "host + device" if self.host else "device", f"≤ {1e3 * self.milliseconds:g} µs"
+        return Wording(f"{clocks} {target} a call", f"time of one call, {clocks}", target)
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         taken = own.samples.percentile(50) + (own.host_ms or 0.0 if self.host else 0.0)
@@ -169,16 +163,10 @@ class CeilingGoal(Goal):
 
     fraction: float
 
-    def __str__(self) -> str:
-        return f"{self.direction} {self.target} of the ceiling"
-
     @property
-    def quantity(self) -> str:
-        return "share of the ceiling"
-
-    @property
-    def target(self) -> str:
-        return f"≥ {self.fraction:.0%}"
+    def wording(self) -> Wording:
+        target = f"≥ {self.fraction:.0%}"
+        return Wording(f"{self.direction} {target} of the ceiling", "share of the ceiling", target)
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         return self._absolute(self.fraction / own.ceiling_fraction, own, ceiling_fraction=own.ceiling_fraction)

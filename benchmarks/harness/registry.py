@@ -1,4 +1,4 @@
-"""What is measured: operators, each with its implementations, workloads and goals. One file an operator."""
+"""What is measured: operators, each with its implementations, workloads and goals."""
 
 import importlib
 import pkgutil
@@ -11,23 +11,27 @@ import torch
 from torch import Tensor
 
 import benchmarks.operators
+from benchmarks.harness.compiled import compiled
 from benchmarks.harness.goals import Goal
 from benchmarks.harness.workloads import Draw, Workload
 
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
-# What is measured unless asked otherwise. On a CPU a backward on its own says little that the other two do not.
+# The directions measured by default. On a CPU the backward alone adds little to the other two.
 DIRECTIONS = {"cpu": (FORWARD, TRAINING), "cuda": (FORWARD, BACKWARD, TRAINING)}
-# What runs are in unless asked otherwise, and their goals always.
+# The default dtype of a run; goals are only judged in it.
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
+# The names of implementations that several operators have.
+EAGER, COMPILED = "eager", "eager, torch.compile"
+
 Inputs = dict[str, object]
-# Of a device type: implementation -> why it cannot run there, best first.
+# Device type -> for each implementation, best first, why it cannot run there (None if it can).
 Availability = Callable[[str], dict[str, str | None]]
 OPERATORS: dict[str, "Operator"] = {}
 
 
 class Cost(NamedTuple):
-    """What one call must compute and move, however it is implemented."""
+    """The least that one call must compute and move, whatever the implementation."""
 
     flops: float
     bytes: float
@@ -35,25 +39,25 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Implementation:
-    """A contestant. `run` takes what `prepare` (untimed) makes of the operator's inputs."""
+    """One way to compute the operator. `run` takes the result of `prepare`, which is not timed."""
 
     name: str
     run: Callable[..., Tensor]
-    # Whether the workload is one that it is for.
+    # Whether it is meant for the workload.
     applies: Callable[[Workload], bool] = lambda workload: True
-    # Why it cannot run such a workload on this device; None if it can.
+    # Why it cannot run the workload on this device; None if it can.
     unavailable: Callable[[Workload, torch.device], str | None] = lambda workload, device: None
-    # A layout of its own, and the way back to the operator's for the correctness gate.
+    # Converts the inputs to its own layout, and the output back for the correctness gate.
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
     restore: Callable[[Tensor, Inputs], Tensor] = lambda output, inputs: output
-    # A limit computes less than the operator: it answers to its own reference, for the inputs it uses.
+    # A limit computes less than the operator. It has its own reference, and gradients only for the inputs it uses.
     reference: Callable[..., Tensor] | None = None
     grads: tuple[str, ...] | None = None
     forward_only: Callable[[torch.device], bool] = lambda device: False
     tier: str = "quick"
-    cpu_tier: str | None = None  # where it is another on a CPU
-    devices: tuple[str, ...] = ("cpu", "cuda")  # takes part on these; elsewhere only if named
-    compiled: bool = False  # by torch.compile, for every shape: seconds at the first call
+    cpu_tier: str | None = None  # the tier on a CPU, if different
+    devices: tuple[str, ...] = ("cpu", "cuda")  # runs on these by default; elsewhere only if named
+    compiled: bool = False  # by torch.compile, anew for every shape: the first call takes seconds
     ours: bool = False
 
     def tier_on(self, device: str) -> str:
@@ -65,15 +69,15 @@ class Operator:
     name: str
     reference: Callable[..., Tensor]  # the specification, in any dtype
     inputs: Callable[[Workload, Draw], Inputs]
-    cost: Callable[[Workload, Inputs, str], Cost]  # of the forward, and of both together
-    grads: tuple[str, ...]  # inputs that need a gradient; none: an inference operator
-    baseline: str  # the implementation that speed-ups are relative to
+    cost: Callable[[Workload, Inputs, str], Cost]  # of the forward, and of forward+backward
+    grads: tuple[str, ...]  # inputs that need a gradient; none for an inference operator
     workloads: tuple[Workload, ...]
+    baseline: str = EAGER  # the implementation that speedups are relative to
     goals: tuple[Goal, ...] = ()
     implementations: dict[str, Implementation] = field(default_factory=dict)
 
     def implementation(self, name: str, **options) -> Callable:
-        """Decorator: the function is one more implementation of this operator."""
+        """Decorator: register the function as an implementation of this operator."""
 
         def add(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
             self.implementations[name] = Implementation(name, run, **options)
@@ -82,15 +86,20 @@ class Operator:
         return add
 
     def add_recattn(self, function: Callable[..., Tensor], availability: Availability) -> None:
-        """`recattn` as a user calls it, and a row for each other implementation that recattn has."""
+        """Register `recattn` with its default options, and as one more row each implementation that `impl=` selects."""
         self.implementation("recattn", ours=True)(function)
         for impl in availability("cpu"):
             if impl != "reference":
                 unavailable = partial(_unavailable_in_recattn, availability, impl)
                 self.implementation(f"recattn {impl}", unavailable=unavailable, ours=True)(partial(function, impl=impl))
 
+    def add_compiled(self, name: str, function: Callable[..., Tensor], **options) -> None:
+        """Register torch.compile of a function."""
+        options = {"cpu_tier": "full", **options}
+        self.implementation(name, compiled=True, **options)(lambda **inputs: compiled(function)(**inputs))
+
     def directions(self, implementation: Implementation, device: torch.device) -> tuple[str, ...]:
-        """What can be measured of it."""
+        """The directions in which the implementation can be measured."""
         trainable = self.grads and not implementation.forward_only(device)
         return (FORWARD, BACKWARD, TRAINING) if trainable else (FORWARD,)
 

@@ -1,6 +1,6 @@
 """The named workloads, and the generator of their inputs.
 
-The structure of a workload (lengths, positions, offsets) is the same in every set of inputs; the values are fresh.
+The structure of a workload (lengths, positions, offsets) is the same in every set of inputs; the values differ.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ class Workload:
     name: str
     batch: int  # sequences or users
     tier: str = "default"
-    gate_batch: int | None = None  # the correctness gate's batch, where float64 on the whole would be too slow
-    histories: bool = False  # lengths and items of real histories
-    devices: tuple[str, ...] = ("cpu", "cuda")  # run on these; elsewhere only if named
+    gate_batch: int | None = None  # smaller batch for the correctness gate, if float64 on the whole is too slow
+    histories: bool = False  # lengths and items from real histories
+    devices: tuple[str, ...] = ("cpu", "cuda")  # runs on these by default; elsewhere only if named
 
     @property
     def shape(self) -> dict[str, object]:
-        """What defines the problem, by name."""
+        """The fields that define the problem, by name."""
         own = {f.name for f in fields(self)} - {"name", "tier", "gate_batch", "histories", "devices"}
         return {name: value for name, value in asdict(self).items() if name in own}
 
@@ -36,10 +36,11 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class SinkWorkload(Workload):
-    """With `histories` packed sequences: every behaviour is `tokens_per_behavior` tokens, the last of them its sink.
+    """Sequences of `length` tokens, or packed sequences of different lengths.
 
-    `ragged`: packed sequences of 1 to `length` tokens, n of them with probability ∝ 1/n, the same share of them sinks.
-    `others`: packed too, one sequence of `length` tokens and the others of that many.
+    `histories`: packed; every behaviour is `tokens_per_behavior` tokens, and the last of these is its sink.
+    `ragged`: packed; 1 to `length` tokens with probability ∝ 1/n of n tokens, with the same share of sinks.
+    `others`: packed; one sequence of `length` tokens, and the others of that many.
     """
 
     heads: int
@@ -59,9 +60,9 @@ class SinkWorkload(Workload):
 
 @dataclass(frozen=True, kw_only=True)
 class RefinedWorkload(Workload):
-    """Causal, as in SASRec; with `histories` left-padded, else every sequence is of full length.
+    """Causal, as in SASRec. With `histories` padded on the left, otherwise every sequence has the full length.
 
-    Of attention between Gaussians, `mechanism` is "plain", or "stochastic" where it is refined.
+    For attention between Gaussians `mechanism` is "plain", or "stochastic" if it is refined.
     """
 
     length: int
@@ -74,9 +75,9 @@ class RefinedWorkload(Workload):
 
 @dataclass(frozen=True, kw_only=True)
 class LreaWorkload(Workload):
-    """`targets` per user; `ragged`: 1 to `targets`, n of them with probability ∝ 1/n.
+    """`targets` per user; `ragged`: 1 to `targets`, with probability ∝ 1/n of n targets.
 
-    Histories are real, up to their `longest` newest behaviours, or all of the same `length`.
+    Histories are real (cut to their `longest` newest behaviours), or all have the same `length`.
     """
 
     rank: int
@@ -87,158 +88,108 @@ class LreaWorkload(Workload):
     length: int | None = None
 
 
-def sink_workload(name: str, tokens: int, length: int, dim: int, sinks: int, **options) -> SinkWorkload:
-    """`tokens` in sequences of `length`, as many heads as make 1024 columns."""
-    heads = 1024 // dim
-    shape = {"batch": tokens // length, "heads": heads, "kv_heads": heads, "length": length, "dim": dim, "sinks": sinks}
-    return SinkWorkload(name=name, devices=("cuda",), **{**shape, **options})
-
-
-def sweep(
-    prefix: str, tokens: int, lengths: Sequence[int], devices: tuple[str, ...], gate_batch: int = 1
-) -> tuple[SinkWorkload, ...]:
-    """From many short sequences to one long one, of as many tokens, full and causal, a tenth of the tokens sinks."""
-    return tuple(
-        SinkWorkload(
-            name=f"{prefix}{length}{'_causal' if causal else ''}",
-            batch=tokens // length,
-            heads=8,
-            kv_heads=8,
-            length=length,
-            dim=64,
-            sinks=length // 10,
-            causal=causal,
-            gate_batch=gate_batch,
-            tier="full",
-            devices=devices,
-        )
-        for length in lengths
-        for causal in (False, True)
-    )
-
-
-def refined_workload(name: str, pairs: int, length: int, **options) -> RefinedWorkload:
-    """`pairs` of a sequence and one of its two heads."""
-    return RefinedWorkload(
-        name=name, batch=pairs // 2, heads=2, length=length, dim=64, gate_batch=16, devices=("cuda",), **options
-    )
-
-
 CPU, CUDA = ("cpu",), ("cuda",)
 BOTH = CPU + CUDA
 
+
+def sink_workload(name: str, batch: int, heads: int, length: int, sinks: int, **options) -> SinkWorkload:
+    """`batch` sequences of `length` tokens, `sinks` of them sinks. D = 64 and kv_heads = heads by default."""
+    shape = {"batch": batch, "heads": heads, "kv_heads": heads, "length": length, "dim": 64, "sinks": sinks}
+    return SinkWorkload(name=name, **{**shape, **options})
+
+
+def gpu_sink_workload(name: str, tokens: int, length: int, dim: int, sinks: int, **options) -> SinkWorkload:
+    """`tokens` in sequences of `length`, with as many heads as make 1024 columns."""
+    shape = {"batch": tokens // length, "heads": 1024 // dim, "length": length, "sinks": sinks, "dim": dim}
+    return sink_workload(name, devices=CUDA, **{**shape, **options})
+
+
+def sink_sweep(
+    prefix: str, tokens: int, lengths: Sequence[int], devices: tuple[str, ...], gate_batch: int = 1
+) -> tuple[SinkWorkload, ...]:
+    """From many short sequences to one long one at the same number of tokens, full and causal, 10% of them sinks."""
+    options = {"gate_batch": gate_batch, "tier": "full", "devices": devices}
+    return tuple(
+        sink_workload(f"{prefix}{n}{suffix}", tokens // n, 8, n, n // 10, causal=causal, **options)
+        for n in lengths
+        for causal, suffix in ((False, ""), (True, "_causal"))
+    )
+
+
+def gpu_refined_workload(name: str, batch_heads: int, length: int, **options) -> RefinedWorkload:
+    """`batch_heads` pairs of a sequence and one of its two heads."""
+    shape = {"batch": batch_heads // 2, "heads": 2, "length": length, "dim": 64, "gate_batch": 16}
+    return RefinedWorkload(name=name, devices=CUDA, **shape, **options)
+
+
 SINK = (
-    SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=2, length=64, dim=16, sinks=7, tier="quick"),
-    SinkWorkload(
-        name="headline", batch=4, heads=8, kv_heads=8, length=1024, dim=64, sinks=100, gate_batch=1, devices=CPU
-    ),
+    sink_workload("tiny", 2, 4, 64, 7, kv_heads=2, dim=16, tier="quick"),
+    sink_workload("headline", 4, 8, 1024, 100, gate_batch=1, devices=CPU),
     # CTR-Sink's encoder (RoBERTa, 4 layers of 8 heads) and its decoder (Qwen2-0.5B: 14 heads on 2).
-    SinkWorkload(
-        name="ctr_sink", batch=8, heads=8, kv_heads=8, length=512, dim=64, sinks=49, gate_batch=2, devices=CPU
-    ),
-    SinkWorkload(
-        name="ctr_sink_decoder", batch=4, heads=14, kv_heads=2, length=512, dim=64, sinks=49, causal=True, gate_batch=1
-    ),
-    SinkWorkload(
-        name="movielens",
-        batch=16,
-        heads=4,
-        kv_heads=4,
-        length=512,
-        dim=64,
-        sinks=128,
-        tokens_per_behavior=4,
-        histories=True,
-        gate_batch=4,
-    ),
-    # For a GPU: every length with both head dims, full and causal alternating, 5 to 20% of the tokens sinks. Where
-    # float64 of the whole fits, the gate sees what is timed: peers compile for a shape.
-    sink_workload("gpu_1k_d64", 32768, 1024, 64, 102),
-    sink_workload("gpu_1k_d128_causal", 32768, 1024, 128, 205, causal=True),
-    sink_workload("gpu_2k_d64_causal", 32768, 2048, 64, 205, causal=True),
-    sink_workload("gpu_2k_d128", 32768, 2048, 128, 102),
-    sink_workload("gpu_4k_d64", 16384, 4096, 64, 819),
-    sink_workload("gpu_4k_d128_causal", 16384, 4096, 128, 410, causal=True),
-    sink_workload("gpu_8k_d64_causal", 16384, 8192, 64, 410, causal=True, gate_batch=1),
-    sink_workload("gpu_8k_d128", 16384, 8192, 128, 819),
-    sink_workload("gpu_ctr_sink", 32768, 512, 64, 49, heads=8, kv_heads=8),
-    sink_workload("gpu_zipf", 2048, 2048, 64, 205, batch=64, ragged=True),
-    sink_workload("gpu_zipf_causal", 2048, 2048, 64, 205, batch=64, ragged=True, causal=True),
-    sink_workload("gpu_many_short", 64, 64, 64, 6, batch=2048, ragged=True, causal=True, gate_batch=64),
-    sink_workload("gpu_memory", 65536, 8192, 64, 800, gate_batch=1),
-    *sweep("n", 4096, (128, 256, 512, 1024, 2048, 4096), CPU),
-    *sweep("gpu_n", 32768, (128, 512, 2048, 8192, 16384), CUDA),
-    # From no sinks to nothing else.
+    sink_workload("ctr_sink", 8, 8, 512, 49, gate_batch=2, devices=CPU),
+    sink_workload("ctr_sink_decoder", 4, 14, 512, 49, kv_heads=2, causal=True, gate_batch=1),
+    sink_workload("movielens", 16, 4, 512, 128, tokens_per_behavior=4, histories=True, gate_batch=4),
+    # For a GPU: every length with both head dims, full and causal alternating, 5 to 20% of the tokens sinks. The gate
+    # checks the whole workload wherever float64 fits, because some peers compile for a shape.
+    gpu_sink_workload("gpu_1k_d64", 32768, 1024, 64, 102),
+    gpu_sink_workload("gpu_1k_d128_causal", 32768, 1024, 128, 205, causal=True),
+    gpu_sink_workload("gpu_2k_d64_causal", 32768, 2048, 64, 205, causal=True),
+    gpu_sink_workload("gpu_2k_d128", 32768, 2048, 128, 102),
+    gpu_sink_workload("gpu_4k_d64", 16384, 4096, 64, 819),
+    gpu_sink_workload("gpu_4k_d128_causal", 16384, 4096, 128, 410, causal=True),
+    gpu_sink_workload("gpu_8k_d64_causal", 16384, 8192, 64, 410, causal=True, gate_batch=1),
+    gpu_sink_workload("gpu_8k_d128", 16384, 8192, 128, 819),
+    gpu_sink_workload("gpu_ctr_sink", 32768, 512, 64, 49, heads=8),
+    gpu_sink_workload("gpu_zipf", 2048, 2048, 64, 205, batch=64, ragged=True),
+    gpu_sink_workload("gpu_zipf_causal", 2048, 2048, 64, 205, batch=64, ragged=True, causal=True),
+    gpu_sink_workload("gpu_many_short", 64, 64, 64, 6, batch=2048, ragged=True, causal=True, gate_batch=64),
+    gpu_sink_workload("gpu_memory", 65536, 8192, 64, 800, gate_batch=1),
+    *sink_sweep("n", 4096, (128, 256, 512, 1024, 2048, 4096), CPU),
+    *sink_sweep("gpu_n", 32768, (128, 512, 2048, 8192, 16384), CUDA),
+    # From no sinks to nothing but sinks.
     *(
-        SinkWorkload(
-            name=f"m{sinks}", batch=2, heads=8, kv_heads=8, length=1024, dim=64, sinks=sinks, gate_batch=1, tier="full"
-        )
+        sink_workload(f"m{sinks}", 2, 8, 1024, sinks, gate_batch=1, tier="full")
         for sinks in (0, 51, 102, 205, 410, 1024)
     ),
-    # BERT-base's and Qwen2-7B's heads at CTR-Sink's length; on a GPU with more of it, and Qwen2-0.5B's too.
+    # The heads of BERT-base and Qwen2-7B at CTR-Sink's length; on a GPU larger batches, and Qwen2-0.5B too.
     *(
-        SinkWorkload(
-            name=name,
-            batch=batch,
-            heads=heads,
-            kv_heads=kv_heads,
-            dim=dim,
-            length=512,
-            sinks=49,
-            causal=causal,
-            gate_batch=1,
-            tier="full",
-            devices=devices,
-        )
-        for name, batch, heads, kv_heads, dim, causal, devices in (
-            ("bert_base", 8, 12, 12, 64, False, CPU),
-            ("qwen2_7b", 2, 28, 4, 128, True, CPU),
-            ("gpu_bert_base", 64, 12, 12, 64, False, CUDA),
-            ("gpu_qwen2_0.5b", 64, 14, 2, 64, True, CUDA),
-            ("gpu_qwen2_7b", 64, 28, 4, 128, True, CUDA),
+        sink_workload(name, batch, heads, 512, 49, **shape, gate_batch=1, tier="full", devices=devices)
+        for name, batch, heads, shape, devices in (
+            ("bert_base", 8, 12, {}, CPU),
+            ("qwen2_7b", 2, 28, {"kv_heads": 4, "dim": 128, "causal": True}, CPU),
+            ("gpu_bert_base", 64, 12, {}, CUDA),
+            ("gpu_qwen2_0.5b", 64, 14, {"kv_heads": 2, "causal": True}, CUDA),
+            ("gpu_qwen2_7b", 64, 28, {"kv_heads": 4, "dim": 128, "causal": True}, CUDA),
         )
     ),
     # N % 128 == 64, and one long sequence among short ones.
-    *sweep("n", 8 * 576, (576,), BOTH, gate_batch=2),
-    SinkWorkload(
-        name="one_long",
-        batch=64,
-        heads=8,
-        kv_heads=8,
-        length=4096,
-        others=32,
-        dim=64,
-        sinks=410,
-        causal=True,
-        gate_batch=2,
-        tier="full",
-    ),
+    *sink_sweep("n", 8 * 576, (576,), BOTH, gate_batch=2),
+    sink_workload("one_long", 64, 8, 4096, 410, others=32, causal=True, gate_batch=2, tier="full"),
 )
 
 INTER_SINK_BIAS = (
-    SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=4, length=64, dim=16, sinks=7, tier="quick"),
-    SinkWorkload(name="ctr_sink_bias", batch=64, heads=8, kv_heads=8, length=512, dim=64, sinks=49),
-    sink_workload("gpu_ctr_sink_bias", 2**18, 512, 64, 49, heads=8, kv_heads=8),
+    sink_workload("tiny", 2, 4, 64, 7, dim=16, tier="quick"),
+    sink_workload("ctr_sink_bias", 64, 8, 512, 49),
+    gpu_sink_workload("gpu_ctr_sink_bias", 2**18, 512, 64, 49, heads=8),
 )
 
 BERT_LAYER = (
-    SinkWorkload(name="tiny", batch=2, heads=4, kv_heads=4, length=64, dim=16, sinks=7, tier="quick"),
-    SinkWorkload(
-        name="bert_base", batch=8, heads=12, kv_heads=12, length=512, dim=64, sinks=49, gate_batch=1, tier="full"
-    ),
+    sink_workload("tiny", 2, 4, 64, 7, dim=16, tier="quick"),
+    sink_workload("bert_base", 8, 12, 512, 49, gate_batch=1, tier="full"),
 )
 
 REFINED = (
     RefinedWorkload(name="tiny", batch=4, length=20, dim=16, heads=2, histories=True, tier="quick"),
     RefinedWorkload(name="sasrec", batch=256, length=50, dim=50, histories=True),
     RefinedWorkload(name="sasrec_200", batch=128, length=200, dim=50, histories=True, gate_batch=32),
-    # For a GPU: where sequential recommenders live, and beyond, where W has a rank for the paper's claim to hold.
-    refined_workload("gpu_50", 8192, 50),
-    refined_workload("gpu_100", 4096, 100),
-    refined_workload("gpu_200", 1024, 200),
-    refined_workload("gpu_50_value", 8192, 50, mechanism="value"),
-    refined_workload("gpu_512", 512, 512, rank=64),
-    refined_workload("gpu_2048", 64, 2048, rank=64),
+    # For a GPU: the lengths of sequential recommenders, and longer ones, where W has a low rank as the paper's claim
+    # of linear cost requires.
+    gpu_refined_workload("gpu_50", 8192, 50),
+    gpu_refined_workload("gpu_100", 4096, 100),
+    gpu_refined_workload("gpu_200", 1024, 200),
+    gpu_refined_workload("gpu_50_value", 8192, 50, mechanism="value"),
+    gpu_refined_workload("gpu_512", 512, 512, rank=64),
+    gpu_refined_workload("gpu_2048", 64, 2048, rank=64),
     *(
         RefinedWorkload(
             name=f"sasrec_{mechanism}_{source}",
@@ -341,7 +292,7 @@ LREA_RESTORED = (
 
 
 class Draw:
-    """Draws one set of inputs. What depends on `structure` is the same for every seed."""
+    """Draws one set of inputs. Everything drawn from `structure` is the same for every seed."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device, histories: Histories) -> None:
         self.values = torch.Generator(device).manual_seed(seed)
@@ -352,7 +303,7 @@ class Draw:
         return (std * torch.randn(shape, generator=self.values, device=self.device)).to(self.dtype)
 
     def zipf(self, count: int, largest: int) -> Tensor:
-        """[count] of 1 to `largest`, n with probability ∝ 1/n."""
+        """[count] integers from 1 to `largest`; n has probability ∝ 1/n."""
         sizes = torch.arange(1, largest + 1)
         return sizes[torch.multinomial(1 / sizes, count, replacement=True, generator=self.structure)]
 
@@ -360,7 +311,7 @@ class Draw:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
 
     def embeddings(self, histories: Sequence[Tensor], dim: int, padding_side: str = "right") -> Tensor:
-        """[U, L, dim]: standard normal embeddings of the items, one a behaviour; zeros at padding."""
+        """[U, L, dim] standard normal embeddings, one per behaviour, looked up by item; zeros at padding."""
         table = torch.randn(ITEMS + 1, dim, generator=self.values, device=self.device).to(self.dtype)
         table[0] = 0
         ids = torch.nn.utils.rnn.pad_sequence(histories, batch_first=True, padding_side=padding_side)  # [U, L]
@@ -368,6 +319,6 @@ class Draw:
 
 
 def offsets(lengths: Sequence[int] | Tensor) -> Tensor:
-    """[n + 1] where each of the packed pieces starts, and the total."""
+    """[n + 1] start of each packed sequence, and the total length."""
     lengths = torch.as_tensor(lengths)
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 import recattn
-from benchmarks.harness.compiled import compiled
-from benchmarks.harness.registry import FORWARD, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, Operator, register
 from benchmarks.harness.workloads import INTER_SINK_BIAS, Draw, SinkWorkload
 from recattn import reference
 from recattn.ops.inter_sink_bias import availability
@@ -38,7 +37,6 @@ def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
     return Cost(flops, forward) if direction == FORWARD else Cost(4 * flops, 2 * forward + 2 * q.nbytes)
 
 
-EAGER = "eager"
 BIAS = register(
     Operator(
         "inter_sink_bias",
@@ -46,7 +44,6 @@ BIAS = register(
         draw_inputs,
         cost,
         grads=("q_s", "k_s"),
-        baseline=EAGER,
         workloads=INTER_SINK_BIAS,
     )
 )
@@ -63,6 +60,4 @@ def eager(q_s: Tensor, k_s: Tensor, sink_mask: Tensor, bias_scale: float, causal
     return bias_scale * weights.mean(1, keepdim=True) * visible
 
 
-@BIAS.implementation("eager, torch.compile", cpu_tier="full", compiled=True)
-def eager_compiled(**inputs):
-    return compiled(eager)(**inputs)
+BIAS.add_compiled(COMPILED, eager)

@@ -12,9 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import recattn
 from benchmarks.data.movielens import ITEMS
-from benchmarks.harness.compiled import compiled
 from benchmarks.harness.goals import CeilingGoal, LatencyGoal, MemoryGoal, TimeGoal
-from benchmarks.harness.registry import FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, Operator, register
 from benchmarks.harness.workloads import (
     CPU,
     CUDA,
@@ -29,12 +28,7 @@ from recattn import reference
 from recattn.ops.lrea_attention import availability
 
 NEGATIVE_SLOPE = 0.01
-EAGER, COMPILED, FACTORED, COMPILED_FACTORED = (
-    "eager",
-    "eager, torch.compile",
-    "eager, factored",
-    "eager, factored, torch.compile",
-)
+FACTORED, COMPILED_FACTORED = "eager, factored", "eager, factored, torch.compile"
 JAGGED, REPLAYED, FULL_ATTENTION = "jagged bmm", "recattn, graph replay", "SDPA over the history"
 HALF, INT8 = "recattn, bfloat16", "recattn, int8 states"
 
@@ -91,7 +85,6 @@ ABSORBED = register(
         draw_absorbed,
         absorbed_cost,
         grads=(),
-        baseline=EAGER,
         workloads=LREA_ABSORBED,
         goals=(
             TimeGoal(workload="256x100", direction=FORWARD, against=(EAGER,), time_ratio=1 / 1.8),
@@ -127,16 +120,15 @@ def absorbed_eager(targets, state_keys, state_values, slots):
     return scores @ state_values[slots]
 
 
-@ABSORBED.implementation(
+ABSORBED.add_compiled(
     COMPILED,
+    absorbed_eager,
     applies=lambda workload: not workload.ragged,
     prepare=batch_targets,
     restore=unbatch_targets,
     tier="default",
-    compiled=True,
+    cpu_tier=None,
 )
-def absorbed_compiled(**inputs):
-    return compiled(absorbed_eager)(**inputs)
 
 
 @ABSORBED.implementation("eager, user by user", applies=lambda workload: workload.ragged)
@@ -189,19 +181,6 @@ def bfloat16_reference(**inputs: Tensor) -> Tensor:
     return reference.lrea_absorbed_attention(**rounded).to(inputs["targets"].dtype)
 
 
-@ABSORBED.implementation(
-    HALF,
-    applies=lambda workload: workload.name == "256x100",
-    prepare=in_bfloat16,
-    restore=lambda output, inputs: output.float(),
-    reference=bfloat16_reference,
-    devices=CPU,
-    ours=True,
-)
-def absorbed_bfloat16(**inputs):
-    return recattn.lrea_absorbed_attention(**inputs)
-
-
 def with_int8_states(inputs: Inputs) -> Inputs:
     (keys, key_scales), (values, value_scales) = map(
         recattn.lrea_quantize, (inputs["state_keys"], inputs["state_values"])
@@ -220,16 +199,19 @@ def int8_reference(**inputs: Tensor) -> Tensor:
     return reference.lrea_absorbed_attention(**{**with_int8_states(states), "targets": targets})
 
 
-@ABSORBED.implementation(
-    INT8,
-    applies=lambda workload: workload.name == "256x100",
-    prepare=with_int8_states,
-    reference=int8_reference,
-    devices=CPU,
-    ours=True,
-)
-def absorbed_int8(**inputs):
-    return recattn.lrea_absorbed_attention(**inputs)
+for name, prepare, restored, own_reference in (
+    (HALF, in_bfloat16, lambda output, inputs: output.float(), bfloat16_reference),
+    (INT8, with_int8_states, lambda output, inputs: output, int8_reference),
+):
+    ABSORBED.implementation(
+        name,
+        applies=lambda workload: workload.name == "256x100",
+        prepare=prepare,
+        restore=restored,
+        reference=own_reference,
+        devices=CPU,
+        ours=True,
+    )(recattn.lrea_absorbed_attention)
 
 
 # What serving from a state replaces.
@@ -301,7 +283,6 @@ COMPRESS = register(
         draw_compress,
         compress_cost,
         grads=("behaviors", "w_comp"),
-        baseline=EAGER,
         workloads=LREA_COMPRESS,
     )
 )
@@ -322,9 +303,7 @@ def compress_eager(behaviors, w_comp, valid):
     return w_comp.mT @ (behaviors * valid.mT)
 
 
-@COMPRESS.implementation(COMPILED, prepare=prepare_valid, cpu_tier="full", compiled=True)
-def compress_compiled(**inputs):
-    return compiled(compress_eager)(**inputs)
+COMPRESS.add_compiled(COMPILED, compress_eager, prepare=prepare_valid)
 
 
 # Compressing histories of item ids: building states, without a gradient.
@@ -356,7 +335,6 @@ COMPRESS_ITEMS = register(
         draw_compress_items,
         compress_items_cost,
         grads=(),
-        baseline=EAGER,
         workloads=LREA_COMPRESS,
     )
 )
@@ -369,9 +347,7 @@ def compress_items_eager(behaviors, w_comp, seq_lens, item_ids):
     return compress_eager(behaviors[item_ids], w_comp, valid.unsqueeze(1))
 
 
-@COMPRESS_ITEMS.implementation(COMPILED, cpu_tier="full", compiled=True)
-def compress_items_compiled(**inputs):
-    return compiled(compress_items_eager)(**inputs)
+COMPRESS_ITEMS.add_compiled(COMPILED, compress_items_eager)
 
 
 # Training: the restored form.
@@ -409,7 +385,6 @@ RESTORED = register(
         draw_restored,
         restored_cost,
         grads=("targets", "keys", "values", "w_decomp"),
-        baseline=EAGER,
         workloads=LREA_RESTORED,
         goals=(
             TimeGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(FACTORED,), time_ratio=1 / 4),
@@ -445,8 +420,4 @@ def factored_eager(targets, keys, values, w_decomp, valid):
     return (scores @ w_decomp.mT) @ values
 
 
-@RESTORED.implementation(
-    COMPILED_FACTORED, prepare=prepare_restored, restore=unbatch_targets, cpu_tier="full", compiled=True
-)
-def factored_compiled(**inputs):
-    return compiled(factored_eager)(**inputs)
+RESTORED.add_compiled(COMPILED_FACTORED, factored_eager, prepare=prepare_restored, restore=unbatch_targets)

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import recattn
-from benchmarks.harness.compiled import compiled
 from benchmarks.harness.goals import Goal, MemoryGoal, TimeGoal
-from benchmarks.harness.registry import BACKWARD, FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, Operator, register
 from benchmarks.harness.workloads import CUDA, REFINED, Draw, RefinedWorkload
 from recattn import reference
 from recattn.ops.refined_attention import availability
@@ -61,7 +60,7 @@ def cost(workload: RefinedWorkload, inputs: Inputs, direction: str) -> Cost:
     return Cost(3 * flops, forward + (forward + inputs["q"].nbytes) + (3 * inputs["q"].nbytes + weights))
 
 
-EAGER, COMPILED, CHAINED, PLAIN = "eager", "eager, torch.compile", "two chained SDPA", "plain SDPA"
+CHAINED, PLAIN = "two chained SDPA", "plain SDPA"
 
 
 def gpu_goals() -> Iterator[Goal]:
@@ -91,7 +90,6 @@ REFINED_ATTENTION = register(
         draw_inputs,
         cost,
         grads=("q", "k", "v", "w_q", "w_k", "w_v"),
-        baseline=EAGER,
         workloads=REFINED,
         goals=(
             TimeGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), time_ratio=1 / 1.5),
@@ -166,9 +164,7 @@ def eager(q, k, v, w_q, w_k, mechanism, source, visible, w_v=None):
     return masked_softmax(refined, visible) @ v
 
 
-@REFINED_ATTENTION.implementation(COMPILED, prepare=prepare_mask, cpu_tier="full", compiled=True)
-def eager_compiled(**inputs):
-    return compiled(eager)(**inputs)
+REFINED_ATTENTION.add_compiled(COMPILED, eager, prepare=prepare_mask)
 
 
 def is_simple(workload: RefinedWorkload) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import recattn
 from benchmarks.harness.compiled import compiled
 from benchmarks.harness.goals import ExtraMemoryGoal, Goal, TimeGoal
-from benchmarks.harness.registry import BACKWARD, FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, Operator, register
 from benchmarks.harness.workloads import CPU, CUDA, SINK, Draw, SinkWorkload, offsets
 from recattn import reference
 from recattn.ops.backends import BASES
@@ -156,7 +156,6 @@ SINK_ATTENTION = register(
         draw_inputs,
         cost,
         grads=("q", "k", "v", "inter_sink_bias"),
-        baseline="eager",
         workloads=SINK,
         goals=(
             TimeGoal(workload="headline", direction=FORWARD, against=("unbiased SDPA",), time_ratio=1.10),
@@ -234,7 +233,7 @@ def padded(workload: SinkWorkload) -> bool:
     return workload.others is None
 
 
-@SINK_ATTENTION.implementation("eager", applies=padded, prepare=pad, restore=unpad)
+@SINK_ATTENTION.implementation(EAGER, applies=padded, prepare=pad, restore=unpad)
 def eager(q, k, v, sink_positions, inter_sink_bias, causal, valid=None):
     return biased_attention(q, k, v, dense_bias(q, sink_positions, inter_sink_bias, valid), causal)
 
@@ -316,11 +315,7 @@ def official_bias(inter_sink_bias: Tensor, sink_positions: Tensor, length: int) 
     return torch.stack(dense)
 
 
-@SINK_ATTENTION.implementation(
-    "eager, torch.compile", applies=padded, prepare=pad, restore=unpad, tier="full", compiled=True
-)
-def eager_compiled(**inputs):
-    return compiled(eager)(**inputs)
+SINK_ATTENTION.add_compiled(COMPILED, eager, applies=padded, prepare=pad, restore=unpad, tier="full", cpu_tier=None)
 
 
 def prepare_flex(inputs: Inputs) -> Inputs:

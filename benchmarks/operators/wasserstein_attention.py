@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import recattn
-from benchmarks.harness.compiled import compiled
-from benchmarks.harness.registry import FORWARD, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, Operator, register
 from benchmarks.harness.workloads import WASSERSTEIN, Draw, RefinedWorkload
 from benchmarks.operators.refined_attention import deviation, distances, gaussians, masked_softmax, visible_pairs
 from recattn import reference
@@ -54,7 +53,6 @@ def side_by_side(outputs: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat(outputs, dim=-1)
 
 
-EAGER = "eager"
 WASSERSTEIN_ATTENTION = register(
     Operator(
         "wasserstein_attention",
@@ -62,7 +60,6 @@ WASSERSTEIN_ATTENTION = register(
         draw_inputs,
         cost,
         grads=(*GAUSSIANS, "w_q", "w_k"),
-        baseline=EAGER,
         workloads=WASSERSTEIN,
     )
 )
@@ -87,6 +84,4 @@ def eager(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, visible, w_q=None, w_k=No
     return torch.cat([p @ mean_v, p.square() @ cov_v], dim=-1)
 
 
-@WASSERSTEIN_ATTENTION.implementation("eager, torch.compile", prepare=with_visible, cpu_tier="full", compiled=True)
-def eager_compiled(**inputs):
-    return compiled(eager)(**inputs)
+WASSERSTEIN_ATTENTION.add_compiled(COMPILED, eager, prepare=with_visible)

@@ -155,7 +155,8 @@ def goals_tables(operators: dict[str, Operator], measured: Sequence[Machine], ki
 
 def _stated(goal: Goal) -> str:
     """A goal as the heading of a column."""
-    return table.stated(f"{goal.direction}, {goal.quantity} (goal: {goal.target})", goal.implementation)
+    _, quantity, target = goal.wording
+    return table.stated(f"{goal.direction}, {quantity} (goal: {target})", goal.implementation)
 
 
 def _result(operator: Operator, goal: Goal, machine: Machine | None) -> str:

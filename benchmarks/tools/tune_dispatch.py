@@ -1,27 +1,28 @@
 """`python -m benchmarks.tools.tune_dispatch`: measure the fastest path of sink_attention for each shape, and record it.
 
-Every path that serves a shape is held against float64 and timed, forward alone and forward with backward. The choice is
-the least time of both together: the backward must stand on what the forward stood on. The file has for each device
+Every path that supports a shape is checked against float64 and timed, forward alone and forward+backward. The choice is
+the path with the least forward+backward time, because the backward must run on the path of the forward. The file has
+for each device
 
     {"torch": …, "triton": …, "rows": [{"dtype": …, "head_dim": …, "length": …, "sink_share": …, "causal": …,
      "packed": …, "choice": …, "times_ms": {path: …}, "forward_ms": {path: …}}, …]}
 
-with times_ms those of forward and backward together, a path either "triton" or "correction:" and its base, length that
-of the longest sequence, and sink_share the sinks of a sequence over its length.
+times_ms is forward+backward. A path is "triton", or "correction:" followed by its backend. `length` is that of the
+longest sequence, `sink_share` the sinks of a sequence divided by its length.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from benchmarks import ROOT
+from benchmarks import DISPATCH_TABLE
 from benchmarks.data import movielens
 from benchmarks.harness import records
 from benchmarks.harness.ceilings import measure_ceilings
@@ -29,23 +30,16 @@ from benchmarks.harness.contest import Contest, Settings
 from benchmarks.harness.memory import limit_memory
 from benchmarks.harness.registry import FORWARD, TRAINING
 from benchmarks.harness.timing import clock_for
-from benchmarks.harness.workloads import SinkWorkload, sink_workload
+from benchmarks.harness.workloads import SinkWorkload, gpu_sink_workload
 from benchmarks.operators.sink_attention import PATHS, SINK_ATTENTION
+from recattn.ops.sink_attention.dispatch import Shape
 
-TABLE = ROOT / "python" / "recattn" / "ops" / "sink_attention" / "dispatch.json"
 TOKENS = 16384
-WARM_UP = 0.4  # share of the time for compiling and checking, at a guess
+WARM_UP = 0.4  # estimated share of the time spent compiling and checking
 
 
-class Point(NamedTuple):
-    """A shape by what a choice may depend on."""
-
-    dtype: str
-    head_dim: int
-    length: int
-    sink_share: float
-    causal: bool
-    packed: bool
+class Point(namedtuple("Point", [name for name in Shape._fields if name != "device"])):
+    """What a row of the table says about a shape: everything the choice depends on except the device."""
 
     @property
     def workload(self) -> SinkWorkload:
@@ -53,15 +47,15 @@ class Point(NamedTuple):
         options = {"causal": self.causal, "gate_batch": 1}
         if self.packed:
             options |= {"ragged": True, "batch": TOKENS // 256, "gate_batch": 4}
-        return sink_workload("dispatch", TOKENS, self.length, self.head_dim, sinks, **options)
+        return gpu_sink_workload("dispatch", TOKENS, self.length, self.head_dim, sinks, **options)
 
 
-# Of a point: the milliseconds of each path that serves it, forward alone and forward with backward.
+# For a point: the milliseconds of each path that supports it, forward alone and forward+backward.
 Measure = Callable[[Point], Mapping[str, tuple[float, float]]]
 
 
 def grid() -> list[Point]:
-    """What matters most first: time may run out."""
+    """The most important shapes first, because time may run out."""
     dense = [
         Point("bfloat16", dim, length, share, causal, False)
         for length, dim, causal, share in product((1024, 512, 2048, 4096, 256, 8192), (64, 128), (False, True), (0.1,))
@@ -82,7 +76,7 @@ def grid() -> list[Point]:
 
 
 def contest_on(device: torch.device, seconds: float) -> Measure:
-    """Measures a point, gate and clocks as in the benchmark, timing each direction for `seconds`."""
+    """Measure a point with the gate and the clocks of the suite, timing each direction for `seconds`."""
     clock, histories = clock_for(device), movielens.load(offline=True)
     dtypes = {point.dtype: getattr(torch, point.dtype) for point in grid()}
     ceilings = measure_ceilings(device, dtypes.values(), clock, quick=True)
@@ -104,7 +98,7 @@ def contest_on(device: torch.device, seconds: float) -> Measure:
 
 
 def measure_rows(points: Iterable[Point], measure: Measure, seconds: float, now: Callable[[], float]) -> list[dict]:
-    """A row for each point that a path serves, until the seconds are over."""
+    """A row for each point that some path supports, until the time is up."""
     deadline = now() + seconds
     rows = []
     for point in points:
@@ -125,7 +119,7 @@ def measure_rows(points: Iterable[Point], measure: Measure, seconds: float, now:
 
 
 def merge(table: Mapping[str, dict], device: str, versions: Mapping[str, str | None], rows: Sequence[dict]) -> dict:
-    """The table with the rows in it. Older rows of the device stay if they were measured with the same versions."""
+    """The table with the rows merged in. Older rows of the device stay if their torch and triton are the same."""
 
     def point(row: dict) -> Point:
         return Point(*(row[name] for name in Point._fields))
@@ -137,7 +131,7 @@ def merge(table: Mapping[str, dict], device: str, versions: Mapping[str, str | N
 
 
 def to_json(table: Mapping[str, dict]) -> str:
-    """One line a row."""
+    """JSON with one line per row."""
     devices = []
     for device, entry in sorted(table.items()):
         versions = "".join(f"{json.dumps(k)}: {json.dumps(v)}, " for k, v in entry.items() if k != "rows")
@@ -150,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tools.tune_dispatch", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--seconds", type=float, default=85.0, help="in which to measure, 85")
-    parser.add_argument("--table", type=Path, nargs="+", default=[TABLE], help=f"files to merge into, {TABLE.name}")
+    parser.add_argument("--seconds", type=float, default=85.0, help="time for all measurements, 85 by default")
+    parser.add_argument("--table", type=Path, nargs="+", default=[DISPATCH_TABLE], help="files to merge into")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA device here; on a CPU there is nothing to choose")

@@ -57,6 +57,8 @@ def test_a_plan_fits_its_time_and_downloads_nothing(plan):
     assert "--no-index" in plan[0].steps[0].command and plan[0].steps[0].environment["RECATTN_BUILD"] == "none"
     for step in (step for stage in plan for step in stage.steps):
         assert ("benchmarks.run" in step.command) <= ("--offline" in step.command)
+        if "--table" in step.command:  # the first of them is the one that recattn reads
+            assert Path(step.command[step.command.index("--table") + 1]).exists()
 
 
 @pytest.mark.parametrize("plan", PLANS)

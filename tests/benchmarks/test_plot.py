@@ -17,7 +17,7 @@ RECORDS = records.read([plot.RECORDS])
 
 
 def test_nothing_is_stale():
-    stale = [str(path.relative_to(markdown.ROOT)) for path in plot.pages().stale()]
+    stale = [str(path.relative_to(plot.ROOT)) for path in plot.pages().stale()]
     assert not stale, f"{stale} are not of the committed records: run python -m benchmarks.plot"
 
 
@@ -104,7 +104,7 @@ def test_every_goal_is_a_column_with_its_verdict(kind):
             own
             for (name, workload, heading), own in cells.items()
             if (name, workload) == (operator.name, goal.workload)
-            and f"{goal.direction}, {goal.quantity} (goal: {goal.target})" in heading
+            and f"{goal.direction}, {goal.wording.quantity} (goal: {goal.wording.target})" in heading
             and heading.startswith(goal.direction if goal.implementation == "recattn" else goal.implementation)
         )
         contests = [m.contests.get((operator.name, goal.workload, goal.direction)) for m in measured if m.type == kind]
