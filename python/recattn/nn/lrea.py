@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recattn import functional
 from recattn._check import (
     FLOATING,
     checked_lengths,
@@ -19,14 +20,6 @@ from recattn._check import (
     expect_same_dtype,
     expect_shape,
     expect_tensors,
-)
-from recattn.functional import (
-    lrea_absorb,
-    lrea_absorbed_attention,
-    lrea_attention,
-    lrea_compress,
-    lrea_nonnegativity_loss,
-    lrea_quantize,
 )
 from recattn.functional._autocast import autocast_inputs, without_autocast
 from recattn.nn._sizes import expect_positive
@@ -132,7 +125,7 @@ class LREA(nn.Module):
         """
         expect_tensors(behaviors=behaviors)
         expect_shape({"embed_dim": self.embed_dim}, "behaviors", behaviors, "U L embed_dim")
-        return lrea_compress(*autocast_inputs(behaviors, self.w_comp), seq_lens, impl=self.impl)
+        return functional.lrea_compress(*autocast_inputs(behaviors, self.w_comp), seq_lens, impl=self.impl)
 
     def forward(
         self,
@@ -175,7 +168,7 @@ class LREA(nn.Module):
         rows, compressed, w_decomp, w_q, w_k, w_v = tensors
         expect_same_dtype("the parameters", w_q, targets=rows, compressed=compressed)
         expect_same_device("the parameters", w_q, targets=rows, compressed=compressed)
-        out = lrea_attention(
+        out = functional.lrea_attention(
             (rows @ w_q).unflatten(-1, (self.num_heads, self.head_dim)),
             self._heads(compressed @ w_k),
             self._heads(compressed @ w_v),
@@ -190,7 +183,7 @@ class LREA(nn.Module):
     def loss(self, compressed: Tensor) -> Tensor:
         """‖max(0, −W_decomp)‖² + ‖max(0, −C)‖² with C [U, r, embed_dim] from `compress`: a scalar, over all users."""
         expect_tensors(compressed=compressed)
-        return lrea_nonnegativity_loss(self.w_decomp, compressed.to(self.w_decomp.dtype))
+        return functional.lrea_nonnegativity_loss(self.w_decomp, compressed.to(self.w_decomp.dtype))
 
     @torch.no_grad()
     def export_state(
@@ -225,7 +218,7 @@ class LREA(nn.Module):
         layout = "U L embed_dim" if item_ids is None else "I embed_dim"
         expect_shape({"embed_dim": self.embed_dim}, "behaviors", behaviors, layout)
         with without_autocast(behaviors):  # the precision of a state is that of its dtype
-            compressed = lrea_compress(behaviors, self.w_comp, seq_lens, item_ids=item_ids, impl=self.impl)
+            compressed = functional.lrea_compress(behaviors, self.w_comp, seq_lens, item_ids=item_ids, impl=self.impl)
         compressed = compressed.to(torch.promote_types(compressed.dtype, torch.float32))
         users, length, *_ = behaviors.shape if item_ids is None else item_ids.shape
         return self._state(compressed, self._lengths(users, length, seq_lens, behaviors.device), dtype)
@@ -297,7 +290,7 @@ class LREA(nn.Module):
         rows, target_offsets = self._packed(targets, target_offsets, sizes["U"])
         if state.keys.dtype != torch.int8:
             rows = rows.to(state.keys.dtype)
-        out = lrea_absorbed_attention(
+        out = functional.lrea_absorbed_attention(
             rows.unsqueeze(1).expand(-1, self.num_heads, -1),
             state.keys,
             state.values,
@@ -446,7 +439,7 @@ class LREA(nn.Module):
         with without_autocast(compressed):
             weights = (self.w_q, self.w_k, self.w_v, self.w_decomp)
             w_q, w_k, w_v, w_decomp = (weight.to(compressed.dtype) for weight in weights)
-            keys, values = lrea_absorb(
+            keys, values = functional.lrea_absorb(
                 self._heads(compressed @ w_k) @ self._heads(w_q).mT,  # [U, H, r, target_dim]
                 self._heads(compressed @ w_v),
                 w_decomp,
@@ -457,7 +450,7 @@ class LREA(nn.Module):
             )
         if dtype != torch.int8:
             return LREAState(keys.to(dtype), values.to(dtype), None, None, compressed, lengths)
-        (keys, key_scales), (values, value_scales) = lrea_quantize(keys), lrea_quantize(values)
+        (keys, key_scales), (values, value_scales) = functional.lrea_quantize(keys), functional.lrea_quantize(values)
         return LREAState(keys, values, key_scales, value_scales, compressed, lengths)
 
     @staticmethod
