@@ -18,7 +18,7 @@ from benchmarks.harness.goals import ExtraMemoryGoal, Goal, TimeGoal
 from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, Operator, register
 from benchmarks.harness.workloads import CPU, CUDA, SINK, Draw, SinkWorkload, offsets
 from recattn import reference
-from recattn.ops.backends import BASES
+from recattn.ops.backends import BACKENDS
 
 # CTR-Sink scales its softmax-ed biases by 10 in its encoders.
 BIAS_SCALE = 10
@@ -111,12 +111,12 @@ def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
 
 
 # By SDPA's names.
-BACKENDS = {
+SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-UNBIASED = tuple(f"unbiased {backend}" for backend in BACKENDS)
+UNBIASED = tuple(f"unbiased {backend}" for backend in SDPA_BACKENDS)
 # Not cuDNN, for which PyTorch builds a new plan at every packed call.
 UNBIASED_PACKED = ("unbiased varlen flash", "unbiased varlen efficient")
 FLEX = "FlexAttention"
@@ -180,7 +180,7 @@ def needs_cuda(workload: SinkWorkload, device: torch.device) -> str | None:
 # What recattn can be told to run on a GPU: the fused path, or the correction of an unbiased attention.
 PATHS = {
     "triton": {"impl": "triton"},
-    **{f"correction:{base}": {"impl": "correction", "base": base} for base in BASES},
+    **{f"correction:{backend}": {"impl": "correction", "backend": backend} for backend in BACKENDS},
 }
 
 SINK_ATTENTION.implementation("recattn", prepare=with_longest, ours=True)(recattn.sink_attention)
@@ -251,7 +251,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | No
     options = {"is_causal": causal, "enable_gqa": q.shape[1] != k.shape[1]}
     if backend is None:
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
-    with sdpa_kernel(BACKENDS[backend]):
+    with sdpa_kernel(SDPA_BACKENDS[backend]):
         try:
             return F.scaled_dot_product_attention(q, k, v, mask, **options)
         except RuntimeError as error:
@@ -399,7 +399,7 @@ def unbiased_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seq
     return torch.cat(outputs)
 
 
-for name, backend in zip(UNBIASED, BACKENDS, strict=True):
+for name, backend in zip(UNBIASED, SDPA_BACKENDS, strict=True):
     SINK_ATTENTION.implementation(
         name,
         applies=lambda workload: not workload.packed,

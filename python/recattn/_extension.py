@@ -6,8 +6,8 @@ import torch
 
 from recattn import _versions
 
-if refused := _versions.refusal("torch", torch.__version__):
-    raise ImportError(refused)
+if reason := _versions.unsupported_reason("torch", torch.__version__):
+    raise ImportError(reason)
 
 MISSING: dict[str, str] = {}
 

@@ -5,7 +5,7 @@ import re
 OLDEST = {"torch": "2.10", "triton": "3.5.1"}
 
 
-def refusal(package: str, installed: str) -> str | None:
+def unsupported_reason(package: str, installed: str) -> str | None:
     """Why recattn cannot run with the installed version (None: it can)."""
     oldest = OLDEST[package]
     if _release(installed) >= _release(oldest):

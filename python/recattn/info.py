@@ -9,8 +9,8 @@ import recattn
 from recattn import _environment
 from recattn._dispatch import select
 from recattn._extension import MISSING
-from recattn.ops import AVAILABILITY
-from recattn.ops._support import installation_refusal
+from recattn.ops import UNSUPPORTED_REASONS
+from recattn.ops._support import installation_unsupported_reason
 
 DEVICES = ("cpu", "cuda")
 
@@ -32,23 +32,23 @@ def _versions() -> Iterator[str]:
 def _builds() -> Iterator[str]:
     yield f"C++ kernels: {MISSING.get('cpu') or 'built with ' + _compiler()}"
     yield f"CUDA kernels: {MISSING.get('cuda') or 'built'}"
-    yield f"Triton kernels: {installation_refusal() or 'there'}"
+    yield f"Triton kernels: {installation_unsupported_reason() or 'there'}"
 
 
 def _operators() -> Iterator[str]:
     """One line an operator: what runs where when `impl` is not given."""
-    width = max(map(len, AVAILABILITY))
+    width = max(map(len, UNSUPPORTED_REASONS))
     yield f"{'runs on':{width}}  " + "  ".join(f"{device:12}" for device in DEVICES).rstrip()
-    for op, availability in AVAILABILITY.items():
-        chosen = (select(op, None, availability(device)) for device in DEVICES)
+    for op, unsupported_reasons in UNSUPPORTED_REASONS.items():
+        chosen = (select(op, None, unsupported_reasons(device)) for device in DEVICES)
         yield f"{op:{width}}  " + "  ".join(f"{impl:12}" for impl in chosen).rstrip()
 
 
 def _reasons() -> Iterator[str]:
     yield "not available:"
-    for op, availability in AVAILABILITY.items():
+    for op, unsupported_reasons in UNSUPPORTED_REASONS.items():
         for device in DEVICES:
-            for impl, why in availability(device).items():
+            for impl, why in unsupported_reasons(device).items():
                 if why is not None:
                     yield f"  {op} impl={impl!r} on {device}: {why}"
 

@@ -70,5 +70,5 @@ def _serve_cpu_tensors() -> None:
     validation.values_are_checked = lambda device: False  # as on a GPU
     for module in pkgutil.walk_packages(recattn.ops.__path__, "recattn.ops."):
         module = importlib.import_module(module.name)
-        if hasattr(module, "triton_refusal"):
-            module.triton_refusal = lambda device_type, dtype=None: None
+        if hasattr(module, "triton_unsupported_reason"):
+            module.triton_unsupported_reason = lambda device_type, dtype=None: None

@@ -1,4 +1,4 @@
-"""The attentions that the correction path stands on: their arguments, layouts and limits, and on a GPU their numbers.
+"""The attentions that the correction path corrects: their arguments, layouts and limits, and on a GPU their numbers.
 
 Without a GPU every adapter runs over a stand-in that has the signature and the layouts of what it calls, computes in
 float64, and checks what that takes for granted. PyTorch's operators keep their own schemas, and on the meta device
@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from recattn import reference
-from recattn.ops import backends as base_attention
-from recattn.ops.backends import (
-    BASES,
-    BaseAttention,
-    Call,
-    empty_backward,
-    empty_forward,
-    register,
-    supporting,
-    token_major,
-)
+from recattn.ops import backends
+from recattn.ops._support import token_major
+from recattn.ops.backends import BACKENDS, AttentionBackend, Call, empty_backward, empty_forward, register
+from recattn.ops.backends.aten import _pack_lse, _unpack_lse
+from recattn.ops.backends.flash_attn import package_unsupported_reason
 from recattn.testing import assert_matches_reference
 
 PACKAGES = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
@@ -33,7 +27,7 @@ IN_TORCH = ("flash", "cudnn", "efficient")
 
 
 def call(**changes) -> Call:
-    """A call that every base takes, on a Hopper, but for the changes."""
+    """A call that every backend takes, on a Hopper, but for the changes."""
     simple = Call(
         dtype=torch.float16,
         capability=(9, 0),
@@ -48,6 +42,10 @@ def call(**changes) -> Call:
         deterministic=False,
     )
     return simple._replace(**changes)
+
+
+def supporting(call: Call) -> list[AttentionBackend]:
+    return [backend for backend in backends.BACKENDS.values() if backend.unsupported_reason(call) is None]
 
 
 # --- One sequence, tokens first, in float64 ---
@@ -438,12 +436,12 @@ def install(monkeypatch, name: str, **contents) -> None:
 @pytest.fixture
 def packages(monkeypatch):
     """Dao's packages, as far as the adapters can tell."""
-    base_attention._unusable.cache_clear()
+    package_unsupported_reason.cache_clear()
     install(monkeypatch, "flash_attn.flash_attn_interface", **{f._opoverload._opname: f for f in FLASH_ATTN_2})
     install(monkeypatch, "flash_attn.cute.interface", _flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
     install(monkeypatch, "flash_attn_3._C")
     yield
-    base_attention._unusable.cache_clear()
+    package_unsupported_reason.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -467,18 +465,18 @@ def cudnn(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
 
 
-# --- What a base is for: an attention whose output and lse were corrected ---
+# --- What a backend is for: an attention whose output and lse were corrected ---
 
 
 class Corrected(torch.autograd.Function):
-    """The base's attention, corrected in place by a logit that each head's softmax also has, without the rows left out.
+    """The backend's attention, corrected in place by a logit in each head's softmax, without the rows left out.
 
     Returns (out, lse).
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, base, options, sink_logits, left_out):
-        out, lse = base.forward(q, k, v, **options)
+    def forward(ctx, q, k, v, backend, options, sink_logits, left_out):
+        out, lse = backend.forward(q, k, v, **options)
         if sink_logits is not None:
             total = torch.logaddexp(lse, sink_logits[:, None] if lse.dim() == 3 else sink_logits)
             out *= (lse - total).exp().unsqueeze(-1)
@@ -488,13 +486,13 @@ class Corrected(torch.autograd.Function):
             returned[0].masked_fill_(left_out.unsqueeze(-1), 0)
             lse.masked_fill_(left_out, math.inf)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.base, ctx.options = base, options
+        ctx.backend, ctx.options = backend, options
         ctx.mark_non_differentiable(returned[1])
         return returned
 
     @staticmethod
     def backward(ctx, dout, _dlse):
-        return *ctx.base.backward(dout, *ctx.saved_tensors, **ctx.options), None, None, None, None
+        return *ctx.backend.backward(dout, *ctx.saved_tensors, **ctx.options), None, None, None, None
 
 
 def plain(q, k, v, *, causal, scale, cu_seqlens=None, max_seqlen=None, sink_logits=None, left_out=None, swap=False):
@@ -507,19 +505,19 @@ def plain(q, k, v, *, causal, scale, cu_seqlens=None, max_seqlen=None, sink_logi
     return out.transpose(1, 2) if swap else out, lse if cu_seqlens is None else lse.t()
 
 
-def check(base: BaseAttention, q, k, v, *, sink_logits=None, left_out=None, swap=False, **options) -> None:
+def check(backend: AttentionBackend, q, k, v, *, sink_logits=None, left_out=None, swap=False, **options) -> None:
     """out, lse, dq, dk and dv within the bound, and laid out as promised. With `swap`, dout comes token by token."""
 
     def kernel(q, k, v):
-        out, lse = Corrected.apply(q, k, v, base, options, sink_logits, left_out)
+        out, lse = Corrected.apply(q, k, v, backend, options, sink_logits, left_out)
         return out.transpose(1, 2) if swap else out, lse
 
     def expected(q, k, v):
         return plain(q, k, v, **options, sink_logits=sink_logits, left_out=left_out, swap=swap)
 
     assert_matches_reference(kernel, expected, {"q": q, "k": k, "v": v}, grads=("q", "k", "v"))
-    out, lse = base.forward(q, k, v, **options)
-    grads = base.backward(torch.randn_like(out), q, k, v, out, lse, **options)
+    out, lse = backend.forward(q, k, v, **options)
+    grads = backend.backward(torch.randn_like(out), q, k, v, out, lse, **options)
     for got, want in zip((out, lse, *grads), (*empty_forward(q, v), *empty_backward(q, k, v)), strict=True):
         expect_same_layout(got, want)
 
@@ -559,42 +557,42 @@ def grouped(name: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "sliced", "misaligned"])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_dense(name, layout, causal, operators, packages):
     for length in (1, 33, 64):
         if name == "cudnn" and length == 1:
             continue
         tensors, _ = draw(layout, (2, length), grouped(name), dims=(16, 16))
         for swap in (False, True):
-            check(BASES[name], *tensors, causal=causal, scale=0.3, swap=swap)
+            check(BACKENDS[name], *tensors, causal=causal, scale=0.3, swap=swap)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", [name for name in BASES if name != "cudnn"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cudnn"])
 def test_packed(name, causal, operators, packages):
     for lengths in [(5, 0, 33, 1, 0), (1, 0), (0, 0, 1)]:
         tensors, options = draw("packed", lengths, grouped(name), dims=(16, 16))
-        check(BASES[name], *tensors, causal=causal, scale=0.3, **options)
+        check(BACKENDS[name], *tensors, causal=causal, scale=0.3, **options)
         longer = {**options, "max_seqlen": 1000, "cu_seqlens": options["cu_seqlens"].int()}
-        check(BASES[name], *tensors, causal=causal, scale=0.3, **longer)
+        check(BACKENDS[name], *tensors, causal=causal, scale=0.3, **longer)
 
 
 @pytest.mark.parametrize("layout", ["tokens first", "packed"])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_corrected(name, layout, operators, packages):
     if (name, layout) == ("cudnn", "packed"):
         pytest.skip("it takes dense batches only")
     tensors, options = draw(layout, (5, 0, 33, 9) if layout == "packed" else (2, 33), grouped(name), dims=(16, 16))
     rows = tensors[0].shape[:-1]
     left_out = torch.rand(rows) < 0.2
-    check(BASES[name], *tensors, **options, causal=True, scale=0.3, sink_logits=torch.randn(4), left_out=left_out)
+    check(BACKENDS[name], *tensors, **options, causal=True, scale=0.3, sink_logits=torch.randn(4), left_out=left_out)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "efficient"])
 def test_other_value_dim(name, operators):
     for layout in ("heads first", "tokens first"):
         tensors, _ = draw(layout, (2, 33), dims=(16, 24))
-        check(BASES[name], *tensors, causal=False, scale=0.3)
+        check(BACKENDS[name], *tensors, causal=False, scale=0.3)
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -603,8 +601,8 @@ def test_determinism_is_asked_for(name, operators, packages):
     options |= {"causal": True, "scale": 0.3}
     for strict in (False, True):
         torch.use_deterministic_algorithms(True, warn_only=not strict)
-        out, lse = BASES[name].forward(*tensors, **options)
-        BASES[name].backward(out, *tensors, out, lse, **options)
+        out, lse = BACKENDS[name].forward(*tensors, **options)
+        BACKENDS[name].backward(out, *tensors, out, lse, **options)
         assert seen.pop("deterministic") is strict
 
 
@@ -616,13 +614,13 @@ def test_determinism_is_asked_for(name, operators, packages):
 def test_torch_takes_the_arguments(name, layout):
     if (name, layout) == ("cudnn", "packed"):
         pytest.skip("it takes dense batches only")
-    base, lengths = BASES[name], (5, 0, 100, 1) if layout == "packed" else (2, 100)
+    backend, lengths = BACKENDS[name], (5, 0, 100, 1) if layout == "packed" else (2, 100)
     (q, k, v), options = draw(layout, lengths, grouped(name), dtype=torch.bfloat16, device="meta")
     options |= {"causal": True, "scale": 0.3}
-    results = out, lse = base.forward(q, k, v, **options)
+    results = out, lse = backend.forward(q, k, v, **options)
     promised = empty_forward(q, v)
     if name != "efficient":  # PyTorch's meta kernel of that backward forgets an argument
-        results += base.backward(out, q, k, v, out, lse, **options)
+        results += backend.backward(out, q, k, v, out, lse, **options)
         promised += empty_backward(q, k, v)
     for got, want in zip(results, promised, strict=True):
         expect_same_layout(got, want)
@@ -635,13 +633,13 @@ def test_lse_of_packed_sequences():
     lengths = (5, 0, 33, 1, 0)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     lse = torch.randn(3, sum(lengths))
-    padded = base_attention._unpack_lse(lse, cu_seqlens, 64)
+    padded = _unpack_lse(lse, cu_seqlens, 64)
     assert padded.shape == (5, 3, 64) and padded.is_contiguous()
     for row, (start, stop) in zip(padded, pairwise(cu_seqlens.tolist()), strict=True):
         assert row[:, : stop - start].equal(lse[:, start:stop])
         assert (row[:, stop - start :] == math.inf).all()
     padded[padded == math.inf] = math.nan  # padding is not read
-    assert base_attention._pack_lse(padded, cu_seqlens, sum(lengths)).equal(lse)
+    assert _pack_lse(padded, cu_seqlens, sum(lengths)).equal(lse)
 
 
 # --- Limits ---
@@ -649,9 +647,9 @@ def test_lse_of_packed_sequences():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_simple_call_is_taken(dtype, operators, packages, cudnn):
-    assert [base.name for base in supporting(call(dtype=dtype))] == list(BASES)
+    assert [backend.name for backend in supporting(call(dtype=dtype))] == list(BACKENDS)
     packed = call(dtype=dtype, packed=True)
-    assert [base.name for base in supporting(packed)] == [name for name in BASES if name != "cudnn"]
+    assert [backend.name for backend in supporting(packed)] == [name for name in BACKENDS if name != "cudnn"]
 
 
 @pytest.mark.parametrize(
@@ -682,7 +680,7 @@ def test_a_simple_call_is_taken(dtype, operators, packages, cudnn):
     ],
 )
 def test_limits(changes, takers, operators, packages, cudnn):
-    assert [base.name for base in supporting(call(**changes))] == takers
+    assert [backend.name for backend in supporting(call(**changes))] == takers
 
 
 @pytest.mark.parametrize(
@@ -701,28 +699,28 @@ def test_limits(changes, takers, operators, packages, cudnn):
     ],
 )
 def test_reasons(name, changes, reason, operators, packages, cudnn):
-    assert BASES[name].refusal(call(**changes)) == reason
+    assert BACKENDS[name].unsupported_reason(call(**changes)) == reason
 
 
 def test_switches_are_respected(cudnn, monkeypatch):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for name, switch in zip(IN_TORCH, ("flash", "cudnn", "mem_efficient"), strict=True):
             reason = f"it needs torch.backends.cuda.enable_{switch}_sdp(True), got False"
-            assert BASES[name].refusal(call()) == reason
-    assert BASES["cudnn"].refusal(call()) is None
+            assert BACKENDS[name].unsupported_reason(call()) == reason
+    assert BACKENDS["cudnn"].unsupported_reason(call()) is None
     monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
-    assert BASES["cudnn"].refusal(call()) == "it needs TORCH_CUDNN_SDPA_AVOID_RECOMPILE unset, got 1"
+    assert BACKENDS["cudnn"].unsupported_reason(call()) == "it needs TORCH_CUDNN_SDPA_AVOID_RECOMPILE unset, got 1"
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
-    assert BASES["cudnn"].refusal(call()) == "it needs cuDNN 9.5.1 or newer, got 0"
+    assert BACKENDS["cudnn"].unsupported_reason(call()) == "it needs cuDNN 9.5.1 or newer, got 0"
 
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_missing_package_is_named(name, monkeypatch):
     for module in ("flash_attn", "flash_attn_3"):
         monkeypatch.setitem(sys.modules, module, None)
-    base_attention._unusable.cache_clear()
-    assert BASES[name].refusal(call()).startswith("it does not import: ")
-    base_attention._unusable.cache_clear()
+    package_unsupported_reason.cache_clear()
+    assert BACKENDS[name].unsupported_reason(call()).startswith("it does not import: ")
+    package_unsupported_reason.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -734,7 +732,7 @@ def test_a_missing_package_is_named(name, monkeypatch):
 )
 def test_an_old_package_is_refused(name, module, function, packages, monkeypatch):
     monkeypatch.setattr(sys.modules[module], function, lambda q, k, v, window_size=(-1, -1): None)
-    assert "or newer: its " + function in BASES[name].refusal(call())
+    assert "or newer: its " + function in BACKENDS[name].unsupported_reason(call())
 
 
 def test_call_of_tensors(monkeypatch):
@@ -751,31 +749,31 @@ def test_call_of_tensors(monkeypatch):
 
 
 def test_register(monkeypatch):
-    monkeypatch.setattr(base_attention, "BASES", dict(BASES))
+    monkeypatch.setattr(backends, "BACKENDS", dict(BACKENDS))
     with pytest.raises(ValueError, match=r"name must be new to the registry, which has flash_attn_3, .*, got flash"):
-        register(BASES["flash"])
-    mine = register(BaseAttention("mine", lambda call: None, None, None, deterministic=False))
+        register(BACKENDS["flash"])
+    mine = register(AttentionBackend("mine", lambda call: None, None, None, deterministic=False))
     assert supporting(call(dtype=torch.float64)) == [mine]
 
 
 # --- On a GPU ---
 
 
-def or_skip(base: BaseAttention, q, k, v, *, causal: bool, **options) -> None:
-    reason = base.refusal(Call.of(q, k, v, **options))
+def or_skip(backend: AttentionBackend, q, k, v, *, causal: bool, **options) -> None:
+    reason = backend.unsupported_reason(Call.of(q, k, v, **options))
     if reason is not None:
         pytest.skip(reason)
 
 
-def on_gpu(base: BaseAttention, *drawn, causal: bool, dim: int, **more) -> None:
-    """Check a base against the reference: as it is, and with a logit in each softmax and rows left out."""
+def on_gpu(backend: AttentionBackend, *drawn, causal: bool, dim: int, **more) -> None:
+    """Check a backend against the reference: as it is, and with a logit in each softmax and rows left out."""
     (q, k, v), options = draw(*drawn, device="cuda", **more)
     options |= {"causal": causal, "scale": dim**-0.5}
-    or_skip(base, q, k, v, **options)
-    check(base, q, k, v, **options)
+    or_skip(backend, q, k, v, **options)
+    check(backend, q, k, v, **options)
     rows = q.shape[:-1]
     left_out = torch.rand(rows, device="cuda") < 0.2
-    check(base, q, k, v, **options, sink_logits=2 * torch.randn(q.shape[1], device="cuda"), left_out=left_out)
+    check(backend, q, k, v, **options, sink_logits=2 * torch.randn(q.shape[1], device="cuda"), left_out=left_out)
 
 
 def groups_on_gpu(name: str) -> list[tuple[int, int]]:
@@ -786,34 +784,34 @@ def groups_on_gpu(name: str) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_dense_on_gpu(name, dtype, dim, causal):
     same = {"causal": causal, "dim": dim, "dims": (dim, dim), "dtype": dtype}
     for heads in groups_on_gpu(name):
         for layout in ("heads first", "tokens first", "sliced"):
-            on_gpu(BASES[name], layout, (3, 129), heads=heads, **same)
+            on_gpu(BACKENDS[name], layout, (3, 129), heads=heads, **same)
     for length in (2, 63, 100, 192, 448):
-        on_gpu(BASES[name], "tokens first", (3, length), **same)
+        on_gpu(BACKENDS[name], "tokens first", (3, length), **same)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_packed_on_gpu(name, dtype, dim, causal):
     same = {"causal": causal, "dim": dim, "dims": (dim, dim), "dtype": dtype}
     for heads in groups_on_gpu(name):
         for lengths in [(100, 0, 63, 1, 129, 0), (448, 64)]:
-            on_gpu(BASES[name], "packed", lengths, heads=heads, **same)
+            on_gpu(BACKENDS[name], "packed", lengths, heads=heads, **same)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("layout, lengths", [("tokens first", (3, 1)), ("packed", (0, 1)), ("packed", (1, 0, 1, 1))])
 def test_single_tokens_on_gpu(layout, lengths, name):
     for heads in groups_on_gpu(name):
-        on_gpu(BASES[name], layout, lengths, causal=True, dim=64, heads=heads, dtype=torch.bfloat16)
+        on_gpu(BACKENDS[name], layout, lengths, causal=True, dim=64, heads=heads, dtype=torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -831,19 +829,19 @@ def test_single_tokens_on_gpu(layout, lengths, name):
         ((20, 36), torch.float32),
     ],
 )
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_other_dims_on_gpu(name, dims, dtype, layout, lengths):
-    on_gpu(BASES[name], layout, lengths, causal=True, dim=dims[0], dims=dims, dtype=dtype)
+    on_gpu(BACKENDS[name], layout, lengths, causal=True, dim=dims[0], dims=dims, dtype=dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_misaligned_on_gpu(name):
-    on_gpu(BASES[name], "misaligned", (3, 129), causal=True, dim=64, dtype=torch.bfloat16)
+    on_gpu(BACKENDS[name], "misaligned", (3, 129), causal=True, dim=64, dtype=torch.bfloat16)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_large_scores_on_gpu(name):
     """lse far below and above 0, where an exponential of it would overflow."""
     for offset in (-8.0, 8.0):
@@ -851,20 +849,20 @@ def test_large_scores_on_gpu(name):
         q, k = q.clone(), k.clone()
         q[..., 0], k[..., 0] = 16.0, offset
         options = {"causal": True, "scale": 1.0}
-        or_skip(BASES[name], q, k, v, **options)
+        or_skip(BACKENDS[name], q, k, v, **options)
         left_out = torch.rand(q.shape[:-1], device="cuda") < 0.2
-        check(BASES[name], q, k, v, **options, left_out=left_out)
+        check(BACKENDS[name], q, k, v, **options, left_out=left_out)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_layouts_of_dout_on_gpu(name):
     """Calls that differ in the layout of dout only: what an attention caches for one must not serve the other."""
     (q, k, v), _ = draw("heads first", (3, 129), dtype=torch.bfloat16, device="cuda")
     options = {"causal": True, "scale": 0.125}
-    or_skip(BASES[name], q, k, v, **options)
+    or_skip(BACKENDS[name], q, k, v, **options)
     for swap in (False, True, False):
-        check(BASES[name], q, k, v, **options, swap=swap)
+        check(BACKENDS[name], q, k, v, **options, swap=swap)
 
 
 @pytest.mark.gpu
@@ -877,40 +875,40 @@ def test_cudnn_plans_of_others_on_gpu(theirs, ours):
     """
     (q, k, v), _ = draw("heads first", (2, 136 + 16 * theirs + 32 * ours), dtype=torch.bfloat16, device="cuda")
     options = {"causal": True, "scale": 0.125}
-    or_skip(BASES["cudnn"], q, k, v, **options)
+    or_skip(BACKENDS["cudnn"], q, k, v, **options)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
         out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.125)
     dout = torch.randn_like(out)
     torch.autograd.grad(out, leaves, token_major(dout) if theirs else dout)
-    check(BASES["cudnn"], q, k, v, **options, swap=ours)
+    check(BACKENDS["cudnn"], q, k, v, **options, swap=ours)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout, lengths", [("tokens first", (3, 448)), ("packed", (100, 0, 448, 1))])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_determinism_on_gpu(name, layout, lengths):
     torch.use_deterministic_algorithms(True)
     (q, k, v), options = draw(layout, lengths, dtype=torch.bfloat16, device="cuda")
     options |= {"causal": True, "scale": 0.125}
-    or_skip(BASES[name], q, k, v, **options)
-    out, lse = BASES[name].forward(q, k, v, **options)
-    first = BASES[name].backward(out, q, k, v, out, lse, **options)
+    or_skip(BACKENDS[name], q, k, v, **options)
+    out, lse = BACKENDS[name].forward(q, k, v, **options)
+    first = BACKENDS[name].backward(out, q, k, v, out, lse, **options)
     for _ in range(10):
-        again = BASES[name].backward(out, q, k, v, out, lse, **options)
+        again = BACKENDS[name].backward(out, q, k, v, out, lse, **options)
         assert all(a.equal(b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout, lengths", [("tokens first", (3, 129)), ("packed", (100, 0, 63, 1))])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_no_synchronisation_on_gpu(name, layout, lengths):
     (q, k, v), options = draw(layout, lengths, dtype=torch.bfloat16, device="cuda")
     options |= {"causal": True, "scale": 0.125}
-    or_skip(BASES[name], q, k, v, **options)
+    or_skip(BACKENDS[name], q, k, v, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out, lse = BASES[name].forward(q, k, v, **options)
-        BASES[name].backward(out, q, k, v, out, lse, **options)
+        out, lse = BACKENDS[name].forward(q, k, v, **options)
+        BACKENDS[name].backward(out, q, k, v, out, lse, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")

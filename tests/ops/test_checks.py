@@ -210,10 +210,10 @@ def without_real(cases):
     return [case for case in cases if case.name != "real"]
 
 
-def test_a_correction_is_checked_on_every_base():
+def test_a_correction_is_checked_with_every_backend():
     names = OPERATORS["sink_attention"].implementations("cuda")
     assert {"triton", "correction:cudnn", "correction:flash", "correction:efficient"} <= set(names)
-    assert worker.options_of("correction:flash") == {"impl": "correction", "base": "flash"}
+    assert worker.options_of("correction:flash") == {"impl": "correction", "backend": "flash"}
     assert worker.options_of("triton") == {"impl": "triton"}
 
 

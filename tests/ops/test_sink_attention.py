@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import recattn
 from recattn import reference
+from recattn._options import SinkAttentionOptions
 from recattn.ops import sink_attention as ops
 from recattn.ops.sink_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
@@ -291,7 +292,7 @@ def test_reruns_agree_to_the_bit():
 
 def test_no_tensor_of_n_squared_elements():
     inputs = draw(batch=1, heads=2, kv_heads=2, length=2048, dim=16, sinks=100)
-    arguments = (*inputs.values(), None, None, None, False, False, 0.25)
+    arguments = (*inputs.values(), None, None, None, SinkAttentionOptions(False, False, 0.25))
     with LargestTensor() as forward:
         results = on_cpu.sink_attention_fwd(*arguments)
     with LargestTensor() as backward:
@@ -308,7 +309,20 @@ def op_inputs(form: str, dtype=torch.float32):
     )
     seq_lens = torch.tensor([20, 7]) if form == "padded" else None
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias")]
-    return [*arguments, torch.randn(4), seq_lens, inputs.get("cu_seqlens"), None, True, False, 0.25, 0.0, None, "auto"]
+    return [
+        *arguments,
+        torch.randn(4),
+        seq_lens,
+        inputs.get("cu_seqlens"),
+        None,
+        True,
+        False,
+        0.25,
+        0.0,
+        None,
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("form", ["dense", "padded", "packed"])

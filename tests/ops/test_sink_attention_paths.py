@@ -1,6 +1,7 @@
 """The correction path of sink_attention as an operator, and which path runs a call."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -11,8 +12,9 @@ pytest.importorskip("triton")
 
 import recattn
 from recattn import reference
+from recattn._options import SinkAttentionOptions
 from recattn.ops import sink_attention as ops
-from recattn.ops.backends import BASES, BaseAttention
+from recattn.ops.backends import BACKENDS, AttentionBackend
 from recattn.ops.sink_attention import dispatch
 from recattn.testing import assert_matches_reference
 from tests.helpers.sink_inputs import draw, draw_packed
@@ -27,60 +29,60 @@ def unbiased(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
     return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf) if causal else scores
 
 
-def eager_fwd(q, k, v, settings):
-    if settings.cu_seqlens is not None:
-        parts = [eager_fwd(*one, settings._replace(cu_seqlens=None)) for one in sequences(settings, q, k, v)]
+def eager_fwd(q, k, v, options):
+    if options.cu_seqlens is not None:
+        parts = [eager_fwd(*one, options._replace(cu_seqlens=None)) for one in sequences(options, q, k, v)]
         return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
-    scores = unbiased(q, k, settings.scale, settings.causal)
+    scores = unbiased(q, k, options.scale, options.causal)
     values = v.transpose(1, 2).float().repeat_interleave(q.shape[2] // v.shape[2], 1)
     return (scores.softmax(-1) @ values).to(q.dtype).transpose(1, 2), scores.logsumexp(-1)
 
 
-def eager_bwd(dout, q, k, v, out, lse, settings):
-    if settings.cu_seqlens is not None:
+def eager_bwd(dout, q, k, v, out, lse, options):
+    if options.cu_seqlens is not None:
         parts = [
-            eager_bwd(*one[:5], rows.unsqueeze(0), settings._replace(cu_seqlens=None))
+            eager_bwd(*one[:5], rows.unsqueeze(0), options._replace(cu_seqlens=None))
             for *one, rows in zip(
-                *zip(*sequences(settings, dout, q, k, v, out), strict=True),
-                lse.split(settings.cu_seqlens.diff().tolist(), 1),
+                *zip(*sequences(options, dout, q, k, v, out), strict=True),
+                lse.split(options.cu_seqlens.diff().tolist(), 1),
                 strict=True,
             )
         ]
         return tuple(torch.cat([part[i][0] for part in parts]) for i in range(3))
     groups = q.shape[2] // k.shape[2]
-    weights = (unbiased(q, k, settings.scale, settings.causal) - lse.unsqueeze(-1)).exp()
+    weights = (unbiased(q, k, options.scale, options.causal) - lse.unsqueeze(-1)).exp()
     dout, out, q, k, v = (x.transpose(1, 2).float() for x in (dout, out, q, k, v))
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    dscores = settings.scale * weights * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
+    dscores = options.scale * weights * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
     dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dscores.mT @ q, weights.mT @ dout))
     return tuple(x.transpose(1, 2) for x in (dscores @ k, dk, dv))
 
 
-def sequences(settings, *packed: Tensor) -> list[tuple[Tensor, ...]]:
-    lengths = settings.cu_seqlens.diff().tolist()
+def sequences(options, *packed: Tensor) -> list[tuple[Tensor, ...]]:
+    lengths = options.cu_seqlens.diff().tolist()
     return [tuple(x.unsqueeze(0) for x in one) for one in zip(*(x.split(lengths) for x in packed), strict=True)]
 
 
 @pytest.fixture
-def eager_base(monkeypatch):
+def eager_backend(monkeypatch):
     """An unbiased attention in plain PyTorch, on any device."""
 
     def bwd(dout, q, k, v, *others):
         return tuple(grad.to(x.dtype) for grad, x in zip(eager_bwd(dout, q, k, v, *others), (q, k, v), strict=True))
 
-    base = BaseAttention("eager", lambda call: None, eager_fwd, bwd, deterministic=True)
-    monkeypatch.setitem(BASES, "eager", base)
+    backend = AttentionBackend("eager", lambda call: None, eager_fwd, bwd, deterministic=True)
+    monkeypatch.setitem(BACKENDS, "eager", backend)
 
 
-def by_path(path: str):
-    """sink_attention by a path, which the interpreter runs on a CPU."""
+def by(impl: str, backend: str | None = None):
+    """sink_attention by an implementation, which the interpreter runs on a CPU."""
 
     def attention(
         q, k, v, sink_positions, inter_sink_bias, *, sink_logits=None, causal=False, cu_seqlens=None, max_seqlen=None
     ):
-        settings = ops.Settings(causal, False, 1 / math.sqrt(q.shape[-1]), 0.0, max_seqlen, path)
+        options = SinkAttentionOptions(causal, False, 1 / math.sqrt(q.shape[-1]), 0.0, max_seqlen, impl, backend)
         tensors = (sink_positions, inter_sink_bias, sink_logits, None, cu_seqlens, None)
-        return ops.SinkAttention.apply(q, k, v, *tensors, settings)[0]
+        return ops.SinkAttentionFunction.apply(q, k, v, *tensors, options)[0]
 
     return attention
 
@@ -89,20 +91,20 @@ def specification(*args, max_seqlen=None, **kwargs):
     return reference.sink_attention(*args, **kwargs)
 
 
-correction = by_path("correction:eager")
+correction = by("correction", "eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("sinks", [0, 20, 63])
-def test_dense(eager_base, dtype, causal, sinks):
+def test_dense(eager_backend, dtype, causal, sinks):
     inputs = draw(batch=2, heads=2, kv_heads=1, length=63, sinks=sinks, bias_scale=3.0, dtype=dtype)
     assert_matches_reference(correction, specification, {**inputs, "causal": causal}, grads=GRADS)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("bias", [-50.0, -math.inf, 200.0])
-def test_extreme_bias(eager_base, causal, bias):
+def test_extreme_bias(eager_backend, causal, bias):
     inputs = draw(batch=1, heads=2, kv_heads=2, length=63, sinks=63)
     inputs["inter_sink_bias"] = torch.where(torch.rand(inputs["inter_sink_bias"].shape) < 0.5, bias, 0.0)
     inputs["inter_sink_bias"][:, :, 3] = bias
@@ -111,7 +113,7 @@ def test_extreme_bias(eager_base, causal, bias):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("with_logits", [False, True])
-def test_packed(eager_base, causal, with_logits):
+def test_packed(eager_backend, causal, with_logits):
     inputs = draw_packed([70, 0, 33, 1], [30, 0, 33, 1], heads=2, kv_heads=1)
     inputs |= {"causal": causal, "max_seqlen": 70}
     if with_logits:
@@ -120,22 +122,22 @@ def test_packed(eager_base, causal, with_logits):
     assert_matches_reference(correction, specification, inputs, grads=grads)
 
 
-def test_sink_logits(eager_base):
+def test_sink_logits(eager_backend):
     inputs = draw(batch=2, heads=2, kv_heads=2, length=63, sinks=40, bias_scale=3.0)
     inputs["inter_sink_bias"][:, :, 3] = -50.0
     inputs |= {"sink_logits": torch.randn(2), "causal": True}
     assert_matches_reference(correction, specification, inputs, grads=[*GRADS, "sink_logits"])
 
 
-@pytest.mark.parametrize("fwd, bwd", [("triton", "correction:eager"), ("correction:eager", "triton")])
-def test_a_backward_takes_any_forward(eager_base, fwd, bwd):
+@pytest.mark.parametrize("fwd, bwd", itertools.permutations([("triton", None), ("correction", "eager")]))
+def test_a_backward_takes_any_forward(eager_backend, fwd, bwd):
     """What decides on the path may have changed between the two, such as torch.nn.attention.sdpa_kernel."""
     inputs = draw(batch=1, heads=2, kv_heads=1, length=63, sinks=40, bias_scale=20.0)
     context = (*list(inputs.values())[3:], None, None, None, None, True, False, 0.25, 0.0, None)
     qkv = [inputs[name] for name in ("q", "k", "v")]
-    results = ops.sink_attention_fwd(*qkv, *context, fwd)
+    results = ops.sink_attention_fwd(*qkv, *context, *fwd)
     dout = torch.randn_like(results[0])
-    mixed = ops.sink_attention_bwd(dout, *qkv, *results, *context, bwd)
+    mixed = ops.sink_attention_bwd(dout, *qkv, *results, *context, *bwd)
     leaves = {name: inputs[name].double().requires_grad_() for name in GRADS}
     out = reference.sink_attention(**{**inputs, **leaves}, causal=True, scale=0.25)
     expected = torch.autograd.grad(out, list(leaves.values()), dout.double())
@@ -143,10 +145,11 @@ def test_a_backward_takes_any_forward(eager_base, fwd, bwd):
         torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_opcheck(eager_base):
+def test_opcheck(eager_backend):
     inputs = draw(batch=2, heads=2, kv_heads=1, length=20, sinks=5)
     inputs["sink_positions"][1, 3:] = -1
-    arguments = [*inputs.values(), torch.randn(2), None, None, None, True, False, 0.25, 0.0, None, "correction:eager"]
+    options = SinkAttentionOptions(True, False, 0.25, impl="correction", backend="eager")
+    arguments = [*inputs.values(), torch.randn(2), None, None, None, *options]
     torch.library.opcheck(ops.sink_attention_fwd, arguments)
     results = ops.sink_attention_fwd(*arguments)
     backward = [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
@@ -207,26 +210,24 @@ def test_the_committed_table_is_one_that_is_read():
             assert row["choice"] == min(row["times_ms"], key=row["times_ms"].get)
 
 
-@pytest.mark.parametrize("path", ["auto", "triton"])
-def test_dropout_padding_and_float64_are_the_fused_kernels(path):
+@pytest.mark.parametrize("impl", [None, "triton"])
+def test_dropout_padding_and_float64_are_the_fused_kernels(impl):
     inputs = draw(length=20, sinks=5)
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions")]
-    for options in ({"dropout_p": 0.1}, {"seq_lens": torch.tensor([3, 4])}):
-        call = {"seq_lens": None, "dropout_p": 0.0, **options}
-        seq_lens = call.pop("seq_lens")
-        options = {"causal": False, "scale": 1.0, "max_seqlen": None}
-        assert dispatch.resolve(path, *arguments, seq_lens, None, **call, **options) == "triton"
+    for dropout_p, seq_lens in ((0.1, None), (0.0, torch.tensor([3, 4]))):
+        options = SinkAttentionOptions(False, False, 1.0, dropout_p, impl=impl)
+        assert dispatch.resolve(options, *arguments, seq_lens, None) == ("triton", None)
 
 
-def test_a_base_that_cannot_serve_says_why(monkeypatch):
+def test_a_backend_that_cannot_serve_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     inputs = draw(length=20, sinks=5)
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions")]
-    options = {"causal": False, "scale": 1.0, "max_seqlen": None, "dropout_p": 0.0}
-    with pytest.raises(NotImplementedError, match="cannot run base='flash' here: it needs float16 or bfloat16"):
-        dispatch.resolve("correction:flash", *arguments, None, None, **options)
+    options = SinkAttentionOptions(False, False, 1.0, impl="correction", backend="flash")
+    with pytest.raises(NotImplementedError, match="cannot run backend='flash' here: it needs float16 or bfloat16"):
+        dispatch.resolve(options, *arguments, None, None)
     half = [x.half() for x in arguments[:3]]
-    assert dispatch.resolve("correction:flash", *half, arguments[3], None, None, **options) == "correction:flash"
+    assert dispatch.resolve(options, *half, arguments[3], None, None) == ("correction", "flash")
 
 
 # --- The public arguments ---
@@ -235,8 +236,8 @@ def test_a_base_that_cannot_serve_says_why(monkeypatch):
 @pytest.mark.parametrize(
     "message, arguments",
     [
-        ("base must be 'flash_attn_3' or .* got 'fast'", {"base": "fast"}),
-        ("base must be None but with impl='correction' on a GPU, got flash", {"base": "flash"}),
+        ("backend must be 'flash_attn_3' or .* got 'fast'", {"backend": "fast"}),
+        ("backend must be None but with impl='correction' on a GPU, got flash", {"backend": "flash"}),
         ("max_seqlen must be None but with cu_seqlens, got 5", {"max_seqlen": 5}),
     ],
 )
@@ -280,8 +281,8 @@ PATHS = [
     {},
     {"impl": "triton"},
     {"impl": "correction"},
-    {"impl": "correction", "base": "flash"},
-    {"impl": "correction", "base": "cudnn"},
+    {"impl": "correction", "backend": "flash"},
+    {"impl": "correction", "backend": "cudnn"},
 ]
 
 

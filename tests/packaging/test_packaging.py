@@ -134,10 +134,10 @@ except (ImportError, NotImplementedError) as error:
 
 
 def test_versions_compare_by_their_numbers():
-    assert [_versions.refusal("torch", version) for version in ("2.10.0a0+git", "2.10", "2.14.1+cu130", "3.0")] == [
-        None
-    ] * 4
-    assert all(_versions.refusal("triton", version) for version in ("3.5.0", "3.4.2", "2.10.9"))
+    assert [
+        _versions.unsupported_reason("torch", version) for version in ("2.10.0a0+git", "2.10", "2.14.1+cu130", "3.0")
+    ] == [None] * 4
+    assert all(_versions.unsupported_reason("triton", version) for version in ("3.5.0", "3.4.2", "2.10.9"))
 
 
 def test_info():

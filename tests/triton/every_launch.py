@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 import recattn
+from recattn._options import SinkAttentionOptions
 from recattn.checks.cases import OPERATORS, Case, Operator
 from recattn.checks.supervisor import DTYPES
 from recattn.ops import sink_attention as sink_ops
-from recattn.ops.backends import BASES, BaseAttention
+from recattn.ops.backends import BACKENDS, AttentionBackend
 from tests.helpers import dry_driver
 
 sink_attention = functools.partial(recattn.sink_attention, impl="triton")
@@ -37,7 +38,7 @@ lrea_compress = functools.partial(recattn.lrea_compress, impl="triton")
 lrea_attention = functools.partial(recattn.lrea_attention, impl="triton")
 
 # What no GPU is needed for: an attention that computes nothing, to be corrected.
-BASES["dry"] = BaseAttention(
+BACKENDS["dry"] = AttentionBackend(
     "dry",
     lambda call: None,
     lambda q, k, v, settings: (v.new_empty(*q.shape[:-1], v.shape[-1]), _empty_lse(q)),
@@ -52,9 +53,9 @@ def _empty_lse(q: Tensor) -> Tensor:
 
 def corrected_attention(q, k, v, sink_positions, inter_sink_bias, *, sink_logits=None, cu_seqlens=None) -> Tensor:
     """sink_attention by its correction path: the public call wants a GPU's attention for it."""
-    settings = sink_ops.Settings(True, False, 0.25, 0.0, 2, "correction:dry")
+    options = SinkAttentionOptions(True, False, 0.25, 0.0, 2, "correction", "dry")
     tensors = (sink_positions, inter_sink_bias, sink_logits, None, cu_seqlens, None)
-    return sink_ops.SinkAttention.apply(q, k, v, *tensors, settings)[0]
+    return sink_ops.SinkAttentionFunction.apply(q, k, v, *tensors, options)[0]
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -190,7 +190,7 @@ def test_reruns_agree_to_the_bit():
 
 def test_no_tensor_of_n_squared_elements():
     inputs = small(heads=1, length=1024, sinks=10)
-    arguments = (*inputs.values(), None, None, None, None, True, False, 0.25, 0.0, None, "triton")
+    arguments = (*inputs.values(), None, None, None, None, True, False, 0.25, 0.0, None, "triton", None)
     with LargestTensor() as forward:
         results = ops.sink_attention_fwd(*arguments)
     with LargestTensor() as backward:
@@ -314,7 +314,7 @@ def test_opcheck(form):
     seed = torch.tensor([5], device=DEVICE)
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias")]
     arguments += [torch.randn(heads, device=DEVICE), seq_lens, inputs.get("cu_seqlens"), seed]
-    arguments += [True, False, 0.25, 0.1, None, "triton"]
+    arguments += [True, False, 0.25, 0.1, None, "triton", None]
     torch.library.opcheck(ops.sink_attention_fwd, arguments)
     results = ops.sink_attention_fwd(*arguments)
     backward = [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]

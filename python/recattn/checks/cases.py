@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import recattn
 from recattn import reference
-from recattn.ops import AVAILABILITY
-from recattn.ops.backends import BASES
+from recattn._dispatch import format_implementation, parse_implementation
+from recattn.ops import UNSUPPORTED_REASONS
+from recattn.ops.backends import BACKENDS
 
 Inputs = dict[str, object]
 REAL = "real"  # the case that is left out when time is short
@@ -48,17 +49,17 @@ class Operator:
 
 def implementations(op: str, device: str) -> dict[str, str | None]:
     """All but the reference, which they are held against; a correction by each attention that it can stand on."""
-    reasons = {impl: why for impl, why in AVAILABILITY[op](device).items() if impl != "reference"}
+    reasons = {impl: why for impl, why in UNSUPPORTED_REASONS[op](device).items() if impl != "reference"}
     if op == "sink_attention" and device == "cuda":
         why = reasons.pop("correction")
-        reasons |= {f"correction:{base}": why for base in BASES}
+        reasons |= {format_implementation("correction", backend): why for backend in BACKENDS}
     return reasons
 
 
 def options_of(implementation: str) -> dict[str, str]:
     """The keyword arguments that insist on it."""
-    impl, _, base = implementation.partition(":")
-    return {"impl": impl, "base": base} if base else {"impl": impl}
+    impl, backend = parse_implementation(implementation)
+    return {"impl": impl} if backend is None else {"impl": impl, "backend": backend}
 
 
 def _normal(*shape: int, dtype: torch.dtype, std: float = 1.0) -> Tensor:

@@ -20,12 +20,13 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._dispatch import select
+from recattn._options import SinkAttentionOptions
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
 from recattn.ops import sink_attention as ops
 from recattn.ops._library import distinct
 from recattn.ops._support import draw_dropout_seed
-from recattn.ops.backends import BASES
+from recattn.ops.backends import BACKENDS
 
 
 def sink_attention(
@@ -44,7 +45,7 @@ def sink_attention(
     scale: float | None = None,
     return_lse: bool = False,
     max_seqlen: int | None = None,
-    base: str | None = None,
+    backend: str | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with a learned bias between sink tokens:
@@ -95,15 +96,15 @@ def sink_attention(
     q, k, v = autocast_inputs(q, k, v)
     _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p)
     expect_numbers(scale=scale)
-    if base is not None:
-        expect_choice("base", base, tuple(BASES))
-        expect(
-            impl == "correction" and q.device.type != "cpu", "base", "None but with impl='correction' on a GPU", base
-        )
+    if backend is not None:
+        expect_choice("backend", backend, tuple(BACKENDS))
+        on_gpu = impl == "correction" and q.device.type != "cpu"
+        expect(on_gpu, "backend", "None but with impl='correction' on a GPU", backend)
     if max_seqlen is not None:
         expect(cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
         expect_count("max_seqlen", max_seqlen)
-    chosen = select("sink_attention", impl, ops.refusals(q, v, padded=seq_lens is not None, dropout_p=dropout_p))
+    reasons = ops.unsupported_reasons(q.device.type, q, v, padded=seq_lens is not None, dropout_p=dropout_p)
+    chosen = select("sink_attention", impl, reasons)
     if chosen != "correction" or q.device.type != "cpu":  # on a CPU that one checks what it reads
         indices = checked_indices(
             q.device,
@@ -130,12 +131,11 @@ def sink_attention(
             scale=scale,
             return_lse=return_lse,
         )
-    path = "auto" if impl is None else chosen if base is None else f"{chosen}:{base}"
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    settings = ops.Settings(causal, padding_side == "left", scale, dropout_p, max_seqlen, path)
+    options = SinkAttentionOptions(causal, padding_side == "left", scale, dropout_p, max_seqlen, impl, backend)
     seed = draw_dropout_seed(dropout_p, q.device)
-    out, lse = ops.SinkAttention.apply(
-        *distinct(q, k, v), sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, seed, settings
+    out, lse = ops.SinkAttentionFunction.apply(
+        *distinct(q, k, v), sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, seed, options
     )
     if not return_lse:
         return out

@@ -1,12 +1,12 @@
-"""Operators: schemas, fake kernels, CPU kernels, autograd. One file an operator."""
+"""Operators: schemas, fake kernels, kernels of each device, autograd. One package or file per operator."""
 
 from functools import partial
 
 from recattn.ops import inter_sink_bias, lrea_attention, refined_attention, sink_attention, wasserstein_attention
 
-# For each public operator, what runs on a device type: implementation -> why not (None: it can), best first.
-AVAILABILITY = {
-    "sink_attention": sink_attention.availability,
+# For each public operator: device type -> {implementation: why it cannot run there (None: it can)}, best first.
+UNSUPPORTED_REASONS = {
+    "sink_attention": sink_attention.unsupported_reasons,
     "inter_sink_bias": inter_sink_bias.availability,
     "refined_attention": refined_attention.availability,
     "wasserstein_attention": wasserstein_attention.availability,

@@ -44,8 +44,8 @@ def differentiable_again(reference: Callable) -> Callable:
     """For the backward of an autograd.Function: under create_graph it runs `reference`, whose gradients have gradients.
 
     (`once_differentiable` would leave the Function out of second derivatives, silently where the incoming gradient
-    needs none itself.) `reference` takes what forward does, (*tensors, settings), and returns its differentiable
-    outputs, which come first; forward saves its tensors first, and `ctx.settings`.
+    needs none itself.) `reference` takes what forward does, (*tensors, options), and returns its differentiable
+    outputs, which come first; forward saves its tensors first, and `ctx.options`.
     """
 
     def decorate(backward: Callable) -> Callable:
@@ -67,7 +67,7 @@ def _reference_gradients(ctx, reference: Callable, douts: tuple[Tensor, ...]) ->
     tensors = [x.view_as(x) if wanted else x for x, wanted in zip(saved, needed, strict=True)]
     inputs = [x for x, wanted in zip(tensors, needed, strict=True) if wanted]
     with torch.autocast(douts[0].device.type, enabled=False):
-        outs = reference(*tensors, ctx.settings)
+        outs = reference(*tensors, ctx.options)
         outs = outs if isinstance(outs, tuple) else (outs,)
         # An output may depend on no input that needs a gradient; that of an empty batch depends on none at all.
         pairs = [(out, dout) for out, dout in zip(outs, douts, strict=False) if out.requires_grad]

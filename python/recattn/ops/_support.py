@@ -1,4 +1,4 @@
-"""What operators whose kernels are Triton's share."""
+"""What the operators share: whether Triton runs here, dropout, layouts."""
 
 import functools
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from recattn import _versions
 
 
 def constant_in_graphs(function: Callable) -> Callable:
-    """`torch.compiler.assume_constant_result`, which would import torch._dynamo: seconds, and 150 MB."""
+    """`torch.compiler.assume_constant_result`, without importing torch._dynamo, which takes seconds and 150 MB."""
     function._dynamo_marked_constant = True
     return function
 
 
 @constant_in_graphs
-def triton_refusal(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+def triton_unsupported_reason(device_type: str, dtype: torch.dtype | None = None) -> str | None:
     """Why Triton kernels cannot run on tensors of this device type and dtype (None: they can)."""
-    if unusable := installation_refusal():
-        return unusable
+    if reason := installation_unsupported_reason():
+        return reason
     from triton import knobs
 
     if knobs.runtime.interpret:
@@ -30,22 +30,27 @@ def triton_refusal(device_type: str, dtype: torch.dtype | None = None) -> str | 
 
 
 @functools.cache
-def installation_refusal() -> str | None:
-    """Why the installed Triton is of no use (None: it is)."""
+def installation_unsupported_reason() -> str | None:
+    """Why the installed Triton cannot be used (None: it can)."""
     try:
         from triton import __version__
     except ImportError:
         return "triton is not installed: pip install triton"
-    return _versions.refusal("triton", __version__)
+    return _versions.unsupported_reason("triton", __version__)
 
 
 def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """int64 [1], from PyTorch's own generator: torch.manual_seed, checkpointing and CUDA graphs govern it."""
+    """int64 [1] from PyTorch's own generator, so that torch.manual_seed, checkpointing and CUDA graphs apply."""
     return torch.randint(2**63 - 1, (1,), device=device) if dropout_p > 0 else None
 
 
 def launched_dropout(seed: Tensor | None, dropout_p: float):
-    """Dropout as the kernels take it, in steps of 1/65536."""
+    """Seed and threshold of dropout as the kernels take them; the threshold counts in steps of 1/65536."""
     from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 
     return NO_DROPOUT if seed is None else Dropout(seed, min(round(dropout_p * 65536), 65535))
+
+
+def token_major(x: Tensor) -> Tensor:
+    """[B, H, N, ...] in the memory layout of [B, N, H, ...]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

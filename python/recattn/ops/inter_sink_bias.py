@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recattn import reference
 from recattn.ops._library import define, differentiable_again, refuse_dropout
-from recattn.ops._support import triton_refusal
+from recattn.ops._support import triton_unsupported_reason
 
 # The kernels hold rows of the bias whole.
 _MAX_SINKS = 128
@@ -17,8 +17,8 @@ _MAX_SINKS = 128
 def availability(device: str) -> dict[str, str | None]:
     """Why each implementation cannot run on this device type (None: it can), best first."""
     if device == "cpu":  # where Triton's is an interpreter
-        return {"reference": None, "triton": triton_refusal(device)}
-    return {"triton": triton_refusal(device), "reference": None}
+        return {"reference": None, "triton": triton_unsupported_reason(device)}
+    return {"triton": triton_unsupported_reason(device), "reference": None}
 
 
 def triton_call_refusal(q_s: Tensor) -> str | None:
@@ -27,7 +27,7 @@ def triton_call_refusal(q_s: Tensor) -> str | None:
         return "it computes in float32, and q_s is float64"
     if q_s.shape[2] > _MAX_SINKS:
         return f"it serves at most {_MAX_SINKS} sinks, and there are {q_s.shape[2]}"
-    return triton_refusal(q_s.device.type, q_s.dtype)
+    return triton_unsupported_reason(q_s.device.type, q_s.dtype)
 
 
 class Settings(NamedTuple):
@@ -52,13 +52,13 @@ class InterSinkBias(torch.autograd.Function):
     def forward(ctx, q_s, k_s, sink_mask, bias_scale, dropout_seed, settings):
         tensors = (q_s, k_s, sink_mask, bias_scale, dropout_seed)
         ctx.save_for_backward(*tensors)
-        ctx.settings = settings
+        ctx.options = settings
         return inter_sink_bias_fwd(*tensors, *settings)
 
     @staticmethod
     @differentiable_again(_reference)
     def backward(ctx, dout):
-        dq_s, dk_s, dbias_scale = inter_sink_bias_bwd(dout, *ctx.saved_tensors, *ctx.settings)
+        dq_s, dk_s, dbias_scale = inter_sink_bias_bwd(dout, *ctx.saved_tensors, *ctx.options)
         return dq_s, dk_s, None, dbias_scale if ctx.needs_input_grad[3] else None, None, None
 
 

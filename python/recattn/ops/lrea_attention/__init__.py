@@ -70,14 +70,14 @@ class LreaAttention(torch.autograd.Function):
         z = lrea_user_matmul(targets, keys.mT, target_offsets, path) * scale  # [T, H, r]
         y = lrea_middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope, path)
         ctx.save_for_backward(targets, keys, values, w_decomp, target_offsets, seq_lens, z, y)
-        ctx.settings = settings
+        ctx.options = settings
         return as_dtype(lrea_user_matmul(y, values, target_offsets, path), targets.dtype)
 
     @staticmethod
     @differentiable_again(_attention_reference)
     def backward(ctx, dout):
         targets, keys, values, w_decomp, offsets, seq_lens, z, y = ctx.saved_tensors
-        negative_slope, scale, path = ctx.settings
+        negative_slope, scale, path = ctx.options
         dvalues = lrea_user_outer(y, dout, offsets, path)
         dy = lrea_user_matmul(dout, values.mT, offsets, path)
         dz, dw_decomp = lrea_middle_factor_bwd(dy, z, w_decomp, offsets, seq_lens, negative_slope, path)
@@ -96,7 +96,7 @@ class LreaCompress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, behaviors, w_comp, seq_lens, path):
         ctx.save_for_backward(behaviors, w_comp, seq_lens)
-        ctx.settings = path
+        ctx.options = path
         return lrea_compress_items(behaviors, w_comp, seq_lens, None, path)
 
     @staticmethod
@@ -105,9 +105,9 @@ class LreaCompress(torch.autograd.Function):
         behaviors, w_comp, seq_lens = ctx.saved_tensors
         dbehaviors = dw_comp = None
         if ctx.needs_input_grad[0]:
-            dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1], ctx.settings)
+            dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1], ctx.options)
         if ctx.needs_input_grad[1]:
-            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens, ctx.settings).to(w_comp.dtype)
+            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens, ctx.options).to(w_comp.dtype)
             dw_comp = pad(dw_comp, (0, 0, 0, w_comp.shape[0] - behaviors.shape[1]))
         return dbehaviors, dw_comp, None, None
 
@@ -147,7 +147,7 @@ class GramMatrices(torch.autograd.Function):
     @staticmethod
     def forward(ctx, left, right, seq_lens, settings):
         ctx.save_for_backward(left, right, seq_lens)
-        ctx.settings = settings
+        ctx.options = settings
         return lrea_gram_fwd(left, right, seq_lens)
 
     @staticmethod

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recattn.ops._support import constant_in_graphs, triton_refusal
+from recattn.ops._support import constant_in_graphs, triton_unsupported_reason
 
 
 def refusal(device: str, dtype: torch.dtype | None, rank: int) -> str | None:
     """Why the kernels cannot run on tensors of this device type, dtype (None: any) and rank (None: they can)."""
     if dtype == torch.float64:
         return "its kernels compute in float32, and the tensors are float64"
-    unusable = triton_refusal(device, dtype)
+    unusable = triton_unsupported_reason(device, dtype)
     if unusable is not None:
         return unusable
     largest = _largest_rank()

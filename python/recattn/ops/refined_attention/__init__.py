@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recattn import reference
 from recattn.ops._library import define, differentiable_again, distinct, refuse_dropout
-from recattn.ops._support import triton_refusal
+from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.refined_attention import chunked as by_slices
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.ops.refined_attention import triton_long as long
@@ -22,9 +22,9 @@ def availability(device: str) -> dict[str, str | None]:
     """Why each implementation cannot run on this device type (None: it can), best first."""
     elsewhere = f"the tensors are on {device}"
     if device == "cpu":
-        return {"cpu": None, "reference": None, "triton": triton_refusal(device), "cuda": elsewhere}
+        return {"cpu": None, "reference": None, "triton": triton_unsupported_reason(device), "cuda": elsewhere}
     cuda = None if device == "cuda" else elsewhere
-    return {"triton": triton_refusal(device), "cuda": cuda, "cpu": elsewhere, "reference": None}
+    return {"triton": triton_unsupported_reason(device), "cuda": cuda, "cpu": elsewhere, "reference": None}
 
 
 def refusals(
@@ -104,13 +104,13 @@ class RefinedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, settings):
         tensors = (q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed)
         ctx.save_for_backward(*tensors)
-        ctx.settings = settings
+        ctx.options = settings
         return refined_attention_fwd(*tensors, *settings)
 
     @staticmethod
     @differentiable_again(_reference)
     def backward(ctx, dout):
-        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *ctx.saved_tensors, *ctx.settings)
+        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None
 
 

@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from recattn._options import SinkAttentionOptions
 from recattn.ops._library import define, differentiable_again
-from recattn.ops._support import triton_refusal
+from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.refined_attention.chunked import gaussians, gaussians_backward
-from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttention, no_sinks
-from recattn.ops.sink_attention import Settings as AttentionSettings
+from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttentionFunction, no_sinks
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.reference.wasserstein_attention import attention_matrix, centre_
 
@@ -30,7 +30,7 @@ def refusal(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
     widest = MAX_HEAD_DIM if mechanism == "simple" else MAX_HEAD_DIM - 2
     if w_q.shape[-1] > widest:
         return f"its kernels hold up to {widest} columns of w_q, and there are {w_q.shape[-1]}"
-    return triton_refusal(q.device.type, q.dtype)
+    return triton_unsupported_reason(q.device.type, q.dtype)
 
 
 def refined_attention(q, k, v, w_q, w_k, seq_lens, dropout_seed, settings) -> Tensor:
@@ -100,8 +100,9 @@ def _attend(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """softmax(mask(scale · Q Kᵀ)) V."""
-    options = AttentionSettings(settings.causal, settings.left_padded, scale, dropout_p, None, settings.path)
-    return SinkAttention.apply(q, k, v, *no_sinks(q), None, seq_lens, None, dropout_seed, options)[0]
+    impl = None if settings.path == "auto" else settings.path
+    options = SinkAttentionOptions(settings.causal, settings.left_padded, scale, dropout_p, impl=impl)
+    return SinkAttentionFunction.apply(q, k, v, *no_sinks(q), None, seq_lens, None, dropout_seed, options)[0]
 
 
 # --- Gaussians ---
@@ -175,13 +176,13 @@ class RefinedProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, w, seq_lens, settings):
         ctx.save_for_backward(q, k, w, seq_lens)
-        ctx.settings = settings
+        ctx.options = settings
         return refined_projection_fwd(q, k, w, seq_lens, *settings)
 
     @staticmethod
     @differentiable_again(_projection_reference)
     def backward(ctx, dx):
-        dq, dk, dw = refined_projection_bwd(dx, *ctx.saved_tensors, *ctx.settings)
+        dq, dk, dw = refined_projection_bwd(dx, *ctx.saved_tensors, *ctx.options)
         return dq, dk, dw, None, None
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recattn.ops._support import constant_in_graphs, launched_dropout, triton_refusal
+from recattn.ops._support import constant_in_graphs, launched_dropout, triton_unsupported_reason
 
 
 def refusal(q: Tensor, v: Tensor, mechanism: str) -> str | None:
@@ -15,7 +15,7 @@ def refusal(q: Tensor, v: Tensor, mechanism: str) -> str | None:
         return "it has no mechanism 'stochastic'"
     if q.dtype == torch.float64:
         return "it computes in float32, and q is float64"
-    unusable = triton_refusal(q.device.type, q.dtype)
+    unusable = triton_unsupported_reason(q.device.type, q.dtype)
     if unusable is not None:
         return unusable
     longest, widest = _limits(q.device.type, q.dtype)

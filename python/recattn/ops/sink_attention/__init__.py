@@ -1,22 +1,22 @@
-"""sink_attention: schemas, autograd, and what runs where.
+"""sink_attention: operator schemas, autograd, and which implementation runs.
 
-On a CPU the correction of PyTorch's flash attention; on a GPU Triton's kernels, fused or correcting one of several
-unbiased attentions. All leave behind the same: out, lse, and of each sink row the shift and mass of its softmax.
+On a CPU PyTorch's flash attention is corrected at the sinks. On a GPU a fused Triton kernel runs, or Triton kernels
+correct one of several unbiased attentions. All return the same three tensors: out, lse, and sink_stats [2, B, Hq, M],
+the softmax's row_max and row_sum of each sink row.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recattn import reference
+from recattn._options import SinkAttentionOptions
 from recattn.ops._library import define, differentiable_again, refuse_dropout
-from recattn.ops._support import triton_refusal
+from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.sink_attention import cpu as on_cpu
 from recattn.ops.sink_attention import triton as by_triton
 from recattn.ops.sink_attention.dispatch import CORRECTION
 
-# The widest head that the kernels' tiles hold.
+# The largest head dim that fits the kernels' tiles.
 MAX_HEAD_DIM = 256
 
 
@@ -26,48 +26,33 @@ def no_sinks(q: Tensor) -> tuple[Tensor, Tensor]:
     return positions, torch.empty(q.shape[0], 1, 0, 0, dtype=torch.float32, device=q.device)
 
 
-def availability(device: str) -> dict[str, str | None]:
-    """Why each implementation cannot run on this device type (None: it can), best first."""
-    if device == "cpu":
-        return {"correction": None, "triton": triton_refusal(device), "reference": None}
-    return {"triton": triton_refusal(device), "correction": triton_refusal(device), "reference": None}
+def unsupported_reasons(
+    device_type: str, q: Tensor | None = None, v: Tensor | None = None, *, padded: bool = False, dropout_p: float = 0.0
+) -> dict[str, str | None]:
+    """Why each implementation cannot run (None: it can), best first.
+
+    Without q and v: on this type of device. With them: a call with these tensors.
+    """
+    not_here = triton_unsupported_reason(device_type)
+    triton = not_here or (None if q is None else _triton_call_reason(q, v))
+    no_dropout = "it has no dropout" if dropout_p > 0 else None
+    if device_type == "cpu":
+        return {"correction": no_dropout, "triton": triton, "reference": None}
+    no_padding = "no backend masks the padding of seq_lens; impl='triton' does" if padded else None
+    return {"triton": triton, "correction": not_here or no_dropout or triton or no_padding, "reference": None}
 
 
-def refusals(q: Tensor, v: Tensor, *, padded: bool, dropout_p: float) -> dict[str, str | None]:
-    """The same, of a call."""
-    refused = availability(q.device.type)
-    needs = {"triton": _triton_limits(q, v)}
-    if q.device.type != "cpu":
-        needs["correction"] = needs["triton"]
-        if padded:
-            needs["correction"] = needs["correction"] or "no base masks the padding of seq_lens; impl='triton' does"
-    if dropout_p > 0:
-        needs["correction"] = "it has no dropout"
-    return {name: why or needs.get(name) for name, why in refused.items()}
-
-
-def _triton_limits(q: Tensor, v: Tensor) -> str | None:
+def _triton_call_reason(q: Tensor, v: Tensor) -> str | None:
     if q.dtype == torch.float64:
         return "its kernels compute in float32, and q is float64"
     widest = max(q.shape[-1], v.shape[-1])
     if widest > MAX_HEAD_DIM:
         return f"its kernels hold head dims up to {MAX_HEAD_DIM}, and q or v has {widest}"
-    return triton_refusal(q.device.type, q.dtype)
+    return triton_unsupported_reason(q.device.type, q.dtype)
 
 
-class Settings(NamedTuple):
-    """What a call holds besides its tensors. `path`: "auto", "triton", "correction", or "correction:<base>"."""
-
-    causal: bool
-    left_padded: bool
-    scale: float
-    dropout_p: float = 0.0
-    max_seqlen: int | None = None
-    path: str = "auto"
-
-
-def _reference(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, _seed, settings) -> Tensor:
-    refuse_dropout("sink_attention", settings.dropout_p)
+def _reference(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, _seed, options) -> Tensor:
+    refuse_dropout("sink_attention", options.dropout_p)
     return reference.sink_attention(
         q,
         k,
@@ -75,81 +60,95 @@ def _reference(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, 
         sink_positions,
         inter_sink_bias,
         sink_logits=sink_logits,
-        causal=settings.causal,
+        causal=options.causal,
         seq_lens=seq_lens,
-        padding_side="left" if settings.left_padded else "right",
+        padding_side="left" if options.left_padded else "right",
         cu_seqlens=cu_seqlens,
-        scale=settings.scale,
+        scale=options.scale,
     )
 
 
-class SinkAttention(torch.autograd.Function):
+class SinkAttentionFunction(torch.autograd.Function):
     """Returns (out, lse); lse carries no gradient."""
 
     @staticmethod
     def forward(
-        ctx, q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed, settings
+        ctx, q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed, options
     ):
         tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed)
-        out, lse, sink_state = sink_attention_fwd(q, k, v, *tensors, *settings)
-        ctx.save_for_backward(q, k, v, *tensors, out, lse, sink_state)
-        ctx.settings = settings
+        out, lse, sink_stats = sink_attention_fwd(q, k, v, *tensors, *options)
+        ctx.save_for_backward(q, k, v, *tensors, out, lse, sink_stats)
+        ctx.options = options
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @differentiable_again(_reference)
     def backward(ctx, dout, _dlse):
-        q, k, v, *tensors, out, lse, sink_state = ctx.saved_tensors
-        saved = (q, k, v, out, lse, sink_state, *tensors)
-        dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(dout, *saved, *ctx.settings)
+        q, k, v, *tensors, out, lse, sink_stats = ctx.saved_tensors
+        dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(
+            dout, q, k, v, out, lse, sink_stats, *tensors, *ctx.options
+        )
         return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, None, None, None, None
 
 
-def _on_cpu(q: Tensor, path: str) -> bool:
-    """Whether PyTorch's CPU attention is corrected; Triton's interpreter takes what names its kernels."""
-    return q.device.type == "cpu" and path in ("auto", CORRECTION)
+# --- The operators ---
 
 
-def _cpu_fwd(q, k, v, *context):
-    *tensors, _seed, causal, left_padded, scale, _dropout_p, _max_seqlen, path = context
-    if _on_cpu(q, path):
-        return on_cpu.sink_attention_fwd(q, k, v, *tensors, causal, left_padded, scale)
-    return by_triton.sink_attention_fwd(q, k, v, *context)
+def _runs_on_cpu(q: Tensor, options: SinkAttentionOptions) -> bool:
+    """Whether PyTorch's CPU attention is corrected. Any other choice on a CPU is for Triton's interpreter."""
+    return q.device.type == "cpu" and options.impl in (None, CORRECTION) and options.backend is None
 
 
-def _cpu_bwd(dout, q, k, v, out, lse, sink_state, *context):
-    *tensors, _seed, causal, left_padded, scale, _dropout_p, _max_seqlen, path = context
-    if _on_cpu(q, path):
-        return on_cpu.sink_attention_bwd(dout, q, k, v, out, lse, sink_state, *tensors, causal, left_padded, scale)
-    return by_triton.sink_attention_bwd(dout, q, k, v, out, lse, sink_state, *context)
+def _split(arguments: tuple) -> tuple[tuple[Tensor | None, ...], SinkAttentionOptions]:
+    """The tensors of `_ARGUMENTS` and the options."""
+    return arguments[:6], SinkAttentionOptions(*arguments[6:])
 
 
-def _fake_fwd(q, k, v, sink_positions, *context):
-    layout = on_cpu if _on_cpu(q, context[-1]) else by_triton
+def _fwd(q, k, v, *arguments):
+    tensors, options = _split(arguments)
+    if _runs_on_cpu(q, options):
+        *tensors, _dropout_seed = tensors
+        return on_cpu.sink_attention_fwd(q, k, v, *tensors, options)
+    return by_triton.sink_attention_fwd(q, k, v, *tensors, options)
+
+
+def _bwd(dout, q, k, v, out, lse, sink_stats, *arguments):
+    tensors, options = _split(arguments)
+    if _runs_on_cpu(q, options):
+        *tensors, _dropout_seed = tensors
+        return on_cpu.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, *tensors, options)
+    return by_triton.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, *tensors, options)
+
+
+def _fake_fwd(q, k, v, *arguments):
+    (sink_positions, *_), options = _split(arguments)
+    layout = on_cpu if _runs_on_cpu(q, options) else by_triton
     return layout.empty_fwd(q, v, sink_positions)
 
 
-def _fake_bwd(dout, q, k, v, out, lse, sink_state, sink_positions, inter_sink_bias, sink_logits, *context):
-    layout = on_cpu if _on_cpu(q, context[-1]) else by_triton
+def _fake_bwd(dout, q, k, v, out, lse, sink_stats, *arguments):
+    (_, inter_sink_bias, sink_logits, *_), options = _split(arguments)
+    layout = on_cpu if _runs_on_cpu(q, options) else by_triton
     dsink_logits = q.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits)
     return *layout.empty_bwd(q, k, v), inter_sink_bias.new_empty(inter_sink_bias.shape), dsink_logits
 
 
-_CONTEXT = (
+_ARGUMENTS = (
     "Tensor sink_positions, Tensor inter_sink_bias, Tensor? sink_logits, Tensor? seq_lens, Tensor? cu_seqlens, "
-    "Tensor? dropout_seed, bool causal, bool left_padded, float scale, float dropout_p, SymInt? max_seqlen, str path"
+    "Tensor? dropout_seed, "
+    "bool causal, bool left_padded, float scale, float dropout_p, SymInt? max_seqlen, str? impl, str? backend"
 )
 sink_attention_fwd = define(
-    f"sink_attention_fwd(Tensor q, Tensor k, Tensor v, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
-    cpu=_cpu_fwd,
-    cuda=by_triton.sink_attention_fwd,
+    f"sink_attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    cpu=_fwd,
+    cuda=_fwd,
     fake=_fake_fwd,
 )
 sink_attention_bwd = define(
-    "sink_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sink_state, "
-    f"{_CONTEXT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_cpu_bwd,
-    cuda=by_triton.sink_attention_bwd,
+    "sink_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sink_stats, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_bwd,
+    cuda=_bwd,
     fake=_fake_bwd,
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import checked_lengths, checked_offsets, checked_sink_positions
+from recattn._options import SinkAttentionOptions
 from recattn.ops._ragged import Bucket, length_buckets
 from recattn.reference.sink_attention import softmax_or_zeros
 
@@ -30,12 +31,6 @@ _CANCELLED = 0.5
 _COARSE = 1 / 16
 # Sink rows are taken in blocks of at most this many sink pairs over all heads.
 _BLOCK_PAIRS = 1 << 22
-
-
-class _Settings(NamedTuple):
-    causal: bool
-    left_padded: bool
-    scale: float
 
 
 class _Sinks(NamedTuple):
@@ -116,14 +111,16 @@ def _sum_groups(x: Tensor, kv_heads: int) -> Tensor:
 # --- The unbiased attention ---
 
 
-def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor]:
+def _base_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: SinkAttentionOptions
+) -> tuple[Tensor, Tensor]:
     """Unbiased out [B, Hq, N, Dv] and lse [B, Hq, N] of a dense batch; `mask` [B, 1, 1, N] is added to the scores."""
     follows_tokens = is_token_major(q)
     kv_heads, groups, value_dim = k.shape[1], q.shape[1] // k.shape[1], v.shape[-1]
-    factor, scale = _split_scale(settings.scale, q.dtype)
+    factor, scale = _split_scale(options.scale, q.dtype)
     q, k, v, mask = _base_inputs(q, k, v, mask, factor)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, settings.causal, attn_mask=mask, scale=scale
+        q, k, v, 0.0, options.causal, attn_mask=mask, scale=scale
     )
     if not math.isfinite((lse / lse).sum()):
         # A score of +inf, or its own of NaN, makes a row NaN. PyTorch's op takes few scores, all NaN or infinite, for
@@ -137,16 +134,23 @@ def _base_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: _S
 
 
 def _base_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, settings: _Settings
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    options: SinkAttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the unbiased attention that `out` and `lse` are said to come from."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     head_dim, value_dim = k.shape[-1], v.shape[-1]
-    factor, scale = _split_scale(settings.scale, q.dtype)
+    factor, scale = _split_scale(options.scale, q.dtype)
     q, k, v, mask = _base_inputs(q, k, v, mask, factor)
     dout, out = (_fold(_pad(x, q.shape[-1]), kv_heads, groups) for x in (dout, out))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, _fold(lse, kv_heads, groups), 0.0, settings.causal, attn_mask=mask, scale=scale
+        dout, q, k, v, out, _fold(lse, kv_heads, groups), 0.0, options.causal, attn_mask=mask, scale=scale
     )
     dq = dq if factor == 1 else dq.mul_(factor)
     dq, dk, dv = (_unfold(x, kv_heads, groups) for x in (dq, dk, dv))
@@ -214,32 +218,32 @@ def _dense_fwd(
     sinks: _Sinks,
     sink_logits: Tensor | None,
     mask: Tensor | None,
-    settings: _Settings,
+    options: SinkAttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse, and what the backward reads of the sink rows: see `_correct`."""
-    out, lse = _base_fwd(q, k, v, mask, settings)
+    out, lse = _base_fwd(q, k, v, mask, options)
     if sink_logits is not None:
         # Further mass in each row's softmax, which the correction then finds there.
         sink_logits = sink_logits.to(lse.dtype)[:, None]
         out *= torch.sigmoid(lse - sink_logits).unsqueeze(-1)
         lse = token_major(torch.logaddexp(lse, sink_logits))
-    sink_state = lse.new_empty(2, *lse.shape[:2], sinks.positions.shape[1])
+    sink_stats = lse.new_empty(2, *lse.shape[:2], sinks.positions.shape[1])
     if sinks.positions.shape[1] > 0:
-        _correct(out, lse, sink_state, q, k, v, sinks, sink_logits, mask, settings)
-    return out, lse, sink_state
+        _correct(out, lse, sink_stats, q, k, v, sinks, sink_logits, mask, options)
+    return out, lse, sink_stats
 
 
 def _correct(
     out: Tensor,
     lse: Tensor,
-    sink_state: Tensor,
+    sink_stats: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     sinks: _Sinks,
     sink_logits: Tensor | None,
     mask: Tensor | None,
-    settings: _Settings,
+    options: SinkAttentionOptions,
 ) -> None:
     """Turn the unbiased `out` and `lse` into the biased ones, in place, and write the sink rows' shift and mass:
 
@@ -247,11 +251,11 @@ def _correct(
     """
     out_s, q_s, lse_s = sinks.gather(out), sinks.gather(q), sinks.gather(lse)
     k_s, v_s = (_repeat_heads(sinks.gather(x), q.shape[1]) for x in (k, v))
-    shift, mass = sink_state.unsqueeze(-1)
+    shift, mass = sink_stats.unsqueeze(-1)
     coarse = lse_s.abs() > _COARSE / torch.finfo(lse_s.dtype).eps
     redone = torch.empty_like(coarse)
     for rows in sinks.row_blocks(q.shape[1]):
-        scores, biased = _sink_scores(q_s, k_s, sinks, rows, settings)
+        scores, biased = _sink_scores(q_s, k_s, sinks, rows, options)
         base = lse_s[:, :, rows, None]
         shift[:, :, rows] = torch.maximum(biased.amax(dim=-1, keepdim=True), base)
         delta = _exp(biased, shift[:, :, rows]).sub_(_exp(scores, shift[:, :, rows]))
@@ -263,7 +267,7 @@ def _correct(
     redone = (redone | coarse) & sinks.live.unsqueeze(1)
     mass[redone] = -1
     for b, h, m in _redone_rows(redone):
-        weights, lse_s[b, h, m] = _full_softmax(q_s, k, sinks, sink_logits, mask, settings, b, h, m)
+        weights, lse_s[b, h, m] = _full_softmax(q_s, k, sinks, sink_logits, mask, options, b, h, m)
         out_s[b, h, m] = weights @ _upcast(v[b, _kv_head(h, q, k)])
     sinks.write(out, out_s)
     sinks.write(lse, lse_s)
@@ -276,11 +280,11 @@ def _dense_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    sink_state: Tensor,
+    sink_stats: Tensor,
     sinks: _Sinks,
     sink_logits: Tensor | None,
     mask: Tensor | None,
-    settings: _Settings,
+    options: SinkAttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias, dsink_logits."""
     dsink_logits = lse.new_empty(0)
@@ -289,7 +293,7 @@ def _dense_bwd(
         row_sum = (_upcast(dout) * out).sum(dim=-1, dtype=torch.float64)  # [B, Hq, N]
         dsink_logits = -((sink_logits - lse).exp() * row_sum).sum(dim=(0, 2))
     if sinks.positions.shape[1] == 0:
-        return *_base_bwd(dout, q, k, v, out, lse, mask, settings), torch.zeros_like(sinks.bias), dsink_logits
+        return *_base_bwd(dout, q, k, v, out, lse, mask, options), torch.zeros_like(sinks.bias), dsink_logits
 
     heads, kv_heads = q.shape[1], k.shape[1]
     dout_s, q_s = sinks.gather(dout), sinks.gather(q)
@@ -297,11 +301,11 @@ def _dense_bwd(
     row_sum = (dout_s.double() * sinks.gather(out)).sum(dim=-1, keepdim=True)  # [B, Hq, M, 1]
     dq_s, dk_s, dv_s = (torch.zeros_like(x) for x in (q_s, k_s, v_s))
     dbias = torch.zeros_like(sinks.bias)
-    shift, mass = sink_state
+    shift, mass = sink_stats
     redone = (mass < 0) & sinks.live.unsqueeze(1)
     shift = shift.masked_fill(redone, math.inf).unsqueeze(-1)  # those rows are done whole, below
     for rows in sinks.row_blocks(heads):
-        scores, biased = _sink_scores(q_s, k_s, sinks, rows, settings)
+        scores, biased = _sink_scores(q_s, k_s, sinks, rows, options)
         row_mass = mass[:, :, rows, None]
         biased = _exp(biased, shift[:, :, rows]).div_(row_mass)  # P
         delta = torch.sub(biased, _exp(scores, shift[:, :, rows]).div_(row_mass), out=scores)  # what the base lacks
@@ -310,34 +314,36 @@ def _dense_bwd(
         dscore = (dweights - row_sum[:, :, rows]).to(lse.dtype)
         dbias[:, :, rows] = (biased.mul_(dscore)).sum_to_size(dbias[:, :, rows].shape)
         dv_s += delta.transpose(-2, -1) @ dout_s[:, :, rows]
-        delta.mul_(dscore).mul_(settings.scale)
+        delta.mul_(dscore).mul_(options.scale)
         dq_s[:, :, rows] = delta @ k_s
         dk_s += delta.transpose(-2, -1) @ q_s[:, :, rows]
 
     if bool(redone.any()):  # lse = +inf takes those rows out of the unbiased backward
         lse = lse.clone()
         sinks.write(lse, sinks.gather(lse).masked_fill(redone, math.inf))
-    dq, dk, dv = _base_bwd(dout, q, k, v, out, lse, mask, settings)
+    dq, dk, dv = _base_bwd(dout, q, k, v, out, lse, mask, options)
     sinks.write(dq, dq_s, add=True)
     sinks.write(dk, _sum_groups(dk_s, kv_heads), add=True)
     sinks.write(dv, _sum_groups(dv_s, kv_heads), add=True)
     for b, h, m in _redone_rows(redone):
         head, live = _kv_head(h, q, k), sinks.live[b]
-        weights, _ = _full_softmax(q_s, k, sinks, sink_logits, mask, settings, b, h, m)  # [m, N]
+        weights, _ = _full_softmax(q_s, k, sinks, sink_logits, mask, options, b, h, m)  # [m, N]
         dweights = dout_s[b, h, m].double() @ v[b, head].double().T
         dscore = weights * (dweights - row_sum[b, h, m]).to(lse.dtype)
         dbias[b, h % dbias.shape[1]][m[:, None], torch.nonzero(live).T] += dscore[:, sinks.positions[b, live]]
-        dscore *= settings.scale
+        dscore *= options.scale
         dq[b, h, sinks.positions[b, m]] += (dscore @ _upcast(k[b, head])).to(dq.dtype)
         dk[b, head] += (dscore.T @ q_s[b, h, m]).to(dk.dtype)
         dv[b, head] += (weights.T @ dout_s[b, h, m]).to(dv.dtype)
     return dq, dk, dv, dbias, dsink_logits
 
 
-def _sink_scores(q_s: Tensor, k_s: Tensor, sinks: _Sinks, rows: slice, settings: _Settings) -> tuple[Tensor, Tensor]:
+def _sink_scores(
+    q_s: Tensor, k_s: Tensor, sinks: _Sinks, rows: slice, options: SinkAttentionOptions
+) -> tuple[Tensor, Tensor]:
     """s and s + β of some sink rows over the sinks, [B, Hq, m, M]; -inf where a sink is not seen."""
-    unseen = ~sinks.visible(rows, settings.causal)
-    scores = ((q_s[:, :, rows] * settings.scale) @ k_s.transpose(-2, -1)).masked_fill_(unseen, -math.inf)
+    unseen = ~sinks.visible(rows, options.causal)
+    scores = ((q_s[:, :, rows] * options.scale) @ k_s.transpose(-2, -1)).masked_fill_(unseen, -math.inf)
     return scores, scores + sinks.bias[:, :, rows].masked_fill(unseen, 0)
 
 
@@ -365,13 +371,13 @@ def _full_softmax(
     sinks: _Sinks,
     sink_logits: Tensor | None,
     mask: Tensor | None,
-    settings: _Settings,
+    options: SinkAttentionOptions,
     b: int,
     h: int,
     m: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Weights [m, N] and lse [m] of the sinks `m` of one head over every key."""
-    scores = _full_scores(q_s, k, sinks, mask, settings, b, h, m)
+    scores = _full_scores(q_s, k, sinks, mask, options, b, h, m)
     weights, lse = softmax_or_zeros(scores), torch.logsumexp(scores, dim=-1)
     if sink_logits is None:
         return weights, lse
@@ -379,16 +385,16 @@ def _full_softmax(
 
 
 def _full_scores(
-    q_s: Tensor, k: Tensor, sinks: _Sinks, mask: Tensor | None, settings: _Settings, b: int, h: int, m: Tensor
+    q_s: Tensor, k: Tensor, sinks: _Sinks, mask: Tensor | None, options: SinkAttentionOptions, b: int, h: int, m: Tensor
 ) -> Tensor:
     """Biased and masked scores of the sinks `m` of one head over every key: [m, N]."""
     key = _upcast(k[b, _kv_head(h, q_s, k)])
-    scores = (q_s[b, h, m] * settings.scale) @ key.T
+    scores = (q_s[b, h, m] * options.scale) @ key.T
     live = sinks.live[b]
     scores[:, sinks.positions[b, live]] += sinks.bias[b, h % sinks.bias.shape[1], m][:, live]
     if mask is not None:
         scores += mask[b, 0]
-    if settings.causal:
+    if options.causal:
         future = torch.arange(key.shape[0]) > sinks.positions[b, m].unsqueeze(1)
         scores.masked_fill_(future, -math.inf)
     return scores
@@ -488,51 +494,58 @@ def _sinks(batch: _Ragged, members: Tensor | slice, sink_positions: Tensor, bias
 
 
 def sink_attention_fwd(
-    q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, causal, left_padded, scale
-):
-    settings, lse_dtype = _Settings(causal, left_padded, scale), _lse_dtype(q)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_positions: Tensor,
+    inter_sink_bias: Tensor,
+    sink_logits: Tensor | None,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: SinkAttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse_dtype = _lse_dtype(q)
     sink_positions, seq_lens, cu_seqlens = _checked(q, sink_positions, seq_lens, cu_seqlens)
-    batch = _describe_batch(q, seq_lens, cu_seqlens, left_padded)
+    batch = _describe_batch(q, seq_lens, cu_seqlens, options.left_padded)
     if batch.rows is None and q.numel() > 0:
         sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse_dtype)
-        return _dense_fwd(q, k, v, sinks, sink_logits, None, settings)
-    out, lse, sink_state = empty_fwd(q, v, sink_positions)
+        return _dense_fwd(q, k, v, sinks, sink_logits, None, options)
+    out, lse, sink_stats = empty_fwd(q, v, sink_positions)
     out.zero_()
     lse.fill_(-math.inf)
-    sink_state.zero_()
+    sink_stats.zero_()
     for part in _parts(batch):
         sinks = _sinks(batch, part.members, sink_positions, inter_sink_bias, lse_dtype).trimmed()
         dense = (part.gather(x) for x in (q, k, v))
-        part_out, part_lse, part_state = _dense_fwd(*dense, sinks, sink_logits, part.mask(q.dtype, causal), settings)
+        part_out, part_lse, part_state = _dense_fwd(
+            *dense, sinks, sink_logits, part.mask(q.dtype, options.causal), options
+        )
         part.scatter(out, part_out)
         part.scatter(lse, part_lse)
-        sink_state[:, part.members, :, : part_state.shape[3]] = part_state
-    return out, lse, sink_state
+        sink_stats[:, part.members, :, : part_state.shape[3]] = part_state
+    return out, lse, sink_stats
 
 
 def sink_attention_bwd(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    sink_state,
-    sink_positions,
-    inter_sink_bias,
-    sink_logits,
-    seq_lens,
-    cu_seqlens,
-    causal,
-    left_padded,
-    scale,
-):
-    settings = _Settings(causal, left_padded, scale)
-    batch = _describe_batch(q, seq_lens, cu_seqlens, left_padded)
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink_stats: Tensor,
+    sink_positions: Tensor,
+    inter_sink_bias: Tensor,
+    sink_logits: Tensor | None,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: SinkAttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch = _describe_batch(q, seq_lens, cu_seqlens, options.left_padded)
     if batch.rows is None and q.numel() > 0:
         sinks = _sinks(batch, slice(None), sink_positions, inter_sink_bias, lse.dtype)
         dq, dk, dv, dbias, dsink_logits = _dense_bwd(
-            dout, q, k, v, out, lse, sink_state, sinks, sink_logits, None, settings
+            dout, q, k, v, out, lse, sink_stats, sinks, sink_logits, None, options
         )
     else:
         dq, dk, dv = (_empty_gradient(x).zero_() for x in (q, k, v))
@@ -545,10 +558,10 @@ def sink_attention_bwd(
                 part.gather(dout, 0.0),
                 *(part.gather(x) for x in (q, k, v, out)),
                 part.gather(lse, math.inf),
-                sink_state[:, part.members, :, :count],
+                sink_stats[:, part.members, :, :count],
             )
             *grads, part_dbias, part_dsink_logits = _dense_bwd(
-                *dense, sinks, sink_logits, part.mask(q.dtype, causal), settings
+                *dense, sinks, sink_logits, part.mask(q.dtype, options.causal), options
             )
             for gradient, part_gradient in zip((dq, dk, dv), grads, strict=True):
                 part.scatter(gradient, part_gradient)
@@ -571,7 +584,7 @@ def _empty_gradient(x: Tensor) -> Tensor:
 
 
 def empty_fwd(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised out [B, Hq, N, Dv] (packed [T, Hq, Dv]), lse [B, Hq, N] ([T, Hq]), sink_state [2, B, Hq, M]."""
+    """Uninitialised out [B, Hq, N, Dv] (packed [T, Hq, Dv]), lse [B, Hq, N] ([T, Hq]), sink_stats [2, B, Hq, M]."""
     packed = q.dim() == 3
     heads = q.shape[1]
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
@@ -579,8 +592,8 @@ def empty_fwd(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor, Ten
         out = _empty_gradient(out)
     tokens = q.shape[:-1] if packed else (q.shape[0], q.shape[2], heads)
     lse = q.new_empty(tokens, dtype=_lse_dtype(q))
-    sink_state = lse.new_empty(2, sink_positions.shape[0], heads, sink_positions.shape[1])
-    return out, lse if packed else lse.transpose(1, 2), sink_state
+    sink_stats = lse.new_empty(2, sink_positions.shape[0], heads, sink_positions.shape[1])
+    return out, lse if packed else lse.transpose(1, 2), sink_stats
 
 
 def empty_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recattn._options import SinkAttentionOptions
 from recattn.ops._support import launched_dropout
-from recattn.ops.backends import BASES, empty_backward, empty_forward
+from recattn.ops.backends import BACKENDS, AttentionBackend, empty_backward, empty_forward
 from recattn.ops.sink_attention.dispatch import FUSED, resolve
 
 
 class Context(NamedTuple):
-    """What a call holds besides q, k and v, as the operators' schemas list it."""
+    """The arguments of a call besides q, k and v."""
 
     sink_positions: Tensor
     inter_sink_bias: Tensor
@@ -23,62 +24,46 @@ class Context(NamedTuple):
     seq_lens: Tensor | None
     cu_seqlens: Tensor | None
     dropout_seed: Tensor | None
-    causal: bool
-    left_padded: bool
-    scale: float
-    dropout_p: float
-    max_seqlen: int | None
-    path: str
+    options: SinkAttentionOptions
 
     @property
     def order(self) -> dict[str, object]:
-        return {"causal": self.causal, "left_padded": self.left_padded, "scale": self.scale}
+        options = self.options
+        return {"causal": options.causal, "left_padded": options.left_padded, "scale": options.scale}
 
     @property
-    def base_options(self) -> dict[str, object]:
-        lengths = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.max_seqlen}
-        return {"causal": self.causal, "scale": self.scale, **lengths}
+    def backend_options(self) -> dict[str, object]:
+        lengths = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.options.max_seqlen}
+        return {"causal": self.options.causal, "scale": self.options.scale, **lengths}
 
-    def resolved_path(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        if q.device.type != "cuda":  # the interpreter, which is told what to run
-            return self.path
-        return resolve(
-            self.path,
-            q,
-            k,
-            v,
-            self.sink_positions,
-            self.seq_lens,
-            self.cu_seqlens,
-            causal=self.causal,
-            scale=self.scale,
-            dropout_p=self.dropout_p,
-            max_seqlen=self.max_seqlen,
-        )
+    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionBackend | None:
+        """The backend to correct; None: the fused kernel runs."""
+        impl, backend = self.options.impl, self.options.backend
+        if q.device.type == "cuda":  # the interpreter runs what the options name
+            impl, backend = resolve(self.options, q, k, v, self.sink_positions, self.seq_lens, self.cu_seqlens)
+        return None if impl == FUSED or q.numel() == 0 else BACKENDS[backend]
 
 
 def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *context) -> tuple[Tensor, Tensor, Tensor]:
     c = Context(*context)
-    path = c.resolved_path(q, k, v)
-    if path == FUSED or q.numel() == 0:
-        return _fused_fwd(q, k, v, c)
-    return _correction_fwd(q, k, v, c, path.partition(":")[2])
+    backend = c.backend(q, k, v)
+    return _fused_fwd(q, k, v, c) if backend is None else _correction_fwd(q, k, v, c, backend)
 
 
 def sink_attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink_state: Tensor, *context
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink_stats: Tensor, *context
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     c = Context(*context)
-    path = c.resolved_path(q, k, v)
-    if path == FUSED or q.numel() == 0:
-        dq, dk, dv, dbias = _fused_bwd(dout, q, k, v, out, lse, sink_state, c)
+    backend = c.backend(q, k, v)
+    if backend is None:
+        dq, dk, dv, dbias = _fused_bwd(dout, q, k, v, out, lse, sink_stats, c)
     else:
-        dq, dk, dv, dbias = _correction_bwd(dout, q, k, v, out, lse, sink_state, c, path.partition(":")[2])
+        dq, dk, dv, dbias = _correction_bwd(dout, q, k, v, out, lse, sink_stats, c, backend)
     return dq, dk, dv, dbias.to(c.inter_sink_bias.dtype), _dsink_logits(dout, out, lse, c)
 
 
 def empty_fwd(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised out [B, Hq, N, Dv] (packed [T, Hq, Dv]), lse [B, Hq, N] ([T, Hq]), sink_state [2, B, Hq, M]."""
+    """Uninitialised out [B, Hq, N, Dv] (packed [T, Hq, Dv]), lse [B, Hq, N] ([T, Hq]), sink_stats [2, B, Hq, M]."""
     out, lse = empty_forward(q, v)
     # Zeros, for what belongs to sinks that are ignored is not written.
     return out, lse, lse.new_zeros(2, sink_positions.shape[0], q.shape[1], sink_positions.shape[1])
@@ -93,23 +78,23 @@ empty_bwd = empty_backward
 def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple[Tensor, Tensor, Tensor]:
     from recattn.triton_kernels.sink_attention import launch_sink_attention_fwd, launch_sink_attention_streams
 
-    out, lse, sink_state = empty_fwd(q, v, c.sink_positions)
+    out, lse, sink_stats = empty_fwd(q, v, c.sink_positions)
     if c.seq_lens is not None:  # the kernel writes no padding
         out.zero_()
         lse.fill_(-math.inf)
     sequences = _sequences(c)
-    streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.left_padded)
+    streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.options.left_padded)
     launch_sink_attention_fwd(
-        *(q, k, v, out, lse, sink_state, c.sink_positions, c.inter_sink_bias, c.sink_logits),
+        *(q, k, v, out, lse, sink_stats, c.sink_positions, c.inter_sink_bias, c.sink_logits),
         *sequences,
         streams,
-        launched_dropout(c.dropout_seed, c.dropout_p),
+        launched_dropout(c.dropout_seed, c.options.dropout_p),
         **c.order,
     )
-    return out, lse, sink_state
+    return out, lse, sink_stats
 
 
-def _fused_bwd(dout, q, k, v, out, lse, sink_state, c: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from recattn.triton_kernels.sink_attention import launch_sink_attention_bwd, launch_sink_attention_streams
     from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
 
@@ -118,17 +103,17 @@ def _fused_bwd(dout, q, k, v, out, lse, sink_state, c: Context) -> tuple[Tensor,
         for gradient in (dq, dk, dv):
             gradient.zero_()
     sequences = _sequences(c)
-    streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.left_padded)
-    dropout = launched_dropout(c.dropout_seed, c.dropout_p)
+    streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.options.left_padded)
+    dropout = launched_dropout(c.dropout_seed, c.options.dropout_p)
     sink_delta = launch_sink_attention_bwd(
-        *(q, k, v, out, dout, lse, sink_state, dq, dk, dv, c.sink_positions, c.inter_sink_bias),
+        *(q, k, v, out, dout, lse, sink_stats, dq, dk, dv, c.sink_positions, c.inter_sink_bias),
         *sequences,
         streams,
         dropout,
         **c.order,
     )
     dbias = launch_sink_attention_pairs_bwd(
-        *(q, k, v, dout, c.sink_positions, c.inter_sink_bias, sink_state, sink_delta, None, dk, dv),
+        *(q, k, v, dout, c.sink_positions, c.inter_sink_bias, sink_stats, sink_delta, None, dk, dv),
         *sequences,
         *dropout,
         corrects=False,
@@ -144,35 +129,37 @@ def _sequences(c: Context) -> tuple[Tensor | None, Tensor | None]:
 # --- The correction ---
 
 
-def _correction_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, base: str) -> tuple[Tensor, Tensor, Tensor]:
+def _correction_fwd(
+    q: Tensor, k: Tensor, v: Tensor, c: Context, backend: AttentionBackend
+) -> tuple[Tensor, Tensor, Tensor]:
     from recattn.triton_kernels.sink_attention.correction import launch_sink_attention_correction_fwd
 
-    out, lse = BASES[base].forward(q, k, v, **c.base_options)
+    out, lse = backend.forward(q, k, v, **c.backend_options)
     if c.sink_logits is not None:
         # Further mass in each row's softmax, which the correction then finds there.
         logits = _per_row(c.sink_logits, lse)
         out *= torch.sigmoid(lse - logits).unsqueeze(-1)
         torch.logaddexp(lse, logits, out=lse)
-    sink_state = launch_sink_attention_correction_fwd(
+    sink_stats = launch_sink_attention_correction_fwd(
         *(q, k, v, out, lse, c.sink_positions, c.inter_sink_bias, c.sink_logits, *_sequences(c)), **c.order
     )
-    return out, lse, sink_state
+    return out, lse, sink_stats
 
 
 def _correction_bwd(
-    dout, q, k, v, out, lse, sink_state, c: Context, base: str
+    dout, q, k, v, out, lse, sink_stats, c: Context, backend: AttentionBackend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from recattn.triton_kernels.sink_attention.correction import launch_sink_attention_correction_delta
     from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
 
     sequences = _sequences(c)
-    base_lse = lse.clone()
+    backend_lse = lse.clone()
     sink_delta = launch_sink_attention_correction_delta(
-        out, dout, c.sink_positions, sink_state, base_lse, *sequences, left_padded=c.left_padded
+        out, dout, c.sink_positions, sink_stats, backend_lse, *sequences, left_padded=c.options.left_padded
     )
-    dq, dk, dv = BASES[base].backward(dout, q, k, v, out, base_lse, **c.base_options)
+    dq, dk, dv = backend.backward(dout, q, k, v, out, backend_lse, **c.backend_options)
     dbias = launch_sink_attention_pairs_bwd(
-        *(q, k, v, dout, c.sink_positions, c.inter_sink_bias, sink_state, sink_delta, dq, dk, dv),
+        *(q, k, v, dout, c.sink_positions, c.inter_sink_bias, sink_stats, sink_delta, dq, dk, dv),
         *sequences,
         *(None, 0),
         corrects=True,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recattn.ops._library import define, differentiable_again, refuse_dropout
-from recattn.ops._support import triton_refusal
+from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.refined_attention.triton_long import project, projection_reference
 from recattn.ops.sink_attention import MAX_HEAD_DIM
 from recattn.ops.wasserstein_attention import cpu as on_cpu
@@ -23,8 +23,8 @@ from recattn.reference.wasserstein_attention import centre_, masked_softmax, squ
 def availability(device: str) -> dict[str, str | None]:
     """Why each implementation cannot run on this device type (None: it can), best first."""
     if device == "cpu":  # where Triton's is an interpreter
-        return {"cpu": None, "reference": None, "triton": triton_refusal(device)}
-    return {"triton": triton_refusal(device), "cpu": f"the tensors are on {device}", "reference": None}
+        return {"cpu": None, "reference": None, "triton": triton_unsupported_reason(device)}
+    return {"triton": triton_unsupported_reason(device), "cpu": f"the tensors are on {device}", "reference": None}
 
 
 def refusals(mean_q: Tensor, mean_v: Tensor, w_q: Tensor | None, *, dropout_p: float) -> dict[str, str | None]:
@@ -41,7 +41,7 @@ def _triton_limits(mean_q: Tensor, mean_v: Tensor, w_q: Tensor | None) -> str | 
     widest = max(vectors, 2 * mean_v.shape[3], 0 if w_q is None else w_q.shape[-1])
     if widest > MAX_HEAD_DIM:
         return f"its kernels hold 2D (to refine 2D + 4), 2Dv and 2R up to {MAX_HEAD_DIM}, and one is {widest}"
-    return triton_refusal(mean_q.device.type, mean_q.dtype)
+    return triton_unsupported_reason(mean_q.device.type, mean_q.dtype)
 
 
 class Settings(NamedTuple):
@@ -149,14 +149,14 @@ class WassersteinAttention(torch.autograd.Function):
         tensors = (query, key, mean_v, cov_v, seq_lens, dropout_seed)
         mean, cov, state = wasserstein_attention_fwd(*tensors, *settings)
         ctx.save_for_backward(*tensors, mean, cov, state)
-        ctx.settings = settings
+        ctx.options = settings
         return mean, cov
 
     @staticmethod
     @differentiable_again(_attention_reference)
     def backward(ctx, dmean, dcov):
         *tensors, mean, cov, state = ctx.saved_tensors
-        return *wasserstein_attention_bwd(dmean, dcov, mean, cov, state, *tensors, *ctx.settings), None, None, None
+        return *wasserstein_attention_bwd(dmean, dcov, mean, cov, state, *tensors, *ctx.options), None, None, None
 
 
 def _projection_reference(query, key, w, seq_lens, settings) -> Tensor:
@@ -171,13 +171,13 @@ class WassersteinProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, w, seq_lens, settings):
         ctx.save_for_backward(query, key, w, seq_lens)
-        ctx.settings = settings
+        ctx.options = settings
         return wasserstein_projection_fwd(query, key, w, seq_lens, *settings)
 
     @staticmethod
     @differentiable_again(_projection_reference)
     def backward(ctx, dx):
-        return *wasserstein_projection_bwd(dx, *ctx.saved_tensors, *ctx.settings), None, None
+        return *wasserstein_projection_bwd(dx, *ctx.saved_tensors, *ctx.options), None, None
 
 
 # --- Registration ---
