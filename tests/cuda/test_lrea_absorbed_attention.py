@@ -15,7 +15,7 @@ import recattn
 from recattn import reference
 from recattn.testing import assert_matches_reference
 from tests.helpers.emulated_cuda import DEVICE, ROOT
-from tests.ops.test_lrea_attention import DTYPES, by_item_id, draw_absorbed
+from tests.helpers.lrea_inputs import DTYPES, by_item_id, draw_absorbed
 
 pytestmark = [pytest.mark.usefixtures("cuda_kernels"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import recattn
 from tests.helpers.emulated_cuda import DEVICE
-from tests.ops.test_lrea_attention import (
+from tests.helpers.lrea_inputs import (
     DTYPES,
     assert_compiles,
     assert_refuses,

@@ -50,7 +50,7 @@ def race(call: Callable[[], object], indices: dict[str, Tensor], seconds: float)
 
 
 def every_operator(seconds: float) -> None:
-    from tests.ops.test_bad_indices import CASES, INDICES
+    from tests.helpers.operator_cases import CASES, INDICES
 
     for name, case in CASES.items():
         if case.options.get("impl") == "triton":  # the interpreter holds the GIL

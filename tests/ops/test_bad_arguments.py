@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import recattn
-from tests.ops.test_bad_indices import CASES
+from tests.helpers.operator_cases import CASES
 
 NUMBERS = [
     ("sink", "scale"),

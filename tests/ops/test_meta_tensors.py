@@ -6,7 +6,7 @@ from torch import Tensor
 
 import recattn
 from recattn._extension import MISSING
-from tests.ops.test_bad_indices import CASES
+from tests.helpers.operator_cases import CASES
 
 NAMES = ["sink", "sink dropout", "packed", "refined", "gaussian", "compress", "items"]
 NAMES += ["restored", "absorb", "absorbed", "by item"]

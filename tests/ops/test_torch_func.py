@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from tests.ops.test_bad_indices import CASES
+from tests.helpers.operator_cases import CASES
 
 NAMES = ["sink", "packed", "refined", "gaussian", "compress", "items", "restored", "absorb", "absorbed", "by item"]
 

@@ -20,6 +20,7 @@ TESTS = (
     "cpu/test_refined_attention.py",
     "nn/test_inter_sink_bias.py",
     "ops/test_lrea_attention.py",
+    "ops/test_lrea_reference.py",
     "ops/test_refined_attention.py",
     "ops/test_sink_attention.py",
     "ops/test_wasserstein_attention.py",

@@ -1,5 +1,5 @@
 """SlotMap: what each method does, and threads at it under the sanitizers. Its contract against a model, with the
-states, is in test_state_table.py."""
+states, is in test_state_table_contract.py."""
 
 import os
 import shutil

@@ -14,9 +14,9 @@ from recattn.functional import validation
 from recattn.ops import lrea_attention as ops
 from recattn.ops.lrea_attention import triton as by_triton
 from recattn.testing import assert_matches_reference
+from tests.helpers.lrea_inputs import RESTORED_GRADS, assert_compiles, draw_compress, draw_restored, strided
 from tests.helpers.memory import LargestTensor
 from tests.helpers.strategies import ragged_lengths, seeds
-from tests.ops.test_lrea_attention import RESTORED_GRADS, assert_compiles, draw_compress, draw_restored, strided
 
 pytest.importorskip("triton")
 
