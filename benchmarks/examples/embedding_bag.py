@@ -1,8 +1,8 @@
 """`python -m benchmarks.examples.embedding_bag`: target attention over items that are bags of genres (nn.EmbeddingBag).
 
-The ranker, samples and training of `benchmarks.quality.din`, with an item, target or behaviour, embedded by its id, by
-the mean of its genres, or by the sum of both; `--attention` picks what weighs the behaviours. Genres are all that is
-known of an item that nobody has rated yet, so the AUC is also given over items with few ratings in the training.
+Ranker, samples and training are those of `benchmarks.quality.din`. An item (target or behaviour) is embedded by its id,
+by the mean of its genres, or by the sum of both; `--attention` selects the attention over the behaviours. Only genres
+are known of an item that nobody has rated yet, so the AUC is also reported over items with few ratings in the training.
 """
 
 import argparse
@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -23,14 +21,15 @@ from benchmarks.data import movielens
 from benchmarks.data.movielens import Item
 from benchmarks.quality import din
 from benchmarks.quality.din import DIN, LREA_RANKS, Hyperparameters, Ranker, Ratings
+from benchmarks.quality.training import count_parameters, new_table
 
 IDS, GENRES, BOTH = "ids", "genres", "ids + genres"
 QUICK_USERS = 60
-RARE = 20  # ratings in the training, at most
+RARE = 20  # most training ratings of a rare item
 
 
 class GenreEmbedding(nn.Module):
-    """Item ids [...] -> [..., dim]: the mean of the embeddings of an item's genres; zeros of 0, which is padding."""
+    """Item ids [...] -> [..., dim]: the mean of the embeddings of the item's genres; zeros for id 0, the padding."""
 
     def __init__(self, items: Mapping[int, Item], dim: int) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class GenreEmbedding(nn.Module):
         self.register_buffer("offsets", torch.tensor([0, *map(len, bags[:-1])]).cumsum(0))
 
     def forward(self, items: Tensor) -> Tensor:
-        # A batch holds most items many times: every bag once, then its rows.
+        # A batch holds most items many times: compute every bag once, then look up its rows.
         return F.embedding(items, self.bag(self.genres, self.offsets))
 
 
@@ -61,7 +60,7 @@ def new_ranker(features: str, attention: str, items: Mapping[int, Item], hyper: 
 
 
 def rare(ratings: Ratings, samples: Tensor) -> Tensor:
-    """Those of the samples whose item has at most RARE ratings in the training."""
+    """The samples whose item has at most RARE ratings in the training."""
     training, *_ = ratings.split()
     known, wanted = (ratings.items[tuple(part.T)] for part in (training, samples))
     return samples[known.bincount(minlength=movielens.ITEMS + 1)[wanted] <= RARE]
@@ -86,16 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     *_, test = ratings.split()
     parts = test, rare(ratings, test)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("item features")
-    for column in ("AUC", f"AUC, items of at most {RARE} ratings", "s an epoch", "parameters"):
-        table.add_column(column, justify="right")
+    figures = ("AUC", f"AUC, items of at most {RARE} ratings", "s per epoch", "parameters")
+    table = new_table(("item features",), figures)
     for features in track((IDS, GENRES, BOTH), "training", console=console, transient=True):
         ranker = new_ranker(features, chosen.attention, items, hyper)
         fitted = din.fit(ranker, 0, ratings, hyper)
         aucs = (din.auc(ratings, part, hyper, lambda batch, ranker=ranker: ranker(batch)[0]) for part in parts)
-        parameters = sum(p.numel() for p in ranker.parameters())
-        table.add_row(features, *(f"{x:.4f}" for x in aucs), f"{fitted.epoch_seconds:.2f}", f"{parameters:,}")
+        epoch_seconds, parameters = f"{fitted.epoch_seconds:.2f}", f"{count_parameters(ranker):,}"
+        table.add_row(features, *(f"{x:.4f}" for x in aucs), epoch_seconds, parameters)
     console.print(f"{chosen.attention} on {ratings.source}, one seed, {len(parts[0]):,} and {len(parts[1]):,} samples")
     console.print(table)
     console.print(f"{time.perf_counter() - started:.0f} s")

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.examples.lrea`: LREA in the place of DIN's attention, trained, and served from a state table.
+"""`python -m benchmarks.examples.lrea`: LREA in place of DIN's attention, trained, and served from a state table.
 
-Ranker, samples and training are those of `benchmarks.quality.din`; the two rankers differ in their attention alone. The
-states of all users then go to a `recattn.serving.StateTable`, and the attention of one user over 1000 candidates is
-timed from there, and in full over the history.
+Ranker, samples and training are those of `benchmarks.quality.din`; the two rankers differ only in their attention. The
+states of all users are then put into a `recattn.serving.StateTable`. The attention of one user over 1000 candidates is
+timed from that table, and in full over the history.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def state_table(ranker: Ranker, ratings: Ratings, hyper: Hyperparameters, dtype:
 
 
 def from_table(ranker: Ranker, table: StateTable, user: int, candidates: Tensor) -> Tensor:
-    """h [n, d] of one user; the state and the embeddings of the candidates are read where they lie."""
+    """h [n, d] of one user. State and candidate embeddings are read in place, without a gather."""
     return table.attend(
         ranker.items.weight.unsqueeze(1),
         torch.tensor([user]),
@@ -103,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rankers, rows = zip(*(din.trained(model, 0, ratings, hyper) for model in (DIN, LREA)), strict=True)
     console.print(f"AUC on {ratings.source}, one seed, at most {hyper.epochs} epochs")
     console.print(din.quality_table(rows))
-    console.print(f"absorbed against restored, {din.CANDIDATES} candidates of every user")
+    console.print(f"absorbed vs restored, {din.CANDIDATES} candidates per user")
     console.print(din.fidelity_table(rows))
-    console.print(f"the attention of 1 user x {SERVED_CANDIDATES} candidates, d = {hyper.dim}, one thread")
+    console.print(f"attention of 1 user and {SERVED_CANDIDATES} candidates, d = {hyper.dim}, one thread")
     console.print(din.serving_table(serve(*rankers, ratings, hyper, seconds)))
     console.print(f"{time.perf_counter() - started:.0f} s")
     return 0

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.examples.sasrec`: SASRec as it is, with nn.MultiheadAttention, and patched for refinement.
+"""`python -m benchmarks.examples.sasrec`: SASRec with nn.MultiheadAttention, and the same model patched for refinement.
 
 Model, split, negatives and ranking are those of `benchmarks.quality.sasrec`. Both trainings start from the same weights
-and see the same batches; HR@10 and NDCG@10 are those of the test after the last epoch. `benchmarks.quality.sasrec` has
-the spread of five seeds, which is as large as the differences seen here.
+and see the same batches. HR@10 and NDCG@10 are test metrics after the last epoch. `benchmarks.quality.sasrec` reports
+the spread over five seeds, which is as large as the differences seen here.
 """
 
 import argparse
@@ -15,16 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 
 from benchmarks.data import movielens
-from benchmarks.harness.timing import seconds_waited
 from benchmarks.quality import sasrec
 from benchmarks.quality.sasrec import ATTENTIONS, PLAIN, Hyperparameters, SASRec, Split
+from benchmarks.quality.training import count_parameters, new_table, timed_epoch
 from recattn.integrations.patching import patch
 from recattn.nn import RefinedSelfAttention
 
@@ -33,7 +32,7 @@ EPOCHS, QUICK_EPOCHS = 30, 4
 
 @dataclass(frozen=True)
 class Trained:
-    """One training; the seconds are the median of the epochs, but for waiting for a core taken by other programs."""
+    """One training. `epoch_seconds`: the median, without waiting for a core used by other programs."""
 
     hr10: float
     ndcg10: float
@@ -48,19 +47,17 @@ def train(model: SASRec, split: Split, hyper: Hyperparameters, console: Console,
     optimizer = torch.optim.Adam(model.parameters(), hyper.learning_rate, betas=(0.9, 0.98))
     losses, seconds = [], []
     for _ in track(range(hyper.epochs), name, console=console, transient=True):
-        started, waited = time.perf_counter(), seconds_waited()
-        losses.append(sasrec.train_epoch(model, optimizer, split, hyper.batch, generator))
-        seconds.append(time.perf_counter() - started - (seconds_waited() - waited))
+        with timed_epoch(seconds):
+            losses.append(sasrec.train_epoch(model, optimizer, split, hyper.batch, generator))
     seen = split.trained_on.scatter(1, split.validation[1][:, None], True)
     hr, ndcg = sasrec.evaluate(model, *split.test, seen)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Trained(hr, ndcg, statistics.median(seconds), parameters, losses)
+    return Trained(hr, ndcg, statistics.median(seconds), count_parameters(model), losses)
 
 
 def compare(
     mechanism: str, split: Split, hyper: Hyperparameters, device: torch.device, console: Console
 ) -> dict[str, Trained]:
-    """The model as it is, and a copy with its attention replaced."""
+    """Train the model as it is, and a copy with its attention replaced."""
     torch.manual_seed(0)
     plain = SASRec(split.items, hyper, sasrec.attention_factory(PLAIN, hyper, None)).to(device)
     refined = copy.deepcopy(plain)
@@ -72,10 +69,7 @@ def compare(
 
 
 def table(rows: dict[str, Trained]) -> Table:
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.add_column("SASRec")
-    for column in ("HR@10", "NDCG@10", "s an epoch", "parameters", "last loss"):
-        drawn.add_column(column, justify="right", no_wrap=True)
+    drawn = new_table(("SASRec",), ("HR@10", "NDCG@10", "s per epoch", "parameters", "last loss"))
     for name, row in rows.items():
         figures = f"{row.hr10:.4f}", f"{row.ndcg10:.4f}", f"{row.epoch_seconds:.3f}", f"{row.parameters:,}"
         drawn.add_row(name, *figures, f"{row.losses[-1]:.4f}")
@@ -90,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mechanisms = [name for name in ATTENTIONS if name != PLAIN]
     parser.add_argument("--mechanism", choices=mechanisms, default=mechanisms[0])
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_EPOCHS} epochs instead of {EPOCHS}")
-    parser.add_argument("--device", help="a CUDA device where there is one")
+    parser.add_argument("--device", help="a CUDA device if there is one")
     parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its items")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))

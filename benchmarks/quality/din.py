@@ -1,28 +1,22 @@
 """`python -m benchmarks.quality.din`: target attention over MovieLens-100k, full and compressed: AUC, serving time.
 
-Each rating is a sample: is it 4 or more, given the movie and what the user rated before, at most 200 of it and whether
-it was liked. Of each user the last tenth is the test, the tenth before it the validation. All models share embeddings
-and the layers after the attention; the epoch is chosen by the AUC on the validation. LREA is trained in the restored
-form and also served from its absorbed states, float32 and int8.
+Each rating is a sample: is it 4 or more, given the movie and the user's earlier ratings (at most 200)? The last tenth
+of each user's ratings is the test, the tenth before it the validation. All models share the embeddings and the layers
+after the attention. The epoch with the best validation AUC counts. LREA is trained in the restored form and also served
+from its absorbed states, in float32 and int8.
 """
 
 import argparse
 import copy
 import math
-import multiprocessing
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,20 +25,22 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.data import movielens
 from benchmarks.harness import records
-from benchmarks.harness.timing import CpuClock, finite, measure, percentile, seconds_waited
-from benchmarks.quality.sasrec import mean_and_spread
+from benchmarks.harness.timing import CpuClock, finite, measure, percentile
+from benchmarks.quality import training
+from benchmarks.quality.training import TrainingRow, count_parameters, mean_and_spread, new_table, timed_epoch
 from recattn.nn import LREA, Fidelity, LREAState, TargetAttention
 
 MEAN, DOT, DIN = "mean", "dot product", "DIN"
 LREA_RANKS = {f"LREA {rank}": rank for rank in (4, 8, 16, 32)}
 MODELS = (MEAN, DOT, DIN, *LREA_RANKS)
 QUALITY, SERVING = "din", "din serving"
-LIKED = 4  # the least rating that counts as liked
-CANDIDATES = 200  # of each user, for the fidelity
+CPU = torch.device("cpu")
+LIKED = 4  # the lowest rating that counts as liked
+CANDIDATES = 200  # per user, for the fidelity
 SERVED_CANDIDATES = 1000
 SERVED_LENGTHS = (200, 10_000)
-CACHED_ELEMENTS = 2**18  # of the scores or hidden units of a block of candidates
-# How a trained LREA is served: the dtype of the states and the orientation, which the training does not depend on.
+CACHED_ELEMENTS = 2**18  # scores or hidden units in a block of candidates
+# How a trained LREA is served: dtype of the states, and orientation. Training depends on neither.
 SERVED = {
     "float32": (torch.float32, "scores"),
     "int8": (torch.int8, "scores"),
@@ -56,7 +52,7 @@ SERVED = {
 class Hyperparameters:
     length: int = 200
     dim: int = 16
-    activation_units: int = 36  # of DIN, as its authors have it
+    activation_units: int = 36  # of DIN, its authors' value
     hidden: int = 64
     batch: int = 512
     learning_rate: float = 3e-3
@@ -67,27 +63,21 @@ class Hyperparameters:
 
 
 @dataclass(kw_only=True)
-class Row:
-    """One training. `served` and `fidelity`: of LREA, one a way of `SERVED`, and the truncations of its rank."""
+class Row(TrainingRow):
+    """One training. Only LREA has `served_auc` and `fidelity` (also of smaller ranks), by the names in SERVED."""
 
     op: str = "lrea_attention"
     workload: str = QUALITY
     model: str
-    seed: int
-    shape: dict[str, object]
-    data: str
-    parameters: int
     auc: float
     validation_auc: float
-    best_epoch: int
-    epoch_seconds: float  # the median, but for the evaluation and for waiting for a core taken by other programs
     served_auc: dict[str, float] = field(default_factory=dict)
     fidelity: dict[str, list[dict[str, object]]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class ServingRow:
-    """The attention of 1 user x `candidates`, from what is held of the user; the layers after it are every model's."""
+    """The attention of one user and `candidates`, from what is stored per user; without the layers after it."""
 
     op: str = "lrea_attention"
     workload: str = SERVING
@@ -98,7 +88,7 @@ class ServingRow:
     dim: int
     bytes_per_user: int
     p50_ms: float
-    spread: float | None  # of the median; None: too few rounds to tell
+    spread: float | None  # of the median; None after too few rounds
     waiting: float
 
 
@@ -114,7 +104,7 @@ class Batch(NamedTuple):
 
 
 class Ratings:
-    """Every user's items and whether they were liked, in time order, padded on the right; a sample: user, position."""
+    """Every user's items and whether they were liked, in time order, padded right. A sample is (user, position)."""
 
     def __init__(self, items: Sequence[Tensor], liked: Sequence[Tensor], source: str) -> None:
         self.items, self.liked = (nn.utils.rnn.pad_sequence(list(x), batch_first=True) for x in (items, liked))
@@ -122,7 +112,7 @@ class Ratings:
         self.source = source
 
     def samples(self, start: float, stop: float) -> Tensor:
-        """[S, 2]: those between two shares of each user's ratings; the very first has no history and is none."""
+        """[S, 2] samples between two fractions of each user's ratings, except the first rating: it has no history."""
         bounds = zip((self.counts * start).long().tolist(), (self.counts * stop).long().tolist(), strict=True)
         return torch.tensor([(user, p) for user, (low, high) in enumerate(bounds) for p in range(max(low, 1), high)])
 
@@ -131,17 +121,17 @@ class Ratings:
         return tuple(self.samples(*part) for part in ((0, 0.8), (0.8, 0.9), (0.9, 1)))
 
     def before_the_test(self) -> Tensor:
-        """[U, 2]: the position of each user's first rating of the test, whose history is all that is before it."""
+        """[U, 2] the first test sample of each user. Its history is everything before the test."""
         return torch.stack([torch.arange(len(self.counts)), (self.counts * 0.9).long()], dim=1)
 
     def first(self, users: int) -> "Ratings":
-        """Those of the first users."""
+        """The ratings of the first users."""
         counts = self.counts[:users].tolist()
         items, liked = ([x[user, :n] for user, n in enumerate(counts)] for x in (self.items, self.liked))
         return Ratings(items, liked, self.source)
 
     def batch(self, samples: Tensor, length: int) -> Batch:
-        """The newest `length` ratings before each position are its history."""
+        """The samples as a batch. The history of a sample is the newest `length` ratings before it."""
         users, positions = samples.unbind(1)
         lengths = positions.clamp(max=length)
         columns = torch.arange(int(lengths.max()))
@@ -153,7 +143,7 @@ class Ratings:
 
 
 def load(offline: bool = False) -> Ratings:
-    """MovieLens-100k; without the data, drawn items of a drawn taste each."""
+    """MovieLens-100k. Without the data: drawn items, each liked with a drawn probability."""
     users = movielens.events(offline)
     if users is None:
         histories = movielens.load(offline)
@@ -167,7 +157,7 @@ def load(offline: bool = False) -> Ratings:
 
 
 def batches_of_similar_lengths(samples: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Random batches but that each is cut from 16 batches sorted by length, which spares padding."""
+    """Random batches, each cut from 16 batches' worth of samples sorted by length, to save padding."""
     shuffled = samples[torch.randperm(len(samples), generator=generator)]
     batches = [batch for pool in shuffled.split(16 * size) for batch in pool[pool[:, 1].argsort()].split(size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
@@ -177,7 +167,7 @@ def batches_of_similar_lengths(samples: Tensor, size: int, generator: torch.Gene
 
 
 def shares(seq_lens: Tensor, length: int) -> Tensor:
-    """[U, L]: 1 / length of each behaviour, 0 at padding."""
+    """[U, L] weights of a mean: 1 / seq_len for each behaviour, 0 at padding."""
     valid = torch.arange(length) < seq_lens[:, None]
     return valid / seq_lens.clamp(min=1)[:, None]
 
@@ -189,7 +179,7 @@ class MeanPooling(nn.Module):
 
 
 class DotProductAttention(nn.Module):
-    """LREA's attention without its compression: mean over l of φ(q·k_l/√d) v_l."""
+    """LREA's attention without the compression: mean over l of φ(q·k_l/√d) v_l."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -204,7 +194,7 @@ class DotProductAttention(nn.Module):
 
 
 class Ranker(nn.Module):
-    """Embeddings, an attention, an MLP of [target, h, target·h]; a behaviour is its item and whether it was liked."""
+    """Embeddings, attention, and an MLP over [target, h, target·h]. A behaviour is an item and whether it was liked."""
 
     def __init__(self, model: str, hyper: Hyperparameters) -> None:
         super().__init__()
@@ -212,7 +202,7 @@ class Ranker(nn.Module):
         self.opinions = nn.Embedding(2, hyper.dim)
         for table in (self.items, self.opinions):
             nn.init.normal_(table.weight, std=hyper.dim**-0.5)
-        # Of an item disliked or liked. Without a factor the mean of a history does not tell which of its items were.
+        # Scale of a disliked or liked item. Without it the mean of a history does not show which items were liked.
         self.factors = nn.Parameter(torch.ones(2, hyper.dim))
         self.attention = new_attention(model, hyper)
         self.norm = nn.LayerNorm(hyper.dim)
@@ -223,7 +213,7 @@ class Ranker(nn.Module):
         return self.items(batch.items), history
 
     def forward(self, batch: Batch, nonnegativity: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Logits [U, n], and the penalty of LREA a user."""
+        """Logits [U, n], and LREA's penalty per user."""
         targets, behaviors = self.embed(batch)
         if not isinstance(self.attention, LREA):
             h = self.attention(targets, behaviors, seq_lens=batch.lengths)
@@ -256,7 +246,7 @@ def new_attention(model: str, hyper: Hyperparameters) -> nn.Module:
 
 
 def area_under_curve(scores: Tensor, labels: Tensor) -> float:
-    """The probability that a positive scores above a negative, ties half; NaN if a score is not finite."""
+    """Probability that a positive scores above a negative; ties count half. NaN if a score is not finite."""
     if not scores.isfinite().all():
         return math.nan
     _, inverse, counts = scores.double().unique(return_inverse=True, return_counts=True)
@@ -286,19 +276,18 @@ class Fitted(NamedTuple):
 
 
 def fit(ranker: Ranker, seed: int, ratings: Ratings, hyper: Hyperparameters) -> Fitted:
-    """Leaves the ranker at the weights of its best epoch. The batches depend on the seed alone."""
-    training, validation, _ = ratings.split()
+    """Train, and leave the ranker with the weights of its best epoch. The batches depend only on the seed."""
+    train_samples, validation, _ = ratings.split()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(ranker.parameters(), hyper.learning_rate, weight_decay=hyper.weight_decay)
     seconds, best, best_epoch, best_weights = [], 0.0, 0, None
     for epoch in range(1, hyper.epochs + 1):
-        started, waited = time.perf_counter(), seconds_waited()
-        for samples in batches_of_similar_lengths(training, hyper.batch, generator):
-            loss = ranker.loss(ratings.batch(samples, hyper.length), hyper.nonnegativity)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        seconds.append(time.perf_counter() - started - (seconds_waited() - waited))
+        with timed_epoch(seconds):
+            for samples in batches_of_similar_lengths(train_samples, hyper.batch, generator):
+                loss = ranker.loss(ratings.batch(samples, hyper.length), hyper.nonnegativity)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         reached = auc(ratings, validation, hyper, lambda batch: ranker(batch)[0])
         if reached > best:
             best, best_epoch, best_weights = reached, epoch, copy.deepcopy(ranker.state_dict())
@@ -324,7 +313,7 @@ def trained(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> 
         seed=seed,
         shape=asdict(hyper),
         data=ratings.source,
-        parameters=sum(p.numel() for p in ranker.parameters()),
+        parameters=count_parameters(ranker),
         auc=auc(ratings, test, hyper, lambda batch: ranker(batch)[0]),
         **fitted._asdict(),
     )
@@ -339,7 +328,7 @@ def trained(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> 
 
 @torch.no_grad()
 def fidelity(ranker: Ranker, ratings: Ratings, hyper: Hyperparameters, dtype: torch.dtype) -> list[dict[str, object]]:
-    """Of every user's history before the test and the same candidates for all, scored by the whole model."""
+    """LREA.fidelity over every user's history before the test, with the same candidates, scored by the whole model."""
     batch = ratings.batch(ratings.before_the_test(), hyper.length)
     items = drawn_items(CANDIDATES)
     targets, behaviors = ranker.embed(batch._replace(items=items.expand(len(batch.lengths), -1)))
@@ -359,7 +348,7 @@ def drawn_items(count: int) -> Tensor:
 
 
 def as_json(figures: Fidelity) -> dict[str, object]:
-    """What is not finite, which is no JSON, as None."""
+    """The figures, with None for numbers that are not finite and that JSON cannot hold."""
     numbers = {name: value for name, value in figures._asdict().items() if name != "dtype"}
     return {name: finite(value) for name, value in numbers.items()}
 
@@ -368,9 +357,9 @@ def as_json(figures: Fidelity) -> dict[str, object]:
 
 
 def serving_calls(length: int, candidates: int, hyper: Hyperparameters) -> dict[tuple[str, str], tuple[int, Callable]]:
-    """(model, dtype) -> bytes held of a user, and the attention of all candidates of one user, with drawn weights.
+    """(model, dtype) -> bytes stored per user, and a call that attends for all candidates of one user. Random weights.
 
-    The dot product's keys and values are held projected. Both full attentions take the candidates in blocks whose
+    The dot product stores projected keys and values. Both full attentions process the candidates in blocks, so that
     intermediate results stay in the cache.
     """
     torch.manual_seed(0)
@@ -399,7 +388,7 @@ def serving_calls(length: int, candidates: int, hyper: Hyperparameters) -> dict[
 
 
 def in_blocks(attend: Callable[[Tensor], Tensor], targets: Tensor, per_candidate: int) -> Tensor:
-    """The candidates so many at a time that what is computed for them stays in the cache."""
+    """Attend for blocks of candidates small enough that the intermediate results stay in the cache."""
     block = max(1, CACHED_ELEMENTS // per_candidate)
     return torch.cat([attend(part) for part in targets.split(block, dim=1)], dim=1)
 
@@ -416,7 +405,7 @@ def served_bytes(state: LREAState) -> int:
 def measure_serving(
     seconds: float, hyper: Hyperparameters, lengths: Sequence[int] = SERVED_LENGTHS
 ) -> list[ServingRow]:
-    """Contestants interleaved, but for LREA apart from the full ones, which leave nothing of it in the cache."""
+    """Calls interleave, in two groups: full attention would evict LREA's states from the cache."""
     rows = []
     for length in lengths:
         calls = serving_calls(length, SERVED_CANDIDATES, hyper)
@@ -446,36 +435,27 @@ def measure_serving(
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.din", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="all by default")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings of each model")
-    parser.add_argument("--epochs", type=int, default=Hyperparameters.epochs, help="at most")
+    training.add_arguments(parser, Hyperparameters.epochs)
     parser.add_argument(
         "--nonnegativity",
         type=float,
         default=Hyperparameters.nonnegativity,
         help="weight of LREA's loss, which is divided by the users of a batch",
     )
-    parser.add_argument("--jobs", type=int, help="trainings at a time, of one CPU thread each; a core each")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring the serving, twice a history")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for each serving measurement")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--serving-only", action="store_true", help="train nothing, measure the serving")
+    only.add_argument("--serving-only", action="store_true", help="measure the serving without training")
     only.add_argument("--training-only", action="store_true", help="do not measure the serving")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the JSON lines")
-    parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its ratings")
     chosen = parser.parse_args(arguments)
-    if min(chosen.seeds, chosen.epochs, chosen.jobs or 1) < 1:
-        parser.error("--seeds, --epochs and --jobs must be at least 1")
+    training.check_arguments(parser, chosen, CPU)
     if not (0 <= chosen.nonnegativity < math.inf and 0 < chosen.seconds < math.inf):
         parser.error("--nonnegativity must be finite and at least 0, --seconds finite and above 0")
-    chosen.jobs = chosen.jobs or len(os.sched_getaffinity(0))
     return chosen
 
 
 def quality_table(rows: Sequence[Row]) -> Table:
-    """Of LREA also the AUC of each way to serve it."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("attention")
-    for column in ("AUC", *(f"served, {way}" for way in SERVED), "s an epoch", "parameters"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """AUC of each model; for LREA also the AUC of each way to serve it."""
+    table = new_table(("attention",), ("AUC", *(f"served, {way}" for way in SERVED), "s per epoch", "parameters"))
     for model, own in by_model(rows):
         served = [mean_and_spread([row.served_auc[way] for row in own]) if own[0].served_auc else "" for way in SERVED]
         seconds = statistics.median(row.epoch_seconds for row in own)
@@ -485,12 +465,9 @@ def quality_table(rows: Sequence[Row]) -> Table:
 
 
 def fidelity_table(rows: Sequence[Row]) -> Table:
-    """The median over seeds (none if one is not finite); of each model its own rank and, below it, its truncations."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("states")
+    """Median over seeds (empty if a value is not finite) for the rank of each model, and below it for smaller ranks."""
     columns = [name for name in Fidelity._fields if name not in ("rank", "dtype")]
-    for column in ("rank", *(name.replace("_", " ") for name in columns)):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table(("states",), ("rank", *(name.replace("_", " ") for name in columns)))
     for model, own in by_model([row for row in rows if row.fidelity]):
         for way in SERVED:
             for of_seeds in zip(*(row.fidelity[way] for row in own), strict=True):
@@ -501,11 +478,7 @@ def fidelity_table(rows: Sequence[Row]) -> Table:
 
 
 def serving_table(rows: Sequence[ServingRow]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("attention", "states"):
-        table.add_column(column)
-    for column in ("history", "ms", "spread", "waiting", "bytes a user"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table(("attention", "states"), ("history", "ms", "spread", "waiting", "bytes per user"))
     for row in rows:
         share = ("" if x is None else f"{100 * x:.0f}%" for x in (row.spread, row.waiting))
         table.add_row(row.model, row.dtype, f"{row.length:,}", f"{row.p50_ms:.3f}", *share, f"{row.bytes_per_user:,}")
@@ -518,44 +491,31 @@ def by_model(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
             yield model, own
 
 
-def train_all(models: Sequence[str], seeds: int, jobs: int, *arguments: object) -> Iterator[Row]:
-    """The row of each model and seed, as it ends."""
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawned, torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(train, model, seed, *arguments) for seed in range(seeds) for model in models]
-        for future in as_completed(futures):
-            yield future.result()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     chosen = parse_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     hyper = Hyperparameters(epochs=chosen.epochs, nonnegativity=chosen.nonnegativity)
     torch.set_num_threads(1)
-    common = records.environment(torch.device("cpu")) | {
-        "jobs": chosen.jobs,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    path = chosen.results / f"{datetime.now():%Y%m%d-%H%M%S}-din-cpu.jsonl"
+    common, path = training.begin("din", chosen, CPU)
 
     if not chosen.serving_only:
         ratings = load(chosen.offline)
         rows = []
-        trained = train_all(chosen.models, chosen.seeds, chosen.jobs, ratings, hyper)
+        finished = training.train_all(train, chosen.models, chosen.seeds, chosen.jobs, ratings, hyper)
         total = chosen.seeds * len(chosen.models)
-        for row in track(trained, "DIN", total, console=console, transient=True):
+        for row in track(finished, "DIN", total, console=console, transient=True):
             records.append([row], common, path)
             rows.append(row)
         console.print(f"AUC on {ratings.source}, {chosen.seeds} seeds, {common['device']}")
         console.print(quality_table(rows))
         if any(row.fidelity for row in rows):
-            console.print(f"absorbed against restored, {CANDIDATES} candidates of every user, the median over seeds")
+            console.print(f"absorbed vs restored, {CANDIDATES} candidates per user, median over seeds")
             console.print(fidelity_table(rows))
     if not chosen.training_only:
         served = measure_serving(chosen.seconds, hyper)
         records.append(served, common, path)
-        console.print(f"the attention of 1 user x {SERVED_CANDIDATES} candidates, d = {hyper.dim}, one thread")
+        console.print(f"attention of 1 user and {SERVED_CANDIDATES} candidates, d = {hyper.dim}, one thread")
         console.print(serving_table(served))
     console.print(f"rows in {path}, {time.perf_counter() - started:.0f} s")
     return 0

@@ -1,25 +1,19 @@
-"""`python -m benchmarks.quality.sasrec`: SASRec on MovieLens-100k, plain and refined: quality, and seconds an epoch.
+"""`python -m benchmarks.quality.sasrec`: SASRec on MovieLens-100k, plain and refined: quality, and seconds per epoch.
 
-Leave-one-out: of each user the last item is the test, the one before it the validation. Every item outside the user's
-history is ranked. The epoch is chosen by NDCG@10 on the validation, and its HR@10 and NDCG@10 on the test are reported.
-From the first seed every mechanism is also trained for some epochs through the reference, and the loss curves compared.
+Leave-one-out: the last item of each user is the test, the one before it the validation. Every item outside the user's
+history is ranked. The epoch with the best validation NDCG@10 counts; its test HR@10 and NDCG@10 are reported. For the
+first seed, every mechanism is also trained for some epochs with the reference, and the loss curves are compared.
 """
 
 import argparse
 import math
-import multiprocessing
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,7 +23,8 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks.data import movielens
 from benchmarks.data.movielens import Histories
 from benchmarks.harness import records
-from benchmarks.harness.timing import seconds_waited
+from benchmarks.quality import training
+from benchmarks.quality.training import TrainingRow, count_parameters, mean_and_spread, new_table, timed_epoch
 from recattn.nn import RefinedSelfAttention
 from recattn.testing import largest
 
@@ -37,13 +32,13 @@ PLAIN = "plain"
 ATTENTIONS = (PLAIN, "simple", "value", "additive", "stochastic")
 EVALUATE_EVERY = 10
 QUALITY, PARITY = "sasrec", "sasrec parity"
-# Training magnifies a difference of rounding, the faster the larger its steps: SASRec's own rate, and few epochs.
+# Training amplifies rounding differences, faster with larger steps. So few epochs, at SASRec's own learning rate.
 PARITY_EPOCHS, PARITY_LEARNING_RATE = 10, 1e-3
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """SASRec's, but for three times its learning rate and fewer epochs. Dropout is outside the attention."""
+    """SASRec's, except three times its learning rate and fewer epochs. No dropout inside the attention."""
 
     length: int = 50
     dim: int = 50
@@ -56,23 +51,17 @@ class Hyperparameters:
 
 
 @dataclass(kw_only=True)
-class Row:
-    """One training. `curve_difference`, of the reference: the largest |loss of impl None - loss| / loss of an epoch."""
+class Row(TrainingRow):
+    """One training. `curve_difference`, for impl="reference": largest |loss of impl None - loss| / loss over epochs."""
 
     op: str = "refined_attention"
     workload: str = QUALITY
     attention: str
     impl: str | None
     dtype: str
-    seed: int
-    shape: dict[str, object]
-    data: str
-    parameters: int
     hr10: float
     ndcg10: float
     validation_ndcg10: float
-    best_epoch: int
-    epoch_seconds: float  # the median, but for the evaluation and for waiting for a core taken by other programs
     losses: list[float]
     curve_difference: float | None = None
 
@@ -81,7 +70,7 @@ class Row:
 
 
 def pad_left(sequences: Sequence[Tensor], length: int) -> Tensor:
-    """[len(sequences), length]: the newest items, at the end; 0 before them."""
+    """[len(sequences), length]: the newest items at the end, 0 before them."""
     padded = torch.zeros(len(sequences), length, dtype=torch.long)
     for row, items in zip(padded, sequences, strict=True):
         newest = items[-length:]
@@ -90,7 +79,7 @@ def pad_left(sequences: Sequence[Tensor], length: int) -> Tensor:
 
 
 class Split:
-    """Leave-one-out: inputs and targets of the training, the queries of validation and test and their answers."""
+    """Leave-one-out split: training inputs and targets, and queries with answers for validation and test."""
 
     def __init__(self, histories: Sequence[Tensor], length: int, device: torch.device) -> None:
         histories = [items for items in histories if len(items) >= 4]
@@ -116,7 +105,7 @@ class Split:
         return torch.stack([items[position] for items in histories])
 
     def draw_negatives(self, users: Tensor, generator: torch.Generator) -> Tensor:
-        """[len(users), length]: items that the users' training histories lack, uniformly."""
+        """[len(users), length] items drawn uniformly from those not in the user's training history."""
         shape = len(users), self.inputs.shape[1]
         device = self.inputs.device
         seen = self.trained_on[users]
@@ -131,7 +120,7 @@ class Split:
 
 
 class Block(nn.Module):
-    """Attention of the normalised states over the states, and a point-wise feed-forward, each with a residual."""
+    """Attention of the normalised states over the states, then a point-wise feed-forward, both with a residual."""
 
     def __init__(self, attention: nn.Module, dim: int, dropout: float) -> None:
         super().__init__()
@@ -150,7 +139,7 @@ class Block(nn.Module):
     def _attend(self, queries: Tensor, x: Tensor, padding: Tensor) -> Tensor:
         if isinstance(self.attention, RefinedSelfAttention):
             return self.attention(queries, x, x, key_padding_mask=padding, is_causal=True)[0]
-        # nn.MultiheadAttention gives NaN to a query that sees no key: padding sees itself.
+        # nn.MultiheadAttention returns NaN for a query that sees no key, so padding sees itself.
         n, heads = x.shape[1], self.attention.num_heads
         ones = torch.ones(n, n, dtype=torch.bool, device=x.device)
         hidden = (ones.triu(1) | padding[:, None, :]) & ~ones.diag().diag()  # [B, N, N]
@@ -158,7 +147,7 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """Items and positions, embedded; blocks; the score of an item is the product with its embedding."""
+    """Item and position embeddings, then blocks. An item's score is the product with its embedding."""
 
     def __init__(self, items: int, hyper: Hyperparameters, new_attention: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -181,7 +170,7 @@ class SASRec(nn.Module):
         return self.norm(x)
 
     def loss(self, inputs: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-        """Binary cross-entropy of the next item and of one that never was, over all positions."""
+        """Binary cross-entropy of the next item and of a negative, over all positions."""
         states, tokens = self(inputs), inputs != 0
         positive, negative = ((states * self.items(items)).sum(-1)[tokens] for items in (targets, negatives))
         return (F.softplus(-positive) + F.softplus(negative)).mean()
@@ -197,9 +186,9 @@ def attention_factory(name: str, hyper: Hyperparameters, impl: str | None) -> Ca
 
 
 def ranking_quality(scores: Tensor, answers: Tensor, candidates: Tensor, cutoff: int = 10) -> tuple[float, float]:
-    """HR and NDCG at the cutoff of one answer a row, [U], among the candidates, [U, items]; ties rank above it."""
+    """HR and NDCG at the cutoff. One answer per row, [U], among candidates, [U, items]; ties rank above the answer."""
     answer = scores.gather(1, answers[:, None])
-    rivals = candidates & ~(scores < answer)  # NaN is a rival too
+    rivals = candidates & ~(scores < answer)  # NaN counts as a rival
     rank = rivals.scatter(1, answers[:, None], False).sum(dim=1)
     hit = rank < cutoff
     return hit.double().mean().item(), (hit / torch.log2(rank + 2.0)).double().mean().item()
@@ -233,9 +222,8 @@ def train(
     losses, seconds = [], []
     best, best_epoch, hr, ndcg = -1.0, 0, 0.0, 0.0
     for epoch in range(1, hyper.epochs + 1):
-        started, waited = time.perf_counter(), seconds_waited()
-        losses.append(train_epoch(model, optimizer, split, hyper.batch, generator))
-        seconds.append(time.perf_counter() - started - (seconds_waited() - waited))
+        with timed_epoch(seconds):
+            losses.append(train_epoch(model, optimizer, split, hyper.batch, generator))
         if epoch % EVALUATE_EVERY == 0 or epoch == hyper.epochs:
             _, validation = evaluate(model, *split.validation, split.trained_on)
             if validation > best:
@@ -248,7 +236,7 @@ def train(
         seed=seed,
         shape=asdict(hyper),
         data=histories.source,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=count_parameters(model),
         hr10=hr,
         ndcg10=ndcg,
         validation_ndcg10=best,
@@ -261,7 +249,7 @@ def train(
 def train_epoch(
     model: SASRec, optimizer: torch.optim.Optimizer, split: Split, batch: int, generator: torch.Generator
 ) -> float:
-    """The mean loss of an epoch, each user once."""
+    """Train on each user once. Returns the mean loss."""
     total = torch.zeros((), dtype=torch.float64, device=split.inputs.device)
     order = torch.randperm(len(split.inputs), generator=generator)
     for users in order.split(batch):
@@ -275,7 +263,7 @@ def train_epoch(
 
 
 def curve_difference(curve: Sequence[float], other: Sequence[float]) -> float:
-    """The largest relative difference; NaN if either has one."""
+    """Largest relative difference; NaN if a curve holds NaN."""
     return largest(abs(a - b) / abs(a) for a, b in zip(curve, other, strict=True))
 
 
@@ -285,28 +273,20 @@ def curve_difference(curve: Sequence[float], other: Sequence[float]) -> float:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.sasrec", description=__doc__.partition("\n")[0])
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS, help="all by default")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings of each attention")
-    parser.add_argument("--epochs", type=int, default=Hyperparameters.epochs)
+    training.add_arguments(parser, Hyperparameters.epochs)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="a CUDA device where there is one")
-    parser.add_argument("--jobs", type=int, help="trainings at a time, of one CPU thread each; a core each, 1 on CUDA")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the JSON lines")
-    parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its items")
     chosen = parser.parse_args(arguments)
-    if min(chosen.seeds, chosen.epochs, chosen.jobs or 1) < 1:
-        parser.error("--seeds, --epochs and --jobs must be at least 1")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
     chosen.device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen.jobs = chosen.jobs or (len(os.sched_getaffinity(0)) if chosen.device.type == "cpu" else 1)
+    training.check_arguments(parser, chosen, chosen.device)
     return chosen
 
 
 def quality_table(rows: Sequence[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("attention")
     dtypes = ("float32", "float64")
-    for column in ("HR@10", "NDCG@10", "s an epoch", "parameters", *(f"loss curve, {dtype}" for dtype in dtypes)):
-        table.add_column(column, justify="right", no_wrap=True)
+    curves = [f"loss curve, {dtype}" for dtype in dtypes]
+    table = new_table(("attention",), ("HR@10", "NDCG@10", "s per epoch", "parameters", *curves))
     for attention in sorted({row.attention for row in rows}, key=ATTENTIONS.index):
         own = [row for row in rows if row.attention == attention]
         trained = [row for row in own if row.workload == QUALITY]
@@ -321,15 +301,10 @@ def quality_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
-
-
 def train_with_reference(
     attention: str, seed: int, histories: Histories, hyper: Hyperparameters, device: torch.device
 ) -> list[Row]:
-    """A training; from the first seed, for a refined one, also those that hold its loss curve to the reference's."""
+    """A training. For the first seed of a refined attention, also the trainings that compare its loss curve."""
     rows = [train(attention, None, seed, torch.float32, histories, hyper, device)]
     if attention == PLAIN or seed > 0:
         return rows
@@ -344,42 +319,24 @@ def train_with_reference(
     return rows
 
 
-def train_all(attentions: Sequence[str], seeds: int, jobs: int, *arguments: object) -> Iterator[list[Row]]:
-    """The rows of each attention and seed, as they end."""
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawned, torch.set_num_threads, (1,)) as pool:
-        futures = [
-            pool.submit(train_with_reference, attention, seed, *arguments)
-            for seed in range(seeds)
-            for attention in attentions
-        ]
-        for future in as_completed(futures):
-            yield future.result()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     chosen = parse_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     histories = movielens.load(chosen.offline)
     hyper = Hyperparameters(epochs=chosen.epochs)
-    common = records.environment(chosen.device) | {
-        "threads": 1,
-        "jobs": chosen.jobs,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    path = chosen.results / f"{datetime.now():%Y%m%d-%H%M%S}-sasrec-{chosen.device.type}.jsonl"
-
+    common, path = training.begin("sasrec", chosen, chosen.device)
     rows: list[Row] = []
-    trained = train_all(chosen.attention, chosen.seeds, chosen.jobs, histories, hyper, chosen.device)
+    arguments = histories, hyper, chosen.device
+    finished = training.train_all(train_with_reference, chosen.attention, chosen.seeds, chosen.jobs, *arguments)
     total = chosen.seeds * len(chosen.attention)
-    for own in track(trained, "SASRec", total, console=console, transient=True):
+    for own in track(finished, "SASRec", total, console=console, transient=True):
         records.append(own, common, path)
         rows += own
 
     console.print(f"SASRec on {histories.source}, {hyper.epochs} epochs, {chosen.seeds} seeds, {common['device']}")
     console.print(quality_table(rows))
-    console.print(f"loss curve: the reference's and impl None's differ by at most that, over {PARITY_EPOCHS} epochs")
+    console.print(f"loss curve: largest difference between impl None and the reference over {PARITY_EPOCHS} epochs")
     console.print(f"{len(rows)} rows in {path}, {time.perf_counter() - started:.0f} s")
     return 0
 

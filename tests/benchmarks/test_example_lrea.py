@@ -67,7 +67,7 @@ def test_the_command(ratings, monkeypatch, capsys):
     monkeypatch.setattr(din, "load", lambda offline: ratings)
     assert lrea.main(["--quick"]) == 0
     printed = capsys.readouterr().out
-    assert "two tastes" in printed and "rare loss" in printed and "bytes a user" in printed
+    assert "two tastes" in printed and "rare loss" in printed and "bytes per user" in printed
     assert printed.count(lrea.LREA) >= 6 and printed.count(f" {DIN} ") == 2
 
 
