@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recattn._check import expect, expect_choice, expect_index, expect_same_device, expect_shape
 from recattn.functional.validation import checked_indices
-from recattn.nn._masks import as_mask, mask_of_sinks
+from recattn.nn._masks import make_sink_mask, read_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,7 +187,7 @@ def _valid(batch: dict[str, object], sizes: dict[str, int]) -> Tensor:
     """[B, N] bool, False at padding."""
     mask = batch.get("attention_mask")
     if mask is not None:
-        return as_mask(sizes, "attention_mask of the batch", mask, "B N")
+        return read_mask(sizes, "attention_mask of the batch", mask, "B N")
     device = next(x.device for x in batch.values() if isinstance(x, Tensor))
     return torch.ones(sizes["B"], sizes["N"], dtype=torch.bool, device=device)
 
@@ -206,7 +206,7 @@ def _sinks(
         expect_index(sizes, "sink_positions", sink_positions, "B M")
         expect_same_device("the batch", valid, sink_positions=sink_positions)
         sink_positions = checked_indices(valid.device, sink_positions=sink_positions, seq_len=sizes["N"]).sink_positions
-        sinks = mask_of_sinks(sink_positions, sizes["N"]) & valid
+        sinks = make_sink_mask(sink_positions, sizes["N"]) & valid
     else:
         ids = batch.get("input_ids")
         expect(ids is not None, "input_ids", "in the batch, to find sink_token_id in", sorted(batch))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 from recattn.integrations.transformers import BIAS, enable_sink_attention  # noqa: E402
-from recattn.integrations.transformers.architectures import attentions_of  # noqa: E402
+from recattn.integrations.transformers.architectures import find_attentions  # noqa: E402
 
 SINK, VOCABULARY = 7, 60
 SIZES = {
@@ -86,7 +86,7 @@ class Eager:
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], layers: list[int]) -> None:
         self.batch, self.weights, self.hidden = batch, [], None
-        attentions = attentions_of(model.base_model)
+        attentions = find_attentions(model.base_model)
         self.chosen = {id(attentions[i]) for i in layers}
         self.hooks = [x.register_forward_pre_hook(self.keep_hidden, with_kwargs=True) for x in attentions]
 

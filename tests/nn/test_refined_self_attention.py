@@ -143,7 +143,7 @@ def test_sequence_first_layout():
 def test_heads_are_views(batch_first):
     attention = module(batch_first=batch_first)
     x = torch.randn(B, N, 3 * E)[..., :E]
-    heads = attention._heads(x if batch_first else x.transpose(0, 1))
+    heads = attention._split_heads(x if batch_first else x.transpose(0, 1))
     assert heads.shape == (B, H, N, E // H)
     assert heads.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 

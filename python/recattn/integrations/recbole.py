@@ -105,9 +105,9 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         shape, device = input_tensor.shape[:2], input_tensor.device
         valid = valid_tokens(*shape, masks["seq_lens"], self.padding_side, device)
         input_tensor = input_tensor.where(valid[..., None], 0)  # NaN would reach gradients, also through the residual
-        q, k, v = (self._heads(project(input_tensor)) for project in (self.query, self.key, self.value))
+        q, k, v = (self._split_heads(project(input_tensor)) for project in (self.query, self.key, self.value))
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        heads = self._refined(q, k, v, masks, dropout_p, self.impl)
+        heads = self._attend(q, k, v, masks, dropout_p, self.impl)
         out = self.dense(heads.transpose(1, 2).flatten(-2))
         return self.LayerNorm(self.out_dropout(out) + input_tensor)
 
@@ -117,7 +117,7 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
             f"source={self.source!r}, per_head={self.per_head}, padding_side={self.padding_side!r}"
         )
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         """[B, N, E] -> [B, H, N, D]."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 

@@ -94,14 +94,14 @@ def _to_bool(name: str, mask: Tensor) -> Tensor:
     return hidden
 
 
-def mask_of_sinks(sink_positions: Tensor, length: int) -> Tensor:
+def make_sink_mask(sink_positions: Tensor, length: int) -> Tensor:
     """[B, N] bool, True at the sinks. Positions of -1 are padding."""
     index = sink_positions.long().masked_fill(sink_positions < 0, length)
     mask = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
     return mask.scatter(1, index, True)[:, :length]
 
 
-def as_mask(sizes: dict[str, int], name: str, mask: object, layout: str) -> Tensor:
+def read_mask(sizes: dict[str, int], name: str, mask: object, layout: str) -> Tensor:
     """The mask as bool, from bool or from integers 0 and 1."""
     expect_tensors(**{name: mask})
     expect_shape(sizes, name, mask, layout)

@@ -25,8 +25,8 @@ Module = TypeVar("Module", bound="MultiheadProjections")
 class MultiheadProjections(nn.Module):
     """Parameters, projections and mask handling of nn.MultiheadAttention, without its attention.
 
-    A subclass computes the attention between `_project` and `_output`. `in_proj_weight`, `in_proj_bias` and `out_proj`
-    are those of nn.MultiheadAttention; with fewer key/value heads, W_K and W_V have fewer rows.
+    A subclass computes the attention between `_project_inputs` and `_project_output`. `in_proj_weight`, `in_proj_bias`
+    and `out_proj` are those of nn.MultiheadAttention; with fewer key/value heads, W_K and W_V have fewer rows.
     """
 
     # If True, nn.TransformerEncoderLayer computes plain attention from our weights in inference, without calling us.
@@ -177,7 +177,7 @@ class MultiheadProjections(nn.Module):
             visible = visible & visible.new_ones(queries, keys).tril()
         return {"attn_mask": visible}
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, projected and split into heads [B, H, N, D].
 
         Inputs that are the same tensor share one matmul: all three, or key and value as in SASRec.
@@ -192,14 +192,14 @@ class MultiheadProjections(nn.Module):
             q_bias, kv_bias = (None, None) if bias is None else (bias[:e], bias[e:])
             keys_and_values = F.linear(key, weight[e:], kv_bias).split(widths[1:], dim=-1)
             projected = F.linear(query, weight[:e], q_bias), *keys_and_values
-        return tuple(map(self._heads, projected))
+        return tuple(map(self._split_heads, projected))
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         """[B, N, H·D] or [N, B, H·D] -> [B, H, N, D], a view."""
         x = x.unflatten(-1, (-1, self.head_dim))
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
-    def _output(self, x: Tensor) -> Tensor:
+    def _project_output(self, x: Tensor) -> Tensor:
         """[B, H, N, D] -> the output projection, in the layout of the query."""
         return self.out_proj((x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2))
 

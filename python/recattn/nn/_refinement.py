@@ -52,13 +52,13 @@ class Refinement:
         for matrix in self._matrices():
             nn.init.normal_(matrix, std=std)
 
-    def _refined(
+    def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, object], dropout_p: float, impl: str | None
     ) -> Tensor:
         options = {**self._mechanism_options, **masks, "dropout_p": dropout_p, "impl": impl}
         return refined_attention(q, k, v, *self._matrices(), **options)
 
-    def _refined_weights(self, q: Tensor, k: Tensor, masks: dict[str, object]) -> Tensor:
+    def _attention_weights(self, q: Tensor, k: Tensor, masks: dict[str, object]) -> Tensor:
         """softmax(mask(M)), [B, H, N, N], before dropout."""
         q, k, *matrices = autocast_inputs(q, k, *self._matrices())
         return reference.refined_attention(q, k, identity_values(k), *matrices, **self._mechanism_options, **masks)

@@ -163,22 +163,22 @@ class LREA(nn.Module):
         expect_tensors(targets=targets, compressed=compressed)
         sizes = {"rank": self.rank, "embed_dim": self.embed_dim}
         expect_shape(sizes, "compressed", compressed, "U rank embed_dim")
-        rows, target_offsets = self._packed(targets, target_offsets, sizes["U"])
+        rows, target_offsets = self._pack_targets(targets, target_offsets, sizes["U"])
         tensors = autocast_inputs(rows, compressed, w_decomp, self.w_q, self.w_k, self.w_v)
         rows, compressed, w_decomp, w_q, w_k, w_v = tensors
         expect_same_dtype("the parameters", w_q, targets=rows, compressed=compressed)
         expect_same_device("the parameters", w_q, targets=rows, compressed=compressed)
         out = functional.lrea_attention(
             (rows @ w_q).unflatten(-1, (self.num_heads, self.head_dim)),
-            self._heads(compressed @ w_k),
-            self._heads(compressed @ w_v),
+            self._split_heads(compressed @ w_k),
+            self._split_heads(compressed @ w_v),
             w_decomp,
             target_offsets,
             seq_lens=seq_lens,
             negative_slope=self.negative_slope,
             impl=self.impl,
         )
-        return self._shaped_like(targets, out)
+        return self._reshape_like(targets, out)
 
     def loss(self, compressed: Tensor) -> Tensor:
         """‖max(0, −W_decomp)‖² + ‖max(0, −C)‖² with C [U, r, embed_dim] from `compress`: a scalar, over all users."""
@@ -221,7 +221,7 @@ class LREA(nn.Module):
             compressed = functional.lrea_compress(behaviors, self.w_comp, seq_lens, item_ids=item_ids, impl=self.impl)
         compressed = compressed.to(torch.promote_types(compressed.dtype, torch.float32))
         users, length, *_ = behaviors.shape if item_ids is None else item_ids.shape
-        return self._state(compressed, self._lengths(users, length, seq_lens, behaviors.device), dtype)
+        return self._make_state(compressed, self._lengths(users, length, seq_lens, behaviors.device), dtype)
 
     @torch.no_grad()
     def append(self, state: LREAState, behavior: Tensor) -> LREAState:
@@ -256,7 +256,7 @@ class LREA(nn.Module):
             )
         rows = self.w_comp[lengths].to(state.compressed.dtype)  # [U, r]
         compressed = state.compressed + rows[:, :, None] * behavior.to(rows.dtype)[:, None, :]
-        return self._state(compressed, lengths + 1, state.keys.dtype)
+        return self._make_state(compressed, lengths + 1, state.keys.dtype)
 
     def attend(
         self,
@@ -287,7 +287,7 @@ class LREA(nn.Module):
         expect_shape(sizes, "state.keys", state.keys, "S H r target_dim")
         expect_shape(sizes, "state.values", state.values, "S H r head_dim")
         expect_shape(sizes, "slots", slots, "U")
-        rows, target_offsets = self._packed(targets, target_offsets, sizes["U"])
+        rows, target_offsets = self._pack_targets(targets, target_offsets, sizes["U"])
         if state.keys.dtype != torch.int8:
             rows = rows.to(state.keys.dtype)
         out = functional.lrea_absorbed_attention(
@@ -302,7 +302,7 @@ class LREA(nn.Module):
             negative_slope=1.0 if self.orientation == "weights" else self.negative_slope,
             impl=self.impl,
         )
-        return self._shaped_like(targets, out).to(targets.dtype)
+        return self._reshape_like(targets, out).to(targets.dtype)
 
     @torch.no_grad()
     def truncated(self, rank: int) -> "LREA":
@@ -391,7 +391,7 @@ class LREA(nn.Module):
         expect_tensors(targets=targets, behaviors=behaviors)
         expect_shape(sizes, "behaviors", behaviors, "U L embed_dim")
         expect(sizes["L"] > 0, "L of behaviors", "at least 1", 0)
-        rows, target_offsets = self._packed(targets, target_offsets, sizes["U"])
+        rows, target_offsets = self._pack_targets(targets, target_offsets, sizes["U"])
         if probes is not None:
             expect_tensors(probes=probes)
             expect_shape(sizes, "probes", probes, "U target_dim")
@@ -416,7 +416,7 @@ class LREA(nn.Module):
             f"orientation={self.orientation!r}"
         )
 
-    def _packed(self, targets: Tensor, target_offsets: Tensor | None, users: int) -> tuple[Tensor, Tensor]:
+    def _pack_targets(self, targets: Tensor, target_offsets: Tensor | None, users: int) -> tuple[Tensor, Tensor]:
         """Targets in any of their shapes as [T, target_dim], with offsets."""
         sizes = {"U": users, "target_dim": self.target_dim}
         if target_offsets is not None:
@@ -426,22 +426,22 @@ class LREA(nn.Module):
         n = targets.shape[1] if targets.dim() == 3 else 1
         return targets.flatten(0, -2), n * torch.arange(users + 1, device=targets.device)
 
-    def _shaped_like(self, targets: Tensor, out: Tensor) -> Tensor:
+    def _reshape_like(self, targets: Tensor, out: Tensor) -> Tensor:
         """[T, H, D] -> heads concatenated, in the shape of the targets."""
         return out.reshape(*targets.shape[:-1], self.num_heads * self.head_dim)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         """[..., n, H·D] -> [..., H, n, D]"""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
 
-    def _state(self, compressed: Tensor, lengths: Tensor, dtype: torch.dtype) -> LREAState:
+    def _make_state(self, compressed: Tensor, lengths: Tensor, dtype: torch.dtype) -> LREAState:
         """The state of C: computed in the dtype of C and rounded once."""
         with without_autocast(compressed):
             weights = (self.w_q, self.w_k, self.w_v, self.w_decomp)
             w_q, w_k, w_v, w_decomp = (weight.to(compressed.dtype) for weight in weights)
             keys, values = functional.lrea_absorb(
-                self._heads(compressed @ w_k) @ self._heads(w_q).mT,  # [U, H, r, target_dim]
-                self._heads(compressed @ w_v),
+                self._split_heads(compressed @ w_k) @ self._split_heads(w_q).mT,  # [U, H, r, target_dim]
+                self._split_heads(compressed @ w_v),
                 w_decomp,
                 seq_lens=lengths,
                 scale=self.head_dim**-0.5,

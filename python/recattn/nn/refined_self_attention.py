@@ -113,11 +113,11 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
         expect(is_self_attention, "key", expected, "another tensor")
         batch, length, _ = self._expect_inputs(query, key, value)
         masks = self._read_masks(batch, length, key_padding_mask, attn_mask, is_causal, seq_lens)
-        q, k, v = self._project(*self._zero_own_padding(masks, query, key, value))
-        out = self._output(self._refined(q, k, v, masks, self._dropout_p, self.impl))
+        q, k, v = self._project_inputs(*self._zero_own_padding(masks, query, key, value))
+        out = self._project_output(self._attend(q, k, v, masks, self._dropout_p, self.impl))
         if not need_weights:
             return out, None
-        weights = self._refined_weights(q, k, masks)
+        weights = self._attention_weights(q, k, masks)
         return out, weights.mean(dim=1) if average_attn_weights else weights
 
     def extra_repr(self) -> str:

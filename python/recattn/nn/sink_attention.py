@@ -91,15 +91,17 @@ class SinkAttention(MultiheadProjections):
             masks = self._read_cross_masks(queries, keys, valid, attn_mask, is_causal)
             if valid is not None:
                 key, value = self._zero_padding(valid, key, value)
-            return self._cross_attend(*self._project(query, key, value), masks, need_weights, average_attn_weights)
+            return self._cross_attend(
+                *self._project_inputs(query, key, value), masks, need_weights, average_attn_weights
+            )
         masks = self._read_masks(batch, queries, key_padding_mask, attn_mask, is_causal, seq_lens)
-        q, k, v = self._project(*self._zero_own_padding(masks, query, key, value))
+        q, k, v = self._project_inputs(*self._zero_own_padding(masks, query, key, value))
         if not given:
             sink_positions, inter_sink_bias = no_sinks(q)
         heads = sink_attention(
             q, k, v, sink_positions, inter_sink_bias, **masks, dropout_p=self._dropout_p, impl=self.impl
         )
-        out = self._output(heads)
+        out = self._project_output(heads)
         if not need_weights:
             return out, None
         weights = reference.sink_attention(q, k, identity_values(k), sink_positions, inter_sink_bias, **masks)
@@ -115,7 +117,7 @@ class SinkAttention(MultiheadProjections):
                 "padding beside a query that is another tensor (of the same tokens: give seq_lens)"
             )
         attend = functools.partial(F.scaled_dot_product_attention, q, k, enable_gqa=True, **masks)
-        out = self._output(attend(v, dropout_p=self._dropout_p))
+        out = self._project_output(attend(v, dropout_p=self._dropout_p))
         if not need_weights:
             return out, None
         weights = attend(identity_values(k))

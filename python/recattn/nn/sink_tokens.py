@@ -22,7 +22,7 @@ from recattn._check import (
 )
 from recattn._gather import gather_rows
 from recattn.functional.validation import checked_indices, expect_values, values_are_checked
-from recattn.nn._masks import as_mask
+from recattn.nn._masks import read_mask
 from recattn.nn._sizes import expect_positive
 from recattn.ops.index_checks import checked_lengths
 from recattn.reference.sink_attention import valid_tokens
@@ -404,7 +404,7 @@ def _signal_mask(
     expect_shape(sizes, name, signal, "B k")
     expect_dtype(name, signal, allowed)
     expect_same_device(name, signal, mask=mask)
-    valid = torch.ones_like(signal, dtype=torch.bool) if mask is None else as_mask(sizes, "mask", mask, "B k")
+    valid = torch.ones_like(signal, dtype=torch.bool) if mask is None else read_mask(sizes, "mask", mask, "B k")
     if values_are_checked(signal.device):
         finite = ~valid | signal.isfinite()
         expect_values(finite, f"{name} must be finite where there is a behaviour", lambda *index: signal[index].item())

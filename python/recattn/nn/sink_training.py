@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from recattn._check import expect, expect_choice, expect_index, expect_same_device, expect_shape, expect_tensors
 from recattn.functional.validation import checked_indices
-from recattn.nn._masks import as_mask, mask_of_sinks
+from recattn.nn._masks import make_sink_mask, read_mask
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -72,12 +72,12 @@ class SinkPooling(nn.Module):
         if attention_mask is None:
             pooled = torch.ones(sizes["B"], n, dtype=torch.bool, device=device)
         else:
-            pooled = as_mask(sizes, "attention_mask", attention_mask, "B N")
+            pooled = read_mask(sizes, "attention_mask", attention_mask, "B N")
         if stage == "sinks":
             expect(sink_positions is not None, "sink_positions", "given to pool the sinks", None)
             expect_index(sizes, "sink_positions", sink_positions, "B M")
             sink_positions = checked_indices(device, sink_positions=sink_positions, seq_len=n).sink_positions
-            sinks = mask_of_sinks(sink_positions, n) & pooled
+            sinks = make_sink_mask(sink_positions, n) & pooled
             pooled = torch.where(sinks.any(dim=1, keepdim=True), sinks, pooled)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         total = hidden_states.masked_fill(~pooled[..., None], 0).sum(dim=1, dtype=dtype)

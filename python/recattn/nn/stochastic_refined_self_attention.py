@@ -127,8 +127,8 @@ class StochasticRefinedSelfAttention(nn.Module):
             mean, cov = zero_padding(
                 valid_tokens(sizes["B"], sizes["N"], seq_lens, self.padding_side, mean.device), mean, cov
             )
-        means = self._heads(self.mean_in_proj(mean))
-        covs = [F.elu(x) + 1 for x in self._heads(self.cov_in_proj(cov))]
+        means = self._split_heads(self.mean_in_proj(mean))
+        covs = [F.elu(x) + 1 for x in self._split_heads(self.cov_in_proj(cov))]
         mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, *matrices = autocast_inputs(
             *(x for pair in zip(means, covs, strict=True) for x in pair), *self._matrices()
         )
@@ -142,7 +142,7 @@ class StochasticRefinedSelfAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         gaussians = mean_q, cov_q, mean_k, cov_k
         mean, cov = wasserstein_attention(*gaussians, mean_v, cov_v, **options, dropout_p=dropout_p, impl=self.impl)
-        mean, cov = self.mean_out_proj(self._merged(mean)), self.cov_out_proj(self._merged(cov))
+        mean, cov = self.mean_out_proj(self._merge_heads(mean)), self.cov_out_proj(self._merge_heads(cov))
         if not need_weights:
             return mean, cov
         n = sizes["N"]
@@ -157,11 +157,11 @@ class StochasticRefinedSelfAttention(nn.Module):
             f"causal={self.causal}, padding_side={self.padding_side!r}, dropout={self.dropout}"
         )
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, N, 3E] -> three of [B, H, N, D]."""
         return x.unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
 
-    def _merged(self, x: Tensor) -> Tensor:
+    def _merge_heads(self, x: Tensor) -> Tensor:
         """[B, H, N, D] -> [B, N, E]."""
         return x.transpose(1, 2).flatten(-2)
 

@@ -22,23 +22,26 @@ _LAYERS = {
 }
 
 
-def attentions_of(base: nn.Module) -> list[nn.Module]:
+def find_attentions(base: nn.Module) -> list[nn.Module]:
+    """The self-attention of each layer of a base model."""
     layers, attention = _LAYERS[base.config.model_type]
     return [layer.get_submodule(attention) for layer in base.get_submodule(layers)]
 
 
-def is_of_bias(parameter: str) -> bool:
+def is_bias_parameter(parameter: str) -> bool:
+    """Whether the name is that of a parameter of a bias."""
     return f".{BIAS}." in parameter
 
 
-def supported_attentions(model: nn.Module) -> list[nn.Module]:
+def find_supported_attentions(model: nn.Module) -> list[nn.Module]:
+    """The self-attention of each layer. Raise if `enable_sink_attention` does not support the model."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     expect_choice("the architecture of model", model_type, tuple(_LAYERS))
     expect(not getattr(config, "add_cross_attention", False), "model", "without cross-attention", "one with it")
     without = "without sink attention: restore() first (models that share a config count as one)"
     expect(config._attn_implementation != NAME, "model", without, "one with it")
-    attentions = attentions_of(model.base_model)
+    attentions = find_attentions(model.base_model)
     causal_by_config = getattr(config, "is_causal", True)
     expect(causal_by_config or not attentions[0].is_causal, "config.is_causal", "True of a decoder", False)
     shared = all(attention.config is config for attention in attentions)
@@ -46,7 +49,8 @@ def supported_attentions(model: nn.Module) -> list[nn.Module]:
     return attentions
 
 
-def bias_of(attention: nn.Module, model: nn.Module, bias_scale: float | None, dropout: float | None) -> InterSinkBias:
+def make_bias(attention: nn.Module, model: nn.Module, bias_scale: float | None, dropout: float | None) -> InterSinkBias:
+    """The bias for an attention module; None means the defaults of `enable_sink_attention`."""
     causal, config = attention.is_causal, model.config
     if dropout is None:
         own = getattr(attention, "dropout", None)

@@ -18,7 +18,7 @@ NAME = "recattn_sink"
 
 
 class Sinks(NamedTuple):
-    """The sinks and the padding of a batch, shared by all layers. If `padding_side` is None, only the mask says it."""
+    """The sinks and the padding of a batch, shared by all layers. `padding_side` None: known only from the mask."""
 
     positions: Tensor | None  # [B, M]; None if no query is a sink
     valid: Tensor | None  # [B, M] bool

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from recattn._check import expect, expect_choice, expect_numbers, expect_probability
-from recattn.integrations.transformers.architectures import BIAS, attentions_of, bias_of, supported_attentions
+from recattn.integrations.transformers.architectures import BIAS, find_attentions, find_supported_attentions, make_bias
 from recattn.integrations.transformers.attention import NAME
-from recattn.integrations.transformers.hooks import SinkReader, add_bias, take_official_scale
+from recattn.integrations.transformers.hooks import SinkReader, add_bias, rename_official_scale
 
 
 class SinkAttentionHandle:
@@ -29,7 +29,7 @@ class SinkAttentionHandle:
     @property
     def biases(self) -> dict[int, nn.Module]:
         """The `recattn.nn.InterSinkBias` of each chosen layer (or PEFT's wrapper of it), by layer index."""
-        return {i: getattr(x, BIAS) for i, x in enumerate(attentions_of(self._model.base_model)) if hasattr(x, BIAS)}
+        return {i: getattr(x, BIAS) for i, x in enumerate(find_attentions(self._model.base_model)) if hasattr(x, BIAS)}
 
     def restore(self) -> None:
         """Undo everything: the model is then bit for bit what it was before. A second call does nothing."""
@@ -39,7 +39,7 @@ class SinkAttentionHandle:
             hook.remove()
         self._hooks.clear()
         for i in self.biases:
-            delattr(attentions_of(self._model.base_model)[i], BIAS)
+            delattr(find_attentions(self._model.base_model)[i], BIAS)
         if self._previous_settings is None:
             del self._model.config.recattn_sink
         else:
@@ -48,17 +48,17 @@ class SinkAttentionHandle:
 
     def _install(self) -> None:
         model, settings = self._model, self.settings
-        base, attentions = model.base_model, attentions_of(model.base_model)
+        base, attentions = model.base_model, find_attentions(model.base_model)
         names = [name for name, p in inspect.signature(base.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
         chosen = [attentions[i] for i in settings["layers"]]
         model.set_attn_implementation(NAME)
         model.config.recattn_sink = dict(settings)
         for attention in chosen:
-            attention.add_module(BIAS, bias_of(attention, model, settings["bias_scale"], settings["dropout"]))
+            attention.add_module(BIAS, make_bias(attention, model, settings["bias_scale"], settings["dropout"]))
         reader = SinkReader(names, chosen, settings)
         self._hooks = [base.register_forward_pre_hook(reader, with_kwargs=True)]
         self._hooks += [x.register_forward_pre_hook(add_bias, with_kwargs=True) for x in chosen]
-        self._hooks += [x.register_load_state_dict_pre_hook(take_official_scale) for x in chosen]
+        self._hooks += [x.register_load_state_dict_pre_hook(rename_official_scale) for x in chosen]
 
 
 def enable_sink_attention(
@@ -119,7 +119,7 @@ def enable_sink_attention(
             f"first, then get_peft_model with modules_to_save=[{BIAS!r}]",
             stacklevel=2,
         )
-    attentions = supported_attentions(model)
+    attentions = find_supported_attentions(model)
     if dropout is not None:
         expect_probability("dropout", dropout)
     expect_numbers(bias_scale=bias_scale)
@@ -127,11 +127,11 @@ def enable_sink_attention(
         expect_choice("padding_side", padding_side, ("right", "left"))
     last = model.config.vocab_size - 1
     settings = {
-        "sink_token_id": None if sink_token_id is None else _integer("sink_token_id", sink_token_id, 0, last),
-        "layers": _layer_indices(layers, len(attentions)),
+        "sink_token_id": None if sink_token_id is None else _check_integer("sink_token_id", sink_token_id, 0, last),
+        "layers": _resolve_layers(layers, len(attentions)),
         "bias_scale": bias_scale,
         "dropout": dropout,
-        "max_sinks": None if max_sinks is None else _integer("max_sinks", max_sinks, 1, None),
+        "max_sinks": None if max_sinks is None else _check_integer("max_sinks", max_sinks, 1, None),
         "padding_side": padding_side,
     }
     handle = SinkAttentionHandle(model, settings)
@@ -139,7 +139,7 @@ def enable_sink_attention(
     return handle
 
 
-def _integer(name: str, value: object, low: int, high: int | None) -> int:
+def _check_integer(name: str, value: object, low: int, high: int | None) -> int:
     expected = f"an integer of at least {low}" if high is None else f"an integer between {low} and {high}"
     try:
         number = operator.index(value)
@@ -150,10 +150,10 @@ def _integer(name: str, value: object, low: int, high: int | None) -> int:
     return number
 
 
-def _layer_indices(layers: int | Sequence[int] | None, count: int) -> list[int]:
+def _resolve_layers(layers: int | Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, Sequence) and not isinstance(layers, str):
         expect(len(layers) > 0, "layers", "at least one index", layers)
-        return sorted({_integer("layers", i, 0, count - 1) for i in layers})
-    return list(range(_integer("layers", layers, 1, count)))
+        return sorted({_check_integer("layers", i, 0, count - 1) for i in layers})
+    return list(range(_check_integer("layers", layers, 1, count)))

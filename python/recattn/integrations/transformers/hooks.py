@@ -29,6 +29,7 @@ class SinkReader:
         return (), kwargs
 
     def read(self, arguments: dict[str, object], positions: Tensor | None) -> Sinks:
+        """The sinks and the padding of a call of the base model with these arguments."""
         mask, input_ids, embeddings, cache = (
             arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds", "past_key_values")
         )
@@ -37,9 +38,9 @@ class SinkReader:
             return Sinks(None, None, None, None)
         if cache is not None and self._follows_prompt(cache.get_seq_length(), tokens.shape[1], input_ids, positions):
             return Sinks(None, None, None, None)
-        visible = _valid_tokens_of(mask)
+        visible = _read_valid_tokens(mask)
         if positions is None:
-            positions = self._positions(input_ids, visible)
+            positions = self._find_positions(input_ids, visible)
         else:
             expect_index({"B": tokens.shape[0]}, "sink_positions", positions, "B M")
             length = tokens.shape[1]
@@ -50,14 +51,14 @@ class SinkReader:
         if mask is None and cache is None:
             self._expect_unpacked(arguments.get("position_ids"), valid)
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            return Sinks(positions, valid, *self._padding(visible))
+            return Sinks(positions, valid, *self._read_padding(visible))
         return Sinks(positions, valid, None, None)
 
     def _is_sink(self, input_ids: Tensor | None) -> Tensor | None:
         """Whether each token is a sink, [B, N]; None if unknown."""
         return None if self.sink_token_id is None or input_ids is None else input_ids == self.sink_token_id
 
-    def _positions(self, input_ids: Tensor | None, visible: Tensor | None) -> Tensor:
+    def _find_positions(self, input_ids: Tensor | None, visible: Tensor | None) -> Tensor:
         """Positions [B, M] of the sinks outside padding, padded with -1."""
         is_sink = self._is_sink(input_ids)
         expected = "given where the model has no sink_token_id or is called without input_ids"
@@ -93,7 +94,7 @@ class SinkReader:
         expected = "position_ids must be ascending by 1 in sequences with sinks"
         expect_values(unpacked, expected, lambda: "packed sequences")
 
-    def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
+    def _read_padding(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
         """seq_lens and the padding side of a mask [B, N] that is True at tokens."""
         if mask is None:
             return None, "right"
@@ -103,10 +104,10 @@ class SinkReader:
                 return None, None
             if mask.all():
                 return None, "right"
-            side = _side_of(mask)
+            side = _find_padding_side(mask)
         elif values_are_checked(mask.device):
             expected = f"attention_mask must be padded on the {side}, as padding_side says"
-            expect_values(_padded_on(mask, side) == mask, expected, lambda row, _: f"{mask[row].int().tolist()}")
+            expect_values(_with_padding_on(mask, side) == mask, expected, lambda row, _: f"{mask[row].int().tolist()}")
         return (None if side is None else mask.sum(dim=1)), side
 
     def _follows_prompt(
@@ -154,13 +155,13 @@ def add_bias(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return args, {**kwargs, "inter_sink_bias": bias}
 
 
-def take_official_scale(attention: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+def rename_official_scale(attention: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Hook before load_state_dict: renames the scale of the official code, a scalar of the attention module."""
     if f"{prefix}sink_scale" in state_dict:
         state_dict[f"{prefix}{BIAS}.scale"] = state_dict.pop(f"{prefix}sink_scale").reshape(1)
 
 
-def _valid_tokens_of(mask: object) -> Tensor | None:
+def _read_valid_tokens(mask: object) -> Tensor | None:
     """Valid tokens of an attention mask, [B, N] bool; None if unknown.
 
     The mask is [B, N], or [B, 1, N, N], in which padding is hidden from itself, or a dict of these per type of layer.
@@ -175,11 +176,11 @@ def _valid_tokens_of(mask: object) -> Tensor | None:
     return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
 
-def _side_of(mask: Tensor) -> str | None:
+def _find_padding_side(mask: Tensor) -> str | None:
     """The padding side of a mask; None if the padding is on both sides or between tokens."""
-    return next((side for side in ("right", "left") if torch.equal(_padded_on(mask, side), mask)), None)
+    return next((side for side in ("right", "left") if torch.equal(_with_padding_on(mask, side), mask)), None)
 
 
-def _padded_on(mask: Tensor, side: str) -> Tensor:
-    """The mask with the same number of tokens per row and all padding on `side`."""
+def _with_padding_on(mask: Tensor, side: str) -> Tensor:
+    """The mask with the same number of tokens per row and all its padding on `side`."""
     return valid_tokens(*mask.shape, mask.sum(dim=1), side, mask.device)

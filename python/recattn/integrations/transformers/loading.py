@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from recattn._check import expect
-from recattn.integrations.transformers.architectures import is_of_bias
+from recattn.integrations.transformers.architectures import is_bias_parameter
 from recattn.integrations.transformers.enable import SinkAttentionHandle, enable_sink_attention
 
 
@@ -20,7 +20,7 @@ def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.
     expect(settings is not None, "path", "a model saved with sink attention", f"{path}, whose config has none")
     handle = enable_sink_attention(model, **settings)
     saved = _saved_biases(path, model.base_model_prefix, **kwargs)
-    own = set(filter(is_of_bias, model.base_model.state_dict()))
+    own = set(filter(is_bias_parameter, model.base_model.state_dict()))
     differing = sorted(own ^ saved.keys())
     expect(not differing, "path", "weights with just the biases of its config", f"{path}, which differs by {differing}")
     model.base_model.load_state_dict(saved, strict=False)
@@ -44,6 +44,6 @@ def _saved_biases(path: str, prefix: str, **kwargs: object) -> dict[str, Tensor]
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in filter(is_of_bias, tensors.keys()):
+            for name in filter(is_bias_parameter, tensors.keys()):
                 found[name.removeprefix(f"{prefix}.")] = tensors.get_tensor(name)
     return found
