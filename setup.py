@@ -70,13 +70,13 @@ def cpu_extensions(cpp_extension):
         extra_compile_args={"cxx": [*CXX_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]},
         py_limited_api=True,
     )
-    host = cpp_extension.CppExtension(
-        "recattn._host",
-        sources("host"),
-        include_dirs=[pybind11.get_include()],
+    slot_map = cpp_extension.CppExtension(
+        "recattn._slot_map",
+        sources("slot_map"),
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args={"cxx": CXX_FLAGS},
     )
-    return [kernels, host]
+    return [kernels, slot_map]
 
 
 def cuda_extensions(cpp_extension):

@@ -19,9 +19,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/host.h"
-#include "cpu/isa.h"
-#include "lrea_absorbed_attention.h"
+#include "common/lrea_absorbed_attention.h"
+#include "cpu/common.h"
+#include "cpu/simd/isa.h"
 
 namespace recattn {
 namespace {
@@ -113,9 +113,9 @@ struct Compress {
 }  // namespace
 }  // namespace recattn
 
-#define RECATTN_KERNELS "cpu/lrea_kernels.h"
+#define RECATTN_KERNELS "cpu/lrea_attention_kernels.h"
 #define RECATTN_WITH_BF16
-#include "cpu/foreach_isa.h"
+#include "cpu/simd/foreach_isa.h"
 
 namespace recattn {
 namespace {

@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/host.h"
-#include "cpu/isa.h"
+#include "cpu/common.h"
+#include "cpu/simd/isa.h"
 
 namespace recattn {
 namespace {
@@ -37,7 +37,7 @@ struct MiddleFactor {
 }  // namespace recattn
 
 #define RECATTN_KERNELS "cpu/lrea_middle_factor_kernels.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/simd/foreach_isa.h"
 
 namespace recattn {
 namespace {

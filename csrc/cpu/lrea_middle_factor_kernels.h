@@ -1,6 +1,6 @@
 // y = leaky_relu(z W) W^T and its gradients for one instruction set (see foreach_isa.h).
 
-#include "cpu/matmul.h"
+#include "cpu/simd/matmul.h"
 
 namespace recattn::RECATTN_ISA {
 

@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
-#include "cpu/host.h"
-#include "cpu/isa.h"
+#include "common/check.h"
+#include "cpu/common.h"
+#include "cpu/simd/isa.h"
 
 namespace recattn {
 namespace {
@@ -161,7 +161,7 @@ class Groups {
 }  // namespace recattn
 
 #define RECATTN_KERNELS "cpu/refined_attention_kernels.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/simd/foreach_isa.h"
 
 namespace recattn {
 namespace {

@@ -1,6 +1,6 @@
 // The kernels of refined attention for one instruction set (see foreach_isa.h): a (batch, head) pair at a time.
 
-#include "cpu/matmul.h"
+#include "cpu/simd/matmul.h"
 
 namespace recattn::RECATTN_ISA {
 

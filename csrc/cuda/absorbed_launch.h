@@ -8,7 +8,7 @@
 
 #include "absorbed_fma.h"
 #include "absorbed_mma.h"
-#include "expect.h"
+#include "common/expect.h"
 
 namespace recattn {
 

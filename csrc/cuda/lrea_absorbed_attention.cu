@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "absorbed_launch.h"
+#include "common/lrea_absorbed_attention.h"
 #include "cuda/device.h"
-#include "lrea_absorbed_attention.h"
 
 namespace recattn {
 namespace {

@@ -54,6 +54,6 @@ def _reasons() -> Iterator[str]:
 
 
 def _compiler() -> str:
-    from recattn._host import build_info  # only there when something was built
+    from recattn._slot_map import build_info  # only there when something was built
 
     return build_info()["compiler"]

@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "slot_map.h"
+#include "slot_map/slot_map.h"
 
 namespace {
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from recattn.serving import StateTable
 
-pytestmark = pytest.mark.skipif(find_spec("recattn._host") is None, reason="recattn has no compiled host module here")
+pytestmark = pytest.mark.skipif(find_spec("recattn._slot_map") is None, reason="recattn has no compiled SlotMap here")
 
 SIZES = {"heads": 2, "rank": 3, "dim": 4, "value_dim": 5}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]

@@ -10,7 +10,7 @@ import pytest
 from recattn import __main__ as command
 from recattn.serving import SlotMap, StateTable, sizing
 
-COMPILED = pytest.mark.skipif(find_spec("recattn._host") is None, reason="recattn has no compiled host module here")
+COMPILED = pytest.mark.skipif(find_spec("recattn._slot_map") is None, reason="recattn has no compiled SlotMap here")
 
 
 def lrea_size(monkeypatch, capsys, arguments: str) -> dict[str, str]:

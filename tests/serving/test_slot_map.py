@@ -15,7 +15,7 @@ import torch
 from recattn.serving import SlotMap
 from tests.helpers.sanitizers import compile_command
 
-pytestmark = pytest.mark.skipif(find_spec("recattn._host") is None, reason="recattn has no compiled host module here")
+pytestmark = pytest.mark.skipif(find_spec("recattn._slot_map") is None, reason="recattn has no compiled SlotMap here")
 
 ROOT = Path(__file__).parents[2]
 
@@ -293,7 +293,7 @@ def test_without_the_compiled_module(tmp_path):
     shutil.copytree(ROOT / "python" / "recattn", tmp_path / "recattn", ignore=ignored)
     code = """
 import sys
-sys.modules["recattn._host"] = None  # an editable installation would find the one that it was built from
+sys.modules["recattn._slot_map"] = None  # an editable installation would find the one that it was built from
 from recattn.serving import StateTable
 try:
     StateTable(4, heads=1, rank=4, dim=8)
@@ -309,10 +309,10 @@ except NotImplementedError as error:
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_threads_under_a_sanitizer(sanitizer, tmp_path):
-    host = ROOT / "csrc" / "host"
-    sources = [str(ROOT / "tests" / "serving" / "slot_map_stress.cpp"), str(host / "slot_map.cpp")]
+    csrc = ROOT / "csrc"
+    sources = [str(ROOT / "tests" / "serving" / "slot_map_stress.cpp"), str(csrc / "slot_map" / "slot_map.cpp")]
     program = str(tmp_path / "stress")
-    command = [*compile_command(sanitizer, tmp_path), "-fno-sanitize-recover=all", f"-I{host}"]
+    command = [*compile_command(sanitizer, tmp_path), "-fno-sanitize-recover=all", f"-I{csrc}"]
     subprocess.run([*command, *sources, "-o", program], check=True, timeout=120)
     result = subprocess.run([program], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and "Sanitizer" not in result.stderr, result.stdout + result.stderr[:5000]

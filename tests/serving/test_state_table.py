@@ -25,7 +25,7 @@ from tests.helpers.state_tables import (
     stamps_of,
 )
 
-pytestmark = pytest.mark.skipif(find_spec("recattn._host") is None, reason="recattn has no compiled host module here")
+pytestmark = pytest.mark.skipif(find_spec("recattn._slot_map") is None, reason="recattn has no compiled SlotMap here")
 
 
 # Serving

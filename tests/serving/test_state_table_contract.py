@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.helpers.state_tables import INVALID, ids, make_table, stamped, stamps_of
 
-pytestmark = pytest.mark.skipif(find_spec("recattn._host") is None, reason="recattn has no compiled host module here")
+pytestmark = pytest.mark.skipif(find_spec("recattn._slot_map") is None, reason="recattn has no compiled SlotMap here")
 
 
 # The contract, against a model

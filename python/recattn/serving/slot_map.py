@@ -1,9 +1,9 @@
-"""SlotMap (C++, csrc/host), or a placeholder if it was not compiled."""
+"""SlotMap (C++, csrc/slot_map), or a placeholder if it was not compiled."""
 
 from recattn._extension import MISSING
 
 try:
-    from recattn._host import SlotMap
+    from recattn._slot_map import SlotMap
 except ImportError as error:
     _REASON = MISSING.get("cpu", str(error))
 

@@ -1,11 +1,11 @@
-#include "slot_map.h"
+#include "slot_map/slot_map.h"
 
 #include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
 
-#include "../read_once.h"
+#include "common/read_once.h"
 
 namespace recattn {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "check.h"
+#include "common/check.h"
 
 namespace recattn {
 

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "check.h"
+#include "common/check.h"
 
 namespace recattn {
 

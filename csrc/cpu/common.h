@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "check.h"
-#include "read_once.h"
+#include "common/check.h"
+#include "common/read_once.h"
 
 namespace recattn {
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "expect.h"
+#include "common/expect.h"
 
 namespace recattn {
 

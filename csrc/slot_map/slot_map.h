@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "id_index.h"
+#include "slot_map/id_index.h"
 
 namespace recattn {
 

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "slot_map.h"
+#include "slot_map/slot_map.h"
 
 namespace py = pybind11;
 
@@ -154,7 +154,7 @@ Raises ValueError for arguments that do not fit; a call that raises has changed 
 
 }  // namespace
 
-PYBIND11_MODULE(_host, module) {
+PYBIND11_MODULE(_slot_map, module) {
     module.doc() = "Host-side structures of recattn.";
     module.def("build_info", &build_info, "The compiler and C++ standard that this build was made with.");
     bind_slot_map(module);

@@ -1,8 +1,8 @@
 // The LREA kernels for one instruction set (see foreach_isa.h).
 
-#include "cpu/matmul.h"
+#include "cpu/simd/matmul.h"
 #if RECATTN_HAS_BF16
-#include "cpu/pairs.h"
+#include "cpu/simd/matmul_16bit.h"
 #endif
 
 namespace recattn::RECATTN_ISA {
@@ -218,5 +218,5 @@ RECATTN_TARGET void compress(const Compress<T>& op, int64_t begin, int64_t end) 
 }  // namespace recattn::RECATTN_ISA
 
 #if RECATTN_HAS_BF16
-#include "cpu/int16_attention.h"
+#include "cpu/lrea_int16_kernels.h"
 #endif
