@@ -6,17 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from recattn._check import (
-    expect,
-    expect_choice,
-    expect_index,
-    expect_probability,
-    expect_same_device,
-    expect_shape,
-    expect_tensors,
-)
+from recattn._check import expect, expect_index, expect_same_device, expect_shape, expect_tensors
+from recattn.nn._constructor_checks import expect_attention_options, expect_heads
 from recattn.nn._masks import is_causal_mask, read_seq_lens, zero_padding
-from recattn.nn._sizes import expect_heads
 from recattn.reference.sink_attention import valid_tokens
 
 Module = TypeVar("Module", bound="MultiheadProjections")
@@ -54,8 +46,7 @@ class MultiheadProjections(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         divides = num_kv_heads > 0 and num_heads % num_kv_heads == 0
         expect(divides, "num_kv_heads", f"a divisor of {num_heads} heads", num_kv_heads)
-        expect_probability("dropout", dropout)
-        expect_choice("padding_side", padding_side, ("right", "left"))
+        expect_attention_options(dropout, padding_side)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
         self.dropout, self.batch_first, self.padding_side, self.impl = dropout, batch_first, padding_side, impl

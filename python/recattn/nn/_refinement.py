@@ -7,8 +7,8 @@ from recattn import reference
 from recattn._check import expect, expect_choice
 from recattn.functional import refined_attention
 from recattn.functional._autocast import autocast_inputs
+from recattn.nn._constructor_checks import expect_positive
 from recattn.nn._projections import identity_values
-from recattn.nn._sizes import expect_positive
 
 
 class Refinement:

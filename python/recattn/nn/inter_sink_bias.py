@@ -15,8 +15,8 @@ from recattn._check import (
 from recattn.functional import inter_sink_bias
 from recattn.functional.inter_sink_bias import expect_sink_mask
 from recattn.functional.validation import checked_indices
+from recattn.nn._constructor_checks import expect_heads
 from recattn.nn._masks import zero_padding
-from recattn.nn._sizes import expect_heads
 
 
 class InterSinkBias(nn.Module):

@@ -22,7 +22,7 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn.functional._autocast import autocast_inputs, without_autocast
-from recattn.nn._sizes import expect_positive
+from recattn.nn._constructor_checks import expect_positive
 from recattn.nn.lrea_fidelity import Fidelity, Score, are_finite, measure_fidelity
 
 

@@ -22,8 +22,8 @@ from recattn._check import (
 )
 from recattn._gather import gather_rows
 from recattn.functional.validation import checked_indices, expect_values, values_are_checked
+from recattn.nn._constructor_checks import expect_positive
 from recattn.nn._masks import read_mask
-from recattn.nn._sizes import expect_positive
 from recattn.ops.index_checks import checked_lengths
 from recattn.reference.sink_attention import valid_tokens
 

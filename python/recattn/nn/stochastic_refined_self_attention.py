@@ -7,18 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
-from recattn._check import (
-    expect_choice,
-    expect_index,
-    expect_probability,
-    expect_same_device,
-    expect_shape,
-    expect_tensors,
-)
+from recattn._check import expect_choice, expect_index, expect_same_device, expect_shape, expect_tensors
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
+from recattn.nn._constructor_checks import expect_attention_options, expect_heads, expect_positive
 from recattn.nn._masks import zero_padding
-from recattn.nn._sizes import expect_heads, expect_positive
 from recattn.reference.sink_attention import valid_tokens
 
 
@@ -67,11 +60,10 @@ class StochasticRefinedSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         expect_choice("source", source, ("logits", "weights"))
-        expect_choice("padding_side", padding_side, ("right", "left"))
+        expect_attention_options(dropout, padding_side)
         expect_heads("embed_dim", embed_dim, num_heads)
         rank = max_len if rank is None else rank
         expect_positive(max_len=max_len, rank=rank)
-        expect_probability("dropout", dropout)
         self.embed_dim, self.num_heads, self.max_len, self.rank = embed_dim, num_heads, max_len, rank
         self.refine, self.source, self.dropout, self.causal = refine, source, dropout, causal
         self.padding_side, self.impl = padding_side, impl

@@ -19,7 +19,7 @@ from recattn._check import (
 from recattn._gather import gather_rows
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
-from recattn.nn._sizes import expect_positive
+from recattn.nn._constructor_checks import expect_positive
 
 
 class TargetAttention(nn.Module):

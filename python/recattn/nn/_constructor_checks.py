@@ -1,6 +1,6 @@
-"""Checks of the sizes that modules are constructed with."""
+"""Checks of the arguments that modules are constructed with."""
 
-from recattn._check import expect
+from recattn._check import expect, expect_choice, expect_probability
 
 
 def expect_positive(**sizes: int) -> None:
@@ -12,3 +12,8 @@ def expect_heads(name: str, width: int, num_heads: int) -> None:
     """Check that `width`, the argument called `name`, divides into `num_heads` heads."""
     expect_positive(num_heads=num_heads)
     expect(width > 0 and width % num_heads == 0, name, f"a multiple of {num_heads} heads", width)
+
+
+def expect_attention_options(dropout: float, padding_side: str) -> None:
+    expect_probability("dropout", dropout)
+    expect_choice("padding_side", padding_side, ("right", "left"))
