@@ -20,8 +20,10 @@ from tests.helpers.strategies import ragged_lengths, seeds
 
 pytest.importorskip("triton")
 
+from recattn.triton_kernels.common import launch
 from recattn.triton_kernels.lrea import compress as compress_kernels
-from recattn.triton_kernels.lrea import core as kernels
+from recattn.triton_kernels.lrea import core, jagged
+from tests.compile_table.compilation import recorded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
@@ -32,10 +34,10 @@ compress = functools.partial(recattn.lrea_compress, impl="triton")
 
 
 @pytest.fixture
-def shares(monkeypatch):
+def splits(monkeypatch):
     """Every loop cut in three, however short it is."""
-    for module in (kernels, compress_kernels):
-        monkeypatch.setattr(module, "share_count", lambda programs, steps: 3)
+    for module in (core, jagged, compress_kernels):
+        monkeypatch.setattr(module, "num_splits", lambda programs, steps: 3)
 
 
 def here(inputs: dict) -> dict:
@@ -83,7 +85,7 @@ def test_restored_of_any_width(rank, dim, value_dim, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [None, [200, 0, 70, 131]])
-def test_restored_in_shares(lengths, dtype, shares):
+def test_restored_in_shares(lengths, dtype, splits):
     check_restored(draw_restored(counts=(3, 30, 50, 1), heads=1, length=200, seq_lens=lengths, dtype=dtype))
 
 
@@ -161,7 +163,7 @@ def test_compress_of_any_width(dim, rank, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [None, [200, 70, 0, 131]])
-def test_compress_in_shares(lengths, dtype, shares):
+def test_compress_in_shares(lengths, dtype, splits):
     check_compress(draw_compress(users=4, length=200, seq_lens=lengths, dtype=dtype))
 
 
@@ -294,7 +296,7 @@ def test_item_ids_out_of_range_are_zeros(index_dtype, dtype, unchecked):
 @pytest.mark.parametrize("forced", [False, True])
 def test_reruns_agree_to_the_bit(forced, request):
     if forced:
-        request.getfixturevalue("shares")
+        request.getfixturevalue("splits")
     restored = here(draw_restored(counts=(70, 1, 33), heads=1, seq_lens=[100, 3, 64]))
     compressed = here(draw_compress(users=3, seq_lens=[100, 1, 50]))
 
@@ -355,32 +357,30 @@ def test_compress_compiles():
     assert_compiles(compress, [here(inputs) for inputs in draws], COMPRESS_GRADS)
 
 
-def test_launches_compile_alike_for_any_batch(monkeypatch):
+def test_launches_compile_alike_for_any_batch():
     """Nothing that changes with the numbers of users, targets and behaviours is a constant of the kernels."""
     signatures = []
 
-    def record(launch):
-        if launch.kernel.arg_names:
-            signatures.append(launch.compilation("", 90).signature)
+    def gradients(function, inputs, grads):
+        leaves = [inputs[name].requires_grad_() for name in grads]
+        torch.autograd.grad(function(**inputs).sum(), leaves)
 
-    monkeypatch.setattr(kernels.Launch, "run", record)
     for counts, length in (((16, 16, 64), 64), ((1, 0, 2, 97), 99)):
-        inputs = here(draw_restored(counts=counts, length=length, seq_lens=[length] * len(counts)))
-        leaves = [inputs[name].requires_grad_() for name in RESTORED_GRADS]
-        torch.autograd.grad(attend(**inputs).sum(), leaves)
-        inputs = here(draw_compress(users=len(counts), length=length, dim=16, rank=16, seq_lens=[length] * len(counts)))
-        leaves = [inputs[name].requires_grad_() for name in COMPRESS_GRADS]
-        torch.autograd.grad(compress(**inputs).sum(), leaves)
+        restored = here(draw_restored(counts=counts, length=length, seq_lens=[length] * len(counts)))
+        compressed = draw_compress(users=len(counts), length=length, dim=16, rank=16, seq_lens=[length] * len(counts))
+        launches = recorded("", 90, gradients, attend, restored, RESTORED_GRADS)
+        launches += recorded("", 90, gradients, compress, here(compressed), COMPRESS_GRADS)
+        signatures += [made.signature for made in launches]
     first, second = signatures[: len(signatures) // 2], signatures[len(signatures) // 2 :]
     assert first == second
 
 
-def test_shares_fill_a_gpu_and_depend_on_sizes_alone():
-    assert kernels.share_count(programs=1, steps=10_000) == kernels.FULL_GRID
-    assert kernels.share_count(programs=128, steps=157) == 4
-    assert kernels.share_count(programs=10_000, steps=10_000) == 1
-    assert kernels.share_count(programs=1, steps=3) == 1
-    assert kernels.share_count(programs=0, steps=0) == 1
+def test_splits_fill_a_gpu_and_depend_on_sizes_alone():
+    assert launch.num_splits(programs=1, steps=10_000) == launch.FULL_GRID
+    assert launch.num_splits(programs=128, steps=157) == 4
+    assert launch.num_splits(programs=10_000, steps=10_000) == 1
+    assert launch.num_splits(programs=1, steps=3) == 1
+    assert launch.num_splits(programs=0, steps=0) == 1
 
 
 def test_availability():

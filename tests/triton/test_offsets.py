@@ -12,8 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from recattn.triton_kernels.common import launch
 from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
-from recattn.triton_kernels.lrea import compress, core
+from recattn.triton_kernels.lrea import compress, core, jagged
 from recattn.triton_kernels.refined_attention import projection, short
 from recattn.triton_kernels.sink_attention import (
     launch_sink_attention_bwd,
@@ -210,8 +211,8 @@ def test_refined_projection(layout, monkeypatch):
 
 def user_products(rows, others, matrices, target_offsets) -> dict[str, Tensor]:
     return {
-        "product": core.launch_lrea_user_matmul(rows, matrices, target_offsets),
-        "outer": compress.launch_lrea_user_outer(rows, others, target_offsets),
+        "product": jagged.launch_lrea_jagged_dense_bmm(rows, matrices, target_offsets),
+        "outer": jagged.launch_lrea_jagged_jagged_bmm(rows, others, target_offsets),
     }
 
 
@@ -236,7 +237,7 @@ def middle_factor(z, w) -> dict[str, Tensor]:
 @pytest.mark.parametrize("many", ["rows", "columns"])
 def test_lrea_middle_factor(many, monkeypatch):
     """Loops over as many rows, or columns, are cut into shares of 512."""
-    monkeypatch.setattr(core, "FULL_GRID", B * N)
+    monkeypatch.setattr(launch, "FULL_GRID", B * N)
     if many == "rows":
         z, w = draw_rows(B * N, D, drawn=128), torch.randn(D, 40).half()
         assert_last_alone(middle_factor, {"z": z, "w": w}, {"z": z[-128:], "w": w})
@@ -248,7 +249,7 @@ def test_lrea_middle_factor(many, monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lrea_compress(layout, monkeypatch):
-    monkeypatch.setattr(core, "FULL_GRID", B)
+    monkeypatch.setattr(launch, "FULL_GRID", B)
     w_comp = torch.randn(N, D)
 
     def operator(behaviors, dcompressed) -> dict[str, Tensor]:

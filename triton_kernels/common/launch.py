@@ -36,3 +36,22 @@ def architecture_of(x: Tensor) -> int:
         return 90
     major, _ = torch.cuda.get_device_capability(x.device)
     return max(architecture for architecture in ARCHITECTURES if architecture <= max(10 * major, ARCHITECTURES[0]))
+
+
+# Four programs for each of an H200's 132 multiprocessors.
+FULL_GRID = 528
+# A loop of fewer steps costs more to sum up than splitting it saves.
+FEWEST_STEPS = 8
+
+
+def num_splits(programs: int, steps: int) -> int:
+    """Into how many parts to cut a loop of `steps` where `programs` are too few to fill a GPU.
+
+    It depends on sizes alone, so that a rerun gives the same bits.
+    """
+    return max(1, min(FULL_GRID // max(programs, 1), steps // FEWEST_STEPS))
+
+
+def reduce_splits(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first axis, on which each split has its own result."""
+    return (partials[0] if len(partials) == 1 else partials.sum(0)).to(dtype)

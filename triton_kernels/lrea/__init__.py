@@ -1,1 +1,1 @@
-"""Kernels of LREA: core (the map of hidden width L), jagged (products by user), compress (compression)."""
+"""Kernels of LREA: core (the middle factor), jagged (matrix products by user), compress (compression)."""

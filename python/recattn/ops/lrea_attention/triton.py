@@ -26,15 +26,15 @@ def _largest_rank() -> int:
 
 
 def user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor) -> Tensor:
-    from recattn.triton_kernels.lrea.core import launch_lrea_user_matmul
+    from recattn.triton_kernels.lrea.jagged import launch_lrea_jagged_dense_bmm
 
-    return launch_lrea_user_matmul(rows, matrices, target_offsets.contiguous())
+    return launch_lrea_jagged_dense_bmm(rows, matrices, target_offsets.contiguous())
 
 
 def user_outer(left: Tensor, right: Tensor, target_offsets: Tensor) -> Tensor:
-    from recattn.triton_kernels.lrea.compress import launch_lrea_user_outer
+    from recattn.triton_kernels.lrea.jagged import launch_lrea_jagged_jagged_bmm
 
-    return launch_lrea_user_outer(left, right, target_offsets.contiguous())
+    return launch_lrea_jagged_jagged_bmm(left, right, target_offsets.contiguous())
 
 
 def middle_factor_fwd(
