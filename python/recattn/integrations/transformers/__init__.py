@@ -9,11 +9,6 @@
   transformers would drop causality and padding (attention.py).
 """
 
-try:
-    import transformers.masking_utils  # noqa: F401
-except ImportError as error:
-    raise ImportError('recattn.integrations.transformers needs transformers: pip install "recattn[hf]"') from error
-
 from recattn.integrations.transformers.architectures import BIAS
 from recattn.integrations.transformers.attention import NAME, Sinks, sink_attention_forward, sink_attention_mask
 from recattn.integrations.transformers.enable import SinkAttentionHandle, enable_sink_attention

@@ -6,8 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+except ImportError as error:
+    raise ImportError('recattn.integrations.transformers needs transformers: pip install "recattn[hf]"') from error
 
 from recattn._check import expect
 from recattn.functional import sink_attention
