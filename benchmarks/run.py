@@ -1,7 +1,7 @@
-"""`python -m benchmarks.run`: time recattn against its peers, print the tables, write the rows as JSON lines.
+"""`python -m benchmarks.run`: time recattn and other implementations, print tables, write the rows as JSON lines.
 
-The exit status is 1 when an implementation of recattn was refused as wrong, failed, or is slower than the baseline file
-has it, and 2 when the request cannot be met.
+The exit status is 1 if an implementation of recattn was refused as wrong, failed, or is slower than in the baseline
+file, and 2 if the request cannot be met.
 """
 
 import argparse
@@ -46,20 +46,24 @@ def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operat
     parser.add_argument("--op", nargs="+", choices=operators, metavar="OP", help=", ".join(operators))
     parser.add_argument("--workload", nargs="+", choices=workloads, metavar="NAME", help=", ".join(workloads))
     parser.add_argument("--impl", nargs="+", choices=implementations, metavar="IMPL", help="; ".join(implementations))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="a CUDA device where there is one")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 on a CPU, bfloat16 on CUDA")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="a CUDA device if there is one")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 on a CPU, bfloat16 on CUDA by default")
     directions = (FORWARD, BACKWARD, TRAINING)
-    parser.add_argument("--direction", nargs="+", choices=directions, help="all; on a CPU all but the backward alone")
+    parser.add_argument("--direction", nargs="+", choices=directions, help="all by default; on a CPU all but backward")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", dest="tier", action="store_const", const="quick", help="tiny workloads, seconds")
-    length.add_argument("--full", dest="tier", action="store_const", const="full", help="every workload and peer")
-    parser.add_argument("--seconds", type=float, help=f"of timing a workload and direction, {SECONDS}")
-    parser.add_argument("--threads", type=int, help="of the CPU")
+    length.add_argument(
+        "--full", dest="tier", action="store_const", const="full", help="every workload and implementation"
+    )
+    parser.add_argument("--seconds", type=float, help=f"time for each workload and direction, {SECONDS}")
+    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the JSON lines")
-    parser.add_argument("--baseline-file", type=Path, help="an older run's file or folder, to hold this one against")
-    parser.add_argument("--threshold", type=float, default=compare.THRESHOLD, help="slower than it by more is too slow")
+    parser.add_argument("--baseline-file", type=Path, help="file or folder of an older run to compare with")
     parser.add_argument(
-        "--fill", action="store_true", help="only call what is compiled, once, to fill the compilers' caches"
+        "--threshold", type=float, default=compare.THRESHOLD, help="relative slowdown that counts as a regression"
+    )
+    parser.add_argument(
+        "--fill", action="store_true", help="only call compiled implementations once, to fill the compilers' caches"
     )
     parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its items")
     chosen = parser.parse_args(arguments)
@@ -80,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operat
 def choose(
     operators: dict[str, Operator], chosen: argparse.Namespace
 ) -> list[tuple[Operator, Workload, list[Implementation]]]:
-    """What to run. A name asked for is run whatever its tier and device."""
+    """What to run. A workload or implementation that is named runs whatever its tier and device."""
     tiers = TIERS[: TIERS.index(chosen.tier) + 1]
     device = chosen.device.type
     plan = []
@@ -88,7 +92,7 @@ def choose(
         if chosen.op and operator.name not in chosen.op:
             continue
         for workload in operator.workloads:
-            # The tiny workloads are for --quick alone.
+            # Only --quick runs the tiny workloads.
             fits = workload.tier in (tiers[1:] or tiers) and device in workload.devices
             if not (workload.name in chosen.workload if chosen.workload else fits):
                 continue
@@ -104,7 +108,7 @@ def choose(
 
 
 class Bars:
-    """Progress of the whole run and of its present part. Drawn between timed calls only: no thread of its own."""
+    """Progress bars of the whole run and of its current part. Drawn only between timed calls, without a thread."""
 
     def __init__(self, console: Console, total: int) -> None:
         columns = BarColumn(bar_width=30), TimeElapsedColumn(), TextColumn("{task.description}")
@@ -126,7 +130,7 @@ class Bars:
 
 
 def fill(console: Console, plan, chosen: argparse.Namespace, histories: movielens.Histories) -> int:
-    """Neither the gate, which takes memory that others may need, nor clocks."""
+    """Call the compiled implementations once, without gate (it needs memory that others may need) and clocks."""
     ours_broke = False
     for operator, workload, implementations in plan:
         compiled = [i for i in implementations if i.compiled or i.ours]

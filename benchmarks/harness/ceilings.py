@@ -1,5 +1,5 @@
-"""What this machine reaches at best, measured around what is held against it: a large matrix product, a large copy,
-softmax of what is at hand, and the least time of a call."""
+"""The best rates of this machine, measured before and after each workload: a large matmul, a large copy, softmax of
+cached data, and the shortest call."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -13,20 +13,20 @@ from benchmarks.harness.registry import Cost
 class Ceilings:
     tflops: dict[torch.dtype, float]
     gbs: float
-    gsoftmax: float  # billions of elements a second, of data at hand
-    launch_us: float  # of a kernel that does nothing; on a CPU, of such a call
+    gsoftmax: float  # billions of elements per second, from cached data
+    launch_us: float  # of a kernel that does almost nothing; on a CPU, of such a call
 
     def of(self, dtype: torch.dtype) -> dict[str, float]:
-        """As a row records them."""
+        """The form in which a row records them."""
         return {**asdict(self), "tflops": self.tflops[dtype]}
 
     def fraction(self, cost: Cost, dtype: torch.dtype, ms: float) -> float:
-        """The least time the work could take here (its arithmetic or its traffic, whichever takes longer) over `ms`."""
+        """The shortest possible time (of arithmetic or of memory traffic, whichever is longer) divided by `ms`."""
         least = max(cost.flops / self.tflops[dtype] / 1e9, cost.bytes / self.gbs / 1e6)
         return least / ms
 
     def best(self, other: "Ceilings") -> "Ceilings":
-        """Of each the better. Both are of the same dtypes."""
+        """The better of the two in each figure. Both must have the same dtypes."""
         return Ceilings(
             {dtype: max(rate, other.tflops[dtype]) for dtype, rate in self.tflops.items()},
             max(self.gbs, other.gbs),
@@ -36,9 +36,9 @@ class Ceilings:
 
 
 def around(measure: Callable[[], Ceilings]) -> Callable[[], Ceilings]:
-    """Measures now and at every call, which returns the better of that and the one before: those of what ran between.
+    """Measure now and at every call of the result, which returns the better of its own and the previous measurement.
 
-    A machine that others share loses half its pace for seconds: one measurement alone may fall there.
+    On a shared machine a single measurement may fall into seconds at half speed.
     """
     last = measure()
 
@@ -64,8 +64,7 @@ def measure_ceilings(
 
 def _gsoftmax(device: torch.device, clock: Callable[[Callable[[], object]], float]) -> float:
     if device.type == "cuda":
-        # A softmax of PyTorch's would be bound by memory. Since Volta a multiprocessor has had sixteen exponentials a
-        # clock.
+        # PyTorch's softmax would be bound by memory. Since Volta a multiprocessor computes 16 exponentials per clock.
         properties = torch.cuda.get_device_properties(device)
         return 16 * properties.multi_processor_count * properties.clock_rate / 1e6
     scores, weights = torch.randn(2, 512, 512)
@@ -73,7 +72,7 @@ def _gsoftmax(device: torch.device, clock: Callable[[Callable[[], object]], floa
 
 
 def _matmul_tflops(device, dtype, clock, enough_ms: float) -> float:
-    """Of the first product that takes long enough: a dtype without hardware for it is slow at any size."""
+    """TFLOP/s of the first matmul that takes long enough. (A dtype without hardware support is slow at any size.)"""
     for n in (512, 1024, 2048, 4096, 8192):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         ms = _best(lambda a=a, b=b: a @ b, clock)

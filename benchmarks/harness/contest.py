@@ -1,4 +1,4 @@
-"""Runs one operator on one workload: gate, time, judge. Every implementation gives rows, whatever becomes of it."""
+"""Runs one operator on one workload: check, time, judge. Every implementation gives rows, even if it fails."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from benchmarks.harness.registry import BACKWARD, FORWARD, Implementation, Input
 from benchmarks.harness.workloads import Draw, Workload
 from recattn.testing import largest
 
-# Sets of inputs rotate until this much has passed through the caches.
+# Enough sets of inputs rotate that this many bytes pass through the caches.
 ROTATED_BYTES = 128 * 2**20
 MAX_INPUT_SETS = 8
 
@@ -29,16 +29,16 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     histories: Histories
-    ceilings: Callable[[], Ceilings]  # those of what was timed since its last call
+    ceilings: Callable[[], Ceilings]  # of the time since its last call
     clock: Callable[[Callable[[], object]], float]
-    seconds: float  # of timing for all implementations of a workload in one direction
+    seconds: float  # for timing all implementations of a workload in one direction
     directions: tuple[str, ...]
-    progress: Callable[[str, float], None] = lambda doing, done: None  # what is being done, and how much of it is
+    progress: Callable[[str, float], None] = lambda doing, done: None  # current step, share done
 
 
 @dataclass
 class Contest:
-    """The implementations of an operator against each other on a workload."""
+    """Compares the implementations of an operator on a workload."""
 
     operator: Operator
     workload: Workload
@@ -51,7 +51,7 @@ class Contest:
         self._enter()
         gate = Gate(self.operator, self._draw(self.workload.gate, seed=0))
         passed = [implementation for implementation in self.implementations if self._passes(gate, implementation)]
-        del gate  # and all that it holds
+        del gate  # frees its inputs and references
         if passed:
             sets = self._input_sets()
             taken = {
@@ -86,10 +86,10 @@ class Contest:
         ]
 
     def _passes(self, gate: Gate, implementation: Implementation) -> bool:
-        """Whether it may be timed; if not, its rows say why."""
+        """Whether the implementation may be timed. If not, its rows say why."""
         self.settings.progress(f"checking {implementation.name}", 0)
         own = {direction: row for (name, direction), row in self.rows.items() if name == implementation.name}
-        if not own:  # it has no backward, and only that is asked for
+        if not own:  # only the backward was asked for, and it has none
             return False
         unavailable = implementation.unavailable(self.workload, self.settings.device)
         if unavailable is not None:
@@ -97,7 +97,7 @@ class Contest:
             return False
         try:
             errors = gate.check(implementation, tuple(own))
-        except Exception as error:  # a contestant that breaks does not end the run
+        except Exception as error:  # a broken implementation does not end the run
             _give_up(own.values(), *_outcome(error))
             return False
         for row in own.values():
@@ -113,7 +113,7 @@ class Contest:
     def _time(
         self, direction: str, contestants: Sequence[Implementation], sets: Sequence[Inputs]
     ) -> dict[str, timing.Samples]:
-        """By implementation; the rows get all but their times."""
+        """Samples by implementation. The rows get peak memory and host time."""
         calls = {}
         for implementation in contestants:
             row = self.rows[implementation.name, direction]
@@ -137,7 +137,7 @@ class Contest:
         )
 
     def _record(self, direction: str, samples: dict[str, timing.Samples], inputs: Inputs, ceilings: Ceilings) -> None:
-        """Times and verdicts, into the rows."""
+        """Write times and verdicts into the rows."""
         cost = self.operator.cost_of(self.workload, inputs, direction)
         measured = {}
         for name, taken in samples.items():
@@ -171,9 +171,9 @@ def call_each(
     directions: Sequence[str],
     draw: Draw,
 ) -> Iterator[tuple[Implementation, str]]:
-    """Each implementation once in every direction, unchecked and untimed, for compilers to keep what they make of it.
+    """Call each implementation once in every direction, unchecked and untimed, to fill the compilers' caches.
 
-    Yields those that failed, and how.
+    Yields the implementations that failed, with the reason.
     """
     inputs = operator.inputs(workload, draw)
     for implementation in implementations:
@@ -183,7 +183,7 @@ def call_each(
         try:
             for direction in (d for d in directions if d in possible):
                 timed_call(operator, implementation, direction, [dict(inputs)])(0)()
-        except Exception as error:  # the others are called all the same
+        except Exception as error:  # the others are still called
             status, reason = _outcome(error)
             if status == FAILED:
                 yield implementation, reason
@@ -192,10 +192,10 @@ def call_each(
 def timed_call(
     operator: Operator, implementation: Implementation, direction: str, sets: Sequence[Inputs]
 ) -> Callable[[int], Callable[[], None]]:
-    """What is timed, on the set of inputs whose turn it is; its results are released before it returns.
+    """Turn number -> the function to time on that turn's set of inputs. It releases its results before it returns.
 
-    The forward of a backward runs before, each time anew: a graph kept for the next time would hold the memory that a
-    backward releases as it goes, and compiled graphs refuse to be kept.
+    For a backward alone, a fresh forward runs outside the timed function each time. A graph kept for several backwards
+    would hold memory that a backward normally releases, and compiled graphs cannot be kept.
     """
     prepared = [dict(implementation.prepare(inputs)) for inputs in sets]
 
@@ -227,7 +227,7 @@ def timed_call(
 
 
 def _judged(goal: Goal, measured: dict[str, Measured], lost: set[str]) -> Outcome:
-    """`lost` are the contestants that were refused or failed: one of them might have been the best opponent."""
+    """`lost`: implementations that were refused or failed. One of them might have been the best opponent."""
     missing = [name for name in goal.against if name in lost]
     others = {name: measured[name] for name in goal.against if name in measured}
     if missing and others:
@@ -241,11 +241,11 @@ def _give_up(rows, status: str, reason: str) -> None:
 
 
 def _outcome(error: Exception) -> tuple[str, str]:
-    """Status and reason of a contestant that raised."""
+    """Status and reason of an implementation that raised."""
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     if isinstance(error, AssertionError):  # the gate, on an output of the wrong shape
         return REFUSED, reason
-    # Too little memory, and an implementation that says it does not serve this call, are findings and no failures.
+    # Out of memory, or a call that the implementation says it does not support, is a result and not a failure.
     return (NOT_RUN if isinstance(error, (torch.OutOfMemoryError, NotImplementedError)) else FAILED), reason
 
 

@@ -1,11 +1,11 @@
-"""Peak memory of a call, beyond its inputs, measured outside the timed calls; and the most that any may take."""
+"""Peak memory of a call, not counting its inputs, measured outside the timed calls; and a limit for every process."""
 
 from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 
-# Of a GPU: what does not fit is a row that says so, on a large card as on a small one.
+# Of GPU memory. A workload that needs more becomes a row that says so, on every card alike.
 MOST_BYTES = 60 * 10**9
 
 
@@ -16,7 +16,7 @@ def limit_memory(device: torch.device) -> None:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that tensors allocated by `call` held at one time, whatever library allocated them."""
+    """The most bytes in use at one time by tensors that `call` allocates, in any library."""
     return _cuda_peak(call, device) if device.type == "cuda" else _cpu_peak(call)
 
 

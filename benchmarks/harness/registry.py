@@ -124,9 +124,10 @@ def _unavailable_in_recattn(
     return refusals[impl]
 
 
-def register(operator: Operator) -> Operator:
-    OPERATORS[operator.name] = operator
-    return operator
+def register(name: str, reference: Callable[..., Tensor], inputs: Callable, cost: Callable, **options) -> Operator:
+    """Create an Operator and add it to those that the suite runs."""
+    OPERATORS[name] = Operator(name, reference, inputs, cost, **options)
+    return OPERATORS[name]
 
 
 def load_operators() -> dict[str, Operator]:

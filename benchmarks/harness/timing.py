@@ -1,4 +1,4 @@
-"""Times contestants against each other: interleaved, warmed up, one call at a time."""
+"""Times implementations against each other: interleaved, warmed up, one call at a time."""
 
 import gc
 import math
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 NO_VERDICT = "no verdict"
-# Over either of these there is none on a goal.
+# A goal gets no verdict if either of these is exceeded.
 MAX_SPREAD = 0.03
 MAX_WAITING = 0.03
-# Fewer rounds than this leave the median without a 95% confidence interval.
+# With fewer rounds the median has no 95% confidence interval.
 MIN_ROUNDS = 6
-# Once the time is up, contestants stop after FEW_ROUNDS, those a verdict rests on after JUDGED_ROUNDS, and all stop
-# after PATIENCE times that time.
+# When the time is up, an implementation stops after FEW_ROUNDS, or after JUDGED_ROUNDS if a verdict depends on it. All
+# stop after PATIENCE times the time.
 FEW_ROUNDS = 3
 JUDGED_ROUNDS = 15
 PATIENCE = 8
@@ -27,10 +27,10 @@ WARM_UP_CALLS = 2
 
 @dataclass(frozen=True)
 class Samples:
-    """Milliseconds of each call; calls 2i and 2i + 1 are those of round i."""
+    """Milliseconds of each call. Calls 2i and 2i + 1 belong to round i."""
 
     times: tuple[float, ...]
-    waiting: float = 0.0  # share of the time that the threads waited for a core taken by other programs
+    waiting: float = 0.0  # share of the time that the threads waited for a core used by other programs
 
     def percentile(self, percent: int) -> float:
         return percentile(self.times, percent)
@@ -58,40 +58,41 @@ def spread(values: Sequence[float]) -> float:
     if n < MIN_ROUNDS:
         return math.inf
     ordered = sorted(values)
-    outside = int((n - 1.96 * math.sqrt(n)) / 2)  # order statistics on each side of the interval
+    outside = int((n - 1.96 * math.sqrt(n)) / 2)  # order statistics outside, on each side
     return (ordered[n - 1 - outside] - ordered[outside]) / 2 / percentile(values, 50)
 
 
 def time_ratio(contestant: Samples, against: Samples) -> tuple[float, float]:
-    """The median over rounds of time(contestant) / time(against), and its spread.
+    """Median over rounds of time(contestant) / time(against), and its spread.
 
-    The two are measured next to each other in a round, so whatever slows the machine for a while cancels.
+    Within a round the two run next to each other, so a temporary slowdown of the machine cancels.
     """
     ratios = [ours / theirs for ours, theirs in zip(contestant.rounds, against.rounds, strict=True)]
     return percentile(ratios, 50), spread(ratios)
 
 
 def finite(value: float) -> float | None:
-    """JSON has no other numbers."""
+    """The value, or None if it is not finite and JSON cannot hold it."""
     return value if math.isfinite(value) else None
 
 
 def verdict(ratio: float, ratio_spread: float, waiting: float, goal: float) -> str:
-    # Waiting for a core slows whoever synchronises its threads more often: it biases a ratio and may not spread it.
-    if not (ratio_spread <= MAX_SPREAD and waiting <= MAX_WAITING and math.isfinite(ratio)):  # NaN is none either
+    # Waiting for a core slows an implementation more the more often it synchronises its threads. That biases the ratio
+    # without widening its spread, so it is checked on its own.
+    if not (ratio_spread <= MAX_SPREAD and waiting <= MAX_WAITING and math.isfinite(ratio)):  # also false for NaN
         return NO_VERDICT
     return "met" if ratio <= goal else "missed"
 
 
 def interleaved(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """A B C C B A in every round: a steady drift of the machine adds the same to each."""
+    """A B C C B A in every round, so that a steady drift of the machine affects all equally."""
     for _ in range(rounds):
         yield from names
         yield from reversed(names)
 
 
 def contestants_of_round(names: Sequence[str], judged: Collection[str], finished: int, done: float) -> list[str]:
-    """Who takes part in the round after `finished` rounds, when `done` of the time is used."""
+    """Names that take part in the next round, after `finished` rounds and the share `done` of the time."""
     if finished > 0 and done >= PATIENCE:
         return []
     if done < 1 or finished < FEW_ROUNDS:
@@ -106,10 +107,10 @@ def measure(
     judged: Collection[str] = (),
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Samples]:
-    """Samples of each call within about `seconds`; those whose times a verdict rests on get all the rounds it takes.
+    """Time each call for about `seconds` in all; calls in `judged` get as many rounds as a verdict needs.
 
-    A call takes its turn's number, to pick a set of inputs by, and returns what is timed. The turn counts over all
-    contestants, so none finds in the cache what the one before it has read.
+    Each entry of `calls` takes a turn number, which selects a set of inputs, and returns the function to time. Turns
+    are counted over all entries, so that none finds its inputs in the cache of the one before.
     """
     if not calls:
         return {}
@@ -139,16 +140,16 @@ def measure(
 
 
 def seconds_waited() -> float:
-    """The time that this process's threads have been ready to run without a core (0 where the system does not say)."""
+    """Seconds that this process's threads were ready to run but had no core (0 if the system does not report it)."""
     nanoseconds = 0
     for thread in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError):  # a thread that has just ended
+        with suppress(OSError):  # the thread has just ended
             nanoseconds += int(thread.read_text().split()[1])
     return nanoseconds / 1e9
 
 
 class CpuClock:
-    """Wall time of a call, in milliseconds."""
+    """Wall-clock milliseconds of a call."""
 
     def __call__(self, call: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -157,11 +158,11 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events around a call, in milliseconds, the L2 cache flushed before.
+    """Milliseconds between two events around a call, after the L2 cache was flushed.
 
-    It is flushed by reading: what a write leaves in the cache, up to all of it, would be written back to memory while
-    the call runs. The device reads for about half a millisecond, the lead that the host has for launching: what is
-    timed is the device's work, however long the host took to ask for it (`host_time`), unless that is longer still.
+    The flush reads memory; after writes, dirty cache lines would be written back while the call runs. It keeps the
+    device busy for about half a millisecond, in which the host can launch the call. So the device's time is measured,
+    unless the host (`host_time`) takes longer than that.
     """
 
     FLUSH_BYTES = 2**31
@@ -181,7 +182,7 @@ class CudaClock:
 
 
 def host_time(call: Callable[[int], Callable[[], object]], calls: int = 3) -> float:
-    """Milliseconds until a call on an idle CUDA device returns, which is before its results are there: the median."""
+    """Median milliseconds until a call on an idle CUDA device returns (its results are not ready by then)."""
     times = []
     for turn in range(calls):
         timed = call(turn)

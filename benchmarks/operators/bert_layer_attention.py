@@ -1,7 +1,7 @@
-"""A layer of BERT-base with sinks, of Hugging Face transformers: what recattn costs in a model that people train.
+"""A layer of BERT-base with sinks, from Hugging Face transformers: the cost of recattn in a whole model layer.
 
-The limit is the same layer as transformers has it, by SDPA and without a bias. No dropout: a CPU's attention with
-dropout has no fused kernel, of PyTorch's or ours.
+Limit: the unchanged layer, with SDPA and without a bias. No dropout, because neither PyTorch nor recattn has a fused
+CPU attention with dropout.
 """
 
 from functools import cache
@@ -12,14 +12,14 @@ from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.harness.goals import TimeGoal
-from benchmarks.harness.registry import FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import BERT_LAYER, Draw, SinkWorkload
 from benchmarks.operators.sink_attention import official_bias, random_positions
 
 EPS = 1e-12  # of BERT's LayerNorms
-BIAS_SCALE = 10.0  # where the official code begins
+BIAS_SCALE = 10.0  # the official code's initial value
 ATTENTION, BIAS = "attention.self", "attention.self.sink_interaction"
-WIDTHS = {  # rows and columns of each product, in hidden sizes
+WIDTHS = {  # rows and columns of each weight, in multiples of the hidden size
     f"{ATTENTION}.query": (1, 1),
     f"{ATTENTION}.key": (1, 1),
     f"{ATTENTION}.value": (1, 1),
@@ -35,7 +35,7 @@ PLAIN_PARAMETERS = tuple(name for name in PARAMETERS if BIAS not in name)
 
 
 def key_of(parameter: str) -> str:
-    """Its name as a keyword argument."""
+    """The parameter's name as a keyword argument."""
     return parameter.replace(".", "__")
 
 
@@ -58,7 +58,7 @@ def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
 
 
 def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
-    """Twelve products of hidden size squared, and attention; a backward has two products for each of the forward."""
+    """Twelve matmuls of hidden size squared, and attention. The backward has two matmuls for each of the forward."""
     hidden = inputs["hidden"]
     tokens, size = workload.batch * workload.length, hidden.shape[-1]
     weights = sum(inputs[key_of(name)].nbytes for name in PLAIN_PARAMETERS)
@@ -68,7 +68,7 @@ def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
 
 
 def layer(hidden: Tensor, heads: int, parameters: dict[str, Tensor], bias: Tensor | None) -> Tensor:
-    """As BERT's equations read, with every score in memory."""
+    """BERT's equations as written, with all scores in memory."""
 
     def linear(module: str, x: Tensor) -> Tensor:
         return F.linear(x, parameters[f"{module}.weight"], parameters[f"{module}.bias"])
@@ -91,11 +91,11 @@ def by_name(inputs: Inputs, names: tuple[str, ...] = PARAMETERS) -> dict[str, Te
 
 
 def official(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor) -> Tensor:
-    """CTR-Sink's official formulation, of a dense bias."""
+    """CTR-Sink's official formulation, with a dense bias."""
     parameters = by_name(inputs)
     sinks = hidden.gather(1, sink_positions[..., None].expand(-1, -1, hidden.shape[-1]))
     weight, offset = (parameters[f"{BIAS}.norm.{p}"] for p in ("weight", "bias"))
-    sinks = F.layer_norm(sinks, sinks.shape[-1:], weight, offset)  # of this one, PyTorch's own epsilon
+    sinks = F.layer_norm(sinks, sinks.shape[-1:], weight, offset)  # with PyTorch's default epsilon
     q, k = (
         F.linear(sinks, parameters[f"{BIAS}.{m}.weight"], parameters[f"{BIAS}.{m}.bias"])
         .unflatten(-1, (heads, -1))
@@ -113,23 +113,21 @@ def without_bias(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: T
 
 EAGER, PLAIN = "official, eager", "transformers, SDPA, no bias"
 BERT = register(
-    Operator(
-        "bert_layer",
-        official,
-        draw_inputs,
-        cost,
-        grads=("hidden", *map(key_of, PARAMETERS)),
-        baseline=EAGER,
-        workloads=BERT_LAYER,
-        goals=(TimeGoal(workload="bert_base", direction=TRAINING, against=(PLAIN,), time_ratio=1.15),),
-    )
+    "bert_layer",
+    official,
+    draw_inputs,
+    cost,
+    grads=("hidden", *map(key_of, PARAMETERS)),
+    baseline=EAGER,
+    workloads=BERT_LAYER,
+    goals=(TimeGoal(workload="bert_base", direction=TRAINING, against=(PLAIN,), time_ratio=1.15),),
 )
 BERT.implementation(EAGER)(official)
 
 
 @cache
 def bert_layer(size: int, heads: int, with_sinks: bool) -> nn.Module:
-    """Of transformers, whose parameters come with each call."""
+    """A layer of transformers. Its parameters are replaced at each call."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(

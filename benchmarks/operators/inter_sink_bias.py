@@ -1,4 +1,4 @@
-"""inter_sink_bias, the bias of sink_attention, against its eager formulation."""
+"""inter_sink_bias, the bias of sink_attention, against eager PyTorch."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import recattn
-from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, register
 from benchmarks.harness.workloads import INTER_SINK_BIAS, Draw, SinkWorkload
 from recattn import reference
 from recattn.ops.inter_sink_bias import availability
@@ -15,7 +15,7 @@ BIAS_SCALE = 10.0
 
 
 def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
-    """Sequences of any number of sinks up to all, the rest padding."""
+    """Every sequence has 1 to M sinks; the rest is padding."""
     shape = workload.batch, workload.heads, workload.sinks, workload.dim
     counts = torch.randint(1, workload.sinks + 1, (workload.batch,), generator=draw.structure)
     return {
@@ -28,7 +28,7 @@ def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
 
 
 def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
-    """Over the real sinks. A backward has two products for each of the forward, which it repeats."""
+    """Over the real sinks. The backward repeats the forward, and has two matmuls for each of it."""
     q, counts = inputs["q_s"], inputs["sink_mask"].sum(1).double()
     pairs = float((counts * (counts + 1) / 2 if workload.causal else counts.square()).sum())
     flops = 2 * workload.heads * workload.dim * pairs
@@ -38,14 +38,12 @@ def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
 
 
 BIAS = register(
-    Operator(
-        "inter_sink_bias",
-        reference.inter_sink_bias,
-        draw_inputs,
-        cost,
-        grads=("q_s", "k_s"),
-        workloads=INTER_SINK_BIAS,
-    )
+    "inter_sink_bias",
+    reference.inter_sink_bias,
+    draw_inputs,
+    cost,
+    grads=("q_s", "k_s"),
+    workloads=INTER_SINK_BIAS,
 )
 BIAS.add_recattn(recattn.inter_sink_bias, availability)
 

@@ -1,6 +1,6 @@
-"""LREA against chains of batched products: compressing a history, training on it, serving from the stored state.
+"""LREA against chains of batched matmuls: compressing a history, training on it, serving from the stored state.
 
-Serving is also held against what it replaces, attention over the whole history.
+Serving is also compared with attention over the whole history, which it replaces.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 import recattn
 from benchmarks.data.movielens import ITEMS
 from benchmarks.harness.goals import CeilingGoal, LatencyGoal, MemoryGoal, TimeGoal
-from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import (
     CPU,
     CUDA,
@@ -41,7 +41,7 @@ def target_counts(workload: LreaWorkload, draw: Draw) -> Tensor:
 
 
 def batch_targets(inputs: Inputs) -> Inputs:
-    """targets as [U, H, targets, d]: a view where every user has as many, else padded."""
+    """targets as [U, H, targets, d]: a view if every user has the same number, otherwise padded."""
     lengths = inputs["target_offsets"].diff().tolist()
     users, targets = len(lengths), inputs["targets"]
     even = len(set(lengths)) == 1
@@ -79,37 +79,35 @@ def absorbed_cost(workload: LreaWorkload, inputs: Inputs, direction: str) -> Cos
 
 
 ABSORBED = register(
-    Operator(
-        "lrea_absorbed_attention",
-        reference.lrea_absorbed_attention,
-        draw_absorbed,
-        absorbed_cost,
-        grads=(),
-        workloads=LREA_ABSORBED,
-        goals=(
-            TimeGoal(workload="256x100", direction=FORWARD, against=(EAGER,), time_ratio=1 / 1.8),
-            TimeGoal(workload="256x100", direction=FORWARD, against=(COMPILED,), time_ratio=1 / 1.5),
-            TimeGoal(workload="256x100", direction=FORWARD, against=("recattn",), time_ratio=1.0, implementation=HALF),
-            TimeGoal(workload="256x100", direction=FORWARD, against=("recattn",), time_ratio=1.0, implementation=INT8),
-            TimeGoal(workload="zipf", direction=FORWARD, against=(EAGER,), time_ratio=1 / 3),
-            LatencyGoal(workload="gpu_1x1000", direction=FORWARD, device="cuda", milliseconds=0.008, host=True),
-            LatencyGoal(
-                workload="gpu_1x1000", direction=FORWARD, device="cuda", milliseconds=0.0035, implementation=REPLAYED
-            ),
-            TimeGoal(workload="gpu_1x1000", direction=FORWARD, device="cuda", against=(COMPILED,), time_ratio=1 / 5),
-            CeilingGoal(workload="gpu_1000x200", direction=FORWARD, device="cuda", fraction=0.85),
-            TimeGoal(
-                workload="gpu_1000x200",
-                direction=FORWARD,
-                device="cuda",
-                against=(EAGER, COMPILED, JAGGED),
-                time_ratio=1 / 1.9,
-            ),
-            TimeGoal(
-                workload="gpu_1000x200", direction=FORWARD, device="cuda", against=(FULL_ATTENTION,), time_ratio=1 / 100
-            ),
+    "lrea_absorbed_attention",
+    reference.lrea_absorbed_attention,
+    draw_absorbed,
+    absorbed_cost,
+    grads=(),
+    workloads=LREA_ABSORBED,
+    goals=(
+        TimeGoal(workload="256x100", direction=FORWARD, against=(EAGER,), time_ratio=1 / 1.8),
+        TimeGoal(workload="256x100", direction=FORWARD, against=(COMPILED,), time_ratio=1 / 1.5),
+        TimeGoal(workload="256x100", direction=FORWARD, against=("recattn",), time_ratio=1.0, implementation=HALF),
+        TimeGoal(workload="256x100", direction=FORWARD, against=("recattn",), time_ratio=1.0, implementation=INT8),
+        TimeGoal(workload="zipf", direction=FORWARD, against=(EAGER,), time_ratio=1 / 3),
+        LatencyGoal(workload="gpu_1x1000", direction=FORWARD, device="cuda", milliseconds=0.008, host=True),
+        LatencyGoal(
+            workload="gpu_1x1000", direction=FORWARD, device="cuda", milliseconds=0.0035, implementation=REPLAYED
         ),
-    )
+        TimeGoal(workload="gpu_1x1000", direction=FORWARD, device="cuda", against=(COMPILED,), time_ratio=1 / 5),
+        CeilingGoal(workload="gpu_1000x200", direction=FORWARD, device="cuda", fraction=0.85),
+        TimeGoal(
+            workload="gpu_1000x200",
+            direction=FORWARD,
+            device="cuda",
+            against=(EAGER, COMPILED, JAGGED),
+            time_ratio=1 / 1.9,
+        ),
+        TimeGoal(
+            workload="gpu_1000x200", direction=FORWARD, device="cuda", against=(FULL_ATTENTION,), time_ratio=1 / 100
+        ),
+    ),
 )
 ABSORBED.add_recattn(recattn.lrea_absorbed_attention, partial(availability, op="lrea_absorbed_attention"))
 
@@ -145,16 +143,16 @@ def absorbed_user_by_user(targets, state_keys, state_values, slots, target_offse
     devices=CUDA,
 )
 def absorbed_jagged(targets, state_keys, state_values, slots, target_offsets, longest):
-    """One head: the targets of each user as a row of a jagged tensor."""
+    """One head. The targets of each user are a row of a jagged tensor."""
     jagged = torch.nested.nested_tensor_from_jagged(targets[:, 0], target_offsets, max_seqlen=longest)  # [U, *, d]
     scores = F.leaky_relu(torch.bmm(jagged, state_keys[slots, 0].mT), NEGATIVE_SLOPE)
     return torch.bmm(scores, state_values[slots, 0]).values().unsqueeze(1)
 
 
 def capture(inputs: Inputs) -> Inputs:
-    """A graph of the call on these inputs, as a service captures one for each size of batch."""
+    """A CUDA graph of the call on these inputs. A service captures one for each batch size."""
     graph = torch.cuda.CUDAGraph()
-    recattn.lrea_absorbed_attention(**inputs)  # what is made once is not part of it
+    recattn.lrea_absorbed_attention(**inputs)  # one-time work stays out of the graph
     with torch.cuda.graph(graph):
         output = recattn.lrea_absorbed_attention(**inputs)
     return {"graph": graph, "output": output}
@@ -166,7 +164,7 @@ def absorbed_replayed(graph, output):
     return output
 
 
-# The same in fewer bits, for inputs rounded beforehand.
+# The same operator on inputs in fewer bits.
 
 
 def in_bfloat16(inputs: Inputs) -> Inputs:
@@ -174,7 +172,7 @@ def in_bfloat16(inputs: Inputs) -> Inputs:
 
 
 def bfloat16_reference(**inputs: Tensor) -> Tensor:
-    """What bfloat16 computes: in float64 on inputs rounded to it, else in it."""
+    """The operator on inputs rounded to bfloat16: computed in float64 for float64 inputs, otherwise in bfloat16."""
     rounded = in_bfloat16(inputs)
     if inputs["targets"].dtype == torch.float64:
         rounded = {name: x.double() if x.is_floating_point() else x for name, x in rounded.items()}
@@ -190,7 +188,7 @@ def with_int8_states(inputs: Inputs) -> Inputs:
 
 
 def int8_reference(**inputs: Tensor) -> Tensor:
-    """Over the quantised states: in float64 exactly, else with targets of 16 bits, as VNNI takes them."""
+    """The operator on quantised states: exact in float64, otherwise with targets rounded to 16 bits, as for VNNI."""
     targets = inputs["targets"]
     if targets.dtype != torch.float64:
         step = targets.abs().amax(-1, keepdim=True) / 32767
@@ -214,11 +212,11 @@ for name, prepare, restored, own_reference in (
     )(recattn.lrea_absorbed_attention)
 
 
-# What serving from a state replaces.
+# The attention that serving from a state replaces.
 
 
 def full_history(inputs: Inputs) -> Inputs:
-    """Histories of 10,000 behaviours, the rows of each state again and again: SDPA does not look at what they are."""
+    """Histories of 10,000 behaviours that repeat the rows of each state. The values do not change SDPA's time."""
     batched = batch_targets(inputs)
     rank = batched["state_keys"].shape[2]
     rows = torch.arange(10_000, device=batched["slots"].device) % rank
@@ -277,20 +275,18 @@ def compress_cost(workload: LreaWorkload, inputs: Inputs, direction: str) -> Cos
 
 
 COMPRESS = register(
-    Operator(
-        "lrea_compress",
-        reference.lrea_compress,
-        draw_compress,
-        compress_cost,
-        grads=("behaviors", "w_comp"),
-        workloads=LREA_COMPRESS,
-    )
+    "lrea_compress",
+    reference.lrea_compress,
+    draw_compress,
+    compress_cost,
+    grads=("behaviors", "w_comp"),
+    workloads=LREA_COMPRESS,
 )
 COMPRESS.add_recattn(recattn.lrea_compress, partial(availability, op="lrea_compress"))
 
 
 def prepare_valid(inputs: Inputs) -> Inputs:
-    """`valid` [U, 1, L] in place of the lengths."""
+    """Replace the lengths by `valid` [U, 1, L]."""
     inputs = dict(inputs)
     seq_lens = inputs.pop("seq_lens")
     longest = inputs["behaviors"].shape[1] if "behaviors" in inputs else inputs["w_decomp"].shape[1]
@@ -306,7 +302,7 @@ def compress_eager(behaviors, w_comp, valid):
 COMPRESS.add_compiled(COMPILED, compress_eager, prepare=prepare_valid)
 
 
-# Compressing histories of item ids: building states, without a gradient.
+# Compressing histories of item ids, to build states: no gradient.
 
 
 def draw_compress_items(workload: LreaWorkload, draw: Draw) -> Inputs:
@@ -321,7 +317,7 @@ def draw_compress_items(workload: LreaWorkload, draw: Draw) -> Inputs:
 
 
 def compress_items_cost(workload: LreaWorkload, inputs: Inputs, direction: str) -> Cost:
-    """As from dense behaviours: that a table this small stays in the cache is luck."""
+    """As for dense behaviours. A table this small stays in the cache, but that is not counted on."""
     row = workload.dim * inputs["behaviors"].element_size()
     events = int(inputs["seq_lens"].sum())
     moved = events * (row + 8) + inputs["w_comp"].nbytes + workload.batch * workload.rank * row
@@ -329,14 +325,12 @@ def compress_items_cost(workload: LreaWorkload, inputs: Inputs, direction: str) 
 
 
 COMPRESS_ITEMS = register(
-    Operator(
-        "lrea_compress_items",
-        reference.lrea_compress,
-        draw_compress_items,
-        compress_items_cost,
-        grads=(),
-        workloads=LREA_COMPRESS,
-    )
+    "lrea_compress_items",
+    reference.lrea_compress,
+    draw_compress_items,
+    compress_items_cost,
+    grads=(),
+    workloads=LREA_COMPRESS,
 )
 COMPRESS_ITEMS.add_recattn(recattn.lrea_compress, partial(availability, op="lrea_compress"))
 
@@ -368,7 +362,7 @@ def draw_restored(workload: LreaWorkload, draw: Draw) -> Inputs:
 
 
 def restored_cost(workload: LreaWorkload, inputs: Inputs, direction: str) -> Cost:
-    """By the factored form: scores and output in rank r, and two products with w_decomp over the real positions."""
+    """Cost of the factored form: scores and output in rank r, and two matmuls with w_decomp over the real positions."""
     targets, keys, w_decomp = (inputs[name] for name in ("targets", "keys", "w_decomp"))
     scored = float((inputs["target_offsets"].diff() * inputs["seq_lens"]).sum())
     flops = 4 * workload.rank * (len(targets) * workload.dim + scored)
@@ -379,21 +373,17 @@ def restored_cost(workload: LreaWorkload, inputs: Inputs, direction: str) -> Cos
 
 
 RESTORED = register(
-    Operator(
-        "lrea_attention",
-        reference.lrea_attention,
-        draw_restored,
-        restored_cost,
-        grads=("targets", "keys", "values", "w_decomp"),
-        workloads=LREA_RESTORED,
-        goals=(
-            TimeGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(FACTORED,), time_ratio=1 / 4),
-            TimeGoal(
-                workload="gpu_16k", direction=TRAINING, device="cuda", against=(COMPILED_FACTORED,), time_ratio=1 / 2
-            ),
-            MemoryGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(FACTORED,), memory_ratio=1 / 8),
-        ),
-    )
+    "lrea_attention",
+    reference.lrea_attention,
+    draw_restored,
+    restored_cost,
+    grads=("targets", "keys", "values", "w_decomp"),
+    workloads=LREA_RESTORED,
+    goals=(
+        TimeGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(FACTORED,), time_ratio=1 / 4),
+        TimeGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(COMPILED_FACTORED,), time_ratio=1 / 2),
+        MemoryGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(FACTORED,), memory_ratio=1 / 8),
+    ),
 )
 RESTORED.add_recattn(recattn.lrea_attention, partial(availability, op="lrea_attention"))
 
@@ -405,7 +395,7 @@ def prepare_restored(inputs: Inputs) -> Inputs:
 
 @RESTORED.implementation(EAGER, prepare=prepare_restored, restore=unbatch_targets)
 def restored_eager(targets, keys, values, w_decomp, valid):
-    """The history restored, as the equation reads."""
+    """The equation as written: it restores the history."""
     scale = targets.shape[-1] ** -0.5
     restored_keys, restored_values = w_decomp.mT @ keys, w_decomp.mT @ values  # [U, H, L, d]
     scores = F.leaky_relu(scale * targets @ restored_keys.mT, NEGATIVE_SLOPE) * valid
@@ -414,7 +404,7 @@ def restored_eager(targets, keys, values, w_decomp, valid):
 
 @RESTORED.implementation(FACTORED, prepare=prepare_restored, restore=unbatch_targets)
 def factored_eager(targets, keys, values, w_decomp, valid):
-    """Nothing of size L·d, but still the scores of all positions."""
+    """Nothing of size L·d in memory, but the scores of all positions."""
     compressed_scores = targets.shape[-1] ** -0.5 * targets @ keys.mT  # [U, H, targets, r]
     scores = F.leaky_relu(compressed_scores @ w_decomp, NEGATIVE_SLOPE) * valid
     return (scores @ w_decomp.mT) @ values

@@ -1,5 +1,7 @@
-"""refined_attention against eager PyTorch, with and without SDPA for the last step, and against two chained calls of
-SDPA; the limit is plain attention."""
+"""refined_attention against eager PyTorch, with and without SDPA for the last step, and two chained SDPA calls.
+
+Limit: plain attention.
+"""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import recattn
 from benchmarks.harness.goals import Goal, MemoryGoal, TimeGoal
-from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import CUDA, REFINED, Draw, RefinedWorkload
 from recattn import reference
 from recattn.ops.refined_attention import availability
@@ -18,7 +20,8 @@ from recattn.ops.refined_attention import availability
 
 def draw_inputs(workload: RefinedWorkload, draw: Draw) -> Inputs:
     n, dim, rank = workload.length, workload.dim, workload.rank or workload.length
-    # Scores of order one: with larger ones the rounding of a single row decides the largest error of every contestant.
+    # Scores of order one. With larger ones the rounding of a single row decides the largest error of every
+    # implementation.
     columns = 2 * rank if workload.mechanism == "stochastic" else rank  # [W^μ | W^Σ]
     widths = {"w_q": columns, "w_k": columns, "w_v": n}
     weights = {name: draw.normal(n, widths[name], std=n**-0.5 / 2) for name in weight_names(workload)}
@@ -40,9 +43,9 @@ def weight_names(workload: RefinedWorkload) -> tuple[str, ...]:
 
 
 def cost(workload: RefinedWorkload, inputs: Inputs, direction: str) -> Cost:
-    """The fewest products known over the visible pairs; the backward has two for each of the forward.
+    """The fewest matmuls known, over the visible (query, key) pairs. The backward has two for each of the forward.
 
-    A rank of N or more folds into A (W_q W_kᵀ) Aᵀ. Of that, and of the products with W_v, what is causal is n³/3.
+    With a rank of N or more, A (W_q W_kᵀ) Aᵀ is cheaper. The causal part of that, and of the matmuls with W_v, is n³/3.
     """
     lengths = inputs["seq_lens"]
     n = (torch.full((workload.batch,), workload.length) if lengths is None else lengths).double()
@@ -64,7 +67,7 @@ CHAINED, PLAIN = "two chained SDPA", "plain SDPA"
 
 
 def gpu_goals() -> Iterator[Goal]:
-    """How many times as fast as each peer, and with how much of its memory."""
+    """Speedup over each other implementation, and memory relative to it."""
     short = {FORWARD: (8, 3, 2), TRAINING: (6, 2.5, 1.5)}
     long = {FORWARD: (4, 2, 1.3), BACKWARD: (4, 2, 1.25)}
     for workload in REFINED:
@@ -84,25 +87,23 @@ def gpu_goals() -> Iterator[Goal]:
 
 
 REFINED_ATTENTION = register(
-    Operator(
-        "refined_attention",
-        reference.refined_attention,
-        draw_inputs,
-        cost,
-        grads=("q", "k", "v", "w_q", "w_k", "w_v"),
-        workloads=REFINED,
-        goals=(
-            TimeGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), time_ratio=1 / 1.5),
-            MemoryGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), memory_ratio=1 / 2),
-            *gpu_goals(),
-        ),
-    )
+    "refined_attention",
+    reference.refined_attention,
+    draw_inputs,
+    cost,
+    grads=("q", "k", "v", "w_q", "w_k", "w_v"),
+    workloads=REFINED,
+    goals=(
+        TimeGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), time_ratio=1 / 1.5),
+        MemoryGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), memory_ratio=1 / 2),
+        *gpu_goals(),
+    ),
 )
 REFINED_ATTENTION.add_recattn(recattn.refined_attention, availability)
 
 
 def prepare_mask(inputs: Inputs) -> Inputs:
-    """`visible` [B, 1, N, N] in place of the lengths, as a model builds it once for all its layers; None: causal."""
+    """Replace the lengths by `visible` [B, 1, N, N], which a model builds once for all layers; None if only causal."""
     inputs = dict(inputs)
     seq_lens = inputs.pop("seq_lens")
     if seq_lens is None:
@@ -112,7 +113,7 @@ def prepare_mask(inputs: Inputs) -> Inputs:
 
 
 def visible_pairs(n: int, seq_lens: Tensor) -> Tensor:
-    """[B, 1, N, N], causal, of sequences padded on the left."""
+    """[B, 1, N, N] causal mask for sequences padded on the left."""
     valid = torch.arange(n, device=seq_lens.device) >= n - seq_lens[:, None]  # [B, N]
     return (past(n, seq_lens.device) & valid[:, :, None] & valid[:, None, :]).unsqueeze(1)
 
@@ -131,7 +132,7 @@ def source_weights(q: Tensor, k: Tensor, source: str, visible: Tensor) -> Tensor
 
 
 def distances(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor) -> Tensor:
-    """W² of every query and key, [..., N, N], by means and deviations apart, as STOSA's formulas have them."""
+    """W₂² of every query and key, [..., N, N]: means and deviations separately, as in STOSA's formulas."""
 
     def squared(x: Tensor, y: Tensor) -> Tensor:
         return x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
@@ -140,7 +141,7 @@ def distances(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor) -> T
 
 
 def gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and deviations, the covariance elu + 1 of the second half."""
+    """Means, and standard deviations from covariances elu(x) + 1 of the second half."""
     mean, covariance = x.chunk(2, dim=-1)
     return mean, deviation(F.elu(covariance) + 1)
 
@@ -180,7 +181,7 @@ def eager_then_sdpa(q, k, v, w_q, w_k, mechanism, source, visible):
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     if visible is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # SDPA wants a visible key in every row: padded rows see all, and are set to zero.
+    # SDPA needs a visible key in every row: padded rows see all keys, and are then set to zero.
     padded = ~visible.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, visible | padded).masked_fill(padded, 0)
 
@@ -193,7 +194,7 @@ def refined_weights(source: str, **inputs) -> Tensor:
     CHAINED, applies=is_simple, prepare=prepare_mask, reference=refined_weights, cpu_tier="full"
 )
 def two_chained_sdpa(q, k, v, w_q, w_k, mechanism, source, visible):
-    """source="weights" whatever is asked for: A W is then attention with W for values."""
+    """Computes source="weights" in any case, where A W is attention with W as values."""
     n, rank = q.shape[2], w_q.shape[1]
     w = torch.cat([w_q, w_k], dim=1)[:n].expand(*q.shape[:2], n, 2 * rank)
     queries, keys = causal_sdpa(q, k, w, visible).chunk(2, dim=-1)
@@ -201,7 +202,7 @@ def two_chained_sdpa(q, k, v, w_q, w_k, mechanism, source, visible):
 
 
 def plain_attention(q, k, v, seq_lens, padding_side="right", **others):
-    """The reference of sink_attention without sinks is that of plain attention."""
+    """Reference of plain attention: sink_attention without sinks."""
     no_sinks = torch.zeros(len(q), 0, dtype=torch.int64, device=q.device), q.new_zeros(len(q), 1, 0, 0)
     return reference.sink_attention(q, k, v, *no_sinks, causal=True, seq_lens=seq_lens, padding_side=padding_side)
 

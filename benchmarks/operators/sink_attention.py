@@ -1,4 +1,4 @@
-"""sink_attention against eager PyTorch and SDPA with a dense bias; the limit is attention without the bias."""
+"""sink_attention against eager PyTorch, SDPA with a dense bias and FlexAttention. Limit: attention without the bias."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import recattn
 from benchmarks.harness.compiled import compiled
 from benchmarks.harness.goals import ExtraMemoryGoal, Goal, TimeGoal
-from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import CPU, CUDA, SINK, Draw, SinkWorkload, offsets
 from recattn import reference
 from recattn.ops.backends import BACKENDS
 
-# CTR-Sink scales its softmax-ed biases by 10 in its encoders.
+# CTR-Sink multiplies the softmax that is its bias by 10 in its encoders.
 BIAS_SCALE = 10
 
 
@@ -69,7 +69,7 @@ def _packed_histories(workload: SinkWorkload, draw: Draw) -> Inputs:
     per_behavior, dim = workload.tokens_per_behavior, workload.dim
     histories = draw.histories.sample(workload.batch, longest=workload.sinks)
     behaviors = torch.tensor([len(history) for history in histories])
-    # A token is its behaviour's embedding plus one of its own.
+    # A token is the embedding of its behaviour plus noise.
     tokens = draw.embeddings([torch.cat(histories)], dim)[0].repeat_interleave(per_behavior, dim=0)  # [T, D]
     tokens = tokens + draw.normal(*tokens.shape)
     projections = (draw.normal(dim, heads * dim, std=(2 * dim) ** -0.5) for heads in _head_counts(workload))
@@ -97,7 +97,7 @@ def _bias(batch: int, sinks: int, draw: Draw) -> Tensor:
 
 
 def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
-    """4·D operations a visible pair and head; the backward counts 2.5 forwards, as FlashAttention's figures do."""
+    """4·D operations per visible (query, key) and head. The backward counts as 2.5 forwards, as in FlashAttention."""
     q, k, v, bias = (inputs[name] for name in ("q", "k", "v", "inter_sink_bias"))
     cu_seqlens = inputs.get("cu_seqlens")
     lengths = [workload.length] * workload.batch if cu_seqlens is None else cu_seqlens.diff().tolist()
@@ -110,17 +110,17 @@ def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
     return Cost(3.5 * flops, forward + (forward + q.nbytes) + (q.nbytes + k.nbytes + v.nbytes + bias.nbytes))
 
 
-# By SDPA's names.
+# SDPA's backends by name.
 SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 UNBIASED = tuple(f"unbiased {backend}" for backend in SDPA_BACKENDS)
-# Not cuDNN, for which PyTorch builds a new plan at every packed call.
+# Without cuDNN: PyTorch would build a new plan for it at every packed call.
 UNBIASED_PACKED = ("unbiased varlen flash", "unbiased varlen efficient")
 FLEX = "FlexAttention"
-# cuDNN gives the bias no gradient, and with a mask at N % 128 == 64 torch 2.11's gives NaN for the others: no backward.
+# No backward for cuDNN: the bias gets no gradient, and with a mask at N % 128 == 64 torch 2.11 gives NaN gradients.
 DENSE_BIAS = {
     FORWARD: ("SDPA cuDNN, dense bias", "SDPA efficient, dense bias"),
     BACKWARD: ("SDPA efficient, dense bias",),
@@ -128,7 +128,7 @@ DENSE_BIAS = {
 
 
 def gpu_goals() -> Iterator[Goal]:
-    """How many times as fast as each peer, and how little memory on top of unbiased attention's."""
+    """Speedup over each other implementation, and memory beyond unbiased attention."""
     for workload in SINK:
         if workload.devices != CUDA or workload.name == "gpu_memory":
             continue
@@ -150,24 +150,22 @@ def gpu_goals() -> Iterator[Goal]:
 
 
 SINK_ATTENTION = register(
-    Operator(
-        "sink_attention",
-        reference.sink_attention,
-        draw_inputs,
-        cost,
-        grads=("q", "k", "v", "inter_sink_bias"),
-        workloads=SINK,
-        goals=(
-            TimeGoal(workload="headline", direction=FORWARD, against=("unbiased SDPA",), time_ratio=1.10),
-            TimeGoal(workload="headline", direction=TRAINING, against=("unbiased SDPA",), time_ratio=1.15),
-            *gpu_goals(),
-        ),
-    )
+    "sink_attention",
+    reference.sink_attention,
+    draw_inputs,
+    cost,
+    grads=("q", "k", "v", "inter_sink_bias"),
+    workloads=SINK,
+    goals=(
+        TimeGoal(workload="headline", direction=FORWARD, against=("unbiased SDPA",), time_ratio=1.10),
+        TimeGoal(workload="headline", direction=TRAINING, against=("unbiased SDPA",), time_ratio=1.15),
+        *gpu_goals(),
+    ),
 )
 
 
 def with_longest(inputs: Inputs) -> Inputs:
-    """Packed sequences with `max_seqlen`, which kernels for them want on the host."""
+    """Add `max_seqlen` to packed sequences: their kernels need it on the host."""
     if "cu_seqlens" not in inputs:
         return inputs
     return {**inputs, "max_seqlen": int(inputs["cu_seqlens"].diff().max())}
@@ -177,7 +175,7 @@ def needs_cuda(workload: SinkWorkload, device: torch.device) -> str | None:
     return None if device.type == "cuda" else "it needs a CUDA device"
 
 
-# What recattn can be told to run on a GPU: the fused path, or the correction of an unbiased attention.
+# What recattn can be told to run on a GPU: the fused kernel, or the correction of an unbiased attention.
 PATHS = {
     "triton": {"impl": "triton"},
     **{f"correction:{backend}": {"impl": "correction", "backend": backend} for backend in BACKENDS},
@@ -191,7 +189,7 @@ for path, options in PATHS.items():
 
 
 def pad(inputs: Inputs) -> Inputs:
-    """Packed sequences as [B, H, N, D] with `valid` [B, N]; other inputs as they are."""
+    """Pad packed sequences to [B, H, N, D] with `valid` [B, N]; other inputs stay as they are."""
     inputs = dict(inputs)
     cu_seqlens = inputs.pop("cu_seqlens", None)
     if cu_seqlens is None:
@@ -214,7 +212,7 @@ def dense_bias(q: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, valid
     """[B, 1 or Hq, N, N]: the bias at the sinks, -inf at padded keys, else 0."""
     batch, heads = inter_sink_bias.shape[:2]
     length = q.shape[2]
-    # A position of -1 is the last row and column, which are cut off.
+    # Position -1 indexes the last row and column, which are cut off.
     extra = 0 if valid is None else 1
     dense = inter_sink_bias.new_zeros(batch, heads, length + extra, length + extra)
     b = torch.arange(batch, device=q.device)[:, None, None, None]
@@ -229,7 +227,7 @@ def future(length: int, device: torch.device) -> Tensor:
 
 
 def padded(workload: SinkWorkload) -> bool:
-    """Whether padding to the longest is something that anybody would do."""
+    """Whether padding to the longest sequence is realistic."""
     return workload.others is None
 
 
@@ -264,7 +262,8 @@ def sdpa_dense_bias(q, k, v, sink_positions, inter_sink_bias, causal, valid=None
     mask = dense_bias(q, sink_positions, inter_sink_bias, valid)
     if causal:
         mask = mask.masked_fill(future(q.shape[2], q.device), -math.inf)
-    return sdpa(q, k, v, mask.to(q.dtype), backend)  # torch 2.11 takes a float32 mask beside bfloat16, and misreads it
+    # torch 2.11 accepts a float32 mask with bfloat16 inputs, and misreads it.
+    return sdpa(q, k, v, mask.to(q.dtype), backend)
 
 
 SINK_ATTENTION.implementation("SDPA, dense bias", applies=padded, prepare=pad, restore=unpad, devices=CPU)(
@@ -301,7 +300,7 @@ def sdpa_one_by_one(q, k, v, sink_positions, inter_sink_bias, causal, cu_seqlens
     cpu_tier="full",
 )
 def official(q, k, v, sink_positions, inter_sink_bias, causal):
-    """CTR-Sink's code: a dense bias, and every score in memory."""
+    """CTR-Sink's code: a dense bias, and all scores in memory."""
     return biased_attention(q, k, v, official_bias(inter_sink_bias, sink_positions, q.shape[2]), causal)
 
 
@@ -319,10 +318,11 @@ SINK_ATTENTION.add_compiled(COMPILED, eager, applies=padded, prepare=pad, restor
 
 
 def prepare_flex(inputs: Inputs) -> Inputs:
-    """[B, H, N, D]; packed sequences as one, of which a block mask lets each see itself.
+    """[B, H, N, D]; packed sequences become one, with a block mask that separates them.
 
-    `sink_of` [B, N] is which sink a token is. One that is none has the sink before it there, and is told apart by
-    `is_sink`: the gradient of the bias is gathered by atomic adds, of zeros too, which would all fall on one entry.
+    `sink_of` [B, N] is the index of the sink at a token; at other tokens it is that of the sink before. `is_sink` tells
+    them apart. (The gradient of the bias is accumulated with atomic adds, zeros included; if all non-sinks had the same
+    index, those adds would collide on one entry.)
     """
     q, k, v, positions, causal = (inputs[name] for name in ("q", "k", "v", "sink_positions", "causal"))
     sequence_of, before = None, torch.zeros((), dtype=torch.int64, device=q.device)
@@ -332,7 +332,7 @@ def prepare_flex(inputs: Inputs) -> Inputs:
         sequence_of = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)  # [T]
         real = positions >= 0
         positions = (positions + starts[:, None])[real].unsqueeze(0)
-        before = (real.sum(1).cumsum(0) - real.sum(1))[sequence_of]  # sinks of the sequences before a token's
+        before = (real.sum(1).cumsum(0) - real.sum(1))[sequence_of]  # number of sinks in earlier sequences
     batch, length = q.shape[0], q.shape[2]
     is_sink = torch.zeros(batch, length, dtype=torch.bool, device=q.device).scatter(1, positions, True)
     sink_of = (is_sink.cumsum(1) - 1 - before).clamp(min=0).int()
@@ -354,15 +354,15 @@ def restore_flex(output: Tensor, inputs: Inputs) -> Tensor:
 
 @SINK_ATTENTION.implementation(
     FLEX,
-    applies=lambda workload: workload.sinks > 0,  # it captures no empty tensor
+    applies=lambda workload: workload.sinks > 0,  # FlexAttention cannot capture an empty tensor
     prepare=prepare_flex,
     restore=restore_flex,
-    forward_only=lambda device: device.type == "cpu",  # its backward does not exist there
+    forward_only=lambda device: device.type == "cpu",  # it has no backward on a CPU
     devices=CUDA,
     compiled=True,
 )
 def flex(q, k, v, inter_sink_bias, sequence_of, sink_of, is_sink, block_mask):
-    bias = inter_sink_bias.float()  # so that its gradient is added up in float32
+    bias = inter_sink_bias.float()  # so that its gradient accumulates in float32
 
     def add_bias(score, b, h, i, j):
         sequence = b if sequence_of is None else sequence_of[i]
@@ -435,14 +435,14 @@ for name, function in zip(UNBIASED_PACKED, (varlen_flash, varlen_efficient), str
 
 
 def missing(module: str) -> Callable[[SinkWorkload, torch.device], str | None]:
-    """Why a library for GPUs cannot be used, if it cannot."""
+    """Check whether a library for GPUs can be used, and why not."""
 
     def why(workload: SinkWorkload, device: torch.device) -> str | None:
         if device.type != "cuda":
             return "it needs a CUDA device"
         try:
             import_module(module)
-        except Exception as error:  # built for another torch, as often as not there
+        except Exception as error:  # often it is there, but built for another torch
             return f"{module} cannot be imported: {type(error).__name__}: {error}".partition("\n")[0]
         return None
 
@@ -450,7 +450,7 @@ def missing(module: str) -> Callable[[SinkWorkload, torch.device], str | None]:
 
 
 def tokens_first(inputs: Inputs) -> Inputs:
-    """[B, N, H, D], as FlashAttention and xFormers have it; packed sequences, [T, H, D], are that already."""
+    """[B, N, H, D], the layout of FlashAttention and xFormers. Packed sequences, [T, H, D], have it already."""
     if "cu_seqlens" in inputs:
         return with_longest(inputs)
     return {**inputs, **{name: inputs[name].transpose(1, 2) for name in ("q", "k", "v")}}
@@ -468,7 +468,7 @@ def flash_attention(module, q, k, v, sink_positions, inter_sink_bias, causal, cu
         lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         lengths |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
         output = library.flash_attn_varlen_func(q, k, v, **lengths, causal=causal)
-    return output[0] if isinstance(output, tuple) else output  # some versions return the log-sum-exp too
+    return output[0] if isinstance(output, tuple) else output  # some versions also return the log-sum-exp
 
 
 for version, module in {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}.items():
@@ -483,7 +483,7 @@ for version, module in {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_at
 
 
 def prepare_xformers(inputs: Inputs) -> Inputs:
-    """[B, N, H, D], packed sequences as one, and xFormers' own mask."""
+    """[B, N, H, D], packed sequences as one, with xFormers' mask."""
     from xformers.ops import fmha
 
     inputs, causal = tokens_first(inputs), inputs["causal"]
@@ -499,7 +499,7 @@ def restore_xformers(output: Tensor, inputs: Inputs) -> Tensor:
 
 
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
-    """Grouped heads are repeated, which is part of the time: its kernels with a backward know no groups."""
+    """Grouped heads are repeated within the timed call, because xFormers' backward does not support groups."""
     from xformers.ops import memory_efficient_attention
 
     groups = q.shape[2] // k.shape[2]
@@ -521,7 +521,7 @@ def unbiased_xformers(q, k, v, mask, **others):
 
 @SINK_ATTENTION.implementation(
     "xFormers, dense bias",
-    applies=lambda workload: not workload.packed and workload.length % 8 == 0,  # what its kernels can read
+    applies=lambda workload: not workload.packed and workload.length % 8 == 0,  # its kernels need that alignment
     prepare=tokens_first,
     restore=heads_first,
     unavailable=missing("xformers.ops"),

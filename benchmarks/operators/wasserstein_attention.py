@@ -1,6 +1,6 @@
-"""wasserstein_attention, STOSA's attention between Gaussians and its refinement, against eager PyTorch.
+"""wasserstein_attention (STOSA's attention between Gaussians, and its refinement) against eager PyTorch.
 
-It has two outputs. Here they are one tensor, side by side, for every contestant alike.
+The two outputs are concatenated into one tensor, for every implementation.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import recattn
-from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, Operator, register
+from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, register
 from benchmarks.harness.workloads import WASSERSTEIN, Draw, RefinedWorkload
 from benchmarks.operators.refined_attention import deviation, distances, gaussians, masked_softmax, visible_pairs
 from recattn import reference
@@ -20,14 +20,14 @@ GAUSSIANS = tuple(f"{part}_{of}" for of in "qkv" for part in ("mean", "cov"))
 
 
 def draw_inputs(workload: RefinedWorkload, draw: Draw) -> Inputs:
-    """Means and covariances of queries, keys and values, as STOSA projects its items': elu + 1 for a covariance."""
+    """Means and covariances of queries, keys and values. As in STOSA, a covariance is elu(x) + 1."""
     n, dim = workload.length, workload.dim
     histories = draw.histories.sample(workload.batch, longest=n)
     lengths = draw.index([len(history) for history in histories])
     inputs: Inputs = {"seq_lens": lengths, "padding_side": "left"}
     for name in GAUSSIANS:
         items = draw.embeddings(histories, dim * workload.heads, padding_side="left")  # [B, <= N, H D]
-        items = F.pad(items / 2, (0, 0, n - items.shape[1], 0))  # scores of order one, as refined_attention's are
+        items = F.pad(items / 2, (0, 0, n - items.shape[1], 0))  # scores of order one, as for refined_attention
         x = items.unflatten(2, (-1, dim)).transpose(1, 2).contiguous()
         inputs[name] = x if name.startswith("mean") else F.elu(x) + 1
     if workload.mechanism == "stochastic":
@@ -36,9 +36,9 @@ def draw_inputs(workload: RefinedWorkload, draw: Draw) -> Inputs:
 
 
 def cost(workload: RefinedWorkload, inputs: Inputs, direction: str) -> Cost:
-    """Over the visible pairs, the backward with two products for each of the forward.
+    """Over the visible (query, key) pairs. The backward has two matmuls for each of the forward.
 
-    Distances are a product of the means and deviations side by side, or, refined, of what A is projected to.
+    Distances are one matmul of concatenated means and deviations, or, if refined, of the projections of A.
     """
     n = inputs["seq_lens"].double()
     pairs = workload.heads * float((n * (n + 1) / 2).sum())
@@ -54,20 +54,18 @@ def side_by_side(outputs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 WASSERSTEIN_ATTENTION = register(
-    Operator(
-        "wasserstein_attention",
-        lambda **inputs: side_by_side(reference.wasserstein_attention(**inputs)),
-        draw_inputs,
-        cost,
-        grads=(*GAUSSIANS, "w_q", "w_k"),
-        workloads=WASSERSTEIN,
-    )
+    "wasserstein_attention",
+    lambda **inputs: side_by_side(reference.wasserstein_attention(**inputs)),
+    draw_inputs,
+    cost,
+    grads=(*GAUSSIANS, "w_q", "w_k"),
+    workloads=WASSERSTEIN,
 )
 WASSERSTEIN_ATTENTION.add_recattn(lambda **inputs: side_by_side(recattn.wasserstein_attention(**inputs)), availability)
 
 
 def with_visible(inputs: Inputs) -> Inputs:
-    """`visible` [B, 1, N, N] in place of the lengths."""
+    """Replace the lengths by `visible` [B, 1, N, N]."""
     inputs = dict(inputs)
     seq_lens = inputs.pop("seq_lens")
     inputs.pop("padding_side")

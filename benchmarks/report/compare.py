@@ -1,4 +1,4 @@
-"""Two records of the suite against each other: what has become slower, or takes more memory, than it may."""
+"""Compares two records of the suite: what has become slower or needs more memory."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ from benchmarks.harness.records import TIMED, Record
 from benchmarks.harness.registry import Operator
 
 THRESHOLD = 0.10
-# A growth of memory below this is an allocator's rounding.
+# Growth below this is the rounding of an allocator.
 NEGLIGIBLE_BYTES = 2**20
 SAME, FASTER, SLOWER, LARGER, LOST = "same", "faster", "slower", "more memory", "lost"
 REGRESSIONS = (SLOWER, LARGER, LOST)
@@ -25,18 +25,18 @@ Key = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a row. None: not timed in one of the two."""
+    """How a row changed. The ratio is None if the row was not timed in one of the two records."""
 
     old: Record
     new: Record
     ours: bool
     verdict: str
     time_ratio: float | None = None  # new over old
-    spread: float | None = None  # of the ratio, from those of both
+    spread: float | None = None  # of the ratio, from the spreads of both
 
 
 def key_of(record: Record) -> Key:
-    """What must be the same for two rows to be of one thing."""
+    """What two rows must have in common to be compared."""
     row, run = record
     shape = tuple(sorted((name, value) for name, value in row.shape.items() if value not in (None, False)))
     return run["device"], run["threads"], row.op, row.workload, shape, row.dtype, row.impl, row.direction
@@ -45,11 +45,11 @@ def key_of(record: Record) -> Key:
 def compare(
     old: Sequence[Record], new: Sequence[Record], operators: dict[str, Operator], threshold: float = THRESHOLD
 ) -> list[Change]:
-    """A change for each row of recattn and of its peers that both have. Of rows measured again, the last counts.
+    """A change for each row that both records have. If a row was measured more than once, the last counts.
 
-    Slower is a time ratio that is above 1 + threshold even at the favourable end of its spread.
+    A row is slower if the time ratio exceeds 1 + threshold even at the favourable end of its spread.
 
-    Raises ValueError where they have no row in common, as records of two machines have not.
+    Raises ValueError if they have no row in common, for example because they come from two machines.
     """
     before, after = ({key_of(record): record for record in records} for records in (old, new))
     common = [key for key in before if key in after]
@@ -65,7 +65,7 @@ def _change(old: Record, new: Record, operators: dict[str, Operator], threshold:
     if old.row.status != TIMED or new.row.status != TIMED:
         return Change(old, new, ours, LOST if old.row.status == TIMED else SAME)
     ratio = new.row.p50_ms / old.row.p50_ms
-    # Too few samples for a spread are no evidence of anything.
+    # Without a spread (too few samples) no change is significant.
     spread = math.hypot(*(math.inf if row.spread is None else row.spread for row in (old.row, new.row)))
     verdict = SAME
     if ratio * (1 - spread) > 1 + threshold:
@@ -78,7 +78,7 @@ def _change(old: Record, new: Record, operators: dict[str, Operator], threshold:
 
 
 def regressions(changes: Sequence[Change]) -> list[Change]:
-    """Those of recattn: that a peer has become slower is for its own people."""
+    """The regressions of recattn. Other implementations are not our concern."""
     return [change for change in changes if change.ours and change.verdict in REGRESSIONS]
 
 
@@ -102,7 +102,7 @@ def report(console: Console, changes: Sequence[Change], threshold: float) -> Non
         console.print(table)
     lost, peers = regressions(changes), [c.time_ratio for c in changes if not c.ours and c.time_ratio is not None]
     console.print(
-        f"{len(changes)} rows in common; {len(lost)} of recattn regressed by more than {threshold:.0%}, spread aside"
-        + (f"; its peers take {statistics.median(peers):.2f}× the old time in the median" if peers else ""),
+        f"{len(changes)} rows in common; {len(lost)} of recattn regressed by over {threshold:.0%} beyond the spread"
+        + (f"; its peers take {statistics.median(peers):.2f}× the old time (median)" if peers else ""),
         highlight=False,
     )

@@ -1,13 +1,13 @@
-"""What recattn's kernels should take, on paper.
+"""Predicts how long recattn's kernels should take.
 
-A call is a few stages, one after another. A stage computes, takes softmaxes, moves bytes and is launched:
+A call is a sequence of stages. A stage multiplies matrices, takes softmaxes, moves bytes and is launched:
 
-    t = launches · t_launch + max(FLOPs / matrix rate + elements / softmax rate, bytes / copy rate)
+    t = launches · t_launch + max(FLOPs / matmul rate + elements / softmax rate, bytes / copy rate)
 
-by rates measured on the device (`benchmarks.harness.ceilings`) or, for a device nobody has measured, by its datasheet
-and the share of it that its relatives reach. Products and softmax take turns: the best attention on an H100 reaches at
-head dim 64 what that gives. Nothing is fitted to a measurement of ours; where the two part, `benchmarks.report.reasons`
-says why.
+The rates are measured on the device (`benchmarks.harness.ceilings`). For a device that nobody has measured they come
+from its datasheet, times the share of it that similar devices reach. Matmul and softmax do not overlap: that predicts
+the best attention on an H100 at head dim 64. No rate is fitted to a measurement of recattn. Where measured and
+predicted times differ, `benchmarks.report.reasons` says why.
 """
 
 import math
@@ -26,7 +26,7 @@ from benchmarks.operators.lrea_attention import absorbed_cost, compress_cost, co
 from benchmarks.operators.refined_attention import cost as refined_cost
 from benchmarks.operators.wasserstein_attention import cost as wasserstein_cost
 
-# Of a prediction, beyond which the results say why.
+# A measured time that differs more from the prediction needs a reason.
 TOLERANCE = 0.25
 
 
@@ -52,12 +52,12 @@ class Device:
 
 
 def gpu(name: str, tflops: float, gbs: float, multiprocessors: int, ghz: float) -> Device:
-    """By bfloat16 products, copies, and the sixteen exponentials a clock of each multiprocessor; 2 µs a kernel."""
+    """Rates of bfloat16 matmul and copy, 16 exponentials per clock and multiprocessor, and 2 µs per kernel."""
     return Device(name, "cuda", Ceilings({torch.bfloat16: tflops}, gbs, 16 * multiprocessors * ghz, launch_us=2.0))
 
 
-# What a large product and a large copy of PyTorch reached on an H100 and an H200: 80% and 90% of the datasheets, as is
-# assumed of the others. Clocks are the boost clocks of the datasheets.
+# A large matmul and a large copy in PyTorch reached 80% and 90% of the datasheet on an H100 and an H200. The others are
+# assumed to do the same. Clocks are the datasheets' boost clocks.
 GPUS = (
     gpu("A100", 0.8 * 312, 0.9 * 2039, 108, 1.41),
     gpu("H100", 798, 3000, 132, 1.98),
@@ -67,7 +67,7 @@ GPUS = (
 
 
 class ShapeDraw(Draw):
-    """The structure of a workload (lengths, positions, offsets) without its values."""
+    """Draws the structure of a workload (lengths, positions, offsets) without its values."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(0, dtype, torch.device("cpu"), _histories())
@@ -93,7 +93,7 @@ MODELS: dict[tuple[str, str], Model] = {}  # by operator and type of device
 
 
 def models(operator: str, *types: str) -> Callable[[Model], Model]:
-    """Decorator: the function is the model of an operator on those types of device."""
+    """Decorator: the function models an operator on the given types of device."""
 
     def add(model: Model) -> Model:
         MODELS.update({(operator, type): model for type in types})
@@ -103,7 +103,7 @@ def models(operator: str, *types: str) -> Callable[[Model], Model]:
 
 
 def predict(operator: Operator, workload: Workload, direction: str, device: Device, dtype: torch.dtype) -> float | None:
-    """Milliseconds of a call of recattn; None where there is no model of it."""
+    """Predicted milliseconds of a call of recattn; None if it has no model."""
     model = MODELS.get((operator.name, device.type))
     if model is None:
         return None
@@ -119,7 +119,7 @@ def _bytes(inputs: Inputs, *names: str) -> float:
 # --- sink_attention ---
 
 
-# Keys that an attention takes at a time: what of them is hidden is computed too.
+# Keys that an attention processes at a time. Hidden keys in a block are computed too.
 KEY_BLOCK = {"cpu": 512, "cuda": 128}
 
 
@@ -134,7 +134,7 @@ def sink_attention_on_a_gpu(workload, inputs, direction):
 
 
 def corrected_attention(workload, inputs, direction, key_block) -> list[Stage]:
-    """An unbiased attention, and its correction at the sinks. (Of the fused path the first stage is all.)"""
+    """An unbiased attention, then the correction at the sinks. (The fused kernel has only the first stage.)"""
     q, k = inputs["q"], inputs["k"]
     cu_seqlens, positions = inputs.get("cu_seqlens"), inputs["sink_positions"]
     lengths = torch.full((len(positions),), workload.length) if cu_seqlens is None else cu_seqlens.diff()
@@ -158,8 +158,8 @@ def corrected_attention(workload, inputs, direction, key_block) -> list[Stage]:
 
 
 def _computed(lengths: Tensor, block: int) -> float:
-    """Pairs of a causal attention that takes its keys in blocks."""
-    whole = lengths // block  # blocks of queries with a whole block of keys on the diagonal
+    """(query, key) pairs computed by a causal attention that processes keys in blocks."""
+    whole = lengths // block  # query blocks with a whole key block on the diagonal
     rest = lengths - block * whole
     return float((block * block * whole * (whole + 1) // 2 + rest * lengths).double().sum())
 
@@ -183,7 +183,7 @@ def _softmaxes(workload) -> int:
 
 @models("refined_attention", "cpu")
 def refined_attention_on_a_cpu(workload, inputs, direction):
-    """The fewest products; a backward recomputes the forward, and has two products for each of its."""
+    """The fewest matmuls. The backward recomputes the forward and has two matmuls for each of it."""
     forward = refined_cost(workload, inputs, FORWARD)
     elements = _softmaxes(workload) * workload.heads * _visible(_lengths(workload, inputs), causal=True)
     if direction == FORWARD:
@@ -193,7 +193,7 @@ def refined_attention_on_a_cpu(workload, inputs, direction):
 
 @models("refined_attention", "cuda")
 def refined_attention_on_a_gpu(workload, inputs, direction):
-    """Up to 128 tokens whole in one program, on tiles of a power of two; beyond, linear projection and attention."""
+    """Up to 128 tokens: one program, in tiles of a power of two. Longer: linear projection, then attention."""
     q, dim, heads, n = inputs["q"], workload.dim, workload.heads, workload.length
     weights = _bytes(inputs, "w_q", "w_k", "w_v")
     if n <= 128:
@@ -207,7 +207,7 @@ def refined_attention_on_a_gpu(workload, inputs, direction):
     rank = inputs["w_q"].shape[1]
     pairs = heads * _visible(_lengths(workload, inputs), causal=True)
     refined = q.nbytes / dim * 2 * rank  # Q' and K'
-    # Segments of a length like the state's: as much work within them as with the states.
+    # Segments are about as long as the state, so the work within them equals the work with the states.
     projection = Stage(16 * q.numel() * rank, 2 * q.nbytes + weights + refined, launches=2)
     attention = Stage(2 * (rank + dim) * pairs, refined + 2 * q.nbytes, pairs)
     if direction == FORWARD:
@@ -224,7 +224,7 @@ def refined_attention_on_a_gpu(workload, inputs, direction):
 
 @models("wasserstein_attention", *BOTH)
 def wasserstein_attention(workload, inputs, direction):
-    """The backward has five products for the forward's two, as that of any attention."""
+    """The backward has five matmuls for the forward's two, as in any attention."""
     forward = wasserstein_cost(workload, inputs, FORWARD)
     pairs = workload.heads * _visible(_lengths(workload, inputs), causal=True)
     if direction == FORWARD:
@@ -242,7 +242,7 @@ def lrea_absorbed_attention(workload, inputs, direction):
 
 @models("lrea_compress", *BOTH)
 def lrea_compress(workload, inputs, direction):
-    """The backward has a product for each gradient, and writes that of the behaviours, padding included."""
+    """The backward has a matmul for each gradient, and writes that of the behaviours including padding."""
     forward = compress_cost(workload, inputs, FORWARD)
     if direction == FORWARD:
         return [Stage(*forward)]
@@ -256,7 +256,7 @@ def lrea_compress_items(workload, inputs, direction):
 
 @models("lrea_attention", *BOTH)
 def lrea_attention(workload, inputs, direction):
-    """Products of each user's targets and state, and the middle factor between: its backward has five for its two."""
+    """Matmuls of each user's targets and state, with the middle factor between; its backward has five for its two."""
     targets, keys, w_decomp = (inputs[name] for name in ("targets", "keys", "w_decomp"))
     rank = workload.rank
     scored = float((inputs["target_offsets"].diff() * inputs["seq_lens"]).sum())
@@ -286,14 +286,14 @@ def inter_sink_bias(workload, inputs, direction):
 
 @models("bert_layer", *BOTH)
 def bert_layer(workload, inputs, direction):
-    """Eight products (twelve hidden sizes squared a token), two normalisations, and attention with its bias."""
+    """Eight matmuls (12 · hidden size² per token), two normalisations, and attention with its bias."""
     hidden = inputs["hidden"]
     tokens, size = workload.batch * workload.length, workload.heads * workload.dim
     heads = {name: torch.empty(1, dtype=hidden.dtype, device="meta").expand(hidden.shape) for name in ("q", "k", "v")}
     bias = hidden.new_empty(workload.batch, 1, workload.sinks, workload.sinks)
     attention = {**heads, "sink_positions": inputs["sink_positions"], "inter_sink_bias": bias}
     passes = 1 if direction == FORWARD else 2
-    # Activations read and written by the products: 9 hidden sizes in, 9 out; by what lies between, 16.
+    # Activations in hidden sizes: the matmuls read 9 and write 9; the operations between them move 16.
     products = Stage(passes * 24 * tokens * size**2, passes * 18 * hidden.nbytes, launches=passes * 6)
     between = Stage(0, passes * 16 * hidden.nbytes, launches=passes * 4)
     return [products, between, *corrected_attention(workload, attention, direction, key_block=1)]

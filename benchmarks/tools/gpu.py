@@ -1,8 +1,8 @@
-"""`make gpu` and `make gpu-bench`: what needs a GPU, in two commands of at most five minutes each.
+"""`make gpu` and `make gpu-bench`: everything that needs a GPU, in two commands of at most five minutes each.
 
-`make gpu` says whether every operator is right and times the headline workloads; `make gpu-bench` (--bench) runs the
-tests that need a GPU, measures the dispatch table and other workloads, and ends with compute-sanitizer. Nothing is
-downloaded: they run on the interpreter that they are started with. The exit status is 1 if a step failed or was ended.
+`make gpu` checks every operator and times the headline workloads. `make gpu-bench` (--bench) runs the tests that need a
+GPU, measures the dispatch table and more workloads, and ends with compute-sanitizer. Both use the interpreter they are
+started with and download nothing. The exit status is 1 if a step failed or ran out of time.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import DISPATCH_TABLE, ROOT
 from benchmarks.tools.steps import NOT_STARTED, PASSED, Stage, Step, run
 
-SECONDS = 285.0  # of either command; ending what is late takes up to LEFT_BEHIND more
+SECONDS = 285.0  # for either command; ending a late step takes up to LEFT_BEHIND more
 MANAGED = "externally-managed-environment"
 REMEDY = (
     "pip may not install into this interpreter. Put a virtual environment on top of it "
@@ -30,13 +30,13 @@ TESTS = ROOT / "tests"
 
 @dataclass(frozen=True)
 class Operator:
-    """What there is of an operator of `recattn check`."""
+    """What exists for an operator of `recattn check`."""
 
-    headlines: tuple[str, ...] = ()  # of benchmarks.tools.headline
-    benchmarked: tuple[tuple[str, str], ...] = ()  # operator and workload of the suite, where all are asked for
-    kernel_tests: tuple[str, ...] = ()  # patterns in tests/; not marked "gpu", for without one they are interpreted
+    headlines: tuple[str, ...] = ()  # names in benchmarks.tools.headline
+    benchmarked: tuple[tuple[str, str], ...] = ()  # operator and workload, when all operators run
+    kernel_tests: tuple[str, ...] = ()  # patterns in tests/; without a GPU these tests run interpreted
     gpu_tests: tuple[str, ...] = ()  # files in tests/ that have tests marked "gpu"
-    built: bool = False  # of CUDA C++
+    built: bool = False  # has a CUDA C++ kernel
 
 
 OPERATORS = {
@@ -72,26 +72,26 @@ BENCHMARKED_WITH = {"lrea_compress": ("lrea_compress_items",)}
 
 
 def install() -> Stage:
-    """Without compiling anything: the Triton kernels are ready in seconds."""
+    """Install without compiling: the Triton kernels are ready in seconds."""
     pip = (*MODULE, "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
     return Stage(25, [Step("install", (*pip, "--editable", str(ROOT)), {"RECATTN_BUILD": "none"})])
 
 
 def build(scratch: Path) -> Step:
-    """The C++ and CUDA kernels, in place. Who has imported recattn by then goes on without them."""
+    """Build the C++ and CUDA kernels in place. Processes that have already imported recattn go on without them."""
     folders = ("--build-temp", str(scratch / "objects"), "--build-lib", str(scratch / "built"))
     command = (sys.executable, "setup.py", "build_ext", "--inplace", *folders)
     return Step("build", command, {"RECATTN_BUILD": "cuda", "MAX_JOBS": "8"})
 
 
 def check(name: str, work: Path, operators: Sequence[str]) -> Step:
-    """The fault of a launch is raised where it was made."""
+    """`recattn check`, with blocking launches: an error is raised at the launch that caused it."""
     command = (*MODULE, "recattn", "check", "--device", "cuda", "--json", str(work / f"{name}.json"))
     return Step(name, (*command, "--op", *operators), {"CUDA_LAUNCH_BLOCKING": "1"}, shown=True)
 
 
 def right(work: Path, scratch: Path, operators: Sequence[str]) -> list[Stage]:
-    """`make gpu`. Built kernels are compiled beside the check of the others, and checked when they are there."""
+    """The plan of `make gpu`. Built kernels compile while other operators are checked, and are checked afterwards."""
     built = [name for name in operators if OPERATORS[name].built]
     others = [name for name in operators if not OPERATORS[name].built]
     beside = [check("check", work, others)] if others else []
@@ -107,7 +107,7 @@ def right(work: Path, scratch: Path, operators: Sequence[str]) -> list[Stage]:
 
 
 def fast(work: Path, scratch: Path, operators: Sequence[str], profile: bool) -> list[Stage]:
-    """`make gpu-bench`. What the measurements and the sanitizers need compiled is called once beside the tests."""
+    """The plan of `make gpu-bench`. What measurements and sanitizers need is compiled while the tests run."""
     every = len(operators) == len(OPERATORS)
     first, after_build = [], []
     for name in operators:
@@ -122,8 +122,8 @@ def fast(work: Path, scratch: Path, operators: Sequence[str], profile: bool) -> 
     if after_build:
         plan.append(Stage(20, after_build, together=True))
     if every:
-        plan.append(Stage(15, [tests("benchmarks/test_suite.py", "gpu")]))  # of the clocks: nothing beside it
-    if "sink_attention" in operators:  # its workloads are measured by the table that is written first
+        plan.append(Stage(15, [tests("benchmarks/test_suite.py", "gpu")]))  # tests of the clocks: alone on the machine
+    if "sink_attention" in operators:  # its workloads use the table written here
         plan.append(Stage(35, [dispatch(work)]))
     last = [profiled(work, operators)] if profile else sanitizers(targets)
     left = SECONDS - sum(stage.seconds for stage in plan) - 40
@@ -136,9 +136,9 @@ def test_files(pattern: str) -> list[str]:
 
 
 def tests(file: str, marked: str) -> Step:
-    """A process for each file, so that a lost CUDA context fails no other. `file` is relative to tests/.
+    """One process per test file, so that a lost CUDA context fails no other. `file` is relative to tests/.
 
-    The log names the test that runs, and where it hangs.
+    The log shows which test hangs, and where.
     """
     pytest = (*MODULE, "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40")
     command = (*pytest, "--durations=10", "-m", marked, str(TESTS / file))
@@ -147,7 +147,7 @@ def tests(file: str, marked: str) -> Step:
 
 
 def workloads(operators: Sequence[str], every: bool) -> list[tuple[str, str]]:
-    """A few of each operator, or all of those that are named."""
+    """A few workloads of each operator, or all workloads of the operators that are named."""
     if every:
         return [pair for name in operators for pair in OPERATORS[name].benchmarked]
     from benchmarks.harness.registry import load_operators
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA device here")
-    # Told to end, it ends what it started.
+    # When terminated, end the running steps too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     results, name = chosen.results.resolve(), "gpu-bench" if chosen.bench else "gpu"
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,8 +1,7 @@
-"""`python -m benchmarks.tools.headline sink_forward`: recattn beside its peers on the one workload that matters most,
-and the time of every kernel in a call.
+"""`python -m benchmarks.tools.headline sink_forward`: recattn and its peers on one workload, with times of all kernels.
 
-Peers at hand come first, and are printed before one that torch.compile makes is looked at. Rows, and microseconds by
-kernel, are written as JSON lines. It needs nothing but PyTorch and recattn.
+Implementations that need no compilation run first, and are printed before those of torch.compile start. Rows, and
+microseconds per kernel, are written as JSON lines. Needs only PyTorch and recattn.
 """
 
 import argparse
@@ -45,7 +44,7 @@ HEADLINES = {
 
 
 def find(headline: Headline, device: torch.device) -> tuple[Operator, Workload, list[Implementation]]:
-    """The operator, the workload, and who takes part."""
+    """The operator, the workload, and the implementations that take part."""
     operator = load_operators()[headline.operator]
     (workload,) = (w for w in operator.workloads if w.name == headline.workload)
     contestants = [
@@ -57,14 +56,14 @@ def find(headline: Headline, device: torch.device) -> tuple[Operator, Workload, 
 
 
 def rounds(contestants: Sequence[Implementation]) -> list[list[Implementation]]:
-    """Those at hand, then those that are compiled first. recattn as its user calls it is in both."""
+    """First the implementations that need no compilation, then the compiled ones. `recattn` is in both rounds."""
     at_hand = [i for i in contestants if not i.compiled]
     compiled = [i for i in contestants if i.compiled]
     return [at_hand, [*(i for i in at_hand if i.name == "recattn"), *compiled]] if compiled else [at_hand]
 
 
 def keep_verdicts(rows: Sequence[Row], before: Sequence[Row]) -> None:
-    """A goal against those of an earlier round has its verdict from there."""
+    """Copy the verdicts of goals whose opponents ran in an earlier round."""
     reached = {(row.impl, row.direction, goal.goal): goal for row in before for goal in row.goals}
     for row in rows:
         row.goals = [
@@ -74,10 +73,10 @@ def keep_verdicts(rows: Sequence[Row], before: Sequence[Row]) -> None:
 
 
 def kernel_times(call: Callable[[int], Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Microseconds of each kernel in a call, the longest first; on a CPU, of each of PyTorch's operators."""
+    """Microseconds of each kernel in a call, longest first; on a CPU, of each PyTorch operator."""
     on_cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
-    timed = [call(turn) for turn in range(CALLS)]  # the forward of a backward is no part of it
+    timed = [call(turn) for turn in range(CALLS)]  # runs the forward of a backward, outside the profile
     with torch.profiler.profile(activities=[activity]) as profile:
         for each in timed:
             each()
@@ -94,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("headline", choices=HEADLINES)
     parser.add_argument("--device", type=torch.device, default="cuda", help="cuda by default")
-    parser.add_argument("--workload", help="another one of the operator's")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing a direction, 1 by default")
+    parser.add_argument("--workload", help="another workload of the operator")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each direction, 1 by default")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the JSON lines")
     chosen = parser.parse_args(arguments)
     device, headline = chosen.device, HEADLINES[chosen.headline]
@@ -129,13 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def say(doing: str, done: float) -> None:
-    """Whose turn it was, should the process die or hang."""
+    """Print the current step, so that a process that dies or hangs shows where."""
     if not done:
         print(f"  {doing}", flush=True)
 
 
 def line(row: Row) -> str:
-    """A row as it is printed."""
+    """A row as one printed line."""
     what = f"{row.workload} {row.direction} {row.impl:28}"
     if row.status != TIMED:
         return f"{what} {row.status}: {row.reason}"

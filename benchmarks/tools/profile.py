@@ -1,6 +1,6 @@
-"""`python -m benchmarks.tools.profile sink_backward`: what ncu says of the hottest kernels of a headline workload.
+"""`python -m benchmarks.tools.profile sink_backward`: ncu on the slowest recattn kernels of a headline workload.
 
-PyTorch's profiler ranks them; ncu then measures one launch of each of the first three.
+PyTorch's profiler ranks the kernels; ncu then measures one launch of each of the three slowest.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from benchmarks.harness.workloads import Draw
 from benchmarks.tools.headline import CALLS, HEADLINES, find, kernel_times
 
 DEVICE = torch.device("cuda")
-# Kernels with one of these in their names are recattn's.
+# recattn's kernels have one of these in their names.
 OWN_KERNELS = ("sink", "refined", "wasserstein", "lrea", "absorbed")
 
 
 def own_calls(name: str) -> Iterator[tuple[str, object]]:
-    """recattn's implementations of a headline that run here, and how each is called in its last direction."""
+    """recattn's implementations of a headline that run here, and the call of each in the headline's last direction."""
     headline = HEADLINES[name]
     operator, workload, contestants = find(headline, DEVICE)
     inputs = operator.inputs(workload, Draw(0, torch.bfloat16, DEVICE, movielens.load(offline=True)))
@@ -34,14 +34,14 @@ def own_calls(name: str) -> Iterator[tuple[str, object]]:
 
 
 def hottest(times: Mapping[str, float], count: int) -> list[str]:
-    """recattn's kernels by the time they take, as they are called in the source."""
+    """Names in the source of recattn's kernels, slowest first."""
     own = re.compile(rf"\b\w*(?:{'|'.join(OWN_KERNELS)})\w*_kernel\b")
     found = [(time, match[0]) for name, time in times.items() if (match := own.search(name))]
     return list(dict.fromkeys(name for _, name in sorted(found, reverse=True)))[:count]
 
 
 def ncu_command(kernels: Sequence[str], report: Path, headline: str) -> list[str]:
-    """The second launch of each: the first may have compiled."""
+    """Profile the second launch of each kernel: the first may have compiled it."""
     selected = f"::regex:^({'|'.join(kernels)})$:2"
     ncu = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-id", selected, "--force-overwrite"]
     return [*ncu, "--export", str(report), sys.executable, "-m", "benchmarks.tools.profile", headline, "--calls"]
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("headline", choices=HEADLINES)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the report")
-    parser.add_argument("--calls", action="store_true", help="only run the calls, for a profiler around this program")
+    parser.add_argument("--calls", action="store_true", help="only run the calls, for an outer profiler")
     chosen = parser.parse_args(arguments)
     times: dict[str, float] = {}
     for name, call in own_calls(chosen.headline):

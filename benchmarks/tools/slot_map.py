@@ -12,7 +12,7 @@ ROUNDS = 5
 
 
 def lookups_per_second(users: int, batch: int) -> tuple[float, float]:
-    """The best of some rounds, by CPU time: of `acquire` alone, and with the `release` of what it found."""
+    """Best of several rounds, in CPU time: `acquire` alone, and `acquire` with `release`."""
     rng = np.random.default_rng(0)
     ids = rng.integers(np.iinfo(np.int64).min, np.iinfo(np.int64).max, users)
     slot_map = SlotMap(users)
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 4096], help="powers of two")
     arguments = parser.parse_args()
-    print(f"{'users':>12} {'batch':>6} {'acquire':>9} {'with release':>13}   million ids a second")
+    print(f"{'users':>12} {'batch':>6} {'acquire':>9} {'with release':>13}   million ids per second")
     for users in arguments.users:
         for batch in arguments.batch:
             acquire, both = lookups_per_second(users, batch)

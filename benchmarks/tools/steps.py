@@ -1,8 +1,7 @@
-"""Runs a plan of steps, each a process with a limit of time, and keeps what they leave after every one of them.
+"""Runs a plan of steps, each a process with a time limit, and saves their results after every step.
 
-A step that hangs, dies or poisons its CUDA context costs itself. One that is late is asked to end (SIGINT), then made
-to say where it stands (SIGABRT, on which faulthandler prints every thread's traceback), then killed; one that not even
-that ends, stuck in a driver, is left behind.
+A step that hangs, dies or loses its CUDA context fails alone. A late step gets SIGINT, then SIGABRT (faulthandler
+prints every thread's traceback), then SIGKILL. A step that survives even that, stuck in a driver, is left behind.
 """
 
 import io
@@ -21,11 +20,11 @@ from pathlib import Path
 from benchmarks import ROOT
 
 PASSED, FAILED, OUT_OF_TIME, NOT_STARTED = "passed", "failed", "out of time", "not started"
-# Seconds after its time is up that a step is sent each signal, and that it is waited for no longer.
+# Seconds after its time limit at which a step gets each signal, and at which it is left behind.
 GRACE = 5.0
 ENDING = ((0.0, signal.SIGINT), (GRACE, signal.SIGABRT), (GRACE + 1, signal.SIGKILL))
 LEFT_BEHIND = GRACE + 3
-SHOWN_LINES = 25  # of a failed step's output; the archive has all
+SHOWN_LINES = 25  # printed of a failed step's output; the archive has all of it
 TICK = 0.05
 
 
@@ -34,14 +33,14 @@ class Step:
     name: str
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
-    shown: bool = False  # its output is printed as it comes
-    at_least: float = 0.0  # seconds, without which it is not started
+    shown: bool = False  # print its output as it comes
+    at_least: float = 0.0  # do not start it with fewer seconds left
     at_most: float = math.inf
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps one after another, or side by side. To its seconds comes what the stages before have left of theirs."""
+    """Steps one after another, or side by side. Time that earlier stages did not use is added to `seconds`."""
 
     seconds: float
     steps: Sequence[Step]
@@ -53,7 +52,7 @@ class Outcome:
     step: str
     status: str
     seconds: float
-    returncode: int | None  # None: it was ended, or never started
+    returncode: int | None  # None if it was ended or never started
 
     def __str__(self) -> str:
         killed_by = f" by {signal.Signals(-self.returncode).name}" if (self.returncode or 0) < 0 else ""
@@ -61,7 +60,7 @@ class Outcome:
 
 
 class Running:
-    """A step's process, at the head of a group of its own, its output in a file."""
+    """A step's process, the leader of its own process group, with its output in a file."""
 
     def __init__(self, step: Step, log: Path, deadline: float) -> None:
         self.step, self.started, self.signals_sent, self.printed = step, time.monotonic(), 0, 0
@@ -81,7 +80,7 @@ class Running:
                 output.write(f"{error}\n")
 
     def outcome(self) -> Outcome | None:
-        """None while it runs. What is due to end gets the next signal."""
+        """The outcome, or None while it runs. A late process gets the next signal."""
         late = time.monotonic() - self.due
         returncode = 127 if self.process is None else self.process.poll()
         if returncode is None and late < LEFT_BEHIND:
@@ -89,7 +88,7 @@ class Running:
                 self.signal(ENDING[self.signals_sent][1])
                 self.signals_sent += 1
             return None
-        self.signal(signal.SIGKILL)  # what it started and left
+        self.signal(signal.SIGKILL)  # for processes that it started and left
         ended = self.signals_sent > 0
         status = OUT_OF_TIME if ended else PASSED if returncode == 0 else FAILED
         seconds = round(time.monotonic() - self.started, 1)
@@ -104,7 +103,7 @@ class Running:
         return self.log.read_text(errors="replace")
 
     def show(self, prefix: str) -> None:
-        """The whole lines that came since."""
+        """Print the complete lines that are new."""
         new = self.output()[self.printed :]
         whole = new[: new.rfind("\n") + 1]
         self.printed += len(whole)
@@ -113,13 +112,13 @@ class Running:
 
 
 def environment() -> dict[str, str]:
-    """Kernels are compiled, never interpreted; who dies says where, and what is printed is not held back."""
+    """Compiled kernels (no interpreter), tracebacks of crashes, and unbuffered output."""
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return own | {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def run(plan: Sequence[Stage], work: Path, results: Path, name: str) -> list[Outcome]:
-    """Every stage, whatever became of those before. What the steps write into `work` is kept in `results`."""
+    """Run every stage, even if earlier ones failed. What the steps write into `work` is saved in `results`."""
     outcomes: list[Outcome] = []
     logs = work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -139,7 +138,7 @@ def run(plan: Sequence[Stage], work: Path, results: Path, name: str) -> list[Out
 
 
 def run_together(steps: Sequence[Step], logs: Path, deadline: float, ended: Callable[[Outcome], None]) -> None:
-    """The steps side by side, each until it ends or its time does. Interrupted, it ends them first."""
+    """Run the steps side by side until each ends or is out of time. If interrupted, end them first."""
     running: list[Running] = []
     try:
         for step in steps:
@@ -157,7 +156,7 @@ def run_together(steps: Sequence[Step], logs: Path, deadline: float, ended: Call
 
 
 def look_after(running: list[Running], ended: Callable[[Outcome], None]) -> None:
-    """Until all have ended; each leaves the list when it has."""
+    """Wait until all have ended. Each is removed from the list when it has."""
     side_by_side = len(running) > 1
     while running:
         for one in list(running):
@@ -179,7 +178,7 @@ def report(outcome: Outcome, unseen: str, ended: Callable[[Outcome], None]) -> N
 
 
 def keep(work: Path, results: Path, name: str) -> None:
-    """All of `work` as one archive, and its JSON lines in one file beside it. Each is replaced whole."""
+    """Save all of `work` as one archive, and its JSON lines as one file. Each file is replaced atomically."""
     results.mkdir(parents=True, exist_ok=True)
     lines = b"".join(content for path, content in contents(work) if path.suffix == ".jsonl")
     replace(results / f"{name}.jsonl", lines)
@@ -193,7 +192,7 @@ def keep(work: Path, results: Path, name: str) -> None:
 
 
 def contents(folder: Path) -> Iterable[tuple[Path, bytes]]:
-    """Files and what is in them; those that running steps take away meanwhile are left out."""
+    """The files and their contents, without files that running steps delete meanwhile."""
     for path in sorted(folder.rglob("*")):
         with suppress(FileNotFoundError, IsADirectoryError):
             yield path, path.read_bytes()
