@@ -1,4 +1,4 @@
-"""Validation shared by the public functions: every message names the argument, what was expected and what came."""
+"""Checks of the public functions' arguments. Every message names the argument, what was expected and what came."""
 
 import math
 from numbers import Real
@@ -17,17 +17,16 @@ def expect(holds: bool, name: str, expected: str, got: object) -> None:
 
 def expect_tensors(**arguments: object) -> None:
     for name, value in arguments.items():
-        expect(isinstance(value, Tensor), name, "a torch.Tensor", type(value).__name__)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         if value.layout is not torch.strided or value.is_nested:
             kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
-            raise ValueError(f"{name} must be a dense torch.Tensor, got {kind}: {_MADE_DENSE[value.is_nested]}")
-
-
-_MADE_DENSE = {True: "pad it with to_padded_tensor and give the lengths", False: "call its to_dense()"}
+            remedy = "pad it with to_padded_tensor and give the lengths" if value.is_nested else "call its to_dense()"
+            raise ValueError(f"{name} must be a dense torch.Tensor, got {kind}: {remedy}")
 
 
 def expect_shape(sizes: dict[str, int], name: str, tensor: Tensor, layout: str) -> None:
-    """Check `tensor` against a layout such as "B 1|Hq M M"; a symbol new to `sizes` takes its size from the tensor."""
+    """Check `tensor` against a layout such as "B 1|Hq M M". A symbol that is not in `sizes` yet is added to it."""
     axes = layout.split()
     fits = tensor.dim() == len(axes)
     if fits:
@@ -47,18 +46,18 @@ def expect_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
 
 
 def expect_index(sizes: dict[str, int], name: str, tensor: object, layout: str) -> None:
-    """Check an index tensor: int64 or int32, of the layout."""
+    """Check that an argument is an int64 or int32 tensor of the layout."""
     expect_tensors(**{name: tensor})
     expect_shape(sizes, name, tensor, layout)
     expect_dtype(name, tensor, INTEGER)
 
 
 def expect_numbers(**options: float | None) -> None:
-    """Options are None or finite numbers: no kernel would give a tensor among them its gradient."""
+    """Check that options are None or finite numbers. A tensor is refused, because it would get no gradient."""
     for name, value in options.items():
         if value is not None:
             _expect_number(name, value)
-            # math.isfinite would break the graph of a compiled call.
+            # math.isfinite would break the graph under torch.compile.
             if not -math.inf < value < math.inf:
                 raise ValueError(f"{name} must be finite, got {value}")
 
@@ -74,9 +73,9 @@ def expect_count(name: str, value: int) -> None:
 
 
 def _expect_number(name: str, value: object) -> None:
-    if isinstance(value, float):  # as nearly always
+    if isinstance(value, float):  # the usual case
         return
-    # SymInt and SymFloat are those of a graph with dynamic shapes; numpy's scalars are Real.
+    # SymInt and SymFloat come from graphs with dynamic shapes; numpy's scalars are Real.
     if not isinstance(value, int | torch.SymInt | torch.SymFloat) and not isinstance(value, Real):
         got = "a torch.Tensor, which would get no gradient here" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"{name} must be a number, got {got}")
@@ -105,7 +104,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _fits(size: int, axis: str, sizes: dict[str, int]) -> bool:
-    if axis in sizes:  # most often, and in less time than a search through choices takes
+    if axis in sizes:  # the usual case, faster than splitting the choices
         return size == sizes[axis]
     return any(size == _size_of(choice, sizes) for choice in axis.split("|"))
 
@@ -118,12 +117,12 @@ def _describe(axis: str, sizes: dict[str, int]) -> str:
     return "|".join(str(sizes.get(choice, choice)) for choice in axis.split("|"))
 
 
-# Checks of values: they read tensors, so they belong where that costs no device synchronisation. Each returns a copy,
-# for what was checked must be what is used: a caller's other thread may write to its tensor.
+# Checks of values read tensors: call them where that costs no device synchronisation. Each returns a copy, so that what
+# was checked is what is used, even if another thread of the caller writes to the tensor.
 
 
 def checked_sink_positions(sink_positions: Tensor, seq_len: int | None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Positions ascend, lie below `seq_len` (with `cu_seqlens` in their own sequence), and end with -1 for padding."""
+    """Positions ascend below `seq_len` (with `cu_seqlens`: below their sequence's length), then -1 as padding."""
     positions = sink_positions.clone()
     if cu_seqlens is not None or not _lie_between(positions, -1, seq_len - 1):
         limits = seq_len if cu_seqlens is None else cu_seqlens.long().diff()[:, None]
@@ -144,7 +143,7 @@ def checked_lengths(name: str, lengths: Tensor, longest: int) -> Tensor:
 
 
 def checked_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
-    """Offsets of a ragged batch: from 0, never descending, to `total`."""
+    """Offsets of a ragged batch go from 0 to `total` and never descend."""
     offsets = offsets.clone()
     first, last = offsets[0].item(), offsets[-1].item()
     if first != 0 or last != total:
@@ -154,7 +153,7 @@ def checked_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
 
 
 def checked_rows(name: str, rows: Tensor, table_size: int, seq_lens: Tensor | None = None) -> Tensor:
-    """Rows of a table; of `rows` [U, L] only the first seq_lens[u] of each user."""
+    """Rows lie in a table of `table_size`. With `seq_lens`, only the first seq_lens[u] of rows[u] count."""
     rows = rows.clone()
     if not _lie_between(rows, 0, table_size - 1):
         holds = (rows >= 0) & (rows < table_size)
@@ -172,7 +171,7 @@ def _lie_between(x: Tensor, least: int, most: int) -> bool:
 
 
 def _expect_all(name: str, holds: Tensor, expected: str, values: Tensor, skipped: int = 0) -> None:
-    """`values` are those of the argument without the first `skipped` of its last axis."""
+    """`values` is the argument without the first `skipped` entries of its last axis."""
     if not bool(holds.all()):
         *others, last = torch.nonzero(~holds)[0].tolist()
         value = values[(*others, last)].item()

@@ -1,4 +1,4 @@
-"""The versions and the device that a result was made with."""
+"""Versions and device, for reports and benchmark results."""
 
 import json
 import platform
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]  # of the repository, where recattn is installed editable
+ROOT = Path(__file__).parents[2]  # the repository, if recattn is an editable install
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """What a bug report needs to know. None: not there, or not known."""
+    """What a bug report needs. None means absent or unknown."""
     on_cuda = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if on_cuda else None
     return {
@@ -48,7 +48,7 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout that recattn is installed from, or of the repository that pip took it from."""
+    """The commit of the checkout that recattn is installed from, or of the repository that pip installed from."""
     if (ROOT / ".git").exists():
         return git("rev-parse", "HEAD")
     origin = json.loads(distribution("recattn").read_text("direct_url.json") or "{}")
@@ -64,7 +64,7 @@ def _driver() -> str | None:
 
 
 def _printed(*command: str) -> str | None:
-    """What a command prints; None if it is not there or fails."""
+    """What a command prints (None if it is missing or fails)."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels. recattn imports without them; `MISSING` says why one is not there."""
+"""Loads the compiled kernels. recattn also imports without them; `MISSING` says why a build is missing."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rows of a table by their index."""
+"""Gathers rows of a table, with an exact gradient."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from recattn._dispatch import is_transformed
 
 
 def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """table[rows] of a table [I, d, ...], whose gradient adds up the uses of a row in float32 and is rounded once.
+    """table[rows] of a table [I, d, ...]. The gradient of a row sums its uses in float32 and rounds once.
 
-    PyTorch adds them up in the table's dtype: in bfloat16 the 257th of many ones adds nothing.
+    PyTorch sums in the table's dtype: in bfloat16 a sum of ones stops growing at 256.
     """
     if is_transformed():
         return table[rows.long()]

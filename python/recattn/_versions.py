@@ -1,4 +1,4 @@
-"""The oldest torch and Triton that recattn takes, as pyproject.toml says."""
+"""The oldest supported torch and Triton, the same as in pyproject.toml."""
 
 import re
 

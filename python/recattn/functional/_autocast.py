@@ -1,4 +1,4 @@
-"""Autocast, as PyTorch's own attention takes part in it."""
+"""Autocast, as for PyTorch's own attention."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,7 +9,10 @@ from recattn.ops._support import constant_in_graphs
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, floating ones but float64 cast to autocast's dtype where it is on for the device of the first."""
+    """The tensors, cast to autocast's dtype if autocast is on for the device of the first.
+
+    float64 and integer tensors stay as they are.
+    """
     device_type = tensors[0].device.type
     if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
@@ -18,11 +21,11 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A block whose products have the precision of their inputs, on the device of `x`."""
+    """Context without autocast on the device of `x`: products have the precision of their inputs."""
     device_type = x.device.type
     return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
 
-@constant_in_graphs  # torch 2.11 cannot trace the question
+@constant_in_graphs  # torch 2.11 cannot trace the call
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)

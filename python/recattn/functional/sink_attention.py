@@ -4,21 +4,8 @@ import math
 
 from torch import Tensor
 
+from recattn import _check as check
 from recattn import reference
-from recattn._check import (
-    FLOATING,
-    expect,
-    expect_choice,
-    expect_count,
-    expect_dtype,
-    expect_index,
-    expect_numbers,
-    expect_probability,
-    expect_same_device,
-    expect_same_dtype,
-    expect_shape,
-    expect_tensors,
-)
 from recattn._dispatch import select
 from recattn._options import SinkAttentionOptions
 from recattn.functional._autocast import autocast_inputs
@@ -51,61 +38,62 @@ def sink_attention(
     """Attention with a learned bias between sink tokens:
 
         O = softmax(scale · Q Kᵀ + mask + β) V
-        β[b, h, i, j] = inter_sink_bias[b, h, s(i), s(j)]   where tokens i and j are both sinks, else 0
+        β[b, h, i, j] = inter_sink_bias[b, h, s(i), s(j)]   if tokens i and j are both sinks, else 0
 
-    A sink here is a token that sits between two behaviours of a user (CTR-Sink, arXiv 2508.03668; the formula is that
-    of its official code). The "attention sink" of other works, a logit in the softmax's denominator, is `sink_logits`.
+    A sink here is a token between two behaviours of a user (CTR-Sink, arXiv 2508.03668; the formula is that of its
+    official code). The "attention sink" of other works, a logit in the softmax's denominator, is `sink_logits`.
 
     Args:
         q: [B, Hq, N, D], float64, float32, bfloat16 or float16; packed: [T, Hq, D].
         k, v: [B, Hkv, N, D] and [B, Hkv, N, Dv], q's dtype, Hq a multiple of Hkv; packed: [T, Hkv, D] and [T, Hkv, Dv].
-        sink_positions: [B, M] integer. Where the sinks stand on the N axis (packed: within their sequence), ascending,
-            padded with -1 at the end. Sinks inside padding are ignored.
-        inter_sink_bias: [B, 1 or Hq, M, M], any floating dtype, any sign; -inf suppresses a pair. Gets a gradient.
+        sink_positions: [B, M] integer. Positions of the sinks on the N axis (packed: within their sequence),
+            ascending, padded with -1 at the end. Sinks inside padding are ignored.
+        inter_sink_bias: [B, 1 or Hq, M, M], any floating dtype, any sign; -inf masks that (query, key). Gets a
+            gradient.
         sink_logits: [Hq], added to each row's denominator as exp(sink_logits[h]). Gets a gradient.
         causal: query i sees the keys j ≤ i.
-        seq_lens: [B] integer, the valid tokens of each sequence, at the end named by `padding_side` from the other.
-        padding_side: "right", or "left" (valid tokens sit at the end).
+        seq_lens: [B] integer. Number of valid tokens per sequence; the padding is on `padding_side`.
+        padding_side: "right", or "left" (valid tokens at the end).
         cu_seqlens: [B + 1] integer, offsets of packed sequences; excludes `seq_lens`.
-        dropout_p: probability of dropping an attention weight, on a GPU in steps of 1/65536. On a CPU it goes through
-            the reference.
-        scale: of the scores, 1/√D by default.
-        return_lse: return the log-sum-exp of each row as well.
-        max_seqlen: a bound on the lengths of packed sequences, known on the host. Without it a GPU runs the fused
-            kernel, for the attentions that a correction stands on need it.
-        base: which unbiased attention the correction stands on, on a GPU: "flash", "cudnn" or "efficient" (PyTorch's),
-            "flash_attn_2", "flash_attn_3" or "flash_attn_4" (where installed); goes with impl="correction".
-        impl: None chooses; "correction" (of an unbiased attention at the sinks), "triton" (one fused kernel) or
-            "reference" insists.
+        dropout_p: probability of dropping an attention weight, on a GPU in steps of 1/65536. On a CPU the reference
+            runs.
+        scale: multiplies the scores, 1/√D by default.
+        return_lse: also return the log-sum-exp of each row.
+        max_seqlen: upper bound on the lengths of packed sequences, known on the host. Required for impl="correction"
+            on packed input; without it the fused kernel runs.
+        backend: the unbiased attention to correct, on a GPU with impl="correction": "flash", "cudnn" or "efficient"
+            (PyTorch's), "flash_attn_2", "flash_attn_3" or "flash_attn_4" (where installed).
+        impl: None chooses the fastest. "correction" (an unbiased attention, corrected at the sinks), "triton" (one
+            fused kernel) or "reference" selects; there is no silent fallback.
 
     Returns:
         [B, Hq, N, Dv] in q's dtype, packed [T, Hq, Dv]; zero at padding and in rows that see no key. With `return_lse`
-        also the log-sum-exp, float32 (float64 for float64 inputs), [B, Hq, N], packed [Hq, T]; it carries no gradient
-        and is -inf where the output is zero for want of keys.
+        also the log-sum-exp, float32 (float64 for float64 inputs), [B, Hq, N], packed [Hq, T]; it has no gradient,
+        and is -inf at padding and in rows that see no key.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
-        time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, with its time
+        and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also positions, lengths or offsets out
             of order or range (elsewhere `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
-        NotImplementedError: an explicit `impl` that cannot serve the call; `create_graph=True` where a kernel dropped
-            weights.
+        NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after a kernel
+            with dropout.
     """
-    expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
+    check.expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
     q, k, v = autocast_inputs(q, k, v)
     _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p)
-    expect_numbers(scale=scale)
+    check.expect_numbers(scale=scale)
     if backend is not None:
-        expect_choice("backend", backend, tuple(BACKENDS))
+        check.expect_choice("backend", backend, tuple(BACKENDS))
         on_gpu = impl == "correction" and q.device.type != "cpu"
-        expect(on_gpu, "backend", "None but with impl='correction' on a GPU", backend)
+        check.expect(on_gpu, "backend", "None but with impl='correction' on a GPU", backend)
     if max_seqlen is not None:
-        expect(cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
-        expect_count("max_seqlen", max_seqlen)
+        check.expect(cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
+        check.expect_count("max_seqlen", max_seqlen)
     reasons = ops.unsupported_reasons(q.device.type, q, v, padded=seq_lens is not None, dropout_p=dropout_p)
     chosen = select("sink_attention", impl, reasons)
-    if chosen != "correction" or q.device.type != "cpu":  # on a CPU that one checks what it reads
+    if chosen != "correction" or q.device.type != "cpu":  # the CPU's correction checks its own copies
         indices = checked_indices(
             q.device,
             seq_len=q.shape[-2] if cu_seqlens is None else None,
@@ -145,35 +133,35 @@ def sink_attention(
 def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p):
     sizes: dict[str, int] = {}
     if cu_seqlens is None:
-        expect_shape(sizes, "q", q, "B Hq N D")
-        expect_shape(sizes, "k", k, "B Hkv N D")
-        expect_shape(sizes, "v", v, "B Hkv N Dv")
+        check.expect_shape(sizes, "q", q, "B Hq N D")
+        check.expect_shape(sizes, "k", k, "B Hkv N D")
+        check.expect_shape(sizes, "v", v, "B Hkv N Dv")
     else:
-        expect(seq_lens is None, "seq_lens", "None beside cu_seqlens (packed sequences have no padding)", "both")
-        expect_index(sizes, "cu_seqlens", cu_seqlens, "B+1")
-        expect(sizes["B+1"] >= 1, "cu_seqlens", "[B + 1]", "no offset")
+        check.expect(seq_lens is None, "seq_lens", "None beside cu_seqlens (packed sequences have no padding)", "both")
+        check.expect_index(sizes, "cu_seqlens", cu_seqlens, "B+1")
+        check.expect(sizes["B+1"] >= 1, "cu_seqlens", "[B + 1]", "no offset")
         sizes["B"] = sizes["B+1"] - 1
-        expect_shape(sizes, "q", q, "T Hq D")
-        expect_shape(sizes, "k", k, "T Hkv D")
-        expect_shape(sizes, "v", v, "T Hkv Dv")
+        check.expect_shape(sizes, "q", q, "T Hq D")
+        check.expect_shape(sizes, "k", k, "T Hkv D")
+        check.expect_shape(sizes, "v", v, "T Hkv Dv")
     for size in ("Hq", "Hkv", "D", "Dv"):
-        expect(sizes[size] > 0, f"{size} of q, k and v", "at least 1", 0)
+        check.expect(sizes[size] > 0, f"{size} of q, k and v", "at least 1", 0)
     heads = (sizes["Hq"], sizes["Hkv"])
-    expect(heads[0] % heads[1] == 0, "(Hq, Hkv) of q and k", "a multiple and its divisor", heads)
-    expect_dtype("q", q, FLOATING)
-    expect_same_dtype("q", q, k=k, v=v)
-    expect_index(sizes, "sink_positions", sink_positions, "B M")
-    expect_shape(sizes, "inter_sink_bias", inter_sink_bias, "B 1|Hq M M")
-    expect_dtype("inter_sink_bias", inter_sink_bias, FLOATING)
+    check.expect(heads[0] % heads[1] == 0, "(Hq, Hkv) of q and k", "a multiple and its divisor", heads)
+    check.expect_dtype("q", q, check.FLOATING)
+    check.expect_same_dtype("q", q, k=k, v=v)
+    check.expect_index(sizes, "sink_positions", sink_positions, "B M")
+    check.expect_shape(sizes, "inter_sink_bias", inter_sink_bias, "B 1|Hq M M")
+    check.expect_dtype("inter_sink_bias", inter_sink_bias, check.FLOATING)
     if sink_logits is not None:
-        expect_tensors(sink_logits=sink_logits)
-        expect_shape(sizes, "sink_logits", sink_logits, "Hq")
-        expect_dtype("sink_logits", sink_logits, FLOATING)
+        check.expect_tensors(sink_logits=sink_logits)
+        check.expect_shape(sizes, "sink_logits", sink_logits, "Hq")
+        check.expect_dtype("sink_logits", sink_logits, check.FLOATING)
     if seq_lens is not None:
-        expect_index(sizes, "seq_lens", seq_lens, "B")
-    expect_choice("padding_side", padding_side, ("right", "left"))
-    expect_probability("dropout_p", dropout_p)
-    expect_same_device(
+        check.expect_index(sizes, "seq_lens", seq_lens, "B")
+    check.expect_choice("padding_side", padding_side, ("right", "left"))
+    check.expect_probability("dropout_p", dropout_p)
+    check.expect_same_device(
         "q",
         q,
         k=k,

@@ -1,4 +1,4 @@
-"""The `recattn::` operator namespace. C++ kernels add themselves to it when the extension loads."""
+"""The `recattn::` operator namespace. The C++ kernels register in it when the extension loads."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _LIBRARY = torch.library.Library("recattn", "FRAGMENT")
 
 
 def define(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: Callable) -> Callable:
-    """Define `recattn::<schema>` with its kernels and its fake kernel; returns the operator to call."""
+    """Define the operator `recattn::<schema>` with its kernels and its fake kernel, and return it."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _isolated(cpu), "CPU")
@@ -23,13 +23,15 @@ def define(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: Ca
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether a call makes a graph or tells shapes, by operators. Else their kernels may be called past the dispatcher,
-    which takes several microseconds."""
+    """Whether a call must go through operators, to be traced or to infer shapes.
+
+    Otherwise kernels may be called directly, which saves the dispatcher's several microseconds.
+    """
     return torch.compiler.is_compiling() or any(type(x) is not Tensor or x.is_meta for x in tensors)
 
 
 def _isolated(kernel: Callable) -> Callable:
-    """What a kernel is made of is neither recorded by autograd nor cast by the caller's autocast."""
+    """`kernel` without autograd and autocast: kernels do their own."""
 
     @functools.wraps(kernel)
     def isolated(*args):
@@ -41,17 +43,17 @@ def _isolated(kernel: Callable) -> Callable:
 
 
 def differentiable_again(reference: Callable) -> Callable:
-    """For the backward of an autograd.Function: under create_graph it runs `reference`, whose gradients have gradients.
+    """Decorator of an autograd.Function's backward: under create_graph it differentiates `reference` instead.
 
-    (`once_differentiable` would leave the Function out of second derivatives, silently where the incoming gradient
-    needs none itself.) `reference` takes what forward does, (*tensors, options), and returns its differentiable
-    outputs, which come first; forward saves its tensors first, and `ctx.options`.
+    (`once_differentiable` would drop the Function from second derivatives, silently if the incoming gradient needs no
+    gradient.) `reference` takes the arguments of forward, (*tensors, options), and returns forward's differentiable
+    outputs, which come first. forward saves its tensors first, and sets `ctx.options`.
     """
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def differentiable_backward(ctx, *douts):
-            if not torch.is_grad_enabled():  # nor is it where torch.compile traces a backward
+            if not torch.is_grad_enabled():  # also while torch.compile traces a backward
                 return backward(ctx, *douts)
             return *_reference_gradients(ctx, reference, douts), None
 
@@ -63,13 +65,13 @@ def differentiable_again(reference: Callable) -> Callable:
 def _reference_gradients(ctx, reference: Callable, douts: tuple[Tensor, ...]) -> list[Tensor | None]:
     needed = ctx.needs_input_grad[:-1]
     saved = ctx.saved_tensors[: len(needed)]
-    # A view keeps apart an input that is given twice.
+    # Views, so that an input that is given twice counts as two.
     tensors = [x.view_as(x) if wanted else x for x, wanted in zip(saved, needed, strict=True)]
     inputs = [x for x, wanted in zip(tensors, needed, strict=True) if wanted]
     with torch.autocast(douts[0].device.type, enabled=False):
         outs = reference(*tensors, ctx.options)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        # An output may depend on no input that needs a gradient; that of an empty batch depends on none at all.
+        # An output may depend on no input that needs a gradient; for an empty batch, on no input at all.
         pairs = [(out, dout) for out, dout in zip(outs, douts, strict=False) if out.requires_grad]
         if pairs:
             outs, douts = zip(*pairs, strict=True)
@@ -81,7 +83,7 @@ def _reference_gradients(ctx, reference: Callable, douts: tuple[Tensor, ...]) ->
 
 
 def refuse_dropout(op: str, dropout_p: float) -> None:
-    """A reference cannot draw again what a kernel dropped."""
+    """Refuse second derivatives with dropout: a reference cannot repeat what a kernel dropped."""
     if dropout_p > 0:
         raise NotImplementedError(
             f"{op} with dropout_p={dropout_p} has no second derivative (create_graph=True): impl='reference' has"
@@ -89,14 +91,13 @@ def refuse_dropout(op: str, dropout_p: float) -> None:
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), for what an autograd.Function returns.
+    """x.to(dtype), for an output of an autograd.Function.
 
-    torch.compile of torch 2.11 gives zeros as the gradients of a Function whose output comes from a `to` that copies
-    nothing.
+    If that `to` copies nothing, torch.compile of torch 2.11 returns zeros as the Function's gradients.
     """
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def distinct(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, a repeated one as a view: torch.compile takes no autograd.Function with a repeated input."""
+    """The tensors, repeated ones as views: torch.compile refuses an autograd.Function with a repeated input."""
     return [x.view_as(x) if any(x is earlier for earlier in tensors[:i]) else x for i, x in enumerate(tensors)]
