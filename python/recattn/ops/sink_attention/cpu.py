@@ -12,16 +12,9 @@ from recattn.ops._ragged import Bucket, length_buckets
 from recattn.ops.sink_attention.cpu_dense import Sinks, Terms, dense_bwd, dense_fwd, is_contiguous_token_major
 
 
+# The arguments are those of the operators' schemas.
 def sink_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink_positions: Tensor,
-    inter_sink_bias: Tensor,
-    sink_logits: Tensor | None,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: SinkAttentionOptions,
+    q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, options: SinkAttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and sink_stats, laid out as by `empty_fwd`."""
     sink_positions, seq_lens, cu_seqlens = _checked(q, sink_positions, seq_lens, cu_seqlens)
@@ -43,19 +36,7 @@ def sink_attention_fwd(
 
 
 def sink_attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sink_stats: Tensor,
-    sink_positions: Tensor,
-    inter_sink_bias: Tensor,
-    sink_logits: Tensor | None,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: SinkAttentionOptions,
+    dout, q, k, v, out, lse, sink_stats, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias, dsink_logits (empty without sink_logits)."""
     inputs = (sink_positions, inter_sink_bias, sink_logits, options)
