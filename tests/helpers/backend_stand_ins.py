@@ -1,6 +1,8 @@
 """Stand-ins for PyTorch's attention operators and Dao's packages: their signatures and layouts, computed in float64."""
 
+import inspect
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -93,7 +95,7 @@ def aten_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, causal, ret
     return out, lse, q.new_empty(2), q.new_empty(0), q.new_empty(0)
 
 
-def aten_flash_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, causal, _seed, _, *, scale, **__):
+def aten_flash_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, causal, *_, scale, **__):
     assert (max_q, dropout_p) == (max_k, 0.0)
     return tuple(run_backward(dout, q, k, v, out, lse, cu_q, max_q, causal, scale))
 
@@ -109,9 +111,8 @@ def aten_cudnn_forward(q, k, v, bias, with_lse, dropout_p=0.0, causal=False, ret
     return out.transpose(1, 2), lse[..., None], nothing, nothing, length, length, nothing, nothing, nothing
 
 
-def aten_cudnn_backward(
-    dout, q, k, v, out, lse, _seed, _offset, bias, cu_q, cu_k, max_q, max_k, dropout_p, causal, *, scale=None
-):
+def aten_cudnn_backward(dout, q, k, v, out, lse, _seed, _offset, *others, scale=None):
+    bias, cu_q, cu_k, max_q, max_k, dropout_p, causal = others
     assert (bias, cu_q, cu_k, max_q, max_k, dropout_p) == (None, None, None, q.shape[2], q.shape[2], 0.0)
     # Nobody else's plan has this key, and in it the layouts of out and dout are a function of q's.
     assert math.copysign(1, dropout_p) == -1
@@ -136,9 +137,8 @@ def aten_efficient_forward(
     return out.unsqueeze(0) if packed else out, padded, q.new_empty(0), q.new_empty(0), max_q, max_k
 
 
-def aten_efficient_backward(
-    dout, q, k, v, bias, out, cu_q, _cu_k, max_q, _max_k, lse, dropout_p, _seed, _offset, mask_type, with_bias, *, scale
-):
+def aten_efficient_backward(dout, q, k, v, bias, out, cu_q, _cu_k, max_q, _max_k, lse, *others, scale):
+    dropout_p, _seed, _offset, mask_type, with_bias = others
     assert (bias, dropout_p, with_bias) == (None, 0.0, False)
     assert out.is_contiguous() and lse.is_contiguous() and lse.shape[-1] == math.ceil(max_q / 32) * 32
     assert max_q <= q.shape[1]
@@ -168,111 +168,88 @@ ATEN = {
 # --- Stand-ins for Dao's packages, with their signatures ---
 
 
-@torch.library.custom_op("recattn_test::_flash_attn_forward", mutates_args=())
-def _flash_attn_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    return_softmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert (dropout_p, window_size_left, window_size_right, softcap, return_softmax) == (0.0, -1, -1, 0.0, False)
-    out, lse = run_forward(q, k, v, None, q.shape[1], causal, softmax_scale, torch.empty_like(q))
+def flash_attn_2(name: str, arguments: str, returns: str, mutates: tuple[str, ...] = ()) -> Callable:
+    """A decorator: flash_attn 2's operator of that schema, whose stand-in takes its arguments as one dict by name."""
+
+    def decorate(stand_in: Callable) -> Callable:
+        def called(*passed):
+            return stand_in(by_name(operator._opoverload, passed))
+
+        schema = f"({' '.join(arguments.split())}) -> {returns}"
+        operator = torch.library.custom_op(f"recattn_test::{name}", called, mutates_args=mutates, schema=schema)
+        return operator
+
+    return decorate
+
+
+OUT_AND_LSE = "(Tensor, Tensor, Tensor, Tensor)"
+GRADIENTS = ("dq", "dk", "dv")
+SAVED = """Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
+    Tensor(dq!)? dq, Tensor(dk!)? dk, Tensor(dv!)? dv,"""
+LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+OPTIONS = """float dropout_p, float softmax_scale, bool causal,
+    SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes,"""
+
+
+def expect_plain_attention(passed: dict[str, object]) -> None:
+    names = ("dropout_p", "window_size_left", "window_size_right", "softcap", "alibi_slopes")
+    assert [passed[name] for name in names] == [0.0, -1, -1, 0.0, None]
+
+
+@flash_attn_2("_flash_attn_forward", f"Tensor q, Tensor k, Tensor v, {OPTIONS} bool return_softmax", OUT_AND_LSE)
+def _flash_attn_forward(passed):
+    expect_plain_attention(passed)
+    assert passed["return_softmax"] is False
+    q, k, v = (passed[name] for name in "qkv")
+    out = torch.empty_like(q)
+    out, lse = run_forward(q, k, v, None, q.shape[1], passed["causal"], passed["softmax_scale"], out)
     return out, lse, q.new_empty(0), q.new_empty(2)
 
 
-@torch.library.custom_op("recattn_test::_flash_attn_varlen_forward", mutates_args=())
-def _flash_attn_varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-    block_table: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert (dropout_p, window_size_left, window_size_right, softcap, return_softmax) == (0.0, -1, -1, 0.0, False)
-    assert cu_seqlens_q.equal(cu_seqlens_k) and max_seqlen_q == max_seqlen_k > 1
-    out, lse = run_forward(q, k, v, cu_seqlens_q, max_seqlen_q, causal, softmax_scale)
+@flash_attn_2(
+    "_flash_attn_varlen_forward",
+    f"""Tensor q, Tensor k, Tensor v, {LENGTHS} float dropout_p, float softmax_scale, bool causal,
+    SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0., Tensor? alibi_slopes=None,
+    bool return_softmax=False, Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None,
+    bool zero_tensors=False""",
+    OUT_AND_LSE,
+)
+def _flash_attn_varlen_forward(passed):
+    expect_plain_attention(passed)
+    assert passed["return_softmax"] is False
+    assert passed["cu_seqlens_q"].equal(passed["cu_seqlens_k"]) and passed["max_seqlen_q"] == passed["max_seqlen_k"] > 1
+    q, k, v, *options = (passed[name] for name in ("q", "k", "v", "cu_seqlens_q", "max_seqlen_q", "causal"))
+    out, lse = run_forward(q, k, v, *options, passed["softmax_scale"])
     return out, lse, q.new_empty(0), q.new_empty(2)
 
 
-@torch.library.custom_op("recattn_test::_flash_attn_backward", mutates_args=("dq", "dk", "dv"))
-def _flash_attn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None = None,
-) -> Tensor:
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
-    seen["deterministic"] = deterministic
-    run_backward(dout, q, k, v, out, softmax_lse, None, q.shape[1], causal, softmax_scale, (dq, dk, dv))
-    return q.new_empty(0)
+@flash_attn_2(
+    "_flash_attn_backward",
+    f"{SAVED} {OPTIONS} bool deterministic, Tensor? rng_state=None",
+    "Tensor",
+    GRADIENTS,
+)
+def _flash_attn_backward(passed):
+    return flash_attn_2_backward(passed, None, passed["q"].shape[1])
 
 
-@torch.library.custom_op("recattn_test::_flash_attn_varlen_backward", mutates_args=("dq", "dk", "dv"))
-def _flash_attn_varlen_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> Tensor:
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
-    seen["deterministic"] = deterministic
-    tensors = (dout, q, k, v, out, softmax_lse, cu_seqlens_q, max_seqlen_q)
-    run_backward(*tensors, causal, softmax_scale, (dq, dk, dv))
-    return q.new_empty(0)
+@flash_attn_2(
+    "_flash_attn_varlen_backward",
+    f"{SAVED} {LENGTHS} {OPTIONS} bool deterministic, Tensor? rng_state=None, bool zero_tensors=False",
+    "Tensor",
+    GRADIENTS,
+)
+def _flash_attn_varlen_backward(passed):
+    return flash_attn_2_backward(passed, passed["cu_seqlens_q"], passed["max_seqlen_q"])
+
+
+def flash_attn_2_backward(passed: dict[str, object], cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+    expect_plain_attention(passed)
+    seen["deterministic"] = passed["deterministic"]
+    saved = (passed[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse"))
+    gradients = [passed[name] for name in GRADIENTS]
+    run_backward(*saved, cu_seqlens, max_seqlen, passed["causal"], passed["softmax_scale"], gradients)
+    return passed["q"].new_empty(0)
 
 
 FLASH_ATTN_2 = (_flash_attn_forward, _flash_attn_varlen_forward, _flash_attn_backward, _flash_attn_varlen_backward)
@@ -325,47 +302,56 @@ def by_name(operator, arguments: tuple) -> dict[str, object]:
     return defaults | dict(zip(defaults, arguments, strict=False))
 
 
-def _flash_attn_fwd(
-    q,
-    k,
-    v,
+def flash_attn_4(required: str, **optional: object) -> Callable:
+    """A decorator: a function of these parameters, whose stand-in takes its arguments as one dict by name."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in required.split()]
+    parameters += [inspect.Parameter(name, kind, default=value) for name, value in optional.items()]
+    signature = inspect.Signature(parameters)
+
+    def decorate(stand_in: Callable) -> Callable:
+        def called(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return stand_in(bound.arguments)
+
+        called.__signature__ = signature
+        return called
+
+    return decorate
+
+
+LENGTHS_4 = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k"))
+
+
+@flash_attn_4(
+    "q k v",
     qv=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    seqused_q=None,
-    seqused_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
+    **LENGTHS_4,
     softmax_scale=None,
     causal=False,
     num_splits=1,
     return_lse=False,
     out=None,
     lse=None,
-):
-    assert return_lse and max_seqlen_q == max_seqlen_k
-    return *run_forward(q, k, v, cu_seqlens_q, max_seqlen_q, causal, softmax_scale, out), None, None
+)
+def _flash_attn_fwd(passed):
+    assert passed["return_lse"] and passed["max_seqlen_q"] == passed["max_seqlen_k"]
+    names = ("q", "k", "v", "cu_seqlens_q", "max_seqlen_q", "causal", "softmax_scale", "out")
+    return *run_forward(*(passed[name] for name in names)), None, None
 
 
-def _flash_attn_bwd(
-    q,
-    k,
-    v,
-    out,
-    dout,
-    lse,
+@flash_attn_4(
+    "q k v out dout lse",
     softmax_scale=None,
     causal=False,
     softcap=0.0,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    seqused_q=None,
-    seqused_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
+    **LENGTHS_4,
     deterministic=False,
     dlse=None,
     learnable_sink=None,
-):
-    seen["deterministic"] = deterministic
-    return tuple(run_backward(dout, q, k, v, out, lse, cu_seqlens_q, max_seqlen_q, causal, softmax_scale))
+)
+def _flash_attn_bwd(passed):
+    seen["deterministic"] = passed["deterministic"]
+    names = ("dout", "q", "k", "v", "out", "lse", "cu_seqlens_q", "max_seqlen_q", "causal", "softmax_scale")
+    return tuple(run_backward(*(passed[name] for name in names)))
