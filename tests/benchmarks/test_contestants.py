@@ -56,22 +56,13 @@ def test_tampered_data_is_refused(tmp_path, monkeypatch):
 # The real operators
 
 
+OF_HISTORIES = {"tokens_per_behavior": 4, "histories": True}
 SMALL = {
     "bert_layer": (SinkWorkload(name="even", batch=2, heads=2, kv_heads=2, length=20, dim=8, sinks=5),),
     "sink_attention": (
         SinkWorkload(name="gqa", batch=2, heads=4, kv_heads=2, length=63, dim=8, sinks=9),
         SinkWorkload(name="causal", batch=2, heads=2, kv_heads=2, length=63, dim=8, sinks=9, causal=True),
-        SinkWorkload(
-            name="ragged",
-            batch=3,
-            heads=2,
-            kv_heads=2,
-            length=100,
-            dim=8,
-            sinks=25,
-            tokens_per_behavior=4,
-            histories=True,
-        ),
+        SinkWorkload(name="ragged", batch=3, heads=2, kv_heads=2, length=100, dim=8, sinks=25, **OF_HISTORIES),
         SinkWorkload(name="no sinks", batch=2, heads=2, kv_heads=2, length=64, dim=8, sinks=0),
         SinkWorkload(name="all sinks", batch=2, heads=2, kv_heads=2, length=64, dim=8, sinks=64),
         SinkWorkload(name="one long", batch=5, heads=2, kv_heads=2, length=70, dim=8, sinks=20, others=6, causal=True),

@@ -10,21 +10,18 @@ import pytest
 import torch
 
 from benchmarks.data import movielens
-from benchmarks.data.movielens import Histories
 from benchmarks.quality import sasrec
-from benchmarks.quality.sasrec import PLAIN, Hyperparameters, Split, pad_left, ranking_quality, train
+from benchmarks.quality.sasrec import PLAIN, Split, pad_left, ranking_quality, train
 from recattn.nn import RefinedSelfAttention
+from tests.helpers.suite_runs import SMALL_SASREC, histories_by_steps
 
 CPU = torch.device("cpu")
-HYPER = Hyperparameters(length=8, dim=16, heads=2, batch=16, epochs=2, learning_rate=1e-2)
+HYPER = replace(SMALL_SASREC, epochs=2)
 
 
 @pytest.fixture(scope="module")
 def histories():
-    """Each user walks through 30 items by steps of one."""
-    generator = torch.Generator().manual_seed(0)
-    starts, lengths = torch.randint(15, (2, 48), generator=generator)
-    return Histories([1 + torch.arange(s, s + n + 4) for s, n in zip(starts, lengths, strict=True)], "steps")
+    return histories_by_steps()
 
 
 # --- Data ---

@@ -15,6 +15,7 @@ from recattn._extension import MISSING
 from recattn.ops.refined_attention import chunked as slices
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
+from tests.helpers.refined_inputs import views_of
 
 MECHANISMS = ("simple", "value", "additive")
 SOURCES = ("logits", "weights")
@@ -113,12 +114,7 @@ def test_matrices_per_head(mechanism, rank, path):
 def test_views(mechanism, rank, path):
     """Heads behind tokens, a cut last axis, a transposed last axis, a transposed matrix, expanded gradients."""
     inputs = draw(mechanism, d=16, r=rank)
-    views = {
-        "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2),
-        "k": torch.cat([inputs["k"]] * 2, dim=-1)[..., :16],
-        "v": inputs["v"].mT.contiguous().mT,
-        "w_q": inputs["w_q"].T.contiguous().T,
-    }
+    views = views_of(inputs)
     check(inputs | views, mechanism=mechanism)
     leaves = {name: x.requires_grad_() for name, x in (inputs | views).items()}
     gradients = torch.autograd.grad(cpu(**leaves, mechanism=mechanism).sum(), list(leaves.values()))

@@ -12,39 +12,33 @@ from tests.helpers.emulated_cuda import CSRC, altered, compile_program
 KERNELS = ("absorbed_fma.h", "absorbed_mma.h")
 BARRIER = "    __syncthreads();\n"
 BARRIERS = [(name, i) for name in KERNELS for i in range((CSRC / "cuda" / name).read_text().count(BARRIER))]
-# A file of csrc/cuda, what it says, and a mistake in its place.
+# For each file of csrc/cuda: the name of a mistake, what the file says, and the mistake in its place.
 MISTAKES = {
-    "elements outside a tile": ("absorbed_fma.h", "m < rows && n < columns ? at(m, n) : 0.f", "at(m, n)"),
-    "rows outside a tile": (
-        "absorbed_fma.h",
-        "if (row < tile.rows && column < columns) store",
-        "if (column < columns) store",
+    "absorbed_fma.h": (
+        ("elements outside a tile", "m < rows && n < columns ? at(m, n) : 0.f", "at(m, n)"),
+        ("rows outside a tile", "if (row < tile.rows && column < columns) store", "if (column < columns) store"),
+        ("columns outside the output", "if (row < tile.rows && column < columns) store", "if (row < tile.rows) store"),
+        ("scales of another row", "* scales[m * table.scale_row]", "* scales[0]"),
     ),
-    "columns outside the output": (
-        "absorbed_fma.h",
-        "if (row < tile.rows && column < columns) store",
-        "if (row < tile.rows) store",
+    "absorbed_mma.h": (
+        ("state rows outside", "row < rank && column < width", "column < width"),
+        ("state columns outside", "row < rank && column < width", "row < rank"),
+        ("target columns outside", "const bool inside = column < width", "const bool inside = true"),
+        ("low rows outside a tile", "if (inside && row < tile.rows)", "if (inside)"),
+        ("high rows outside a tile", "if (inside && high_row < tile.rows)", "if (inside)"),
+        ("output columns outside", "const bool inside = mine < op.value_dim", "const bool inside = true"),
+        ("too little shared memory", "return scales_offset() + kRank", "return scales_offset() - 8 + kRank"),
+        ("scales outside", "mine[i] = k < rank ?", "mine[i] = true ?"),
+        ("halves swapped", "0x5410", "0x1054"),
     ),
-    "scales of another row": ("absorbed_fma.h", "* scales[m * table.scale_row]", "* scales[0]"),
-    "state rows outside": ("absorbed_mma.h", "row < rank && column < width", "column < width"),
-    "state columns outside": ("absorbed_mma.h", "row < rank && column < width", "row < rank"),
-    "target columns outside": ("absorbed_mma.h", "const bool inside = column < width", "const bool inside = true"),
-    "low rows outside a tile": ("absorbed_mma.h", "if (inside && row < tile.rows)", "if (inside)"),
-    "high rows outside a tile": ("absorbed_mma.h", "if (inside && high_row < tile.rows)", "if (inside)"),
-    "output columns outside": ("absorbed_mma.h", "const bool inside = mine < op.value_dim", "const bool inside = true"),
-    "too little shared memory": (
-        "absorbed_mma.h",
-        "return scales_offset() + kRank",
-        "return scales_offset() - 8 + kRank",
+    "absorbed_operands.h": (
+        ("slots unchecked", "is_row(slot, op.table_size) ? slot : -1", "slot"),
+        ("item ids unchecked", "if (!is_row(target, op.items)) {", "if (false) {"),
+        ("offsets outside", "max(int64_t{0}, min(op.offsets[user], op.rows))", "op.offsets[user]"),
+        ("rows of nobody", "    store_zeros(op, end, op.rows - end, first_column, columns);\n", ""),
+        ("users outside", "user >= op.users || blockIdx.y", "blockIdx.y"),
+        ("the wrong user", "+ probe <= tile", "+ probe < tile"),
     ),
-    "scales outside": ("absorbed_mma.h", "mine[i] = k < rank ?", "mine[i] = true ?"),
-    "halves swapped": ("absorbed_mma.h", "0x5410", "0x1054"),
-    "slots unchecked": ("absorbed_operands.h", "is_row(slot, op.table_size) ? slot : -1", "slot"),
-    "item ids unchecked": ("absorbed_operands.h", "if (!is_row(target, op.items)) {", "if (false) {"),
-    "offsets outside": ("absorbed_operands.h", "max(int64_t{0}, min(op.offsets[user], op.rows))", "op.offsets[user]"),
-    "rows of nobody": ("absorbed_operands.h", "    store_zeros(op, end, op.rows - end, first_column, columns);\n", ""),
-    "users outside": ("absorbed_operands.h", "user >= op.users || blockIdx.y", "blockIdx.y"),
-    "the wrong user": ("absorbed_operands.h", "+ probe <= tile", "+ probe < tile"),
 }
 
 
@@ -73,9 +67,12 @@ def test_a_missing_barrier_is_a_race(name, occurrence, tmp_path):
     assert code != 0 and re.search("ThreadSanitizer: (data race|SEGV)", said), said
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_seen(mistake, tmp_path):
-    csrc = altered(tmp_path, *MISTAKES[mistake])
+@pytest.mark.parametrize(
+    "file, said, mistake",
+    [pytest.param(file, *texts, id=name) for file, mistakes in MISTAKES.items() for name, *texts in mistakes],
+)
+def test_a_mistake_is_seen(file, said, mistake, tmp_path):
+    csrc = altered(tmp_path, file, said, mistake)
     code, said = outcome(compile_program("stress.cpp", tmp_path, sanitizer="address,undefined", csrc=csrc))
     found = re.search(r"wrong: .*|AddressSanitizer: .*|runtime error: .*", said)
     assert code != 0 and found, said

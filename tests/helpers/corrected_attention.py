@@ -79,6 +79,11 @@ BIASES = {
 }
 
 
+def with_bias(inputs: dict, name: str) -> dict:
+    """The same inputs with their inter_sink_bias changed as BIASES says."""
+    return inputs | {"inter_sink_bias": BIASES[name](inputs["inter_sink_bias"])}
+
+
 def finite_lse(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """The log-sum-exp of a row without mass, -inf, has no error to measure."""
     return out, lse.masked_fill(lse.isneginf(), 0.0)

@@ -1,13 +1,14 @@
-"""Runs of the benchmark suite that its tests share."""
+"""Runs of the benchmark suite and of SASRec that their tests share."""
 
 import torch
 
+from benchmarks.data.movielens import Histories
 from benchmarks.harness import contest, timing
-from benchmarks.harness.goals import (
-    Measured,
-)
+from benchmarks.harness.goals import Measured
+from benchmarks.quality.sasrec import Hyperparameters
 
 CPU = torch.device("cpu")
+SMALL_SASREC = Hyperparameters(length=8, dim=16, heads=2, batch=16, learning_rate=1e-2)
 
 
 def run_all(operator, settings):
@@ -18,3 +19,10 @@ def run_all(operator, settings):
 def measured(*milliseconds: float, peak: int = 0) -> Measured:
     """Eight rounds of the same times."""
     return Measured(timing.Samples(milliseconds * 8), peak)
+
+
+def histories_by_steps() -> Histories:
+    """Each user walks through 30 items by steps of one."""
+    generator = torch.Generator().manual_seed(0)
+    starts, lengths = torch.randint(15, (2, 48), generator=generator)
+    return Histories([1 + torch.arange(s, s + n + 4) for s, n in zip(starts, lengths, strict=True)], "steps")

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from tests.helpers.memory import LargestTensor
+
 NAMES = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
 
 
@@ -44,3 +46,16 @@ def gradients(function, inputs: dict[str, Tensor], **options) -> dict[str, Tenso
     grads = torch.autograd.grad(outs, list(leaves.values()), incoming)
     outs = {"mean": outs[0].detach(), "cov": outs[1].detach()}
     return outs | {f"d{name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
+
+
+def assert_reruns_agree(function, inputs: dict[str, Tensor]) -> None:
+    """To the bit."""
+    first, second = (gradients(function, inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def largest_tensor(function, inputs: dict[str, Tensor], **options) -> int:
+    """The elements of the largest tensor that a forward and its backward make."""
+    with LargestTensor() as watched:
+        gradients(function, inputs, **options)
+    return watched.elements

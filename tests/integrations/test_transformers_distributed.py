@@ -20,16 +20,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.dis
 
 def build() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(vocab_size=60, max_position_embeddings=32, **sizes, **no_dropout)
     model = transformers.BertForMaskedLM(config)
     enable_sink_attention(model, sink_token_id=SINK)
     return model.train()

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from tests.helpers.lrea_module import (
     parts,
     positive,
 )
+from tests.helpers.modules import assert_twins, copied_both_ways
 
 # --- The restored form ---
 
@@ -277,13 +277,11 @@ def test_compile_is_one_graph_for_all_sizes():
                 torch.testing.assert_close(traced, eager, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@copied_both_ways
 def test_copies(copied):
     lrea = module()
     targets, behaviors = inputs()
-    twin = copied(lrea)
-    assert torch.equal(*(x(targets, behaviors, OFFSETS, seq_lens=LENGTHS) for x in (lrea, twin)))
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(twin.parameters(), lrea.parameters(), strict=True))
+    assert_twins(copied(lrea), lrea, lambda x: x(targets, behaviors, OFFSETS, seq_lens=LENGTHS))
 
 
 def test_state_dict_round_trip():

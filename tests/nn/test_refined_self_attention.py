@@ -1,6 +1,5 @@
 import copy
 import functools
-import pickle
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from recattn import reference
 from recattn.nn import RefinedSelfAttention
 from recattn.testing import compare_with_reference
+from tests.helpers.modules import assert_twins, copied_both_ways, set_identity_projections
 
 MECHANISMS = ("simple", "value", "additive", "stochastic")
 E, H, N, B = 12, 3, 7, 4
@@ -298,11 +298,7 @@ def test_dropout_statistics():
     """Identity projections show the weights: each is 0 with probability p, else its own 1/(1 - p)-fold."""
     p, samples = 0.3, 4000
     attention = module(heads=1, dropout=p, dtype=torch.float64)
-    with torch.no_grad():
-        attention.in_proj_weight[2 * E :] = torch.eye(E)
-        attention.out_proj.weight.copy_(torch.eye(E))
-        attention.in_proj_bias.zero_()
-        attention.out_proj.bias.zero_()
+    set_identity_projections(attention)
     x = torch.randn(1, N, E, dtype=torch.float64)
     value = torch.eye(N, E, dtype=torch.float64)[None]
     weights = attention.eval()(x, x, value, need_weights=True)[1]
@@ -379,13 +375,11 @@ def test_checkpointing_repeats_the_dropout():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@copied_both_ways
 def test_copies(copied):
     attention = module("additive", per_head=True)
     x, y, _ = inputs(torch.float32)
-    twin = copied(attention)
-    assert torch.equal(twin(x, y, y, is_causal=True)[0], attention(x, y, y, is_causal=True)[0])
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(twin.parameters(), attention.parameters(), strict=True))
+    assert_twins(copied(attention), attention, lambda a: a(x, y, y, is_causal=True)[0])
 
 
 def test_state_dict_round_trip():

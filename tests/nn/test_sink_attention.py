@@ -1,6 +1,5 @@
 import copy
 import functools
-import pickle
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from recattn import inter_sink_bias, reference
 from recattn.nn import SinkAttention
 from recattn.testing import assert_matches_reference
+from tests.helpers.modules import assert_twins, copied_both_ways, set_identity_projections
 
 E, H, N, B, M = 12, 6, 9, 4, 3
 LENGTHS = torch.tensor([9, 4, 0, 1])
@@ -234,11 +234,7 @@ def test_dropout_statistics():
     """Identity projections show the weights: each is 0 with probability p, else its own 1/(1 - p)-fold."""
     p, samples = 0.3, 3000
     attention = module(heads=1, dropout=p, dtype=torch.float64)
-    with torch.no_grad():
-        attention.in_proj_weight[2 * E :] = torch.eye(E)
-        attention.out_proj.weight.copy_(torch.eye(E))
-        attention.in_proj_bias.zero_()
-        attention.out_proj.bias.zero_()
+    set_identity_projections(attention)
     x = torch.randn(1, N, E, dtype=torch.float64)
     value = torch.eye(N, E, dtype=torch.float64)[None]
     beta = torch.randn(1, 1, M, M)
@@ -310,13 +306,11 @@ def test_compile_is_one_graph_for_all_sizes():
                 torch.testing.assert_close(traced, eager, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@copied_both_ways
 def test_copies(copied):
     attention = module(num_kv_heads=3)
     x, *_ = inputs(torch.float32)
-    twin = copied(attention)
-    assert torch.equal(twin(x, x, x, is_causal=True)[0], attention(x, x, x, is_causal=True)[0])
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(twin.parameters(), attention.parameters(), strict=True))
+    assert_twins(copied(attention), attention, lambda a: a(x, x, x, is_causal=True)[0])
 
 
 def test_values_are_not_read_where_that_synchronises():

@@ -158,16 +158,9 @@ class Classifier(nn.Module):
 
         torch.manual_seed(0)
         # No dropout: an evaluation between, which a run resumed after it lacks, moves the random numbers.
-        config = BertConfig(
-            vocab_size=100,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-        self.encoder = BertModel(config, add_pooling_layer=False)
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        self.encoder = BertModel(BertConfig(vocab_size=100, **sizes, **no_dropout), add_pooling_layer=False)
         self.pooling = SinkPooling()
         self.head = nn.Linear(16, 1)
         self.seen = []

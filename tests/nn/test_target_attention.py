@@ -1,7 +1,5 @@
 """DIN's attention beside the formula written out pair by pair, in every form that LREA takes targets in."""
 
-import copy
-import pickle
 from itertools import pairwise
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 
 from recattn.nn import LREA, TargetAttention
 from recattn.testing import assert_matches_reference
+from tests.helpers.modules import assert_twins, copied_both_ways
 
 D, LENGTH = 6, 9
 LENGTHS = torch.tensor([9, 0, 4, 1])
@@ -215,13 +214,11 @@ def test_compile_is_one_graph_for_all_sizes():
                 torch.testing.assert_close(traced, eager)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@copied_both_ways
 def test_copies(copied):
     attention = module()
     targets, behaviors = inputs()
-    twin = copied(attention)
-    assert torch.equal(*(x(targets, behaviors, OFFSETS, seq_lens=LENGTHS) for x in (attention, twin)))
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(twin.parameters(), attention.parameters(), strict=True))
+    assert_twins(copied(attention), attention, lambda x: x(targets, behaviors, OFFSETS, seq_lens=LENGTHS))
 
 
 def test_repr_and_defaults():

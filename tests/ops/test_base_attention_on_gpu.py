@@ -31,11 +31,19 @@ def groups_on_gpu(name: str) -> list[tuple[int, int]]:
     return [(4, 4)] if name == "efficient" else [(4, 4), (4, 2), (4, 1)]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BACKENDS)
+def every_kind(test):
+    """Of every backend, in half precision and for the usual head dims."""
+    for name, values in (
+        ("name", BACKENDS),
+        ("dtype", [torch.bfloat16, torch.float16]),
+        ("dim", [64, 128]),
+        ("causal", [False, True]),
+    ):
+        test = pytest.mark.parametrize(name, values)(test)
+    return pytest.mark.gpu(test)
+
+
+@every_kind
 def test_dense_on_gpu(name, dtype, dim, causal):
     same = {"causal": causal, "dim": dim, "dims": (dim, dim), "dtype": dtype}
     for heads in groups_on_gpu(name):
@@ -45,11 +53,7 @@ def test_dense_on_gpu(name, dtype, dim, causal):
         on_gpu(BACKENDS[name], "tokens first", (3, length), **same)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BACKENDS)
+@every_kind
 def test_packed_on_gpu(name, dtype, dim, causal):
     same = {"causal": causal, "dim": dim, "dims": (dim, dim), "dtype": dtype}
     for heads in groups_on_gpu(name):

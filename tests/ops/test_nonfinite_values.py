@@ -252,24 +252,19 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_maxnumf", maximum)
 
 
+def for_drawn(examples, check):
+    """A Hypothesis test inside one that has a fixture."""
+    settings(max_examples=examples)(given(st.data())(lambda data: check(data.draw)))()
+
+
 @pytest.mark.parametrize("name", PADDED)
 def test_padding_by_triton(name, as_on_a_gpu):
-    @settings(max_examples=1)
-    @given(st.data())
-    def holds(data):
-        padding_changes_nothing(data.draw, name, "triton", torch.float32)
-
-    holds()
+    for_drawn(1, lambda draw: padding_changes_nothing(draw, name, "triton", torch.float32))
 
 
 @pytest.mark.parametrize("name", BY_TRITON)
 def test_valid_entries_by_triton(name, as_on_a_gpu):
-    @settings(max_examples=2)
-    @given(st.data())
-    def holds(data):
-        shows_and_stays(data.draw, name, "triton", torch.float32)
-
-    holds()
+    for_drawn(2, lambda draw: shows_and_stays(draw, name, "triton", torch.float32))
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)

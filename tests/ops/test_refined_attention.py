@@ -9,6 +9,7 @@ from benchmarks.harness.memory import cpu_allocations, peak_memory
 from recattn import reference, refined_attention
 from recattn.testing import assert_matches_reference
 from tests.helpers.by_differences import stochastic_by_differences
+from tests.helpers.refined_inputs import views_of
 
 MECHANISMS = ("simple", "value", "additive", "stochastic")
 SOURCES = ("logits", "weights")
@@ -207,12 +208,7 @@ def test_cpu_float64_is_float64(mechanism):
 def test_cpu_views(mechanism):
     """Heads behind tokens, a cut last axis, a transposed matrix."""
     inputs = draw(mechanism, n=20, r=20)
-    views = {
-        "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2),
-        "k": torch.cat([inputs["k"]] * 2, dim=-1)[..., :16],
-        "v": inputs["v"].mT.contiguous().mT,
-        "w_q": inputs["w_q"].T.contiguous().T,
-    }
+    views = views_of(inputs)
     check(inputs | views, mechanism=mechanism)
     check(inputs | views, mechanism=mechanism, seq_lens=torch.tensor([20, 4, 7]))
 

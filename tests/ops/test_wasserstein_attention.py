@@ -12,8 +12,7 @@ from recattn import reference
 from recattn.ops.refined_attention import chunked as slices
 from recattn.testing import assert_matches_reference
 from tests.helpers.by_differences import wasserstein_by_differences
-from tests.helpers.memory import LargestTensor
-from tests.helpers.wasserstein_inputs import NAMES, draw, gradients, with_offset
+from tests.helpers.wasserstein_inputs import NAMES, assert_reruns_agree, draw, gradients, largest_tensor, with_offset
 
 SOURCES = ("logits", "weights")
 PADDINGS = [(None, "right"), ([3, 0], "right"), ([3, 0], "left")]
@@ -336,17 +335,14 @@ def test_one_tensor_for_several_arguments():
 @pytest.mark.parametrize("rank", [None, 50])
 def test_cpu_reruns_are_bitwise_equal(rank):
     inputs = draw(b=20, n=50, rank=rank, dtype=torch.float32)
-    first, second = (gradients(cpu, inputs) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_reruns_agree(cpu, inputs)
 
 
 @pytest.mark.parametrize("rank, source", [(None, "logits"), (16, "logits"), (16, "weights")])
 def test_cpu_has_no_tensor_of_n_squared_elements(rank, source):
     n = 1024
     inputs = draw(b=1, h=1, n=n, d=16, dv=16, rank=rank, source=source, dtype=torch.float32)
-    with LargestTensor() as watched:
-        gradients(cpu, inputs, source=source)
-    assert watched.elements <= n * n // 8
+    assert largest_tensor(cpu, inputs, source=source) <= n * n // 8
 
 
 # --- The operators ---

@@ -31,6 +31,7 @@ from tests.helpers.corrected_attention import (
     strided_copy,
     unbiased_attention,
     unbiased_scores,
+    with_bias,
 )
 
 
@@ -75,9 +76,9 @@ def test_heads(Hq, Hkv, bias_heads):
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 @pytest.mark.parametrize("bias", ["-50", "30"])
 def test_ragged(bias, layout, causal):
-    inputs = random_inputs(129, 70, Hq=1, lengths=[129, 0, 1, 64, 0], layout=layout, causal=causal)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
-    assert_corrects(inputs)
+    assert_corrects(
+        with_bias(random_inputs(129, 70, Hq=1, lengths=[129, 0, 1, 64, 0], layout=layout, causal=causal), bias)
+    )
 
 
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
@@ -90,23 +91,18 @@ def test_ragged_float16(layout):
 @pytest.mark.parametrize("bias", BIASES)
 def test_bias_range(bias, M, causal):
     """Every token a sink: no key but the suppressed ones is left to carry a row."""
-    inputs = random_inputs(63, M, B=1, causal=causal)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
-    assert_corrects(inputs)
+    assert_corrects(with_bias(random_inputs(63, M, B=1, causal=causal), bias))
 
 
 @pytest.mark.parametrize("bias", ["-50", "200", "some -inf", "all -inf"])
 def test_bias_range_float16(bias):
-    inputs = random_inputs(63, 63, B=1, dtype=torch.float16, causal=True)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
-    assert_corrects(inputs)
+    assert_corrects(with_bias(random_inputs(63, 63, B=1, dtype=torch.float16, causal=True), bias))
 
 
 @pytest.mark.parametrize("logit", [-math.inf, -3.0, 5.0])
 @pytest.mark.parametrize("bias", ["30", "-50", "all -inf"])
 def test_sink_logits(bias, logit):
-    inputs = random_inputs(63, 63, Hq=2, lengths=[63, 20], layout="packed", causal=True)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    inputs = with_bias(random_inputs(63, 63, Hq=2, lengths=[63, 20], layout="packed", causal=True), bias)
     inputs["sink_logits"] = logit + torch.randn(4)[::2].to(inputs["q"].device)
     assert_corrects(inputs)
 
@@ -149,8 +145,7 @@ def test_small_bias_relative_accuracy(bias):
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 @pytest.mark.parametrize("bias", ["30", "-50"])
 def test_touches_sink_rows_only(bias, layout):
-    inputs = random_inputs(63, 30, lengths=[63, 0, 41], layout=layout, causal=True)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    inputs = with_bias(random_inputs(63, 30, lengths=[63, 0, 41], layout=layout, causal=True), bias)
     before, after = base(inputs), base(inputs)
     correct(inputs, *after)
     rows = torch.zeros_like(after[1], dtype=torch.bool)  # as lse
@@ -169,8 +164,7 @@ def test_touches_sink_rows_only(bias, layout):
 @pytest.mark.parametrize("bias", ["small", "-1.5", "all -inf"])
 def test_sink_state(bias, layout):
     """The probabilities of sink pairs, which rows were done again, and nothing where a sink is ignored."""
-    inputs = random_inputs(40, 40, lengths=[40, 0, 25], layout=layout, causal=True)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    inputs = with_bias(random_inputs(40, 40, lengths=[40, 0, 25], layout=layout, causal=True), bias)
     out, lse = base(inputs)
     shift, mass = correct(inputs, out, lse)
     promoted = {

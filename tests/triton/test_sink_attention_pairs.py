@@ -33,6 +33,7 @@ from tests.helpers.corrected_attention import (
     reference_attention,
     strided_copy,
     unbiased_scores,
+    with_bias,
 )
 
 GRADS = ("q", "k", "v", "inter_sink_bias")
@@ -63,9 +64,9 @@ def test_heads(suppressed, Hq, Hkv, bias_heads):
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 @pytest.mark.parametrize("bias, causal", [("-50", False), ("30", True)])
 def test_ragged(bias, causal, layout):
-    inputs = random_inputs(129, 64, Hq=1, lengths=[129, 0, 1, 64, 0], layout=layout, causal=causal)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
-    assert_corrects(inputs)
+    assert_corrects(
+        with_bias(random_inputs(129, 64, Hq=1, lengths=[129, 0, 1, 64, 0], layout=layout, causal=causal), bias)
+    )
 
 
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
@@ -78,23 +79,18 @@ def test_ragged_float16(layout):
 @pytest.mark.parametrize("M, causal", [(30, False), (63, True)])
 @pytest.mark.parametrize("bias", BIASES)
 def test_bias_range(bias, M, causal):
-    inputs = random_inputs(63, M, B=1, causal=causal)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
-    assert_corrects(inputs)
+    assert_corrects(with_bias(random_inputs(63, M, B=1, causal=causal), bias))
 
 
 @pytest.mark.parametrize("bias", ["-50", "200", "some -inf", "all -inf"])
 def test_bias_range_float16(bias):
-    inputs = random_inputs(63, 63, B=1, dtype=torch.float16, causal=True)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
-    assert_corrects(inputs)
+    assert_corrects(with_bias(random_inputs(63, 63, B=1, dtype=torch.float16, causal=True), bias))
 
 
 @pytest.mark.parametrize("logit", [-math.inf, 5.0])
 @pytest.mark.parametrize("bias", ["30", "-50", "-1.5"])
 def test_sink_logits(bias, logit):
-    inputs = random_inputs(40, 40, Hq=1, lengths=[40, 20], layout="packed", causal=True)
-    inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
+    inputs = with_bias(random_inputs(40, 40, Hq=1, lengths=[40, 20], layout="packed", causal=True), bias)
     inputs["sink_logits"] = logit + torch.randn(1, device=inputs["q"].device)
     assert_corrects(inputs)
 

@@ -10,8 +10,7 @@ import recattn
 from recattn import reference
 from recattn.ops import wasserstein_attention as ops
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three
-from tests.helpers.memory import LargestTensor
-from tests.helpers.wasserstein_inputs import NAMES, draw, gradients, with_offset
+from tests.helpers.wasserstein_inputs import NAMES, assert_reruns_agree, draw, gradients, largest_tensor, with_offset
 
 pytest.importorskip("triton")
 
@@ -152,17 +151,14 @@ def test_nothing_to_do(sizes, rank):
 
 def test_reruns_agree_to_the_bit():
     inputs = draw_here(n=129)
-    first, second = (gradients(by_triton, inputs) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_reruns_agree(by_triton, inputs)
 
 
 @pytest.mark.parametrize("rank, source", [(None, "logits"), (16, "logits"), (16, "weights")])
 def test_no_tensor_of_n_squared_elements(rank, source):
     n = 512
     inputs = draw_here(b=1, h=1, n=n, d=8, dv=8, rank=rank, source=source, dtype=torch.float16)
-    with LargestTensor() as watched:
-        gradients(by_triton, inputs, source=source)
-    assert watched.elements <= n * n // 4
+    assert largest_tensor(by_triton, inputs, source=source) <= n * n // 4
 
 
 # --- Dropout ---

@@ -1,0 +1,14 @@
+"""Inputs of refined_attention."""
+
+import torch
+from torch import Tensor
+
+
+def views_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """q, k, v and w_q with the same values: heads behind tokens, a cut last axis, a transposed last axis and matrix."""
+    return {
+        "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2),
+        "k": torch.cat([inputs["k"]] * 2, dim=-1)[..., : inputs["k"].shape[-1]],
+        "v": inputs["v"].mT.contiguous().mT,
+        "w_q": inputs["w_q"].T.contiguous().T,
+    }
