@@ -27,7 +27,7 @@ def verify_checksum(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[s
     version = saved.get("format_version")
     known = isinstance(version, Tensor) and version.numel() == 1 and version.item() == FORMAT_VERSION
     advice = "save it anew with the recattn that wrote it, or put its states without a check"
-    expect(known, "format_version of state", f"{FORMAT_VERSION} ({advice})", _without_tensor(version))
+    expect(known, "format_version of state", f"{FORMAT_VERSION} ({advice})", _printable(version))
     needed = ("format_version", *names, "checksum")
     expected = f"a dict of {', '.join(needed)} (load it into a table of the dtype that it was saved from)"
     expect(set(saved) == set(needed), "state", expected, ", ".join(map(str, saved)))
@@ -37,7 +37,7 @@ def verify_checksum(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[s
     computed = _checksum(states)
     intact = checksum.numel() == 1 and checksum.item() == computed
     expected = f"{computed}, that of its tensors (the state is damaged: load another copy)"
-    expect(intact, "checksum of state", expected, _without_tensor(checksum))
+    expect(intact, "checksum of state", expected, _printable(checksum))
     del states["format_version"]
     return states
 
@@ -52,5 +52,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     return checksum
 
 
-def _without_tensor(value: object) -> object:
+def _printable(value: object) -> object:
     return value.tolist() if isinstance(value, Tensor) else value
