@@ -10,6 +10,7 @@ meta tensors, and so repeats nothing of how they make up a kernel's arguments:
 """
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -139,7 +140,7 @@ def _type(parameter: object, value: object) -> Type:
         return "constexpr"
     if isinstance(value, tuple):
         types = [_type(parameter, field) for field in value]
-        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        return _tuple_of_types(type(value))(*types) if hasattr(value, "_fields") else tuple(types)
     if isinstance(value, Tensor):
         return f"*{_TYPE_NAMES[value.dtype]}:16"
     if isinstance(value, float):
@@ -150,6 +151,19 @@ def _type(parameter: object, value: object) -> Type:
     if value == 1:
         return "constexpr"
     return f"{width}:16" if value % 16 == 0 else width
+
+
+@functools.cache
+def _tuple_of_types(kind: type) -> type:
+    """A NamedTuple's class for the types of its fields, which splits at ":" as the type of a single argument does.
+
+    What knows single arguments alone can so compile it, without the divisors of the fields.
+    """
+
+    def partition(types, separator: str) -> tuple[tuple, str, str]:
+        return type(types)(*(field.partition(separator)[0] for field in types)), "", ""
+
+    return type(kind.__name__, (kind,), {"_fields": kind._fields, "partition": partition})
 
 
 def _leaves(path: tuple, kind: Type, value: object) -> Iterator[tuple[tuple, str, object]]:
