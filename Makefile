@@ -26,8 +26,9 @@ gpu:
 gpu-bench:
 	$(GPU) --bench $(if $(filter-out 0,$(PROFILE)),--profile)
 
+# All tests, or with OP=sink_attention those of one operator: tests/README.md
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(if $(OP),-k $(OP))
 
 # The operators' CPU tests again, at each instruction set below the processor's best
 test-isa: $(INSTALLED)
