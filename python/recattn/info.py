@@ -1,4 +1,4 @@
-"""What was built, what each operator would run on here, and why anything is missing."""
+"""What was built, what each operator runs on here, and why something is missing."""
 
 import platform
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def _builds() -> Iterator[str]:
 
 
 def _operators() -> Iterator[str]:
-    """One line an operator: what runs where when `impl` is not given."""
+    """One line per operator: what runs on each device without `impl`."""
     width = max(map(len, UNSUPPORTED_REASONS))
     yield f"{'runs on':{width}}  " + "  ".join(f"{device:12}" for device in DEVICES).rstrip()
     for op, unsupported_reasons in UNSUPPORTED_REASONS.items():
@@ -54,6 +54,6 @@ def _reasons() -> Iterator[str]:
 
 
 def _compiler() -> str:
-    from recattn._slot_map import build_info  # only there when something was built
+    from recattn._slot_map import build_info  # exists only if something was built
 
     return build_info()["compiler"]

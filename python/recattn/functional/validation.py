@@ -1,4 +1,4 @@
-"""Checks of the values of index tensors, which cost a device synchronisation on a GPU."""
+"""Checks of the values of index tensors. On a GPU they cost a device synchronisation."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from recattn.ops._support import constant_in_graphs
 
 
 class Indices(NamedTuple):
-    """The index tensors of a call, as the public functions name them."""
+    """The index tensors of a call, named as in the public functions."""
 
     sink_positions: Tensor | None = None
     seq_lens: Tensor | None = None
@@ -37,10 +37,10 @@ def validate(
     num_slots: int | None = None,
     num_items: int | None = None,
 ) -> None:
-    """Check the values of the index tensors of a call, on any device, named as the public functions name them.
+    """Check the values of a call's index tensors, on any device. Arguments are named as in the public functions.
 
-    On a CPU the functions do this themselves. On a GPU it costs a synchronisation, so it is yours to call while you
-    develop; the environment variable RECATTN_CHECK=1 makes every call do it.
+    On a CPU the public functions do this themselves. On a GPU it costs a synchronisation, so call it while you develop;
+    with the environment variable RECATTN_CHECK=1 every call does it.
 
     Args:
         sink_positions: [B, M], strictly ascending below `seq_len`, padded with -1 at the end; with `cu_seqlens`,
@@ -49,12 +49,12 @@ def validate(
         cu_seqlens: [B + 1], from 0 to `num_tokens`, never descending.
         target_offsets: [U + 1], from 0 to `num_targets`, never descending.
         slots: [U], between 0 and `num_slots` - 1.
-        item_ids: [T] or [U, L], between 0 and `num_items` - 1; [U, L] with `seq_lens` only where they say that an item
-            stands.
+        item_ids: [T] or [U, L], between 0 and `num_items` - 1; for [U, L] with `seq_lens`, only the first seq_lens[u]
+            of each user count.
         seq_len, num_tokens, num_targets, num_slots, num_items: N, T (packed tokens), T (targets), S and I of the call.
 
     Raises:
-        ValueError: names the argument, what was expected, and what came: the first entry that is not right.
+        ValueError: names the argument, what was expected, and the first wrong entry.
     """
     given = Indices(sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids)
     sizes: dict[str, int] = {}
@@ -88,7 +88,10 @@ def checked_indices(
     num_items: int | None = None,
     **indices: Tensor | None,
 ) -> Indices:
-    """Copies that passed `validate`, in a compiled graph too; the tensors themselves where a check is not free."""
+    """Copies of the index tensors, checked as by `validate`, also in a compiled graph.
+
+    Where a check would cost a synchronisation, the tensors themselves, unchecked.
+    """
     given = Indices(**indices)
     if not values_are_checked(device):
         return given
@@ -96,9 +99,10 @@ def checked_indices(
 
 
 def expect_values(holds: Tensor, expected: str, got: Callable[..., object]) -> None:
-    """Refuse a call, where `values_are_checked`, unless `holds` is all True; `got` takes the index of the first that is
-    not. Python sees no values of a compiled call: there `expected` alone is a RuntimeError when the graph runs (on a
-    GPU an assertion of the device).
+    """Raise a ValueError unless `holds` is all True; `got` describes the first False by its index.
+
+    Call it only where `values_are_checked`. A compiled graph cannot read values in Python: it raises a RuntimeError
+    with `expected` alone when it runs (on a GPU a device-side assertion).
     """
     if torch.compiler.is_compiling():
         torch._assert_async(holds.all(), expected)
@@ -107,7 +111,7 @@ def expect_values(holds: Tensor, expected: str, got: Callable[..., object]) -> N
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Reading a tensor's values costs a synchronisation on a GPU."""
+    """Whether calls check index values: on a CPU always, on a GPU with RECATTN_CHECK=1 (it costs a synchronisation)."""
     return device.type == "cpu" or (device.type != "meta" and _always_checked())
 
 

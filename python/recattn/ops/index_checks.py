@@ -1,7 +1,7 @@
-"""The checks of index values as operators, which a compiled or exported graph makes like an eager call.
+"""The checks of index values as operators, so that compiled and exported graphs make them too.
 
-Each returns a copy of what it checked. Whatever computes with the copy keeps the check in the graph, and no thread of a
-caller can change what was checked.
+Each returns a copy of what it checked. Computing with the copy keeps the check in the graph, and another thread of the
+caller cannot change it.
 """
 
 from collections.abc import Callable

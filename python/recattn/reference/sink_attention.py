@@ -31,28 +31,26 @@ def sink_attention(
         return (out, lse) if return_lse else out
 
     valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, padding_side, q.device)  # [B, N]
-    if seq_lens is not None:  # whatever padding holds, NaN included, must not reach a product
+    if seq_lens is not None:  # padding may hold NaN, which a product with 0 would keep
         q, k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
 
-    scores = scale * (q @ k.transpose(-2, -1)) + dense_bias(
-        sink_positions, inter_sink_bias, q.shape[2]
-    )  # [B, Hq, N, N]
-    visible = visible_pairs(valid, causal)
-    scores = scores.masked_fill(~visible, -math.inf)
+    bias = dense_bias(sink_positions, inter_sink_bias, q.shape[2])
+    scores = scale * (q @ k.transpose(-2, -1)) + bias  # [B, Hq, N, N]
+    scores = scores.masked_fill(~visible_pairs(valid, causal), -math.inf)
     if sink_logits is not None:
         column = sink_logits[:, None, None].to(scores.dtype).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column.masked_fill(~valid[:, None, :, None], -math.inf)], dim=-1)
-    weights = softmax_or_zeros(scores)[..., : k.shape[2]]
-    out = F.dropout(weights, dropout_p).to(v.dtype) @ v
+    p = softmax_or_zeros(scores)[..., : k.shape[2]]
+    out = F.dropout(p, dropout_p).to(v.dtype) @ v
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     lse = torch.logsumexp(scores.detach().to(lse_dtype), dim=-1)
     return (out, lse) if return_lse else out
 
 
 def valid_tokens(batch: int, length: int, seq_lens: Tensor | None, padding_side: str, device: torch.device) -> Tensor:
-    """[B, N], True where a token is no padding."""
+    """[B, N], True at tokens, False at padding."""
     position = torch.arange(length, device=device)
     if seq_lens is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -61,23 +59,23 @@ def valid_tokens(batch: int, length: int, seq_lens: Tensor | None, padding_side:
 
 
 def visible_pairs(valid: Tensor, causal: bool) -> Tensor:
-    """[B, 1, N, N], True where query i may see key j."""
+    """[B, 1, N, N], True where query i sees key j."""
     visible = valid[:, None, :, None] & valid[:, None, None, :]
     return visible.tril() if causal else visible
 
 
 def softmax_or_zeros(scores: Tensor) -> Tensor:
-    """Softmax over the last axis; a row of -inf gives zeros, and zero gradients."""
+    """Softmax over the last axis. A row of -inf gives zeros and zero gradients."""
     empty = (scores == -math.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
 
 
 def dense_bias(sink_positions: Tensor, inter_sink_bias: Tensor, length: int) -> Tensor:
-    """β as [B, 1 or Hq, N, N]: entry (s(i), s(j)) of the bias where tokens i and j are both sinks, else 0."""
+    """β [B, 1 or Hq, N, N]: entry (s(i), s(j)) of the bias if tokens i and j are both sinks, else 0."""
     batch, sinks = sink_positions.shape
     if sinks == 0:
         return inter_sink_bias.sum()  # 0, and differentiable
-    # Padded sinks land in a last row and column, which are cut off.
+    # Padded sinks go to an extra last row and column, which are cut off.
     positions = sink_positions.long().masked_fill(sink_positions < 0, length)
     b = torch.arange(batch, device=positions.device)[:, None, None, None]
     h = torch.arange(inter_sink_bias.shape[1], device=positions.device)[:, None, None]
