@@ -6,14 +6,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from recattn._options import SinkAttentionOptions
 from recattn.reference.sink_attention import sink_attention as reference
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
-from recattn.triton_kernels.sink_attention.correction import (
+from recattn.triton_kernels.sink_attention import (
     CorrectionConfig,
+    Lengths,
+    PairsConfig,
+    SinkInputs,
     launch_sink_attention_correction_delta,
     launch_sink_attention_correction_fwd,
+    launch_sink_attention_pairs_bwd,
 )
-from recattn.triton_kernels.sink_attention.sink_pairs import PairsConfig, launch_sink_attention_pairs_bwd
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
@@ -132,29 +136,31 @@ class CorrectedAttention(torch.autograd.Function):
     ):
         context = (seq_lens, cu_seqlens)
         out, lse = unbiased_attention(q, k, v, sink_logits, *context, **settings)
-        sink_state = launch_sink_attention_correction_fwd(
-            *(q, k, v, out, lse, sink_positions, inter_sink_bias, sink_logits, *context),
-            **settings,
+        sink_stats = launch_sink_attention_correction_fwd(
+            *(q, k, v, out, lse, SinkInputs(sink_positions, inter_sink_bias, sink_logits), Lengths(*context)),
+            options=SinkAttentionOptions(**settings),
             config=correction_tiles,
         )
-        # Nothing reads the state of ignored sinks.
-        sink_state = sink_state.masked_fill(sink_state[1] == 0, math.nan)
-        ctx.save_for_backward(q, k, v, out, lse, sink_positions, inter_sink_bias, sink_state, *context)
+        # Nothing reads the statistics of ignored sinks.
+        sink_stats = sink_stats.masked_fill(sink_stats[1] == 0, math.nan)
+        ctx.save_for_backward(q, k, v, out, lse, sink_positions, inter_sink_bias, sink_stats, *context)
         ctx.settings, ctx.pairs_tiles = settings, pairs_tiles
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _):
-        q, k, v, out, lse, sink_positions, inter_sink_bias, sink_state, *context = ctx.saved_tensors
+        q, k, v, out, lse, sink_positions, inter_sink_bias, sink_stats, *context = ctx.saved_tensors
         base_lse = lse.clone()
         sink_delta = launch_sink_attention_correction_delta(
-            *(out, dout, sink_positions, sink_state, base_lse, *context), left_padded=ctx.settings["left_padded"]
+            *(out, dout, sink_positions, sink_stats, base_lse, Lengths(*context)),
+            left_padded=ctx.settings["left_padded"],
         )
         dq, dk, dv = unbiased_gradients(dout, q, k, v, out, base_lse, *context, **ctx.settings)
         dbias = launch_sink_attention_pairs_bwd(
-            *(q, k, v, dout, sink_positions, inter_sink_bias, sink_state, sink_delta, dq, dk, dv, *context, None, 0),
-            **ctx.settings,
+            *(q, k, v, dout, sink_stats, sink_delta, (dq, dk, dv)),
+            *(SinkInputs(sink_positions, inter_sink_bias), Lengths(*context)),
+            options=SinkAttentionOptions(**ctx.settings),
             corrects=True,
             config=ctx.pairs_tiles,
         )

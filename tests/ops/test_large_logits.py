@@ -7,6 +7,7 @@ import torch
 
 import recattn
 from recattn import reference
+from recattn._options import SinkAttentionOptions
 from tests.helpers.sink_inputs import draw
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -98,20 +99,21 @@ def test_correction_kernel(corrected, size, causal):
 
 def test_correction_kernel_redoes_what_rounds(corrected):
     """A base whose scores were rounded otherwise: its log-sum-exp is not one of the kernel's scores."""
-    from recattn.triton_kernels.sink_attention.correction import launch_sink_attention_correction_fwd
+    from recattn.triton_kernels.sink_attention import Lengths, SinkInputs, launch_sink_attention_correction_fwd
 
     inputs = corrected.random_inputs(24, 8, B=1, D=16)
     inputs["q"] *= 1e9
     expected, lse = reference.sink_attention(**inputs, return_lse=True)
     for ulps in (-3, 3):
         out, base_lse = expected.new_full(expected.shape, math.nan), (lse + ulps * 64).contiguous()
-        state = launch_sink_attention_correction_fwd(
+        stats = launch_sink_attention_correction_fwd(
             *(inputs[name] for name in "qkv"),
-            *(out, base_lse, inputs["sink_positions"], inputs["inter_sink_bias"], None, None, None),
-            **{"causal": False, "left_padded": False, "scale": corrected.SCALE, "config": corrected.CORRECTION_TILES},
+            *(out, base_lse, SinkInputs(inputs["sink_positions"], inputs["inter_sink_bias"]), Lengths(None, None)),
+            options=SinkAttentionOptions(causal=False, left_padded=False, scale=corrected.SCALE),
+            config=corrected.CORRECTION_TILES,
         )
         sinks = inputs["sink_positions"][0]
-        assert (state[1] < 0).all()
+        assert (stats[1] < 0).all()
         torch.testing.assert_close(out[:, :, sinks], expected[:, :, sinks])
 
 

@@ -12,20 +12,21 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common import launch
 from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
 from recattn.triton_kernels.lrea import compress, core, jagged
 from recattn.triton_kernels.refined_attention import projection, short
 from recattn.triton_kernels.sink_attention import (
+    Lengths,
+    SinkInputs,
     launch_sink_attention_bwd,
-    launch_sink_attention_fwd,
-    launch_sink_attention_streams,
-)
-from recattn.triton_kernels.sink_attention.correction import (
     launch_sink_attention_correction_delta,
     launch_sink_attention_correction_fwd,
+    launch_sink_attention_fwd,
+    launch_sink_attention_pairs_bwd,
+    launch_sink_attention_streams,
 )
-from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
 from recattn.triton_kernels.wasserstein_attention import (
     launch_wasserstein_attention_bwd,
     launch_wasserstein_attention_fwd,
@@ -90,26 +91,26 @@ def assert_last_alone(operator, inputs: dict[str, Tensor], last: dict[str, Tenso
 
 def sink_attention(q, k, v, dout, sink_positions, inter_sink_bias, cu_seqlens=None) -> dict[str, Tensor]:
     """The fused path, and the correction of its own output without bias."""
-    sequences, order = (None, cu_seqlens), {"causal": False, "left_padded": False, "scale": D**-0.5}
-    sinks = (sink_positions, inter_sink_bias)
-    streams = launch_sink_attention_streams(q, sink_positions, *sequences, left_padded=False)
+    lengths, options = Lengths(None, cu_seqlens), SinkAttentionOptions(causal=False, left_padded=False, scale=D**-0.5)
+    streams = launch_sink_attention_streams(q, sink_positions, lengths, left_padded=False)
     outs = {}
     for prefix, bias in (("", inter_sink_bias), ("corrected ", torch.zeros(()).expand_as(inter_sink_bias))):
-        out, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
+        out, *grads = (torch.empty_like(x) for x in (q, q, k, v))
+        dq, dk, dv = grads
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        state = torch.zeros(2, sink_positions.shape[0], q.shape[1], M)
-        fused = (sink_positions, bias, *sequences, streams)
-        launch_sink_attention_fwd(q, k, v, out, lse, state, sink_positions, bias, None, *sequences, streams, **order)
-        delta = launch_sink_attention_bwd(q, k, v, out, dout, lse, state, dq, dk, dv, *fused, **order)
-        pairs = (None, dk, dv)
+        stats = torch.zeros(2, sink_positions.shape[0], q.shape[1], M)
+        fused = (SinkInputs(sink_positions, bias), lengths, streams)
+        launch_sink_attention_fwd(q, k, v, out, lse, stats, *fused, options=options)
+        delta = launch_sink_attention_bwd(q, k, v, out, dout, lse, stats, grads, *fused, options=options)
+        sinks, of_pairs = SinkInputs(sink_positions, inter_sink_bias), (None, dk, dv)
         if prefix:
-            state = launch_sink_attention_correction_fwd(q, k, v, out, lse, *sinks, None, *sequences, **order)
+            stats = launch_sink_attention_correction_fwd(q, k, v, out, lse, sinks, lengths, options=options)
             delta = launch_sink_attention_correction_delta(
-                out, dout, sink_positions, state, lse, *sequences, left_padded=False
+                out, dout, sink_positions, stats, lse, lengths, left_padded=False
             )
-            pairs = (dq, dk, dv)
+            of_pairs = grads
         dbias = launch_sink_attention_pairs_bwd(
-            q, k, v, dout, *sinks, state, delta, *pairs, *sequences, None, 0, corrects=bool(prefix), **order
+            q, k, v, dout, stats, delta, of_pairs, sinks, lengths, options=options, corrects=bool(prefix)
         )
         made = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias}
         outs |= {prefix + name: x for name, x in made.items()}

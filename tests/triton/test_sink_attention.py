@@ -13,11 +13,24 @@ import triton.language as tl
 
 import recattn
 from recattn import reference
+from recattn._options import SinkAttentionOptions
 from recattn.ops import sink_attention as ops
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.common.dropout import dropout_weights
-from recattn.triton_kernels.sink_attention import forward as kernels
-from recattn.triton_kernels.sink_attention.config import TILES, SinkAttentionConfig
+from recattn.triton_kernels.sink_attention import (
+    Lengths,
+    SinkAttentionConfig,
+    SinkInputs,
+    Streams,
+    TileConfig,
+    config,
+    launch_sink_attention_bwd,
+    launch_sink_attention_fwd,
+    launch_sink_attention_streams,
+)
+from recattn.triton_kernels.sink_attention.config import TILES
+from recattn.triton_kernels.sink_attention.split_tokens import number_of_tiles, sequence_of_tile
+from tests.compile_table.compilation import Compilation, recorded
 from tests.helpers.memory import LargestTensor
 from tests.helpers.sink_inputs import draw, draw_packed
 
@@ -279,7 +292,7 @@ def test_dropout_under_checkpointing():
 
 @triton.jit
 def store_sequence_of_tile_kernel(cu_seqlens, out, B, T, BLOCK: tl.constexpr, SPARE: tl.constexpr):
-    batch, tile = kernels.sequence_of_tile(tl.program_id(0), B, T, cu_seqlens, BLOCK, SPARE)
+    batch, tile = sequence_of_tile(tl.program_id(0), B, T, cu_seqlens, BLOCK, SPARE)
     tl.store(out + 2 * tl.program_id(0), batch)
     tl.store(out + 2 * tl.program_id(0) + 1, tile)
 
@@ -290,7 +303,7 @@ def test_every_tile_of_packed_sequences_is_found(sequences, first_token):
     """Once, in order, and none of a sequence that begins later; tokens before the first sequence are of none."""
     cu_seqlens = torch.cat([torch.tensor([first_token]), torch.randint(0, 40, (sequences,))]).cumsum(0)
     T = int(cu_seqlens[-1])
-    tiles = kernels.number_of_tiles(sequences, T, cu_seqlens, 16, 1)
+    tiles = number_of_tiles(sequences, T, cu_seqlens, 16, 1)
     found = torch.full((tiles, 2), -1, device=DEVICE)
     store_sequence_of_tile_kernel[(tiles,)](cu_seqlens.to(DEVICE), found, sequences, T, 16, 1)
     nobodys, found = found[: first_token // 16].cpu(), found[first_token // 16 :].cpu()
@@ -355,37 +368,34 @@ def test_functional_call():
     assert torch.autograd.grad(out.sum(), bias)[0].abs().max() > 0
 
 
-def signature(kernel, B: int, N: int, M: int) -> dict:
-    """What a launch on these sizes compiles for."""
+def compilations(B: int, N: int, M: int) -> list[Compilation]:
+    """What the launches on these sizes compile."""
     q, kv = (torch.empty(B, heads, N, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 4))
-    positions = torch.empty(B, M, dtype=torch.int64, device="meta")
-    streams = kernels.Streams(
+    lse, stats = torch.empty(B, 8, N, device="meta"), torch.empty(2, B, 8, M, device="meta")
+    positions, bias = torch.empty(B, M, dtype=torch.int64, device="meta"), torch.empty(B, 1, M, M, device="meta")
+    lengths = Lengths(None, None)
+    streams = Streams(
         torch.empty(B, N, dtype=torch.int8, device="meta"),
         torch.empty(B, N, dtype=torch.int32, device="meta"),
         torch.empty(B, 2, dtype=torch.int32, device="meta"),
     )
-    row = torch.empty(B, 8, N, device="meta")
-    tensors = dict.fromkeys(("q", "out", "dout", "dq"), q) | dict.fromkeys(("k", "v", "dk", "dv"), kv)
-    tensors |= dict.fromkeys(("lse", "delta", "sink_delta", "sink_state"), row)
-    tensors |= dict.fromkeys(("seq_lens", "cu_seqlens", "sink_logits"))
-    tensors |= {"sink_positions": positions, "inter_sink_bias": torch.empty(B, 1, M, M, device="meta")}
-    tensors |= {"streams": streams, "dropout": kernels.NO_DROPOUT}
-    options = {"causal": N % 2 == 0, "left_padded": False, "scale": 1 / N}
-    config = kernels.TileConfig(64, 64, 4, 2)
-    if kernel is kernels.sink_attention_streams_kernel:
-        arguments = kernels._stream_arguments(streams, positions, None, None, False, N)
-    else:
-        arguments = kernels._arguments(kernel, tensors, options, config)
-    compilation = kernels.Compilation.of(kernel, "", 90, arguments, 4, 2)
-    return {"signature": compilation.signature, "constexprs": compilation.constexprs}
+    rest = (SinkInputs(positions, bias), lengths, streams)
+    options = SinkAttentionOptions(causal=N % 2 == 0, left_padded=False, scale=1 / N)
+    backward = (q, kv, kv, q, q, lse, stats, (q, kv, kv))
+    return [
+        *recorded("", 90, launch_sink_attention_streams, q, positions, lengths, left_padded=False),
+        *recorded("", 90, launch_sink_attention_fwd, q, kv, kv, q, lse, stats, *rest, options=options),
+        *recorded("", 90, launch_sink_attention_bwd, *backward, *rest, options=options),
+    ]
 
 
 @pytest.mark.parametrize("name", ["streams", "fwd", "bwd_dq", "bwd_dkdv"])
 def test_no_recompile_for_other_sizes(name):
-    kernel = getattr(kernels, f"sink_attention_{name}_kernel")
     sizes = [(8, 4096, 400), (1, 512, 49), (16, 77, 16), (3, 1, 1)]
-    signatures = [signature(kernel, *size) for size in sizes]
-    assert all(other == signatures[0] for other in signatures[1:])
+    made = [
+        {made.kernel.__name__: made for made in compilations(*size)}[f"sink_attention_{name}_kernel"] for size in sizes
+    ]
+    assert all(other == made[0] for other in made[1:])
 
 
 # --- Launch parameters ---
@@ -394,12 +404,12 @@ def test_no_recompile_for_other_sizes(name):
 def test_autotuned_launches(monkeypatch):
     """With one candidate, all that the interpreter can try."""
     monkeypatch.setenv("RECATTN_AUTOTUNE", "1")
-    monkeypatch.setattr(kernels, "candidates", lambda kernel, kind: [kernels.TileConfig(32, 32, 4, 1)])
-    kernels._autotuned.cache_clear()
+    monkeypatch.setattr(config, "candidates", lambda name, kind: [TileConfig(32, 32, 4, 1)])
+    config.autotuned.cache_clear()
     try:
         assert_fused({**small(length=70), "causal": True})
     finally:
-        kernels._autotuned.cache_clear()
+        config.autotuned.cache_clear()
 
 
 def test_every_head_dim_has_tiles():

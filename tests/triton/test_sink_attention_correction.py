@@ -8,17 +8,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from recattn._options import SinkAttentionOptions
 from recattn.testing import assert_matches_reference, measure_error
-from recattn.triton_kernels.common.compilation import Compilation
-from recattn.triton_kernels.sink_attention.correction import (
+from recattn.triton_kernels.sink_attention import (
     CorrectionConfig,
-    _delta_arguments,
-    _fwd_arguments,
+    Lengths,
+    SinkInputs,
     launch_sink_attention_correction_delta,
     launch_sink_attention_correction_fwd,
-    sink_attention_correction_delta_kernel,
-    sink_attention_correction_fwd_kernel,
 )
+from tests.compile_table.compilation import recorded
 from tests.helpers.corrected_attention import (
     BIASES,
     CORRECTION_TILES,
@@ -44,14 +43,21 @@ def base(inputs: dict) -> tuple[Tensor, Tensor]:
     )
 
 
+def options_of(inputs: dict) -> SinkAttentionOptions:
+    return SinkAttentionOptions(inputs["causal"], inputs.get("padding_side") == "left", inputs["scale"])
+
+
+def lengths_of(inputs: dict) -> Lengths:
+    return Lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens"))
+
+
 def correct(inputs: dict, out: Tensor, lse: Tensor, config: CorrectionConfig | None = CORRECTION_TILES) -> Tensor:
     return launch_sink_attention_correction_fwd(
         *(inputs[name] for name in ("q", "k", "v")),
         *(out, lse),
-        *(inputs.get(name) for name in ("sink_positions", "inter_sink_bias", "sink_logits", "seq_lens", "cu_seqlens")),
-        causal=inputs["causal"],
-        left_padded=inputs.get("padding_side") == "left",
-        scale=inputs["scale"],
+        SinkInputs(*(inputs.get(name) for name in ("sink_positions", "inter_sink_bias", "sink_logits"))),
+        lengths_of(inputs),
+        options=options_of(inputs),
         config=config,
     )
 
@@ -162,7 +168,7 @@ def test_touches_sink_rows_only(bias, layout):
 
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 @pytest.mark.parametrize("bias", ["small", "-1.5", "all -inf"])
-def test_sink_state(bias, layout):
+def test_sink_stats(bias, layout):
     """The probabilities of sink pairs, which rows were done again, and nothing where a sink is ignored."""
     inputs = with_bias(random_inputs(40, 40, lengths=[40, 0, 25], layout=layout, causal=True), bias)
     out, lse = base(inputs)
@@ -276,11 +282,11 @@ def test_bitwise_equal_reruns():
 def test_nothing_to_do(empty):
     inputs = random_inputs(**({"N": 4, "M": 2} | empty))
     out, lse = base(inputs)
-    sink_state = correct(inputs, out, lse)
+    sink_stats = correct(inputs, out, lse)
     B, M = inputs["sink_positions"].shape
-    assert sink_state.shape == (2, B, 2, M)
+    assert sink_stats.shape == (2, B, 2, M)
     launch_sink_attention_correction_delta(
-        *(out, out, inputs["sink_positions"], sink_state, lse, inputs.get("seq_lens"), inputs.get("cu_seqlens")),
+        *(out, out, inputs["sink_positions"], sink_stats, lse, lengths_of(inputs)),
         left_padded=False,
     )
 
@@ -294,11 +300,10 @@ def test_delta(dtype, layout):
     inputs = random_inputs(63, 50, lengths=[63, 0, 41], layout=layout, dtype=dtype, Dv=100)
     inputs["inter_sink_bias"] -= 1.5
     out, lse = base(inputs)
-    sink_state = correct(inputs, out, lse)
+    sink_stats = correct(inputs, out, lse)
     dout, base_lse = torch.randn_like(out), lse.clone()
-    context = [inputs.get("seq_lens"), inputs.get("cu_seqlens")]
     sink_delta = launch_sink_attention_correction_delta(
-        out, dout, inputs["sink_positions"], sink_state, base_lse, *context, left_padded=layout == "left"
+        out, dout, inputs["sink_positions"], sink_stats, base_lse, lengths_of(inputs), left_padded=layout == "left"
     )
     row_sums = (out.double() * dout.double()).sum(-1)  # as lse
     redone = torch.zeros_like(lse, dtype=torch.bool)
@@ -313,9 +318,9 @@ def test_delta(dtype, layout):
         )
         assert error.passed, error
         if layout == "packed":
-            redone[rows] = sink_state[1, b, :, live].T < 0
+            redone[rows] = sink_stats[1, b, :, live].T < 0
         else:
-            redone[b, :, rows] = sink_state[1, b, :, live] < 0
+            redone[b, :, rows] = sink_stats[1, b, :, live] < 0
     assert redone.any() and not redone.all()
     assert torch.equal(base_lse, lse.masked_fill(redone, math.inf))
 
@@ -330,22 +335,14 @@ def test_no_recompilation(layout):
     def compilations(N, M, lengths):
         inputs = random_inputs(N, M, lengths=lengths, layout=layout, D=64, Hq=4, Hkv=2)
         out, lse = base(inputs)
-        context = [inputs.get("seq_lens"), inputs.get("cu_seqlens")]
-        bias, positions = inputs["inter_sink_bias"], inputs["sink_positions"]
-        state, delta = torch.empty(2, len(lengths), 4, M), torch.empty(len(lengths), 4, M)
-        config = CorrectionConfig.heuristic(64, torch.float32)
-        forward = _fwd_arguments(
-            *(inputs[name] for name in "qkv"),
-            *(out, lse, positions, bias, None, state, *context),
-            causal=N % 2 == 0,
-            left_padded=False,
-            scale=SCALE,
-            config=config,
-        )
-        backward = _delta_arguments(out, out, positions, state, lse, delta, *context, False)
+        stats, of_batch = torch.empty(2, len(lengths), 4, M), lengths_of(inputs)
+        sinks = SinkInputs(inputs["sink_positions"], inputs["inter_sink_bias"])
+        forward = (*(inputs[name] for name in "qkv"), out, lse, sinks, of_batch)
+        backward = (out, out, sinks.positions, stats, lse, of_batch)
+        options = SinkAttentionOptions(causal=N % 2 == 0, left_padded=False, scale=SCALE)
         return [
-            Compilation.of(sink_attention_correction_fwd_kernel, "", 90, forward, 4, 1),
-            Compilation.of(sink_attention_correction_delta_kernel, "", 90, backward, 4, 1),
+            *recorded("", 90, launch_sink_attention_correction_fwd, *forward, options=options),
+            *recorded("", 90, launch_sink_attention_correction_delta, *backward, left_padded=False),
         ]
 
     first = compilations(17, 3, [17, 4, 2])

@@ -11,16 +11,12 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from recattn._options import SinkAttentionOptions
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
 from recattn.testing import assert_matches_reference
-from recattn.triton_kernels.common.compilation import Compilation
-from recattn.triton_kernels.common.dropout import dropout_weights
-from recattn.triton_kernels.sink_attention.sink_pairs import (
-    PairsConfig,
-    _arguments,
-    launch_sink_attention_pairs_bwd,
-    sink_attention_pairs_bwd_kernel,
-)
+from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
+from recattn.triton_kernels.sink_attention import Lengths, PairsConfig, SinkInputs, launch_sink_attention_pairs_bwd
+from tests.compile_table.compilation import recorded
 from tests.helpers.corrected_attention import (
     BIASES,
     DTYPES,
@@ -126,11 +122,12 @@ def test_small_bias_relative_accuracy(bias):
     delta = (dout * out).sum(-1)
     g = SCALE * missing * (dout.double() @ v.double().mT - delta[..., None])
     expected = g @ k.double(), g.mT @ q.double(), missing.mT @ dout.double()
-    state = torch.stack([lse.squeeze(-1), torch.ones_like(delta)]).float()
+    stats = torch.stack([lse.squeeze(-1), torch.ones_like(delta)]).float()
     actual = [torch.zeros_like(x) for x in (q, k, v)]
     launch_sink_attention_pairs_bwd(
-        *(q, k, v, dout, positions, beta, state, delta.float(), *actual, None, None, None, 0),
-        **{"causal": False, "left_padded": False, "scale": SCALE, "corrects": True, "config": PAIRS_TILES},
+        *(q, k, v, dout, stats, delta.float(), actual, SinkInputs(positions, beta), Lengths(None, None)),
+        options=SinkAttentionOptions(causal=False, left_padded=False, scale=SCALE),
+        **{"corrects": True, "config": PAIRS_TILES},
     )
     for x, y in zip(actual, expected, strict=True):
         assert (x - y).abs().max() < 1e-5 * y.abs().max()
@@ -172,7 +169,7 @@ def test_touches_sink_rows_only(layout):
     """No row is done again here, and dq, dk and dv of other tokens stay what they are, NaN say."""
     inputs = random_inputs(63, 30, Hkv=2, lengths=[63, 0, 41], layout=layout)
     q, positions, bias = inputs["q"], inputs["sink_positions"], inputs["inter_sink_bias"]
-    state = torch.ones(2, 3, 2, 30, device=q.device)
+    stats = torch.ones(2, 3, 2, 30, device=q.device)
     is_sink = torch.zeros_like(q, dtype=torch.bool)
     for b in range(3):
         sinks = positions[b, live_sinks(inputs, b)]
@@ -182,9 +179,10 @@ def test_touches_sink_rows_only(layout):
             is_sink[b, :, sinks] = True
     dq, dk, dv = (torch.where(is_sink, 1.0, math.nan) for _ in range(3))
     launch_sink_attention_pairs_bwd(
-        *(q, inputs["k"], inputs["v"], q, positions, bias, state, state[0], dq, dk, dv),
-        *(inputs.get("seq_lens"), inputs.get("cu_seqlens"), None, 0),
-        **{"causal": False, "left_padded": layout == "left", "scale": SCALE, "corrects": True, "config": PAIRS_TILES},
+        *(q, inputs["k"], inputs["v"], q, stats, stats[0], (dq, dk, dv), SinkInputs(positions, bias)),
+        Lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens")),
+        options=SinkAttentionOptions(causal=False, left_padded=layout == "left", scale=SCALE),
+        **{"corrects": True, "config": PAIRS_TILES},
     )
     for x in (dq, dk, dv):
         assert torch.equal(x.isnan(), ~is_sink)
@@ -291,17 +289,19 @@ class WholePairs(torch.autograd.Function):
         dk = (g.masked_fill(pairs, 0).mT @ q_).unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)
         dv = (weights.masked_fill(pairs, 0).mT @ dout_).unflatten(1, (k.shape[1], -1)).sum(2).to(v.dtype)
 
-        shift = scores.amax(-1).float().double()  # the mass is that of the shift as it is stored
-        mass = (scores - shift.masked_fill(shift.isneginf(), 0.0)[..., None]).exp().sum(-1)
-        massless = mass == 0
-        state = [shift.masked_fill(massless, math.inf), mass.masked_fill(massless, -1.0), delta]
+        row_max = scores.amax(-1).float().double()  # row_sum is that of row_max as it is stored
+        row_sum = (scores - row_max.masked_fill(row_max.isneginf(), 0.0)[..., None]).exp().sum(-1)
+        empty = row_sum == 0
+        stats = [row_max.masked_fill(empty, math.inf), row_sum.masked_fill(empty, -1.0), delta]
         rows = sink_positions.clamp(min=0)[:, None].expand(-1, q.shape[1], -1)
         ignored = sink_positions[:, None] < 0
-        shift, mass, delta = (x.float().gather(2, rows).masked_fill(ignored, math.nan) for x in state)
+        row_max, row_sum, delta = (x.float().gather(2, rows).masked_fill(ignored, math.nan) for x in stats)
         dbias = launch_sink_attention_pairs_bwd(
-            *(q, k, v, dout, sink_positions, inter_sink_bias, torch.stack([shift, mass]), delta, None, dk, dv),
-            *(seq_lens, None, seed, dropped),
-            **{"causal": causal, "left_padded": False, "scale": scale, "corrects": False, "config": PAIRS_TILES},
+            *(q, k, v, dout, torch.stack([row_max, row_sum]), delta, (None, dk, dv)),
+            *(SinkInputs(sink_positions, inter_sink_bias), Lengths(seq_lens, None)),
+            NO_DROPOUT if seed is None else Dropout(seed, dropped),
+            options=SinkAttentionOptions(causal, left_padded=False, scale=scale),
+            **{"corrects": False, "config": PAIRS_TILES},
         )
         return dq, dk, dv, None, dbias, *[None] * 6
 
@@ -353,13 +353,13 @@ def test_no_recompilation(layout, corrects):
     def compilation(N, M, lengths):
         inputs = random_inputs(N, M, lengths=lengths, layout=layout, D=64, Hq=4, Hkv=2)
         q, k, v, positions, bias = (inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias"))
-        state, delta = torch.empty(2, len(lengths), 4, M), torch.empty(len(lengths), 4, M)
-        arguments = _arguments(
-            *(q, k, v, q, positions, bias, state, delta, q if corrects else None, k, v, torch.empty_like(bias)),
-            *(inputs.get("seq_lens"), inputs.get("cu_seqlens"), None, 0, N % 2 == 0, False, SCALE, corrects),
-            PairsConfig.heuristic(64, torch.float32, 90),
+        stats, delta = torch.empty(2, len(lengths), 4, M), torch.empty(len(lengths), 4, M)
+        arguments = (q, k, v, q, stats, delta, (q, k, v), SinkInputs(positions, bias))
+        of_batch = Lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens"))
+        options = SinkAttentionOptions(causal=N % 2 == 0, left_padded=False, scale=SCALE)
+        return recorded(
+            "", 90, launch_sink_attention_pairs_bwd, *arguments, of_batch, options=options, corrects=corrects
         )
-        return Compilation.of(sink_attention_pairs_bwd_kernel, "", 90, arguments, 4, 1)
 
     first = compilation(17, 3, [17, 4, 2])
     for N, M, lengths in [(1, 1, [1]), (64, 16, [64, 16] * 8), (100, 50, [100, 60])]:

@@ -22,18 +22,6 @@ def exp_scaled(qk, x):
 
 
 @triton.jit
-def online_softmax_update(acc, row_max, row_sum, qk, bias, values):
-    """Add a block of keys to softmax(qk + bias) @ values = acc / row_sum, both scaled by exp(-row_max)."""
-    new_row_max = tl.maximum(row_max, tl.max(qk + bias, 1))
-    # Before a row's first key its maximum is -inf, and -inf minus itself NaN.
-    row_max_safe = tl.where(new_row_max == -float("inf"), 0.0, new_row_max)
-    row_scale = tl.exp(row_max - row_max_safe)
-    p = tl.exp(qk + (bias - row_max_safe[:, None]))
-    acc = acc * row_scale[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
-    return acc, new_row_max, row_sum * row_scale + tl.sum(p, 1)
-
-
-@triton.jit
 def exp_increase(qk, bias, row_max):
     """exp(qk + bias - row_max) - exp(qk - row_max): what the bias adds to a weight."""
     unbiased = tl.exp(qk - row_max)

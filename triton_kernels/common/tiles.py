@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 
+@triton.constexpr_function
 def block_width(width: int) -> int:
     """The block that holds `width` columns and that tl.dot takes."""
     return max(16, triton.next_power_of_2(width))

@@ -1,27 +1,35 @@
-"""Launch parameters of the fused path's kernels, for each architecture."""
+"""Tile sizes, warps and pipeline stages of sink_attention's kernels, for each architecture."""
 
+import functools
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import triton
+from torch import Tensor
+
+from recattn.triton_kernels.common.dropout import Dropout
+from recattn.triton_kernels.common.launch import architecture_of
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Launch parameters of a flash kernel: query rows and keys a tile, warps, stages of the load pipeline.
+    """Launch parameters of a flash kernel.
 
-    Rows of sinks visit the sinks block_s at a time: few, for a tile of the bias takes registers.
+    block_m: query rows a tile; block_n: keys a tile. A tile of sinks visits block_s sinks at a time: few, for a tile of
+    the bias takes registers.
     """
 
     block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
+    num_stages: int  # of the pipeline of loads
     block_s: int = 16
 
 
 class SinkAttentionConfig(NamedTuple):
-    """Launch parameters of the fused path, a kernel each."""
+    """Launch parameters of the fused path's kernels."""
 
     fwd: TileConfig
     bwd_dq: TileConfig
@@ -35,16 +43,94 @@ class SinkAttentionConfig(NamedTuple):
         return tiles[min(width for width in tiles if width >= head_dim)]
 
 
+def config_of(q: Tensor, v: Tensor, dropout: Dropout) -> SinkAttentionConfig:
+    """The launch parameters of a call on q's device."""
+    width = max(q.shape[-1], v.shape[-1])
+    return SinkAttentionConfig.heuristic(width, q.dtype, architecture_of(q), dropout=dropout.seed is not None)
+
+
 def kind_of(dtype: torch.dtype, dropout: bool) -> str:
-    """What takes registers besides the head dim: products without tensor cores, random numbers."""
+    """What decides the registers besides the head dim: float32 products use no tensor cores, dropout draws numbers."""
     return ("single" if dtype == torch.float32 else "half") + (" dropout" if dropout else "")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Launch parameters of the sink pairs' backward: sink rows and keys a tile, head components a dot product."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def heuristic(cls, head_dim: int, dtype: torch.dtype, architecture: int) -> "PairsConfig":
+        """The largest tiles that do not spill registers."""
+        if dtype == torch.float32:
+            # Without tensor cores a dot product holds its operands in registers.
+            return cls(16, 16, block_k=16, num_warps=8, num_stages=1)
+        if head_dim <= 128:
+            # 64 rows spill with more than 64 components on sm_100, and with 33 to 64 of them on sm_80.
+            spills = head_dim > 64 if architecture >= 100 else architecture < 90 and 32 < head_dim <= 64
+            return cls(32 if spills else 64, 16, block_k=64, num_warps=4, num_stages=1)
+        return cls(16 if architecture < 90 else 64, 16, block_k=64, num_warps=8, num_stages=1)
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """Launch parameters of the correction: sink rows a program, keys an iteration, head components a dot product."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def heuristic(cls, head_dim: int, dtype: torch.dtype) -> "CorrectionConfig":
+        if dtype == torch.float32:
+            # Without tensor cores a dot product holds its operands in registers.
+            return cls(16, 32, block_k=16, num_warps=8, num_stages=1)
+        if head_dim <= 64:
+            return cls(64, 32, block_k=64, num_warps=4, num_stages=2)
+        return cls(64, 32 if head_dim <= 128 else 16, block_k=64, num_warps=8, num_stages=1)
+
+
+# --- Autotuning ---
+
+
+def autotuning_is_on() -> bool:
+    return os.environ.get("RECATTN_AUTOTUNE") == "1"
+
+
+@functools.cache
+def autotuned(kernel, name: str, kind: str):
+    """`kernel`, which SinkAttentionConfig calls `name`, with its candidates timed at the first call of a head dim."""
+    configs = []
+    for tile in candidates(name, kind):
+        blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_S": tile.block_s}
+        own = {block: size for block, size in blocks.items() if block in kernel.arg_names}
+        configs.append(triton.Config(own, num_warps=tile.num_warps, num_stages=tile.num_stages))
+    return triton.autotune(configs, key=["HEAD_DIM", "V_HEAD_DIM"])(kernel)
+
+
+def candidates(name: str, kind: str) -> list[TileConfig]:
+    """What autotuning tries for a kernel: its tiles of every architecture and head dim."""
+    tiles = {
+        getattr(config, name): None for (_, of), widths in TILES.items() if of == kind for config in widths.values()
+    }
+    return list(tiles)
+
+
+# --- The fused path's tiles ---
 
 
 def _config(*tiles: tuple[int, ...]) -> SinkAttentionConfig:
     return SinkAttentionConfig(*(TileConfig(*tile) for tile in tiles))
 
 
-# The largest tiles that were found not to spill, by architecture and kind, and by head dim.
+# The largest tiles that do not spill registers, by architecture and kind, then by head dim.
 TILES = {
     (80, "half"): {
         32: _config((128, 64, 4, 3, 32), (128, 64, 8, 2), (64, 128, 8, 2)),
@@ -119,11 +205,3 @@ TILES = {
         256: _config((16, 16, 4, 1), (16, 16, 4, 2), (32, 32, 8, 1)),
     },
 }
-
-
-def candidates(kernel: str, kind: str) -> list[TileConfig]:
-    """What autotuning tries for a kernel: the tiles of every architecture and head dim."""
-    tiles = {
-        getattr(config, kernel): None for (_, of), widths in TILES.items() if of == kind for config in widths.values()
-    }
-    return list(tiles)

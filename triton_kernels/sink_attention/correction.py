@@ -1,217 +1,189 @@
-"""The bias between sink tokens, given to the result of an attention that did not have it."""
+"""The correction path of sink_attention: adds the bias between sinks to the result of an attention without bias.
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+Only sink rows change. With p = exp(qk - lse) of the unbiased attention, a sink row i gains, over the sinks j it sees,
+
+    out_i <- (out_i + Σ_j p_ij (exp(β_ij) - 1) v_j) / z_i        z_i = 1 + Σ_j p_ij (exp(β_ij) - 1)
+
+β is added in `correction_update`.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.common.compilation import Compilation
-from recattn.triton_kernels.common.launch import ARCHITECTURES, MAX_REGISTERS, launch_kernel, strides
-from recattn.triton_kernels.common.ragged import Sinks, as_dense, is_sink, load_sinks, locate_sequence
-from recattn.triton_kernels.common.softmax import exp_increase, online_softmax_update
+from recattn._options import SinkAttentionOptions
+from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS
+from recattn.triton_kernels.common.ragged import Sinks, is_sink, load_sinks, locate_sequence
+from recattn.triton_kernels.common.softmax import exp_increase
 from recattn.triton_kernels.common.tiles import (
     Matrix,
     Tokens,
+    bhnd,
     block_width,
     dot_tokens,
+    head_rows,
     load_bias,
     load_tokens,
     store_tokens,
 )
-
-
-@dataclass(frozen=True)
-class CorrectionConfig:
-    """Launch parameters of the correction: sink rows a program, keys an iteration, head components a dot product."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    @classmethod
-    def heuristic(cls, head_dim: int, dtype: torch.dtype) -> "CorrectionConfig":
-        if dtype == torch.float32:
-            # Without tensor cores a dot product holds its operands in registers.
-            return cls(16, 32, block_k=16, num_warps=8, num_stages=1)
-        if head_dim <= 64:
-            return cls(64, 32, block_k=64, num_warps=4, num_stages=2)
-        return cls(64, 32 if head_dim <= 128 else 16, block_k=64, num_warps=8, num_stages=1)
-
+from recattn.triton_kernels.sink_attention.common import (
+    DO_NOT_SPECIALIZE,
+    Lengths,
+    SinkInputs,
+    is_recomputed,
+    mark_recomputed,
+    number_of_tokens,
+    row_strides,
+)
+from recattn.triton_kernels.sink_attention.config import CorrectionConfig
+from recattn.triton_kernels.sink_attention.forward import softmax_block
 
 # Sink rows and warps of a program that prepares the backward.
 DELTA_BLOCK, DELTA_WARPS = 16, 4
-# A log-sum-exp beyond this, 1/16 of 1/eps, rounds too much for exp(scores - lse) to be a weight.
+# Beyond this, 1/16 of 1/eps, a log-sum-exp rounds too much for exp(qk - lse) to be a weight.
 LARGEST_LSE: tl.constexpr = tl.constexpr(2.0**19)
-
-# They change with the number of sequences, tokens and sinks: specialised, each change might compile anew.
-_NOT_SPECIALIZED = [
-    *("stride_lb", "stride_lh", "stride_ln", "stride_pb"),
-    *("N", "M", "causal", "left_padded", "search_steps"),
-]
 
 
 # --- Forward ---
 
 
 @triton.jit
-def correction_update(acc, shift, mass, suppressed, scores, bias, values):
-    """Give one block of keys, already part of acc / mass, their bias; suppressed sums the mass that this takes away.
+def correction_update(acc, row_max, row_sum, suppressed, qk, bias, v_tile):
+    """Add the bias to one block of keys that acc / row_sum already contains without it.
 
-    All three are scaled by exp(-shift). Scores of keys that a row does not see are -inf, their bias is 0.
+    suppressed sums what the bias takes away from row_sum. All three are scaled by exp(-row_max). Where a row does not
+    see a key, qk is -inf and the bias 0.
     """
-    new_shift = tl.maximum(shift, tl.max(scores + bias, 1))
-    rescale = tl.exp(shift - new_shift)
-    increase = exp_increase(scores, bias, new_shift[:, None])
-    acc = acc * rescale[:, None] + tl.dot(increase.to(values.dtype), values, input_precision="ieee")
-    suppressed = suppressed * rescale + tl.sum(tl.maximum(-increase, 0.0), 1)
-    return acc, new_shift, mass * rescale + tl.sum(increase, 1), suppressed
+    new_row_max = tl.maximum(row_max, tl.max(qk + bias, 1))
+    row_scale = tl.exp(row_max - new_row_max)
+    # β is added here: exp(qk + β - row_max) - exp(qk - row_max).
+    increase = exp_increase(qk, bias, new_row_max[:, None])
+    acc = acc * row_scale[:, None] + tl.dot(increase.to(v_tile.dtype), v_tile, input_precision="ieee")
+    suppressed = suppressed * row_scale + tl.sum(tl.maximum(-increase, 0.0), 1)
+    return acc, new_row_max, row_sum * row_scale + tl.sum(increase, 1), suppressed
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "stride_bb", "stride_bh", "stride_bm"])
-def sink_attention_correction_fwd_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    sink_positions,
-    inter_sink_bias,
-    sink_logits,
-    sink_state,
-    seq_lens,
-    cu_seqlens,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_od,
-    stride_lb,
-    stride_lh,
-    stride_ln,
-    stride_pb,
-    stride_pm,
-    stride_bb,
-    stride_bh,
-    stride_bm,
-    stride_bn,
-    stride_gh,
-    num_q_heads,
-    group_size,
-    N,
-    M,
-    scale,
-    causal,
-    left_padded,
-    search_steps,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+@triton.jit
+def online_softmax_update(acc, row_max, row_sum, qk, bias, v_tile):
+    """Add a block of keys to softmax(qk + β) @ v = acc / row_sum."""
+    p, row_scale, row_max, row_sum = softmax_block(row_max, row_sum, qk, bias, qk, True)
+    acc = acc * row_scale[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def sink_keys(q, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
-    plane, num_planes = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+):  # fmt: skip
+    """qk [BM, BN] with the sinks from first_key on, their bias [BM, BN], and their v [BN, Dv]."""
+    key_sinks = first_key + tl.arange(0, BLOCK_N)
+    keys = load_sinks(sinks, key_sinks)
+    visible = keys.positions[None, :] <= last_key[:, None]
+    qk = scale * dot_tokens(q, rows, k, keys, HEAD_DIM, BLOCK_K)
+    qk = tl.where(visible, qk, -float("inf"))
+    bias_tile = load_bias(bias, row_sinks, key_sinks, visible)
+    return qk, bias_tile, load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def sink_attention_correction_fwd_kernel(
+    q, k, v, out,  # BHND
+    lse, sink_tensors, sink_stats, lengths,
+    stride_lse_b, stride_lse_h, stride_lse_n,
+    stride_positions_b, stride_bias_b, stride_bias_h, stride_bias_m,
+    num_q_heads, group_size, N, M, scale, causal, left_padded, search_steps,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M sink rows of one (batch, head), over the sinks they see.
+
+    qk         = scale * q @ k.T                                [BLOCK_M, BLOCK_N]
+    increase   = exp(qk + β - row_max) - exp(qk - row_max)      [BLOCK_M, BLOCK_N]
+    acc       += increase @ v,  row_sum += sum(increase)        from acc = out, row_max = lse, row_sum = 1
+    out        = acc / row_sum, lse = row_max + log(row_sum)    in place
+
+    A negative β that removes much of row_sum leaves the rounding errors of the rest. Such a row is recomputed in the
+    same program, over all its keys: an online softmax over the sinks, then over the non-sinks.
+    """
+    bh, num_bh = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch = (tl.program_id(0) // num_q_heads).to(tl.int64)
     head = (tl.program_id(0) % num_q_heads).to(tl.int64)
     kv_head = (tl.program_id(0) % num_q_heads // group_size).to(tl.int64)
-    start, length, first_position = locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded)
-    q = Matrix(q + batch * stride_qb + head * stride_qh + start * stride_qn, stride_qn, stride_qd)
-    k = Matrix(k + batch * stride_kb + kv_head * stride_kh + start * stride_kn, stride_kn, stride_kd)
-    v = Matrix(v + batch * stride_vb + kv_head * stride_vh + start * stride_vn, stride_vn, stride_vd)
-    out = Matrix(out + batch * stride_ob + head * stride_oh + start * stride_on, stride_on, stride_od)
-    lse += batch * stride_lb + head * stride_lh + start * stride_ln
-    bias = Matrix(inter_sink_bias + batch * stride_bb + head * stride_bh, stride_bm, stride_bn)
-    sinks = Sinks(sink_positions + batch * stride_pb, stride_pm, M, first_position, length)
+    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
+    q, out = head_rows(q, batch, head, start), head_rows(out, batch, head, start)
+    k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
+    lse += batch * stride_lse_b + head * stride_lse_h + start * stride_lse_n
+    bias = sink_tensors.bias + batch * stride_bias_b + head * stride_bias_h
+    bias = Matrix(bias, stride_bias_m, sink_tensors.stride_n)
+    sink_positions = sink_tensors.positions + batch * stride_positions_b
+    sinks = Sinks(sink_positions, sink_tensors.stride_m, M, first_position, length)
 
     first_row = tl.program_id(1) * BLOCK_M
     row_sinks = first_row + tl.arange(0, BLOCK_M)
     rows = load_sinks(sinks, row_sinks)
-    # The last key that each row sees: the one comparison with it covers the causal mask, padding and ignored sinks.
-    last_visible = tl.where(rows.valid, tl.where(causal != 0, rows.positions, length - 1), -1)  # [BM]
-    last_sink = tl.where(causal != 0, tl.minimum(M, first_row + BLOCK_M), M)
-    lse_rows = lse + rows.positions.to(tl.int64) * stride_ln
-    shift_rows = sink_state + plane * M + row_sinks
-    mass_rows = shift_rows + num_planes * M
+    # The last key that each row sees. One comparison with it covers the causal mask, padding and ignored sinks.
+    last_key = tl.where(rows.valid, tl.where(causal != 0, rows.positions, length - 1), -1)  # [BM]
+    end_sink = tl.where(causal != 0, tl.minimum(M, first_row + BLOCK_M), M)
+    lse_rows = lse + rows.positions.to(tl.int64) * stride_lse_n
+    row_max_rows = sink_stats + bh * M + row_sinks
+    row_sum_rows = row_max_rows + num_bh * M
 
     acc = load_tokens(out, rows, V_HEAD_DIM, BLOCK_DV).to(tl.float32)  # [BM, Dv]
-    shift = tl.load(lse_rows, mask=rows.valid, other=0.0)  # [BM]
-    mass = tl.full([BLOCK_M], 1.0, tl.float32)
-    suppressed = tl.where(tl.abs(shift) > LARGEST_LSE, float("inf"), 0.0)  # such a row is done again
-    for first_key in range(0, last_sink, BLOCK_N):
-        key_sinks = first_key + tl.arange(0, BLOCK_N)
-        keys = load_sinks(sinks, key_sinks)
-        visible = keys.positions[None, :] <= last_visible[:, None]  # [BM, BN]
-        scores = scale * dot_tokens(q, rows, k, keys, HEAD_DIM, BLOCK_K)
-        scores = tl.where(visible, scores, -float("inf"))
-        bias_tile = load_bias(bias, row_sinks, key_sinks, visible)  # [BM, BN]
-        values = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
-        acc, shift, mass, suppressed = correction_update(acc, shift, mass, suppressed, scores, bias_tile, values)
+    row_max = tl.load(lse_rows, mask=rows.valid, other=0.0)  # [BM]
+    row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+    suppressed = tl.where(tl.abs(row_max) > LARGEST_LSE, float("inf"), 0.0)  # such a row is recomputed
+    for first_key in range(0, end_sink, BLOCK_N):
+        qk, bias_tile, v_tile = sink_keys(
+            q, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        acc, row_max, row_sum, suppressed = correction_update(acc, row_max, row_sum, suppressed, qk, bias_tile, v_tile)
 
-    # Taking away much of a row's keys leaves the rounding errors of the rest: it is done again, over all its keys.
-    key_mass = mass
-    if sink_logits is not None:  # one more term of the softmax, without a value
-        logit = tl.load(sink_logits + head * stride_gh).to(tl.float32)
-        key_mass -= tl.exp(logit - shift)
-    redone = rows.valid & ((suppressed < 0.5 * key_mass) == 0)  # so it is where there is no mass, or NaN
-    corrected = Tokens(rows.positions, rows.valid & (redone == 0))
-    mass = tl.where(corrected.valid, mass, 1.0)
-    store_tokens(out, acc / mass[:, None], corrected, V_HEAD_DIM, BLOCK_DV)
-    tl.store(lse_rows, shift + tl.log(mass), mask=corrected.valid)
-    tl.store(shift_rows, shift, mask=corrected.valid)
-    tl.store(mass_rows, mass, mask=corrected.valid)
-    if tl.max(redone.to(tl.int32), 0) == 0:
+    key_sum = row_sum
+    if sink_tensors.logits is not None:  # one more term of the softmax, without a value
+        logit = tl.load(sink_tensors.logits + head * sink_tensors.stride_h).to(tl.float32)
+        key_sum -= tl.exp(logit - row_max)
+    recomputed = rows.valid & ((suppressed < 0.5 * key_sum) == 0)  # also where there is no sum, or NaN
+    corrected = Tokens(rows.positions, rows.valid & (recomputed == 0))
+    row_sum = tl.where(corrected.valid, row_sum, 1.0)
+    store_tokens(out, acc / row_sum[:, None], corrected, V_HEAD_DIM, BLOCK_DV)
+    tl.store(lse_rows, row_max + tl.log(row_sum), mask=corrected.valid)
+    tl.store(row_max_rows, row_max, mask=corrected.valid)
+    tl.store(row_sum_rows, row_sum, mask=corrected.valid)
+    if tl.max(recomputed.to(tl.int32), 0) == 0:
         return
 
-    last_visible = tl.where(redone, last_visible, -1)
+    last_key = tl.where(recomputed, last_key, -1)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    shift = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    if sink_logits is not None:
-        shift = tl.maximum(shift, logit)
-        mass += 1.0
-    for first_key in range(0, last_sink, BLOCK_N):
-        key_sinks = first_key + tl.arange(0, BLOCK_N)
-        keys = load_sinks(sinks, key_sinks)
-        visible = keys.positions[None, :] <= last_visible[:, None]  # [BM, BN]
-        scores = scale * dot_tokens(q, rows, k, keys, HEAD_DIM, BLOCK_K)
-        scores = tl.where(visible, scores, -float("inf"))
-        bias_tile = load_bias(bias, row_sinks, key_sinks, visible)  # [BM, BN]
-        values = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
-        acc, shift, mass = online_softmax_update(acc, shift, mass, scores, bias_tile, values)
-    for first_key in range(0, tl.max(last_visible, 0) + 1, BLOCK_N):
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if sink_tensors.logits is not None:
+        row_max = tl.maximum(row_max, logit)
+        row_sum += 1.0
+    for first_key in range(0, end_sink, BLOCK_N):
+        qk, bias_tile, v_tile = sink_keys(
+            q, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        acc, row_max, row_sum = online_softmax_update(acc, row_max, row_sum, qk, bias_tile, v_tile)
+    for first_key in range(0, tl.max(last_key, 0) + 1, BLOCK_N):
         positions = first_key + tl.arange(0, BLOCK_N)
         keys = Tokens(positions, positions < length)
-        visible = (positions[None, :] <= last_visible[:, None]) & (is_sink(sinks, positions, search_steps) == 0)[
-            None, :
-        ]
-        scores = scale * dot_tokens(q, rows, k, keys, HEAD_DIM, BLOCK_K)
-        scores = tl.where(visible, scores, -float("inf"))  # [BM, BN]
-        values = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
-        acc, shift, mass = online_softmax_update(acc, shift, mass, scores, 0.0, values)
-    # A row whose keys are all suppressed has no mass: zeros, a log-sum-exp of -inf, and no probability anywhere.
-    massless = mass == 0
-    mass = tl.where(massless, 1.0, mass)
-    store_tokens(out, acc / mass[:, None], Tokens(rows.positions, redone), V_HEAD_DIM, BLOCK_DV)
-    tl.store(lse_rows, tl.where(massless, -float("inf"), shift + tl.log(mass)), mask=redone)
-    tl.store(shift_rows, tl.where(massless, float("inf"), shift), mask=redone)
-    tl.store(mass_rows, -mass, mask=redone)
+        visible = (positions[None, :] <= last_key[:, None]) & (is_sink(sinks, positions, search_steps) == 0)[None, :]
+        qk = scale * dot_tokens(q, rows, k, keys, HEAD_DIM, BLOCK_K)
+        qk = tl.where(visible, qk, -float("inf"))  # [BM, BN]
+        v_tile = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
+        acc, row_max, row_sum = online_softmax_update(acc, row_max, row_sum, qk, 0.0, v_tile)
+    # A row whose keys all have a bias of -inf: out = 0, lse = -inf, and p = 0 everywhere.
+    empty = row_sum == 0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    store_tokens(out, acc / row_sum[:, None], Tokens(rows.positions, recomputed), V_HEAD_DIM, BLOCK_DV)
+    tl.store(lse_rows, tl.where(empty, -float("inf"), row_max + tl.log(row_sum)), mask=recomputed)
+    tl.store(row_max_rows, tl.where(empty, float("inf"), row_max), mask=recomputed)
+    tl.store(row_sum_rows, mark_recomputed(row_sum), mask=recomputed)
 
 
 def launch_sink_attention_correction_fwd(
@@ -220,15 +192,10 @@ def launch_sink_attention_correction_fwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    sink_positions: Tensor,
-    inter_sink_bias: Tensor,
-    sink_logits: Tensor | None,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
+    sinks: SinkInputs,
+    lengths: Lengths,
     *,
-    causal: bool,
-    left_padded: bool,
-    scale: float,
+    options: SinkAttentionOptions,
     config: CorrectionConfig | None = None,
 ) -> Tensor:
     """Correct `out` and `lse` of an attention without bias, in place at the sink rows, to those with it.
@@ -237,239 +204,111 @@ def launch_sink_attention_correction_fwd(
         β[b, h, i, j] = inter_sink_bias[b, h, s(i), s(j)] when tokens i and j are both sinks, else 0
 
     q [B, Hq, N, D]; k [B, Hkv, N, D]; v [B, Hkv, N, Dv]; out [B, Hq, N, Dv]; lse [B, Hq, N] float32, natural logarithm;
-    sink_positions [B, M] ascending, padded at the end with -1; inter_sink_bias [B, 1 or Hq, M, M]; sink_logits [Hq] or
-    None, one more term of each row's softmax, which `out` and `lse` already have. seq_lens [B] pads every sequence, on
-    the left or the right; cu_seqlens [B + 1] packs them, q [T, Hq, D] and so on, lse [T, Hq]. Sinks beyond their
-    sequence are ignored. A row left without any mass gets zeros and lse = -inf.
+    packed, q is [T, Hq, D] and so on, and lse [T, Hq]. sinks.logits is one more term of each row's softmax, which `out`
+    and `lse` already have. Sinks beyond their sequence are ignored. A row whose row_sum becomes 0 gets zeros and
+    lse = -inf.
 
-    Returns sink_state [2, B, Hq, M] float32, a shift and a mass for each sink that is not ignored: the probability of
-    sink j in sink row i is exp(S_ij + β_ij - shift_i) / |mass_i|. The mass is negative where the row was done again
-    over all its keys; shift = +inf, mass = -1 where there is none; both are zero at ignored sinks.
+    Returns sink_stats [2, B, Hq, M] float32, row_max and row_sum of each sink that is not ignored: the probability of
+    sink j in sink row i is exp(S_ij + β_ij - row_max_i) / |row_sum_i|. row_sum is negative where the row was recomputed
+    over all its keys (`is_recomputed`). Where its sum is 0, row_max = +inf and row_sum = -1. Ignored sinks have 0, 0.
     """
-    B, M = sink_positions.shape
-    num_q_heads, head_dim = q.shape[1], q.shape[-1]
-    sink_state = out.new_zeros((2, B, num_q_heads, M), dtype=torch.float32)
-    if sink_positions.numel() == 0 or out.numel() == 0:
-        return sink_state
-    config = config or CorrectionConfig.heuristic(max(head_dim, v.shape[-1]), q.dtype)
-    arguments = _fwd_arguments(
-        *(q, k, v, out, lse, sink_positions, inter_sink_bias, sink_logits, sink_state, seq_lens, cu_seqlens),
-        causal=causal,
-        left_padded=left_padded,
-        scale=scale,
-        config=config,
-    )
+    B, M = sinks.positions.shape
+    num_q_heads, num_kv_heads, head_dim, v_head_dim = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
+    sink_stats = out.new_zeros((2, B, num_q_heads, M), dtype=torch.float32)
+    if sinks.positions.numel() == 0 or out.numel() == 0:
+        return sink_stats
+    config = config or CorrectionConfig.heuristic(max(head_dim, v_head_dim), q.dtype)
+    sink_tensors, sink_strides = sinks.as_arguments(num_q_heads)
     # Only the first axis of a grid can be longer than 65535.
     grid = (B * num_q_heads, triton.cdiv(M, config.block_m))
     with torch.cuda.device_of(q):
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
-        launch_kernel(sink_attention_correction_fwd_kernel, grid, arguments, **options)
-    return sink_state
+        sink_attention_correction_fwd_kernel[grid](
+            *(bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out)),
+            *(lse, sink_tensors, sink_stats, lengths),
+            *row_strides(lse, lengths),
+            *sink_strides,
+            *(num_q_heads, num_q_heads // num_kv_heads, number_of_tokens(q, lengths), M),
+            *(options.scale, int(options.causal), int(options.left_padded), M.bit_length()),
+            HEAD_DIM=head_dim,
+            V_HEAD_DIM=v_head_dim,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=min(config.block_k, block_width(head_dim)),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            maxnreg=MAX_REGISTERS,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )
+    return sink_stats
 
 
-def _fwd_arguments(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    sink_positions,
-    inter_sink_bias,
-    sink_logits,
-    sink_state,
-    seq_lens,
-    cu_seqlens,
-    *,
-    causal,
-    left_padded,
-    scale,
-    config,
-) -> dict[str, object]:
-    """The arguments of the kernel by name."""
-    B, M = sink_positions.shape
-    q, k, v, out, lse = (as_dense(x, cu_seqlens) for x in (q, k, v, out, lse))
-    num_q_heads, head_dim = q.shape[1], q.shape[3]
-    bias = inter_sink_bias.expand(B, num_q_heads, M, M)
-    return {
-        "q": q,
-        "k": k,
-        "v": v,
-        "out": out,
-        "lse": lse,
-        "sink_positions": sink_positions,
-        "inter_sink_bias": bias,
-        "sink_logits": sink_logits,
-        "sink_state": sink_state,
-        "seq_lens": None if seq_lens is None else seq_lens.contiguous(),
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
-        **strides("q", q, "bhnd"),
-        **strides("k", k, "bhnd"),
-        **strides("v", v, "bhnd"),
-        **strides("o", out, "bhnd"),
-        **strides("l", lse, "bhn"),
-        **strides("p", sink_positions, "bm"),
-        **strides("b", bias, "bhmn"),
-        **strides("g", sink_logits, "h"),
-        "num_q_heads": num_q_heads,
-        "group_size": num_q_heads // k.shape[1],
-        "N": q.shape[2],
-        "M": M,
-        "scale": scale,
-        "causal": int(causal),
-        "left_padded": int(left_padded),
-        "search_steps": M.bit_length(),
-        "HEAD_DIM": head_dim,
-        "V_HEAD_DIM": v.shape[3],
-        "BLOCK_DV": block_width(v.shape[3]),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": min(config.block_k, block_width(head_dim)),
-    }
+# --- What the backward needs of a sink row ---
 
 
-# --- What the backward reads of a sink row ---
-
-
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def sink_attention_correction_delta_kernel(
-    out,
-    dout,
-    sink_positions,
-    sink_state,
-    base_lse,
-    sink_delta,
-    seq_lens,
-    cu_seqlens,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_od,
-    stride_db,
-    stride_dh,
-    stride_dn,
-    stride_dd,
-    stride_lb,
-    stride_lh,
-    stride_ln,
-    stride_pb,
-    stride_pm,
-    num_q_heads,
-    N,
-    M,
-    left_padded,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    plane, num_planes = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    out, dout,  # BHND
+    sink_positions, sink_stats, base_lse, sink_delta, lengths,
+    stride_positions_b, stride_positions_m, stride_lse_b, stride_lse_h, stride_lse_n,
+    num_q_heads, N, M, left_padded,
+    V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M sink rows of one (batch, head).
+
+    sink_delta = sum(dout * out)                             [BLOCK_M]
+    base_lse   = +inf in recomputed rows, in place           [BLOCK_M]
+    """
+    bh, num_bh = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch = (tl.program_id(0) // num_q_heads).to(tl.int64)
     head = (tl.program_id(0) % num_q_heads).to(tl.int64)
-    start, length, first_position = locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded)
-    out = Matrix(out + batch * stride_ob + head * stride_oh + start * stride_on, stride_on, stride_od)
-    dout = Matrix(dout + batch * stride_db + head * stride_dh + start * stride_dn, stride_dn, stride_dd)
-    base_lse += batch * stride_lb + head * stride_lh + start * stride_ln
-    sinks = Sinks(sink_positions + batch * stride_pb, stride_pm, M, first_position, length)
+    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
+    out, dout = head_rows(out, batch, head, start), head_rows(dout, batch, head, start)
+    base_lse += batch * stride_lse_b + head * stride_lse_h + start * stride_lse_n
+    sinks = Sinks(sink_positions + batch * stride_positions_b, stride_positions_m, M, first_position, length)
 
     row_sinks = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = load_sinks(sinks, row_sinks)
-    # Summed as precisely as dot_tokens sums dout · v: where one key holds a row, the two are equal.
+    # Summed as precisely as dot_tokens sums dout · v: in a row with one key the two are equal.
     SUM: tl.constexpr = tl.float64 if out.base.dtype.element_ty == tl.float32 else tl.float32
     products = load_tokens(dout, rows, V_HEAD_DIM, BLOCK_DV).to(SUM) * load_tokens(out, rows, V_HEAD_DIM, BLOCK_DV)
-    tl.store(sink_delta + plane * M + row_sinks, tl.sum(products, 1).to(tl.float32), mask=rows.valid)
-    mass = tl.load(sink_state + (num_planes + plane) * M + row_sinks, mask=rows.valid, other=1.0)
-    tl.store(base_lse + rows.positions.to(tl.int64) * stride_ln, float("inf"), mask=mass < 0)
+    tl.store(sink_delta + bh * M + row_sinks, tl.sum(products, 1).to(tl.float32), mask=rows.valid)
+    row_sum = tl.load(sink_stats + (num_bh + bh) * M + row_sinks, mask=rows.valid, other=1.0)
+    tl.store(base_lse + rows.positions.to(tl.int64) * stride_lse_n, float("inf"), mask=is_recomputed(row_sum))
 
 
 def launch_sink_attention_correction_delta(
     out: Tensor,
     dout: Tensor,
     sink_positions: Tensor,
-    sink_state: Tensor,
+    sink_stats: Tensor,
     base_lse: Tensor,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
+    lengths: Lengths,
     *,
     left_padded: bool,
 ) -> Tensor:
     """Returns sink_delta [B, Hq, M] float32, dout · out at the sinks that are not ignored.
 
-    Where the correction did a sink row again, `base_lse`, a copy of lse, becomes +inf: given it for lse, the backward
-    of the attention without bias leaves those rows out.
+    `base_lse`, a copy of lse, becomes +inf where the correction recomputed a sink row. The backward of the unbiased
+    attention, given it for lse, leaves those rows out.
     """
     B, M = sink_positions.shape
     num_q_heads = out.shape[1]
-    sink_delta = sink_state.new_empty((B, num_q_heads, M))
+    sink_delta = sink_stats.new_empty((B, num_q_heads, M))
     if sink_positions.numel() == 0 or out.numel() == 0:
         return sink_delta
-    arguments = _delta_arguments(
-        out, dout, sink_positions, sink_state, base_lse, sink_delta, seq_lens, cu_seqlens, left_padded
-    )
     grid = (B * num_q_heads, triton.cdiv(M, DELTA_BLOCK))
     with torch.cuda.device_of(out):
-        launch_kernel(sink_attention_correction_delta_kernel, grid, arguments, num_warps=DELTA_WARPS)
+        sink_attention_correction_delta_kernel[grid](
+            *(bhnd(out, lengths.cu_seqlens), bhnd(dout, lengths.cu_seqlens)),
+            *(sink_positions, sink_stats, base_lse, sink_delta, lengths),
+            *sink_positions.stride(),
+            *row_strides(base_lse, lengths),
+            *(num_q_heads, number_of_tokens(out, lengths), M, int(left_padded)),
+            V_HEAD_DIM=out.shape[-1],
+            BLOCK_M=DELTA_BLOCK,
+            num_warps=DELTA_WARPS,
+            num_stages=1,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )
     return sink_delta
-
-
-def _delta_arguments(
-    out, dout, sink_positions, sink_state, base_lse, sink_delta, seq_lens, cu_seqlens, left_padded
-) -> dict[str, object]:
-    """The arguments of the kernel by name."""
-    out, dout, base_lse = (as_dense(x, cu_seqlens) for x in (out, dout, base_lse))
-    V_HEAD_DIM = out.shape[3]
-    return {
-        "out": out,
-        "dout": dout,
-        "sink_positions": sink_positions,
-        "sink_state": sink_state,
-        "base_lse": base_lse,
-        "sink_delta": sink_delta,
-        "seq_lens": None if seq_lens is None else seq_lens.contiguous(),
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
-        **strides("o", out, "bhnd"),
-        **strides("d", dout, "bhnd"),
-        **strides("l", base_lse, "bhn"),
-        **strides("p", sink_positions, "bm"),
-        "num_q_heads": out.shape[1],
-        "N": out.shape[2],
-        "M": sink_positions.shape[1],
-        "left_padded": int(left_padded),
-        "V_HEAD_DIM": V_HEAD_DIM,
-        "BLOCK_DV": block_width(V_HEAD_DIM),
-        "BLOCK_M": DELTA_BLOCK,
-    }
-
-
-def shipped_configurations() -> Iterator[Compilation]:
-    """What is launched for the head dims and dtypes in use; the lengths are of no help to alignment."""
-    for architecture, dtype, head_dim in itertools.product(
-        ARCHITECTURES, (torch.float32, torch.bfloat16), (32, 64, 128, 256)
-    ):
-        config = CorrectionConfig.heuristic(head_dim, dtype)
-        label = f"{str(dtype).removeprefix('torch.')} D={head_dim}"
-        q, kv = (torch.empty(2, heads, 500, head_dim, dtype=dtype, device="meta") for heads in (8, 4))
-        shapes = [(2, 8, 500), (2, 8, 49, 49), (8,), (2, 2, 8, 49), (2, 8, 49)]
-        lse, bias, logits, state, delta = (torch.empty(shape, device="meta") for shape in shapes)
-        positions, lengths = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in [(2, 49), (2,)])
-        yield Compilation.of(
-            sink_attention_correction_fwd_kernel,
-            f"{label} {config.block_m}x{config.block_n}x{config.block_k}",
-            architecture,
-            _fwd_arguments(
-                *(q, kv, kv, q, lse, positions, bias, logits, state, lengths, None),
-                causal=True,
-                left_padded=False,
-                scale=0.125,
-                config=config,
-            ),
-            config.num_warps,
-            config.num_stages,
-            MAX_REGISTERS,
-        )
-        yield Compilation.of(
-            sink_attention_correction_delta_kernel,
-            label,
-            architecture,
-            _delta_arguments(q, q, positions, state, lse, delta, lengths, None, False),
-            DELTA_WARPS,
-            1,
-        )

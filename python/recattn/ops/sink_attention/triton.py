@@ -27,11 +27,6 @@ class Context(NamedTuple):
     options: SinkAttentionOptions
 
     @property
-    def order(self) -> dict[str, object]:
-        options = self.options
-        return {"causal": options.causal, "left_padded": options.left_padded, "scale": options.scale}
-
-    @property
     def backend_options(self) -> dict[str, object]:
         lengths = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.options.max_seqlen}
         return {"causal": self.options.causal, "scale": self.options.scale, **lengths}
@@ -82,48 +77,44 @@ def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple[Tensor, Ten
     if c.seq_lens is not None:  # the kernel writes no padding
         out.zero_()
         lse.fill_(-math.inf)
-    sequences = _sequences(c)
-    streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.options.left_padded)
-    launch_sink_attention_fwd(
-        *(q, k, v, out, lse, sink_stats, c.sink_positions, c.inter_sink_bias, c.sink_logits),
-        *sequences,
-        streams,
-        launched_dropout(c.dropout_seed, c.options.dropout_p),
-        **c.order,
-    )
+    sinks, lengths = _sinks_and_lengths(c)
+    streams = launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
+    dropout = launched_dropout(c.dropout_seed, c.options.dropout_p)
+    launch_sink_attention_fwd(q, k, v, out, lse, sink_stats, sinks, lengths, streams, dropout, options=c.options)
     return out, lse, sink_stats
 
 
 def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention import launch_sink_attention_bwd, launch_sink_attention_streams
-    from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
+    from recattn.triton_kernels.sink_attention import (
+        launch_sink_attention_bwd,
+        launch_sink_attention_pairs_bwd,
+        launch_sink_attention_streams,
+    )
 
     dq, dk, dv = empty_bwd(q, k, v)
     if c.seq_lens is not None:
         for gradient in (dq, dk, dv):
             gradient.zero_()
-    sequences = _sequences(c)
-    streams = launch_sink_attention_streams(q, c.sink_positions, *sequences, left_padded=c.options.left_padded)
+    sinks, lengths = _sinks_and_lengths(c)
+    streams = launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
     dropout = launched_dropout(c.dropout_seed, c.options.dropout_p)
     sink_delta = launch_sink_attention_bwd(
-        *(q, k, v, out, dout, lse, sink_stats, dq, dk, dv, c.sink_positions, c.inter_sink_bias),
-        *sequences,
-        streams,
-        dropout,
-        **c.order,
+        *(q, k, v, out, dout, lse, sink_stats, (dq, dk, dv), sinks, lengths, streams, dropout), options=c.options
     )
     dbias = launch_sink_attention_pairs_bwd(
-        *(q, k, v, dout, c.sink_positions, c.inter_sink_bias, sink_stats, sink_delta, None, dk, dv),
-        *sequences,
-        *dropout,
+        *(q, k, v, dout, sink_stats, sink_delta, (None, dk, dv), sinks, lengths, dropout),
+        options=c.options,
         corrects=False,
-        **c.order,
     )
     return dq, dk, dv, dbias
 
 
-def _sequences(c: Context) -> tuple[Tensor | None, Tensor | None]:
-    return tuple(None if x is None else x.contiguous() for x in (c.seq_lens, c.cu_seqlens))
+def _sinks_and_lengths(c: Context):
+    """A call's SinkInputs and Lengths, as the launchers take them."""
+    from recattn.triton_kernels.sink_attention import Lengths, SinkInputs
+
+    lengths = Lengths(*(None if x is None else x.contiguous() for x in (c.seq_lens, c.cu_seqlens)))
+    return SinkInputs(c.sink_positions, c.inter_sink_bias, c.sink_logits), lengths
 
 
 # --- The correction ---
@@ -132,38 +123,34 @@ def _sequences(c: Context) -> tuple[Tensor | None, Tensor | None]:
 def _correction_fwd(
     q: Tensor, k: Tensor, v: Tensor, c: Context, backend: AttentionBackend
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention.correction import launch_sink_attention_correction_fwd
+    from recattn.triton_kernels.sink_attention import launch_sink_attention_correction_fwd
 
     out, lse = backend.forward(q, k, v, **c.backend_options)
     if c.sink_logits is not None:
-        # Further mass in each row's softmax, which the correction then finds there.
+        # One more term of each row's softmax. The correction finds it in out and lse.
         logits = _per_row(c.sink_logits, lse)
         out *= torch.sigmoid(lse - logits).unsqueeze(-1)
         torch.logaddexp(lse, logits, out=lse)
-    sink_stats = launch_sink_attention_correction_fwd(
-        *(q, k, v, out, lse, c.sink_positions, c.inter_sink_bias, c.sink_logits, *_sequences(c)), **c.order
-    )
+    sink_stats = launch_sink_attention_correction_fwd(q, k, v, out, lse, *_sinks_and_lengths(c), options=c.options)
     return out, lse, sink_stats
 
 
 def _correction_bwd(
     dout, q, k, v, out, lse, sink_stats, c: Context, backend: AttentionBackend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention.correction import launch_sink_attention_correction_delta
-    from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attention_pairs_bwd
+    from recattn.triton_kernels.sink_attention import (
+        launch_sink_attention_correction_delta,
+        launch_sink_attention_pairs_bwd,
+    )
 
-    sequences = _sequences(c)
+    sinks, lengths = _sinks_and_lengths(c)
     backend_lse = lse.clone()
     sink_delta = launch_sink_attention_correction_delta(
-        out, dout, c.sink_positions, sink_stats, backend_lse, *sequences, left_padded=c.options.left_padded
+        out, dout, c.sink_positions, sink_stats, backend_lse, lengths, left_padded=c.options.left_padded
     )
     dq, dk, dv = backend.backward(dout, q, k, v, out, backend_lse, **c.backend_options)
     dbias = launch_sink_attention_pairs_bwd(
-        *(q, k, v, dout, c.sink_positions, c.inter_sink_bias, sink_stats, sink_delta, dq, dk, dv),
-        *sequences,
-        *(None, 0),
-        corrects=True,
-        **c.order,
+        *(q, k, v, dout, sink_stats, sink_delta, (dq, dk, dv), sinks, lengths), options=c.options, corrects=True
     )
     return dq, dk, dv, dbias
 

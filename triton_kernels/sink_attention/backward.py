@@ -1,0 +1,328 @@
+"""The fused backward of sink_attention: FlashAttention's two kernels, with a bias between sink tokens.
+
+    p  = exp(qk + β - lse)         ds = p * (dout @ v.T - delta)       delta = sum(dout * out)
+    dq = scale * ds @ k            dk = scale * ds.T @ q               dv = p.T @ dout
+
+The first kernel makes dq and delta, the second dk and dv. What sink keys get from sink queries in dk and dv, and the
+gradient of β, come from sink_pairs.py. β is added in the loop over the sinks of `sink_attention_bwd_dq_kernel`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recattn._options import SinkAttentionOptions
+from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
+from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION
+from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence
+from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
+from recattn.triton_kernels.common.tiles import Matrix, Tokens, bhnd, block_width, head_rows, load_tokens, store_tokens
+from recattn.triton_kernels.sink_attention.common import (
+    DO_NOT_SPECIALIZE,
+    HeadDropout,
+    Keys,
+    Lengths,
+    QueryTile,
+    RowStats,
+    SinkInputs,
+    first_token,
+    key_range,
+    load_block,
+    needs_int64_offsets,
+    number_of_tokens,
+    qk_block,
+    query_tile,
+    row_strides,
+    sink_qk_block,
+    wide_strides,
+)
+from recattn.triton_kernels.sink_attention.config import (
+    SinkAttentionConfig,
+    autotuned,
+    autotuning_is_on,
+    config_of,
+    kind_of,
+)
+from recattn.triton_kernels.sink_attention.split_tokens import Streams, number_of_tiles, sequence_of_tile
+
+
+@triton.jit
+def p_and_ds(qk, lse, dp, delta, operand, dropout, philox_stream, rows, first_column, TRANSPOSED: tl.constexpr):
+    """p with dropout, and ds, of one tile; both 0 in rows of lse = +inf.
+
+    lse has the shape of a row or column of the tile; where a bias is taken off it, that of the tile.
+    """
+    p = exp_scaled(qk - lse, operand)
+    dropped_p = p
+    if dropout.seed is not None:
+        BLOCK_N: tl.constexpr = p.shape[0] if TRANSPOSED else p.shape[1]
+        factors = dropout_weights(
+            tl.load(dropout.seed), dropout.bh, philox_stream, rows, first_column, dropout.threshold, BLOCK_N
+        )
+        if TRANSPOSED:
+            factors = tl.trans(factors)
+        dropped_p *= factors
+        dp *= factors
+    return dropped_p, p * (dp - delta)
+
+
+@triton.jit
+def scaled_lse(lse, operand):
+    """lse in the unit of qk. Rows that see no key get +inf, so that exp(qk - lse) is 0 rather than NaN."""
+    return tl.where(lse == -float("inf"), float("inf"), lse * log2e_scale(operand))
+
+
+# --- dQ and delta ---
+
+
+@triton.jit
+def attn_bwd_dq_inner(
+    dq, q_tile, dout_tile, lse, delta, queries, keys, start, end, qk_scale, dropout,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dq += ds @ k of the keys start..end, in memory order, without bias. A sink tile leaves the sinks out."""
+    offsets = tl.arange(0, BLOCK_N)
+    rows = queries.tokens.positions
+    for first in range(start, end, BLOCK_N):
+        valid = first + offsets < keys.length
+        k_tile = load_block(keys.k, first, offsets, valid, HEAD_DIM, q_tile.shape[1], MASKED)
+        v_tile = load_block(keys.v, first, offsets, valid, V_HEAD_DIM, dout_tile.shape[1], MASKED)
+        qk = qk_block(q_tile, k_tile, qk_scale, first, queries, keys, MASKED)
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+        _, ds = p_and_ds(qk, lse[:, None], dp, delta[:, None], q_tile, dropout, PER_TOKEN, rows, first, False)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def sink_attention_bwd_dq_kernel(
+    q, k, v, out, dout, dq,  # BHND
+    row_stats, sink_tensors, streams, lengths, dropout_seed,
+    stride_lse_b, stride_lse_h, stride_positions_b, stride_bias_b, stride_bias_h, stride_bias_m,
+    B, num_q_heads, group_size, N, M, scale, causal, left_padded, dropout_threshold,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one (batch, head), all their keys, visited as by the forward.
+
+    delta = sum(dout * out)                [BLOCK_M]
+    p     = exp(qk + β - lse)              [BLOCK_M, BLOCK_N]
+    ds    = p * (dout @ v.T - delta)       [BLOCK_M, BLOCK_N]
+    dq   += scale * ds @ k                 [BLOCK_M, D]
+
+    Of sink rows p is exp(qk + β - row_max) / row_sum. A large β makes a large lse, which rounds more than the error
+    bound allows; row_max and row_sum do not.
+    """
+    batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_M, 2)
+    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    head = tl.program_id(1).to(tl.int64)
+    bh = batch * num_q_heads + head
+    token = first_token(batch, N, start, lengths.cu_seqlens)
+    positions = sink_tensors.positions + batch * stride_positions_b
+    sinks = Sinks(positions, sink_tensors.stride_m, M, first_position, length)
+    is_sink_tile, index, rows, first_sink, end_sink = query_tile(
+        tile, sinks, streams.non_sinks + token, streams.sink_bounds + 2 * batch, BLOCK_M
+    )
+    if tl.max(rows.valid.to(tl.int32), 0) == 0:
+        return
+    BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
+    BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
+    kv_head = head // group_size
+    q = head_rows(q, batch, head, start)
+    k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
+    if WIDE:
+        k, v = wide_strides(k), wide_strides(v)
+    out, dout = head_rows(out, batch, head, start), head_rows(dout, batch, head, start)
+    dq = head_rows(dq, batch, head, start)
+    keys = Keys(k, v, streams.is_sink + token, length)
+    bias = sink_tensors.bias + batch * stride_bias_b + head * stride_bias_h
+    bias = Matrix(bias, stride_bias_m, sink_tensors.stride_n)
+    dropout = HeadDropout(dropout_seed, bh.to(tl.int32), dropout_threshold)
+    lse_rows = batch * stride_lse_b + head * stride_lse_h + (start + rows.positions) * row_stats.stride_n
+
+    last_key, first_masked, end = key_range(rows, is_sink_tile, causal, length, BLOCK_N)
+    queries = QueryTile(is_sink_tile, index, rows, last_key)
+    q_tile = load_tokens(q, rows, HEAD_DIM, BLOCK_D)  # [BM, D]
+    qk_scale = scale * log2e_scale(q_tile)
+    dout_tile = load_tokens(dout, rows, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
+    out_tile = load_tokens(out, rows, V_HEAD_DIM, BLOCK_DV)
+    # sink_pairs.py sums dout · v of float32 in float64. So is delta: in a row with one key the two are equal.
+    SUM: tl.constexpr = tl.float64 if out_tile.dtype == tl.float32 else tl.float32
+    delta = tl.sum(dout_tile.to(SUM) * out_tile.to(SUM), 1).to(tl.float32)  # [BM]
+    tl.store(row_stats.delta + lse_rows, delta, mask=rows.valid)
+    lse = scaled_lse(tl.load(row_stats.lse + lse_rows, mask=rows.valid, other=float("inf")), q_tile)
+    row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if is_sink_tile:
+        tl.store(row_stats.sink_delta + bh * M + index, delta, mask=rows.valid)
+        sink_stats = row_stats.sink_stats + bh * M + index
+        lse = tl.load(sink_stats, mask=rows.valid, other=float("inf")) * log2e_scale(q_tile)
+        row_sum = tl.abs(tl.load(sink_stats + B.to(tl.int64) * num_q_heads * M, mask=rows.valid, other=1.0))
+        for first in range(first_sink // BLOCK_S * BLOCK_S, end_sink, BLOCK_S):
+            key_sinks = first + tl.arange(0, BLOCK_S)  # [BS]
+            key_tokens = load_sinks(sinks, key_sinks)
+            k_tile = load_tokens(k, key_tokens, HEAD_DIM, BLOCK_D)
+            v_tile = load_tokens(v, key_tokens, V_HEAD_DIM, BLOCK_DV)
+            qk, bias_tile = sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_tokens.positions, bias)
+            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+            lse_less_bias = lse[:, None] - bias_tile  # qk + β - lse: the difference of two large numbers first
+            _, ds = p_and_ds(qk, lse_less_bias, dp, delta[:, None], q_tile, dropout, PER_SINK, index, first, False)
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    for MASKED in tl.static_range(2):
+        acc = attn_bwd_dq_inner(
+            acc, q_tile, dout_tile, lse, delta, queries, keys,
+            first_masked if MASKED else tl.zeros_like(end), end if MASKED else first_masked,
+            qk_scale, dropout, HEAD_DIM, V_HEAD_DIM, BLOCK_N, MASKED,
+        )  # fmt: skip
+    acc *= (scale / row_sum)[:, None]
+    store_tokens(dq, acc, rows, HEAD_DIM, BLOCK_D)
+
+
+# --- dK and dV ---
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def sink_attention_bwd_dkdv_kernel(
+    q, k, v, dout, dk, dv,  # BHND
+    row_stats, is_sink, lengths, dropout_seed,
+    stride_lse_b, stride_lse_h,
+    B, num_q_heads, group_size, N, scale, causal, left_padded, dropout_threshold,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one (batch, key head), all their queries in memory order.
+
+    p   = exp(qk - lse).T                    [BLOCK_N, BLOCK_M], 0 where query and key are both sinks
+    ds  = p * (dout @ v.T - delta).T         [BLOCK_N, BLOCK_M]
+    dv += p @ dout                           [BLOCK_N, Dv]
+    dk += scale * ds @ q                     [BLOCK_N, D]
+
+    One loop runs over the query heads that share the key head and over their blocks of queries.
+    """
+    batch, block = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_N, 1)
+    start, length, _ = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    first_key = block * BLOCK_N
+    if first_key >= length:
+        return
+    BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
+    BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
+    kv_head = tl.program_id(1).to(tl.int64)
+    k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
+    dk, dv = head_rows(dk, batch, kv_head, start), head_rows(dv, batch, kv_head, start)
+    is_sink += first_token(batch, N, start, lengths.cu_seqlens)
+
+    positions = first_key + tl.arange(0, BLOCK_N)
+    keys = Tokens(positions, positions < length)
+    key_is_sink = tl.load(is_sink + positions, mask=keys.valid, other=0)
+    k_tile = load_tokens(k, keys, HEAD_DIM, BLOCK_D)  # [BN, D]
+    qk_scale = scale * log2e_scale(k_tile)
+    v_tile = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
+    first_row = tl.where(causal != 0, first_key // BLOCK_M * BLOCK_M, 0)
+    num_blocks = tl.cdiv(length - first_row, BLOCK_M)
+    # [BN] the first row that sees each key
+    first_seeing = tl.where(keys.valid, tl.where(causal != 0, positions, 0), length)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    # One loop, so that the loads of the next head's first block are pipelined too.
+    for step in range(0, group_size * num_blocks):
+        head = kv_head * group_size + step // num_blocks
+        offsets = first_row + step % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+        rows = Tokens(offsets, offsets < length)
+        q_tile = load_tokens(head_rows(q, batch, head, start), rows, HEAD_DIM, BLOCK_D)  # [BM, D]
+        dout_tile = load_tokens(head_rows(dout, batch, head, start), rows, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
+        lse_rows = batch * stride_lse_b + head * stride_lse_h + (start + offsets) * row_stats.stride_n
+        # Rows past the end get lse = +inf, so that their p is 0.
+        lse = scaled_lse(tl.load(row_stats.lse + lse_rows, mask=rows.valid, other=float("inf")), q_tile)
+        delta = tl.load(row_stats.delta + lse_rows, mask=rows.valid, other=0.0)
+        row_is_sink = tl.load(is_sink + offsets, mask=rows.valid, other=0)
+        # Where query and key are both sinks, sink_pairs.py adds to dk and dv: it knows the bias.
+        visible = (first_seeing[:, None] <= offsets[None, :]) & (key_is_sink[:, None] + row_is_sink[None, :] < 2)
+        qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * qk_scale
+        qk = tl.where(visible, qk, -float("inf"))  # [BN, BM]
+        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+        dropout = HeadDropout(dropout_seed, (batch * num_q_heads + head).to(tl.int32), dropout_threshold)
+        p, ds = p_and_ds(qk, lse[None, :], dp, delta[None, :], q_tile, dropout, PER_TOKEN, offsets, first_key, True)
+        dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+    store_tokens(dk, dk_acc * scale, keys, HEAD_DIM, BLOCK_D)
+    store_tokens(dv, dv_acc, keys, V_HEAD_DIM, BLOCK_DV)
+
+
+# --- Launcher ---
+
+
+def launch_sink_attention_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    sink_stats: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    sinks: SinkInputs,
+    lengths: Lengths,
+    streams: Streams,
+    dropout: Dropout = NO_DROPOUT,
+    *,
+    options: SinkAttentionOptions,
+    config: SinkAttentionConfig | None = None,
+) -> Tensor:
+    """Write grads = dq, dk, dv: dq whole, dk and dv without what sink keys get from sink queries.
+
+    Returns delta = Σ dO·O of the sink rows, [B, Hq, M] float32. Shapes are those of `launch_sink_attention_fwd`.
+    """
+    B, M = sinks.positions.shape
+    N, num_q_heads, num_kv_heads = number_of_tokens(q, lengths), q.shape[1], k.shape[1]
+    sink_delta = lse.new_empty(B, num_q_heads, M)
+    if q.numel() == 0:
+        return sink_delta
+    config = config or config_of(q, v, dropout)
+    kind = kind_of(q.dtype, dropout.seed is not None)
+    q, k, v, out, dout, dq, dk, dv = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out, dout, *grads))
+    stride_b, stride_h, stride_n = row_strides(lse, lengths)
+    delta = torch.empty_like(lse)
+    sink_tensors, sink_strides = sinks.as_arguments(num_q_heads)
+    heads = (num_q_heads, num_q_heads // num_kv_heads)
+    numbers = (options.scale, int(options.causal), int(options.left_padded), dropout.threshold)
+    head_dims = {"HEAD_DIM": k.ptr.shape[-1], "V_HEAD_DIM": v.ptr.shape[-1]}
+
+    def query_grid(arguments: dict[str, object]) -> tuple[int, int]:
+        return number_of_tiles(B, N, lengths.cu_seqlens, arguments["BLOCK_M"], 2), num_q_heads
+
+    def key_grid(arguments: dict[str, object]) -> tuple[int, int]:
+        return number_of_tiles(B, N, lengths.cu_seqlens, arguments["BLOCK_N"], 1), num_kv_heads
+
+    tile = config.bwd_dq
+    kernel, tiles = sink_attention_bwd_dq_kernel, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    tiles |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_S": tile.block_s}
+    if autotuning_is_on():
+        kernel, tiles = autotuned(kernel, "bwd_dq", kind), {}
+    with torch.cuda.device_of(lse):
+        kernel[query_grid](
+            *(q, k, v, out, dout, dq),
+            *(RowStats(lse, stride_n, delta, sink_stats, sink_delta), sink_tensors, streams, lengths, dropout.seed),
+            *(stride_b, stride_h, *sink_strides),
+            *(B, *heads, N, M, *numbers),
+            WIDE=needs_int64_offsets(k, v),
+            **head_dims,
+            **tiles,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )
+
+    tile = config.bwd_dkdv
+    kernel, tiles = sink_attention_bwd_dkdv_kernel, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    tiles |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    if autotuning_is_on():
+        kernel, tiles = autotuned(kernel, "bwd_dkdv", kind), {}
+    with torch.cuda.device_of(lse):
+        kernel[key_grid](
+            *(q, k, v, dout, dk, dv),
+            *(RowStats(lse, stride_n, delta, None, None), streams.is_sink, lengths, dropout.seed),
+            *(stride_b, stride_h),
+            *(B, *heads, N, *numbers),
+            **head_dims,
+            **tiles,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )
+    return sink_delta

@@ -1,0 +1,129 @@
+"""Splits the tokens of every sequence into two streams, sinks and non-sinks, so that a tile holds only one of them.
+
+The fused kernels take tiles of BLOCK_M queries from one stream. The bias of a tile of sinks is then a dense tile of
+inter_sink_bias, and every other tile is plain flash attention.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION
+from recattn.triton_kernels.common.ragged import Sinks, count_sinks_before, load_sinks, locate_sequence
+from recattn.triton_kernels.sink_attention.common import DO_NOT_SPECIALIZE, Lengths, first_token, number_of_tokens
+
+# Tokens a program splits.
+STREAM_BLOCK = 1024
+
+
+class Streams(NamedTuple):
+    """Which tokens are sinks. Tokens count from the sequence's first. Packed, tensors over N are over T."""
+
+    is_sink: Tensor  # [B, N] int8
+    non_sinks: Tensor  # [B, N] int32, the tokens that are not sinks, in order
+    sink_bounds: Tensor  # [B, 2] int32, the first sink that is not ignored, and how many are not
+
+
+# --- The tiles of a grid ---
+
+
+@triton.jit
+def sequence_of_tile(tile, B, N, cu_seqlens, BLOCK: tl.constexpr, SPARE: tl.constexpr):
+    """(the sequence that a tile belongs to, the tile's number in that sequence).
+
+    Packed, sequence b owns the tiles from cu_seqlens[b] // BLOCK + b * SPARE on. These are at least its length // BLOCK
+    + SPARE, and the host knows their total without reading a length. A search looks at 128 sequences at a time.
+    """
+    if cu_seqlens is None:
+        tiles = N // BLOCK + SPARE
+        batch = tile // tiles
+        first = batch * tiles
+    else:
+        batch = tile * 0
+        step = batch + B
+        while step > 1:  # the tile belongs to one of `step` sequences from `batch` on
+            step = tl.cdiv(step, 128)
+            b = batch + tl.arange(0, 128) * step
+            first_tiles = tl.load(cu_seqlens + b, mask=b < B, other=0).to(tl.int32) // BLOCK + b * SPARE
+            batch += tl.maximum(tl.sum(((b < B) & (first_tiles <= tile)).to(tl.int32), 0) - 1, 0) * step
+        first = tl.load(cu_seqlens + batch).to(tl.int32) // BLOCK + batch * SPARE
+        # Tokens may lie before the first sequence. Their tiles are moved beyond its last, where they do nothing.
+        tile = tl.where(tile < first, first + N // BLOCK + SPARE, tile)
+    return batch.to(tl.int64), tile - first
+
+
+def number_of_tiles(B: int, N: int, cu_seqlens: Tensor | None, block: int, spare: int) -> int:
+    """The tiles of all sequences, as `sequence_of_tile` numbers them. Packed, N is T."""
+    return B * (N // block + spare) if cu_seqlens is None else N // block + spare * B
+
+
+# --- The streams ---
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def sink_attention_streams_kernel(
+    sink_positions,
+    streams,
+    lengths,
+    stride_positions_b,
+    stride_positions_m,
+    B,
+    N,
+    M,
+    left_padded,
+    search_steps,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK tokens of one sequence, and one token past its end.
+
+    sinks_before[i] = number of sinks before token i       [BLOCK], by binary search in sink_positions
+    is_sink[i]      = sink_positions[sinks_before[i]] == i
+    non_sinks[i - (sinks_before[i] - first_sink)] = i      where token i is not a sink
+    sink_bounds     = first_sink, sinks_before[length] - first_sink
+    """
+    batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK, 1)
+    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    tile_start = tile * BLOCK
+    if tile_start > length:
+        return
+    tokens = tile_start + tl.arange(0, BLOCK)
+    sinks = Sinks(sink_positions + batch * stride_positions_b, stride_positions_m, M, first_position, length)
+    sinks_before = count_sinks_before(sinks, tokens, search_steps)
+    token_is_sink = load_sinks(sinks, sinks_before).positions == tokens
+    first_sink = tl.min(count_sinks_before(sinks, tokens * 0, search_steps), 0)
+    first = first_token(batch, N, start, lengths.cu_seqlens)
+    inside = tokens < length
+    tl.store(streams.is_sink + first + tokens, token_is_sink.to(tl.int8), mask=inside)
+    non_sinks = streams.non_sinks + first + tokens - (sinks_before - first_sink)
+    tl.store(non_sinks, tokens, mask=inside & (token_is_sink == 0))
+    sink_bounds = streams.sink_bounds + 2 * batch + tokens * 0
+    tl.store(sink_bounds, first_sink, mask=tokens == length)
+    tl.store(sink_bounds + 1, sinks_before - first_sink, mask=tokens == length)
+
+
+def launch_sink_attention_streams(q: Tensor, sink_positions: Tensor, lengths: Lengths, *, left_padded: bool) -> Streams:
+    """Split the tokens of every sequence into sinks and non-sinks. q is [B, Hq, N, D] or packed [T, Hq, D]."""
+    B, M = sink_positions.shape
+    N = number_of_tokens(q, lengths)
+    shape = (B, N) if lengths.cu_seqlens is None else (N,)
+    streams = Streams(
+        is_sink=q.new_empty(shape, dtype=torch.int8),
+        non_sinks=q.new_empty(shape, dtype=torch.int32),
+        sink_bounds=q.new_empty((B, 2), dtype=torch.int32),
+    )
+    grid = (number_of_tiles(B, N, lengths.cu_seqlens, STREAM_BLOCK, 1),)
+    with torch.cuda.device_of(q):
+        sink_attention_streams_kernel[grid](
+            sink_positions,
+            streams,
+            lengths,
+            *sink_positions.stride(),
+            *(B, N, M, int(left_padded), M.bit_length()),
+            BLOCK=STREAM_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )
+    return streams
