@@ -221,7 +221,7 @@ def speed_ups(operators: dict[str, Operator], machine: Machine) -> Figure:
     series = [
         Series(label, role, *zip(*points, strict=True))
         for label, role, points in (
-            ("attention that computes less", "limit points", limits),
+            ("computes less or something else", "limit points", limits),
             ("other PyTorch implementations", "peer points", peers),
             ("recattn", "our points", ours),
         )
@@ -231,7 +231,7 @@ def speed_ups(operators: dict[str, Operator], machine: Machine) -> Figure:
         README_FIGURE,
         f"Speedup over eager PyTorch ({machine.title}, {records.dtype_name(machine.dtype)}, forward+backward where "
         "there is a backward). Red dots: recattn. Other dots: other PyTorch implementations. Vertical bars: attention "
-        "without bias or refinement, which computes less.",
+        "that computes less (without bias or refinement) or something else.",
         (Panel("", "speedup over eager", "", tuple(series), log_y=False, y_names=tuple(names)),) if names else (),
     )
 

@@ -129,7 +129,7 @@ class Bars:
         self.progress.advance(self.whole)
 
 
-def fill(console: Console, plan, chosen: argparse.Namespace, histories: movielens.Histories) -> int:
+def fill_caches(console: Console, plan, chosen: argparse.Namespace, histories: movielens.Histories) -> int:
     """Call the compiled implementations once, without gate (it needs memory that others may need) and clocks."""
     ours_broke = False
     for operator, workload, implementations in plan:
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     histories = movielens.load(chosen.offline)
     if chosen.fill:
-        return fill(console, plan, chosen, histories)
+        return fill_caches(console, plan, chosen, histories)
     clock = clock_for(chosen.device)
     common = records.environment(chosen.device) | {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -48,7 +48,7 @@ class Contest:
 
     def run(self) -> list[Row]:
         """A row for each implementation and direction."""
-        self._enter()
+        self._add_rows()
         gate = Gate(self.operator, self._draw(self.workload.gate, seed=0))
         passed = [implementation for implementation in self.implementations if self._passes(gate, implementation)]
         del gate  # frees its inputs and references
@@ -63,7 +63,7 @@ class Contest:
                 self._record(direction, samples, sets[0], ceilings)
         return list(self.rows.values())
 
-    def _enter(self) -> None:
+    def _add_rows(self) -> None:
         for implementation in self.implementations:
             possible = self.operator.directions(implementation, self.settings.device)
             for direction in (d for d in self.settings.directions if d in possible):
@@ -93,12 +93,12 @@ class Contest:
             return False
         unavailable = implementation.unavailable(self.workload, self.settings.device)
         if unavailable is not None:
-            _give_up(own.values(), NOT_RUN, unavailable)
+            _mark(own.values(), NOT_RUN, unavailable)
             return False
         try:
             errors = gate.check(implementation, tuple(own))
         except Exception as error:  # a broken implementation does not end the run
-            _give_up(own.values(), *_outcome(error))
+            _mark(own.values(), *_outcome(error))
             return False
         for row in own.values():
             row.gate_shape = self.workload.gate.shape
@@ -106,7 +106,7 @@ class Contest:
             row.max_error = timing.finite(largest(error.max for error in errors if error.name.startswith("output")))
             row.error_share = timing.finite(largest(error.share for error in errors))
         if not passes(implementation, errors):
-            _give_up(own.values(), REFUSED, "; ".join(str(error) for error in errors if not error.passed))
+            _mark(own.values(), REFUSED, "; ".join(str(error) for error in errors if not error.passed))
             return False
         return True
 
@@ -125,7 +125,7 @@ class Contest:
                 if self.settings.device.type == "cuda":
                     row.host_ms = timing.host_time(call)
             except Exception as error:  # out of memory, most likely
-                _give_up([row], *_outcome(error))
+                _mark([row], *_outcome(error))
             else:
                 calls[implementation.name] = call
         return timing.measure(
@@ -235,7 +235,7 @@ def _judged(goal: Goal, measured: dict[str, Measured], lost: set[str]) -> Outcom
     return goal.judge(measured[goal.implementation], others) if others or not goal.against else Outcome(str(goal))
 
 
-def _give_up(rows, status: str, reason: str) -> None:
+def _mark(rows, status: str, reason: str) -> None:
     for row in rows:
         row.status, row.reason = status, reason
 

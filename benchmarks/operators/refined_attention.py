@@ -115,10 +115,10 @@ def prepare_mask(inputs: Inputs) -> Inputs:
 def visible_pairs(n: int, seq_lens: Tensor) -> Tensor:
     """[B, 1, N, N] causal mask for sequences padded on the left."""
     valid = torch.arange(n, device=seq_lens.device) >= n - seq_lens[:, None]  # [B, N]
-    return (past(n, seq_lens.device) & valid[:, :, None] & valid[:, None, :]).unsqueeze(1)
+    return (causal_mask(n, seq_lens.device) & valid[:, :, None] & valid[:, None, :]).unsqueeze(1)
 
 
-def past(n: int, device: torch.device) -> Tensor:
+def causal_mask(n: int, device: torch.device) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
 
@@ -152,7 +152,7 @@ def deviation(covariance: Tensor) -> Tensor:
 
 @REFINED_ATTENTION.implementation(EAGER, prepare=prepare_mask)
 def eager(q, k, v, w_q, w_k, mechanism, source, visible, w_v=None):
-    visible = past(q.shape[2], q.device) if visible is None else visible
+    visible = causal_mask(q.shape[2], q.device) if visible is None else visible
     a = source_weights(q, k, source, visible)
     if mechanism == "stochastic":
         refined = -distances(*gaussians(a @ w_q), *gaussians(a @ w_k)) / math.sqrt(w_q.shape[-1] / 2)
@@ -174,7 +174,7 @@ def is_simple(workload: RefinedWorkload) -> bool:
 
 @REFINED_ATTENTION.implementation("eager, SDPA last", applies=is_simple, prepare=prepare_mask)
 def eager_then_sdpa(q, k, v, w_q, w_k, mechanism, source, visible):
-    a = source_weights(q, k, source, past(q.shape[2], q.device) if visible is None else visible)
+    a = source_weights(q, k, source, causal_mask(q.shape[2], q.device) if visible is None else visible)
     return causal_sdpa(a @ w_q, a @ w_k, v, visible)
 
 

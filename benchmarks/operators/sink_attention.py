@@ -222,7 +222,7 @@ def dense_bias(q: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, valid
     return dense if valid is None else dense.masked_fill(~valid[:, None, None, :], -math.inf)
 
 
-def future(length: int, device: torch.device) -> Tensor:
+def future_mask(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
@@ -241,7 +241,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
     scores = q @ k.mT / math.sqrt(q.shape[-1]) + bias
     if causal:
-        scores = scores.masked_fill(future(q.shape[2], q.device), -math.inf)
+        scores = scores.masked_fill(future_mask(q.shape[2], q.device), -math.inf)
     return scores.softmax(-1) @ v
 
 
@@ -261,7 +261,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | No
 def sdpa_dense_bias(q, k, v, sink_positions, inter_sink_bias, causal, valid=None, backend=None):
     mask = dense_bias(q, sink_positions, inter_sink_bias, valid)
     if causal:
-        mask = mask.masked_fill(future(q.shape[2], q.device), -math.inf)
+        mask = mask.masked_fill(future_mask(q.shape[2], q.device), -math.inf)
     # torch 2.11 accepts a float32 mask with bfloat16 inputs, and misreads it.
     return sdpa(q, k, v, mask.to(q.dtype), backend)
 
@@ -530,5 +530,5 @@ def unbiased_xformers(q, k, v, mask, **others):
 def xformers_dense_bias(q, k, v, sink_positions, inter_sink_bias, causal):
     mask = dense_bias(q.transpose(1, 2), sink_positions, inter_sink_bias, None)
     if causal:
-        mask = mask.masked_fill(future(q.shape[1], q.device), -math.inf)
+        mask = mask.masked_fill(future_mask(q.shape[1], q.device), -math.inf)
     return xformers_attention(q, k, v, mask.to(q.dtype).expand(-1, q.shape[2], -1, -1))

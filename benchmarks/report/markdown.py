@@ -140,7 +140,7 @@ def goals_tables(operators: dict[str, Operator], measured: Sequence[Machine], ki
         for workload in operator.workloads:
             goals = [goal for goal in operator.goals if (goal.workload, goal.device) == (workload.name, kind)]
             if goals:
-                by_goals.setdefault(tuple(map(_stated, goals)), {})[workload.name] = goals
+                by_goals.setdefault(tuple(map(_heading_of_goal, goals)), {})[workload.name] = goals
         for columns, workloads in by_goals.items():
             rows = [
                 (name, machine.title if machine else "not measured", *cells)
@@ -153,10 +153,10 @@ def goals_tables(operators: dict[str, Operator], measured: Sequence[Machine], ki
     return "\n".join(tables)
 
 
-def _stated(goal: Goal) -> str:
+def _heading_of_goal(goal: Goal) -> str:
     """A goal as the heading of a column."""
     _, quantity, target = goal.wording
-    return table.stated(f"{goal.direction}, {quantity} (goal: {target})", goal.implementation)
+    return table.with_implementation(f"{goal.direction}, {quantity} (goal: {target})", goal.implementation)
 
 
 def _result(operator: Operator, goal: Goal, machine: Machine | None) -> str:
@@ -316,7 +316,7 @@ def gpu_predictions_table(operators: dict[str, Operator]) -> str:
 # --- The pages ---
 
 
-def about(machine: Machine) -> str:
+def describe(machine: Machine) -> str:
     run = machine.run
     extra = "".join(f", {name} {run[name]}" for name in ("cuda", "driver") if run.get(name))
     commits = {record.run["commit"][:8] for contest in machine.contests.values() for record in contest.values()}
@@ -383,7 +383,7 @@ def _goals_section(operators: dict[str, Operator], measured: Sequence[Machine], 
 
 
 def _machine_section(operators: dict[str, Operator], machine: Machine, images: Iterable[tuple[str, str]]) -> str:
-    parts = [f"## {machine.title}\n\n{about(machine)}\n", *(f"![]({file})\n\n{text}\n" for file, text in images)]
+    parts = [f"## {machine.title}\n\n{describe(machine)}\n", *(f"![]({file})\n\n{text}\n" for file, text in images)]
     for operator in operators.values():
         times = times_table(operator, machine)
         parts += [f"### {operator.name}\n\nMilliseconds, {dtype_name(machine.dtype)}.\n\n{times}"] if times else []

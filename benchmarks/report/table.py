@@ -84,7 +84,7 @@ def goals(rows: Sequence[Row]) -> Table:
             table.add_row(
                 row.op,
                 row.workload,
-                stated(goal.goal, row.impl),
+                with_implementation(goal.goal, row.impl),
                 measured(goal, row),
                 _percent(goal.spread),
                 Text(goal.verdict, style=VERDICT_STYLE.get(goal.verdict, "yellow")),
@@ -92,7 +92,7 @@ def goals(rows: Sequence[Row]) -> Table:
     return table
 
 
-def stated(goal: str, implementation: str) -> str:
+def with_implementation(goal: str, implementation: str) -> str:
     """A goal, preceded by its implementation unless that is recattn with its default options."""
     return goal if implementation == "recattn" else f"{implementation}: {goal}"
 

@@ -90,7 +90,7 @@ def check(name: str, work: Path, operators: Sequence[str]) -> Step:
     return Step(name, (*command, "--op", *operators), {"CUDA_LAUNCH_BLOCKING": "1"}, shown=True)
 
 
-def right(work: Path, scratch: Path, operators: Sequence[str]) -> list[Stage]:
+def plan_checks(work: Path, scratch: Path, operators: Sequence[str]) -> list[Stage]:
     """The plan of `make gpu`. Built kernels compile while other operators are checked, and are checked afterwards."""
     built = [name for name in operators if OPERATORS[name].built]
     others = [name for name in operators if not OPERATORS[name].built]
@@ -106,26 +106,28 @@ def right(work: Path, scratch: Path, operators: Sequence[str]) -> list[Stage]:
     return plan
 
 
-def fast(work: Path, scratch: Path, operators: Sequence[str], profile: bool) -> list[Stage]:
+def plan_benchmarks(work: Path, scratch: Path, operators: Sequence[str], profile: bool) -> list[Stage]:
     """The plan of `make gpu-bench`. What measurements and sanitizers need is compiled while the tests run."""
     every = len(operators) == len(OPERATORS)
     first, after_build = [], []
     for name in operators:
         own = OPERATORS[name]
-        (after_build if own.built else first).extend(tests(file, "gpu") for file in own.gpu_tests)
+        (after_build if own.built else first).extend(run_tests(file, "gpu") for file in own.gpu_tests)
         if not every:
-            first += [tests(file, "not gpu") for pattern in own.kernel_tests for file in test_files(pattern)]
+            first += [run_tests(file, "not gpu") for pattern in own.kernel_tests for file in test_files(pattern)]
     planned = workloads(operators, every)
     targets = (sys.executable, str(TESTS / "cuda" / "gpu_sanitizer_targets.py"))
-    beside = [*fills(planned), Step("sanitizer targets", targets)]
+    beside = [*compile_steps(planned), Step("sanitizer targets", targets)]
     plan = [install(), Stage(90, [*first, *([build(scratch)] if after_build else []), *beside], together=True)]
     if after_build:
         plan.append(Stage(20, after_build, together=True))
     if every:
-        plan.append(Stage(15, [tests("benchmarks/test_suite.py", "gpu")]))  # tests of the clocks: alone on the machine
+        plan.append(
+            Stage(15, [run_tests("benchmarks/test_suite.py", "gpu")])
+        )  # tests of the clocks: alone on the machine
     if "sink_attention" in operators:  # its workloads use the table written here
         plan.append(Stage(35, [dispatch(work)]))
-    last = [profiled(work, operators)] if profile else sanitizers(targets)
+    last = [profile_step(work, operators)] if profile else sanitizers(targets)
     left = SECONDS - sum(stage.seconds for stage in plan) - 40
     plan.append(Stage(left, [measure(*one, work) for one in planned]))
     return [*plan, Stage(40, last, together=True)]
@@ -135,7 +137,7 @@ def test_files(pattern: str) -> list[str]:
     return sorted(path.relative_to(TESTS).as_posix() for path in TESTS.glob(pattern))
 
 
-def tests(file: str, marked: str) -> Step:
+def run_tests(file: str, marked: str) -> Step:
     """One process per test file, so that a lost CUDA context fails no other. `file` is relative to tests/.
 
     The log shows which test hangs, and where.
@@ -164,7 +166,7 @@ def benchmark(name: str, workload: str, *options: str) -> tuple[str, ...]:
     return (*MODULE, "benchmarks.run", *own, *options)
 
 
-def fills(planned: Sequence[tuple[str, str]]) -> list[Step]:
+def compile_steps(planned: Sequence[tuple[str, str]]) -> list[Step]:
     return [
         Step(f"compile {name} {w}", benchmark(name, w, "--fill"), {"TORCHINDUCTOR_COMPILE_THREADS": "2"})
         for name, w in planned
@@ -192,7 +194,7 @@ def sanitizers(targets: Sequence[str]) -> list[Step]:
     ]
 
 
-def profiled(work: Path, operators: Sequence[str]) -> Step:
+def profile_step(work: Path, operators: Sequence[str]) -> Step:
     headline = next((h for name in operators for h in reversed(OPERATORS[name].headlines)), "sink_backward")
     return Step("profile", (*MODULE, "benchmarks.tools.profile", headline, "--results", str(work)), shown=True)
 
@@ -215,15 +217,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work, scratch = Path(temporary, "work"), Path(temporary, "scratch")
         scratch.mkdir()
-        plan = fast(work, scratch, chosen.op, chosen.profile) if chosen.bench else right(work, scratch, chosen.op)
+        plan = (
+            plan_benchmarks(work, scratch, chosen.op, chosen.profile)
+            if chosen.bench
+            else plan_checks(work, scratch, chosen.op)
+        )
         outcomes = run(plan, work, results, name)
-        explain(work / "logs" / "install.log")
+        print_remedy(work / "logs" / "install.log")
     counts = Counter(outcome.status for outcome in outcomes)
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; all output is in {results}")
     return int(counts.keys() - {PASSED, NOT_STARTED} != set())
 
 
-def explain(log: Path) -> None:
+def print_remedy(log: Path) -> None:
     if MANAGED in log.read_text(errors="replace"):
         print(REMEDY)
 

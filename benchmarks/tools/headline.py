@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     operator, workload, contestants = find(headline, device)
     dtype, histories, clock = DTYPES[device.type], movielens.load(offline=True), clock_for(device)
     ceilings = around(partial(measure_ceilings, device, [dtype], clock, quick=True))
-    settings = Settings(device, dtype, histories, ceilings, clock, chosen.seconds, headline.directions, say)
+    settings = Settings(device, dtype, histories, ceilings, clock, chosen.seconds, headline.directions, print_step)
     common = records.environment(device)
     path = chosen.results / f"headline-{chosen.headline}.jsonl"
     inputs = operator.inputs(workload, Draw(1, dtype, device, histories))
@@ -114,26 +114,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own = Contest(operator, workload, taking_part, settings).run()
         keep_verdicts(own, rows)
         records.append(own, common, path)
-        print(*map(line, own), sep="\n", flush=True)
+        print(*map(format_row, own), sep="\n", flush=True)
         profiled = {(row.impl, row.direction) for row in rows}
         rows += own
         for row in (row for row in own if row.status == TIMED and (row.impl, row.direction) not in profiled):
             call = timed_call(operator, operator.implementations[row.impl], row.direction, [dict(inputs)])
             times = kernel_times(call, device)
-            show(row, times)
+            print_kernels(row, times)
             about = {"kernels_of": row.impl, "op": row.op, "workload": row.workload, "pass": row.direction}
             records.append_lines([{**about, "microseconds": times}], common, path)
     broke = {row.impl for row in rows if row.status in (records.REFUSED, records.FAILED)}
     return int(any(operator.implementations[name].ours for name in broke))
 
 
-def say(doing: str, done: float) -> None:
+def print_step(doing: str, done: float) -> None:
     """Print the current step, so that a process that dies or hangs shows where."""
     if not done:
         print(f"  {doing}", flush=True)
 
 
-def line(row: Row) -> str:
+def format_row(row: Row) -> str:
     """A row as one printed line."""
     what = f"{row.workload} {row.direction} {row.impl:28}"
     if row.status != TIMED:
@@ -143,7 +143,7 @@ def line(row: Row) -> str:
     return "; ".join(figures)
 
 
-def show(row: Row, times: dict[str, float]) -> None:
+def print_kernels(row: Row, times: dict[str, float]) -> None:
     print(f"{row.impl}, {row.direction}: {sum(times.values()):.1f} µs in {len(times)} kernels", flush=True)
     for name, time in list(times.items())[:SHOWN_KERNELS]:
         print(f"  {time:9.1f} µs  {name[:80]}", flush=True)

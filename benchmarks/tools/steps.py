@@ -127,7 +127,7 @@ def run(plan: Sequence[Stage], work: Path, results: Path, name: str) -> list[Out
         outcomes.append(outcome)
         with (work / "steps.jsonl").open("a") as file:
             file.write(json.dumps(asdict(outcome)) + "\n")
-        keep(work, results, name)
+        save(work, results, name)
 
     deadline = time.monotonic()
     for stage in plan:
@@ -147,15 +147,15 @@ def run_together(steps: Sequence[Step], logs: Path, deadline: float, ended: Call
             else:
                 print(f"{step.name}: started", flush=True)
                 running.append(Running(step, logs / f"{step.name}.log", deadline))
-        look_after(running, ended)
+        wait_for(running, ended)
     except BaseException:
         for one in running:
             one.due = min(one.due, time.monotonic())
-        look_after(running, ended)
+        wait_for(running, ended)
         raise
 
 
-def look_after(running: list[Running], ended: Callable[[Outcome], None]) -> None:
+def wait_for(running: list[Running], ended: Callable[[Outcome], None]) -> None:
     """Wait until all have ended. Each is removed from the list when it has."""
     side_by_side = len(running) > 1
     while running:
@@ -177,18 +177,18 @@ def report(outcome: Outcome, unseen: str, ended: Callable[[Outcome], None]) -> N
     ended(outcome)
 
 
-def keep(work: Path, results: Path, name: str) -> None:
+def save(work: Path, results: Path, name: str) -> None:
     """Save all of `work` as one archive, and its JSON lines as one file. Each file is replaced atomically."""
     results.mkdir(parents=True, exist_ok=True)
     lines = b"".join(content for path, content in contents(work) if path.suffix == ".jsonl")
-    replace(results / f"{name}.jsonl", lines)
+    replace_file(results / f"{name}.jsonl", lines)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for path, content in contents(work):
             entry = tarfile.TarInfo(f"{name}/{path.relative_to(work)}")
             entry.size, entry.mtime = len(content), time.time()
             archive.addfile(entry, io.BytesIO(content))
-    replace(results / f"{name}-results.tar.gz", packed.getvalue())
+    replace_file(results / f"{name}-results.tar.gz", packed.getvalue())
 
 
 def contents(folder: Path) -> Iterable[tuple[Path, bytes]]:
@@ -198,7 +198,7 @@ def contents(folder: Path) -> Iterable[tuple[Path, bytes]]:
             yield path, path.read_bytes()
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)
     part.replace(path)

@@ -34,8 +34,8 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a C
 def both_plans(operators=tuple(gpu.OPERATORS), profile=False) -> dict[str, list[Stage]]:
     work, scratch = Path("work"), Path("scratch")
     return {
-        "gpu": gpu.right(work, scratch, operators),
-        "gpu-bench": gpu.fast(work, scratch, operators, profile),
+        "gpu": gpu.plan_checks(work, scratch, operators),
+        "gpu-bench": gpu.plan_benchmarks(work, scratch, operators, profile),
     }
 
 
@@ -128,10 +128,10 @@ def on_the_cpu(step: Step) -> Step:
 def test_make_gpu_rehearsed(tmp_path, monkeypatch, capsys):
     """Without rich, and with an installation and a build that fail, the numbers are checked and timed all the same."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    planned = gpu.right
+    planned = gpu.plan_checks
     monkeypatch.setattr(
         gpu,
-        "right",
+        "plan_checks",
         lambda *arguments: [replace(s, steps=list(map(on_the_cpu, s.steps))) for s in planned(*arguments)],
     )
     (tmp_path / "rich.py").write_text("raise ImportError('no rich here')")

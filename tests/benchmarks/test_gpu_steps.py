@@ -214,7 +214,7 @@ def test_tests_that_overrun_name_the_test_and_report_those_before(tmp_path, monk
     file.write_text(
         "import time\ndef test_quick(): pass\ndef test_wrong(): assert 0\ndef test_slow():\n    time.sleep(60)\n"
     )
-    *command, _ = gpu.tests("test_any.py", "not gpu").command
+    *command, _ = gpu.run_tests("test_any.py", "not gpu").command
     command[command.index("faulthandler_timeout=40")] = "faulthandler_timeout=0.2"
     run(tmp_path, Stage(60, [Step("tests", (*command, str(file)), {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})]))
     printed = log(tmp_path, "tests")
