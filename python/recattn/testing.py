@@ -1,4 +1,4 @@
-"""The error bound that every kernel of recattn is held to, against the float64 reference."""
+"""The error bound of every recattn kernel, relative to the float64 reference."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Error:
-    """The error of one output or gradient against float64, and what it may be."""
+    """The error of one output or gradient relative to float64, and its bound."""
 
     name: str
     max: float
@@ -22,12 +22,12 @@ class Error:
 
     @property
     def passed(self) -> bool:
-        """False for NaN, and where low overflowed: an infinite bound would hold nothing."""
+        """False also for NaN, and where low overflowed, because then the bound is infinite."""
         return self.max <= self.max_bound < math.inf and self.mean <= self.mean_bound < math.inf
 
     @property
     def share(self) -> float:
-        """The error as a share of its bound, the worse of its maximum and its mean. NaN if one of them is."""
+        """error / bound, the larger one of maximum and mean; NaN if either is NaN."""
         parts = ((self.max, self.max_bound), (self.mean, self.mean_bound))
         return largest(value / bound if bound else math.inf if value else 0.0 for value, bound in parts)
 
@@ -42,9 +42,9 @@ class Error:
 def measure_error(
     name: str, actual: Tensor, low: Tensor, ref64: Tensor, eps: float, factor: float = 2.0, zero_scale: float = 0.0
 ) -> Error:
-    """max and mean of |actual - ref64| beside factor · (the same of |low - ref64| + eps · max|ref64|).
+    """max and mean of |actual - ref64|, with the bounds factor · (the same of |low - ref64| + eps · max|ref64|).
 
-    A ref64 that is zero throughout (dq, where a softmax has one term) has no scale of its own: `zero_scale` stands in.
+    If ref64 is all zero (dq, if a softmax has one term), `zero_scale` replaces max|ref64|.
     """
     if actual.shape != ref64.shape:
         raise AssertionError(f"{name}: shape {list(actual.shape)}, reference has {list(ref64.shape)}")
@@ -70,7 +70,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Oracle:
-    """What a reference makes of inputs, in float64 and in their own dtype: many kernels can be held against it."""
+    """The results of a reference in float64 and in the inputs' dtype, to compare kernels with."""
 
     reference: Callable[..., Tensor | Sequence[Tensor]]
     inputs: Mapping[str, object]
@@ -87,20 +87,20 @@ class Oracle:
         grads: Sequence[str] = (),
         seed: int = 0,
     ) -> "Oracle":
-        """Of `reference(**inputs)` and of the gradients of the inputs named in `grads`."""
+        """The Oracle of `reference(**inputs)` and of the gradients of the inputs named in `grads`."""
         return cls(reference, inputs, grads, seed, _draw(reference, inputs, grads, seed))
 
     @cached_property
     def redrawn(self) -> list[Draw]:
-        """The same problem where low rounds otherwise: all floating inputs 1/128, 2/128, 3/128 or 4/128 smaller.
+        """The same problem with other roundings of low: all floating inputs 1/128, 2/128, 3/128 or 4/128 smaller.
 
-        Zeros, infinities, signs, ties and the order of the entries stay; errors keep their size within a few percent.
+        Zeros, infinities, signs, ties and the order of entries stay; errors change by a few percent at most.
         """
-        scales = [1 - i / 128 for i in range(1, 5)]  # of bfloat16, each moves every entry
+        scales = [1 - i / 128 for i in range(1, 5)]  # each changes every entry, also in bfloat16
         return [_draw(self.reference, _scaled(self.inputs, scale), self.grads, self.seed) for scale in scales]
 
     def errors(self, kernel: Callable[..., Tensor | Sequence[Tensor]], *, factor: float = 2.0) -> list[Error]:
-        """Of the kernel's outputs and gradients, as `compare_with_reference` says."""
+        """Errors of the kernel's outputs and gradients; see `compare_with_reference`."""
         actual = _run(kernel, self.inputs, self.grads, self.seed)
         errors = self._errors(actual, self.draw, factor)
         if all(error.passed for error in errors):
@@ -111,7 +111,7 @@ class Oracle:
     def _errors(self, actual: Mapping[str, Tensor], draw: Draw, factor: float) -> list[Error]:
         floating = [x for x in self.inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
         eps = max(torch.finfo(x.dtype).eps for x in floating)
-        finite = [x[x.isfinite()].abs() for x in floating]  # -inf, which suppresses a pair, is no scale
+        finite = [x[x.isfinite()].abs() for x in floating]  # -inf only masks
         scale = max((x.max().item() for x in finite if x.numel()), default=0.0)
         return [
             measure_error(name, actual[name], draw.low[name], ref64, eps, factor, scale**2)
@@ -120,14 +120,14 @@ class Oracle:
 
 
 def _largest_bounds(error: Error, *others: Error) -> Error:
-    """The error, held to the largest bounds of all."""
+    """The error, with the largest bounds of all."""
     errors = (error, *others)
     bounds = {name: largest(getattr(e, name) for e in errors) for name in ("max_bound", "mean_bound")}
     return replace(error, **bounds)
 
 
 def largest(values: Iterable[float]) -> float:
-    """NaN if one of them is: max() would depend on their order."""
+    """The maximum, NaN if any value is NaN (the result of max() would depend on their order)."""
     values = list(values)
     return math.nan if any(map(math.isnan, values)) else max(values)
 
@@ -141,18 +141,18 @@ def compare_with_reference(
     seed: int = 0,
     factor: float = 2.0,
 ) -> list[Error]:
-    """Errors of `kernel(**inputs)`, and of the gradients of the inputs named in `grads`, against float64.
+    """Errors of `kernel(**inputs)`, and of the gradients of the inputs named in `grads`, relative to float64.
 
-    The inputs are as drawn in the tested dtype. ref64 is the reference on them promoted to float64, low the reference
-    in the tested dtype; eps is that of the coarsest floating dtype among the inputs. Outputs may be one tensor or
-    several; the incoming gradients are standard normal, drawn once and shared. The largest error of low is one entry's
-    luck: where the kernel is over a bound, the largest of five draws of it counts (`Oracle.redrawn`).
+    The inputs have the tested dtype. `ref64` is the reference on the inputs promoted to float64, `low` the reference in
+    the tested dtype; eps is that of the coarsest floating dtype among the inputs. Outputs may be one tensor or several.
+    The incoming gradients are standard normal, drawn once and shared. The largest error of low depends on the luck of
+    one entry: if the kernel is over a bound, the largest of five draws of low counts (`Oracle.redrawn`).
     """
     return Oracle.of(reference, inputs, grads=grads, seed=seed).errors(kernel, factor=factor)
 
 
 def assert_matches_reference(*args, **kwargs) -> None:
-    """`compare_with_reference`, raising an AssertionError that tabulates every error if one is over its bound."""
+    """`compare_with_reference`; if an error is over its bound, an AssertionError that lists every error."""
     errors = compare_with_reference(*args, **kwargs)
     if not all(error.passed for error in errors):
         raise AssertionError("\n".join(map(str, ["error bound exceeded", *errors])))
@@ -189,7 +189,7 @@ def _run(function: Callable, inputs: Mapping[str, object], grads: Sequence[str],
 
 
 def _incoming_gradient(output: Tensor, seed: int) -> Tensor:
-    # Rounded to bfloat16, which every tested dtype represents (float16 but for tiny values): all runs see the same.
+    # Rounded to bfloat16, which every tested dtype represents (float16 except tiny values), so all runs get the same.
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.randn(output.shape, generator=generator).bfloat16()
     return gradient.to(device=output.device, dtype=output.dtype)

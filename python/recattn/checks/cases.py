@@ -1,6 +1,6 @@
 """The problems that every operator is checked on: a small odd shape, ragged ones, and a real one.
 
-Inputs are drawn on the CPU, so that every device is given the same.
+Inputs are drawn on the CPU, so that every device gets the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,12 @@ from recattn.ops import UNSUPPORTED_REASONS
 from recattn.ops.backends import BACKENDS
 
 Inputs = dict[str, object]
-REAL = "real"  # the case that is left out when time is short
+REAL = "real"  # the case that --quick leaves out
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of a public function. `hints` are those that its reference does not have."""
+    """Arguments of a public function. `hints` are arguments that the reference does not have."""
 
     name: str
     draw: Callable[[torch.dtype], Inputs]
@@ -36,8 +36,8 @@ class Case:
 class Operator:
     """A public function, its specification, and the problems to try it on.
 
-    `implementations` says of a device type which there are, and why one cannot run there (None: it can); `cases` gives
-    the problems for a device type and dtype.
+    `implementations` maps a device type to {implementation: why it cannot run there (None: it can)}; `cases` gives the
+    problems for a device type and dtype.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Operator:
 
 
 def implementations(op: str, device: str) -> dict[str, str | None]:
-    """All but the reference, which they are held against; a correction by each attention that it can stand on."""
+    """All implementations but the reference, which is what they are compared with; the correction once per backend."""
     reasons = {impl: why for impl, why in UNSUPPORTED_REASONS[op](device).items() if impl != "reference"}
     if op == "sink_attention" and device == "cuda":
         why = reasons.pop("correction")
@@ -57,7 +57,7 @@ def implementations(op: str, device: str) -> dict[str, str | None]:
 
 
 def options_of(implementation: str) -> dict[str, str]:
-    """The keyword arguments that insist on it."""
+    """The keyword arguments that select an implementation."""
     impl, backend = parse_implementation(implementation)
     return {"impl": impl} if backend is None else {"impl": impl, "backend": backend}
 
@@ -85,7 +85,7 @@ def sink_attention_cases(device: str, _dtype: torch.dtype) -> list[Case]:
         padding = {"seq_lens": torch.tensor([100, 0, 63]), "padding_side": "left"}
         return _dense(dtype, 3, 2, 2, 100, 64, 11, lengths=(100, 0, 63), left=True) | padding
 
-    def suppressed(dtype):  # a negative bias has rows computed anew
+    def suppressed(dtype):  # a negative bias makes the kernels recompute rows
         inputs = _packed(dtype, (100, 0, 63, 1), 2, 64, 11)
         return inputs | {"inter_sink_bias": inputs["inter_sink_bias"] * 5 - 5, "causal": True}
 
@@ -131,7 +131,7 @@ def _packed(dtype: torch.dtype, lengths: Sequence[int], heads: int, dim: int, si
 
 
 def _sinks(starts: Sequence[int], lengths: Sequence[int], most: int) -> Tensor:
-    """[B, most]: random tokens of each sequence, in order, -1 behind them."""
+    """[B, most]: random tokens of each sequence in ascending order, padded with -1."""
     found = [start + torch.randperm(n)[:most].sort().values for start, n in zip(starts, lengths, strict=True)]
     room = torch.zeros(most, dtype=torch.int64)
     return pad_sequence([*found, room], batch_first=True, padding_value=-1)[:-1]
@@ -189,7 +189,7 @@ def wasserstein_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]
     plain = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
 
     def draw(dtype, batch, heads, length, dim, value_dim, rank=None, **options):
-        """Distances, and refined ones, stay of the order of 1: beyond, one key has all the weight."""
+        """Distances, also refined ones, stay around 1. If they were larger, one key would get all the weight."""
         widths = dict.fromkeys(plain, dim) | {"mean_v": value_dim, "cov_v": value_dim}
         inputs = {name: torch.randn(batch, heads, length, width) / 2 for name, width in widths.items()}
         inputs = {name: elu(x) + 1 if name.startswith("cov") else x for name, x in inputs.items()}
@@ -285,7 +285,8 @@ def lrea_absorbed_attention_cases(device: str, dtype: torch.dtype) -> list[Case]
         Case("int8", int8),
         Case(REAL, lambda dtype: draw(dtype, (100,) * 64, 1, 32, 64, 64)),
     ]
-    if device == "cpu" and dtype != torch.bfloat16:  # with VNNI it rounds other targets to 16 bits, on purpose
+    # With VNNI a CPU rounds float32 and float16 targets to 16-bit integers, on purpose.
+    if device == "cpu" and dtype != torch.bfloat16:
         del cases[2]
     return cases
 

@@ -21,7 +21,7 @@ An output or gradient passes when neither its largest nor its mean error is over
 same dtype + eps times the largest number). "error/bound" is the worst of a row: up to 1.00 passes. The exit status is 1
 if something went wrong. Attach the file of --json to a bug report."""
 
-INTERRUPTED = 130  # as a shell has it
+INTERRUPTED = 130  # the shell's convention
 INTERPRET = "TRITON_INTERPRET"
 
 
@@ -50,7 +50,7 @@ def _device(text: str) -> torch.device:
 
 @contextmanager
 def compiled_kernels() -> Iterator[None]:
-    """TRITON_INTERPRET out of the way, for the processes that are started too."""
+    """Without TRITON_INTERPRET, also in the processes that are started."""
     interpret = os.environ.pop(INTERPRET, None)
     try:
         yield
@@ -74,7 +74,7 @@ def check(arguments: argparse.Namespace) -> int:
             found = {"environment": environment, "quick": arguments.quick, "finished": finished}
             report.write_json(arguments.json, rows, found)
 
-    write(finished=False)  # a file that cannot be written is known before
+    write(finished=False)  # fails now if the file cannot be written
     found = run(operators, str(device), quick=arguments.quick, timeout=arguments.timeout, jobs=jobs)
     interrupted = False
     try:
@@ -89,7 +89,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def _jobs(device: torch.device) -> int:
-    """A process on a GPU may hold 4 GB, and a core compiles for it."""
+    """Processes at a time on a GPU: each may hold 4 GB, and uses a core to compile."""
     if device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(device)

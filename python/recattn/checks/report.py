@@ -1,4 +1,4 @@
-"""What the check found: a table that grows on the screen, details of what went wrong, and a JSON file."""
+"""Results of the check: a table that grows on the screen, details of what went wrong, and a JSON file."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 from recattn.checks.worker import CANNOT_RUN, PASSED, Row
 
 COLUMNS = {"operator": 24, "implementation": 24, "dtype": 9, "result": 10, "error/bound": 11, "where, or why": 0}
-STYLES = {PASSED: "green", CANNOT_RUN: "dim"}  # all else is red
+STYLES = {PASSED: "green", CANNOT_RUN: "dim"}  # everything else is red
 
 
 def heading(environment: Mapping[str, object]) -> str:
@@ -37,7 +37,7 @@ def line(texts: Sequence[str]) -> str:
 
 
 def shown(rows: Iterator[Row]) -> Iterator[Row]:
-    """The same rows, each put on the screen: by rich on a terminal, where it is installed, else as plain lines."""
+    """The same rows, each printed as it passes: with rich on a terminal, if installed, else as plain lines."""
     try:
         from rich.console import Console
     except ImportError:
@@ -69,7 +69,7 @@ def went_wrong(row: Row) -> bool:
 
 
 def details(rows: Sequence[Row]) -> Iterator[str]:
-    """Of each row that went wrong: every error over its bound, or what its process printed."""
+    """For each row that went wrong: every error over its bound, or what its process printed."""
     for row in filter(went_wrong, rows):
         name = f"{row.operator} impl={row.implementation!r} {row.dtype}"
         yield f"\n{name}: {row.status}, {cells(row)[-1]}"
@@ -85,7 +85,7 @@ def summary(rows: Sequence[Row], seconds: float) -> str:
 
 
 def write_json(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
-    """All that is known so far; a reader never sees half a file."""
+    """Write all rows so far. The file is replaced as a whole, so no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(_finite({**run, "rows": [asdict(row) for row in rows]}), allow_nan=False, indent=1)
@@ -94,7 +94,7 @@ def write_json(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> No
 
 
 def _finite(value: object) -> object:
-    """JSON has no NaN and no infinity: words instead."""
+    """The value with NaN and infinities as strings, because JSON has neither."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Runs the check: a process for each operator and dtype, whose death costs one row."""
+"""Runs the check: one process per operator and dtype. A process that dies costs one row."""
 
 import multiprocessing
 import re
@@ -19,16 +19,16 @@ DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.bfloat16, torch.float16, torch.float32),
 }
-START = 60.0  # seconds until a process is at its first case
-GRACE = 5.0  # seconds beyond its time in which a process leaves a traceback, and in which one that is killed ends
+START = 60.0  # seconds for a process to reach its first case
+GRACE = 5.0  # seconds for a process to print a traceback after its timeout, and to end after it was killed
 OUTPUT_LINES = 40
-SLOW_IMPORTS = ("sympy", "triton")  # which PyTorch and recattn put off to the first backward, or kernel
+SLOW_IMPORTS = ("sympy", "triton")  # PyTorch and recattn delay them until the first backward or kernel
 
 
 def run(
     operators: Sequence[Operator], device: str, *, quick: bool = False, timeout: float = 60.0, jobs: int = 1
 ) -> Iterator[Row]:
-    """The rows as they come, `jobs` processes at a time. `quick`: one dtype, and no real shape."""
+    """Yield rows as they finish, from `jobs` processes at a time. `quick`: one dtype, no real shapes."""
     kind = torch.device(device).type
     dtypes = DTYPES[kind][:1] if quick else DTYPES[kind]
     pending, unusable = [], []
@@ -59,7 +59,7 @@ def _run(pending: list[Job], jobs: int) -> Iterator[Row]:
 
 
 class Worker:
-    """A process at work on a job, and what is known of it."""
+    """A process that runs a job, and its progress."""
 
     def __init__(self, job: Job):
         self.job, self.remaining = job, list(job.implementations)
@@ -75,21 +75,22 @@ class Worker:
         other_end.close()
 
     def rows(self) -> Iterator[Row]:
-        """Those that it has sent, and one for the case at which it died or hangs."""
+        """Yield the rows that it has sent, and one for the case in which it died or hangs."""
         try:
             while self.connection.poll():
                 yield from self._take(self.connection.recv())
         except EOFError:
-            # A process may end between two rows, but not before the first: what is taken up again gets on.
+            # A process that ends between two rows is restarted with the rest; one that ends before its first row is
+            # reported, so that restarts cannot go on forever.
             if self.remaining and (self.at or len(self.remaining) == len(self.job.implementations)):
                 self.process.join(GRACE)
                 printed = self._printed()
-                hung = "Timeout (" in printed  # so faulthandler says
+                hung = "Timeout (" in printed  # the words of faulthandler
                 yield self._dead_row(HUNG if hung else CRASHED, printed)
             self.end()
             return
         if time.monotonic() > self.deadline:
-            if self.remaining:  # else it hangs as it leaves
+            if self.remaining:  # else it hangs while it exits
                 yield self._dead_row(HUNG, self._printed())
             self.end()
 
@@ -116,7 +117,7 @@ class Worker:
         return "\n".join(self.output.read_text(errors="replace").splitlines()[:OUTPUT_LINES])
 
     def end(self) -> None:
-        """Ends the process if it goes on, and does not wait for one that the driver holds."""
+        """Kill the process if it still runs. Waits only briefly: the driver may hold it."""
         self.process.kill()
         self.process.join(GRACE)
         self.connection.close()
@@ -125,7 +126,7 @@ class Worker:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Processes forked from one that has imported PyTorch and never touched CUDA, where the system can fork."""
+    """Where the system can fork: forks of a process that has imported PyTorch but never used CUDA."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -140,7 +141,7 @@ def _ending(exitcode: int | None) -> str:
 
 
 def _innermost_frame(printed: str) -> str:
-    """Of a traceback by faulthandler: where the thread was that crashed, or the main one, which is the last."""
+    """From faulthandler's traceback: where the crashed thread was, else the main thread, which comes last."""
     _, _, current = printed.partition("Current thread")
     _, _, last = printed.rpartition("(most recent call first)")
     found = re.search(r'File "(.+)", line (\d+) in (\S+)', current or last)

@@ -1,6 +1,6 @@
-"""One process of the check: an operator in one dtype, each of its implementations held to the float64 reference.
+"""One process of the check: an operator in one dtype, each implementation compared with the float64 reference.
 
-What it finds it sends as it goes, so that a process that dies takes nothing with it but the case it was at.
+It sends each result at once, so that a process that dies loses only the case it was running.
 """
 
 import faulthandler
@@ -25,8 +25,8 @@ class Job(NamedTuple):
     dtype: torch.dtype
     device: str
     implementations: tuple[str, ...]
-    quick: bool  # leaves the real case out
-    timeout: float  # seconds for a case
+    quick: bool  # skips the real case
+    timeout: float  # seconds per case
 
     @property
     def cases(self) -> list[Case]:
@@ -35,7 +35,7 @@ class Job(NamedTuple):
 
 
 class Began(NamedTuple):
-    """What the process is at, so that it is known should it not come back."""
+    """Sent before a case runs, so that the supervisor knows the case if the process dies or hangs."""
 
     implementation: str
     case: str
@@ -46,12 +46,12 @@ class CaseResult:
     case: str
     seconds: float
     errors: list[Error] = field(default_factory=list)
-    refused: str | None = None  # why the implementation does not serve the case
+    refused: str | None = None  # why the implementation does not support the case
 
 
 @dataclass
 class Row:
-    """What became of an implementation of an operator in a dtype."""
+    """The result of one implementation of an operator in one dtype."""
 
     operator: str
     implementation: str
@@ -59,14 +59,14 @@ class Row:
     status: str
     seconds: float = 0.0
     worst: float | None = None  # the largest error as a share of its bound: up to 1 passes
-    where: str = ""  # the case and tensor of that error, or the case at which it ended
-    reason: str = ""  # of what is neither passed nor failed
+    where: str = ""  # the case and tensor of that error, or the case that ended the process
+    reason: str = ""  # why a row neither passed nor failed
     cases: list[CaseResult] = field(default_factory=list)
-    output: str = ""  # what the process of a crash or a hang had printed, a traceback included
+    output: str = ""  # what the process printed before it crashed or hung, with a traceback
 
 
 def work(connection: Connection, job: Job, output: str) -> None:
-    """The main function of the process; prints into the file `output`."""
+    """The main function of the process. What it prints goes to the file `output`."""
     printed = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(printed, stream)
@@ -77,16 +77,16 @@ def work(connection: Connection, job: Job, output: str) -> None:
         faulthandler.cancel_dump_traceback_later()
         connection.send(row)
         if row.status == CRASHED:
-            os._exit(1)  # nothing works in a process whose CUDA context is lost
+            os._exit(1)  # after its CUDA context is lost, nothing works in this process
 
 
 def begin(connection: Connection, job: Job, implementation: str, case: str) -> None:
     connection.send(Began(implementation, case))
-    faulthandler.dump_traceback_later(job.timeout, exit=True)  # even where the interpreter's lock is held
+    faulthandler.dump_traceback_later(job.timeout, exit=True)  # works even if the GIL is held
 
 
 def check(job: Job, implementation: str, problems: dict[str, Oracle], began: Callable[[str], None]) -> Row:
-    """Every case of an implementation; `problems` keeps what the reference made of them for the next one."""
+    """Run every case of an implementation. `problems` keeps the reference results for the next implementation."""
     row = Row(job.operator.name, implementation, str(job.dtype).removeprefix("torch."), PASSED)
     started = time.perf_counter()
     for case in job.cases:
@@ -130,7 +130,7 @@ def kernel(job: Job, case: Case, implementation: str) -> Callable[..., Tensor]:
 
 
 def lost_device(device: str) -> bool:
-    """Whether a CUDA error sticks: every later call would fail, whoever made it."""
+    """Whether the CUDA context is lost, so that every later call would fail too."""
     if torch.device(device).type != "cuda":
         return False
     try:
@@ -141,7 +141,7 @@ def lost_device(device: str) -> bool:
 
 
 def judged(row: Row) -> Row:
-    """Passed or failed by the worst error of its cases; that cannot run which served none."""
+    """The row with its verdict: by the worst error of its cases, or CANNOT_RUN if it supported none."""
     errors = [(error.share, result.case, error) for result in row.cases for error in result.errors]
     if not errors:
         row.status, row.reason = CANNOT_RUN, row.cases[0].refused or "there is no case"
