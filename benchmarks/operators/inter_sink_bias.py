@@ -9,7 +9,7 @@ import recattn
 from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, register
 from benchmarks.harness.workloads import INTER_SINK_BIAS, Draw, SinkWorkload
 from recattn import reference
-from recattn.ops.inter_sink_bias import availability
+from recattn.ops.inter_sink_bias import unsupported_reasons
 
 BIAS_SCALE = 10.0
 
@@ -45,7 +45,7 @@ BIAS = register(
     grads=("q_s", "k_s"),
     workloads=INTER_SINK_BIAS,
 )
-BIAS.add_recattn(recattn.inter_sink_bias, availability)
+BIAS.add_recattn(recattn.inter_sink_bias, unsupported_reasons)
 
 
 @BIAS.implementation(EAGER)

@@ -20,3 +20,20 @@ class SinkAttentionOptions(NamedTuple):
     max_seqlen: int | None = None
     impl: str | None = None
     backend: str | None = None
+
+
+class InterSinkBiasOptions(NamedTuple):
+    """Options of inter_sink_bias."""
+
+    factor: float  # multiplies the bias; bias_scale itself where that is a number
+    causal: bool
+    dropout_p: float
+    scale: float | None  # None for 1/√D: computed outside the operator, torch.compile would fix it in the graph
+
+
+class LreaAttentionOptions(NamedTuple):
+    """Options of lrea_attention. `path` "triton" insists on the Triton kernels, "auto" takes them on a GPU only."""
+
+    negative_slope: float
+    scale: float
+    path: str

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ import triton.language as tl
 from recattn.triton_kernels import inter_sink_bias as kernels
 from recattn.triton_kernels.common.dropout import dropout_weights
 
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -468,25 +470,19 @@ def test_compiles_under_autocast():
 
 SPECIALIZATIONS = """
 import torch
+from recattn._options import InterSinkBiasOptions
 from recattn.triton_kernels import inter_sink_bias as kernels
-from recattn.triton_kernels.common.compilation import Compilation
+from tests.compile_table.compilation import meta, recorded
 
 def compiled_for(batch, sinks):
-    q_s, bias, mask, shares = (
-        torch.empty(shape, device="meta")
-        for shape in [(batch, 7, sinks, 64), (batch, 1, sinks, sinks), (batch, sinks), (batch, 7, sinks)]
+    q_s, bias, mask, rows = (
+        meta(*shape) for shape in [(batch, 7, sinks, 64), (batch, 1, sinks, sinks), (batch, sinks), (batch, 7, sinks)]
     )
-    one = torch.empty(1, device="meta")
-    inputs, options = (q_s, q_s, mask.bool(), one, one.long()), (1.0, sinks > 50, 0.5, 0.1)
-    grads = (q_s, q_s, shares)
-    fwd, bwd = kernels.InterSinkBiasFwdConfig, kernels.InterSinkBiasBwdConfig
-    fwd, bwd = fwd.heuristic(64, q_s.dtype), bwd.heuristic(64, q_s.dtype, sinks)
+    inputs = (q_s, q_s, mask.bool(), meta(1), meta(1).long())
+    options = InterSinkBiasOptions(1.0, causal=sinks > 50, dropout_p=0.5, scale=0.1)
     return str([
-        Compilation.of(kernel, "", 90, arguments, config.num_warps, config.num_stages)
-        for kernel, config, arguments in [
-            (kernels.inter_sink_bias_fwd_kernel, fwd, kernels._fwd_arguments(*inputs, bias, *options, fwd)),
-            (kernels.inter_sink_bias_bwd_kernel, bwd, kernels._bwd_arguments(bias, *inputs, *grads, *options, bwd)),
-        ]
+        recorded("", 90, kernels.launch_inter_sink_bias_fwd, *inputs, bias, options),
+        recorded("", 90, kernels.launch_inter_sink_bias_bwd, bias, *inputs, q_s, q_s, rows, options),
     ])
 
 print(len({compiled_for(*sizes) for sizes in [(1, 33), (2, 40), (16, 48), (7, 49), (64, 64)]}))
@@ -495,7 +491,9 @@ print(len({compiled_for(*sizes) for sizes in [(1, 33), (2, 40), (16, 48), (7, 49
 
 def test_one_compilation_serves_a_power_of_two_of_sinks():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", SPECIALIZATIONS], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", SPECIALIZATIONS], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     assert run.stdout == "1\n", run.stderr
 
 
@@ -556,7 +554,7 @@ def test_bfloat16_is_not_interpreted():
 
 def test_without_the_interpreter_a_cpu_has_only_the_reference(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert ops.availability("cuda")["triton"] is None and ops.availability("cpu")["reference"] is None
+    assert ops.unsupported_reasons("cuda")["triton"] is None and ops.unsupported_reasons("cpu")["reference"] is None
     inputs = {name: x.cpu() for name, x in draw().items()}
     with pytest.raises(NotImplementedError, match="for CUDA devices, and the tensors are on cpu"):
         by_triton(**inputs)

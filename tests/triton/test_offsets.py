@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from recattn._options import SinkAttentionOptions
+from recattn._options import InterSinkBiasOptions, SinkAttentionOptions
 from recattn.triton_kernels.common import launch
 from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
 from recattn.triton_kernels.lrea import compress, core, jagged
@@ -136,9 +136,9 @@ def test_packed_sink_attention():
 def inter_sink_bias(q_s, k_s, dout, sink_mask) -> dict[str, Tensor]:
     out, shares = torch.empty_like(dout), torch.empty(q_s.shape[:3])
     dq_s, dk_s = torch.empty_like(q_s), torch.empty_like(k_s)
-    inputs, options = (q_s, k_s, sink_mask, None, None), {"factor": 1.0, "causal": False, "dropout_p": 0.0}
-    launch_inter_sink_bias_fwd(*inputs, out, **options, scale=D**-0.5)
-    launch_inter_sink_bias_bwd(dout, *inputs, dq_s, dk_s, shares, **options, scale=D**-0.5)
+    inputs, options = (q_s, k_s, sink_mask, None, None), InterSinkBiasOptions(1.0, False, 0.0, D**-0.5)
+    launch_inter_sink_bias_fwd(*inputs, out, options)
+    launch_inter_sink_bias_bwd(dout, *inputs, dq_s, dk_s, shares, options)
     return {"out": out, "dq_s": dq_s, "dk_s": dk_s, "shares": shares}
 
 

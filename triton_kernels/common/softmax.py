@@ -22,6 +22,21 @@ def exp_scaled(qk, x):
 
 
 @triton.jit
+def masked_softmax(qk, visible, row_valid=None):
+    """Softmax of each row over its visible keys; 0 elsewhere, and in rows that see no key.
+
+    `row_valid` is True for the rows that see a key. None finds them by their qk: then a row whose visible qk are all
+    -inf gives zeros too, not NaN.
+    """
+    qk = tl.where(visible, qk, -float("inf"))
+    row_max = tl.max(qk, 1)
+    row_max_safe = tl.where(row_max != -float("inf") if row_valid is None else row_valid, row_max, 0.0)
+    p = tl.exp(qk - row_max_safe[:, None])
+    row_sum = tl.sum(p, 1)
+    return p / tl.where(row_sum != 0.0 if row_valid is None else row_valid, row_sum, 1.0)[:, None]  # NaN stays
+
+
+@triton.jit
 def exp_increase(qk, bias, row_max):
     """exp(qk + bias - row_max) - exp(qk - row_max): what the bias adds to a weight."""
     unbiased = tl.exp(qk - row_max)

@@ -16,6 +16,7 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._dispatch import select
+from recattn._options import InterSinkBiasOptions
 from recattn.functional._autocast import autocast_inputs
 from recattn.ops import inter_sink_bias as ops
 from recattn.ops._library import distinct
@@ -69,16 +70,14 @@ def inter_sink_bias(
     expect_same_dtype("q_s", q_s, k_s=k_s)
     if isinstance(bias_scale, Tensor):
         bias_scale = bias_scale.reshape(())
-    refusals = ops.availability(q_s.device.type)
-    refusals["triton"] = refusals["triton"] or ops.triton_call_refusal(q_s)
-    if select("inter_sink_bias", impl, refusals) == "reference":
+    if select("inter_sink_bias", impl, ops.unsupported_reasons(q_s.device.type, q_s)) == "reference":
         return reference.inter_sink_bias(
             q_s, k_s, sink_mask=sink_mask, bias_scale=bias_scale, causal=causal, dropout_p=dropout_p, scale=scale
         )
     factor, bias_scale = (1.0, bias_scale) if isinstance(bias_scale, Tensor) else (float(bias_scale), None)
     seed = draw_dropout_seed(dropout_p, q_s.device)
-    settings = ops.Settings(factor, causal, dropout_p, scale)
-    return ops.InterSinkBias.apply(*distinct(q_s, k_s), sink_mask, bias_scale, seed, settings)
+    options = InterSinkBiasOptions(factor, causal, dropout_p, scale)
+    return ops.InterSinkBiasFunction.apply(*distinct(q_s, k_s), sink_mask, bias_scale, seed, options)
 
 
 def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):

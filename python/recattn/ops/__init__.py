@@ -7,7 +7,7 @@ from recattn.ops import inter_sink_bias, lrea_attention, refined_attention, sink
 # For each public operator: device type -> {implementation: why it cannot run there (None: it can)}, best first.
 UNSUPPORTED_REASONS = {
     "sink_attention": sink_attention.unsupported_reasons,
-    "inter_sink_bias": inter_sink_bias.availability,
+    "inter_sink_bias": inter_sink_bias.unsupported_reasons,
     "refined_attention": refined_attention.availability,
     "wasserstein_attention": wasserstein_attention.availability,
     "lrea_compress": partial(lrea_attention.availability, op="lrea_compress"),

@@ -1,12 +1,10 @@
-"""inter_sink_bias by Triton kernels: one launch forward, one backward, which repeats the softmax."""
-
-import math
-from typing import NamedTuple
+"""inter_sink_bias by Triton kernels: one launch forward, one backward, which recomputes the softmax."""
 
 import torch
 from torch import Tensor
 
 from recattn import reference
+from recattn._options import InterSinkBiasOptions
 from recattn.ops._library import define, differentiable_again, refuse_dropout
 from recattn.ops._support import triton_unsupported_reason
 
@@ -14,15 +12,18 @@ from recattn.ops._support import triton_unsupported_reason
 _MAX_SINKS = 128
 
 
-def availability(device: str) -> dict[str, str | None]:
-    """Why each implementation cannot run on this device type (None: it can), best first."""
-    if device == "cpu":  # where Triton's is an interpreter
-        return {"reference": None, "triton": triton_unsupported_reason(device)}
-    return {"triton": triton_unsupported_reason(device), "reference": None}
+def unsupported_reasons(device_type: str, q_s: Tensor | None = None) -> dict[str, str | None]:
+    """Why each implementation cannot run (None: it can), best first.
+
+    Without q_s: on this type of device. With it: a call with this tensor.
+    """
+    triton = triton_unsupported_reason(device_type) or (None if q_s is None else _triton_call_reason(q_s))
+    if device_type == "cpu":  # where Triton kernels are interpreted
+        return {"reference": None, "triton": triton}
+    return {"triton": triton, "reference": None}
 
 
-def triton_call_refusal(q_s: Tensor) -> str | None:
-    """Why the Triton kernels cannot serve a call that is on a device where they run."""
+def _triton_call_reason(q_s: Tensor) -> str | None:
     if q_s.dtype == torch.float64:
         return "it computes in float32, and q_s is float64"
     if q_s.shape[2] > _MAX_SINKS:
@@ -30,30 +31,21 @@ def triton_call_refusal(q_s: Tensor) -> str | None:
     return triton_unsupported_reason(q_s.device.type, q_s.dtype)
 
 
-class Settings(NamedTuple):
-    """What a call holds besides its tensors."""
-
-    factor: float  # of bias_scale, or bias_scale itself where that is no tensor
-    causal: bool
-    dropout_p: float
-    scale: float | None  # None: 1/√D, which torch.compile would fix in its graph were it computed outside the operator
-
-
-def _reference(q_s, k_s, sink_mask, bias_scale, _dropout_seed, settings) -> Tensor:
-    refuse_dropout("inter_sink_bias", settings.dropout_p)
-    bias_scale = settings.factor if bias_scale is None else settings.factor * bias_scale
+def _reference(q_s, k_s, sink_mask, bias_scale, _dropout_seed, options) -> Tensor:
+    refuse_dropout("inter_sink_bias", options.dropout_p)
+    bias_scale = options.factor if bias_scale is None else options.factor * bias_scale
     return reference.inter_sink_bias(
-        q_s, k_s, sink_mask=sink_mask, bias_scale=bias_scale, causal=settings.causal, scale=settings.scale
+        q_s, k_s, sink_mask=sink_mask, bias_scale=bias_scale, causal=options.causal, scale=options.scale
     )
 
 
-class InterSinkBias(torch.autograd.Function):
+class InterSinkBiasFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_s, k_s, sink_mask, bias_scale, dropout_seed, settings):
+    def forward(ctx, q_s, k_s, sink_mask, bias_scale, dropout_seed, options):
         tensors = (q_s, k_s, sink_mask, bias_scale, dropout_seed)
         ctx.save_for_backward(*tensors)
-        ctx.options = settings
-        return inter_sink_bias_fwd(*tensors, *settings)
+        ctx.options = options
+        return inter_sink_bias_fwd(*tensors, *options)
 
     @staticmethod
     @differentiable_again(_reference)
@@ -62,31 +54,24 @@ class InterSinkBias(torch.autograd.Function):
         return dq_s, dk_s, None, dbias_scale if ctx.needs_input_grad[3] else None, None, None
 
 
-def _inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, *settings) -> Tensor:
+def _inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, *options) -> Tensor:
     from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_fwd
 
     out = _fake_fwd(q_s)
-    launch_inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, out, **_options(q_s, *settings))
+    launch_inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, out, InterSinkBiasOptions(*options))
     return out
 
 
 def _inter_sink_bias_bwd(
-    dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, *settings
+    dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, *options
 ) -> tuple[Tensor, Tensor, Tensor]:
     from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd
 
     dq_s, dk_s = torch.empty_like(q_s), torch.empty_like(k_s)
-    shares = dout.new_empty(q_s.shape[:3])  # of bias_scale's gradient
-    launch_inter_sink_bias_bwd(
-        dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, dq_s, dk_s, shares, **_options(q_s, *settings)
-    )
-    return dq_s, dk_s, dout.new_empty(0) if bias_scale is None else shares.sum().to(bias_scale.dtype)
-
-
-def _options(q_s: Tensor, *settings) -> dict[str, object]:
-    options = Settings(*settings)
-    scale = 1 / math.sqrt(q_s.shape[-1]) if options.scale is None else options.scale
-    return options._replace(scale=scale)._asdict()
+    dbias_scale_rows = dout.new_empty(q_s.shape[:3])  # bias_scale's gradient is their sum
+    tensors = (q_s, k_s, sink_mask, bias_scale, dropout_seed, dq_s, dk_s, dbias_scale_rows)
+    launch_inter_sink_bias_bwd(dout, *tensors, InterSinkBiasOptions(*options))
+    return dq_s, dk_s, dout.new_empty(0) if bias_scale is None else dbias_scale_rows.sum().to(bias_scale.dtype)
 
 
 # --- Registration ---
