@@ -3,7 +3,8 @@
 split_tokens.py   each sequence's tokens into sinks and non-sinks, and which tile of the grid belongs to which sequence
 forward.py        the fused forward: FlashAttention, and the line where β is added (`softmax_block`)
 backward.py       the fused backward: dQ, then dK and dV without the pairs of sinks
-sink_pairs.py     what only pairs of sinks have: dβ and their part of dK and dV, for the fused and correction paths
+sink_pairs.py     what only pairs of sinks have: dβ and their part of dK and dV, for the fused and correction paths;
+                  sink_pair_tiles.py has its tiles
 correction.py     the correction path: adds β to the result of any attention without it
 common.py         what these share
 config.py         tile sizes, warps and pipeline stages
