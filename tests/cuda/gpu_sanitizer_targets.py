@@ -13,9 +13,9 @@ import recattn
 
 N, M = 129, 21
 FUSED = {"impl": "triton"}
-CORRECTION = {"impl": "correction", "base": "flash"}
+CORRECTION = {"impl": "correction", "backend": "flash"}
 # The memory-efficient attention is the one that takes float32.
-CORRECTION_FP32 = {"impl": "correction", "base": "efficient"}
+CORRECTION_FP32 = {"impl": "correction", "backend": "efficient"}
 # What a kernel's text depends on: each dtype and head dim, and each option, with another.
 PLAIN = (
     (FUSED, torch.bfloat16, 32),
@@ -55,7 +55,7 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
     for path, dtype, dim in PLAIN:
         yield f"{'-'.join(path.values())} {dtype} D={dim}", partial(attend, device, path, dtype, dim)
     for name, options in OPTIONS.items():
-        # No base masks the padding of a dense batch.
+        # No backend masks the padding of a dense batch.
         for path in (FUSED,) if "lengths" in options and "packed" not in options else (FUSED, CORRECTION):
             yield f"{'-'.join(path.values())} {name}", partial(attend, device, path, torch.bfloat16, 64, **options)
     yield "dropout", partial(attend, device, FUSED, torch.bfloat16, 64, dropout_p=0.2)

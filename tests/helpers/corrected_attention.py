@@ -1,4 +1,4 @@
-"""The correction path of sink_attention with its base in plain PyTorch, and inputs to try it on."""
+"""The correction path of sink_attention with its backend in plain PyTorch, and inputs to try it on."""
 
 import math
 from itertools import pairwise
@@ -151,12 +151,12 @@ class CorrectedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, _):
         q, k, v, out, lse, sink_positions, inter_sink_bias, sink_stats, *context = ctx.saved_tensors
-        base_lse = lse.clone()
+        backend_lse = lse.clone()
         sink_delta = launch_sink_attention_correction_delta(
-            *(out, dout, sink_positions, sink_stats, base_lse, Lengths(*context)),
+            *(out, dout, sink_positions, sink_stats, backend_lse, Lengths(*context)),
             left_padded=ctx.settings["left_padded"],
         )
-        dq, dk, dv = unbiased_gradients(dout, q, k, v, out, base_lse, *context, **ctx.settings)
+        dq, dk, dv = unbiased_gradients(dout, q, k, v, out, backend_lse, *context, **ctx.settings)
         dbias = launch_sink_attention_pairs_bwd(
             *(q, k, v, dout, sink_stats, sink_delta, (dq, dk, dv)),
             *(SinkInputs(sink_positions, inter_sink_bias), Lengths(*context)),
@@ -167,7 +167,7 @@ class CorrectedAttention(torch.autograd.Function):
         return dq, dk, dv, None, dbias.to(inter_sink_bias.dtype), *[None] * 6
 
 
-# --- The base: an attention without bias ---
+# --- The backend: an attention without bias ---
 
 
 def unbiased_attention(q, k, v, sink_logits, seq_lens, cu_seqlens, *, causal, left_padded, scale):

@@ -98,7 +98,7 @@ def test_correction_kernel(corrected, size, causal):
 
 
 def test_correction_kernel_redoes_what_rounds(corrected):
-    """A base whose scores were rounded otherwise: its log-sum-exp is not one of the kernel's scores."""
+    """A backend whose scores were rounded otherwise: its log-sum-exp is not one of the kernel's scores."""
     from recattn.triton_kernels.sink_attention import Lengths, SinkInputs, launch_sink_attention_correction_fwd
 
     inputs = corrected.random_inputs(24, 8, B=1, D=16)

@@ -84,7 +84,7 @@ class AttentionBackend:
     def unsupported_reason(self, call: Call) -> str | None:
         """Why this backend cannot serve the call (None: it can)."""
         return unsupported_reason(
-            # Some scale after they mask, some take the maximum before they scale.
+            # Some backends scale after masking, some take the maximum before scaling: both assume scale > 0.
             (call.scale > 0, "a positive scale", call.scale),
             (call.batch <= _MAX_GRID_AXIS, f"at most {_MAX_GRID_AXIS} sequences", call.batch),
             (call.q_heads <= _MAX_GRID_AXIS, f"at most {_MAX_GRID_AXIS} heads", call.q_heads),
