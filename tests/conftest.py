@@ -1,4 +1,4 @@
-"""Set-up that must precede the import of any kernel, and fixtures for every test."""
+"""Settings that must be made before any kernel is imported, and fixtures for every test."""
 
 import os
 
@@ -22,7 +22,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
-    """Uninitialised memory reads as NaN (integers: the largest value), in Python and in C++ alike."""
+    """Fill uninitialised memory with NaN (integers: the largest value), in Python and in C++."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -31,7 +31,7 @@ def poisoned_allocations():
 
 @pytest.fixture(autouse=ON_GPU)
 def context_that_works():
-    """A kernel's error is its own test's, and one after which no call works ends the process."""
+    """Report a kernel's error in the test that launched it, and stop if the CUDA context is lost."""
     yield
     end_if_context_is_lost()
 
@@ -55,7 +55,7 @@ def emulated_library(tmp_path_factory):
 
 @pytest.fixture
 def cuda_kernels(request, monkeypatch):
-    """impl="cuda" of lrea_absorbed_attention runs, on a GPU's tensors or without one on the CPU's."""
+    """Make impl="cuda" of lrea_absorbed_attention run, emulated on CPU tensors if there is no GPU."""
     from recattn._extension import MISSING
     from tests.helpers import emulated_cuda
 
@@ -88,7 +88,7 @@ def suite_settings(histories):
 
 @pytest.fixture
 def product():
-    """An operator x @ w with an eager implementation."""
+    """An operator, x @ w, with an eager implementation."""
     from benchmarks.harness.goals import TimeGoal
     from benchmarks.harness.registry import FORWARD, TRAINING, Cost, Operator
     from benchmarks.harness.workloads import Workload
@@ -116,7 +116,7 @@ def product():
 
 @pytest.fixture
 def only_product(product, monkeypatch, histories):
-    """The command of the suite knows that operator alone."""
+    """Make `product` the suite's only operator."""
     from benchmarks import run
     from benchmarks.data import movielens
 

@@ -1,4 +1,4 @@
-"""Which tests run where, and what ends them all."""
+"""Which tests run where, and what ends the run."""
 
 from types import SimpleNamespace
 

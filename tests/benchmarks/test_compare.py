@@ -21,7 +21,7 @@ RUN = {"device": "a processor", "threads": 2, "started": "2026-01-01T00:00:00+00
 
 
 class SimulatedClock:
-    """What the implementations say that their work takes, with a percent of noise."""
+    """Returns the time that each implementation declares for its work, with one percent of noise."""
 
     def __init__(self, seed: int) -> None:
         self.worked = 0.0
@@ -34,7 +34,7 @@ class SimulatedClock:
 
 
 def record(product, suite_settings, path: Path, *, work: float, seed: int) -> Path:
-    """A file of what the suite measures of `recattn`, which takes `work` ms a call, beside an eager that takes 2."""
+    """Write the record of a run in which `recattn` takes `work` ms per call and eager takes 2 ms."""
     clock = SimulatedClock(seed)
     product = replace(product, implementations={})
 

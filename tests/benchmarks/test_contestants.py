@@ -114,7 +114,7 @@ def test_every_contestant_passes_the_gate(operator, workload, name, histories):
 @pytest.mark.parametrize("workload", SMALL["sink_attention"], ids=lambda workload: workload.name)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_computes_the_same(workload, histories, monkeypatch):
-    """Uncompiled, which needs no GPU."""
+    """Uncompiled, so that it needs no GPU."""
     monkeypatch.setattr(sink_attention, "compiled", lambda function: function)
     implementation = sink_attention.SINK_ATTENTION.implementations["FlexAttention"]
     if not implementation.applies(workload):
@@ -141,7 +141,7 @@ def test_flex_attention_computes_the_same(workload, histories, monkeypatch):
     ],
 )
 def test_peers_that_are_not_for_here_compute_the_same(operator, workload, name, histories, monkeypatch):
-    """On a CPU, and uncompiled."""
+    """Peers for other devices, run uncompiled on the CPU."""
     operator = load_operators()[operator]
     function = operator.implementations[name].run
     monkeypatch.setitem(function.__globals__, "compiled", lambda function: function)
@@ -162,7 +162,7 @@ WORKLOADS_OF_OTHERS = ("causal", "no sinks", "one long", "gqa")
 
 
 def attention_of(q, k, v, causal):
-    """Tokens first, as libraries for GPUs have it; heads that are grouped stay so."""
+    """Attention with tokens first, as GPU libraries lay them out. Grouped heads stay grouped."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
@@ -185,7 +185,7 @@ class FakeFlashAttention(ModuleType):
 
 
 class FakeXformers(ModuleType):
-    """Its masks, and an attention without groups that a tensor may bias."""
+    """xFormers' masks, and its attention with an optional tensor bias and without head groups."""
 
     class LowerTriangularMask: ...
 
@@ -245,7 +245,7 @@ def test_a_library_that_is_not_there_says_so(name):
 
 
 def test_cudnn_never_runs_a_backward_with_a_mask(histories, monkeypatch):
-    """With one, and N % 128 == 64, torch 2.11 returns NaN."""
+    """torch 2.11's cuDNN backward returns NaN with a mask and N % 128 == 64."""
     masked = []
 
     def spy(q, k, v, mask=None, **options):
@@ -266,7 +266,7 @@ def test_cudnn_never_runs_a_backward_with_a_mask(histories, monkeypatch):
 @pytest.mark.parametrize("name", ["SDPA, dense bias", "SDPA efficient, dense bias", "SDPA cuDNN, dense bias"])
 @pytest.mark.parametrize("workload", ["causal", "ragged"])
 def test_a_mask_has_the_dtype_of_what_it_masks(name, workload, histories, monkeypatch):
-    """torch 2.11 misreads a float32 mask beside bfloat16 without a word."""
+    """torch 2.11 misreads a float32 mask beside bfloat16 inputs, without an error."""
     dtypes = []
 
     def spy(q, k, v, mask=None, **options):

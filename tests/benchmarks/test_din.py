@@ -21,7 +21,7 @@ HYPER = Hyperparameters(length=32, dim=8, batch=64, epochs=25, patience=10, lear
 
 @pytest.fixture(scope="module")
 def ratings():
-    """A user likes either the items up to 20 or those beyond: only the history tells."""
+    """Each user likes either items up to 20 or items above 20, so only the history predicts a click."""
     generator = torch.Generator().manual_seed(0)
     items = [1 + torch.randint(40, (n,), generator=generator) for n in range(10, 50)]
     liked = [(x <= 20).long() if user % 2 else (x > 20).long() for user, x in enumerate(items)]
@@ -47,7 +47,7 @@ def test_samples_and_their_histories():
 
 
 def test_ratings_of_the_file(tmp_path, monkeypatch):
-    """In time order, those of one second as the file has them; liked from 4 on."""
+    """Sorted by time; equal times keep the order of the file. A rating of 4 or more is a like."""
     path = tmp_path / "ml-100k.inter"
     header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
     path.write_text(header + "1\t9\t4\t20\n1\t4\t3\t20\n2\t5\t5\t1\n1\t7\t5\t10\n")
@@ -59,7 +59,7 @@ def test_ratings_of_the_file(tmp_path, monkeypatch):
 
 
 def test_items_of_the_file(tmp_path, monkeypatch):
-    """A quote is part of a title; a year that is no number is None."""
+    """A quotation mark is part of a title. A year that is not a number becomes None."""
     path = tmp_path / "ml-100k.item"
     header = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
     path.write_text(header + '12\tUsual Suspects, The\t1995\tCrime Thriller\n3\t"Quoted" Vérité\tV\tunknown\n')
@@ -122,7 +122,7 @@ def test_a_training_that_diverges_says_so(ratings):
 
 
 def test_figures_that_are_not_finite_stay_out_of_medians():
-    """A seed that diverged is no seed less."""
+    """A diverged seed still counts as a seed."""
     report = Fidelity(4, torch.float32, 0.5, 1.0, 0.0, math.inf, math.nan)
     figures = din.as_json(report)
     assert figures["relative_error"] == 0.5 and figures["rare_loss"] is figures["common_loss"] is None
@@ -138,7 +138,7 @@ def test_figures_that_are_not_finite_stay_out_of_medians():
 
 
 def test_din_has_the_parameters_whose_figures_are_recorded():
-    """A layer of 4 d inputs and 36 units, PReLU, one of 1: the same draws from a seed."""
+    """One layer with 4 d inputs and 36 units, PReLU, and one output: a seed draws the same numbers as before."""
     torch.manual_seed(0)
     attention = din.new_attention(din.DIN, HYPER)
     torch.manual_seed(0)
@@ -265,7 +265,7 @@ def test_requests_that_cannot_be_met(capsys):
 
 
 def test_hidden_layers_are_every_models():
-    """What differs between two models is the attention."""
+    """Models differ in the attention only."""
     torch.manual_seed(0)
     rankers = [din.Ranker(model, HYPER) for model in MODELS]
     shapes = [{name: p.shape for name, p in r.named_parameters() if not name.startswith("attention")} for r in rankers]

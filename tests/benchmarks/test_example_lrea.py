@@ -16,7 +16,7 @@ ITEMS = {i: Item(f"Movie {i}", 1990, ("Drama",) if i <= 20 else ("Comedy", "War"
 
 @pytest.fixture(scope="module")
 def ratings():
-    """A user likes one genre. The last fifth of a user's ratings is of items that the training never sees."""
+    """Each user likes one genre. The last fifth of a user's ratings is of items that are not in the training set."""
     generator = torch.Generator().manual_seed(0)
     users = []
     for n in range(10, 50):
@@ -94,7 +94,7 @@ def test_ids_and_genres_add_up():
 
 
 def test_rare_items(monkeypatch):
-    """Of ten ratings the first has no history and the next seven are the training."""
+    """Of ten ratings the first has no history, and the next seven are for training."""
     monkeypatch.setattr(embedding_bag, "RARE", 1)
     items = torch.tensor([9, 1, 1, 1, 2, 2, 3, 1, 2, 3]), torch.tensor([9, 4, 1, 1, 1, 2, 2, 2, 9, 4])
     ratings = Ratings(items, [torch.ones(10).long()] * 2, "")

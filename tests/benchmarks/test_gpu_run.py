@@ -1,6 +1,6 @@
 """`make gpu` and `make gpu-bench` without a GPU: the plans, a rehearsal, the dispatch table with made-up times.
 
-What becomes of a step that hangs or dies is in test_gpu_steps.
+Steps that hang or die are in test_gpu_steps.py.
 """
 
 import json
@@ -114,7 +114,7 @@ REHEARSED = {
 
 
 def on_the_cpu(step: Step) -> Step:
-    """The step with another device, where a GPU is needed."""
+    """The same step on the CPU, if it needs a GPU."""
     command = list(REHEARSED.get(step.name, step.command))
     if "check" in command:
         command[command.index("cuda")] = "cpu"
@@ -126,7 +126,7 @@ def on_the_cpu(step: Step) -> Step:
 
 @WITHOUT_GPU
 def test_make_gpu_rehearsed(tmp_path, monkeypatch, capsys):
-    """Without rich, and with an installation and a build that fail, the numbers are checked and timed all the same."""
+    """Everything is checked and timed even without rich, and after the installation and the build failed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     planned = gpu.plan_checks
     monkeypatch.setattr(
@@ -276,7 +276,7 @@ def test_the_grid():
 
 
 def test_measures_with_the_gate_and_the_clocks_of_the_suite(monkeypatch):
-    """On the CPU every path is refused, and so none is timed."""
+    """On the CPU no path is supported, so nothing is timed."""
     monkeypatch.setattr(tune_dispatch, "TOKENS", 64)
     measure = tune_dispatch.contest_on(torch.device("cpu"), seconds=0.0)
     assert measure(Point("float32", 64, 32, 0.1, False, False)) == {}

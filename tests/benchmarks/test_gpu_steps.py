@@ -90,7 +90,7 @@ def test_one_that_hangs(tmp_path, ignored):
 
 
 def alive(pid: int) -> bool:
-    """A zombie, which nobody waits for, is not."""
+    """A zombie, which nobody waits for, does not count as alive."""
     status = Path(f"/proc/{pid}/stat")
     try:
         return status.read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -109,7 +109,7 @@ def test_what_a_step_leaves_running_is_ended(tmp_path):
 
 
 class InTheDriver:
-    """A process that no signal ends."""
+    """A process that no signal can end."""
 
     pid, returncode = 0, None
 
@@ -151,7 +151,7 @@ sys.exit(any([call(i) for i in range(3)]))
 
 
 def test_one_that_poisons_its_context(tmp_path):
-    """What fails after the fault in the same process works in the next."""
+    """Later calls in the same process fail; the next step, a new process, works."""
     planned = [
         Stage(10, [Step(name, (sys.executable, "-S", "-c", POISONS, at))])
         for name, at in (("poisons", "1"), ("next", "9"))
@@ -162,7 +162,7 @@ def test_one_that_poisons_its_context(tmp_path):
 
 
 def test_one_that_runs_out_of_memory(tmp_path):
-    """It raises, or the system ends it; both cost that step, and what it had printed is there."""
+    """The step raises, or the system kills it. Either way only that step is lost, and its output so far is kept."""
     raises = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); print('began'); bytearray(2**40)"
     killed = "import os; print('began'); os.kill(os.getpid(), 9)"
     outcomes = run(
@@ -193,7 +193,7 @@ def test_one_that_overruns_ends_by_itself_and_keeps_what_it_had(tmp_path):
 
 
 def test_tests_that_overrun_name_the_test_and_report_those_before(tmp_path, monkeypatch):
-    """Their time is up once faulthandler has said where the slow one is."""
+    """The time is up once faulthandler has printed where the slow test is."""
     sleep, running = time.sleep, []
 
     class Watched(steps.Running):
@@ -277,7 +277,7 @@ def test_told_to_end_it_ends_its_steps_and_keeps_what_they_left(tmp_path, monkey
 
 
 def test_the_archive_has_every_step_that_is_over(tmp_path):
-    """Also for whoever kills the runner: the second step finds the first's output where results come back from."""
+    """Even if the runner is killed: the second step finds the first one's output in the results folder."""
     archive = tmp_path / "results" / f"{NAME}-results.tar.gz"
     code = f"import tarfile; print(tarfile.open({str(archive)!r}).getnames())"
     run(tmp_path, Stage(10, [AFTER]), Stage(10, [Step("looks", (sys.executable, "-c", code))]))
@@ -304,7 +304,7 @@ run(stages, Path(sys.argv[1], "work"), Path(sys.argv[1], "results"), "{NAME}")
 
 
 def test_two_files_a_command_whatever_the_steps_leave(tmp_path):
-    """Eight files may come back, from no deeper than two folders."""
+    """At most eight files can be copied back, from at most two folders deep."""
     code = "import os, sys; os.makedirs(sys.argv[1]); [open(f'{sys.argv[1]}/{i}.json', 'w') for i in range(20)]"
     for name in ("gpu", "gpu-bench"):
         work = tmp_path / name

@@ -1,4 +1,4 @@
-"""What the suite takes of a GPU's memory, and what it calls only to have it compiled."""
+"""How the suite limits its use of GPU memory, and which calls it makes only to compile."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -22,7 +22,7 @@ def draw() -> Draw:
 
 
 def gate_bytes(operator: Operator, workload: Workload) -> float:
-    """What the gate's float64 takes, by that of a smaller problem: it grows with the pairs, for LREA with the users."""
+    """Memory of the gate's float64 run, scaled up from a smaller problem by query-key pairs (LREA: by users)."""
     small = replace(workload, name="small", batch=1, gate_batch=None)
     if hasattr(workload, "heads"):
         length = min(workload.length, 256)

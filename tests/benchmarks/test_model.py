@@ -1,4 +1,4 @@
-"""The cost model: what it counts, and how near it comes to what others have published."""
+"""The cost model: what it counts, and how close it comes to published times."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_a_stage_is_the_slower_of_computing_and_moving_and_is_launched():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim, published", [(64, (420, 476)), (128, (579, 638))])
 def test_attention_on_an_h100_is_near_flash_attention_3(dim, published, causal):
-    """TFLOP/s of the forward over 4,096 tokens, causal and not, as its authors have published them."""
+    """TFLOP/s of the forward at 4,096 tokens, causal and not, as published by its authors."""
     shape = {"heads": 2048 // dim, "kv_heads": 2048 // dim, "length": 4096, "dim": dim, "sinks": 0, "causal": causal}
     workload = SinkWorkload(name="", batch=4, **shape)
     milliseconds = cost_model.predict(SINK_ATTENTION, workload, FORWARD, H100, torch.bfloat16)

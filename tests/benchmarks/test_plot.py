@@ -1,4 +1,4 @@
-"""RESULTS.md, its figures and README's: drawn from the committed records, and as new as they are."""
+"""RESULTS.md, its figures and the README's are drawn from the committed records, and are up to date."""
 
 import json
 from dataclasses import asdict, replace
@@ -23,7 +23,7 @@ def test_nothing_is_stale():
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """All that is written goes to a folder of its own."""
+    """Redirect all output to a temporary folder."""
     for name, path in {"FIGURES": "figures", "RESULTS": "RESULTS.md", "README": "README.md"}.items():
         monkeypatch.setattr(plot, name, tmp_path / path)
     monkeypatch.setattr(plot, "ROOT", tmp_path)
@@ -32,7 +32,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def faster(record: Record) -> Record:
-    """Twice as fast as it was."""
+    """The same record with half the time."""
     row = record.row
     if row.impl != "recattn" or row.p50_ms is None:
         return record

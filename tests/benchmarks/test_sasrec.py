@@ -33,7 +33,7 @@ def test_sequences_are_padded_on_the_left_and_keep_the_newest_items():
 
 
 def test_items_of_one_second_stay_in_the_order_of_the_file(tmp_path, monkeypatch):
-    """By their ids the newest, and so the test, would be the least popular."""
+    """Sorted by id instead, the newest item, which is the test item, would be the least popular."""
     path = tmp_path / "ml-100k.inter"
     path.write_text(
         "user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t9\t5\t20\n1\t4\t1\t20\n1\t7\t3\t10\n"
@@ -68,7 +68,7 @@ def test_negatives_are_uniform_over_what_the_training_lacks():
 
 
 def test_ranking_by_hand():
-    """Ranks 0, 2 and, among many, 10: beyond the cutoff of 10."""
+    """Ranks 0, 2 and 10; rank 10 is beyond the cutoff of 10."""
     scores = torch.zeros(3, 13)
     answers = torch.tensor([1, 2, 3])
     scores[0, 1] = 9.0

@@ -73,7 +73,7 @@ def test_waiting_for_a_core_is_noticed():
 
 
 def test_the_cache_is_flushed_without_writing(monkeypatch):
-    """What a flush wrote would be written back to memory while the call is timed."""
+    """Lines that a flush had written would be written back to memory during the timed call."""
 
     class Event:
         def __init__(self, enable_timing):
@@ -250,7 +250,7 @@ def test_a_goal_that_could_not_be_measured_stands_there(product, suite_settings,
 
 
 def test_a_goal_whose_opponent_was_refused_or_failed_has_no_verdict(product, suite_settings):
-    """It might have been the fastest: those that are left decide nothing."""
+    """The missing opponent might have been the fastest, so the others decide nothing."""
     goal = TimeGoal(workload="small", direction=TRAINING, against=("eager", "wrong", "broken"), time_ratio=1e6)
     product = replace(product, goals=(goal,))
     product.implementation("recattn")(lambda x, w: x @ w)

@@ -155,9 +155,9 @@ def _type(parameter: object, value: object) -> Type:
 
 @functools.cache
 def _tuple_of_types(kind: type) -> type:
-    """A NamedTuple's class for the types of its fields, which splits at ":" as the type of a single argument does.
+    """The class of a NamedTuple of types: it has `partition`, as the type of a single argument has.
 
-    What knows single arguments alone can so compile it, without the divisors of the fields.
+    A tool that handles single arguments only can compile it too, without the fields' divisibility.
     """
 
     def partition(types, separator: str) -> tuple[tuple, str, str]:

@@ -1,4 +1,4 @@
-"""What one kernel configuration compiles to: its resources, and what its instructions show."""
+"""Compile one kernel configuration, and read its resources and instructions."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ Row = dict[str, int | list[str]]
 
 
 def measure(compilation: object) -> Row:
-    """A row of the table, for a `tests.compile_table.compilation.Compilation`."""
+    """The table's row for a `tests.compile_table.compilation.Compilation`."""
     compiled, ptxas = compile_with_log(compilation)
     used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage", compiled.asm["cubin"])))
     code = instructions(cuobjdump("-sass", compiled.asm["cubin"]))
@@ -41,7 +41,7 @@ def measure(compilation: object) -> Row:
 
 
 def compile_with_log(compilation: object) -> tuple[object, str]:
-    """The kernel as Triton compiles it, and what ptxas says meanwhile."""
+    """Compile the kernel. Returns it and the output of ptxas."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -92,7 +92,7 @@ def cuobjdump(what: str, cubin: bytes) -> str:
 
 
 def advisories(ptxas: str) -> dict[str, list[str]]:
-    """The codes by which ptxas says that each wgmma waits for the one before, and those of its other advisories."""
+    """ptxas' advisory codes: those that say it serializes wgmma, and all others."""
     if "Compiling entry function" not in ptxas:
         raise ValueError(f"expected what `ptxas -v` says of a kernel, got {ptxas!r}")
     said = re.findall(r"\((C75\d\d)\) (.*)", ptxas)
@@ -102,7 +102,7 @@ def advisories(ptxas: str) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of SASS. `target`: where a branch goes."""
+    """A line of SASS. `target` is the address that a branch jumps to."""
 
     address: int
     predicated: bool
@@ -111,7 +111,7 @@ class Instruction:
 
     @property
     def on_tensor_cores(self) -> bool:
-        """HMMA, HGMMA on sm_90, UTCHMMA on sm_100; not HFMA2.MMA, whose opcode is HFMA2."""
+        """HMMA; HGMMA on sm_90; UTCHMMA on sm_100. HFMA2.MMA has the opcode HFMA2 and does not count."""
         return self.opcode.endswith("MMA")
 
 
@@ -128,9 +128,9 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def loops(code: Sequence[Instruction]) -> list[range]:
-    """Addresses from the target of a backward branch to the last such branch, each loop before those around it.
+    """Address ranges of the loops, innermost first: from a backward branch's target to the last branch to it.
 
-    A branch back across an EXIT closes no loop: it returns from a wait that stands behind the kernel's end.
+    A branch back across an EXIT is no loop: it returns from a wait that is placed behind the kernel's end.
     """
     exits = [i.address for i in code if i.opcode in ("EXIT", "RET") and not i.predicated]
     ends: dict[int, int] = {}
@@ -141,11 +141,11 @@ def loops(code: Sequence[Instruction]) -> list[range]:
 
 
 def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
-    """The instructions of the loop that does most of a kernel's products.
+    """The instructions of the loop that does most of the kernel's matrix products.
 
-    An instruction belongs to the innermost loop around it. The main loop is the one to which most instructions on
-    tensor cores belong, or most FFMA in a kernel that has none of those; of two with as many, the shorter, which has
-    no masks. In a kernel without products in a loop, it is all that belongs to no loop.
+    An instruction belongs to the innermost loop around it. The main loop has the most tensor core instructions, or the
+    most FFMA in a kernel without tensor cores. On a tie the shorter loop counts: it has no masks. For a kernel without
+    products in a loop, it is all the code outside loops.
     """
     on_tensor_cores = any(i.on_tensor_cores for i in code)
 

@@ -60,7 +60,7 @@ TOOLS = ("compilation", "compiled_kernel", "table")
 
 @dataclass(frozen=True)
 class Accepted:
-    """Configurations that may, for now, do what is refused of others."""
+    """Configurations that may spill or serialize wgmma for now."""
 
     what: str  # "spills", or the code by which ptxas says that it serializes wgmma
     where: str  # a regular expression, found in their names
@@ -132,13 +132,13 @@ def kernel_modules() -> tuple[str, ...]:
 
 
 def sources_of(modules: tuple[str, ...]) -> str:
-    """What the rows depend on, beside Triton."""
+    """Hash of the sources that the rows depend on."""
     files = [importlib.import_module(name).__file__ for name in (*modules, compiled_kernel.__name__)]
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def fingerprints(modules: tuple[str, ...]) -> dict[str, str]:
-    """Of each kernel, what its rows depend on: its source with all that it calls, and its configurations."""
+    """For each kernel, a hash of its source, of all functions it calls, and of its configurations."""
     configurations = defaultdict(list)
     for compilation in compilations(modules):
         configurations[compilation.kernel].append(repr(compilation))
@@ -156,7 +156,7 @@ def compilations(modules: tuple[str, ...]) -> list:
 
 
 def unlisted_kernels(modules: tuple[str, ...]) -> list[str]:
-    """Kernels, by the suffix of their names, that no configuration compiles."""
+    """Names of the kernels (`*_kernel`) that no configuration compiles."""
     from triton import JITFunction
 
     listed = {compilation.kernel for compilation in compilations(modules)}
@@ -183,7 +183,7 @@ def all_keys(modules: tuple[str, ...]) -> list[str]:
 
 
 def one_of_each_kind(keys: list[str]) -> list[int]:
-    """Indices of few keys that have each kernel with each of its architectures and with each dtype and option."""
+    """Indices of few keys that cover each kernel with each architecture, and with each dtype and option."""
     chosen, shown = [], set()
     for at_once in (2, 1):
         for i, name in enumerate(keys):
@@ -206,7 +206,7 @@ def measure_or_say_why(modules: tuple[str, ...], index: int) -> Row | str:
 
 
 def measure_each(modules: tuple[str, ...], jobs: int, indices: Sequence[int]) -> tuple[dict[str, Row], list[str]]:
-    """The rows, and why others could not be made."""
+    """The rows, and the reasons why others could not be compiled."""
     keys = all_keys(modules)
     # Forked, the workers have the kernels already.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -217,7 +217,7 @@ def measure_each(modules: tuple[str, ...], jobs: int, indices: Sequence[int]) ->
 
 
 def refusals(rows: dict[str, Row]) -> list[str]:
-    """What no configuration may do, whatever compiles it."""
+    """What no configuration may do under any Triton: float32 as tf32, too much shared or tensor memory."""
     problems = []
     for name, row in rows.items():
         budget = SHARED_MEMORY[int(re.search(r"sm_(\d+)", name)[1])]
@@ -231,7 +231,7 @@ def refusals(rows: dict[str, Row]) -> list[str]:
 
 
 def slow(rows: dict[str, Row], accepted: Sequence[Accepted]) -> list[str]:
-    """Spills and serialized wgmma that are not accepted, and what is accepted though none of all the rows needs it."""
+    """Spills and serialized wgmma that ACCEPTED does not list, and entries of ACCEPTED that no row needs."""
     found = [
         (name, "spills", f"spills {row['spilled_bytes']} bytes at {row['registers']} registers")
         for name, row in rows.items()
@@ -266,7 +266,7 @@ def unchanged_rows(table: dict, keys: list[str], kernels: dict[str, str]) -> dic
 
 
 def to_json(triton_version: str, sources: str, kernels: dict[str, str], rows: dict[str, Row]) -> str:
-    """One line a kernel and a row."""
+    """One line for each kernel and each row."""
 
     def lines(items: dict) -> str:
         return ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(items.items()))

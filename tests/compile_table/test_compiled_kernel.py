@@ -1,4 +1,4 @@
-"""What is read of a kernel's SASS, and of what ptxas says."""
+"""What is read from a kernel's SASS and from ptxas' output."""
 
 import pytest
 
@@ -54,7 +54,7 @@ MASKED_LOOP = list(range(0xA0, 0x110, 0x10))
 
 
 def test_the_main_loop_has_most_products():
-    """Of the two with as many, the shorter; without the loop inside it."""
+    """On a tie the shorter loop, without the loop inside it."""
     assert main_loop(SASS) == [0x30, 0x60, 0x70, 0x80, 0x90]
     assert main_loop(SASS.replace("FMUL R3, R2, R2", "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24")) == MASKED_LOOP
 

@@ -118,7 +118,7 @@ GOOD = (
 
 
 def run(cache: Path, *arguments: object, path: Sequence[Path] = ()) -> subprocess.CompletedProcess:
-    """The script in its own process: here the kernels may be the interpreter's."""
+    """Run the tool in its own process, because kernels in this process may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(map(str, (*path, cache)))}
     command = [sys.executable, SCRIPT, *map(str, arguments)]
@@ -151,7 +151,7 @@ def test_one_of_each_kind():
 
 
 def test_one_of_each_kind_tells_what_does_not_compile(tmp_path):
-    """A spill is no problem there."""
+    """Spills are only notes there."""
     unreadable = PLANTED.replace("acc = tl.dot(a_block", "acc = undefined(a_block")
     (tmp_path / "planted.py").write_text(textwrap.dedent(unreadable))
     said = run(tmp_path, "--one-of-each-kind", "--module", "planted")
@@ -165,7 +165,7 @@ def test_one_of_each_kind_tells_what_does_not_compile(tmp_path):
 
 
 def test_every_configuration_is_compiled_where_a_source_changed(tmp_path):
-    """The planted module's table is of another text of it."""
+    """The table was written from another text of the planted module."""
     planted, planted_table = tmp_path / "planted.py", tmp_path / "planted.json"
     options = ("--module", "planted", "--table", planted_table)
     planted.write_text(textwrap.dedent(GOOD))
@@ -288,7 +288,7 @@ def test_says_where_a_triton_has_no_table(tmp_path):
 
 
 def test_every_launch_fuses_multiplication_and_addition():
-    """Triton 3.10 fuses only where a launch asks for it: none leaves it to Triton's default."""
+    """Triton 3.10 fuses only if a launch asks for it, so every launch passes enable_fp_fusion."""
     package = Path(importlib.util.find_spec("recattn.triton_kernels").submodule_search_locations[0])
     launches = [
         (str(file.relative_to(package)), call.lineno, [keyword.arg for keyword in call.keywords])

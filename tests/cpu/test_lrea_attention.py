@@ -55,7 +55,7 @@ def draw_compress(dtype=torch.float32, items=50, seq_lens=(100, 0, 63, 1), **rep
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values, every axis strided."""
+    """The same values with every axis strided."""
     wide = tensor.new_full([2 * size for size in tensor.shape], torch.nan if tensor.is_floating_point() else 99)
     return wide[tuple(slice(None, None, 2) for _ in tensor.shape)].copy_(tensor)
 
@@ -87,7 +87,7 @@ def rounding_bound(inputs) -> Tensor:
 
 
 def half_step(products: int) -> float:
-    """Of a number whose largest neighbour is 1; sums of that many products with int8 do not overflow int32."""
+    """Half a quantization step of a vector whose largest entry is 1. Sums of so many products with int8 fit int32."""
     return 0.5 / min(2**15 - 1, (2**31 - 1) // (128 * max(products, 1)))
 
 

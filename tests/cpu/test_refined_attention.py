@@ -1,4 +1,4 @@
-"""The two ways refined_attention runs on a CPU: whole pairs in C++, and slices of pairs in PyTorch."""
+"""refined_attention's two CPU implementations: short sequences in C++, and chunked PyTorch matmuls."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ with_pairs = pytest.param("pairs", marks=compiled_kernels)
 
 @pytest.fixture(params=[with_pairs, "slices"])
 def path(request, monkeypatch):
-    """Both ways, of calls that both can serve."""
+    """Run a test by both implementations, on calls that both support."""
     if request.param == "slices":
         monkeypatch.setattr(on_cpu, "_LONGEST_PAIR", 0)
     return request.param
@@ -34,7 +34,7 @@ def path(request, monkeypatch):
 
 @pytest.fixture
 def served_by(monkeypatch):
-    """The ways that calls took, in order."""
+    """The implementations that ran, in order."""
     calls = []
     for name in ("pairs_fwd", "pairs_bwd", "slices_fwd", "slices_bwd"):
         function = getattr(on_cpu, name)
@@ -86,7 +86,7 @@ def test_error(mechanism, source, causal, lengths, padding_side, rank, path):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_sizes(mechanism, causal, n, path):
-    """Odd sizes of every axis; ragged, as far as the length goes."""
+    """Odd sizes of every axis, and ragged lengths."""
     for source, rank, padding_side in product(SOURCES, (7, n + 1), ("right", "left")):
         seq_lens = torch.tensor([n, (n + 1) // 2, 0], dtype=torch.int32)
         options = {"source": source, "causal": causal, "seq_lens": seq_lens, "padding_side": padding_side}
@@ -138,7 +138,7 @@ def test_slices_and_blocks(mechanism, monkeypatch):
 @pytest.mark.parametrize("magnitude", [1e2, 1e4])
 @pytest.mark.parametrize("source", SOURCES)
 def test_scores_beyond_what_exp_holds(source, magnitude):
-    """Weights down to zero, in the C++ exponential too."""
+    """Probabilities down to zero, also by the C++ exponential."""
     inputs = {name: x.double() for name, x in draw("additive", r=24).items()}
     options = {"mechanism": "additive", "source": source, "scale": magnitude}
     actual = run(cpu, {name: x.float() for name, x in inputs.items()}, **options)
@@ -155,7 +155,7 @@ def test_scores_beyond_what_exp_holds(source, magnitude):
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_padding_never_matters(mechanism, padding_side, causal, path):
-    """Whatever it holds, and that of the matrices beyond every token: results are those of the tokens alone."""
+    """Padding, and matrix rows beyond every token, may hold anything: the results are those of the tokens alone."""
     n, length = 21, 17
     for source, rank in product(SOURCES, (5, n)):
         options = {"mechanism": mechanism, "source": source, "causal": causal}
@@ -176,7 +176,7 @@ def test_padding_never_matters(mechanism, padding_side, causal, path):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_a_sequence_never_sees_another(mechanism, path):
-    """One full of NaN before it in the batch changes nothing, nor does what it leaves behind in the scratch memory."""
+    """A sequence full of NaN earlier in the batch changes nothing, nor does the scratch memory that it leaves."""
     for rank, causal in product((5, 24), (True, False)):
         inputs = draw(mechanism, b=6, r=rank)
         options = {"mechanism": mechanism, "causal": causal, "seq_lens": torch.tensor([21, 4, 21, 7, 21, 18])}
@@ -214,7 +214,7 @@ def test_threads_change_no_bit(mechanism):
 
 
 def on_cpu_results(inputs, options):
-    """What the C++ operators return: the products of the matrices around them are BLAS's."""
+    """The results of the C++ operators alone; the matrix products around them are BLAS's."""
     settings = slices.Settings(options["mechanism"], "logits", True, True, None)
     plan = slices.plan_of(inputs["q"], inputs["w_q"], settings)
     n = inputs["q"].shape[2]

@@ -1,4 +1,4 @@
-"""Every Triton kernel once or more, on small shapes, for compute-sanitizer.
+"""Launch every Triton kernel at least once, on small shapes, for compute-sanitizer.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/cuda/gpu_sanitizer_targets.py
 """
@@ -51,7 +51,7 @@ REFINED = (
 
 
 def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """On a CPU they run what is the default there."""
+    """On a CPU they run the default implementation."""
     for path, dtype, dim in PLAIN:
         yield f"{'-'.join(path.values())} {dtype} D={dim}", partial(attend, device, path, dtype, dim)
     for name, options in OPTIONS.items():
@@ -123,7 +123,7 @@ def bias_of_sinks(device: torch.device, shape: tuple[int, ...], causal: bool) ->
 
 
 def refine(device: torch.device, mechanism: str, source: str, dtype: torch.dtype, length: int, causal: bool) -> None:
-    """One forward and backward, of left-padded sequences and with dropout where it is served."""
+    """One forward and backward of left-padded sequences, with dropout where it is supported."""
     q, k, v = (torch.randn(2, 2, length, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     columns = [64, 64] + ([length] if mechanism in ("value", "additive") else [])
     weights = [torch.randn(length, n, device=device, dtype=dtype, requires_grad=True) for n in columns]
@@ -134,7 +134,7 @@ def refine(device: torch.device, mechanism: str, source: str, dtype: torch.dtype
 
 
 def attend_gaussians(device: torch.device, dtype: torch.dtype) -> None:
-    """STOSA's attention, refined too."""
+    """STOSA's attention, plain and refined."""
     tensors = [torch.rand(2, 2, N, 16, device=device, dtype=dtype, requires_grad=True) for _ in range(6)]
     weights = [torch.randn(N, 32, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
     for options in ({}, {"w_q": weights[0], "w_k": weights[1]}):
@@ -143,7 +143,7 @@ def attend_gaussians(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def attend_histories(device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
-    """LREA's restored form, of users with many targets, none and one."""
+    """LREA's restored form, for users with many targets, none and one."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
@@ -163,9 +163,9 @@ def compress_histories(device: torch.device, dtype: torch.dtype, lengths: tuple[
 
 
 def serve_states(device: torch.device, dtype: torch.dtype, rank: int, dim: int, value_dim: int) -> None:
-    """Items read by id, for users of many candidates, none and one, from states as they are and in int8.
+    """Items read by id, for users with many candidates, none and one; states in their own dtype and in int8.
 
-    Then of a batch whose slots, item ids and offsets are out of range.
+    Then a batch whose slots, item ids and offsets are out of range.
     """
     offsets, slots = torch.tensor([0, 150, 150, 151], device=device), torch.tensor([4, 0, 2], device=device)
     items = torch.randn(30, 2, dim, device=device, dtype=dtype)

@@ -1,5 +1,7 @@
-"""What takes too long for every change, by `make sanitize`: the CUDA kernels emulated under ThreadSanitizer, to which
-each of their threads is one, and what is noticed of mistakes in them."""
+"""Slow tests of `make sanitize`: the emulated CUDA kernels under ThreadSanitizer, and planted mistakes to be found.
+
+Each CUDA thread is a thread of its own for ThreadSanitizer.
+"""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for every architecture that is shipped, and spills no register."""
+"""Every CUDA source compiles for every shipped architecture, and spills no register."""
 
 import re
 import shutil

@@ -1,6 +1,6 @@
-"""The emulation of csrc/cuda on a CPU: what it refuses, and the kernels under AddressSanitizer.
+"""The emulation of csrc/cuda on a CPU: which faults it finds, and the kernels under AddressSanitizer.
 
-`make sanitize` has what takes longer; what the kernels compute is in test_lrea_absorbed_attention.
+Slower tests are in sanitize.py; results are in test_lrea_absorbed_attention.py.
 """
 
 import re
@@ -43,7 +43,7 @@ def test_the_end_of_shared_memory_is_seen(tmp_path):
 
 
 def test_kernels_touch_nothing_outside(tmp_path):
-    """Whatever slots, item ids and offsets hold."""
+    """Slots, item ids and offsets may hold anything."""
     result = run(compile_program("stress.cpp", tmp_path, sanitizer="address,undefined"))
     assert result.stdout == "right\n" and result.returncode == 0, result.stdout + result.stderr[:5000]
 

@@ -1,6 +1,6 @@
 """The CUDA kernels of lrea_absorbed_attention: on tensor cores, and by multiply-adds where those do not fit.
 
-Without a GPU they are emulated. That they compile, and spill no register, is in test_compile.
+Without a GPU they are emulated. test_compile.py checks that they compile and spill no register.
 """
 
 import functools
@@ -36,7 +36,7 @@ def quantized(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def spread(tensor: Tensor) -> Tensor:
-    """The same values, their last axis strided."""
+    """The same values with a strided last axis."""
     return tensor.repeat_interleave(2, dim=-1)[..., ::2]
 
 
@@ -110,7 +110,7 @@ def test_one_target_for_every_head(dtype):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_views(dtype, int8):
-    """Rows that can be read sixteen bytes at a time go where contiguous ones go; others are right too."""
+    """Rows that allow 16-byte reads take the path of contiguous ones. Others are right too."""
     inputs = draw(rank=16, dim=32, value_dim=32, dtype=dtype)
     inputs = quantized(inputs) if int8 else inputs
     tables = [name for name, x in inputs.items() if x.dim() > 1]
@@ -124,7 +124,7 @@ def test_views(dtype, int8):
 
 @pytest.mark.parametrize("users", [31, 32, 33, 1025, 33000])
 def test_many_users(users):
-    """More than one round, and more than two, of the search for a block's user."""
+    """The search for a block's user takes more than one round, and more than two."""
     counts = torch.randint(3, (users,))
     counts[users // 2] = 200
     inputs = draw(counts.tolist(), heads=1, rank=4, dim=8, value_dim=8, dtype=torch.bfloat16)

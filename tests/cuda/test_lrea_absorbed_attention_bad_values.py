@@ -65,12 +65,12 @@ def counting(impl: str, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
 
 
 def are_close(actual: Tensor, expected: Tensor) -> bool:
-    """But for rounding: a product of other sizes is summed in another order."""
+    """Equal up to rounding: products of other sizes are summed in another order."""
     return bool((actual - expected).abs().max() <= 0.02 * expected.abs().max())
 
 
 def is_one_of(actual: Tensor, candidates: Tensor, impl: str) -> bool:
-    """Whether a target's output is one of the candidates [n, H, dv]; on CUDA, each of its numbers."""
+    """Whether a target's output is one of the candidates [n, H, dv]; on CUDA, checked number by number."""
     is_close = (actual - candidates).abs() <= 0.02 * candidates.abs().amax((1, 2), keepdim=True)
     # Nothing orders two blocks that write the same target.
     return bool(is_close.any(0).all() if impl == "cuda" else is_close.all((1, 2)).any())

@@ -1,4 +1,4 @@
-"""Inputs for the attentions that the correction path stands on, and what each of them must fulfil."""
+"""Inputs for the attention backends that the correction path uses, and the checks that each backend must pass."""
 
 import math
 
@@ -14,7 +14,7 @@ IN_TORCH = ("flash", "cudnn", "efficient")
 
 
 def call(**changes) -> Call:
-    """A call that every backend takes, on a Hopper, but for the changes."""
+    """A call on a Hopper that every backend supports, with these fields changed."""
     simple = Call(
         dtype=torch.float16,
         capability=(9, 0),
@@ -35,7 +35,7 @@ def call(**changes) -> Call:
 
 
 class Corrected(torch.autograd.Function):
-    """The backend's attention, corrected in place by a logit in each head's softmax, without the rows left out.
+    """The backend's attention, corrected in place: a logit joins each head's softmax, and some rows are left out.
 
     Returns (out, lse).
     """
@@ -72,7 +72,7 @@ def plain(q, k, v, *, causal, scale, cu_seqlens=None, max_seqlen=None, sink_logi
 
 
 def check(backend: AttentionBackend, q, k, v, *, sink_logits=None, left_out=None, swap=False, **options) -> None:
-    """out, lse, dq, dk and dv within the bound, and laid out as promised. With `swap`, dout comes token by token."""
+    """out, lse, dq, dk and dv are within the bound and have the promised layout. With `swap`, dout is token-major."""
 
     def kernel(q, k, v):
         out, lse = Corrected.apply(q, k, v, backend, options, sink_logits, left_out)
@@ -94,7 +94,7 @@ def expect_same_layout(got: Tensor, want: Tensor) -> None:
 
 
 def draw(layout: str, lengths, heads=(4, 4), dims=(64, 64), dtype=torch.float32, device="cpu"):
-    """q, k, v and the options that say where the sequences are. Dense, `lengths` is (B, N)."""
+    """q, k, v and the options that locate the sequences. For a dense batch `lengths` is (B, N)."""
     (q_heads, kv_heads), (dim, value_dim) = heads, dims
     if layout == "packed":
         cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)

@@ -29,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 
 
 def attend_backward(dout, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv from the given out and lse."""
+    """dq, dk, dv from a given out and lse."""
     groups = q.shape[1] // k.shape[1]
     dout, out = dout.double(), out.double()
     weights = (scores_of(q, k, causal, scale) - lse.double()[..., None]).exp()  # [Hq, N, N]
@@ -44,7 +44,7 @@ def attend_backward(dout, q, k, v, out, lse, causal: bool, scale: float) -> tupl
 
 
 def sequences(cu_seqlens: Tensor | None, batch: int) -> list:
-    """Where each sequence lies in [B, N, H, D], or packed in [T, H, D]."""
+    """Where each sequence lies: its index in [B, N, H, D], or its slice of packed [T, H, D]."""
     if cu_seqlens is None:
         return list(range(batch))
     assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
@@ -296,7 +296,7 @@ def flash_attn_3_bwd(*arguments):
 
 
 def by_name(operator, arguments: tuple) -> dict[str, object]:
-    """What an operator was called with; a kernel in Python is not passed the defaults at the end."""
+    """The arguments of an operator by name. PyTorch leaves out trailing defaults when it calls a Python kernel."""
     schema = operator._schema.arguments
     defaults = {argument.name: argument.default_value for argument in schema}
     return defaults | dict(zip(defaults, arguments, strict=False))

@@ -1,7 +1,7 @@
-"""Attention between Gaussians by the definition of their distance, which kernels are held against.
+"""Attention between Gaussians by the definition of their distance; kernels are compared with it.
 
-Every distance is a sum of squared differences, [B, H, N, N, D] in memory. Expanded, as ‖q‖² + ‖k‖² - 2 q·k, it loses
-its digits where the vectors share an offset, and a bound that is drawn from it would allow kernels the same.
+Each distance is a sum of squared differences, [B, H, N, N, D] in memory. The expanded form ‖q‖² + ‖k‖² - 2 q·k loses
+digits if the vectors share an offset, and a bound derived from it would let kernels lose them too.
 """
 
 import math
@@ -33,7 +33,7 @@ def stochastic_by_differences(q, k, v, w_q, w_k, *, source="logits", scale=None,
 
 
 def mask_of(x, causal=True, seq_lens=None, padding_side="right") -> tuple[Tensor, Tensor]:
-    """Of [B, H, N, D] where the tokens are, [B, 1, N, 1], and what they see, [B, 1, N, N]."""
+    """For x [B, H, N, D]: the valid tokens [B, 1, N, 1], and the visible keys [B, 1, N, N]."""
     b, _, n, _ = x.shape
     lengths = torch.full((b,), n) if seq_lens is None else seq_lens.cpu()
     positions = torch.arange(n) if padding_side == "right" else torch.arange(n).flip(0)
@@ -47,7 +47,7 @@ def squared_distances(mean_q, std_q, mean_k, std_k) -> Tensor:
 
 
 def refined(scores, w_q, w_k, seen, source) -> Tensor:
-    """M of the stochastic mechanism from the scores that A is made of."""
+    """M of the stochastic mechanism, from the scores that A consists of."""
     n, rank = scores.shape[-1], w_q.shape[-1] // 2
     a = scores * seen if source == "logits" else softmax(scores, seen)
     (mean_q, x_q), (mean_k, x_k) = ((a @ w[..., :n, :]).chunk(2, dim=-1) for w in (w_q, w_k))
@@ -60,6 +60,6 @@ def deviation(x) -> Tensor:
 
 
 def softmax(scores, seen) -> Tensor:
-    """Over what a row sees; zeros where that is nothing."""
+    """Over the visible keys of a row; zeros if it has none."""
     rows = seen.any(-1, keepdim=True)
     return scores.masked_fill(~seen & rows, -math.inf).softmax(-1) * rows

@@ -1,4 +1,4 @@
-"""The correction path of sink_attention with its backend in plain PyTorch, and inputs to try it on."""
+"""The correction path of sink_attention on an unbiased attention in plain PyTorch, and inputs for it."""
 
 import math
 from itertools import pairwise
@@ -43,9 +43,9 @@ def random_inputs(
     lengths: list[int] | None = None,
     layout: str = "right",
 ) -> dict:
-    """Arguments of the reference; sinks at random positions, each sequence with one less than the one before.
+    """Arguments of the reference. Sinks have random positions; each sequence has one sink less than the one before.
 
-    lengths are those of B sequences, and layout says how they lie: padded on the "right" or the "left", or "packed".
+    `lengths` are those of B sequences; `layout` is "right" or "left" for padded batches, or "packed".
     """
     B = B if lengths is None else len(lengths)
     tokens = (B, N)
@@ -171,7 +171,7 @@ class CorrectedAttention(torch.autograd.Function):
 
 
 def unbiased_attention(q, k, v, sink_logits, seq_lens, cu_seqlens, *, causal, left_padded, scale):
-    """out in the inputs' dtype and lse in float32, but computed in float64: the errors are to be the kernels' own."""
+    """out in the inputs' dtype and lse in float32, computed in float64 so that all error is the kernels' own."""
     packed = cu_seqlens is not None
     scores = unbiased_scores(q, k, seq_lens, cu_seqlens, causal, left_padded, scale)
     lse = scores.logsumexp(-1)
@@ -184,7 +184,7 @@ def unbiased_attention(q, k, v, sink_logits, seq_lens, cu_seqlens, *, causal, le
 
 
 def unbiased_gradients(dout, q, k, v, out, lse, seq_lens, cu_seqlens, *, causal, left_padded, scale):
-    """dq, dk, dv, given the out and lse of another attention; rows with an lse of ±inf have no gradients."""
+    """dq, dk, dv, from the out and lse of another attention. Rows whose lse is ±inf have no gradient."""
     packed = cu_seqlens is not None
     heads, kv_heads = q.shape[1], k.shape[1]
     scores = unbiased_scores(q, k, seq_lens, cu_seqlens, causal, left_padded, scale)
@@ -199,7 +199,7 @@ def unbiased_gradients(dout, q, k, v, out, lse, seq_lens, cu_seqlens, *, causal,
 
 
 def unbiased_scores(q, k, seq_lens, cu_seqlens, causal, left_padded, scale) -> Tensor:
-    """[B, Hq, N, N] in float64, -inf where a row does not see the key; packed sequences are one of T tokens."""
+    """[B, Hq, N, N] in float64, -inf at invisible keys. Packed sequences are one sequence of T tokens."""
     packed = cu_seqlens is not None
     q, k = dense(q, packed), dense(k, packed)
     B, N = q.shape[0], q.shape[2]
@@ -211,7 +211,7 @@ def unbiased_scores(q, k, seq_lens, cu_seqlens, causal, left_padded, scale) -> T
 
 
 def dense(x: Tensor, packed: bool) -> Tensor:
-    """[B, H, N, D] in float64 of a dense batch, or of packed [T, H, D]; NaN, which padding may hold, becomes zero."""
+    """x as [B, H, N, D] in float64; packed [T, H, D] becomes B = 1. NaN, which padding may hold, becomes zero."""
     x = (x.transpose(0, 1).unsqueeze(0) if packed else x).double()
     return x.masked_fill(x.isnan(), 0.0)
 
@@ -224,7 +224,7 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def live_sinks(inputs: dict, b: int) -> Tensor:
-    """Which sinks of sequence b are not ignored, [M]."""
+    """Which sinks of sequence b are valid, [M]."""
     positions = inputs["sink_positions"][b]
     if "cu_seqlens" in inputs:
         start, stop = list(pairwise(inputs["cu_seqlens"].tolist()))[b]

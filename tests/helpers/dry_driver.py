@@ -1,6 +1,6 @@
-"""Triton without a GPU: its own binder and compiler for Hopper, on CPU tensors, and launches that only leave a note.
+"""Run Triton without a GPU: its own binder and compiler for Hopper, on CPU tensors; launches are only recorded.
 
-For processes of their own, for it stays: kernels must be decorated without TRITON_INTERPRET.
+Use it in a process of its own: it cannot be undone, and kernels must be decorated without TRITON_INTERPRET.
 """
 
 import importlib
@@ -21,7 +21,7 @@ class Launch(NamedTuple):
 
 
 class DryDriver:
-    """The device that Triton is told of."""
+    """The device that Triton sees."""
 
     def get_current_device(self) -> int:
         return 0
@@ -34,7 +34,7 @@ class DryDriver:
 
 
 class DryKernel:
-    """What a launch finds in place of a compiled kernel."""
+    """Takes the place of a compiled kernel in a launch."""
 
     function = packed_metadata = None
 
@@ -49,7 +49,7 @@ class DryKernel:
 
 
 def install(*, compiles: bool) -> list[Launch]:
-    """Take every later launch of a kernel down in the list returned. Where `compiles`, each is compiled as launched."""
+    """Record every later launch in the list returned. With `compiles`, each kernel is also compiled."""
     launches: list[Launch] = []
     compile_kernel = triton.compile
 

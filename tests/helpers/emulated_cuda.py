@@ -1,4 +1,4 @@
-"""lrea_absorbed_attention's CUDA kernels without a GPU: g++ compiles csrc/cuda against tests/cuda/cuda_emulation."""
+"""lrea_absorbed_attention's CUDA kernels on a CPU: g++ compiles csrc/cuda with tests/cuda/cuda_emulation's headers."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ _LIBRARY = torch.library.Library("recattn_emulated", "DEF")
 
 
 def compile_program(source: str, folder: Path, *, sanitizer: str | None = None, csrc: Path = CSRC) -> Path:
-    """A program of tests/cuda/cuda_emulation and csrc/cuda, linked with the emulator."""
+    """Compile a program of tests/cuda/cuda_emulation with csrc/cuda and the emulator."""
     command = [compiler(), "-O1", "-std=c++20"] if sanitizer is None else compile_command(sanitizer, folder)
     program = folder / Path(source).stem
     _link([*command, "-fno-sanitize-recover=all"], EMULATION / source, program, csrc, [])
@@ -31,7 +31,7 @@ def compile_program(source: str, folder: Path, *, sanitizer: str | None = None, 
 
 
 def altered(folder: Path, name: str, text: str, replacement: str, occurrence: int = 0) -> Path:
-    """A copy of csrc in which one occurrence of a text in csrc/cuda/<name> is replaced."""
+    """A copy of csrc with one occurrence of a text in csrc/cuda/<name> replaced."""
     csrc = shutil.copytree(CSRC, folder / "csrc")
     source = csrc / "cuda" / name
     parts = source.read_text().split(text)
@@ -41,7 +41,7 @@ def altered(folder: Path, name: str, text: str, replacement: str, occurrence: in
 
 
 def compile_library(folder: Path) -> Path:
-    """The operator, registered as recattn_emulated::lrea_absorbed_attention."""
+    """Compile the operator, registered as recattn_emulated::lrea_absorbed_attention."""
     library = folder / "emulated.so"
     linked = ["-shared", *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
     command = [compiler(), "-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
@@ -64,7 +64,7 @@ def _link(command: list[str], source: Path, target: Path, csrc: Path, options: l
 
 
 def load_library(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiled once in a run of pytest, whose processes share it."""
+    """Load the emulated operator. It is compiled once for all processes of a pytest run."""
     if "cpu" in MISSING:  # which has the operator's schemas
         pytest.skip(MISSING["cpu"])
     folder = tmp_path_factory.getbasetemp()
@@ -80,7 +80,7 @@ def load_library(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def route(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has impl="cuda" run the emulated kernels, on CPU tensors."""
+    """Make impl="cuda" run the emulated kernels, on CPU tensors."""
     real = ops.availability
     monkeypatch.setattr(ops, "availability", lambda *args, **options: real(*args, **options) | {"cuda": None})
     emulated = torch.ops.recattn_emulated.lrea_absorbed_attention

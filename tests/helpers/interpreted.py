@@ -1,4 +1,4 @@
-"""What tests of kernels that NumPy interprets share."""
+"""Helpers for tests whose kernels Triton's interpreter runs."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ from recattn.testing import assert_matches_reference
 
 
 def assert_matches_reference_twice_of_three(*args, **kwargs) -> None:
-    """`assert_matches_reference`, of three incoming gradients for two.
+    """`assert_matches_reference` for two of three incoming gradients.
 
-    The largest error of a gradient that is the small difference of large sums is one entry's luck, the kernel's as the
-    reference's: FlashAttention's backward sums dO·O and dO·V apart, where a softmax's takes both from the same numbers.
-    What is wrong is over the bound every time, and an output's error is the same for all three.
+    Where a gradient is the small difference of large sums, its largest error is the luck of one entry, in the kernel
+    and in the reference alike: FlashAttention's backward sums dO·O and dO·V apart, PyTorch's softmax takes both from
+    the same numbers. A wrong kernel exceeds the bound every time; an output's error is the same for all three.
     """
     try:
         assert_matches_reference(*args, **kwargs)
@@ -22,10 +22,10 @@ def assert_matches_reference_twice_of_three(*args, **kwargs) -> None:
 
 
 def run_outer_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Of every launch from here on, interpret the first program and the last `count` along each axis of its grid.
+    """From here on, interpret only the first program and the last `count` ones along each axis of a grid.
 
-    They work in the tensors' own memory: were those larger than it, the interpreter's copies would fill it. An int32
-    that overflows is an error.
+    The programs work in the tensors' own memory: the interpreter's copies of tensors larger than memory would fill it.
+    int32 overflow is an error.
     """
     from triton.runtime import interpreter
 

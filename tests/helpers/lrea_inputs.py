@@ -47,7 +47,7 @@ def draw_absorbed(counts=(3, 0, 1, 63), heads=2, rank=8, dim=16, value_dim=12, t
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values, every axis strided."""
+    """The same values with every axis strided."""
     wide = tensor.new_full([2 * size for size in tensor.shape], float("nan"))
     view = wide[tuple(slice(None, None, 2) for _ in tensor.shape)]
     return view.copy_(tensor)

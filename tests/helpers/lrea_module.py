@@ -15,7 +15,7 @@ USERS, TARGETS = len(COUNTS), sum(COUNTS)
 
 
 def module(heads=2, **options):
-    """With compression and decompression of either sign."""
+    """An LREA with compression and decompression of either sign."""
     options = {"target_dim": T_DIM, "head_dim": 5, "dtype": torch.float64} | options
     lrea = LREA(E, LMAX, R, heads, **options)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def positive(**options):
 
 
 def inputs(dtype=torch.float64, target_dim=T_DIM, length=LMAX):
-    """Targets and behaviours; NaN at padding."""
+    """Targets and behaviours; padding is NaN."""
     behaviors = torch.randn(USERS, length, E, dtype=dtype)
     behaviors[torch.arange(length) >= LENGTHS[:, None]] = torch.nan
     return torch.randn(TARGETS, target_dim, dtype=dtype), behaviors
@@ -44,13 +44,13 @@ def leaky(x, slope):
 
 
 def parts(lrea, behaviors, user):
-    """W [r, L], C [r, E] of one user; and the columns of each head of a matrix."""
+    """W [r, L] and C [r, E] of one user, and a function that gives each head's columns of a matrix."""
     n = int(LENGTHS[user])
     return lrea.w_decomp[:, :n], lrea.w_comp[:n].T @ behaviors[user, :n]
 
 
 def by_hand(lrea, targets, behaviors, absorbed=False):
-    """User by user and head by head."""
+    """Both forms, one user and one head at a time."""
     width, slope, rows = lrea.head_dim, lrea.negative_slope, []
     for user, (start, stop) in enumerate(pairwise(OFFSETS)):
         w, c = parts(lrea, behaviors, user)

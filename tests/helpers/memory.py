@@ -1,11 +1,11 @@
-"""What a test watches to see that an implementation holds no large tensor."""
+"""Measure the largest tensor that a call makes."""
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements that any tensor made under it has."""
+    """`elements` is the size of the largest tensor made under this mode."""
 
     elements = 0
 

@@ -1,4 +1,4 @@
-"""A call of every operator with index tensors that are right, by every implementation."""
+"""A call of every operator, with valid index tensors, by every implementation."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ NO_OPTIONS: dict = {}
 
 
 class Case(NamedTuple):
-    """A call whose index tensors are right."""
+    """A call whose index tensors are valid."""
 
     function: Callable
     draw: Callable[[], dict]

@@ -1,6 +1,6 @@
-"""Calls whose index tensors another thread writes to meanwhile; a process of its own, for what is wrong crashes it.
+"""Calls during which another thread writes to the index tensors. Run it in a process of its own: a fault crashes it.
 
-python tests/helpers/racing_indices.py SECONDS [LIBRARY]: every operator, or of a library its two of serving.
+python tests/helpers/racing_indices.py SECONDS [LIBRARY]    every operator, or the two serving operators of a library
 """
 
 import sys
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def race(call: Callable[[], object], indices: dict[str, Tensor], seconds: float) -> tuple[int, int]:
-    """How many calls returned, and how many refused the indices; anything else is raised."""
+    """How many calls returned, and how many refused the indices. Any other error is raised."""
     good = {name: x.clone() for name, x in indices.items()}
     # Just outside, and where no memory is.
     bad = {name: x.clone() for name, x in indices.items()}

@@ -1,4 +1,4 @@
-"""Compilers' command lines for what runs under a sanitizer."""
+"""Command lines that compile for a sanitizer."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 
 def compiler() -> str:
-    """The C++ compiler; the test is skipped without one."""
+    """The C++ compiler. Skips the test if there is none."""
     name = os.environ.get("CXX", "g++")
     found = shutil.which(name)
     if found is None:
@@ -18,7 +18,7 @@ def compiler() -> str:
 
 
 def compile_command(sanitizer: str, folder: Path) -> list[str]:
-    """The compiler and its options ("thread" or "address"), tried in the folder; the test is skipped without one."""
+    """The compiler and its options for "thread" or "address". Skips the test if they do not work here."""
     command = [compiler(), f"-fsanitize={sanitizer}", "-O1", "-g1", "-std=c++20"]
     source, program = folder / "empty.cpp", str(folder / "empty")
     source.write_text("int main() {}\n")
@@ -30,7 +30,7 @@ def compile_command(sanitizer: str, folder: Path) -> list[str]:
 
 
 def preloaded(command: list[str]) -> str:
-    """LD_PRELOAD of a Python that loads a library under AddressSanitizer, which needs to see C++ throw."""
+    """LD_PRELOAD for a Python that loads a library under AddressSanitizer, which must see C++ exceptions."""
     names = ("libasan.so", "libstdc++.so")
     return " ".join(
         subprocess.check_output([command[0], f"-print-file-name={name}"], text=True).strip() for name in names

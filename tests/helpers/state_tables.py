@@ -21,13 +21,13 @@ def ids(*user_ids: int) -> torch.Tensor:
 
 
 def stamped(stamps: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """States that say everywhere whose and which they are."""
+    """States filled with their user's stamp."""
     stamp = torch.tensor(stamps, dtype=torch.float32)[:, None, None, None]
     return stamp.expand(-1, H, R, D), -stamp.expand(-1, H, R, DV)
 
 
 def stamps_of(request) -> list[int]:
-    """The stamp of each user's row, 0 of nobody's; torn or foreign rows show in it."""
+    """The stamp of each user's row, 0 for no user. Fails if a row mixes two states."""
     keys, values, *scales = (table[request.slots].float() for table in request.tables.named().values())
     if scales:
         keys, values = ((x * scale[..., None]).round() for x, scale in zip((keys, values), scales, strict=True))

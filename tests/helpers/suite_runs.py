@@ -17,12 +17,12 @@ def run_all(operator, settings):
 
 
 def measured(*milliseconds: float, peak: int = 0) -> Measured:
-    """Eight rounds of the same times."""
+    """Eight rounds with the same times."""
     return Measured(timing.Samples(milliseconds * 8), peak)
 
 
 def histories_by_steps() -> Histories:
-    """Each user walks through 30 items by steps of one."""
+    """Each user walks through 30 items, one after another."""
     generator = torch.Generator().manual_seed(0)
     starts, lengths = torch.randint(15, (2, 48), generator=generator)
     return Histories([1 + torch.arange(s, s + n + 4) for s, n in zip(starts, lengths, strict=True)], "steps")

@@ -51,7 +51,7 @@ def model_of(name: str, auto: str = "AutoModel", dtype: torch.dtype = torch.floa
 
 
 def batch_of(side: str = "right", length: int = 24) -> dict[str, Tensor]:
-    """Three sequences, two of them padded; the sinks stand unevenly, one in the padding, and the last has one alone."""
+    """Three sequences, two of them padded. Sinks are unevenly placed: one is in the padding, the last row has one."""
     input_ids = torch.randint(10, VOCABULARY, (3, length))
     mask = torch.ones_like(input_ids)
     for row, padding in ((1, 5), (2, 11)):
@@ -63,7 +63,7 @@ def batch_of(side: str = "right", length: int = 24) -> dict[str, Tensor]:
 
 
 def enabled(model: nn.Module, scale: float = 20.0, **options):
-    """With biases that differ from layer to layer and tell."""
+    """Enable sink attention with biases that are large and differ between layers."""
     handle = enable_sink_attention(model, **{"sink_token_id": SINK, **options})
     for bias in handle.biases.values():
         nn.init.normal_(bias.query_proj.weight)
@@ -74,7 +74,7 @@ def enabled(model: nn.Module, scale: float = 20.0, **options):
 
 
 def hidden_of(model: nn.Module, batch: dict[str, Tensor], **kwargs) -> Tensor:
-    """At the valid tokens: what transformers computes at padding is nobody's concern."""
+    """Hidden states at the valid tokens; transformers' values at padding do not matter."""
     return model(**batch, **kwargs)[0][batch["attention_mask"].bool()]
 
 
@@ -82,7 +82,7 @@ def hidden_of(model: nn.Module, batch: dict[str, Tensor], **kwargs) -> Tensor:
 
 
 class Eager:
-    """An attention function of transformers that adds the bias to its scores, and keeps the weights."""
+    """An attention function for transformers that adds the bias to its scores and keeps the weights."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], layers: list[int]) -> None:
         self.batch, self.weights, self.hidden = batch, [], None
@@ -126,7 +126,7 @@ class Eager:
 
 
 def run_eager(model: nn.Module, batch: dict[str, Tensor], layers: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """Of a model with its biases, without our hooks and functions."""
+    """Run a model with its biases eagerly, without recattn's hooks and functions."""
     own = {module: dict(module._forward_pre_hooks) for module in model.modules()}
     for module in own:
         module._forward_pre_hooks.clear()

@@ -14,9 +14,9 @@ def draw(
 ) -> dict[str, Tensor]:
     """Normal means, covariances as STOSA makes them, and with a `rank` matrices that keep M of the order of 1.
 
-    Distances and M stay moderate: a row that all but ignores its other keys has gradients of rounding alone. So do
-    covariances: the slope of the root of a tiny one would have a single entry decide the largest error.
-    `per_head` names the matrices that each head has its own of.
+    Distances and M stay moderate: in a row that gives all weight to one key, gradients are rounding alone. So do
+    covariances: the root of a tiny one has such a slope that a single entry would decide the largest error.
+    `per_head` names the matrices of which each head has its own.
     """
     sizes = dict.fromkeys(NAMES, d) | {"mean_v": dv, "cov_v": dv}
     inputs = {name: torch.randn(b, h, n, size) for name, size in sizes.items()}
@@ -31,14 +31,14 @@ def draw(
 
 
 def with_offset(inputs: dict[str, Tensor], part: str, offset: float) -> dict[str, Tensor]:
-    """The same with `offset` on every mean of queries and keys (`part` "mean"), or on every √Σ ("cov")."""
+    """The same with `offset` added to every mean of queries and keys (`part` "mean"), or to every √Σ ("cov")."""
     moved = {name: inputs[name].double() for name in (f"{part}_q", f"{part}_k")}
     moved = {name: x + offset if part == "mean" else (x.sqrt() + offset).square() for name, x in moved.items()}
     return inputs | {name: x.to(inputs[name].dtype) for name, x in moved.items()}
 
 
 def gradients(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    """Both outputs, and the gradients of all inputs for incoming gradients drawn once."""
+    """Both outputs, and the gradients of all inputs for fixed incoming gradients."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     outs = function(**leaves, **options)
     torch.manual_seed(7)
@@ -49,13 +49,13 @@ def gradients(function, inputs: dict[str, Tensor], **options) -> dict[str, Tenso
 
 
 def assert_reruns_agree(function, inputs: dict[str, Tensor]) -> None:
-    """To the bit."""
+    """Two runs give the same bits."""
     first, second = (gradients(function, inputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def largest_tensor(function, inputs: dict[str, Tensor], **options) -> int:
-    """The elements of the largest tensor that a forward and its backward make."""
+    """The number of elements of the largest tensor that a forward and backward make."""
     with LargestTensor() as watched:
         gradients(function, inputs, **options)
     return watched.elements

@@ -21,7 +21,7 @@ LENGTHS = torch.tensor([8, 5, 1, 3, 7])
 
 @pytest.fixture(scope="module", autouse=True)
 def recbole():
-    """RecBole's models need none of its data loaders, and of TensorBoard but the name."""
+    """Import RecBole's models without its data loaders; TensorBoard is replaced by its name."""
     with pytest.MonkeyPatch.context() as patched:
         if importlib.util.find_spec("tensorboard") is None:
             stand_in = types.SimpleNamespace(SummaryWriter=None)
@@ -35,7 +35,7 @@ def recbole():
 
 
 def build(kind, items=ITEMS, length=N, dropout=0.0, **changes):
-    """A model of RecBole, with no more of its configuration and of a data set than its constructor reads."""
+    """A RecBole model, with only the configuration and data set fields that its constructor reads."""
     config = {
         "USER_ID_FIELD": "user_id",
         "ITEM_ID_FIELD": "item_id",
@@ -87,7 +87,7 @@ def mask_of(item_seq, bidirectional, models):
 @pytest.mark.parametrize("source", ["logits", "weights"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_output_and_every_gradient(mechanism, source, bidirectional, recbole):
-    """Against the formula: RecBole's linear maps, its residual and its norm around the reference."""
+    """Compared with the formula: RecBole's linear maps, residual and norm around the reference."""
     old = attention()
     layer = RefinedMultiHeadAttention(old, N + 2, mechanism=mechanism, source=source, rank=5, per_head=bidirectional)
     for matrix in layer._matrices():
@@ -118,7 +118,7 @@ def test_output_and_every_gradient(mechanism, source, bidirectional, recbole):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_without_a_refinement_it_is_recboles_own_layer(bidirectional, recbole):
-    """With W_V = 0 additive is plain attention; ours gives padding nothing to see, where RecBole lets it see tokens."""
+    """With W_V = 0 additive is plain attention. In ours padding sees nothing; in RecBole's it sees tokens."""
     old = attention()
     layer = RefinedMultiHeadAttention(old, N, mechanism="additive")
     nn.init.zeros_(layer.w_v)
@@ -133,7 +133,7 @@ def test_without_a_refinement_it_is_recboles_own_layer(bidirectional, recbole):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_padding_may_hold_anything(value, bidirectional, recbole):
-    """Not only in what is projected: the norm of the residual has gradients of its own."""
+    """This includes the norm of the residual, which has gradients of its own."""
     layer = RefinedMultiHeadAttention(attention(), N, mechanism="value")
     items = sequences()
     mask, padding = mask_of(items, bidirectional, recbole), (items == 0)[..., None]
@@ -215,7 +215,7 @@ def test_other_masks_are_refused(recbole):
 
 
 def test_values_are_not_read_where_that_synchronises(recbole):
-    """The meta device has no values: reading one would raise."""
+    """The meta device has no values, so reading one would raise."""
     layer = RefinedMultiHeadAttention(attention().to("meta"), N, impl="reference")
     mask = mask_of(sequences(), False, recbole).to("meta")
     assert layer(torch.randn(B, N, E, device="meta", dtype=torch.float64), mask).shape == (B, N, E)
@@ -247,7 +247,7 @@ def test_models_are_patched_and_restored(name, recbole):
 
 @pytest.mark.parametrize("name", ["SASRec", "BERT4Rec"])
 def test_a_state_depends_on_its_own_sequence_only(name, recbole):
-    """Neither on the padding nor on the batch, nor, in SASRec, on later items."""
+    """It depends neither on padding nor on the batch and, in SASRec, not on later items."""
     model = build(getattr(recbole, name), length=20).eval()
     patch_recbole(model)
     items = sequences(length=20)
@@ -259,7 +259,7 @@ def test_a_state_depends_on_its_own_sequence_only(name, recbole):
 
 
 def test_sasrec_learns_from_movielens(recbole):
-    """A few steps of RecBole's own loss on real sequences (without the data, on drawn ones of real lengths)."""
+    """A few steps with RecBole's own loss, on real sequences or, without the data, on drawn ones of real lengths."""
     sample = movielens.load(offline=True).sample(64, longest=21)
     lengths = torch.tensor([len(items) - 1 for items in sample])
     left = pad_left([items[:-1] for items in sample], 20)

@@ -33,7 +33,7 @@ def stock():
 
 @needs_rectools
 def test_without_a_refinement_they_are_rectools_own_layers():
-    """With W_V = 0 additive is plain attention, among the tokens as RecTools' merged mask has it."""
+    """With W_V = 0 additive is plain attention at valid tokens, as with RecTools' merged mask."""
     refined = layers(mechanism="additive")
     plain = stock()(BLOCKS, E, H, 0.0).double()
     report = refined.load_state_dict(plain.state_dict(), strict=False)
@@ -93,7 +93,7 @@ def test_wrong_masks_are_refused():
 
 @needs_rectools
 def test_sasrec_fits_and_recommends():
-    """A short fit on histories of MovieLens-100k, and the model again from its configuration."""
+    """A short fit on MovieLens-100k histories, and the model rebuilt from its configuration."""
     import pandas as pd
     import pytorch_lightning
     from rectools import Columns

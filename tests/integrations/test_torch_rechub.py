@@ -1,4 +1,4 @@
-"""LREA in torch-rechub's DIN: its unit beside LREA user by user, and swapped into a model that trains."""
+"""LREA in torch-rechub's DIN: its unit compared with LREA user by user, and swapped into a model that trains."""
 
 import sys
 
@@ -14,7 +14,7 @@ MAX_LEN, RANK = 12, 3
 
 
 def padded_histories():
-    """Rows of zeros at the end, at the start, in between, everywhere, and nowhere."""
+    """Zero rows at the end, at the start, in between, everywhere, and nowhere."""
     history = torch.randn(B, N, D, dtype=torch.float64)
     for row, padding in enumerate(([6, 7, 8], [0, 1], [3, 5], range(N), [], [0, 8])):
         history[row, list(padding)] = 0
@@ -111,7 +111,7 @@ def model(rechub):
 
 @pytest.fixture
 def batch():
-    """A user likes what shares its category, (item − 1) % CATEGORIES + 1, with the most of the history, in a row."""
+    """A user likes items of the category, (item − 1) % CATEGORIES + 1, that most of the history has."""
     generator = torch.Generator().manual_seed(0)
     users = 256
     taste = torch.randint(CATEGORIES, (users, 1), generator=generator)

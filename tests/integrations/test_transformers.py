@@ -76,7 +76,7 @@ def test_equals_the_eager_formulation(name, side, layers):
 
 @every_architecture
 def test_which_layers_need_dense_masks(name, monkeypatch):
-    """Only where a window bites."""
+    """Only layers whose window is shorter than the sequence."""
     fused, dense = [], []
     for function, calls in (("sink_attention", fused), ("_dense_attention", dense)):
         own = getattr(functions, function)
@@ -152,7 +152,7 @@ def test_a_known_number_of_sinks_changes_nothing(max_sinks):
 
 
 def test_masks_of_ones_own_and_with_holes():
-    """Served by dense masks."""
+    """They are supported by dense masks."""
     model, batch = model_of("bert"), batch_of("right")
     batch["attention_mask"][0, 4:6] = 0
     enabled(model)
@@ -176,7 +176,7 @@ def test_masks_by_the_kind_of_layer():
 
 
 def test_packed_sequences():
-    """Positions that begin anew: nothing is seen across, as transformers has it."""
+    """Where positions begin anew a sequence begins, as in transformers: tokens see only their own."""
     model = model_of("qwen2")
     input_ids = torch.randint(10, VOCABULARY, (1, 20))
     position_ids = torch.cat([torch.arange(12), torch.arange(8)])[None]
@@ -225,7 +225,7 @@ def test_autocast():
 
 
 def test_a_batch_without_sinks_trains_every_parameter():
-    """Parameters that one process leaves out would stop DDP."""
+    """DDP would hang on parameters that one process does not use."""
     model, batch = model_of("bert", "AutoModelForMaskedLM").train(), batch_of("right")
     enabled(model, dropout=0.5)
     batch["input_ids"].fill_(11)

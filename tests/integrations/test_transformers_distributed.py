@@ -1,4 +1,4 @@
-"""A model with sink attention trains in two processes, by DDP and by FSDP2, to the losses of one."""
+"""A model with sink attention trains in two processes, by DDP and by FSDP2, with the losses of one process."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def build() -> nn.Module:
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
-    """Of the last, the half of the second process has no sink."""
+    """In the last batch the second process's half has no sink."""
     generator = torch.Generator().manual_seed(1)
     drawn = []
     for step in range(STEPS):
@@ -42,7 +42,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[float]:
-    """Losses of the whole batch: every process has as many tokens."""
+    """Losses of the whole batch. Every process has the same number of tokens."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for batch in batches():

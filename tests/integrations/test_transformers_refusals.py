@@ -87,7 +87,7 @@ def test_wrong_calls():
 
 
 def test_positions_out_of_order_or_range():
-    """On every path: the mistral's window bites, so its masks are dense."""
+    """On every path: mistral's window is shorter than the sequence, so its masks are dense."""
     for name in ("bert", "mistral"):
         model, batch = model_of(name), batch_of("right")
         enabled(model)
@@ -129,7 +129,7 @@ def test_models_that_share_a_config():
 
 
 def test_another_attention_while_enabled():
-    """It would leave the bias out without a word."""
+    """It would silently leave the bias out."""
     model, batch = model_of("bert"), batch_of("right")
     enabled(model)
     model.set_attn_implementation("sdpa")
@@ -140,7 +140,7 @@ def test_another_attention_while_enabled():
 
 
 def test_layers_with_another_config():
-    """As the encoder of an EncoderDecoderModel has them: the layers would go on reading the other one."""
+    """An EncoderDecoderModel's encoder has such layers: they would go on reading the other config."""
     model = model_of("bert")
     model.config = copy.deepcopy(model.config)
     with pytest.raises(ValueError, match="model must be one whose layers read its own config, got one whose layers"):

@@ -1,4 +1,4 @@
-"""Gradients of gradients through modules: a penalty on the gradients trains every parameter around the operators."""
+"""Second gradients through modules: a penalty on the gradients trains every parameter around the operators."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ ON_GPU = torch.cuda.is_available()
 
 
 def with_bias(module: nn.ModuleDict, x: Tensor) -> Tensor:
-    """A layer of CTR-Sink: the bias and the attention that takes it."""
+    """A CTR-Sink layer: the bias, and the attention that takes it."""
     bias = module["bias"](x, SINKS, (SINKS >= 0) & (LENGTHS[:, None] > SINKS))
     options = {"sink_positions": SINKS, "inter_sink_bias": bias, "key_padding_mask": PADDING}
     return module["attention"](x, x, x, **options)[0]
@@ -80,7 +80,7 @@ LAYERS = {
 
 
 def penalised(layer: Layer, x: Tensor, impl: str | None) -> list[Tensor]:
-    """The gradients of the loss, and those of a penalty on them, in x and in every parameter."""
+    """The gradients of the loss, and those of a penalty on them, for x and every parameter."""
     for module in layer.modules():
         if hasattr(module, "impl"):
             module.impl = impl
@@ -120,7 +120,7 @@ def test_gradgradcheck_of_every_parameter(name):
     ],
 )
 def test_dropout_of_a_kernel_is_refused_by_name(name, op):
-    """What a kernel dropped no reference can draw again; nothing of the penalty is left out silently."""
+    """The reference cannot redraw a kernel's dropout mask, so this raises instead of losing part of the penalty."""
     pytest.importorskip("triton")
     layer = LAYERS[name](dropout=0.5, impl="triton").train()
     x = torch.randn(B, N, E, requires_grad=True)
@@ -135,7 +135,7 @@ def test_dropout_of_a_kernel_is_refused_by_name(name, op):
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "SelfAttention" in name or "Sink" in name])
 def test_dropout_of_the_reference_is_differentiated_twice(name):
-    """impl=None on a CPU; one draw of what is dropped throughout."""
+    """impl=None on a CPU, with one dropout mask throughout."""
     layer = LAYERS[name](dropout=0.3, impl="reference").double().train()
     x = torch.randn(B, N, E, dtype=torch.float64, requires_grad=True)
 

@@ -1,4 +1,4 @@
-"""NaN, infinities and huge numbers anywhere in a module's input: modules are deaf to padding, and sequences apart."""
+"""NaN, infinities and huge numbers anywhere in a module's input: padding never matters, and sequences never mix."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ lengths = st.lists(st.integers(0, N), min_size=B, max_size=B).map(torch.tensor)
 
 
 class Case(NamedTuple):
-    """`run(module, lengths, *inputs)` is [B, ...]; of the inputs [B, N, ...] those in `padded` have padding."""
+    """`run(module, lengths, *inputs)` returns [B, ...]. Inputs [B, N, ...] named in `padded` have padding."""
 
     build: Callable[[], nn.Module]
     run: Callable[..., Tensor]
@@ -57,7 +57,7 @@ def by_mask(module, lengths, queries, x):
 
 
 def bias_at_sinks(module, lengths, x):
-    """Left padding, so that the place of a padded -1, clamped, may be padding too."""
+    """With left padding, a padded position of -1, clamped, points at padding as well."""
     positions = torch.tensor([[0, 3], [2, 5], [4, -1]])
     return module(x, positions, (positions >= N - lengths[:, None]) & (positions >= 0))
 
@@ -148,7 +148,7 @@ class Run(NamedTuple):
 
 
 def train(case: Case, module: nn.Module, lengths: Tensor, inputs: list[Tensor]) -> Run:
-    """A loss over the output at tokens, and all gradients."""
+    """A loss over the output at valid tokens, and all gradients."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     parameters = list(module.parameters())
     out = case.run(module, lengths, *leaves)
@@ -241,7 +241,7 @@ def test_compiles_in_one_graph(name):
 
 
 def test_one_tensor_is_masked_once():
-    """And stays one, for the projections of queries, keys and values share a product then."""
+    """It stays one tensor, so that the projections of queries, keys and values share one matmul."""
     x, y = torch.randn(2, B, N, E)
     valid = torch.arange(N) < torch.tensor([[4], [0], [1]])
     queries, keys, values = zero_padding(valid, x, y, y)

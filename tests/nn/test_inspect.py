@@ -206,7 +206,7 @@ def test_weights_that_do_not_come_are_missed(register):
 
 
 def test_a_model_with_sink_attention():
-    """recattn's attention stays, and its bias is in the weights."""
+    """recattn's attention stays in place, and its bias is part of the weights."""
     integration = pytest.importorskip("recattn.integrations.transformers")
     plain = bert("sdpa")
     batch, positions = tokens_of()
@@ -301,7 +301,7 @@ def test_lines_and_bands(quantity, tmp_path):
 
 @pytest.mark.parametrize("quantity", ["to_sinks", "among_sinks"])
 def test_a_row_of_nan_is_not_averaged_away(quantity):
-    """But for rows without sinks, which have no mass by design."""
+    """Only rows without sinks, whose share is NaN by design, are left out."""
     pytest.importorskip("matplotlib")
     before, after = masses()
     for mass in after[:2]:

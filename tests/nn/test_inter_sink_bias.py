@@ -74,7 +74,7 @@ def test_output_and_every_gradient(dtype):
 
 
 def test_other_sequences_and_padding_change_nothing():
-    """The official code has padded sinks take part."""
+    """In the official code padded sinks take part."""
     module = recattn.nn.InterSinkBias(24, 3, dtype=torch.float64)
     hidden = torch.randn(3, 9, 24, dtype=torch.float64)
     expected = module(hidden, POSITIONS)

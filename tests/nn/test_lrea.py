@@ -42,7 +42,7 @@ def test_output_and_every_gradient(heads):
 
 
 def test_forms_of_the_targets():
-    """One a user and n a user are the ragged form of equal counts."""
+    """One target per user, and n targets per user, equal the ragged form with equal counts."""
     lrea = module()
     _, behaviors = inputs()
     state = lrea.export_state(behaviors, LENGTHS)
@@ -159,7 +159,7 @@ def test_behaviours_by_item_id():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
 def test_states_of_few_bits(dtype):
-    """An entry of a state is off by half a step: of its own binade, or of its row's scale."""
+    """An entry of a state is off by at most half a step: of its own exponent, or of its row's scale."""
     lrea = positive(dtype=torch.float32)
     targets, behaviors = inputs(torch.float32)
     exact, rounded = (lrea.export_state(behaviors, LENGTHS, dtype=d) for d in (None, dtype))

@@ -27,7 +27,7 @@ from tests.helpers.lrea_module import (
 
 
 def spearman(x, y):
-    """Of values that differ: 1 − 6 Σ d² / (n (n² − 1))."""
+    """For distinct values: 1 − 6 Σ d² / (n (n² − 1))."""
     d = x.argsort().argsort() - y.argsort().argsort()
     n = len(x)
     return 1 - 6 * d.square().sum().item() / (n * (n * n - 1))
@@ -201,7 +201,7 @@ def test_one_user_without_numbers_is_not_averaged_away(user, value):
 
 
 def test_scores_that_overflow_are_no_ties():
-    """All restored scores of a user inf: neither a user without a ranking, nor one whose candidates are equal."""
+    """All restored scores of a user are inf: the user still has a ranking, and its candidates are not equal."""
     targets, behaviors = torch.randn(USERS, 4, T_DIM, dtype=torch.float64), inputs()[1]
 
     def score(outputs, rows):
@@ -212,7 +212,7 @@ def test_scores_that_overflow_are_no_ties():
 
 
 def test_scores_that_overflow_lose_everything():
-    """One score of inf leaves 0 of the others beside it, were all scaled to length 1: the user would not count."""
+    """Scaled to length 1, a score of inf would leave 0 of the others, and the user would not count."""
     lrea = LREA(E, LMAX, R, dtype=torch.float32)
     targets, behaviors = inputs(torch.float32, target_dim=E)
     behaviors[0, 3, 0] = 3e38

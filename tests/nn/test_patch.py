@@ -29,7 +29,7 @@ def tokens(dtype=torch.float64):
 
 
 def calls(model, kind):
-    """A list that grows with every call of a `kind` within the model."""
+    """A list that grows with each call of a module of this `kind`."""
     made = []
     for module in model.modules():
         if isinstance(module, kind):
@@ -49,7 +49,7 @@ def calls(model, kind):
     "masks", [{}, {"mask": CAUSAL}, {"src_key_padding_mask": PADDING}], ids=["none", "causal", "pad"]
 )
 def test_inference_of_an_encoder_calls_ours(masks, kind, nested):
-    """PyTorch's fused layer and its nested tensors would compute plain attention from our weights, or fail in ours."""
+    """PyTorch's fused layer and nested tensors would compute plain attention from our weights, or fail in ours."""
     model = encoder(nested=nested).eval()
     x = tokens()
     handle = patch(model, {nn.MultiheadAttention: kind})
@@ -92,7 +92,7 @@ MEMORIES = [
 @pytest.mark.parametrize("form", [{}, {"norm_first": True}, {"batch_first": False}])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_decoder_with_sink_attention_is_itself(training, form, memory_length, padded):
-    """In every row: a memory's padding is none of the target's."""
+    """In every row: the memory's padding does not apply to the target."""
     form = {"batch_first": True, **form}
     model = decoder(**form).train(training)
     target, memory = tokens(), torch.randn(B, memory_length, E, dtype=torch.float64)
@@ -110,7 +110,7 @@ def test_a_decoder_with_sink_attention_is_itself(training, form, memory_length, 
 
 
 def test_a_decoder_with_sink_attention_compiles_whole():
-    """Which tensors are one and the same is known to the compiler."""
+    """The compiler knows which tensors are the same."""
     model = decoder(batch_first=True)
     target, memory = tokens(), tokens()
     options = {"memory_key_padding_mask": PADDING, "tgt_mask": CAUSAL, "tgt_is_causal": True}
@@ -123,7 +123,7 @@ def test_a_decoder_with_sink_attention_compiles_whole():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_transformer_with_sink_attention_is_itself():
-    """At every token of the target that is none of its own padding."""
+    """At every token of the target that is not its own padding."""
     model = nn.Transformer(E, H, 1, 1, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
     source, target, own = tokens(), tokens(), PADDING.roll(1, 0)
     masks = {"src_key_padding_mask": PADDING, "memory_key_padding_mask": PADDING, "tgt_key_padding_mask": own}
@@ -153,7 +153,7 @@ def test_cross_attention_is_left_where_the_new_class_has_none():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_return_with_the_old_modules():
-    """Restored, the encoder drops the padding again: its output there is zero, ours is not."""
+    """Once restored, the encoder drops padding again: its output there is zero, ours is not."""
     model = encoder().eval()
     x = tokens()
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_mode_follows():
 
 
 def test_parameters_that_are_other_objects_since_are_handed_back():
-    """load_state_dict(assign=True) puts new objects into the new modules; the old ones would keep the stale ones."""
+    """load_state_dict(assign=True) puts new parameters into the new modules; the old ones would keep theirs."""
     model = encoder()
     other = encoder().state_dict()
     handle = patch(model, {nn.MultiheadAttention: REFINED})
@@ -323,7 +323,7 @@ def test_copies_are_independent():
 
 
 class Shared(nn.Module):
-    """One attention under two names of one module, and in a list besides."""
+    """One attention under two names of a module, and in a list as well."""
 
     def __init__(self):
         super().__init__()

@@ -18,7 +18,7 @@ CAUSAL = torch.ones(N, N, dtype=torch.bool).triu(1)
 
 
 def module(mechanism="simple", heads=H, max_len=N + 2, **options):
-    """With matrices large enough for the refinement to be felt, and biases that are not zero."""
+    """With matrices large enough for the refinement to matter, and nonzero biases."""
     attention = RefinedSelfAttention(E, heads, max_len, mechanism=mechanism, **options)
     with torch.no_grad():
         for name, parameter in attention.named_parameters():
@@ -250,7 +250,7 @@ def test_wrong_arguments_are_refused():
 @pytest.mark.parametrize("length", [N, N - 1])
 @pytest.mark.parametrize("masked", [True, False])
 def test_cross_attention_is_refused(masked, length):
-    """A causal mask or seq_lens says of other tensors that they are of the same tokens; a padding mask does not."""
+    """A causal mask or seq_lens describe one sequence of tokens, not two. A padding mask does not."""
     attention = module()
     x, y, _ = inputs(torch.float32)
     options = {"key_padding_mask": padding("left")[:, :length]} if masked else {}
@@ -264,7 +264,7 @@ def test_cross_attention_is_refused(masked, length):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_queries_may_be_the_normalised_keys(mechanism):
-    """As SASRec calls it, under torch.compile too."""
+    """As SASRec calls it, also under torch.compile."""
     attention = module(mechanism)
     x, *_ = inputs(torch.float32)
 
@@ -295,7 +295,7 @@ def test_dropout_in_training_only():
 
 
 def test_dropout_statistics():
-    """Identity projections show the weights: each is 0 with probability p, else its own 1/(1 - p)-fold."""
+    """Identity projections show the weights: each is 0 with probability p, otherwise scaled by 1/(1 - p)."""
     p, samples = 0.3, 4000
     attention = module(heads=1, dropout=p, dtype=torch.float64)
     set_identity_projections(attention)
@@ -391,7 +391,7 @@ def test_state_dict_round_trip():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_inside_a_transformer_encoder(training):
-    """Its inference would else compute plain attention from our weights, by one fused operator of PyTorch's."""
+    """Otherwise its inference would compute plain attention from our weights, by PyTorch's fused operator."""
     attention = module(heads=2, padding_side="right")
     layer = nn.TransformerEncoderLayer(E, 2, 16, dropout=0.0, batch_first=True)
     layer.self_attn = attention

@@ -17,7 +17,7 @@ SINKS = torch.tensor([[1, 4, 8], [0, 3, -1], [2, -1, -1], [0, -1, -1]])
 
 
 def module(**options):
-    """With biases that are not zero."""
+    """With nonzero biases."""
     attention = SinkAttention(E, options.pop("heads", H), **options)
     with torch.no_grad():
         for name, parameter in attention.named_parameters():
@@ -40,7 +40,7 @@ def padding(side, lengths=LENGTHS):
 
 
 def by_reference(attention, query, key, value, sinks, sink_bias, **options):
-    """The rows of the projections cut by hand, around the reference; [B, N, E] and [B, H, N, N]."""
+    """The projections split by hand around the reference; [B, N, E] and [B, H, N, N]."""
     width, kv = attention.embed_dim // attention.num_heads, attention.num_kv_heads
     ends = torch.tensor([attention.embed_dim, kv * width, kv * width]).cumsum(0).tolist()
     projected = []
@@ -100,7 +100,7 @@ def test_without_sinks_it_is_multihead_attention(with_bias, batch_first, masked)
 
 
 def heads_of(attention, query, key, value):
-    """[B, H, N, D] by the rows of the projections, key and value heads repeated as often as they are shared."""
+    """Project and split into [B, H, N, D]; shared key and value heads are repeated."""
     kv = attention.num_kv_heads * attention.head_dim
     rows = attention.in_proj_weight.split((E, kv, kv)), attention.in_proj_bias.split((E, kv, kv))
     projected = [x @ w.T + b for x, w, b in zip((query, key, value), *rows, strict=True)]
@@ -113,7 +113,7 @@ def heads_of(attention, query, key, value):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("keys", [N, 5, 14])
 def test_cross_attention(keys, batch_first, kv_heads, causal):
-    """Padding hides keys alone, wherever it is: every query of every row, and every gradient."""
+    """Padding hides keys only, wherever it is: every query of every row, and every gradient."""
     attention = module(num_kv_heads=kv_heads, batch_first=batch_first, dropout=0.5, dtype=torch.float64).eval()
     query, key = torch.randn(B, N, E, dtype=torch.float64), torch.randn(B, keys, E, dtype=torch.float64)
     hidden = torch.rand(B, keys) < 0.4
@@ -139,7 +139,7 @@ def test_cross_attention(keys, batch_first, kv_heads, causal):
 
 
 def test_what_a_self_attention_is():
-    """The very same tensor, sinks, or seq_lens: padding is then the queries' too."""
+    """The same tensor object, sinks, or seq_lens: padding then applies to queries too."""
     attention = module(dtype=torch.float64)
     x, y, _ = inputs()
     mask = padding("right")
@@ -231,7 +231,7 @@ def test_forms_of_the_masks():
 
 
 def test_dropout_statistics():
-    """Identity projections show the weights: each is 0 with probability p, else its own 1/(1 - p)-fold."""
+    """Identity projections show the weights: each is 0 with probability p, otherwise scaled by 1/(1 - p)."""
     p, samples = 0.3, 3000
     attention = module(heads=1, dropout=p, dtype=torch.float64)
     set_identity_projections(attention)

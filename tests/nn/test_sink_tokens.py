@@ -332,7 +332,7 @@ def test_wrong_behaviours_are_refused():
 
 
 def rows_by_hand(behaviors, sinks, lengths, after_last):
-    """Of each row its vectors, the positions of its sinks, and the behaviours they follow."""
+    """For each row its vectors, the positions of its sinks, and the behaviours that they follow."""
     for b, row in enumerate(lengths):
         present = [j for j, n in enumerate(row) if n > 0]
         vectors, positions, followed = [], [], []
@@ -398,7 +398,7 @@ def test_embeddings_of_rows_that_are_full():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_both_forms_agree(side):
-    """Embedding the tokens and replacing the sinks gives what inserting into the embedded behaviours gives."""
+    """Embedding tokens and replacing the sinks equals inserting sinks into embedded behaviours."""
     behaviors = [[[1, 2], [3], [4, 5, 6]], [[7], [8, 9]], [[10]]]
     table = nn.Embedding(100, HIDDEN, dtype=torch.float64)
     sinks = embedding("similarity")(torch.tensor([[1, 2, 3], [4, 5, -1], [6, -1, -1]]))

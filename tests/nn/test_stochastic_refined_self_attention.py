@@ -14,7 +14,7 @@ def draw(b=3, n=6, e=8, dtype=torch.float32):
 
 
 def by_hand(module, mean, cov, seq_lens=None):
-    """STOSA's layer with its maps one by one, over the reference."""
+    """STOSA's layer, one linear map at a time, around the reference."""
 
     def heads(x, projection, part):
         e = module.embed_dim
@@ -77,7 +77,7 @@ def test_weights_are_those_of_the_outputs(form):
 @pytest.mark.parametrize("source", ["logits", "weights"])
 @pytest.mark.parametrize("length, embed_dim, heads, rank", [(50, 64, 4, None), (100, 64, 1, None), (200, 32, 2, 16)])
 def test_begins_unsaturated(length, embed_dim, heads, rank, source):
-    """Initially rows have nine tenths of the entropy of equal weights, as STOSA's own attention then has."""
+    """At initialization rows have nine tenths of the entropy of equal weights, as in STOSA's own attention."""
     module = StochasticRefinedSelfAttention(embed_dim, heads, length, rank=rank, source=source)
     *_, weights = module(*draw(b=2, n=length, e=embed_dim), need_weights=True)
     entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)  # [B, H, N]

@@ -1,4 +1,4 @@
-"""DIN's attention beside the formula written out pair by pair, in every form that LREA takes targets in."""
+"""DIN's attention compared with its formula for each target and behaviour, in every form of targets that LREA takes."""
 
 from itertools import pairwise
 
@@ -77,7 +77,7 @@ def test_output_and_every_gradient(pooling, hidden):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_forms_of_the_targets(pooling):
-    """One a user and n a user are the ragged form of equal counts."""
+    """One target per user, and n targets per user, equal the ragged form with equal counts."""
     attention = module(pooling)
     _, behaviors = inputs()
     for shape in ((USERS, D), (USERS, 3, D), (USERS, 0, D)):
@@ -164,7 +164,7 @@ def test_low_precision(pooling, dtype):
 
 
 def test_it_answers_every_call_of_lrea():
-    """The same calls, the same shapes, zeros in the same rows."""
+    """The same calls and shapes as LREA, and zeros in the same rows."""
     targets, behaviors = inputs(torch.float32)
     modules = LREA(D, LENGTH, 3), TargetAttention(D)
     calls = (

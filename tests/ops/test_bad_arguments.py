@@ -1,4 +1,4 @@
-"""Arguments of a kind that no function takes are refused by name: tensors for numbers, and tensors without strides."""
+"""Arguments of the wrong kind are refused by name: tensors in place of numbers, and tensors without strides."""
 
 import re
 from fractions import Fraction

@@ -1,5 +1,7 @@
-"""An index out of range or order is refused with the same words on every way to an operator, eager, compiled or
-exported, by its kernels or its reference; and one that another thread writes meanwhile reads nothing out of bounds."""
+"""Indices out of range or order are refused by one message everywhere: eager, compiled, exported, kernel, reference.
+
+Indices that another thread writes during a call read nothing out of bounds.
+"""
 
 import functools
 import os
@@ -28,7 +30,7 @@ def compiled(name: str) -> Callable:
 
 
 def spoil(draw, name: str, indices: Tensor, sizes: dict[str, int]) -> Tensor:
-    """The same with one entry that no call may have."""
+    """The same with one invalid entry."""
     limit = {
         "sink_positions": sizes.get("seq_len", 5) - 1,
         "seq_lens": sizes.get("seq_len"),

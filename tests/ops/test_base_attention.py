@@ -46,7 +46,7 @@ def test_the_stand_in_is_the_attention():
 
 
 def install(monkeypatch, name: str, **contents) -> None:
-    """Put a module of that name, and its parents, where `import` finds them."""
+    """Make `import` find this module and its parents."""
     *parents, last = name.split(".")
     module = ModuleType(name)
     vars(module).update(contents)

@@ -32,7 +32,7 @@ def groups_on_gpu(name: str) -> list[tuple[int, int]]:
 
 
 def every_kind(test):
-    """Of every backend, in half precision and for the usual head dims."""
+    """Parametrize over every backend, half-precision dtype and usual head dim."""
     for name, values in (
         ("name", BACKENDS),
         ("dtype", [torch.bfloat16, torch.float16]),
@@ -98,7 +98,7 @@ def test_misaligned_on_gpu(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BACKENDS)
 def test_large_scores_on_gpu(name):
-    """lse far below and above 0, where an exponential of it would overflow."""
+    """lse far below and above 0, so that its exponential would overflow."""
     for offset in (-8.0, 8.0):
         (q, k, v), _ = draw("tokens first", (2, 192), dtype=torch.bfloat16, device="cuda")
         q, k = q.clone(), k.clone()
@@ -112,7 +112,7 @@ def test_large_scores_on_gpu(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BACKENDS)
 def test_layouts_of_dout_on_gpu(name):
-    """Calls that differ in the layout of dout only: what an attention caches for one must not serve the other."""
+    """Two calls differ in the layout of dout only: what a backend caches for one must not serve the other."""
     (q, k, v), _ = draw("heads first", (3, 129), dtype=torch.bfloat16, device="cuda")
     options = {"causal": True, "scale": 0.125}
     or_skip(BACKENDS[name], q, k, v, **options)
@@ -124,9 +124,9 @@ def test_layouts_of_dout_on_gpu(name):
 @pytest.mark.parametrize("ours", [False, True], ids=["dout like q", "dout transposed"])
 @pytest.mark.parametrize("theirs", [False, True], ids=["SDPA's like q", "SDPA's transposed"])
 def test_cudnn_plans_of_others_on_gpu(theirs, ours):
-    """PyTorch keeps plans of a backward by a key without dout's strides: ours must not be a plan that SDPA left there.
+    """PyTorch caches backward plans by a key without dout's strides: ours must not reuse a plan of SDPA.
 
-    A length of its own for each case: plans are kept for the life of the process.
+    Each case has its own length, because plans live as long as the process.
     """
     (q, k, v), _ = draw("heads first", (2, 136 + 16 * theirs + 32 * ours), dtype=torch.bfloat16, device="cuda")
     options = {"causal": True, "scale": 0.125}

@@ -165,7 +165,7 @@ def test_processes_end_with_the_run():
 
 
 def test_what_processes_are_forked_from_does_not_touch_cuda():
-    """PyTorch refuses CUDA in a process forked from one that has as much as counted the devices."""
+    """PyTorch refuses CUDA in a process whose parent has even counted the devices."""
     code = f"""
 import torch
 
@@ -197,7 +197,7 @@ def test_a_wrong_kernel_of_a_real_operator_fails():
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_is_a_valid_call(name, device):
-    """The implementation is the reference; the cases are those of either device."""
+    """By the reference, for the cases of both devices."""
     operator = replace(OPERATORS[name], cases=lambda _, dtype: without_real(OPERATORS[name].cases(device, dtype)))
     for dtype in (torch.float32, torch.bfloat16):
         job = worker.Job(operator, dtype, "cpu", ("reference",), False, 60.0)

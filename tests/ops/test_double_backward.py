@@ -1,4 +1,4 @@
-"""Gradients of gradients: under create_graph every operator differentiates its reference."""
+"""Second gradients: under create_graph every operator differentiates its reference."""
 
 import functools
 from collections.abc import Callable
@@ -131,7 +131,7 @@ def first_gradients(function: Callable, names: tuple[str, ...], weigh: Callable)
 @pytest.mark.parametrize("weigh", [lambda out: out, torch.square], ids=["sum", "squares"])
 @pytest.mark.parametrize("case", cases())
 def test_matches_the_reference(case, weigh):
-    """Gradients, and those of a penalty on them. Were a share missing, they would be off by far more than √eps."""
+    """Gradients, and those of a penalty on them. A missing term would be off by far more than √eps."""
     inputs = case.inputs()
 
     def run(function, dtype):

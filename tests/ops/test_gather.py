@@ -1,4 +1,4 @@
-"""Rows that are read many times: their gradients are added up in float32, wherever the package reads rows."""
+"""Rows that are read many times: their gradients are summed in float32 everywhere in the package."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_targets_and_states_of_absorbed_attention(dtype):
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_matrices_that_all_users_share(dtype, impl):
-    """An LREA trained by any implementation, W_decomp and W_comp."""
+    """W_decomp and W_comp of an LREA that any implementation trains."""
     targets, keys, values = (ones(USES, 1, *shape, dtype=dtype) for shape in ((1,), (1, 1), (1, 1)))
     for seq_lens in (None, torch.ones(USES, dtype=torch.int64)):
         w_decomp = ones(1, 1, dtype=dtype)
@@ -91,7 +91,7 @@ def test_matrices_that_all_users_share(dtype, impl):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_histories_of_packed_targets(dtype):
-    """Every target is one of user 1's, and weighs each behaviour alike."""
+    """Every target belongs to user 1 and weighs each behaviour equally."""
     module = TargetAttention(1, (1,), dtype=dtype)
     with torch.no_grad():
         for parameter in module.parameters():

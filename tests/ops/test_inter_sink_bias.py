@@ -51,7 +51,7 @@ def draw(batch=3, heads=2, sinks=15, dim=16, dtype=torch.float32, masked=True) -
 
 
 def with_gradients(function, inputs: dict) -> list[Tensor]:
-    """The output and the gradients of all inputs that have one, for an incoming gradient that tells entries apart."""
+    """The output and all gradients, for an incoming gradient that differs between entries."""
     leaves = {name: inputs[name].detach().clone().requires_grad_() for name in GRADS}
     out = function(**{**inputs, **leaves})
     incoming = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
@@ -138,7 +138,7 @@ def test_sharp_softmax(dtype):
 
 
 def one_by_one(function):
-    """`function` of each sequence alone with its own bias_scale [B], whose gradient then is an array."""
+    """Apply `function` to each sequence alone with its own bias_scale [B], so that its gradient is an array."""
 
     def of_batch(q_s, k_s, sink_mask, bias_scale, **options):
         calls = zip(q_s.split(1), k_s.split(1), sink_mask.split(1), bias_scale.unbind(), strict=True)
@@ -271,7 +271,7 @@ def test_gradients_are_laid_out_as_their_inputs():
 
 
 def test_expanded_gradient():
-    """out.sum() sends back a gradient of stride 0, and the sum of a softmax has no gradient but bias_scale's."""
+    """out.sum() sends back a gradient of stride 0. A softmax's sum has a gradient for bias_scale only."""
     inputs = draw(masked=False)
     leaves = {name: inputs[name].requires_grad_() for name in GRADS}
     out = by_triton(**inputs)
@@ -367,7 +367,7 @@ def test_dropout_follows_the_generator():
 
 
 def test_dropout_under_checkpointing():
-    """The forward that is run again drops the same weights."""
+    """The recomputed forward drops the same weights."""
     inputs = {**draw(sinks=20), "dropout_p": 0.5}
 
     def checkpointed(**inputs):

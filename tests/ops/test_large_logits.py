@@ -59,7 +59,7 @@ def test_ragged(layout):
 
 
 def test_gradients_of_sinks_as_precise_as_eager():
-    """Of rows whose keys tie, by as many roundings as eager has: exp(s - lse) of two roundings would be off by far."""
+    """Rows whose keys tie: exp(s - lse) with s and lse rounded differently would be far off."""
     for seed in range(4):
         inputs = large(seed, 1e8, bias_scale=2.0)
         # Each key three more times, a rounding apart.
@@ -119,7 +119,7 @@ def test_correction_kernel_redoes_what_rounds(corrected):
 
 @pytest.mark.parametrize("size", [1e9, 1e12])
 def test_gradients_of_pairs_are_finite(size):
-    """Their kernel computes float32 scores more precisely than the forward: a weight must not exceed 1 for that."""
+    """The kernel computes float32 scores more precisely than the forward; no probability may exceed 1 for that."""
     pytest.importorskip("triton")
     *_, dbias = with_gradients(recattn.sink_attention, large(0, size), impl="triton")
     assert dbias.isfinite().all()

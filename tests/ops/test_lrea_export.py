@@ -1,4 +1,4 @@
-"""lrea_absorbed_attention as a ranking service uses it: exported, compiled to a file, run from it without recattn."""
+"""lrea_absorbed_attention in a ranking service: exported, compiled to a file, and run from it without recattn."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ KERNELS = Path(recattn.__file__).parent
 
 
 class Ranker(nn.Module):
-    """Scores of candidates, read by item id, for users whose states lie in int8 tables."""
+    """Scores of candidates, read by item id, for users whose states are in int8 tables."""
 
     def forward(self, items, keys, values, key_scales, value_scales, slots, target_offsets, item_ids, invalid=None):
         interest = recattn.lrea_absorbed_attention(

@@ -203,7 +203,7 @@ def test_what_int8_cannot_hold_is_never_served_as_numbers(entry, name, impl):
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=compiled_kernels)])
 def test_int8_states_stand_for_their_rows(impl):
-    """Rows and scales that bfloat16 and float32 hold exactly, so that only what the kernel does can differ."""
+    """bfloat16 and float32 hold the rows and scales exactly, so that only the kernel's work can differ."""
     inputs = draw_absorbed(rank=16, dim=32, value_dim=32)
     keys, values = (
         torch.randint(-127, 128, inputs[name].shape).to(torch.int8) for name in ("state_keys", "state_values")

@@ -1,4 +1,4 @@
-"""Tensors without values, by which people size a model: every function tells the shapes and dtypes of its results."""
+"""Meta tensors, which people use to size a model: every function returns the right shapes and dtypes."""
 
 import pytest
 import torch

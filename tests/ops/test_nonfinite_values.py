@@ -1,4 +1,4 @@
-"""NaN and infinity in tensors: in padding they change nothing, elsewhere they show and stay in their batch element."""
+"""NaN and infinity: in padding they change nothing; elsewhere they show, and stay in their batch element."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ lengths_of_batch = st.lists(st.sampled_from((5, *range(LENGTH + 1))), min_size=B
 
 @dataclass
 class Call:
-    """One call: what it is made of, and where its tensors hold padding.
+    """One call: its function and inputs, and where its tensors hold padding.
 
     `own` are the tensors of which each batch element has its own, along the first axis.
     """
@@ -38,7 +38,7 @@ class Call:
     differentiable: bool = True
 
     def depends_on(self, where: tuple[int, ...], out: Tensor) -> Tensor:
-        """The outputs to look at for an entry at `where`: the reference multiplies it by zero in others."""
+        """Which outputs depend on the entry at `where`; in the others the reference multiplies it by zero."""
         looked_at = torch.ones(out.shape, dtype=torch.bool)
         padding = next(iter(self.padding.values()), None)
         if "causal" in self.options:
@@ -246,14 +246,14 @@ def test_valid_entries(name, dtype):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The interpreter's maximum, which passes NaN on, as a GPU has it."""
+    """Give the interpreter a GPU's maximum, which ignores NaN."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     maximum = functools.partialmethod(interpreter.InterpreterBuilder.binary_op, op=np.fmax)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_maxnumf", maximum)
 
 
 def for_drawn(examples, check):
-    """A Hypothesis test inside one that has a fixture."""
+    """Run a Hypothesis test inside a test that has a fixture."""
     settings(max_examples=examples)(given(st.data())(lambda data: check(data.draw)))()
 
 
@@ -278,7 +278,7 @@ def test_dropout_shows_nan(mechanism, as_on_a_gpu):
 
 
 def test_nan_of_a_weight_shows_in_all_gradients(as_on_a_gpu):
-    """One score of NaN makes every weight of its row NaN, those of the other keys too."""
+    """A NaN score makes every probability of its row NaN."""
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, LENGTH, DIM).unbind())
     w_q, w_k, w_v = torch.randn(LENGTH, 4), torch.randn(LENGTH, 4), torch.randn(LENGTH, LENGTH)
     w_v[:, 3] = math.nan
@@ -287,7 +287,7 @@ def test_nan_of_a_weight_shows_in_all_gradients(as_on_a_gpu):
 
 
 def test_infinite_scores_beside_one_of_nan():
-    """PyTorch's CPU attention takes a few such scores for no keys at all."""
+    """PyTorch's CPU attention treats a few such scores as if there were no keys."""
     q, k, v = torch.randn(3, 1, 1, 5, DIM).bfloat16()
     q[..., 0, :] = torch.tensor([1.0, -math.inf, 1.0, 1.0])
     k[..., 1] = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])

@@ -1,4 +1,4 @@
-"""Inputs whose elements share memory, as sliding windows and expanded tensors do: every kernel reads them right."""
+"""Inputs whose elements share memory, such as sliding windows and expanded tensors: every kernel reads them right."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def lrea_compress(q, k, v, **options):
     ],
 )
 def test_overlapping_inputs(operator, impl, strides, n):
-    """Outputs and gradients, for incoming gradients that overlap too, are those of contiguous copies."""
+    """Outputs and gradients equal those of contiguous copies, also for overlapping incoming gradients."""
     if impl == "triton":
         pytest.importorskip("triton")
     tensors, incoming = ([overlapping(strides, n) for _ in range(count)] for count in (3, 2))

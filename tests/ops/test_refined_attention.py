@@ -18,9 +18,9 @@ cpu = functools.partial(refined_attention, impl="cpu")
 
 
 def draw(mechanism, b=3, h=2, n=9, d=16, dv=5, r=6, n_max=None, per_head=(), dtype=torch.float32):
-    """q, k, v and the matrices as keyword arguments; `per_head` names the matrices that each head has its own of.
+    """q, k, v and the matrices; `per_head` names the matrices of which each head has its own.
 
-    Scores stay moderate: a row of large ones would decide every largest error by the luck of its own rounding.
+    Scores stay moderate: in a row of large ones the largest error would be the luck of its own rounding.
     """
     n_max = n if n_max is None else n_max
     columns = {"w_q": r, "w_k": r, "w_v": n_max}
@@ -50,7 +50,7 @@ def check(inputs, **options):
 
 
 def by_hand(q, k, v, w_q, w_k, w_v=None, *, mechanism, source, causal, lengths, padding_side, scale):
-    """Entry by entry, over the tokens alone."""
+    """Entry by entry, over the valid tokens only."""
     out = torch.zeros_like(v)
     b, h, n, _ = q.shape
     for batch, head in product(range(b), range(h)):
@@ -145,7 +145,7 @@ def test_stochastic_survives_tiny_covariances():
 @pytest.mark.parametrize("function", [reference.refined_attention, cpu])
 @pytest.mark.parametrize("offset", [0, 10])
 def test_offset_of_the_gaussians(offset, function):
-    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's; a larger one is lost digits of A W itself."""
+    """Rows of A sum to 1, so an offset of W_q and W_k moves every Gaussian. A larger one loses digits in A W itself."""
     inputs = draw("stochastic", n=30)
     inputs |= {name: inputs[name] + offset for name in ("w_q", "w_k")}
     few = torch.tensor([30, 0, 5])  # a mean that counts padding leaves most of the offset
@@ -183,7 +183,7 @@ def test_cpu_ragged_error(mechanism, source, causal, padding_side):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_cpu_sizes(mechanism, causal, n):
-    """Several blocks of rows, chunks of the linear form with a state before and after them."""
+    """Several blocks of rows, and chunks of the linear form with a state before and after them."""
     for source, rank in (("logits", 4), ("weights", 4), ("logits", n)):
         check(draw(mechanism, n=n, r=rank), mechanism=mechanism, source=source, causal=causal)
 
@@ -240,7 +240,7 @@ def test_the_past_never_sees_the_future(mechanism, source, function):
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_padding_never_matters(mechanism, padding_side, causal, function):
-    """Whatever it holds: outputs and gradients are those of the tokens alone, and zero at padding."""
+    """Padding may hold anything: outputs and gradients are those of the tokens alone, and zero at padding."""
     n = 10
     options = {"mechanism": mechanism, "causal": causal}
     for source, rank in product(SOURCES, (4, n)):
@@ -306,7 +306,7 @@ def test_memory_is_linear_in_the_positions(mechanism, source):
 
 
 def test_memory_is_at_most_half_of_the_reference():
-    """Beyond the output, its incoming gradient and the gradients, which both hold."""
+    """Not counting the output, its incoming gradient and the gradients, which both implementations hold."""
     inputs = draw("simple", b=256, h=1, n=50, d=50, dv=50, r=50)
     device = inputs["q"].device
     functions = (cpu, reference.refined_attention)
@@ -347,7 +347,7 @@ def test_compiles_whole_without_recompiling(mechanism):
 
 
 def test_autocast_casts_the_inputs():
-    """As of PyTorch's own attention; what the operator does within is not cast."""
+    """As for PyTorch's own attention. Nothing inside the operator is cast."""
     inputs = draw("simple", n=20)
     low = {name: x.bfloat16() for name, x in inputs.items()}
     expected, expected_gradients = cpu(**low), gradients(cpu, low)

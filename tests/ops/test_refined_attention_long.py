@@ -25,7 +25,7 @@ EVERY = [(mechanism, source) for mechanism in ("simple", "stochastic") for sourc
 
 
 def draw(mechanism, source, b=1, h=1, n=63, d=16, dv=12, r=7, n_max=None, per_head=(), dtype=torch.float32) -> dict:
-    """Refined scores of ordinary size: of logits A W adds up, of weights it is a mean."""
+    """Refined scores of ordinary size: of logits A W is a sum, of weights a mean."""
     columns = 2 * r if mechanism == "stochastic" else r
     size = 1 if source == "weights" else 1 / (2 * max(n, 1) ** 0.5)
     inputs = {"q": torch.randn(b, h, n, d), "k": torch.randn(b, h, n, d), "v": torch.randn(b, h, n, dv)}
@@ -96,7 +96,7 @@ def test_matrices_per_head(mechanism, source, per_head):
 
 @pytest.mark.parametrize("mechanism, source, rank", [("simple", "logits", 256), ("simple", "weights", 130)])
 def test_many_columns(mechanism, source, rank):
-    """As many as the kernels hold, and weights multiplied in two passes."""
+    """The most columns that the kernels hold, and weights multiplied in two passes."""
     check(draw(mechanism, source, n=24, d=32, r=rank, dtype=torch.float16))
 
 
@@ -118,7 +118,7 @@ def test_extreme_covariances(shift, dtype):
 
 @pytest.mark.parametrize("offset", [0, 10])
 def test_offset_of_the_gaussians(offset):
-    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's; a larger one is lost digits of A W itself."""
+    """Rows of A sum to 1, so an offset of W_q and W_k moves every Gaussian. A larger one loses digits in A W itself."""
     padding = {"seq_lens": torch.tensor([20, 12], device=DEVICE), "padding_side": "left"}
     inputs = draw("stochastic", "weights", b=2, n=20) | padding
     inputs |= {name: inputs[name] + offset for name in ("w_q", "w_k")}
@@ -178,7 +178,7 @@ def test_no_tensor_of_n_squared_elements(mechanism, source):
 
 
 def with_mask(q, k, v, keep, **options) -> Tensor:
-    """(P ∘ keep) V in full, P the output for the values that tell keys apart."""
+    """(P ∘ keep) V in full; P is the output for values that tell keys apart."""
     each = torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(*q.shape[:3], -1)
     return (reference.refined_attention(q, k, each, **options) * keep).to(v.dtype) @ v
 

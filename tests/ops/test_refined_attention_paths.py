@@ -1,4 +1,4 @@
-"""Which of its ways refined_attention takes on a GPU, tried by Triton's interpreter on a CPU."""
+"""Which implementation refined_attention selects on a GPU, tried by Triton's interpreter on a CPU."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_dropout_is_drawn_anew_and_by_the_generator():
     ],
 )
 def test_what_triton_refuses(mechanism, n, d, r, reason):
-    """And says why, rather than take another way."""
+    """It says why, and does not fall back."""
     inputs = draw(mechanism, n, r, dtype=torch.float16)
     inputs["q"] = inputs["k"] = torch.zeros(2, 2, n, d, dtype=torch.float16, device=DEVICE)
     with pytest.raises(NotImplementedError, match=reason):

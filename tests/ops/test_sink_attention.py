@@ -92,7 +92,7 @@ def test_reference_gradients(causal):
 @pytest.mark.parametrize("scale", [0.125, 0.3])
 @pytest.mark.parametrize("dim", [50, 128])
 def test_weights_of_the_backward_sum_to_one(dim, scale):
-    """As those of the forward do, to a few roundings of scores in the tens, whatever the scale."""
+    """As in the forward, up to a few roundings of scores in the tens, for any scale."""
     q, k = torch.randn(2, 1, 4, dim, dim)
     v = torch.zeros(1, 4, dim, dim, requires_grad=True)
     out = recattn.sink_attention(q, k, v, torch.empty(1, 0, dtype=torch.long), torch.empty(1, 1, 0, 0), scale=scale)
@@ -126,7 +126,7 @@ def test_dense(dtype, causal, shape):
 @pytest.mark.parametrize("bias", [-50.0, 200.0, -math.inf, 1e-6])
 @pytest.mark.parametrize("sinks", [30, 100])
 def test_extreme_bias(dtype, causal, bias, sinks):
-    """Rows whose mass sits on suppressed sinks, rows that lose every key, overflow of exp(β), a tiny β."""
+    """Rows with almost all softmax sum on suppressed sinks, rows that lose every key, overflow of exp(β), a tiny β."""
     inputs = draw(batch=3, sinks=sinks, kv_heads=2, dtype=dtype)
     chosen = torch.rand(inputs["inter_sink_bias"].shape) < 0.5
     inputs["inter_sink_bias"] = torch.where(chosen, bias, 0.0)

@@ -23,7 +23,7 @@ GRADS = ["q", "k", "v", "inter_sink_bias"]
 
 
 def unbiased(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    """Scores [B, Hq, N, N], -inf where masked, of tokens first."""
+    """Token-major scores [B, Hq, N, N], -inf where masked."""
     q, k = q.transpose(1, 2).float(), k.transpose(1, 2).float()
     scores = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf) if causal else scores
@@ -75,7 +75,7 @@ def eager_backend(monkeypatch):
 
 
 def by(impl: str, backend: str | None = None):
-    """sink_attention by an implementation, which the interpreter runs on a CPU."""
+    """sink_attention by one implementation; on a CPU the interpreter runs it."""
 
     def attention(
         q, k, v, sink_positions, inter_sink_bias, *, sink_logits=None, causal=False, cu_seqlens=None, max_seqlen=None
@@ -131,7 +131,7 @@ def test_sink_logits(eager_backend):
 
 @pytest.mark.parametrize("fwd, bwd", itertools.permutations([("triton", None), ("correction", "eager")]))
 def test_a_backward_takes_any_forward(eager_backend, fwd, bwd):
-    """What decides on the path may have changed between the two, such as torch.nn.attention.sdpa_kernel."""
+    """What the choice depends on, such as torch.nn.attention.sdpa_kernel, may change between forward and backward."""
     inputs = draw(batch=1, heads=2, kv_heads=1, length=63, sinks=40, bias_scale=20.0)
     context = (*list(inputs.values())[3:], None, None, None, None, True, False, 0.25, 0.0, None)
     qkv = [inputs[name] for name in ("q", "k", "v")]
@@ -308,7 +308,7 @@ def test_packed_on_gpu(path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_no_synchronisation_and_cuda_graphs(path):
-    """A captured step, replayed on other values, gives what a plain one does."""
+    """A captured step, replayed on other values, gives what a plain step gives."""
     inputs = on_gpu(bias_scale=30.0)
     leaves = {name: inputs[name].requires_grad_() for name in GRADS}
 

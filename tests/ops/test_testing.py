@@ -1,4 +1,4 @@
-"""The error bound itself: what it lets pass and what it refuses."""
+"""The error bound itself: what it accepts and what it refuses."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_the_reference_passes(dtype):
 
 
 class OffByAThousandth(torch.autograd.Function):
-    """Right in the forward, 0.1% too large in one gradient."""
+    """The forward is right, one gradient is 0.1% too large."""
 
     @staticmethod
     def forward(ctx, x):
@@ -52,7 +52,7 @@ def test_a_wrong_kernel_is_refused(kernel, wrong):
 
 
 def difference(x, w, d):
-    """-x @ d as the small difference of large products: low's error is theirs."""
+    """-x @ d as the small difference of large products, which decide low's error."""
     return torch.cat([x, -x], dim=1) @ torch.cat([w, w + d])
 
 
@@ -126,7 +126,7 @@ def test_uninitialised_memory_reads_as_nan():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
 def test_a_reference_that_overflows_lets_nothing_pass(value):
-    """Its error is infinite, and would be a bound for anything."""
+    """Its error is infinite, and as a bound would accept anything."""
     x = torch.full((2, 4), 300.0, dtype=torch.float16)
     inputs = {"x": x, "w": torch.full((4, 3), 300.0, dtype=torch.float16)}
     (error,) = compare_with_reference(lambda x, w: torch.full((2, 3), value), lambda x, w: x @ w, inputs)
@@ -149,7 +149,7 @@ def test_the_largest_of_nan_is_nan_in_any_order():
 
 
 def test_an_infinite_input_is_no_scale():
-    """A reference of zeros, as of a softmax whose rows -inf suppresses, lets no error pass beside it."""
+    """A reference of zeros (a softmax whose rows -inf suppresses) accepts no error next to it."""
     inputs = draw()
     inputs["x"][0, 0] = -math.inf
     zeros = lambda x, w: torch.zeros(20, 40, dtype=w.dtype)  # noqa: E731

@@ -1,4 +1,4 @@
-"""torch.func's transforms of every function: as plain PyTorch has them."""
+"""torch.func's transforms of every function agree with plain PyTorch's."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ NAMES = ["sink", "packed", "refined", "gaussian", "compress", "items", "restored
 
 
 def as_function(name: str):
-    """Of the floating inputs, and these in float64."""
+    """As a function of its floating inputs, in float64."""
     case = CASES[name]
     inputs = {name: x.detach() if isinstance(x, Tensor) else x for name, x in case.inputs().items()}
     floating = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]

@@ -100,7 +100,7 @@ def test_refined_by_hand(source, causal, lengths, padding_side, function):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_refinement_is_that_of_refined_attention(source):
-    """Its stochastic mechanism, of vectors whose products are the distances."""
+    """Its stochastic mechanism, for vectors whose dot products are the distances."""
     inputs = draw(n=6, rank=4, source=source)
     for name in ("mean_q", "mean_k"):  # of one length
         inputs[name] = torch.nn.functional.normalize(inputs[name], dim=-1)
@@ -129,7 +129,7 @@ def test_reference_gradcheck(causal, rank, source):
 
 
 def test_reference_dropout_drops_weights_of_both_products():
-    """With identities for values the outputs are P and P∘P of one mask."""
+    """With identities as values the outputs are P and P∘P with one mask."""
     n = 40
     inputs = draw(n=n)
     inputs["mean_v"] = inputs["cov_v"] = torch.eye(n, dtype=torch.float64).expand(2, 2, n, n)
@@ -143,7 +143,7 @@ def test_reference_dropout_drops_weights_of_both_products():
 
 
 def test_distance_is_a_dot_product_with_row_and_column_terms():
-    """So ordinary attention over vectors of two or four more entries computes it: the row term drops out."""
+    """So attention over vectors with two or four more entries computes it: the row term cancels."""
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = draw(n=7).values()
     d = mean_q.shape[-1]
     query, key = torch.cat([mean_q, cov_q.sqrt()], -1), torch.cat([mean_k, cov_k.sqrt()], -1)
@@ -161,7 +161,7 @@ def test_distance_is_a_dot_product_with_row_and_column_terms():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_padding_never_matters(padding_side, causal, rank, source, function):
-    """Whatever it holds: outputs and gradients are those of the tokens alone, and zero at padding."""
+    """Padding may hold anything: outputs and gradients are those of the tokens alone, and zero at padding."""
     inputs = draw(n=6, rank=rank, source=source)
     options = {"causal": causal, "source": source}
     tokens, padding = (slice(0, 4), slice(4, 6)) if padding_side == "right" else (slice(2, 6), slice(0, 2))
@@ -240,7 +240,7 @@ def test_offset(offset, part, rank, source, dtype, function):
 @pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
 @pytest.mark.parametrize("offset", [0, 10])
 def test_offset_of_the_refined_gaussians(offset, function):
-    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's; a larger one is lost digits of A W itself."""
+    """Rows of A sum to 1, so an offset of W_q and W_k moves every Gaussian. A larger one loses digits in A W itself."""
     inputs = draw(b=3, n=30, d=16, dv=8, rank=6, source="weights", dtype=torch.float32)
     inputs |= {name: inputs[name] + offset for name in ("w_q", "w_k")}
     check_by_differences(function, inputs, source="weights")

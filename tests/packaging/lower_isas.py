@@ -1,4 +1,4 @@
-"""Run the operators' CPU tests as on processors that have less: once for each instruction set below this one's best.
+"""Run the operators' CPU tests as on older processors: once for each instruction set below this one's best.
 
 python tests/packaging/lower_isas.py [options of pytest]
 """
@@ -30,7 +30,7 @@ LEFT_OUT = "bad_input or by_hand or compiles or dropout or empty or gradcheck or
 
 
 def lower_isas(best: str) -> list[str]:
-    """Those that the processor has beside its best."""
+    """The instruction sets below the processor's best."""
     return [isa for isa in ISAS if isa != best] if best != "baseline" else []
 
 

@@ -18,7 +18,7 @@ def examples_of(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples_of(page)], ids=lambda page: page.stem)
 def test_examples(page, tmp_path, monkeypatch):
-    """From the first to the last, as a reader goes."""
+    """In the order in which a reader runs them."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for example in examples_of(page):

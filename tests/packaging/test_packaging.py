@@ -36,7 +36,7 @@ def python(code: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def without_kernels(tmp_path_factory) -> str:
-    """A PYTHONPATH on which recattn is a copy without compiled kernels."""
+    """A PYTHONPATH with a copy of recattn that has no compiled kernels."""
     folder = tmp_path_factory.mktemp("pure")
     shutil.copytree(ROOT / "python" / "recattn", folder / "recattn", ignore=shutil.ignore_patterns("*.so"))
     return str(folder)
@@ -58,7 +58,7 @@ milliseconds = 1000 * (time.thread_time() - start)
 
 
 def import_cost() -> tuple[float, str]:
-    """Milliseconds of a processor that `import recattn` takes after `import torch`, and its slowest modules."""
+    """CPU milliseconds of `import recattn` after `import torch`, and its slowest modules."""
     # With bytecode, as an installed package has it.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-X", "importtime", "-c", IMPORT + "print(milliseconds)"]
@@ -181,7 +181,7 @@ def test_a_build_that_cannot_be_met_says_the_remedy(tmp_path, environment, messa
 
 
 def test_an_old_setuptools_is_refused_with_the_remedy(tmp_path):
-    """A venv of Python 3.11 holds 65.5.0, whose own message names a field of pyproject.toml."""
+    """A venv of Python 3.11 has 65.5.0, whose own message only names a field of pyproject.toml."""
     (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"\nfind_packages = setup = None\n')
     result = setup_py(tmp_path, "build", PYTHONPATH=str(tmp_path))
     assert result.returncode != 0

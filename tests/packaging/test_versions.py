@@ -1,4 +1,4 @@
-"""What recattn admits is what `make versions` tried, and versions.md says that all of it passed."""
+"""The versions that recattn admits were tried by `make versions`, and versions.md says that all of them passed."""
 
 import re
 from pathlib import Path

@@ -27,7 +27,7 @@ TABLE = Path(__file__).with_name("versions.md")
 
 @dataclass(frozen=True)
 class Pair:
-    """A torch, the Triton that pip installs with it, and a numpy for its interpreter: 2.4 needs Triton 3.7."""
+    """A torch, the Triton that pip installs with it, and a numpy for its interpreter: numpy 2.4 needs Triton 3.7."""
 
     torch: str
     triton: str
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def with_row(table: str, row: str) -> str:
-    """The table with a row in the place of the one of the same first cell."""
+    """The table with the row that has the same first cell replaced."""
     lines, first_cell = table.splitlines(), row.split(" | ")[0]
     (place,) = (i for i, line in enumerate(lines) if line.split(" | ")[0] == first_cell)
     return "\n".join([*lines[:place], row, *lines[place + 1 :]]) + "\n"
@@ -108,7 +108,7 @@ def machine() -> str:
 
 
 def environment(folder: Path, pair: Pair) -> Path:
-    """The interpreter of a pair's environment, made where it is not there."""
+    """The interpreter of a pair's environment, which is made if it does not exist."""
     home = folder / f"torch-{pair.torch}"
     python = home / "bin" / "python"
     if not python.exists():
@@ -124,7 +124,7 @@ def pip_install(python: Path | str, *arguments: str, **variables: str) -> None:
 
 
 def run_tests(python: Path, files: list[Path], chosen: str, every: int = 1) -> str:
-    """How many passed, failed and were skipped; what failed goes to stderr."""
+    """How many tests passed, failed and were skipped. Failures are printed to stderr."""
     plugins = ("-p", "no:cacheprovider", "-p", "tests.packaging.versions")
     command = [python, "-m", "pytest", "-q", *plugins, "-k", chosen, *files]
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RECATTN_TEST_EVERY": str(every)}
@@ -141,12 +141,12 @@ def run_tests(python: Path, files: list[Path], chosen: str, every: int = 1) -> s
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Of the runs whose plugin this file is."""
+    """Keep one test in RECATTN_TEST_EVERY, in the runs that load this file as a plugin."""
     items[:] = items[:: int(os.environ["RECATTN_TEST_EVERY"])]
 
 
 def compile_kernels(folder: Path, triton: str) -> str:
-    """How many configurations compiled, by a Triton that goes before the one of this environment."""
+    """How many configurations compiled under this Triton, which precedes this environment's on PYTHONPATH."""
     target = folder / f"triton-{triton}"
     if not target.exists():
         pip_install(sys.executable, "--no-deps", "--target", str(target), f"triton=={triton}")

@@ -1,4 +1,4 @@
-"""A saved StateTable: loaded as it was saved or refused, whatever has become of it; and what stands for a pickle."""
+"""A saved StateTable is loaded as it was saved or refused, whatever happened to the file; and pickling is refused."""
 
 import copy
 import io

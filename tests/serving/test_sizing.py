@@ -14,7 +14,7 @@ COMPILED = pytest.mark.skipif(find_spec("recattn._slot_map") is None, reason="re
 
 
 def lrea_size(monkeypatch, capsys, arguments: str) -> dict[str, str]:
-    """What it prints, by the name of the line."""
+    """The printed values, by the name of their line."""
     monkeypatch.setattr(sys, "argv", ["recattn", "lrea-size", *arguments.split()])
     command.main()
     return dict(re.split(r" {2,}", line) for line in capsys.readouterr().out.strip().splitlines())

@@ -1,5 +1,7 @@
-"""SlotMap: what each method does, and threads at it under the sanitizers. Its contract against a model, with the
-states, is in test_state_table_contract.py."""
+"""SlotMap: every method, and threads under the sanitizers.
+
+Its contract against a model, with the states, is in test_state_table_contract.py.
+"""
 
 import os
 import shutil
@@ -44,7 +46,7 @@ def test_any_int64_is_an_id():
 
 @pytest.mark.parametrize("stride", [1, 2**20, 2**40 + 1])
 def test_many_ids_inserted_erased_and_inserted_again(stride):
-    """More than a block of lookups; erasing moves entries of the index, and must lose none."""
+    """More than one block of lookups. Erasing moves entries of the index and must lose none."""
     rng = np.random.default_rng(0)
     capacity = 5000
     slot_map, model = SlotMap(capacity), {}

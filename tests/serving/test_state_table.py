@@ -147,7 +147,7 @@ def test_puts_states_of_any_layout_and_of_a_graph(dtype):
 @pytest.mark.parametrize("dim", [16, 17])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_puts_many_states_as_they_are(dtype, dim, offset):
-    """Where rows are written in larger entries than their own, and where they cannot be."""
+    """Rows written in larger units than their dtype, and rows that cannot be."""
     users = 40
     table = StateTable(users + 3, heads=2, rank=3, dim=dim, dtype=dtype)
     flat = torch.randint(-100, 100, (offset + users * 2 * 3 * dim,)).to(dtype)
@@ -215,7 +215,7 @@ def test_refuses_scales_that_give_no_finite_state(entry, name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_state_of_a_dtype_is_stored(dtype):
-    """Its sums over a user and over all overflow, which must not count as invalid."""
+    """Sums over a user and over all users overflow, which must not count as invalid."""
     largest = torch.finfo(torch.float32 if dtype == torch.int8 else dtype).max * (1 - 1e-6 * (dtype == torch.int8))
     keys = torch.full((3, H, R, D), largest, dtype=torch.float64)
     table = make_table(3, dtype)
@@ -359,7 +359,7 @@ def test_does_not_shrink():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_serves_from_a_gpu(dtype):
-    """As from the CPU, after growth, with duplicates, an invalid state and a user who is not there."""
+    """As from the CPU: after growth, with duplicates, an invalid state and an unknown user."""
     keys, values = random_states(3)
     target_dtype = torch.float32 if dtype == torch.int8 else dtype
     targets, offsets = torch.randn(7, H, D).to(target_dtype), torch.tensor([0, 3, 4, 7])

@@ -23,7 +23,7 @@ batches = st.lists(st.sampled_from(USERS), min_size=1, max_size=6)
 
 
 class AgainstAModel(RuleBasedStateMachine):
-    """A user's row holds the last state put, until it is erased or evicted; a request holds the rows it found."""
+    """A user's row holds the last state put until it is erased or evicted; a request keeps the rows it found."""
 
     dtype = torch.float32
 
@@ -154,7 +154,7 @@ TestAgainstAModelInInt8 = AgainstAModelInInt8.TestCase
 
 
 def test_threads_never_see_another_users_state():
-    """Readers check whose rows they hold while writers put, erase and grow."""
+    """Readers check whose rows they read while writers put, erase and grow."""
     users, seconds = 48, 2.0
     table = make_table(16)
     ends, failures, counts = time.monotonic() + seconds, [], Counter()

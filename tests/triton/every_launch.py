@@ -52,19 +52,19 @@ def _empty_lse(q: Tensor) -> Tensor:
 
 
 def corrected_attention(q, k, v, sink_positions, inter_sink_bias, *, sink_logits=None, cu_seqlens=None) -> Tensor:
-    """sink_attention by its correction path: the public call wants a GPU's attention for it."""
+    """sink_attention by its correction path; the public call needs a GPU's attention for it."""
     options = SinkAttentionOptions(True, False, 0.25, 0.0, 2, "correction", "dry")
     tensors = (sink_positions, inter_sink_bias, sink_logits, None, cu_seqlens, None)
     return sink_ops.SinkAttentionFunction.apply(q, k, v, *tensors, options)[0]
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Ones of one number in memory, with a gradient."""
+    """Ones, expanded from a single number in memory, with a gradient."""
     return torch.ones((), dtype=dtype).expand(shape).requires_grad_()
 
 
 def train(function: Callable, inputs: dict[str, Tensor], **options) -> None:
-    """A call and its backward."""
+    """Run a call and its backward."""
     outs = function(**inputs, **options)
     outs = outs if isinstance(outs, tuple) else (outs,)
     leaves = [x for x in inputs.values() if x.requires_grad]
@@ -72,7 +72,7 @@ def train(function: Callable, inputs: dict[str, Tensor], **options) -> None:
 
 
 def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
-    """Of so many sequences, or packed ones, of few tokens: a kernel each and what changes its code or its grid."""
+    """Calls on `sequences` short sequences, or `packed` ones, that reach every kernel and change its code or grid."""
     B, integers = sequences, {"dtype": torch.int64}
     lengths, offsets = torch.ones(B, **integers), torch.arange(0, 2 * B + 1, 2)
     seed_and_padding = {"dropout_p": 0.1, "seq_lens": lengths, "padding_side": "left"}
@@ -127,7 +127,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
 
 
 def checked_calls() -> dict[str, Callable[[], None]]:
-    """Of the check on a GPU: each case in each dtype, by Triton's kernels."""
+    """The calls of the check on a GPU: each case in each dtype, by the Triton kernels."""
     return {
         f"{operator.name} {case.name} {dtype}": functools.partial(check, operator, case, dtype)
         for operator in OPERATORS.values()

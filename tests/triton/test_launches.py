@@ -20,7 +20,7 @@ LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
 
 @functools.cache
 def launches(*arguments: str) -> dict[str, list]:
-    """Those of each call: kernel, grid and shared memory. In a process of its own: here the kernels are interpreted."""
+    """Each call's launches: kernel, grid, shared memory. From another process, because here kernels are interpreted."""
     run = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -44,7 +44,7 @@ def test_grids_of_large_batches():
 
 
 def test_programs_of_packed_sequences():
-    """As many as tiles and sequences, not their product."""
+    """Their number is the sum of tiles and sequences, not the product."""
     made = launches("--sequences", "70000", "--packed", "100000")
     for kernel, (programs, _, _), _ in made["sink_attention, packed"]:
         assert programs <= 5 * 100_000, kernel
@@ -60,7 +60,7 @@ def test_every_launch_compiles(tmp_path, monkeypatch):
 
 
 def test_calls_of_the_check():
-    """Each case in each dtype comes to its launches; the kernels that none reaches are those of the correction."""
+    """Each case in each dtype makes launches. Only the correction's kernels are reached by none."""
     made = launches("--checks")
     assert [call for call, of_call in made.items() if not of_call] == [
         "refined_attention ragged additive torch.float32"  # longer than a program holds in float32

@@ -35,7 +35,7 @@ compress = functools.partial(recattn.lrea_compress, impl="triton")
 
 @pytest.fixture
 def splits(monkeypatch):
-    """Every loop cut in three, however short it is."""
+    """Cut every loop in three, however short it is."""
     for module in (core, jagged, compress_kernels):
         monkeypatch.setattr(module, "num_splits", lambda programs, steps: 3)
 
@@ -113,7 +113,7 @@ def test_restored_non_contiguous():
 
 
 def test_users_never_mix():
-    """What is not finite stays with its user, also within a block of targets."""
+    """Non-finite values stay with their user, also within a block of targets."""
     inputs = here(draw_restored(counts=(3, 2, 4), length=20))
     expected = attend(**inputs)
     inputs["keys"][1] = inputs["values"][1] = torch.nan
@@ -219,7 +219,7 @@ def unchecked(monkeypatch):
 
 
 def guarded(inputs: dict, names: list[str]) -> dict:
-    """The same, on either side of a tensor NaN for twice its size: what is read outside it shows."""
+    """The same tensor between NaN on either side: reads outside it show."""
     inputs = here(inputs)
     for name in names:
         around = inputs[name].new_full((5, *inputs[name].shape), torch.nan)
@@ -228,7 +228,7 @@ def guarded(inputs: dict, names: list[str]) -> dict:
 
 
 def restored_in_range(targets, keys, values, w_decomp, target_offsets, seq_lens, **options):
-    """The reference, of offsets and lengths kept in range; zeros for targets that are then of no user."""
+    """The reference with offsets and lengths clamped into range; zeros for targets that then have no user."""
     offsets = target_offsets.clamp(0, len(targets))
     begin, end = offsets[0], offsets[-1]
     seq_lens = None if seq_lens is None else seq_lens.clamp(0, w_decomp.shape[1])
@@ -358,7 +358,7 @@ def test_compress_compiles():
 
 
 def test_launches_compile_alike_for_any_batch():
-    """Nothing that changes with the numbers of users, targets and behaviours is a constant of the kernels."""
+    """The numbers of users, targets and behaviours are not constants of the kernels."""
     signatures = []
 
     def gradients(function, inputs, grads):

@@ -1,7 +1,6 @@
-"""Every kernel in tensors of more than 2**31 elements: the last sequences come out as they do alone.
+"""Every kernel in tensors of more than 2**31 elements: the last sequences get the same results as alone.
 
-The interpreter runs the last programs, in memory of which only what is written takes room, and fails where an int32
-overflows.
+The interpreter runs the last programs only, so that little of the memory is touched, and fails where int32 overflows.
 """
 
 import os
@@ -53,7 +52,7 @@ def outer_programs(poisoned_allocations, monkeypatch):
 
 
 def empty(layout: str, dtype: torch.dtype = torch.float16, **sizes: int) -> Tensor:
-    """[b, h, n, d] with its axes in memory as `layout` has them."""
+    """[b, h, n, d] whose axes lie in memory as `layout` says."""
     sizes = {"b": B, "h": 1, "n": N, "d": D, **sizes}
     return torch.empty([sizes[axis] for axis in layout], dtype=dtype).permute([layout.index(axis) for axis in "bhnd"])
 
@@ -67,7 +66,7 @@ def draw(layout: str, dtype: torch.dtype = torch.float16, **sizes: int) -> Tenso
 
 
 def draw_rows(*sizes: int, drawn: int = N) -> Tensor:
-    """Float16 with numbers in the last rows."""
+    """float16 with numbers in the last rows."""
     x = torch.empty(sizes, dtype=torch.float16)
     assert x.numel() > 2**31
     x[-drawn:] = torch.randn(x[-drawn:].shape)
@@ -82,7 +81,7 @@ def draw_columns(rows: int, columns: int, numbers: Tensor) -> Tensor:
 
 
 def assert_last_alone(operator, inputs: dict[str, Tensor], last: dict[str, Tensor] | None = None) -> None:
-    """`operator` of all sequences gives the last one what it gives it alone."""
+    """`operator` on all sequences gives the last one the same result as alone."""
     outs = operator(**inputs)
     last = last or {name: x[-1:] for name, x in inputs.items()}
     for name, alone in operator(**{name: x.contiguous() for name, x in last.items()}).items():
@@ -90,7 +89,7 @@ def assert_last_alone(operator, inputs: dict[str, Tensor], last: dict[str, Tenso
 
 
 def sink_attention(q, k, v, dout, sink_positions, inter_sink_bias, cu_seqlens=None) -> dict[str, Tensor]:
-    """The fused path, and the correction of its own output without bias."""
+    """The fused path, and the correction of its own unbiased output."""
     lengths, options = Lengths(None, cu_seqlens), SinkAttentionOptions(causal=False, left_padded=False, scale=D**-0.5)
     streams = launch_sink_attention_streams(q, sink_positions, lengths, left_padded=False)
     outs = {}
@@ -185,7 +184,7 @@ def test_refined_attention(layout, monkeypatch):
 
 
 def test_refined_attention_in_three_launches(monkeypatch):
-    """What they hand on is more than 2**31 elements."""
+    """The workspace between the launches has more than 2**31 elements."""
     monkeypatch.setattr(short, "_slots", lambda q, groups: len(q))
     batch, length = 15_000, 128
     assert batch * len(short.HandedOn._fields) * length**2 > 2**31
@@ -196,7 +195,7 @@ def test_refined_attention_in_three_launches(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refined_projection(layout, monkeypatch):
-    """The states of the two segments before the last are more than 2**31 elements, too."""
+    """The states of the two segments before the last have more than 2**31 elements too."""
     batch, length, sequences_a_program = 270_000, 130, 16
     monkeypatch.setattr(projection, "_PROGRAMS", 3 * batch // sequences_a_program)  # of three tiles each
     w = torch.randn(length, D).half()
@@ -237,7 +236,7 @@ def middle_factor(z, w) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("many", ["rows", "columns"])
 def test_lrea_middle_factor(many, monkeypatch):
-    """Loops over as many rows, or columns, are cut into shares of 512."""
+    """Loops over so many rows or columns are split into 512."""
     monkeypatch.setattr(launch, "FULL_GRID", B * N)
     if many == "rows":
         z, w = draw_rows(B * N, D, drawn=128), torch.randn(D, 40).half()

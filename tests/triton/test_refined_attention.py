@@ -67,9 +67,9 @@ def launched(
 
 
 def draw(mechanism="simple", b=2, h=1, n=20, d=16, dv=None, r=None, n_max=None, per_head=(), dtype=torch.float32):
-    """q, k, v and the matrices as keyword arguments; `per_head` names the matrices that each head has its own of.
+    """q, k, v and the matrices; `per_head` names the matrices of which each head has its own.
 
-    Scores stay moderate: a row of large ones would decide every largest error by the luck of its own rounding.
+    Scores stay moderate: in a row of large ones the largest error would be the luck of its own rounding.
     """
     n_max, r = n if n_max is None else n_max, n if r is None else r
     columns = {"w_q": r, "w_k": r} | ({} if mechanism == "simple" else {"w_v": n_max})
@@ -84,7 +84,7 @@ def lengths(*values: int) -> Tensor:
 
 
 def gradients(function, inputs: dict) -> list[Tensor]:
-    """The output and every gradient, for an incoming gradient that tells entries apart."""
+    """The output and every gradient, for an incoming gradient that differs between entries."""
     leaves = {name: inputs[name].detach().clone().requires_grad_() for name in TENSORS if name in inputs}
     out = function(**{**inputs, **leaves})
     incoming = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
@@ -118,7 +118,7 @@ def test_lengths(n, dtype, mechanism):
 @pytest.mark.parametrize("source, causal, side", [("logits", True, "left"), ("weights", False, "right")])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_blocks_of_rows(mechanism, source, causal, side):
-    """What longer sequences take: a program a block of rows, and a backward of three launches."""
+    """Longer sequences: one program per block of rows, and a backward of three launches."""
     stages = tuple(StageConfig(16, 16, 4, stage) for stage in (1, 2, 3))
     config = RefinedAttentionConfig(TileConfig(16, 16, 4), stages)
     inputs = draw(mechanism, b=3, h=2, n=27, d=24, dv=20, per_head=("w_k",))
@@ -282,7 +282,7 @@ def test_what_is_refused():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_registers_of_a_launch_fit_a_multiprocessor(dtype, architecture):
-    """The compiler is granted 255 a thread, of the 65536 there are."""
+    """The compiler may use 255 registers per thread, of 65536 per multiprocessor."""
     for n, mechanism in itertools.product(range(1, largest_n(dtype, architecture) + 1, 7), MECHANISMS):
         fwd, bwd = RefinedAttentionConfig.heuristic(n, 64, dtype, architecture, mechanism)
         assert all(tiles.num_warps <= 8 for tiles in (fwd, *bwd))

@@ -46,7 +46,7 @@ def on_device(inputs: dict) -> dict:
 
 
 def small(**options) -> dict:
-    """Few heads: the interpreter runs one program after another."""
+    """Few heads, because the interpreter runs one program after another."""
     return on_device(draw(**{"batch": 1, "heads": 2, "kv_heads": 1, "length": 63, "sinks": 20, **options}))
 
 
@@ -93,7 +93,7 @@ def test_extreme_bias(dtype, causal, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
 def test_any_scale(dtype, scale):
-    """Scores of ordinary size: the error of large ones is that of their dot products, in any order of summation."""
+    """Scores of ordinary size: the error of large ones is that of their dot products, summed in any order."""
     inputs = small(dtype=dtype)
     inputs["q"] *= 0.25
     assert_fused({**inputs, "scale": scale, "causal": True})
@@ -245,7 +245,7 @@ def attention_with_mask(q, k, v, sink_positions, inter_sink_bias, keep, causal):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_dropout(dtype, causal):
-    """Against an explicit mask: pairs of sinks are numbered by sink, all others by token."""
+    """Compared with an explicit mask: sink pairs are numbered by sink, all others by token."""
     inputs = small(batch=2, kv_heads=1, length=70, dtype=dtype)
     torch.manual_seed(7)
     seed = torch.randint(2**63 - 1, (1,), device=DEVICE)  # what the call draws
@@ -300,7 +300,7 @@ def store_sequence_of_tile_kernel(cu_seqlens, out, B, T, BLOCK: tl.constexpr, SP
 @pytest.mark.parametrize("first_token", [0, 100])
 @pytest.mark.parametrize("sequences", [1, 300])
 def test_every_tile_of_packed_sequences_is_found(sequences, first_token):
-    """Once, in order, and none of a sequence that begins later; tokens before the first sequence are of none."""
+    """Once and in order, and never one of a later sequence. Tokens before the first sequence belong to none."""
     cu_seqlens = torch.cat([torch.tensor([first_token]), torch.randint(0, 40, (sequences,))]).cumsum(0)
     T = int(cu_seqlens[-1])
     tiles = number_of_tiles(sequences, T, cu_seqlens, 16, 1)
@@ -402,7 +402,7 @@ def test_no_recompile_for_other_sizes(name):
 
 
 def test_autotuned_launches(monkeypatch):
-    """With one candidate, all that the interpreter can try."""
+    """With a single candidate, which is all that the interpreter can try."""
     monkeypatch.setenv("RECATTN_AUTOTUNE", "1")
     monkeypatch.setattr(config, "candidates", lambda name, kind: [TileConfig(32, 32, 4, 1)])
     config.autotuned.cache_clear()

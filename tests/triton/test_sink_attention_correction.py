@@ -1,4 +1,4 @@
-"""The correction of an attention without bias, against a full softmax in float64, on a GPU or by the interpreter."""
+"""The correction of an unbiased attention, against a full softmax in float64, on a GPU or by the interpreter."""
 
 import math
 
@@ -96,7 +96,7 @@ def test_ragged_float16(layout):
 @pytest.mark.parametrize("M", [30, 63])
 @pytest.mark.parametrize("bias", BIASES)
 def test_bias_range(bias, M, causal):
-    """Every token a sink: no key but the suppressed ones is left to carry a row."""
+    """Every token is a sink: a row has no other key to fall back on."""
     assert_corrects(with_bias(random_inputs(63, M, B=1, causal=causal), bias))
 
 
@@ -124,7 +124,7 @@ def test_head_dims(D, Dv, suppressed):
 @pytest.mark.parametrize("tile", [None, (16, 16, 16), (32, 16, 64), (16, 64, 32)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_tile(dtype, tile):
-    """None: the shipped one."""
+    """None is the shipped tile."""
     inputs = random_inputs(100, 70, B=1, D=64, dtype=dtype, causal=True)
     inputs["inter_sink_bias"] = 60 * inputs["inter_sink_bias"] - 50
     inputs["correction_tiles"] = tile and CorrectionConfig(*tile, num_warps=4, num_stages=1)
@@ -330,7 +330,7 @@ def test_delta(dtype, layout):
 
 @pytest.mark.parametrize("layout", ["right", "packed"])
 def test_no_recompilation(layout):
-    """Numbers of tokens, sinks and sequences leave the compiled kernels as they are."""
+    """Kernels do not depend on the numbers of tokens, sinks and sequences."""
 
     def compilations(N, M, lengths):
         inputs = random_inputs(N, M, lengths=lengths, layout=layout, D=64, Hq=4, Hkv=2)

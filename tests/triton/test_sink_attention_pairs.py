@@ -1,4 +1,4 @@
-"""The gradients that only sink pairs have, against a full softmax in float64, on a GPU or by the interpreter."""
+"""The gradients of sink pairs, against a full softmax in float64, on a GPU or by the interpreter."""
 
 import math
 
@@ -102,7 +102,7 @@ def test_head_dims(D, Dv, suppressed):
 @pytest.mark.parametrize("tile", [None, (16, 32, 64), (64, 16, 16)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_tile(dtype, tile):
-    """None: the shipped one."""
+    """None is the shipped tile."""
     inputs = random_inputs(50, 40, B=1, Hq=1, D=64, dtype=dtype, causal=True)
     inputs["inter_sink_bias"] = 60 * inputs["inter_sink_bias"] - 50
     inputs["pairs_tiles"] = tile and PairsConfig(*tile, num_warps=4, num_stages=1)
@@ -348,7 +348,7 @@ def test_whole_pairs_bias_range(bias):
 @pytest.mark.parametrize("corrects", [False, True])
 @pytest.mark.parametrize("layout", ["right", "packed"])
 def test_no_recompilation(layout, corrects):
-    """Numbers of tokens, sinks and sequences leave the compiled kernel as it is."""
+    """The kernel does not depend on the numbers of tokens, sinks and sequences."""
 
     def compilation(N, M, lengths):
         inputs = random_inputs(N, M, lengths=lengths, layout=layout, D=64, Hq=4, Hkv=2)

@@ -81,14 +81,14 @@ def test_wide_heads(d, dv, dtype):
 )
 @pytest.mark.parametrize("part, offset", [("mean", 100), ("mean", 1000), ("cov", 100)])
 def test_offset(part, offset, rank, source, dtype):
-    """It changes no distance, but is lost digits of ‖q‖² + ‖k‖² - 2 q·k; the reference is held to plain differences."""
+    """It changes no distance, but loses digits of ‖q‖² + ‖k‖² - 2 q·k; the reference uses plain differences."""
     inputs = draw_here(b=2, n=30, d=16, dv=8, rank=rank, source=source, dtype=dtype)
     padding = {"seq_lens": lengths(30, 12), "padding_side": "left"}
     check(with_offset(inputs, part, offset), source=source, **padding)
 
 
 def test_offset_of_the_refined_gaussians():
-    """Rows of A add up to 1, so W_q's and W_k's is every Gaussian's; a larger one is lost digits of A W itself."""
+    """Rows of A sum to 1, so an offset of W_q and W_k moves every Gaussian. A larger one loses digits in A W itself."""
     inputs = draw_here(b=2, n=30, d=16, dv=8, rank=6, source="weights")
     inputs |= {name: inputs[name] + 10 for name in ("w_q", "w_k")}
     padding = {"seq_lens": lengths(30, 12), "padding_side": "left"}
@@ -238,7 +238,7 @@ def test_compiles_whole_without_recompiling():
 
 
 def test_launches_compile_alike_for_any_batch_and_length(monkeypatch):
-    """Nothing that changes with B, H, N or the options is a constant of the kernels."""
+    """B, H, N and the options are not constants of the kernels."""
     signatures = []
 
     def record(kernel, tensors, options, tile, block):
