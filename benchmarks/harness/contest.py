@@ -91,9 +91,9 @@ class Contest:
         own = {direction: row for (name, direction), row in self.rows.items() if name == implementation.name}
         if not own:  # only the backward was asked for, and it has none
             return False
-        unavailable = implementation.unavailable(self.workload, self.settings.device)
-        if unavailable is not None:
-            _mark(own.values(), NOT_RUN, unavailable)
+        reason = implementation.unsupported_reason(self.workload, self.settings.device)
+        if reason is not None:
+            _mark(own.values(), NOT_RUN, reason)
             return False
         try:
             errors = gate.check(implementation, tuple(own))
@@ -177,7 +177,7 @@ def call_each(
     """
     inputs = operator.inputs(workload, draw)
     for implementation in implementations:
-        if implementation.unavailable(workload, draw.device) is not None:
+        if implementation.unsupported_reason(workload, draw.device) is not None:
             continue
         possible = operator.directions(implementation, draw.device)
         try:

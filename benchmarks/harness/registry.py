@@ -26,7 +26,7 @@ EAGER, COMPILED = "eager", "eager, torch.compile"
 
 Inputs = dict[str, object]
 # Device type -> for each implementation, best first, why it cannot run there (None if it can).
-Availability = Callable[[str], dict[str, str | None]]
+UnsupportedReasons = Callable[[str], dict[str, str | None]]
 OPERATORS: dict[str, "Operator"] = {}
 
 
@@ -46,7 +46,7 @@ class Implementation:
     # Whether it is meant for the workload.
     applies: Callable[[Workload], bool] = lambda workload: True
     # Why it cannot run the workload on this device; None if it can.
-    unavailable: Callable[[Workload, torch.device], str | None] = lambda workload, device: None
+    unsupported_reason: Callable[[Workload, torch.device], str | None] = lambda workload, device: None
     # Converts the inputs to its own layout, and the output back for the correctness gate.
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
     restore: Callable[[Tensor, Inputs], Tensor] = lambda output, inputs: output
@@ -85,13 +85,13 @@ class Operator:
 
         return add
 
-    def add_recattn(self, function: Callable[..., Tensor], availability: Availability) -> None:
+    def add_recattn(self, function: Callable[..., Tensor], unsupported_reasons: UnsupportedReasons) -> None:
         """Register `recattn` with its default options, and as one more row each implementation that `impl=` selects."""
         self.implementation("recattn", ours=True)(function)
-        for impl in availability("cpu"):
+        for impl in unsupported_reasons("cpu"):
             if impl != "reference":
-                unavailable = partial(_unavailable_in_recattn, availability, impl)
-                self.implementation(f"recattn {impl}", unavailable=unavailable, ours=True)(partial(function, impl=impl))
+                options = {"unsupported_reason": partial(_why_not_run, unsupported_reasons, impl), "ours": True}
+                self.implementation(f"recattn {impl}", **options)(partial(function, impl=impl))
 
     def add_compiled(self, name: str, function: Callable[..., Tensor], **options) -> None:
         """Register torch.compile of a function."""
@@ -115,13 +115,13 @@ class Operator:
         return [goal for goal in self.goals if (goal.workload, goal.device) == (workload.name, device.type)]
 
 
-def _unavailable_in_recattn(
-    availability: Availability, impl: str, workload: Workload, device: torch.device
+def _why_not_run(
+    unsupported_reasons: UnsupportedReasons, impl: str, workload: Workload, device: torch.device
 ) -> str | None:
-    refusals = availability(device.type)
-    if refusals[impl] is None and impl == next(name for name, why in refusals.items() if why is None):
-        return "same as the recattn row on this device"
-    return refusals[impl]
+    """Why recattn's `impl` gets no row of its own on a device; None if it does."""
+    reasons = unsupported_reasons(device.type)
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    return "same as the recattn row on this device" if impl == chosen else reasons[impl]
 
 
 def register(name: str, reference: Callable[..., Tensor], inputs: Callable, cost: Callable, **options) -> Operator:

@@ -155,7 +155,7 @@ def needs_transformers(workload: SinkWorkload, device: torch.device) -> str | No
     return None
 
 
-@BERT.implementation("recattn", unavailable=needs_transformers, ours=True)
+@BERT.implementation("recattn", unsupported_reason=needs_transformers, ours=True)
 def patched(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor) -> Tensor:
     from recattn.integrations.transformers import Sinks
 
@@ -166,7 +166,7 @@ def patched(hidden: Tensor, sink_positions: Tensor, heads: int, **inputs: Tensor
 
 @BERT.implementation(
     PLAIN,
-    unavailable=needs_transformers,
+    unsupported_reason=needs_transformers,
     reference=without_bias,
     grads=("hidden", *map(key_of, PLAIN_PARAMETERS)),
 )

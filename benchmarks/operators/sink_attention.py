@@ -184,7 +184,7 @@ PATHS = {
 SINK_ATTENTION.implementation("recattn", prepare=with_longest, ours=True)(recattn.sink_attention)
 for path, options in PATHS.items():
     SINK_ATTENTION.implementation(
-        f"recattn {path}", prepare=with_longest, unavailable=needs_cuda, devices=CUDA, ours=True
+        f"recattn {path}", prepare=with_longest, unsupported_reason=needs_cuda, devices=CUDA, ours=True
     )(partial(recattn.sink_attention, **options))
 
 
@@ -275,7 +275,7 @@ for backend in ("cuDNN", "efficient"):
         applies=padded,
         prepare=pad,
         restore=unpad,
-        unavailable=needs_cuda,
+        unsupported_reason=needs_cuda,
         devices=CUDA,
         forward_only=lambda device, backend=backend: backend == "cuDNN",
     )(partial(sdpa_dense_bias, backend=backend))
@@ -403,7 +403,7 @@ for name, backend in zip(UNBIASED, SDPA_BACKENDS, strict=True):
     SINK_ATTENTION.implementation(
         name,
         applies=lambda workload: not workload.packed,
-        unavailable=needs_cuda,
+        unsupported_reason=needs_cuda,
         devices=CUDA,
         **UNBIASED_OPTIONS,
     )(partial(unbiased_sdpa, backend=backend))
@@ -428,7 +428,7 @@ for name, function in zip(UNBIASED_PACKED, (varlen_flash, varlen_efficient), str
         name,
         applies=lambda workload: workload.packed,
         prepare=with_longest,
-        unavailable=needs_cuda,
+        unsupported_reason=needs_cuda,
         devices=CUDA,
         **UNBIASED_OPTIONS,
     )(function)
@@ -476,7 +476,7 @@ for version, module in {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_at
         f"unbiased FlashAttention {version}",
         prepare=tokens_first,
         restore=heads_first,
-        unavailable=missing(module),
+        unsupported_reason=missing(module),
         devices=CUDA,
         **UNBIASED_OPTIONS,
     )(partial(flash_attention, module))
@@ -511,7 +511,7 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
     "unbiased xFormers",
     prepare=prepare_xformers,
     restore=restore_xformers,
-    unavailable=missing("xformers.ops"),
+    unsupported_reason=missing("xformers.ops"),
     devices=CUDA,
     **UNBIASED_OPTIONS,
 )
@@ -524,7 +524,7 @@ def unbiased_xformers(q, k, v, mask, **others):
     applies=lambda workload: not workload.packed and workload.length % 8 == 0,  # its kernels need that alignment
     prepare=tokens_first,
     restore=heads_first,
-    unavailable=missing("xformers.ops"),
+    unsupported_reason=missing("xformers.ops"),
     devices=CUDA,
 )
 def xformers_dense_bias(q, k, v, sink_positions, inter_sink_bias, causal):

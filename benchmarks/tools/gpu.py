@@ -122,9 +122,8 @@ def plan_benchmarks(work: Path, scratch: Path, operators: Sequence[str], profile
     if after_build:
         plan.append(Stage(20, after_build, together=True))
     if every:
-        plan.append(
-            Stage(15, [run_tests("benchmarks/test_suite.py", "gpu")])
-        )  # tests of the clocks: alone on the machine
+        # Tests of the clocks: nothing runs beside them.
+        plan.append(Stage(15, [run_tests("benchmarks/test_suite.py", "gpu")]))
     if "sink_attention" in operators:  # its workloads use the table written here
         plan.append(Stage(35, [dispatch(work)]))
     last = [profile_step(work, operators)] if profile else sanitizers(targets)

@@ -28,7 +28,7 @@ def own_calls(name: str) -> Iterator[tuple[str, object]]:
     operator, workload, contestants = find(headline, DEVICE)
     inputs = operator.inputs(workload, Draw(0, torch.bfloat16, DEVICE, movielens.load(offline=True)))
     for implementation in contestants:
-        if implementation.ours and implementation.unavailable(workload, DEVICE) is None:
+        if implementation.ours and implementation.unsupported_reason(workload, DEVICE) is None:
             direction = headline.directions[-1]
             yield implementation.name, timed_call(operator, implementation, direction, [dict(inputs)])
 

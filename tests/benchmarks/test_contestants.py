@@ -97,7 +97,7 @@ def implementations_to_check():
     for operator in load_operators().values():
         for workload in SMALL[operator.name]:
             for name, implementation in operator.implementations.items():
-                applies = implementation.applies(workload) and implementation.unavailable(workload, CPU) is None
+                applies = implementation.applies(workload) and implementation.unsupported_reason(workload, CPU) is None
                 compiles = "torch.compile" in name
                 if applies and "cpu" in implementation.devices and not compiles:
                     yield pytest.param(operator, workload, name, id=f"{operator.name}-{workload.name}-{name}")
@@ -239,8 +239,8 @@ def test_libraries_for_gpus_are_called_as_they_want_it(name, workload, histories
 def test_a_library_that_is_not_there_says_so(name):
     implementation = sink_attention.SINK_ATTENTION.implementations[name]
     workload = sink_attention.SINK_ATTENTION.workloads[0]
-    assert implementation.unavailable(workload, CPU) == "it needs a CUDA device"
-    reason = implementation.unavailable(workload, torch.device("cuda"))
+    assert implementation.unsupported_reason(workload, CPU) == "it needs a CUDA device"
+    reason = implementation.unsupported_reason(workload, torch.device("cuda"))
     assert "cannot be imported: ModuleNotFoundError: No module named" in reason
 
 

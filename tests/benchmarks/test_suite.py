@@ -83,7 +83,7 @@ def test_what_breaks_is_a_row_and_the_others_are_timed(product, suite_settings, 
 
 
 def test_a_missing_implementation_is_a_row_with_its_reason(product, suite_settings):
-    product.implementation("peer", unavailable=lambda workload, device: f"no peer on {device}")(None)
+    product.implementation("peer", unsupported_reason=lambda workload, device: f"no peer on {device}")(None)
 
     @product.implementation("recattn")
     def refuses(x, w):
@@ -255,7 +255,7 @@ def test_every_row_has_every_field(only_product, tmp_path):
 
 
 def test_the_table_fits_120_columns_and_says_what_was_not_run(product, suite_settings):
-    product.implementation("peer", unavailable=lambda workload, device: "no peer here")(None)
+    product.implementation("peer", unsupported_reason=lambda workload, device: "no peer here")(None)
     product.implementation("recattn correction:flash_attn_2")(lambda x, w: x @ w)
     rows = list(run_all(product, replace(suite_settings, directions=DIRECTIONS["cuda"])).values())
     console = Console(width=120, record=True, file=io.StringIO())
