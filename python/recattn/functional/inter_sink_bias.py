@@ -3,18 +3,8 @@
 import torch
 from torch import Tensor
 
+from recattn import _check as check
 from recattn import reference
-from recattn._check import (
-    FLOATING,
-    expect,
-    expect_dtype,
-    expect_numbers,
-    expect_probability,
-    expect_same_device,
-    expect_same_dtype,
-    expect_shape,
-    expect_tensors,
-)
 from recattn._dispatch import select
 from recattn._options import InterSinkBiasOptions
 from recattn.functional._autocast import autocast_inputs
@@ -34,40 +24,41 @@ def inter_sink_bias(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """The bias of `sink_attention`, from attention among the sinks of a sequence:
+    """The bias of `sink_attention`, computed by attention among the sinks of a sequence:
 
         B[b, i, j] = bias_scale · (1/H) Σ_h dropout(softmax_j(scale · q_s[b, h, i] · k_s[b, h, j]))
 
-    over the sinks j that sink i may see. The formula is that of CTR-Sink's official code (arXiv 2508.03668), where q_s
-    and k_s are projections, with bias, of the layer-normed hidden states at the sinks. That code has no mask: there,
-    padded sinks take part in the softmax, so a result depends on the batch it sits in, and a sink sees later ones.
+    over the sinks j that sink i sees. The formula is that of CTR-Sink's official code (arXiv 2508.03668), where q_s and
+    k_s are projections, with bias, of the layer-normed hidden states at the sinks. That code has no mask: its padded
+    sinks take part in the softmax, so that results depend on the rest of the batch, and its sinks see later ones.
 
     Args:
-        q_s, k_s: [B, H, M, D], float64, float32, bfloat16 or float16, both alike; autocast casts them.
-        sink_mask: [B, M] bool, True at the sinks that count (`sink_positions >= 0`, and inside the sequence). The
-            others may hold anything: no sink sees them, and their rows and columns of the bias are zero.
-        bias_scale: a number, or a tensor of one element, of any floating dtype, which gets a gradient. The official
+        q_s, k_s: [B, H, M, D], float64, float32, bfloat16 or float16, the same dtype; autocast casts them.
+        sink_mask: [B, M] bool, True at valid sinks (`sink_positions >= 0`, and inside the sequence). The others may
+            hold anything: no sink sees them, and their rows and columns of the bias are zero.
+        bias_scale: a number, or a tensor of one element and any floating dtype, which gets a gradient. The official
             code learns it, from 1 in decoder models and from 10 in BERT.
-        causal: sink i sees the sinks j ≤ i, in their order.
-        dropout_p: probability of dropping a weight.
-        scale: of the scores, 1/√D by default.
-        impl: None chooses; "triton" (on CUDA devices, M ≤ 128) or "reference" insists.
+        causal: sink i sees the sinks j ≤ i.
+        dropout_p: probability of dropping an attention weight.
+        scale: multiplies the scores, 1/√D by default.
+        impl: None chooses the fastest. "triton" (on CUDA devices, M ≤ 128) or "reference" selects; there is no silent
+            fallback.
 
     Returns:
         [B, 1, M, M], float32 (float64 for float64 inputs): one bias for all heads of the attention.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
-        time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, with its time
+        and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit.
-        NotImplementedError: an explicit `impl` that cannot serve the call; `create_graph=True` where a kernel dropped
-            weights.
+        NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after a kernel
+            with dropout.
     """
     _validate(q_s, k_s, sink_mask, bias_scale, dropout_p)
-    expect_numbers(scale=scale)
+    check.expect_numbers(scale=scale)
     q_s, k_s = autocast_inputs(q_s, k_s)
-    expect_same_dtype("q_s", q_s, k_s=k_s)
+    check.expect_same_dtype("q_s", q_s, k_s=k_s)
     if isinstance(bias_scale, Tensor):
         bias_scale = bias_scale.reshape(())
     if select("inter_sink_bias", impl, ops.unsupported_reasons(q_s.device.type, q_s)) == "reference":
@@ -81,30 +72,30 @@ def inter_sink_bias(
 
 
 def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):
-    expect_tensors(q_s=q_s, k_s=k_s)
+    check.expect_tensors(q_s=q_s, k_s=k_s)
     sizes: dict[str, int] = {}
-    expect_shape(sizes, "q_s", q_s, "B H M D")
-    expect_shape(sizes, "k_s", k_s, "B H M D")
+    check.expect_shape(sizes, "q_s", q_s, "B H M D")
+    check.expect_shape(sizes, "k_s", k_s, "B H M D")
     for size in ("H", "D"):
-        expect(sizes[size] > 0, f"{size} of q_s and k_s", "at least 1", 0)
-    expect_dtype("q_s", q_s, FLOATING)
-    expect_dtype("k_s", k_s, FLOATING)
-    expect_same_device("q_s", q_s, k_s=k_s)
+        check.expect(sizes[size] > 0, f"{size} of q_s and k_s", "at least 1", 0)
+    check.expect_dtype("q_s", q_s, check.FLOATING)
+    check.expect_dtype("k_s", k_s, check.FLOATING)
+    check.expect_same_device("q_s", q_s, k_s=k_s)
     if sink_mask is not None:
         expect_sink_mask(sizes, sink_mask, "q_s", q_s)
     one_number = "a number or a tensor of one element"
     if isinstance(bias_scale, Tensor):
-        expect(bias_scale.numel() == 1, "bias_scale", one_number, f"one of shape {list(bias_scale.shape)}")
-        expect_dtype("bias_scale", bias_scale, FLOATING)
-        expect_same_device("q_s", q_s, bias_scale=bias_scale)
+        check.expect(bias_scale.numel() == 1, "bias_scale", one_number, f"one of shape {list(bias_scale.shape)}")
+        check.expect_dtype("bias_scale", bias_scale, check.FLOATING)
+        check.expect_same_device("q_s", q_s, bias_scale=bias_scale)
     else:
-        expect(isinstance(bias_scale, int | float), "bias_scale", one_number, type(bias_scale).__name__)
-        expect_numbers(bias_scale=bias_scale)
-    expect_probability("dropout_p", dropout_p)
+        check.expect(isinstance(bias_scale, int | float), "bias_scale", one_number, type(bias_scale).__name__)
+        check.expect_numbers(bias_scale=bias_scale)
+    check.expect_probability("dropout_p", dropout_p)
 
 
 def expect_sink_mask(sizes: dict[str, int], sink_mask: object, like_name: str, like: Tensor) -> None:
-    expect_tensors(sink_mask=sink_mask)
-    expect_shape(sizes, "sink_mask", sink_mask, "B M")
-    expect_dtype("sink_mask", sink_mask, (torch.bool,))
-    expect_same_device(like_name, like, sink_mask=sink_mask)
+    check.expect_tensors(sink_mask=sink_mask)
+    check.expect_shape(sizes, "sink_mask", sink_mask, "B M")
+    check.expect_dtype("sink_mask", sink_mask, (torch.bool,))
+    check.expect_same_device(like_name, like, sink_mask=sink_mask)
