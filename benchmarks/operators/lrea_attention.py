@@ -25,7 +25,7 @@ from benchmarks.harness.workloads import (
     offsets,
 )
 from recattn import reference
-from recattn.ops.lrea_attention import availability
+from recattn.ops.lrea_attention import unsupported_reasons
 
 NEGATIVE_SLOPE = 0.01
 FACTORED, COMPILED_FACTORED = "eager, factored", "eager, factored, torch.compile"
@@ -109,7 +109,7 @@ ABSORBED = register(
         ),
     ),
 )
-ABSORBED.add_recattn(recattn.lrea_absorbed_attention, partial(availability, op="lrea_absorbed_attention"))
+ABSORBED.add_recattn(recattn.lrea_absorbed_attention, partial(unsupported_reasons, op="lrea_absorbed_attention"))
 
 
 @ABSORBED.implementation(EAGER, prepare=batch_targets, restore=unbatch_targets)
@@ -282,7 +282,7 @@ COMPRESS = register(
     grads=("behaviors", "w_comp"),
     workloads=LREA_COMPRESS,
 )
-COMPRESS.add_recattn(recattn.lrea_compress, partial(availability, op="lrea_compress"))
+COMPRESS.add_recattn(recattn.lrea_compress, partial(unsupported_reasons, op="lrea_compress"))
 
 
 def prepare_valid(inputs: Inputs) -> Inputs:
@@ -332,7 +332,7 @@ COMPRESS_ITEMS = register(
     grads=(),
     workloads=LREA_COMPRESS,
 )
-COMPRESS_ITEMS.add_recattn(recattn.lrea_compress, partial(availability, op="lrea_compress"))
+COMPRESS_ITEMS.add_recattn(recattn.lrea_compress, partial(unsupported_reasons, op="lrea_compress"))
 
 
 @COMPRESS_ITEMS.implementation(EAGER)
@@ -385,7 +385,7 @@ RESTORED = register(
         MemoryGoal(workload="gpu_16k", direction=TRAINING, device="cuda", against=(FACTORED,), memory_ratio=1 / 8),
     ),
 )
-RESTORED.add_recattn(recattn.lrea_attention, partial(availability, op="lrea_attention"))
+RESTORED.add_recattn(recattn.lrea_attention, partial(unsupported_reasons, op="lrea_attention"))
 
 
 def prepare_restored(inputs: Inputs) -> Inputs:

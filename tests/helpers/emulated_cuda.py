@@ -81,7 +81,7 @@ def load_library(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def route(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make impl="cuda" run the emulated kernels, on CPU tensors."""
-    real = ops.availability
-    monkeypatch.setattr(ops, "availability", lambda *args, **options: real(*args, **options) | {"cuda": None})
+    real = ops.unsupported_reasons
+    monkeypatch.setattr(ops, "unsupported_reasons", lambda *args, **options: real(*args, **options) | {"cuda": None})
     emulated = torch.ops.recattn_emulated.lrea_absorbed_attention
     monkeypatch.setattr(torch.ops.recattn, "lrea_absorbed_attention", emulated)

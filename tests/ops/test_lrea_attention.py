@@ -258,7 +258,7 @@ def test_every_instruction_set(capability, tmp_path):
 @pytest.mark.parametrize("lengths", [None, [2000, 1000]])
 def test_restored_never_holds_a_score_for_every_target_and_behavior(lengths, monkeypatch):
     # What they consist of: a dispatch mode does not see inside an operator.
-    for name in ("user_matmul", "user_outer", "middle_factor_fwd", "middle_factor_bwd"):
+    for name in ("jagged_dense_bmm", "jagged_jagged_bmm", "middle_factor_fwd", "middle_factor_bwd"):
         monkeypatch.setattr(ops, f"lrea_{name}", getattr(ops, f"_{name}"))
     inputs = draw_restored(counts=(500, 500), heads=1, rank=4, dim=4, value_dim=4, length=2000, seq_lens=lengths)
     leaves = [inputs[name].requires_grad_() for name in RESTORED_GRADS]
@@ -275,9 +275,9 @@ def test_restored_never_holds_a_score_for_every_target_and_behavior(lengths, mon
 def test_opcheck_restored(lengths, dtype):
     inputs = draw_restored(seq_lens=lengths, dtype=dtype)
     offsets, w, seq_lens = inputs["target_offsets"], inputs["w_decomp"], inputs["seq_lens"]
-    torch.library.opcheck(ops.lrea_user_matmul, [inputs["targets"], inputs["keys"].mT, offsets])
-    z = ops.lrea_user_matmul(inputs["targets"], inputs["keys"].mT, offsets)
-    torch.library.opcheck(ops.lrea_user_outer, [z, inputs["targets"], offsets])
+    torch.library.opcheck(ops.lrea_jagged_dense_bmm, [inputs["targets"], inputs["keys"].mT, offsets])
+    z = ops.lrea_jagged_dense_bmm(inputs["targets"], inputs["keys"].mT, offsets)
+    torch.library.opcheck(ops.lrea_jagged_jagged_bmm, [z, inputs["targets"], offsets])
     torch.library.opcheck(ops.lrea_middle_factor_fwd, [z, w, offsets, seq_lens, 0.01])
     torch.library.opcheck(ops.lrea_middle_factor_bwd, [z, strided(z), strided(w), offsets, seq_lens, 0.01])
 
@@ -355,4 +355,4 @@ def test_explicit_implementations_say_why_not(monkeypatch):
         with pytest.raises(NotImplementedError, match="installed without them"):
             function(**inputs, impl="cpu")
         assert function(**inputs).equal(getattr(reference, function.__name__)(**inputs))
-    assert ops.availability("cpu")["cpu"] == "installed without them"
+    assert ops.unsupported_reasons("cpu")["cpu"] == "installed without them"

@@ -134,7 +134,7 @@ def test_restored_of_nothing(inputs):
 
 def test_restored_holds_no_score_for_every_target_and_behavior(monkeypatch):
     # The kernels themselves: a dispatch mode does not see inside an operator.
-    for name in ("user_matmul", "user_outer", "middle_factor_fwd", "middle_factor_bwd"):
+    for name in ("jagged_dense_bmm", "jagged_jagged_bmm", "middle_factor_fwd", "middle_factor_bwd"):
         monkeypatch.setattr(ops, f"lrea_{name}", getattr(ops, f"_{name}"))
     targets, length = 384, 256
     counts, sizes = (200, targets - 200), {"heads": 1, "rank": 4, "dim": 4, "value_dim": 4, "length": length}
@@ -319,10 +319,10 @@ def test_opcheck(lengths):
     inputs = here(draw_restored(seq_lens=lengths, dtype=torch.float16))
     offsets, w, seq_lens = inputs["target_offsets"], inputs["w_decomp"], inputs["seq_lens"]
     matmul = (inputs["targets"], inputs["keys"].mT, offsets, "triton")
-    z = ops.lrea_user_matmul(*matmul)
+    z = ops.lrea_jagged_dense_bmm(*matmul)
     for op, arguments in (
-        (ops.lrea_user_matmul, matmul),
-        (ops.lrea_user_outer, (z, inputs["targets"], offsets, "triton")),
+        (ops.lrea_jagged_dense_bmm, matmul),
+        (ops.lrea_jagged_jagged_bmm, (z, inputs["targets"], offsets, "triton")),
         (ops.lrea_middle_factor_fwd, (z, w, offsets, seq_lens, 0.01, "triton")),
         (ops.lrea_middle_factor_bwd, (strided(z), z, strided(w), offsets, seq_lens, 0.01, "triton")),
     ):
@@ -385,13 +385,13 @@ def test_splits_fill_a_gpu_and_depend_on_sizes_alone():
 
 def test_availability():
     for op in ("lrea_attention", "lrea_compress"):
-        assert next(iter(ops.availability("cuda", op))) == "triton"
-        assert list(ops.availability("cpu", op))[-1] == "triton"  # never chosen unasked
-        refusal = functools.partial(ops.availability, DEVICE, op)
-        assert refusal()["triton"] is None and refusal(torch.float32, 256)["triton"] is None
-        assert "compute in float32" in refusal(torch.float64)["triton"]
-        assert refusal(torch.float32, 300)["triton"] == "its kernels hold ranks up to 256, and r is 300"
-    assert by_triton.refusal(DEVICE, torch.float16, 64) is None
+        assert next(iter(ops.unsupported_reasons("cuda", op))) == "triton"
+        assert list(ops.unsupported_reasons("cpu", op))[-1] == "triton"  # never chosen unasked
+        reasons = functools.partial(ops.unsupported_reasons, DEVICE, op)
+        assert reasons()["triton"] is None and reasons(torch.float32, 256)["triton"] is None
+        assert "compute in float32" in reasons(torch.float64)["triton"]
+        assert reasons(torch.float32, 300)["triton"] == "its kernels hold ranks up to 256, and r is 300"
+    assert by_triton.unsupported_reason(DEVICE, torch.float16, 64) is None
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU a check would wait for it")

@@ -19,6 +19,7 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._dispatch import select
+from recattn._options import LreaAttentionOptions
 from recattn.functional.validation import Indices, checked_indices, values_are_checked
 from recattn.ops import lrea_attention as ops
 from recattn.ops._library import distinct
@@ -34,35 +35,35 @@ def lrea_compress(
     item_ids: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """A history of L behaviours compressed to r rows:
+    """Compress a history of L behaviours to r rows:
 
         C_u = W_compᵀ E_u        over the first seq_lens[u] behaviours of user u
 
-    With `item_ids` behaviour l of user u is row item_ids[u, l] of an embedding table, read where it lies.
+    With `item_ids`, behaviour l of user u is row item_ids[u, l] of an embedding table. The table is read in place.
 
-    Source: LREA (arXiv 2503.02542), whose reviews confirm this step; what it does to padding is our reading: nothing
-    of it is read.
+    Source: LREA (arXiv 2503.02542), whose reviews confirm this step. How it treats padding is our reading: padding is
+    left out of the sum.
 
     Args:
         behaviors: E [U, L, d], float64, float32, bfloat16 or float16; with `item_ids` a table [I, d].
         w_comp: [Lmax, r], Lmax ≥ L, behaviors' dtype; its first L rows are used.
-        seq_lens: [U] integer, how many behaviours of each user count; the rest is padding.
-        item_ids: [U, L] integer, rows of the table; at padding any number may stand.
-        impl: None chooses; "cpu" (compiled), "triton" or "reference" insists. With `item_ids` the kernels have no
-            gradient, so None takes the reference where one is needed.
+        seq_lens: [U] integer, the number of behaviours of each user; the rest is padding.
+        item_ids: [U, L] integer, rows of the table; padding may hold any number.
+        impl: None chooses; "cpu" (compiled), "triton" or "reference" selects. The kernels have no gradient with
+            `item_ids`, so None takes the reference where a gradient is needed.
 
     Returns:
-        [U, r, d] in behaviors' dtype, differentiable; sums are float32 inside (float64 for float64). The kernels read
-        each behaviour once; impl="cpu" allocates dE in its backward and, for dW_comp, a few MB of products at a time.
+        [U, r, d] in behaviors' dtype, differentiable. Sums are float32 inside (float64 for float64). The kernels read
+        each behaviour once. The backward of impl="cpu" allocates dE and, for dW_comp, a few MB at a time.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
-        time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, in its time and
+        memory.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on a CPU also lengths and item ids out of range. On a GPU
-            the kernels read an item id out of range as zeros and keep lengths within 0 to L; `recattn.validate`, or
-            RECATTN_CHECK=1, finds them.
-        NotImplementedError: an explicit `impl` that cannot serve the call.
+        ValueError: shapes, dtypes or devices do not fit; on a CPU also lengths or item ids out of range. On a GPU the
+            kernels read an item id out of range as zeros and clamp lengths to 0 .. L; `recattn.validate`, or
+            RECATTN_CHECK=1, reports them.
+        NotImplementedError: the selected `impl` does not support the call.
     """
     expect_tensors(behaviors=behaviors, w_comp=w_comp)
     sizes: dict[str, int] = {}
@@ -80,12 +81,12 @@ def lrea_compress(
         expect_index(sizes, "seq_lens", seq_lens, "U")
     expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens, item_ids=item_ids)
 
-    refusals = ops.availability(behaviors.device.type, "lrea_compress", behaviors.dtype, sizes["r"])
+    reasons = ops.unsupported_reasons(behaviors.device.type, "lrea_compress", behaviors.dtype, sizes["r"])
     if item_ids is not None:
-        refusals = _without_gradient(refusals, behaviors, w_comp)
+        reasons = _add_lack_of_gradient(reasons, behaviors, w_comp)
     path = _path_of(impl)
-    impl = select("lrea_compress", impl, refusals)
-    if impl != "cpu":  # which checks what it reads
+    impl = select("lrea_compress", impl, reasons)
+    if impl != "cpu":  # the C++ operator checks what it reads
         indices = checked_indices(
             behaviors.device,
             seq_lens=seq_lens,
@@ -98,7 +99,7 @@ def lrea_compress(
         return reference.lrea_compress(behaviors, w_comp, seq_lens, item_ids=item_ids)
     if item_ids is not None:
         return ops.lrea_compress_items(behaviors, w_comp, seq_lens, item_ids, path)
-    return ops.LreaCompress.apply(behaviors, w_comp, seq_lens, path)
+    return ops.LreaCompressFunction.apply(behaviors, w_comp, seq_lens, path)
 
 
 def lrea_attention(
@@ -113,13 +114,13 @@ def lrea_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention of each target over its user's restored history, the form to train:
+    """Attention of each target over its user's restored history, for training:
 
         K̂ = W_decompᵀ keys_u,  V̂ = W_decompᵀ values_u        over the first seq_lens[u] columns of W_decomp
         h = φ(scale · q K̂ᵀ) V̂                                φ leaky ReLU; no softmax
 
-    The restored history is never in memory: with z = scale · q keysᵀ, h = φ(z W_decomp) W_decompᵀ values, and the
-    middle factor is computed in tiles, in time O(T·H·r·L).
+    The restored history is never in memory: h = φ(scale · q keysᵀ W_decomp) W_decompᵀ values, computed in tiles of the
+    hidden layer, in time O(T·H·r·L).
 
     Source: LREA (arXiv 2503.02542). Its method section could not be recovered: compression, restoration and the leaky
     ReLU are the paper's, the rest is our reading. keys and values are the compressed history times W_K and W_V.
@@ -130,23 +131,23 @@ def lrea_attention(
         keys: [U, H, r, d], targets' dtype.
         values: [U, H, r, dv], targets' dtype.
         w_decomp: [r, Lmax], targets' dtype.
-        target_offsets: [U + 1] integer, from 0 to T, never descending.
+        target_offsets: [U + 1] integer, ascending from 0 to T.
         seq_lens: [U] integer, the length of each user's history, Lmax by default. A user of length 0 gets zeros.
         negative_slope: of φ.
         scale: of the scores, 1/√d by default.
-        impl: None chooses; "cpu", "triton" or "reference" insists.
+        impl: None chooses; "cpu", "triton" or "reference" selects.
 
     Returns:
         [T, H, dv] in targets' dtype, differentiable in targets, keys, values and w_decomp.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
-        time and memory.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, in its time and
+        memory.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also offsets that do not ascend from 0
-            to T and lengths out of range. On a GPU the kernels give zeros to targets before the first offset or behind
-            the last and keep lengths within 0 to Lmax; `recattn.validate`, or RECATTN_CHECK=1, finds them.
-        NotImplementedError: an explicit `impl` that cannot serve the call.
+        ValueError: shapes, dtypes, devices or options do not fit; on a CPU also offsets that do not ascend from 0 to T,
+            or lengths out of range. On a GPU the kernels give zeros to targets outside the offsets and clamp lengths to
+            0 .. Lmax; `recattn.validate`, or RECATTN_CHECK=1, reports them.
+        NotImplementedError: the selected `impl` does not support the call.
     """
     expect_tensors(targets=targets, keys=keys, values=values, w_decomp=w_decomp)
     sizes: dict[str, int] = {}
@@ -172,8 +173,8 @@ def lrea_attention(
     expect_numbers(negative_slope=negative_slope, scale=scale)
 
     path = _path_of(impl)
-    refusals = ops.availability(targets.device.type, "lrea_attention", targets.dtype, sizes["r"])
-    impl = select("lrea_attention", impl, refusals)
+    reasons = ops.unsupported_reasons(targets.device.type, "lrea_attention", targets.dtype, sizes["r"])
+    impl = select("lrea_attention", impl, reasons)
     scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
     indices = checked_indices(
         targets.device,
@@ -194,8 +195,9 @@ def lrea_attention(
             negative_slope=negative_slope,
             scale=scale,
         )
-    settings = ops.Settings(float(negative_slope), float(scale), path)
-    return ops.LreaAttention.apply(targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens, settings)
+    options = LreaAttentionOptions(float(negative_slope), float(scale), path)
+    tensors = (targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens)
+    return ops.LreaAttentionFunction.apply(*tensors, options)
 
 
 def lrea_absorb(
@@ -208,19 +210,21 @@ def lrea_absorb(
     orientation: str = "scores",
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
-    """The state of each user that `lrea_absorbed_attention` reads, so that serving costs O(r), not O(L):
+    """Precompute each user's state for `lrea_absorbed_attention`, so that serving costs O(r), not O(L):
 
         state_keys = scale · keys        state_values = G_u values,   W the first seq_lens[u] columns of W_decomp
         orientation="scores"             G_u = W Wᵀ                   φ(z W) ≈ φ(z) W
         orientation="weights"            G_u = φ(W) Wᵀ                φ(z W) ≈ z φ(W)
 
-    "scores" is exact where W ≥ 0 and the scores z of a target share a sign; with W ≥ 0 the approximation of a score
-    exceeds it by (1 − α)·min(Σ w z⁺, Σ w z⁻), α the slope. "weights" puts φ on W, so that nothing is left for z:
-    **serve it with `lrea_absorbed_attention(..., negative_slope=1.0)`**; with W ≥ 0 a score φ(y) is off by (1 − α)·|y|
-    where y < 0. Both are exact for α = 1.
+    z are a target's scores against state_keys, α is φ's slope. Both orientations are exact for α = 1. With W ≥ 0:
 
-    Source: LREA (arXiv 2503.02542). The paper's method section could not be recovered: that φ is chosen so that
-    φ(AB) ≈ A φ(B) is the paper's, which factor is A is not known, so it is a switch.
+    - "scores" is exact where the scores z of a target share a sign. Else a score is too large by
+      (1 − α)·min(Σ w z⁺, Σ w z⁻).
+    - "weights" has applied φ already, to W: **serve it with `lrea_absorbed_attention(..., negative_slope=1.0)`**. A
+      score φ(y) is off by (1 − α)·|y| where y < 0.
+
+    Source: LREA (arXiv 2503.02542). The paper's method section could not be recovered. The paper chooses φ so that
+    φ(AB) ≈ A φ(B); which factor is A is not known, hence `orientation`.
 
     Args:
         keys: [U, H, r, d], float64, float32, bfloat16 or float16.
@@ -232,11 +236,11 @@ def lrea_absorb(
         negative_slope: α of φ; only "weights" applies φ here.
 
     Returns:
-        state_keys [U, H, r, d], state_values [U, H, r, dv] in keys' dtype, differentiable. Takes memory O(U·r²), not
+        state_keys [U, H, r, d], state_values [U, H, r, dv] in keys' dtype, differentiable. Memory is O(U·r²), not
         O(U·L).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range.
+        ValueError: shapes, dtypes, devices or options do not fit; on a CPU also lengths out of range.
     """
     expect_choice("orientation", orientation, ("scores", "weights"))
     expect_tensors(keys=keys, values=values, w_decomp=w_decomp)
@@ -259,12 +263,12 @@ def lrea_absorb(
 
 
 def lrea_quantize(state: Tensor) -> tuple[Tensor, Tensor]:
-    """State rows as int8 with a scale each, for `lrea_absorbed_attention`:
+    """Quantize state rows to int8 with a scale each, for `lrea_absorbed_attention`:
 
         row ≈ scale · int8,    scale = max |row| / 127
 
-    An entry is off by at most half a scale. A row of zeros has scale 0. A row that holds NaN or an infinity, or is too
-    large for a float32 scale, has scale NaN or inf, and what reads it gives NaN: to refuse it here would synchronise.
+    The error of an entry is at most scale / 2. A row of zeros has scale 0. A row with NaN or an infinity, or too large
+    for a float32 scale, has scale NaN or inf, and attention to it gives NaN: raising here would synchronise the device.
 
     Source: our own.
 
@@ -275,7 +279,7 @@ def lrea_quantize(state: Tensor) -> tuple[Tensor, Tensor]:
         int8 [..., r, d], and the scales, float32 [..., r].
 
     Raises:
-        ValueError: not a floating tensor of at least one axis.
+        ValueError: state is not floating, has no axis, or has d = 0.
     """
     expect_tensors(state=state)
     expect(state.dim() > 0 and state.shape[-1] > 0, "state", "[..., r, d] with d of at least 1", list(state.shape))
@@ -300,53 +304,53 @@ def lrea_absorbed_attention(
     invalid: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention of each target over its user's absorbed state, the form to serve:
+    """Attention of each target over its user's absorbed state, for serving:
 
         h = φ(q state_keys[s]ᵀ) state_values[s]        s = slots[u] for user u, φ leaky ReLU
 
-    The states (from `lrea_absorb`, or any of their shape) are read where they lie in the tables: no gathered copy. With
-    `item_ids` so are the targets: q = targets[item_ids[t]]. Row k of an int8 state stands for scales[s, h, k] · row.
+    The states (from `lrea_absorb`, or any of their shape) are read in place in the tables, without a gathered copy.
+    With `item_ids` so are the targets: q = targets[item_ids[t]]. Row k of an int8 state is scales[s, h, k] · row.
 
-    A service passes `invalid`, for one bad index must not fail a batch, or on CUDA the process. Then the number of
-    indices out of range is added to it, and only their own targets come out as zeros: those of a user whose slot is no
-    row of the tables, those whose item id is none (as a target of zeros does), and those before the first offset or
-    behind the last. Where offsets descend two users have the same targets, and one of the two is served; on CUDA each
-    number of such an output is of one of the two. Nothing waits for the count: read it now and then, and have
-    `recattn.validate` name the index.
+    Pass `invalid` in a service, where one bad index must not fail a batch, or on CUDA the process. The number of
+    indices out of range is then added to it, and only their own targets are zeros: those of a user whose slot is not a
+    row of the tables, those whose item id is not a row, and those before the first offset or behind the last. Where
+    offsets descend, two users own the same targets, and one of the two is served; on CUDA each number of such an output
+    is of one of the two. The call does not wait for the count: read it now and then, and let `recattn.validate` name
+    the index.
 
     Source: LREA (arXiv 2503.02542), which stores two tensors a user; what they hold is our reading, see `lrea_absorb`.
 
     Args:
         targets: q [T, H, d], float64, float32, bfloat16 or float16; user u owns rows target_offsets[u] up to
-            target_offsets[u + 1]. With `item_ids` a table [I, H, d]. A target of every head may be expanded.
+            target_offsets[u + 1]. With `item_ids` a table [I, H, d]. The head axis may be expanded.
         state_keys: table [S, H, r, d], targets' dtype or int8; the scale of the scores is folded in.
         state_values: table [S, H, r, dv], state_keys' dtype.
-        slots: [U] integer, the row of each user in the tables; users may share one.
-        target_offsets: [U + 1] integer, from 0 to T, never descending.
+        slots: [U] integer, the row of each user in the tables; users may share a row.
+        target_offsets: [U + 1] integer, ascending from 0 to T.
         item_ids: [T] integer, the row of each target in the table.
         key_scales, value_scales: [S, H, r] float32, of int8 states (`lrea_quantize`).
         negative_slope: of φ; 1.0 for states of orientation="weights".
-        invalid: [1] int64 on targets' device: has indices out of range counted there instead of raised.
-        impl: None chooses; "cpu" (compiled), "cuda" (compiled) or "reference" insists. "cpu" and "cuda" have no
-            gradient, so None takes the reference where one is needed.
+        invalid: [1] int64 on targets' device. Indices out of range are counted there instead of raised.
+        impl: None chooses; "cpu" (compiled), "cuda" (compiled) or "reference" selects. "cpu" and "cuda" have no
+            gradient, so None takes the reference where a gradient is needed.
 
     Returns:
-        [T, H, dv] in targets' dtype; sums are float32 inside (float64 for float64). Int8 rows are taken exactly, but a
-        CPU with VNNI rounds float32 and float16 targets, and their scores, to 16 bits: 1/258 of an int8 row's step.
+        [T, H, dv] in targets' dtype. Sums are float32 inside (float64 for float64). Int8 rows are exact, but a CPU with
+        VNNI rounds float32 and float16 targets, and their scores, to 16 bits: 1/258 of an int8 row's step.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on a CPU also slots and item ids out of range and offsets
-            that do not ascend from 0 to T, unless `invalid` counts them. On CUDA these stop the kernel, after which
-            the process must be restarted, as after any index out of range in PyTorch; `recattn.validate`, or
-            RECATTN_CHECK=1, finds them before.
-        NotImplementedError: an explicit `impl` that cannot serve the call.
+        ValueError: shapes, dtypes or devices do not fit; on a CPU also slots or item ids out of range, or offsets that
+            do not ascend from 0 to T, unless `invalid` counts them. On CUDA these stop the kernel, and the process must
+            be restarted, as after any index out of range in PyTorch; `recattn.validate`, or RECATTN_CHECK=1, reports
+            them before.
+        NotImplementedError: the selected `impl` does not support the call.
     """
     expect_tensors(targets=targets)
     expect_numbers(negative_slope=negative_slope)
-    refusals = ops.availability(targets.device.type, "lrea_absorbed_attention")
-    refusals = _without_gradient(refusals, targets, state_keys, state_values, key_scales, value_scales)
-    impl = select("lrea_absorbed_attention", impl, refusals)
-    # The operators check their arguments themselves, with the same words: here that would take longer than the call.
+    reasons = ops.unsupported_reasons(targets.device.type, "lrea_absorbed_attention")
+    reasons = _add_lack_of_gradient(reasons, targets, state_keys, state_values, key_scales, value_scales)
+    impl = select("lrea_absorbed_attention", impl, reasons)
+    # The C++ operators check their arguments, with the same words: checks here would take longer than the call.
     if impl == "reference" or (targets.is_cuda and values_are_checked(targets.device)):
         tensors = (targets, state_keys, state_values, slots, target_offsets)
         indices = _checked_absorbed(*tensors, item_ids, key_scales, value_scales, invalid)
@@ -358,7 +362,7 @@ def lrea_absorbed_attention(
             if invalid is None:
                 return torch.ops.recattn.lrea_absorbed_attention.default(*arguments)
             return torch.ops.recattn.lrea_absorbed_attention.counting(*arguments, invalid)
-        except NotImplementedError:  # of a tensor that is not dense PyTorch says a page that does not name it
+        except NotImplementedError:  # PyTorch's error for a tensor that is not dense does not name the argument
             names = {"state_keys": state_keys, "state_values": state_values, "slots": slots}
             names |= {"target_offsets": target_offsets, "item_ids": item_ids, "key_scales": key_scales}
             names |= {"value_scales": value_scales, "invalid": invalid}
@@ -440,7 +444,7 @@ def _checked_absorbed(
 
 
 def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
-    """The loss that makes absorption exact where it reaches zero:
+    """A regularizer: where it is zero, W_decomp and C are nonnegative, and absorption is exact.
 
         ‖max(0, −W_decomp)‖² + ‖max(0, −C)‖²        C = W_compᵀ E
 
@@ -454,7 +458,7 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
         A scalar, summed over all entries, differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
     expect_tensors(w_decomp=w_decomp, compressed=compressed)
     sizes: dict[str, int] = {}
@@ -471,14 +475,14 @@ def _expect_offsets(sizes: dict[str, int], target_offsets: Tensor) -> None:
     expect_index(sizes, "target_offsets", target_offsets, "U+1")
 
 
-def _without_gradient(refusals: dict[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
-    """The same, where one of the tensors needs a gradient, which only the reference has."""
+def _add_lack_of_gradient(reasons: dict[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
+    """`reasons`, with one more for all but the reference where a tensor needs a gradient."""
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
-        return refusals
-    why = 'it has no gradient; call it under torch.no_grad(), or take impl="reference"'
-    return {impl: refusal or (None if impl == "reference" else why) for impl, refusal in refusals.items()}
+        return reasons
+    no_gradient = 'it has no gradient; call it under torch.no_grad(), or take impl="reference"'
+    return {impl: reason or (None if impl == "reference" else no_gradient) for impl, reason in reasons.items()}
 
 
 def _path_of(impl: str | None) -> str:
-    """What the operators are told: on a CPU only an explicit "triton" takes Triton's interpreter."""
+    """What the operators are told. On a CPU only an explicit impl="triton" takes Triton's interpreter."""
     return "triton" if impl == "triton" else "auto"

@@ -10,7 +10,7 @@ UNSUPPORTED_REASONS = {
     "inter_sink_bias": inter_sink_bias.unsupported_reasons,
     "refined_attention": refined_attention.availability,
     "wasserstein_attention": wasserstein_attention.availability,
-    "lrea_compress": partial(lrea_attention.availability, op="lrea_compress"),
-    "lrea_attention": partial(lrea_attention.availability, op="lrea_attention"),
-    "lrea_absorbed_attention": partial(lrea_attention.availability, op="lrea_absorbed_attention"),
+    "lrea_compress": partial(lrea_attention.unsupported_reasons, op="lrea_compress"),
+    "lrea_attention": partial(lrea_attention.unsupported_reasons, op="lrea_attention"),
+    "lrea_absorbed_attention": partial(lrea_attention.unsupported_reasons, op="lrea_absorbed_attention"),
 }

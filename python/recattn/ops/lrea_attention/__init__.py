@@ -1,13 +1,16 @@
-"""LREA: schemas, autograd, and what runs where.
+"""LREA: operator schemas, autograd, and which implementation runs.
 
-The restored form never restores: with z = scale · q keysᵀ and y = φ(z W) Wᵀ it is y values, and the middle factor, a
-two-layer map of hidden width L that all users share, is computed tile by tile. The backward recomputes its tiles.
-On a GPU the kernels of training are Triton's, on a CPU C++ (csrc/cpu) beside PyTorch's products; those of serving are
-C++ on both (csrc/cpu, csrc/cuda).
+The restored form never restores. It takes three steps, all in the rank r of the compressed history:
+
+    rank_scores  = scale · targets keysᵀ          jagged_dense_bmm
+    rank_weights = φ(rank_scores W) Wᵀ            the middle factor: a two-layer MLP, its hidden layer L wide
+    out          = rank_weights values            jagged_dense_bmm
+
+All users share W, and the hidden layer is computed tile by tile; the backward recomputes its tiles. The kernels of
+training are Triton's on a GPU, and on a CPU C++ (csrc/cpu) beside PyTorch's matmuls; those of serving are C++ on both.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,73 +20,71 @@ from recattn import reference
 from recattn._check import expect_same_device
 from recattn._dispatch import is_transformed
 from recattn._extension import MISSING
+from recattn._options import LreaAttentionOptions
 from recattn.ops._library import as_dtype, define, differentiable_again, is_traced
 from recattn.ops._ragged import length_buckets
 from recattn.ops.lrea_attention import triton as by_triton
 
-# Elements of the products that the gradient of w_comp sums over users at a time.
+# The gradient of w_comp sums over as many users at a time as have so many elements.
 _CHUNK_ELEMENTS = 1 << 20
-# Targets whose products are summed one after another: few roundings follow one another.
+# Outer products are summed over so many targets at a time: a long sum in one go would round more often.
 _PART_TARGETS = 32
 
 
-def availability(
-    device: str, op: str = "lrea_absorbed_attention", dtype: torch.dtype | None = None, rank: int = 0
+def unsupported_reasons(
+    device_type: str, op: str = "lrea_absorbed_attention", dtype: torch.dtype | None = None, rank: int = 0
 ) -> dict[str, str | None]:
-    """Why each implementation of `op` cannot run on this device type (None: it can), best first.
+    """Why each implementation of `op` cannot run (None: it can), best first.
 
-    Of Triton's with a dtype and a rank: why not a call with these.
+    Without dtype and rank: on this type of device. With them: a call with these.
     """
-    # Of tensors without values an operator tells the shapes; the reference would read offsets.
-    cpu = MISSING.get("cpu") if device in ("cpu", "meta") else f"the tensors are on {device}"
+    # Meta tensors may go to an operator, which tells shapes; the reference would read the offsets' values.
+    cpu = MISSING.get("cpu") if device_type in ("cpu", "meta") else f"the tensors are on {device_type}"
     if op == "lrea_absorbed_attention":
-        cuda = MISSING.get("cuda", MISSING.get("cpu")) if device == "cuda" else f"the tensors are on {device}"
+        missing = MISSING.get("cuda", MISSING.get("cpu"))
+        cuda = missing if device_type == "cuda" else f"the tensors are on {device_type}"
         return {"cuda": cuda, "cpu": cpu, "reference": None}
-    triton = by_triton.refusal(device, dtype, rank)
-    if device == "cpu":  # where Triton's is an interpreter
+    triton = by_triton.unsupported_reason(device_type, dtype, rank)
+    if device_type == "cpu":  # where Triton kernels are interpreted
         return {"cpu": cpu, "reference": None, "triton": triton}
     return {"triton": triton, "cpu": cpu, "reference": None}
 
 
 def _takes_triton(x: Tensor, path: str) -> bool:
-    """What `path` names: "auto" is Triton's on a GPU only, "triton" everywhere."""
+    """`path` "triton" takes Triton everywhere, "auto" on a GPU only."""
     return path == "triton" or x.device.type != "cpu"
 
 
-class Settings(NamedTuple):
-    """What a call of lrea_attention holds besides its tensors."""
-
-    negative_slope: float
-    scale: float
-    path: str
+# --- Autograd ---
 
 
-def _attention_reference(targets, keys, values, w_decomp, target_offsets, seq_lens, settings) -> Tensor:
-    options = {"negative_slope": settings.negative_slope, "scale": settings.scale}
-    return reference.lrea_attention(targets, keys, values, w_decomp, target_offsets, seq_lens=seq_lens, **options)
+def _attention_reference(targets, keys, values, w_decomp, target_offsets, seq_lens, options) -> Tensor:
+    tensors = (targets, keys, values, w_decomp, target_offsets)
+    slope, scale = options.negative_slope, options.scale
+    return reference.lrea_attention(*tensors, seq_lens=seq_lens, negative_slope=slope, scale=scale)
 
 
-class LreaAttention(torch.autograd.Function):
+class LreaAttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, targets, keys, values, w_decomp, target_offsets, seq_lens, settings):
-        negative_slope, scale, path = settings
-        z = lrea_user_matmul(targets, keys.mT, target_offsets, path) * scale  # [T, H, r]
-        y = lrea_middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope, path)
-        ctx.save_for_backward(targets, keys, values, w_decomp, target_offsets, seq_lens, z, y)
-        ctx.options = settings
-        return as_dtype(lrea_user_matmul(y, values, target_offsets, path), targets.dtype)
+    def forward(ctx, targets, keys, values, w_decomp, target_offsets, seq_lens, options: LreaAttentionOptions):
+        slope, scale, path = options
+        rank_scores = lrea_jagged_dense_bmm(targets, keys.mT, target_offsets, path) * scale  # [T, H, r]
+        rank_weights = lrea_middle_factor_fwd(rank_scores, w_decomp, target_offsets, seq_lens, slope, path)
+        ctx.save_for_backward(targets, keys, values, w_decomp, target_offsets, seq_lens, rank_scores, rank_weights)
+        ctx.options = options
+        return as_dtype(lrea_jagged_dense_bmm(rank_weights, values, target_offsets, path), targets.dtype)
 
     @staticmethod
     @differentiable_again(_attention_reference)
     def backward(ctx, dout):
-        targets, keys, values, w_decomp, offsets, seq_lens, z, y = ctx.saved_tensors
-        negative_slope, scale, path = ctx.options
-        dvalues = lrea_user_outer(y, dout, offsets, path)
-        dy = lrea_user_matmul(dout, values.mT, offsets, path)
-        dz, dw_decomp = lrea_middle_factor_bwd(dy, z, w_decomp, offsets, seq_lens, negative_slope, path)
-        dz = dz * scale
-        dkeys = lrea_user_outer(dz, targets, offsets, path)
-        dtargets = lrea_user_matmul(dz, keys, offsets, path)
+        targets, keys, values, w_decomp, offsets, seq_lens, rank_scores, rank_weights = ctx.saved_tensors
+        slope, scale, path = ctx.options
+        dvalues = lrea_jagged_jagged_bmm(rank_weights, dout, offsets, path)
+        dweights = lrea_jagged_dense_bmm(dout, values.mT, offsets, path)
+        dscores, dw_decomp = lrea_middle_factor_bwd(dweights, rank_scores, w_decomp, offsets, seq_lens, slope, path)
+        dscores = dscores * scale
+        dkeys = lrea_jagged_jagged_bmm(dscores, targets, offsets, path)
+        dtargets = lrea_jagged_dense_bmm(dscores, keys, offsets, path)
         gradients = (gradient.to(targets.dtype) for gradient in (dtargets, dkeys, dvalues, dw_decomp))
         return *gradients, None, None, None
 
@@ -92,7 +93,7 @@ def _compress_reference(behaviors, w_comp, seq_lens, _path) -> Tensor:
     return reference.lrea_compress(behaviors, w_comp, seq_lens)
 
 
-class LreaCompress(torch.autograd.Function):
+class LreaCompressFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, behaviors, w_comp, seq_lens, path):
         ctx.save_for_backward(behaviors, w_comp, seq_lens)
@@ -115,14 +116,14 @@ class LreaCompress(torch.autograd.Function):
 def lrea_compress_items(
     table: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None, path: str
 ) -> Tensor:
-    """Without a gradient; item_ids None: the table is behaviors [U, L, d]."""
+    """lrea_compress without a gradient. item_ids None: the table is behaviors [U, L, d]."""
     if _takes_triton(table, path):
         return lrea_compress_fwd(table, w_comp, seq_lens, item_ids)
     return torch.ops.recattn.lrea_compress(table, w_comp, seq_lens, item_ids)
 
 
 def absorb_values(values: Tensor, w_decomp: Tensor, seq_lens: Tensor | None, negative_slope: float) -> Tensor:
-    """φ(W) Wᵀ values_u, W the columns of w_decomp that user u sees: [U, H, r, dv], differentiable."""
+    """φ(W) Wᵀ values_u with the columns W of w_decomp that user u sees: [U, H, r, dv], differentiable."""
     w = w_decomp.to(_accumulate_dtype(w_decomp.dtype))
     weights = leaky_relu(w, negative_slope)
     gram = weights @ w.T if seq_lens is None else _gram_matrices(weights, w, seq_lens).unsqueeze(1)
@@ -136,19 +137,19 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 # --- The Gram matrices of W's first columns, for absorption ---
 
 
-def _gram_reference(left, right, seq_lens, _settings) -> Tensor:
-    seen = torch.arange(left.shape[1], device=left.device) < seq_lens[:, None]  # [U, L]
-    return (left * seen[:, None]) @ right.T
+def _gram_reference(lhs, rhs, seq_lens, _options) -> Tensor:
+    seen = torch.arange(lhs.shape[1], device=lhs.device) < seq_lens[:, None]  # [U, L]
+    return (lhs * seen[:, None]) @ rhs.T
 
 
-class GramMatrices(torch.autograd.Function):
-    """left[:, :n] right[:, :n]ᵀ for each n of seq_lens: [r, L], [r, L], [U] -> [U, r, r]"""
+class GramMatricesFunction(torch.autograd.Function):
+    """lhs[:, :n] rhs[:, :n]ᵀ for each n of seq_lens: [r, L], [r, L], [U] -> [U, r, r]"""
 
     @staticmethod
-    def forward(ctx, left, right, seq_lens, settings):
-        ctx.save_for_backward(left, right, seq_lens)
-        ctx.options = settings
-        return lrea_gram_fwd(left, right, seq_lens)
+    def forward(ctx, lhs, rhs, seq_lens, options):
+        ctx.save_for_backward(lhs, rhs, seq_lens)
+        ctx.options = options
+        return lrea_gram_fwd(lhs, rhs, seq_lens)
 
     @staticmethod
     @differentiable_again(_gram_reference)
@@ -156,97 +157,97 @@ class GramMatrices(torch.autograd.Function):
         return *lrea_gram_bwd(dgrams, *ctx.saved_tensors), None, None
 
 
-def _gram_matrices(left: Tensor, right: Tensor, seq_lens: Tensor) -> Tensor:
+def _gram_matrices(lhs: Tensor, rhs: Tensor, seq_lens: Tensor) -> Tensor:
     if is_transformed():
-        return _gram_reference(left, right, seq_lens, None)
-    if is_traced(left) or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)):
-        return GramMatrices.apply(left, right, seq_lens, None)
-    return _gram_fwd(left, right, seq_lens)
+        return _gram_reference(lhs, rhs, seq_lens, None)
+    if is_traced(lhs) or (torch.is_grad_enabled() and (lhs.requires_grad or rhs.requires_grad)):
+        return GramMatricesFunction.apply(lhs, rhs, seq_lens, None)
+    return _gram_fwd(lhs, rhs, seq_lens)
 
 
-# Each length extends the next shorter one, so every column is multiplied once, however many users there are.
+# A length's Gram matrix is that of the next shorter length plus the columns between: each column is multiplied once.
 
 
-def _gram_fwd(left: Tensor, right: Tensor, seq_lens: Tensor) -> Tensor:
+def _gram_fwd(lhs: Tensor, rhs: Tensor, seq_lens: Tensor) -> Tensor:
     lengths, inverse = seq_lens.unique(return_inverse=True)
-    gram = left.new_zeros(left.shape[0], right.shape[0])
+    gram = lhs.new_zeros(lhs.shape[0], rhs.shape[0])
     grams = gram.expand(len(lengths), -1, -1).contiguous()
     for i, (start, end) in enumerate(pairwise([0, *lengths.tolist()])):
-        gram = torch.addmm(gram, left[:, start:end], right[:, start:end].T, out=grams[i])
+        gram = torch.addmm(gram, lhs[:, start:end], rhs[:, start:end].T, out=grams[i])
     return grams[inverse]
 
 
-def _gram_bwd(dgrams: Tensor, left: Tensor, right: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+def _gram_bwd(dgrams: Tensor, lhs: Tensor, rhs: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     lengths, inverse = seq_lens.unique(return_inverse=True)
-    dleft, dright = torch.zeros_like(left), torch.zeros_like(right)
-    of_length = dgrams.new_zeros(len(lengths), *dgrams.shape[1:]).index_add_(0, inverse, dgrams)
-    of_longer = of_length.flip(0).cumsum(0).flip(0)  # and of those as long
-    for dgram, (start, end) in zip(of_longer, pairwise([0, *lengths.tolist()]), strict=True):
-        dleft[:, start:end] = dgram @ right[:, start:end]
-        dright[:, start:end] = dgram.T @ left[:, start:end]
-    return dleft, dright
+    dlhs, drhs = torch.zeros_like(lhs), torch.zeros_like(rhs)
+    by_length = dgrams.new_zeros(len(lengths), *dgrams.shape[1:]).index_add_(0, inverse, dgrams)
+    of_as_long_or_longer = by_length.flip(0).cumsum(0).flip(0)
+    for dgram, (start, end) in zip(of_as_long_or_longer, pairwise([0, *lengths.tolist()]), strict=True):
+        dlhs[:, start:end] = dgram @ rhs[:, start:end]
+        drhs[:, start:end] = dgram.T @ lhs[:, start:end]
+    return dlhs, drhs
 
 
 lrea_gram_fwd = define(
-    "lrea_gram_fwd(Tensor left, Tensor right, Tensor seq_lens) -> Tensor",
+    "lrea_gram_fwd(Tensor lhs, Tensor rhs, Tensor seq_lens) -> Tensor",
     cpu=_gram_fwd,
     cuda=_gram_fwd,
-    fake=lambda left, right, seq_lens: left.new_empty(seq_lens.shape[0], left.shape[0], right.shape[0]),
+    fake=lambda lhs, rhs, seq_lens: lhs.new_empty(seq_lens.shape[0], lhs.shape[0], rhs.shape[0]),
 )
 lrea_gram_bwd = define(
-    "lrea_gram_bwd(Tensor dgrams, Tensor left, Tensor right, Tensor seq_lens) -> (Tensor, Tensor)",
+    "lrea_gram_bwd(Tensor dgrams, Tensor lhs, Tensor rhs, Tensor seq_lens) -> (Tensor, Tensor)",
     cpu=_gram_bwd,
     cuda=_gram_bwd,
-    fake=lambda dgrams, left, right, seq_lens: (torch.empty_like(left), torch.empty_like(right)),
+    fake=lambda dgrams, lhs, rhs, seq_lens: (torch.empty_like(lhs), torch.empty_like(rhs)),
 )
 
 
-# --- Products of every target with a matrix of its user ---
+# --- Products by user: targets as a jagged batch ---
 
 
-def _user_matmul(rows: Tensor, matrices: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
-    """out[t, h] = rows[t, h] matrices[user of t, h]: [T, H, k], [U, H, k, n] -> [T, H, n]"""
-    if _takes_triton(rows, path):
-        return by_triton.user_matmul(rows, matrices, target_offsets)
-    dtype = _accumulate_dtype(rows.dtype)
+def _jagged_dense_bmm(x: Tensor, y: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
+    """out[t, h] = x[t, h] @ y[user of t, h]: [T, H, k], [U, H, k, n] -> [T, H, n]"""
+    if _takes_triton(x, path):
+        return by_triton.jagged_dense_bmm(x, y, target_offsets)
+    dtype = _accumulate_dtype(x.dtype)
     if count := _even_count(target_offsets):
-        by_user = rows.to(dtype).unflatten(0, (-1, count)).transpose(1, 2)  # [U, H, n, k]
-        return (by_user @ matrices.to(dtype)).transpose(1, 2).flatten(0, 1).contiguous()
-    out = rows.new_empty(*rows.shape[:2], matrices.shape[-1], dtype=dtype)
+        by_user = x.to(dtype).unflatten(0, (-1, count)).transpose(1, 2)  # [U, H, n, k]
+        return (by_user @ y.to(dtype)).transpose(1, 2).flatten(0, 1).contiguous()
+    out = x.new_empty(*x.shape[:2], y.shape[-1], dtype=dtype)
     for bucket in _user_buckets(target_offsets):
-        gathered = rows[bucket.positions].to(dtype).transpose(1, 2)  # [b, H, n, k]
-        product = gathered @ matrices[bucket.members].to(dtype)
+        gathered = x[bucket.positions].to(dtype).transpose(1, 2)  # [b, H, n, k]
+        product = gathered @ y[bucket.members].to(dtype)
         out[bucket.positions[bucket.valid]] = product.transpose(1, 2)[bucket.valid]
     return out
 
 
-def _user_outer(left: Tensor, right: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
-    """out[u, h] = Σ left[t, h] ⊗ right[t, h] over the targets of u: [T, H, k], [T, H, n] -> [U, H, k, n]"""
-    if _takes_triton(left, path):
-        return by_triton.user_outer(left, right, target_offsets)
-    dtype = _accumulate_dtype(left.dtype)
+def _jagged_jagged_bmm(x: Tensor, y: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
+    """out[u, h] = Σ x[t, h] ⊗ y[t, h] over the targets of u: [T, H, k], [T, H, n] -> [U, H, k, n]"""
+    if _takes_triton(x, path):
+        return by_triton.jagged_jagged_bmm(x, y, target_offsets)
+    dtype = _accumulate_dtype(x.dtype)
     if count := _even_count(target_offsets):
-        return _outer_in_parts(*(x.to(dtype).unflatten(0, (-1, count)) for x in (left, right)))
+        return _outer_sum(*(tensor.to(dtype).unflatten(0, (-1, count)) for tensor in (x, y)))
     users = target_offsets.shape[0] - 1
-    out = left.new_zeros(users, left.shape[1], left.shape[2], right.shape[2], dtype=dtype)
+    out = x.new_zeros(users, x.shape[1], x.shape[2], y.shape[2], dtype=dtype)
     for bucket in _user_buckets(target_offsets):
-        gathered = left[bucket.positions].to(dtype).masked_fill_(~bucket.valid[..., None, None], 0)  # [b, n, H, k]
-        out[bucket.members] = _outer_in_parts(gathered, right[bucket.positions].to(dtype))
+        gathered = x[bucket.positions].to(dtype).masked_fill_(~bucket.valid[..., None, None], 0)  # [b, n, H, k]
+        out[bucket.members] = _outer_sum(gathered, y[bucket.positions].to(dtype))
     return out
 
 
-def _outer_in_parts(left: Tensor, right: Tensor) -> Tensor:
-    """Σ left[:, t] ⊗ right[:, t]: [U, n, H, k], [U, n, H, m] -> [U, H, k, m]"""
-    whole = left.shape[1] - left.shape[1] % _PART_TARGETS
-    rest = left[:, whole:].permute(0, 2, 3, 1) @ right[:, whole:].transpose(1, 2)
+def _outer_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Σ x[:, t] ⊗ y[:, t]: [U, n, H, k], [U, n, H, m] -> [U, H, k, m]; in parts of _PART_TARGETS."""
+    whole = x.shape[1] - x.shape[1] % _PART_TARGETS
+    remainder = x[:, whole:].permute(0, 2, 3, 1) @ y[:, whole:].transpose(1, 2)
     if not whole:
-        return rest
-    left, right = (x[:, :whole].unflatten(1, (-1, _PART_TARGETS)) for x in (left, right))  # [U, parts, 32, H, k]
-    return (left.permute(0, 1, 3, 4, 2) @ right.transpose(2, 3)).sum(1) + rest
+        return remainder
+    x, y = (tensor[:, :whole].unflatten(1, (-1, _PART_TARGETS)) for tensor in (x, y))  # [U, parts, 32, H, k]
+    return (x.permute(0, 1, 3, 4, 2) @ y.transpose(2, 3)).sum(1) + remainder
 
 
 def _even_count(target_offsets: Tensor) -> int:
-    """How many targets every user has; 0: not all as many, or none."""
+    """How many targets every user has; 0 where the numbers differ, or there are no users."""
     counts = target_offsets.diff()
     return int(counts[0]) if counts.numel() and bool((counts == counts[0]).all()) else 0
 
@@ -256,90 +257,78 @@ def _user_buckets(target_offsets: Tensor):
     return length_buckets(offsets[:-1], offsets.diff())
 
 
-def _user_matmul_fake(rows, matrices, target_offsets, path="auto"):
-    return rows.new_empty(*rows.shape[:2], matrices.shape[-1], dtype=_accumulate_dtype(rows.dtype))
+def _jagged_dense_bmm_fake(x, y, target_offsets, path="auto"):
+    return x.new_empty(*x.shape[:2], y.shape[-1], dtype=_accumulate_dtype(x.dtype))
 
 
-def _user_outer_fake(left, right, target_offsets, path="auto"):
+def _jagged_jagged_bmm_fake(x, y, target_offsets, path="auto"):
     users = target_offsets.shape[0] - 1
-    dtype = _accumulate_dtype(left.dtype)
-    return left.new_empty(users, left.shape[1], left.shape[2], right.shape[2], dtype=dtype)
+    return x.new_empty(users, x.shape[1], x.shape[2], y.shape[2], dtype=_accumulate_dtype(x.dtype))
 
 
-lrea_user_matmul = define(
-    'lrea_user_matmul(Tensor rows, Tensor matrices, Tensor target_offsets, str path="auto") -> Tensor',
-    cpu=_user_matmul,
-    cuda=_user_matmul,
-    fake=_user_matmul_fake,
+lrea_jagged_dense_bmm = define(
+    'lrea_jagged_dense_bmm(Tensor x, Tensor y, Tensor target_offsets, str path="auto") -> Tensor',
+    cpu=_jagged_dense_bmm,
+    cuda=_jagged_dense_bmm,
+    fake=_jagged_dense_bmm_fake,
 )
-lrea_user_outer = define(
-    'lrea_user_outer(Tensor left, Tensor right, Tensor target_offsets, str path="auto") -> Tensor',
-    cpu=_user_outer,
-    cuda=_user_outer,
-    fake=_user_outer_fake,
+lrea_jagged_jagged_bmm = define(
+    'lrea_jagged_jagged_bmm(Tensor x, Tensor y, Tensor target_offsets, str path="auto") -> Tensor',
+    cpu=_jagged_jagged_bmm,
+    cuda=_jagged_jagged_bmm,
+    fake=_jagged_jagged_bmm_fake,
 )
 
 
-# --- The middle factor y = φ(z W) Wᵀ ---
+# --- The middle factor: φ(x W) Wᵀ of x [T, H, r], W = w_decomp [r, L] ---
 
 
-def _row_lengths(z: Tensor, target_offsets: Tensor, seq_lens: Tensor | None) -> Tensor | None:
-    """[T·H] how many columns of W each row of z sees (None: all)."""
+def _row_lengths(x: Tensor, target_offsets: Tensor, seq_lens: Tensor | None) -> Tensor | None:
+    """[T·H] how many columns of W each row of x sees (None: all)."""
     if seq_lens is None:
         return None
-    return seq_lens.repeat_interleave(target_offsets.diff()).repeat_interleave(z.shape[1])
+    return seq_lens.repeat_interleave(target_offsets.diff()).repeat_interleave(x.shape[1])
 
 
-def _middle_factor_fwd(
-    z: Tensor,
-    w_decomp: Tensor,
-    target_offsets: Tensor,
-    seq_lens: Tensor | None,
-    negative_slope: float,
-    path: str = "auto",
-) -> Tensor:
-    if _takes_triton(z, path):
-        return by_triton.middle_factor_fwd(z, w_decomp, target_offsets, seq_lens, negative_slope)
-    lengths = _row_lengths(z, target_offsets, seq_lens)
+def _middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope, path="auto") -> Tensor:
+    if _takes_triton(x, path):
+        return by_triton.middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope)
+    lengths = _row_lengths(x, target_offsets, seq_lens)
     rows_fwd = torch.ops.recattn.lrea_middle_factor_rows_fwd
-    return rows_fwd(z.flatten(0, 1), w_decomp.to(z.dtype), lengths, negative_slope).view(z.shape)
+    return rows_fwd(x.flatten(0, 1), w_decomp.to(x.dtype), lengths, negative_slope).view(x.shape)
 
 
 def _middle_factor_bwd(
-    dy: Tensor,
-    z: Tensor,
-    w_decomp: Tensor,
-    target_offsets: Tensor,
-    seq_lens: Tensor | None,
-    negative_slope: float,
-    path: str = "auto",
+    dout, x, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"
 ) -> tuple[Tensor, Tensor]:
-    if _takes_triton(z, path):
-        return by_triton.middle_factor_bwd(dy, z, w_decomp, target_offsets, seq_lens, negative_slope)
-    lengths = _row_lengths(z, target_offsets, seq_lens)
+    """dx and dw_decomp."""
+    if _takes_triton(x, path):
+        return by_triton.middle_factor_bwd(dout, x, w_decomp, target_offsets, seq_lens, negative_slope)
+    lengths = _row_lengths(x, target_offsets, seq_lens)
     rows_bwd = torch.ops.recattn.lrea_middle_factor_rows_bwd
-    dz, dw = rows_bwd(dy.flatten(0, 1), z.flatten(0, 1), w_decomp.to(z.dtype), lengths, negative_slope)
-    return dz.view(z.shape), dw
+    dx, dw = rows_bwd(dout.flatten(0, 1), x.flatten(0, 1), w_decomp.to(x.dtype), lengths, negative_slope)
+    return dx.view(x.shape), dw
 
 
-def _middle_factor_fwd_fake(z, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"):
-    return z.new_empty(z.shape)
+def _middle_factor_fwd_fake(x, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"):
+    return x.new_empty(x.shape)
 
 
-def _middle_factor_bwd_fake(dy, z, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"):
-    return z.new_empty(z.shape), z.new_empty(w_decomp.shape)
+def _middle_factor_bwd_fake(dout, x, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"):
+    return x.new_empty(x.shape), x.new_empty(w_decomp.shape)
 
 
+_MIDDLE_FACTOR = (
+    'Tensor x, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens, float negative_slope, str path="auto"'
+)
 lrea_middle_factor_fwd = define(
-    "lrea_middle_factor_fwd(Tensor z, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens, float negative_slope,"
-    ' str path="auto") -> Tensor',
+    f"lrea_middle_factor_fwd({_MIDDLE_FACTOR}) -> Tensor",
     cpu=_middle_factor_fwd,
     cuda=_middle_factor_fwd,
     fake=_middle_factor_fwd_fake,
 )
 lrea_middle_factor_bwd = define(
-    "lrea_middle_factor_bwd(Tensor dy, Tensor z, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens,"
-    ' float negative_slope, str path="auto") -> (Tensor, Tensor)',
+    f"lrea_middle_factor_bwd(Tensor dout, {_MIDDLE_FACTOR}) -> (Tensor, Tensor)",
     cpu=_middle_factor_bwd,
     cuda=_middle_factor_bwd,
     fake=_middle_factor_bwd_fake,
@@ -361,7 +350,7 @@ def _compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, it
 def _compress_bwd_behaviors(
     dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int, path: str = "auto"
 ) -> Tensor:
-    """dE = W dC [U, L, d]; allocates nothing else of that size."""
+    """dE = W dC [U, L, d], which is the only tensor of that size."""
     if _takes_triton(dcompressed, path):
         return by_triton.compress_bwd_behaviors(dcompressed, w_comp, seq_lens, length)
     w = w_comp[:length].expand(dcompressed.shape[0], -1, -1)  # [U, L, r]
@@ -370,7 +359,7 @@ def _compress_bwd_behaviors(
 
 
 def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, path: str = "auto") -> Tensor:
-    """dW = Σ E dCᵀ over users [L, r]; the users of a chunk have their products in memory, and E's copy in float32."""
+    """dW = Σ E dCᵀ over users [L, r]. In memory are a chunk of users' products, and E in float32."""
     if _takes_triton(behaviors, path):
         return by_triton.compress_bwd_w_comp(dcompressed, behaviors, seq_lens)
     dtype = _accumulate_dtype(behaviors.dtype)
@@ -401,7 +390,7 @@ def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens, path="auto"):
     return behaviors.new_empty(behaviors.shape[1], dcompressed.shape[1], dtype=dtype)
 
 
-# Triton's; that of a CPU is C++.
+# Triton's. The C++ operator is recattn::lrea_compress.
 lrea_compress_fwd = define(
     "lrea_compress_fwd(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? item_ids) -> Tensor",
     cpu=_compress_fwd,
