@@ -176,16 +176,13 @@ def needs_cuda(workload: SinkWorkload, device: torch.device) -> str | None:
 
 
 # What recattn can be told to run on a GPU: the fused kernel, or the correction of an unbiased attention.
-PATHS = {
-    "triton": {"impl": "triton"},
-    **{f"correction:{backend}": {"impl": "correction", "backend": backend} for backend in BACKENDS},
-}
+PATHS = ("triton", *(f"correction:{backend}" for backend in BACKENDS))
 
 SINK_ATTENTION.implementation("recattn", prepare=with_longest, ours=True)(recattn.sink_attention)
-for path, options in PATHS.items():
+for path in PATHS:
     SINK_ATTENTION.implementation(
         f"recattn {path}", prepare=with_longest, unsupported_reason=needs_cuda, devices=CUDA, ours=True
-    )(partial(recattn.sink_attention, **options))
+    )(partial(recattn.sink_attention, impl=path))
 
 
 def pad(inputs: Inputs) -> Inputs:

@@ -36,7 +36,9 @@ def format_implementation(impl: str, backend: str | None) -> str:
     return impl if backend is None else f"{impl}:{backend}"
 
 
-def parse_implementation(name: str) -> tuple[str, str | None]:
+def parse_implementation(name: str | None) -> tuple[str | None, str | None]:
     """(impl, backend) of a string made by `format_implementation`."""
-    impl, _, backend = name.partition(":")
-    return impl, backend or None
+    if not isinstance(name, str):
+        return name, None
+    impl, colon, backend = name.partition(":")
+    return impl, backend if colon else None

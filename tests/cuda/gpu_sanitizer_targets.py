@@ -13,9 +13,9 @@ import recattn
 
 N, M = 129, 21
 FUSED = {"impl": "triton"}
-CORRECTION = {"impl": "correction", "backend": "flash"}
+CORRECTION = {"impl": "correction:flash"}
 # The memory-efficient attention is the one that takes float32.
-CORRECTION_FP32 = {"impl": "correction", "backend": "efficient"}
+CORRECTION_FP32 = {"impl": "correction:efficient"}
 # What a kernel's text depends on: each dtype and head dim, and each option, with another.
 PLAIN = (
     (FUSED, torch.bfloat16, 32),

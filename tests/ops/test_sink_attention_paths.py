@@ -236,8 +236,11 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch):
 @pytest.mark.parametrize(
     "message, arguments",
     [
-        ("backend must be 'flash_attn_3' or .* got 'fast'", {"backend": "fast"}),
-        ("backend must be None but with impl='correction' on a GPU, got flash", {"backend": "flash"}),
+        ("BACKEND of impl='correction:BACKEND' must be 'flash_attn_3' or .* got 'fast'", {"impl": "correction:fast"}),
+        ("BACKEND of impl='correction:BACKEND' must be 'flash_attn_3' or .* got ''", {"impl": "correction:"}),
+        ("impl must be without a backend, but for .* got reference:flash", {"impl": "reference:flash"}),
+        ("impl must be without a backend, but for .* got correction:flash", {"impl": "correction:flash"}),
+        ("impl must be None or one of .* got 'flash'", {"impl": "flash:cudnn"}),
         ("max_seqlen must be None but with cu_seqlens, got 5", {"max_seqlen": 5}),
     ],
 )
@@ -281,8 +284,8 @@ PATHS = [
     {},
     {"impl": "triton"},
     {"impl": "correction"},
-    {"impl": "correction", "backend": "flash"},
-    {"impl": "correction", "backend": "cudnn"},
+    {"impl": "correction:flash"},
+    {"impl": "correction:cudnn"},
 ]
 
 

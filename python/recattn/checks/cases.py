@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import recattn
 from recattn import reference
-from recattn._dispatch import format_implementation, parse_implementation
+from recattn._dispatch import format_implementation
 from recattn.ops import UNSUPPORTED_REASONS
 from recattn.ops.backends import BACKENDS
 
@@ -54,12 +54,6 @@ def implementations(op: str, device: str) -> dict[str, str | None]:
         why = reasons.pop("correction")
         reasons |= {format_implementation("correction", backend): why for backend in BACKENDS}
     return reasons
-
-
-def options_of(implementation: str) -> dict[str, str]:
-    """The keyword arguments that select an implementation."""
-    impl, backend = parse_implementation(implementation)
-    return {"impl": impl} if backend is None else {"impl": impl, "backend": backend}
 
 
 def _normal(*shape: int, dtype: torch.dtype, std: float = 1.0) -> Tensor:

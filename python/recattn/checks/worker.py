@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recattn.checks.cases import REAL, Case, Inputs, Operator, options_of
+from recattn.checks.cases import REAL, Case, Inputs, Operator
 from recattn.testing import Error, Oracle
 
 PASSED, FAILED, RAISED, CRASHED, HUNG, CANNOT_RUN = "passed", "failed", "raised", "crashed", "hung", "cannot run"
@@ -121,7 +121,7 @@ def problem(job: Job, case: Case) -> Oracle:
 
 
 def kernel(job: Job, case: Case, implementation: str) -> Callable[..., Tensor]:
-    options = {**case.hints, **options_of(implementation)}
+    options = {**case.hints, "impl": implementation}
 
     def call(**inputs: Inputs) -> Tensor:
         return job.operator.function(**inputs, **options)

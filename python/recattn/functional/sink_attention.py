@@ -6,7 +6,7 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
-from recattn._dispatch import select
+from recattn._dispatch import parse_implementation, select
 from recattn._options import SinkAttentionOptions
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
@@ -32,7 +32,6 @@ def sink_attention(
     scale: float | None = None,
     return_lse: bool = False,
     max_seqlen: int | None = None,
-    backend: str | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with a learned bias between sink tokens:
@@ -61,10 +60,10 @@ def sink_attention(
         return_lse: also return the log-sum-exp of each row.
         max_seqlen: upper bound on the lengths of packed sequences, known on the host. Required for impl="correction"
             on packed input; without it the fused kernel runs.
-        backend: the unbiased attention to correct, on a GPU with impl="correction": "flash", "cudnn" or "efficient"
-            (PyTorch's), "flash_attn_2", "flash_attn_3" or "flash_attn_4" (where installed).
         impl: None chooses the fastest. "correction" (an unbiased attention, corrected at the sinks), "triton" (one
-            fused kernel) or "reference" selects; there is no silent fallback.
+            fused kernel) or "reference" selects; there is no silent fallback. On a GPU "correction:BACKEND" also
+            selects the unbiased attention: PyTorch's "flash", "cudnn" or "efficient", or "flash_attn_2", "flash_attn_3"
+            or "flash_attn_4" where installed.
 
     Returns:
         [B, Hq, N, Dv] in q's dtype, packed [T, Hq, Dv]; zero at padding and in rows that see no key. With `return_lse`
@@ -84,15 +83,16 @@ def sink_attention(
     q, k, v = autocast_inputs(q, k, v)
     _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p)
     check.expect_numbers(scale=scale)
-    if backend is not None:
-        check.expect_choice("backend", backend, tuple(BACKENDS))
-        on_gpu = impl == "correction" and q.device.type != "cpu"
-        check.expect(on_gpu, "backend", "None but with impl='correction' on a GPU", backend)
     if max_seqlen is not None:
         check.expect(cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
         check.expect_count("max_seqlen", max_seqlen)
     reasons = ops.unsupported_reasons(q.device.type, q, v, padded=seq_lens is not None, dropout_p=dropout_p)
+    impl, backend = parse_implementation(impl)
     chosen = select("sink_attention", impl, reasons)
+    if backend is not None:
+        check.expect_choice("BACKEND of impl='correction:BACKEND'", backend, tuple(BACKENDS))
+        on_gpu = chosen == "correction" and q.device.type != "cpu"
+        check.expect(on_gpu, "impl", "without a backend, but for 'correction' on a GPU", f"{impl}:{backend}")
     if chosen != "correction" or q.device.type != "cpu":  # the CPU's correction checks its own copies
         indices = checked_indices(
             q.device,
