@@ -165,8 +165,8 @@ class CeilingGoal(Goal):
 
     @property
     def wording(self) -> Wording:
-        sentence = f"{self.direction} ≥ {self.fraction:.0%} of the ceiling"
-        return Wording(sentence, "share of the ceiling", f"≥ {self.fraction:.0%}")
+        share = f"{self.fraction:.0%}"
+        return Wording(f"{self.direction} ≥ {share} of the ceiling", "share of the ceiling", f"≥ {share}")
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         return self._absolute(self.fraction / own.ceiling_fraction, own, ceiling_fraction=own.ceiling_fraction)

@@ -54,8 +54,6 @@ class Hyperparameters:
 class Row(TrainingRow):
     """One training. `curve_difference`, for impl="reference": largest |loss of impl None - loss| / loss over epochs."""
 
-    op: str = "refined_attention"
-    workload: str = QUALITY
     attention: str
     impl: str | None
     dtype: str
@@ -64,6 +62,8 @@ class Row(TrainingRow):
     validation_ndcg10: float
     losses: list[float]
     curve_difference: float | None = None
+    op: str = "refined_attention"
+    workload: str = QUALITY
 
 
 # --- Data ---
