@@ -1,30 +1,29 @@
 """What every shipped kernel configuration compiles to, without a GPU: resources, and instructions that cost speed.
 
-python tests/compile_table/table.py --write    records it in triton_VERSION.json, of this Triton; the
-                                                rows stay of kernels that, with all they call, did not change
-python tests/compile_table/table.py --check    fails if one spills, has its wgmma serialized, rounds float32 to tf32,
-                                                is over its architecture's shared or tensor memory, or is not what
-                                                the table says
-python tests/compile_table/table.py --check --sampled    compiles only one configuration in forty where the kernels'
-                                                sources are those that the table was written from
-python tests/compile_table/table.py --one-of-each-kind    fails as --check does, by whatever Triton this is and without
-                                                the table, but for spills and serialized wgmma: each kernel once for
-                                                each architecture, and once for each dtype and option
+python tests/compile_table/table.py --write      writes triton_VERSION.json for the installed Triton; rows stay whose
+                                                 kernel, with all that it calls, did not change
+python tests/compile_table/table.py --check      fails if a configuration spills, has its wgmma serialized, rounds
+                                                 float32 to tf32, exceeds its architecture's shared or tensor memory,
+                                                 or differs from the table
+    --sampled        compiles one configuration in forty, if no source changed since the table was written
+    --only REGEX     compiles the configurations whose name matches, such as "fwd_kernel sm_90 bfloat16"
+python tests/compile_table/table.py --one-of-each-kind    checks under any Triton, without a table: each kernel once for
+                                                 each architecture, and once for each dtype and option; spills and
+                                                 serialized wgmma are notes
 
-Spills and serialized wgmma are accepted where ACCEPTED says why. The columns:
+To use another Triton, put it first on PYTHONPATH. ACCEPTED lists the spills and serialized wgmma that are accepted, and
+why. Columns:
 
-registers, spilled_bytes, shared_bytes, tensor_columns    of a thread, a thread, a block, a block
-tf32             instructions that round to it
-serialized       what ptxas says (C7514, C7515, ...) where each wgmma waits for the one before
-advisories       what else it says: C7519 where it adds a warpgroup.arrive
-mma              instructions on tensor cores: HMMA, HGMMA (sm_90), UTCHMMA (sm_100)
-loop_*           instructions of the main loop, as `compiled_kernel.main_loop` finds it: all, on tensor cores, FMUL,
-                 ISETP and FSEL
+registers, spilled_bytes    per thread
+shared_bytes, tensor_columns    per block
+tf32             instructions that round to tf32
+serialized       codes by which ptxas says that each wgmma waits for the one before: C7514, C7515, ...
+advisories       ptxas' other codes: C7519 if it adds a warpgroup.arrive
+mma              tensor core instructions: HMMA, HGMMA (sm_90), UTCHMMA (sm_100)
+loop_*           instructions of the main loop (`compiled_kernel.main_loop`): all, on tensor cores, FMUL, ISETP, FSEL
 
-python tests/compile_table/table.py --check --only "fwd_kernel sm_90 bfloat16"    compiles what this expression finds
-
-A module of this folder takes part by its `shipped_configurations()`, which yields a `compilation.Compilation` for each.
-To have another Triton, put it first on PYTHONPATH.
+A module of this folder adds configurations by its `shipped_configurations()`, which yields a
+`compilation.Compilation` for each.
 """
 
 import argparse
@@ -48,9 +47,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for tests.*, where this fi
 from tests.compile_table import compiled_kernel
 from tests.compile_table.compiled_kernel import Row
 
-# What one thread block may use, bytes.
+# Shared memory per thread block, bytes.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Of tensor memory, which sm_100 has. Beyond it Triton was seen to compile a kernel to nothing.
+# Tensor memory of sm_100. Triton was seen to compile a kernel that exceeds it to nothing.
 TENSOR_COLUMNS = 512
 SAMPLED = 40
 UNNEEDED = "accepted, but none needs it"
@@ -70,7 +69,7 @@ class Accepted:
 
 OLDER, EITHER = ("3.6.0",), ("3.6.0", "3.7.1")
 FEW_BYTES = "8 to 64 bytes a thread, which 3.7.1 keeps in registers"
-# Mended, a kernel leaves this list: an entry that no configuration needs fails the check.
+# An entry that no configuration needs any more fails the check.
 ACCEPTED = (
     Accepted(
         "C7515",
@@ -126,7 +125,7 @@ def kernel_modules() -> tuple[str, ...]:
     import recattn.triton_kernels as package
 
     kernels = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-    # The kernels' configurations are in modules beside this one; a kernel module may still have its own.
+    # Configurations are in the modules beside this one; kernel modules are searched for kernels that none compiles.
     beside = [f"tests.compile_table.{path.stem}" for path in sorted(Path(__file__).parent.glob("[a-z]*.py"))]
     return (*kernels, *(name for name in beside if "test_" not in name and name.rpartition(".")[2] not in TOOLS))
 
@@ -208,7 +207,7 @@ def measure_or_say_why(modules: tuple[str, ...], index: int) -> Row | str:
 def measure_each(modules: tuple[str, ...], jobs: int, indices: Sequence[int]) -> tuple[dict[str, Row], list[str]]:
     """The rows, and the reasons why others could not be compiled."""
     keys = all_keys(modules)
-    # Forked, the workers have the kernels already.
+    # Forked workers inherit the imported kernels.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         measured = pool.map(functools.partial(measure_or_say_why, modules), indices)
         results = dict(sorted(zip((keys[i] for i in indices), measured, strict=True)))
@@ -290,7 +289,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
 
-    # What the interpreter runs cannot be compiled.
+    # Interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
     from triton import __version__ as triton_version
 
@@ -301,7 +300,7 @@ def main() -> int:
 
     modules = tuple(options.module or kernel_modules())
     keys, sources, kernels = all_keys(modules), sources_of(modules), fingerprints(modules)
-    # What the table says of those that are not compiled is held to the same limits.
+    # Rows that are taken from the table are checked too.
     kept, indices = {}, range(len(keys))
     if options.one_of_each_kind:
         indices = one_of_each_kind(keys)
@@ -320,17 +319,17 @@ def main() -> int:
         notes = slow(held, [])
     else:
         found = slow(held, [a for a in ACCEPTED if triton_version in a.tritons])
-        # What a part of the configurations does not need, another may.
+        # An entry that this part does not need may be needed by another.
         problems += [p for p in found if not (partial and p.endswith(UNNEEDED))]
     problems += refusals(held)
     problems += [f"{name}: in no shipped_configurations()" for name in unlisted_kernels(modules)]
     if options.check:
-        # Of the table, the kernels of the modules asked for.
+        # Compare with the table's rows of these modules' kernels only.
         own = {name.split()[0] for name in keys} if options.module and not options.table else None
         recorded = {name: row for name, row in table["rows"].items() if own is None or name.split()[0] in own}
         problems += compare(rows, keys, recorded)
     elif options.write and len(held) == len(keys):
-        # With its problems: `--check` finds them there, and what is mended is compiled alone.
+        # Written even with problems: --check reports them, and a fixed kernel is then compiled alone.
         path.write_text(to_json(triton_version, sources, kernels, held))
     summary = f"{len(indices)} configurations, {len(problems)} problems by triton {triton_version}"
     print(*notes, *problems, summary, sep="\n")

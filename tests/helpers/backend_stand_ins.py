@@ -328,12 +328,7 @@ LENGTHS_4 = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused
     "q k v",
     qv=None,
     **LENGTHS_4,
-    softmax_scale=None,
-    causal=False,
-    num_splits=1,
-    return_lse=False,
-    out=None,
-    lse=None,
+    **{"softmax_scale": None, "causal": False, "num_splits": 1, "return_lse": False, "out": None, "lse": None},
 )
 def _flash_attn_fwd(passed):
     assert passed["return_lse"] and passed["max_seqlen_q"] == passed["max_seqlen_k"]

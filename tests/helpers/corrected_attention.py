@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,10 +19,8 @@ from recattn.triton_kernels.sink_attention import (
     launch_sink_attention_correction_fwd,
     launch_sink_attention_pairs_bwd,
 )
+from tests.helpers.interpreted import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes bfloat16 wrongly.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 SCALE = 0.3
 # The interpreter's time goes by the number of tiles.
 CORRECTION_TILES = CorrectionConfig(64, 64, 32, num_warps=4, num_stages=1) if DEVICE == "cpu" else None
@@ -81,6 +80,9 @@ BIASES = {
     "some -inf, others 30": lambda bias: 30 * bias.masked_fill(bias > 0.5, -math.inf),
     "all -inf": lambda bias: torch.full_like(bias, -math.inf),
 }
+
+
+half_precision_biases = pytest.mark.parametrize("bias", ["-50", "200", "some -inf", "all -inf"])
 
 
 def with_bias(inputs: dict, name: str) -> dict:

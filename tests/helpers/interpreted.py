@@ -3,8 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
 
 from recattn.testing import assert_matches_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
 
 def assert_matches_reference_twice_of_three(*args, **kwargs) -> None:

@@ -235,8 +235,7 @@ def test_dropout_statistics():
     p, samples = 0.3, 3000
     attention = module(heads=1, dropout=p, dtype=torch.float64)
     set_identity_projections(attention)
-    x = torch.randn(1, N, E, dtype=torch.float64)
-    value = torch.eye(N, E, dtype=torch.float64)[None]
+    x, value = torch.randn(1, N, E, dtype=torch.float64), torch.eye(N, E, dtype=torch.float64)[None]
     beta = torch.randn(1, 1, M, M)
     sinks = {"sink_positions": SINKS[:1], "inter_sink_bias": beta}
     weights = attention.eval()(x, x, value, need_weights=True, **sinks)[1]

@@ -216,8 +216,7 @@ def test_compile_is_one_graph_for_all_sizes():
 
 @copied_both_ways
 def test_copies(copied):
-    attention = module()
-    targets, behaviors = inputs()
+    attention, (targets, behaviors) = module(), inputs()
     assert_twins(copied(attention), attention, lambda x: x(targets, behaviors, OFFSETS, seq_lens=LENGTHS))
 
 

@@ -17,6 +17,7 @@ from recattn import reference
 from recattn.ops import inter_sink_bias as ops
 from recattn.ops._support import draw_dropout_seed
 from recattn.testing import assert_matches_reference
+from tests.helpers.interpreted import DEVICE, DTYPES
 from tests.helpers.memory import LargestTensor
 
 pytest.importorskip("triton")
@@ -28,9 +29,6 @@ from recattn.triton_kernels import inter_sink_bias as kernels
 from recattn.triton_kernels.common.dropout import dropout_weights
 
 ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes bfloat16 wrongly.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 GRADS = ["q_s", "k_s", "bias_scale"]
 # The gradients that have an error distribution; that of bias_scale is one number, and has its own tests.
 ARRAYS = ["q_s", "k_s"]

@@ -14,6 +14,7 @@ from recattn.functional import validation
 from recattn.ops import lrea_attention as ops
 from recattn.ops.lrea_attention import triton as by_triton
 from recattn.testing import assert_matches_reference
+from tests.helpers.interpreted import DEVICE, DTYPES
 from tests.helpers.lrea_inputs import RESTORED_GRADS, assert_compiles, draw_compress, draw_restored, strided
 from tests.helpers.memory import LargestTensor
 from tests.helpers.strategies import ragged_lengths, seeds
@@ -25,9 +26,6 @@ from recattn.triton_kernels.lrea import compress as compress_kernels
 from recattn.triton_kernels.lrea import core, jagged
 from tests.compile_table.compilation import recorded
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes bfloat16 wrongly.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 COMPRESS_GRADS = ["behaviors", "w_comp"]
 attend = functools.partial(recattn.lrea_attention, impl="triton")
 compress = functools.partial(recattn.lrea_compress, impl="triton")

@@ -31,12 +31,10 @@ from recattn.triton_kernels.sink_attention import (
 from recattn.triton_kernels.sink_attention.config import TILES
 from recattn.triton_kernels.sink_attention.split_tokens import number_of_tiles, sequence_of_tile
 from tests.compile_table.compilation import Compilation, recorded
+from tests.helpers.interpreted import DEVICE, DTYPES
 from tests.helpers.memory import LargestTensor
 from tests.helpers.sink_inputs import draw, draw_packed
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes bfloat16 wrongly.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 GRADS = ["q", "k", "v", "inter_sink_bias"]
 fused = functools.partial(recattn.sink_attention, impl="triton")
 
