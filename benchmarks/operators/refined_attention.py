@@ -15,7 +15,7 @@ from benchmarks.harness.goals import Goal, MemoryGoal, TimeGoal
 from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import CUDA, REFINED, Draw, RefinedWorkload
 from recattn import reference
-from recattn.ops.refined_attention import availability
+from recattn.ops.refined_attention import unsupported_reasons
 
 
 def draw_inputs(workload: RefinedWorkload, draw: Draw) -> Inputs:
@@ -99,7 +99,7 @@ REFINED_ATTENTION = register(
         *gpu_goals(),
     ),
 )
-REFINED_ATTENTION.add_recattn(recattn.refined_attention, availability)
+REFINED_ATTENTION.add_recattn(recattn.refined_attention, unsupported_reasons)
 
 
 def prepare_mask(inputs: Inputs) -> Inputs:

@@ -14,7 +14,7 @@ from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, 
 from benchmarks.harness.workloads import WASSERSTEIN, Draw, RefinedWorkload
 from benchmarks.operators.refined_attention import deviation, distances, gaussians, masked_softmax, visible_pairs
 from recattn import reference
-from recattn.ops.wasserstein_attention import availability
+from recattn.ops.wasserstein_attention import unsupported_reasons
 
 GAUSSIANS = tuple(f"{part}_{of}" for of in "qkv" for part in ("mean", "cov"))
 
@@ -61,7 +61,9 @@ WASSERSTEIN_ATTENTION = register(
     grads=(*GAUSSIANS, "w_q", "w_k"),
     workloads=WASSERSTEIN,
 )
-WASSERSTEIN_ATTENTION.add_recattn(lambda **inputs: side_by_side(recattn.wasserstein_attention(**inputs)), availability)
+WASSERSTEIN_ATTENTION.add_recattn(
+    lambda **inputs: side_by_side(recattn.wasserstein_attention(**inputs)), unsupported_reasons
+)
 
 
 def with_visible(inputs: Inputs) -> Inputs:

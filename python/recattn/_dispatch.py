@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-IMPLEMENTATIONS = ("reference", "correction", "triton", "cuda", "cpu")
+IMPLEMENTATIONS = ("reference", "correction", "triton", "chunked", "cuda", "cpu")
 
 
 def is_transformed() -> bool:

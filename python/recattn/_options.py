@@ -37,3 +37,30 @@ class LreaAttentionOptions(NamedTuple):
     negative_slope: float
     scale: float
     path: str
+
+
+class RefinedAttentionOptions(NamedTuple):
+    """Options of refined_attention.
+
+    `scale` None is 1/√D, which torch.compile would fix in its graph were it computed outside the operator. `impl` is
+    the implementation that serves the call.
+    """
+
+    mechanism: str
+    source: str
+    causal: bool
+    left_padded: bool
+    scale: float | None
+    dropout_p: float = 0.0
+    impl: str | None = None
+
+
+class WassersteinAttentionOptions(NamedTuple):
+    """Options of wasserstein_attention; see RefinedAttentionOptions."""
+
+    source: str
+    causal: bool
+    left_padded: bool
+    scale: float | None
+    dropout_p: float = 0.0
+    impl: str | None = None

@@ -12,7 +12,8 @@ import torch
 
 from recattn import reference, refined_attention
 from recattn._extension import MISSING
-from recattn.ops.refined_attention import chunked as slices
+from recattn._options import RefinedAttentionOptions
+from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
 from tests.helpers.refined_inputs import views_of
@@ -28,7 +29,7 @@ with_pairs = pytest.param("pairs", marks=compiled_kernels)
 def path(request, monkeypatch):
     """Run a test by both implementations, on calls that both support."""
     if request.param == "slices":
-        monkeypatch.setattr(on_cpu, "_LONGEST_PAIR", 0)
+        monkeypatch.setattr(on_cpu, "_LONGEST_IN_CPP", 0)
     return request.param
 
 
@@ -36,7 +37,7 @@ def path(request, monkeypatch):
 def served_by(monkeypatch):
     """The implementations that ran, in order."""
     calls = []
-    for name in ("pairs_fwd", "pairs_bwd", "slices_fwd", "slices_bwd"):
+    for name in ("cpp_fwd", "cpp_bwd", "chunked_fwd", "chunked_bwd"):
         function = getattr(on_cpu, name)
         monkeypatch.setattr(
             on_cpu, name, lambda *args, name=name, function=function: calls.append(name) or function(*args)
@@ -124,11 +125,11 @@ def test_views(mechanism, rank, path):
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_slices_and_blocks(mechanism, monkeypatch):
+def test_chunks_and_blocks(mechanism, monkeypatch):
     """One pair a slice, and three rows a block, where the defaults would make one of each."""
-    monkeypatch.setattr(on_cpu, "_LONGEST_PAIR", 0)
-    monkeypatch.setattr(slices, "_SLICE_ELEMENTS", 1)
-    monkeypatch.setattr(slices, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(on_cpu, "_LONGEST_IN_CPP", 0)
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunked, "BLOCK_ROWS", 3)
     for rank, causal, source in product((4, 10), (True, False), SOURCES):
         inputs = draw(mechanism, n=10, r=rank)
         check(inputs, mechanism=mechanism, source=source, causal=causal, seq_lens=torch.tensor([10, 4, 7]))
@@ -215,13 +216,13 @@ def test_threads_change_no_bit(mechanism):
 
 def on_cpu_results(inputs, options):
     """The results of the C++ operators alone; the matrix products around them are BLAS's."""
-    settings = slices.Settings(options["mechanism"], "logits", True, True, None)
-    plan = slices.plan_of(inputs["q"], inputs["w_q"], settings)
+    settings = RefinedAttentionOptions(options["mechanism"], "logits", True, True, None)
+    plan = chunked.plan_of(inputs["q"], inputs["w_q"], settings)
     n = inputs["q"].shape[2]
     columns = n * (1 if options["mechanism"] == "simple" else 2)
     weights = torch.randn(1, n, columns, generator=torch.Generator().manual_seed(1)) / n**0.5
     tensors = (inputs["q"], inputs["k"], inputs["v"], weights, options["seq_lens"])
-    scalars = on_cpu._pair_options(plan, settings)
+    scalars = on_cpu._cpp_options(plan, settings)
     out = torch.ops.recattn.refined_attention_pairs_fwd(*tensors, *scalars)
     return [out, *torch.ops.recattn.refined_attention_pairs_bwd(out, *tensors, *scalars)]
 
@@ -271,36 +272,36 @@ def test_every_instruction_set(capability, tmp_path):
 def test_what_the_compiled_kernels_serve(served_by):
     run(cpu, draw("simple"))
     run(cpu, draw("value", dtype=torch.bfloat16), mechanism="value")
-    assert served_by == ["pairs_fwd", "pairs_bwd"] * 2
+    assert served_by == ["cpp_fwd", "cpp_bwd"] * 2
 
 
 @pytest.mark.parametrize(
     "inputs",
     [
         draw("simple", dtype=torch.float64),
-        draw("simple", n=on_cpu._LONGEST_PAIR + 1, b=1, h=1),
+        draw("simple", n=on_cpu._LONGEST_IN_CPP + 1, b=1, h=1),
         draw("simple", b=0),
         draw("simple", n=0),
         draw("additive", dv=0) | {"mechanism": "additive"},
     ],
     ids=["float64", "long", "no sequences", "no positions", "no values"],
 )
-def test_what_the_slices_serve(inputs, served_by):
+def test_what_is_chunked(inputs, served_by):
     options = {"mechanism": inputs.get("mechanism", "simple")}
     tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
     out, *gradients = run(cpu, tensors, **options)
-    assert served_by == ["slices_fwd", "slices_bwd"]
+    assert served_by == ["chunked_fwd", "chunked_bwd"]
     expected, *expected_gradients = run(reference.refined_attention, tensors, **options)
     torch.testing.assert_close(out, expected)
     for actual, gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(actual, gradient, atol=1e-4, rtol=1e-4)
 
 
-def test_slices_serve_all_without_the_extension(served_by, monkeypatch):
+def test_all_is_chunked_without_the_extension(served_by, monkeypatch):
     monkeypatch.setitem(on_cpu.MISSING, "cpu", "not compiled")
     for mechanism in MECHANISMS:
         check(draw(mechanism), mechanism=mechanism)
-    assert set(served_by) == {"slices_fwd", "slices_bwd"}
+    assert set(served_by) == {"chunked_fwd", "chunked_bwd"}
 
 
 @compiled_kernels

@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from recattn import reference
-from recattn.ops.refined_attention import Settings
+from recattn._options import RefinedAttentionOptions
 from recattn.ops.refined_attention import triton_long as long
 from recattn.testing import assert_matches_reference
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three
@@ -50,8 +50,8 @@ def by_triton(
     dropout_p=0.0,
     seed=None,
 ) -> Tensor:
-    settings = Settings(mechanism, source, causal, padding_side == "left", scale, dropout_p, "triton")
-    return long.refined_attention(q, k, v, w_q, w_k, seq_lens, seed, settings)
+    options = RefinedAttentionOptions(mechanism, source, causal, padding_side == "left", scale, dropout_p, "triton")
+    return long.refined_attention(q, k, v, w_q, w_k, seq_lens, seed, options)
 
 
 def check(inputs: dict, function=by_triton) -> None:
@@ -224,7 +224,7 @@ def test_compiles_to_one_graph_without_recompiling(mechanism, source):
 def test_project(rank, source):
     inputs = draw("simple", source, n=20, r=rank)
     arguments = [inputs[name] for name in ("q", "k", "w_q", "w_k")]
-    x = long.project(*arguments, None, Settings("simple", source, True, False, 0.5, 0.0, "triton"))
+    x = long.project(*arguments, None, RefinedAttentionOptions("simple", source, True, False, 0.5, 0.0, "triton"))
     logits = 0.5 * inputs["q"] @ inputs["k"].mT
     future = torch.ones(20, 20, dtype=torch.bool, device=DEVICE).triu(1)
     a = logits.tril() if source == "logits" else logits.masked_fill(future, -math.inf).softmax(-1)
@@ -234,7 +234,7 @@ def test_project(rank, source):
 def test_refusals():
     def why(mechanism="simple", r=8, **options):
         inputs = draw(mechanism, "logits", n=4, r=r, **options)
-        return long.refusal(inputs["q"], inputs["v"], inputs["w_q"], mechanism)
+        return long.unsupported_reason(inputs["q"], inputs["v"], inputs["w_q"], mechanism)
 
     assert all(why(*args) is None for args in (("simple",), ("stochastic",), ("simple", 256), ("stochastic", 127)))
     assert "mechanism='value' needs whole rows" in why("value")

@@ -9,8 +9,9 @@ pytest.importorskip("triton")
 
 import recattn
 from recattn import reference
+from recattn._options import RefinedAttentionOptions
 from recattn.ops import refined_attention as ops
-from recattn.ops.refined_attention import chunked as slices
+from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention import triton_long as long
 from recattn.ops.refined_attention import triton_short as short
 from recattn.testing import assert_matches_reference
@@ -79,42 +80,42 @@ def test_what_triton_refuses(mechanism, n, d, r, reason):
 
 
 def test_what_a_gpu_runs_in_order():
-    availability = ops.availability("cuda")
-    assert list(availability) == ["triton", "cuda", "cpu", "reference"]
-    assert availability["cuda"] is None and availability["reference"] is None
-    assert "on cpu" in ops.availability("cpu")["cuda"]
+    reasons = ops.unsupported_reasons("cuda")
+    assert list(reasons) == ["triton", "chunked", "cpu", "reference"]
+    assert reasons["chunked"] is None and reasons["reference"] is None
+    assert "on cpu" in ops.unsupported_reasons("cpu")["chunked"]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_slices_that_read_no_lengths(mechanism, padding_side, causal, monkeypatch):
-    """On a GPU slices are cut without a look at the lengths, which would wait for the device."""
-    monkeypatch.setattr(slices, "_SLICE_ELEMENTS_ON_GPU", 3 * 20 * 20)
-    cut = slices.cut_slices
-    monkeypatch.setattr(slices, "cut_slices", lambda *args: cut(*args[:-1], torch.device("cuda")))
+def test_chunks_that_read_no_lengths(mechanism, padding_side, causal, monkeypatch):
+    """On a GPU chunks are cut without reading the lengths, which would synchronize."""
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS_ON_GPU", 3 * 20 * 20)
+    cut = chunked.cut_chunks
+    monkeypatch.setattr(chunked, "cut_chunks", lambda *args: cut(*args[:-1], torch.device("cuda")))
 
-    class Sliced(torch.autograd.Function):
+    class Chunked(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, *settings):
+        def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, options):
             ctx.save_for_backward(q, k, v, w_q, w_k, w_v, seq_lens)
-            ctx.settings = settings
-            return slices.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, *settings)
+            ctx.options = options
+            return chunked.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
 
         @staticmethod
         def backward(ctx, dout):
-            gradients = slices.refined_attention_bwd(dout, *ctx.saved_tensors, *ctx.settings)
-            return *gradients, *[None] * (12 - len(gradients))
+            gradients = chunked.refined_attention_bwd(dout, *ctx.saved_tensors, ctx.options)
+            return *gradients, *[None] * (8 - len(gradients))
 
-    def sliced(q, k, v, w_q, w_k, w_v=None, **inputs):
-        settings = (mechanism, "logits", causal, padding_side == "left", 0.25)
-        return Sliced.apply(q, k, v, w_q, w_k, w_v, inputs["seq_lens"], *settings)
+    def in_chunks(q, k, v, w_q, w_k, w_v=None, **inputs):
+        options = RefinedAttentionOptions(mechanism, "logits", causal, padding_side == "left", 0.25)
+        return Chunked.apply(q, k, v, w_q, w_k, w_v, inputs["seq_lens"], options)
 
     inputs = draw(mechanism, device="cpu", padding_side=padding_side, causal=causal, scale=0.25)
     inputs["seq_lens"] = torch.tensor([20, 0])
     inputs["q"] = inputs["q"].masked_fill(torch.tensor([False, True])[:, None, None, None], math.nan)
     grads = [name for name in inputs if name[0] in "qkvw"]
-    assert_matches_reference(sliced, reference.refined_attention, inputs, grads=grads)
+    assert_matches_reference(in_chunks, reference.refined_attention, inputs, grads=grads)
 
 
 @pytest.mark.parametrize("mechanism, dropout_p", [("simple", 0.2), ("additive", 0.0)])

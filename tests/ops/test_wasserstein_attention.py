@@ -9,7 +9,7 @@ import torch
 
 import recattn
 from recattn import reference
-from recattn.ops.refined_attention import chunked as slices
+from recattn.ops.refined_attention import chunked
 from recattn.testing import assert_matches_reference
 from tests.helpers.by_differences import wasserstein_by_differences
 from tests.helpers.wasserstein_inputs import NAMES, assert_reruns_agree, draw, gradients, largest_tensor, with_offset
@@ -294,10 +294,10 @@ def test_cpu_zero_covariances_error():
     check(inputs)
 
 
-def test_cpu_slices_and_blocks(monkeypatch):
-    """One pair a slice, and three rows a block."""
-    monkeypatch.setattr(slices, "_SLICE_ELEMENTS", 1)
-    monkeypatch.setattr(slices, "BLOCK_ROWS", 3)
+def test_cpu_chunks_and_blocks(monkeypatch):
+    """Chunks of one batch-head, blocks of three rows."""
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunked, "BLOCK_ROWS", 3)
     for rank, causal, source in product((None, 4), (True, False), SOURCES):
         inputs = draw(b=9, n=10, rank=rank, per_head=("w_q", "w_k"), source=source, dtype=torch.float32)
         check(inputs, causal=causal, source=source, seq_lens=torch.tensor([10, 4, 7] * 3))
@@ -350,7 +350,7 @@ def test_cpu_has_no_tensor_of_n_squared_elements(rank, source):
 
 def test_opcheck():
     query, key, mean_v, cov_v = (torch.randn(3, 2, 9, size) for size in (6, 6, 4, 4))
-    options = (True, True, None, 0.0, "cpu")
+    options = ("logits", True, True, None, 0.0, "cpu")
     arguments = (query, key, mean_v, cov_v, torch.tensor([9, 0, 4]), None, *options)
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_fwd.default, arguments)
     outs = torch.ops.recattn.wasserstein_attention_fwd(*arguments)

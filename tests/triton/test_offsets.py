@@ -11,11 +11,17 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from recattn._options import InterSinkBiasOptions, SinkAttentionOptions
+from recattn._options import (
+    InterSinkBiasOptions,
+    RefinedAttentionOptions,
+    SinkAttentionOptions,
+    WassersteinAttentionOptions,
+)
 from recattn.triton_kernels.common import launch
 from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
 from recattn.triton_kernels.lrea import compress, core, jagged
-from recattn.triton_kernels.refined_attention import projection, short
+from recattn.triton_kernels.refined_attention import projection, short_backward
+from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
 from recattn.triton_kernels.sink_attention import (
     Lengths,
     SinkInputs,
@@ -26,10 +32,9 @@ from recattn.triton_kernels.sink_attention import (
     launch_sink_attention_pairs_bwd,
     launch_sink_attention_streams,
 )
-from recattn.triton_kernels.wasserstein_attention import (
-    launch_wasserstein_attention_bwd,
-    launch_wasserstein_attention_fwd,
-)
+from recattn.triton_kernels.wasserstein_attention.backward import launch_wasserstein_attention_bwd
+from recattn.triton_kernels.wasserstein_attention.forward import launch_wasserstein_attention_fwd
+from recattn.triton_kernels.wasserstein_attention.shared import Forward
 from tests.helpers.interpreted import run_outer_programs
 
 LARGEST = 10 << 30  # bytes of one tensor, which the system grants where it has as many
@@ -150,13 +155,14 @@ def test_inter_sink_bias(layout):
 
 
 def wasserstein_attention(query, key, mean_v, cov_v, dmean, dcov) -> dict[str, Tensor]:
-    inputs, order = (query, key, mean_v, cov_v), {"causal": True, "left_padded": False, "scale": 1 / D}
+    inputs = (query, key, mean_v, cov_v)
+    options = WassersteinAttentionOptions("logits", causal=True, left_padded=False, scale=1 / D)
     made = {name: torch.empty_like(x) for name, x in zip(("mean", "cov"), (mean_v, cov_v), strict=True)}
-    outs = (*made.values(), *(torch.empty(query.shape[:3]) for _ in range(2)))
-    launch_wasserstein_attention_fwd(*inputs, *outs, None, **order)
+    forward = Forward(*inputs, *made.values(), *(torch.empty(query.shape[:3]) for _ in range(2)))
+    launch_wasserstein_attention_fwd(forward, None, options)
     names = ("dquery", "dkey", "dmean_v", "dcov_v")
     gradients = {name: torch.empty_like(x) for name, x in zip(names, inputs, strict=True)}
-    launch_wasserstein_attention_bwd(*inputs, *outs, dmean, dcov, *gradients.values(), None, **order)
+    launch_wasserstein_attention_bwd(forward, dmean, dcov, *gradients.values(), None, options)
     return made | gradients
 
 
@@ -167,9 +173,9 @@ def test_wasserstein_attention():
 
 def refined_attention_of(w: Tensor):
     def operator(q, k, v, dout) -> dict[str, Tensor]:
-        options = {"mechanism": "additive", "source": "logits", "causal": True, "left_padded": False, "scale": D**-0.5}
-        out = short.launch_refined_attention_fwd(q, k, v, w, w, w, None, **options)
-        gradients = short.launch_refined_attention_bwd(dout, q, k, v, w, w, w, None, **options)
+        options = RefinedAttentionOptions("additive", "logits", causal=True, left_padded=False, scale=D**-0.5)
+        out = launch_refined_attention_fwd(q, k, v, w, w, w, None, options)
+        gradients = short_backward.launch_refined_attention_bwd(dout, q, k, v, w, w, w, None, options)
         return {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=False))}
 
     return operator
@@ -177,7 +183,7 @@ def refined_attention_of(w: Tensor):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refined_attention(layout, monkeypatch):
-    monkeypatch.setattr(short, "_slots", lambda q, groups: len(q))  # all in one launch
+    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: len(q))  # all in one launch
     sizes = {"b": 1_200_000, "n": 16, "d": 128}  # the sums that each pair then has of its own stay small
     inputs = {name: draw(layout, **sizes) for name in ("q", "k", "v", "dout")}
     assert_last_alone(refined_attention_of(torch.randn(16, 16).half() / 16), inputs)
@@ -185,9 +191,9 @@ def test_refined_attention(layout, monkeypatch):
 
 def test_refined_attention_in_three_launches(monkeypatch):
     """The workspace between the launches has more than 2**31 elements."""
-    monkeypatch.setattr(short, "_slots", lambda q, groups: len(q))
+    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: len(q))
     batch, length = 15_000, 128
-    assert batch * len(short.HandedOn._fields) * length**2 > 2**31
+    assert batch * len(short_backward.Workspace._fields) * length**2 > 2**31
     names = ("q", "k", "v", "dout")
     inputs = {name: torch.randn(1, 1, length, 16).half().expand(batch, -1, -1, -1) for name in names}
     assert_last_alone(refined_attention_of(torch.randn(length, length).half() / length), inputs)
@@ -197,13 +203,13 @@ def test_refined_attention_in_three_launches(monkeypatch):
 def test_refined_projection(layout, monkeypatch):
     """The states of the two segments before the last have more than 2**31 elements too."""
     batch, length, sequences_a_program = 270_000, 130, 16
-    monkeypatch.setattr(projection, "_PROGRAMS", 3 * batch // sequences_a_program)  # of three tiles each
+    monkeypatch.setattr(projection, "FULL_GRID", 3 * batch // sequences_a_program)  # of three tiles each
     w = torch.randn(length, D).half()
 
     def operator(q, k, dx) -> dict[str, Tensor]:
-        order = {"causal": True, "left_padded": False, "scale": 1 / D}
-        x = projection.launch_refined_projection_fwd(q, k, w, None, **order)
-        dq, dk, dw = projection.launch_refined_projection_bwd(dx, q, k, w, None, **order)
+        mask = projection.Mask(None, causal=True, left_padded=False)
+        x = projection.launch_refined_projection_fwd(q, k, w, mask, 1 / D)
+        dq, dk, dw = projection.launch_refined_projection_bwd(dx, q, k, w, mask, 1 / D)
         return {"x": x, "dq": dq, "dk": dk, "dw": dw}
 
     assert_last_alone(operator, {name: draw(layout, b=batch, n=length) for name in ("q", "k", "dx")})

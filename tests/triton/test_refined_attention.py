@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 
 from recattn import reference
-from recattn.ops.refined_attention.triton_short import refusal
+from recattn._options import RefinedAttentionOptions
+from recattn.ops.refined_attention.triton_short import unsupported_reason
 from recattn.testing import assert_matches_reference
-from recattn.triton_kernels.common.compilation import Compilation
-from recattn.triton_kernels.common.dropout import dropout_weights
+from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import ARCHITECTURES
-from recattn.triton_kernels.refined_attention import short as kernels
 from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig, StageConfig, TileConfig, largest_n
+from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
+from recattn.triton_kernels.refined_attention.short_backward import launch_refined_attention_bwd
+from tests.compile_table.compilation import meta, recorded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
@@ -34,13 +36,13 @@ class Launched(torch.autograd.Function):
     """The launchers as one differentiable function."""
 
     @staticmethod
-    def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout, options):
-        ctx.arguments, ctx.options = (q, k, v, w_q, w_k, w_v, seq_lens, dropout), options
-        return kernels.launch_refined_attention_fwd(*ctx.arguments, **options)
+    def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, options, launch):
+        ctx.arguments, ctx.launch = (q, k, v, w_q, w_k, w_v, seq_lens, options), launch
+        return launch_refined_attention_fwd(*ctx.arguments, **launch)
 
     @staticmethod
     def backward(ctx, dout):
-        gradients = kernels.launch_refined_attention_bwd(dout, *ctx.arguments, **ctx.options)
+        gradients = launch_refined_attention_bwd(dout, *ctx.arguments, **ctx.launch)
         return *gradients, *([None] * (9 - len(gradients)))
 
 
@@ -58,12 +60,12 @@ def launched(
     seq_lens=None,
     padding_side="right",
     scale=None,
-    dropout=kernels.NO_DROPOUT,
+    dropout=NO_DROPOUT,
     config=None,
 ):
-    options = {"mechanism": mechanism, "source": source, "causal": causal, "left_padded": padding_side == "left"}
-    options |= {"scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale, "config": config}
-    return Launched.apply(q, k, v, w_q, w_k, w_v, seq_lens, dropout, options)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    options = RefinedAttentionOptions(mechanism, source, causal, padding_side == "left", scale)
+    return Launched.apply(q, k, v, w_q, w_k, w_v, seq_lens, options, {"dropout": dropout, "config": config})
 
 
 def draw(mechanism="simple", b=2, h=1, n=20, d=16, dv=None, r=None, n_max=None, per_head=(), dtype=torch.float32):
@@ -211,7 +213,7 @@ def store_dropout_weights_kernel(seed, out, plane, dropped, SIZE: tl.constexpr):
     tl.store(out + rows[:, None] * SIZE + rows[None, :], weights)
 
 
-def dropout_mask(dropout: kernels.Dropout, planes: int, n: int) -> Tensor:
+def dropout_mask(dropout: Dropout, planes: int, n: int) -> Tensor:
     size = max(16, triton.next_power_of_2(n))
     out = torch.empty(planes, size, size, device=DEVICE)
     for plane in range(planes):
@@ -230,7 +232,7 @@ def with_mask(keep, v, **inputs):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_dropout(mechanism, dtype):
     inputs = draw(mechanism, b=2, h=2, n=40, dtype=dtype)
-    dropout = kernels.Dropout(torch.tensor([1234567], device=DEVICE), 19661)
+    dropout = Dropout(torch.tensor([1234567], device=DEVICE), 19661)
     keep = dropout_mask(dropout, 4, 40).view(2, 2, 40, 40)
     assert 0.25 < (keep == 0).float().mean() < 0.35
 
@@ -246,19 +248,17 @@ def test_dropout(mechanism, dtype):
 
 def signature(B: int, N: int, R: int) -> list:
     """What the launches of these sizes compile for."""
-    q = torch.empty(B, 8, N, 64, dtype=torch.bfloat16, device="meta")
-    w_v, g = (torch.empty(size, size, dtype=torch.bfloat16, device="meta") for size in (N + R, 64))
-    row, config = torch.empty(B, 8, N, device="meta"), StageConfig(64, 32, 4)
-    options = (None, kernels.NO_DROPOUT, "value", "logits", N % 2 == 0, False, 1 / N, config)
-    calls = [
-        (kernels.refined_attention_fwd_kernel, kernels._fwd_arguments(q, q, q, q, g[None], w_v, *options)),
-        (
-            kernels.refined_attention_bwd_kernel,
-            kernels._bwd_arguments(q, q, q, q, q, q, q, [row, row], None, g[None], w_v, 7 * N, *options),
-        ),
-    ]
-    compilations = [Compilation.of(kernel, "", 90, arguments, 4, 1) for kernel, arguments in calls]
-    return [(c.signature, c.constexprs) for c in compilations]
+    q, w, w_v = (meta(*shape, dtype=torch.bfloat16) for shape in ((B, 8, N, 64), (N + R, R), (N + R, N + R)))
+    options = RefinedAttentionOptions("value", "logits", causal=N % 2 == 0, left_padded=False, scale=1 / N)
+    config = RefinedAttentionConfig(TileConfig(64, 32, 4), (StageConfig(64, 32, 4),))
+    tensors = (q, q, q, w, w, w_v, None)
+
+    def launch() -> None:
+        launch_refined_attention_fwd(*tensors, options, config=config)
+        launch_refined_attention_bwd(q, *tensors, options, config=config)
+
+    fwd, *bwd = recorded("", 90, launch)
+    return [(c.kernel, c.signature, c.constexprs) for c in (fwd, bwd[0], bwd[-1])]
 
 
 def test_no_recompile_for_other_sizes():
@@ -269,7 +269,7 @@ def test_no_recompile_for_other_sizes():
 def test_what_is_refused():
     def why(mechanism="simple", dtype=torch.float16, n=20, d=16, dv=16):
         q, v = (torch.empty(1, 1, n, width, dtype=dtype, device=DEVICE) for width in (d, dv))
-        return refusal(q, v, mechanism)
+        return unsupported_reason(q, v, mechanism)
 
     assert why() is None and why("additive", n=64) is None and why(dtype=torch.float32, n=32) is None
     assert why("stochastic") == "it has no mechanism 'stochastic'"

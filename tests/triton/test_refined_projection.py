@@ -8,10 +8,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from recattn.ops.refined_attention.triton_long import RefinedProjection, refined_projection_bwd, refined_projection_fwd
+from recattn.ops.refined_attention.triton_long import (
+    RefinedProjectionFunction,
+    refined_projection_bwd,
+    refined_projection_fwd,
+)
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.refined_attention import projection as kernels
+from tests.compile_table.compilation import meta, recorded
 from tests.helpers.memory import LargestTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +31,7 @@ def draw(b=2, h=1, n=63, d=16, p=24, n_max=None, per_head=False, dtype=torch.flo
 
 
 def by_triton(q, k, w, seq_lens=None, causal=True, padding_side="right", scale=None) -> Tensor:
-    return RefinedProjection.apply(q, k, w, seq_lens, (causal, padding_side == "left", scale))
+    return RefinedProjectionFunction.apply(q, k, w, seq_lens, (causal, padding_side == "left", scale))
 
 
 def in_full(q, k, w, seq_lens=None, causal=True, padding_side="right", scale=None) -> Tensor:
@@ -80,7 +85,7 @@ def test_widths(d, p, causal, monkeypatch):
 @pytest.mark.parametrize("programs", [1, 3, 512])
 @pytest.mark.parametrize("per_head", [True, False])
 def test_the_sum_over_sequences_is_shared_out(per_head, programs, monkeypatch):
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "FULL_GRID", programs)
     inputs = draw(b=5, h=2, n=20, p=8, per_head=per_head)
     check({**inputs, "seq_lens": torch.tensor([20, 3, 0, 11, 19], device=DEVICE)})
 
@@ -155,7 +160,7 @@ def test_memory_is_linear_in_the_positions():
     arguments = (*inputs.values(), None, True, False, None)
     with LargestTensor() as largest:
         refined_projection_bwd(refined_projection_fwd(*arguments), *arguments)
-    assert largest.elements <= 512 * 8 * 8  # shares of dW
+    assert largest.elements <= 512 * 8 * 8  # partial sums of dW
 
 
 @pytest.mark.parametrize("per_head", [True, False])
@@ -166,25 +171,21 @@ def test_opcheck(per_head):
     torch.library.opcheck(refined_projection_bwd, (torch.randn(2, 2, 20, 24, device=DEVICE), *arguments))
 
 
-def compilation(kernel, b: int, n: int):
-    """What a launch on these sizes compiles for."""
-    q, x = (torch.empty(b, 8, n, width, dtype=torch.bfloat16, device="meta") for width in (64, 128))
-    w = torch.empty(n, 128, dtype=torch.bfloat16, device="meta").expand_as(x)
-    states = torch.empty(b * 8, n // 128, 64, 128, dtype=torch.bfloat16, device="meta")
-    config = kernels.RefinedProjectionConfig.of_product(64, 128, torch.bfloat16, 90)
-    order = kernels.Order(None, True, n % 2 == 0)
-    if kernel is kernels.refined_projection_states_kernel:
-        arguments = kernels._states_arguments(q, w, states, order, False, config)
-    else:
-        shares = torch.empty(b, 1, n, 128, device="meta")
-        members = kernels.Members(8, b * 8, 8, b)
-        arguments = kernels._product_arguments(q, q, x, states, shares, order, 1 / n, members, True, True, config)
-    compiled = kernels.Compilation.of(kernel, "", 90, arguments, **config.launch_options)
-    return compiled.signature, compiled.constexprs
+def signatures(b: int, n: int) -> list:
+    """What the launches of these sizes compile for."""
+    q, x = (meta(b, 8, n, width, dtype=torch.bfloat16) for width in (64, 128))
+    w = meta(n, 128, dtype=torch.bfloat16).expand_as(x)
+    mask = kernels.Mask(None, causal=True, left_padded=n % 2 == 0)
+    states, partials = meta(b * 8, n // 128, 64, 128, dtype=torch.bfloat16), meta(b, 1, n, 128)
+    group = kernels.Group(8, b * 8, 8, b)
+
+    def launch() -> None:
+        kernels.launch_states(q, w, mask)
+        kernels.launch_product(q, q, x, states, partials, mask, 1 / n, reversed=True, summed_over=group)
+
+    return [(c.kernel, c.signature, c.constexprs) for c in recorded("", 90, launch)]
 
 
-@pytest.mark.parametrize("name", ["states", "product"])
-def test_no_recompile_for_other_sizes(name):
-    kernel = getattr(kernels, f"refined_projection_{name}_kernel")
-    first, *others = (compilation(kernel, *sizes) for sizes in [(8, 4096), (1, 513), (16, 333), (3, 129)])
-    assert all(other == first for other in others)
+def test_no_recompile_for_other_sizes():
+    first, *others = (signatures(*sizes) for sizes in [(8, 4096), (1, 513), (16, 333), (3, 129)])
+    assert len(first) == 2 and all(other == first for other in others)

@@ -8,6 +8,7 @@ import torch
 
 import recattn
 from recattn import reference
+from recattn._options import WassersteinAttentionOptions
 from recattn.ops import wasserstein_attention as ops
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three
 from tests.helpers.wasserstein_inputs import NAMES, assert_reruns_agree, draw, gradients, largest_tensor, with_offset
@@ -17,8 +18,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from recattn.triton_kernels import wasserstein_attention as kernels
 from recattn.triton_kernels.common.dropout import dropout_weights
+from recattn.triton_kernels.wasserstein_attention.backward import launch_wasserstein_attention_bwd
+from recattn.triton_kernels.wasserstein_attention.forward import launch_wasserstein_attention_fwd
+from recattn.triton_kernels.wasserstein_attention.shared import Forward
+from tests.compile_table.compilation import meta, recorded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
@@ -193,10 +197,10 @@ def test_dropout_is_of_both_products(causal):
     factors = torch.empty(2, 2, n, n, device=DEVICE)
     factors_kernel[(4,)](seed, factors, round(p * 65536), n, BLOCK=64)
     assert 0.45 < (factors == 0).float().mean() < 0.55
-    settings = ops.Settings("logits", causal, False, None, p, "triton")
+    options = WassersteinAttentionOptions("logits", causal, False, None, p, "triton")
 
     def seeded(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v):
-        return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, None, None, None, seed, settings)
+        return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, None, None, None, seed, options)
 
     expected = functools.partial(with_factors, causal=causal)
     assert_matches_reference_twice_of_three(
@@ -218,7 +222,7 @@ def test_dropout_follows_the_generator():
 
 def test_opcheck():
     query, key, mean_v, cov_v = (torch.randn(3, 2, 9, size, device=DEVICE) for size in (6, 6, 4, 4))
-    options = (True, True, None, 0.1, "triton")
+    options = ("logits", True, True, None, 0.1, "triton")
     arguments = (query, key, mean_v, cov_v, lengths(9, 0, 4), torch.tensor([5], device=DEVICE), *options)
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_fwd.default, arguments)
     outs = torch.ops.recattn.wasserstein_attention_fwd(*arguments)
@@ -237,19 +241,19 @@ def test_compiles_whole_without_recompiling():
             torch.testing.assert_close(x, expected[name])
 
 
-def test_launches_compile_alike_for_any_batch_and_length(monkeypatch):
+def test_launches_compile_alike_for_any_batch_and_length():
     """B, H, N and the options are not constants of the kernels."""
     signatures = []
-
-    def record(kernel, tensors, options, tile, block):
-        if kernel.arg_names:
-            arguments = kernels._arguments(kernel, tensors, options, tile)
-            signatures.append(kernels.Compilation.of(kernel, "", 90, arguments, 4, 1).signature)
-
-    monkeypatch.setattr(kernels, "_launch", record)
     for b, h, n, scale, causal in ((2, 2, 16, 1.0, True), (3, 1, 17, 0.3, False)):
-        gradients(by_triton, draw_here(b=b, h=h, n=n), scale=scale, causal=causal)
-    assert signatures[:3] == signatures[3:]
+        x, row = meta(b, h, n, 32), meta(b, h, n)
+        forward = Forward(x, x, x, x, x, x, row, row)
+        options = WassersteinAttentionOptions("logits", causal, False, scale)
+        made = recorded("", 90, functools.partial(launch_wasserstein_attention_fwd, forward, None, options))
+        made += recorded(
+            "", 90, functools.partial(launch_wasserstein_attention_bwd, forward, x, x, x, x, x, x, None, options)
+        )
+        signatures.append([(c.kernel, c.signature, c.constexprs) for c in made])
+    assert len(signatures[0]) == 3 and signatures[0] == signatures[1]
 
 
 def test_refusals():

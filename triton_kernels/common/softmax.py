@@ -37,6 +37,12 @@ def masked_softmax(qk, visible, row_valid=None):
 
 
 @triton.jit
+def softmax_backward(p, dp):
+    """The gradient of qk from that of p = softmax(qk)."""
+    return p * (dp - tl.sum(p * dp, 1)[:, None])
+
+
+@triton.jit
 def exp_increase(qk, bias, row_max):
     """exp(qk + bias - row_max) - exp(qk - row_max): what the bias adds to a weight."""
     unbiased = tl.exp(qk - row_max)

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import triton
 
-from recattn.triton_kernels.common.launch import MAX_REGISTERS
 from recattn.triton_kernels.common.tiles import block_width
 
 LARGEST_HEAD_DIM = 256
 
 
 def largest_n(dtype: torch.dtype, architecture: int) -> int:
-    """How many tokens fit in registers. Without tensor cores a product holds its operands there too."""
+    """How many tokens fit in registers. Float32 matmuls, without tensor cores, hold their operands there too."""
     if dtype == torch.float32:
         return 32
     return 128 if architecture >= 90 else 64
@@ -20,15 +20,11 @@ def largest_n(dtype: torch.dtype, architecture: int) -> int:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Launch parameters of a kernel: rows a program, head components a product, warps."""
+    """Launch parameters of a kernel for short sequences."""
 
-    block_m: int
-    block_d: int
+    block_m: int  # rows of A of a program
+    block_d: int  # columns of q, k, v or dout in a tl.dot
     num_warps: int
-
-    @property
-    def launch_options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": 1, "maxnreg": MAX_REGISTERS}
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class StageConfig(TileConfig):
 
 
 class RefinedAttentionConfig(NamedTuple):
-    """Launch parameters, a launch each; those of the backward are repeated for one share of the pairs after another."""
+    """Tile sizes and warps of each launch. The backward runs its launches once per chunk of batch-heads."""
 
     fwd: TileConfig
     bwd: tuple[StageConfig, ...]
@@ -48,7 +44,7 @@ class RefinedAttentionConfig(NamedTuple):
     def heuristic(
         cls, N: int, head_dim: int, dtype: torch.dtype, architecture: int, mechanism: str
     ) -> "RefinedAttentionConfig":
-        """The fewest warps and launches that were found not to spill."""
+        """The fewest warps and launches that do not spill."""
         size, block_d = block_width(N), min(32, block_width(head_dim))
         if dtype == torch.float32:
             warps = 4 if size == 16 else 8
@@ -63,3 +59,37 @@ class RefinedAttentionConfig(NamedTuple):
         if size == 64 and architecture < 90:
             return cls(fwd, tuple(StageConfig(32, block_d, 4, stage) for stage in (1, 2, 3)))
         return cls(fwd, (StageConfig(size, block_d, 2 * warps),))
+
+
+@dataclass(frozen=True)
+class RefinedProjectionConfig:
+    """Launch parameters of one kernel of the projection; block_m is 0 for the kernel of the states."""
+
+    block_m: int  # rows of a in a tile
+    block_n: int  # rows of b and c in a block
+    block_e: int  # components of a and b in a tl.dot
+    block_f: int  # columns of c in a tile
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of_product(cls, E: int, F: int, dtype: torch.dtype, architecture: int) -> "RefinedProjectionConfig":
+        if dtype == torch.float32:
+            # On sm_100 Triton uses the tensor cores for tiles of 64 rows, in TF32 whatever precision is asked for.
+            return cls(32, 32, min(block_width(E), 32), min(block_width(F), 64), num_warps=8, num_stages=2)
+        # Components beyond 128 are visited a few at a time.
+        block_e = block_width(E) if E <= 128 else 64
+        wide = architecture == 80 and max(E, F) > 128
+        return cls(64, 64, block_e, min(block_width(F), 128), num_warps=8 if wide else 4, num_stages=2)
+
+    @classmethod
+    def of_states(cls, E: int, F: int, dtype: torch.dtype, architecture: int) -> "RefinedProjectionConfig":
+        if dtype == torch.float32:
+            return cls(0, 32, min(block_width(E), 32), min(block_width(F), 64), num_warps=4, num_stages=2)
+        # Few sequences make few programs; small blocks of the state make more.
+        return cls(0, 64, min(block_width(E), 64), min(block_width(F), 64), num_warps=4, num_stages=3)
+
+
+def segment_length(D: int, P: int) -> int:
+    """Positions of a segment, a power of two: work inside segments and work with states are about equal."""
+    return max(64, triton.next_power_of_2(2 * D * P // (D + P)))

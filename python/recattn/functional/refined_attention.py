@@ -17,6 +17,7 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._dispatch import select
+from recattn._options import RefinedAttentionOptions
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
 from recattn.ops import refined_attention as ops
@@ -52,61 +53,62 @@ def refined_attention(
         stochastic              M_ij = −(‖μ_i − μ_j‖² + ‖√Σ_i − √Σ_j‖²) / √R
         O = softmax(mask(M)) V
 
-    where mask hides the future (`causal`) and padding. For "stochastic" w_q is [W^μ | W^Σ], each R wide, and query i is
-    the Gaussian with mean μ = A_i W^μ and diagonal covariance Σ = elu(A_i W^Σ) + 1; w_k gives key j's alike.
+    where mask hides the future (`causal`) and padding. For "stochastic" w_q is [W^μ | W^Σ], each R wide: query i is the
+    Gaussian with mean μ_i = A_i W^μ and diagonal covariance Σ_i = elu(A_i W^Σ) + 1. Likewise w_k gives key j.
 
-    Source: AWRSR (arXiv 2410.21048). Its method section could not be recovered; the names of the mechanisms, the
-    learnable matrices and the two backbones are the paper's, the formulas are our reading, and `source` is a switch
+    Source: AWRSR (arXiv 2410.21048). Its method section could not be recovered. The names of the mechanisms, the
+    learnable matrices and the two backbones are the paper's; the formulas are our reading. `source` is an option
     because the paper may mean either. The distance is scaled as in STOSA, whose code calls this squared form the
     2-Wasserstein distance. To refine STOSA's own attention see `recattn.wasserstein_attention`.
 
     Args:
         q, k: [B, H, N, D], float64, float32, bfloat16 or float16.
         v: [B, H, N, Dv], q's dtype.
-        w_q, w_k: [Nmax, R], or [H, Nmax, R] for matrices a head, Nmax ≥ N, q's dtype ("stochastic": [.., Nmax, 2R]).
-            The first N rows are used: rows are positions on the N axis, whichever side the padding is on.
-        w_v: [Nmax, Nmax] or [H, Nmax, Nmax], of which the first N rows and columns are used; needed by "value" and
-            "additive", refused by the others.
+        w_q, w_k: [Nmax, R], or [H, Nmax, R] for matrices per head, Nmax ≥ N, q's dtype ("stochastic": [.., Nmax, 2R]).
+            The first N rows are used: a row is a position on the N axis, on whichever side the padding is.
+        w_v: [Nmax, Nmax] or [H, Nmax, Nmax], of which the first N rows and columns are used; for "value" and
+            "additive", None for the others.
         mechanism: "simple", "value", "additive" or "stochastic".
         source: "logits" or "weights".
         causal: query i sees the keys j ≤ i.
-        seq_lens: [B] integer, the valid tokens of each sequence, at the end named by `padding_side` from the other.
-        padding_side: "right", or "left" (valid tokens sit at the end).
-        dropout_p: probability of dropping one of the final weights, on a GPU in steps of 1/65536. On a CPU it goes
-            through the reference.
+        seq_lens: [B] integer, the number of valid tokens per sequence; the padding is on `padding_side`.
+        padding_side: "right" or "left".
+        dropout_p: probability of dropping each of the final weights, on a GPU in steps of 1/65536. On a CPU dropout
+            runs the reference.
         scale: of the logits, 1/√D by default.
-        impl: None chooses; "cpu", "triton", "cuda" (slices of PyTorch's products) or "reference" insists.
+        impl: None chooses; or "cpu", "triton", "chunked" (PyTorch matmuls, on a GPU) or "reference". If it does not
+            support the call, you get an error.
 
     Returns:
         [B, H, N, Dv] in q's dtype; zero at padding.
 
-        On a CPU all arithmetic is float32 (float64 for float64), and the backward saves nothing but the inputs. Up to
-        N = 256 a thread holds the dozen N × N matrices of one (batch, head) pair, beyond (and for "stochastic" and
-        float64) memory beyond inputs, output and gradients is that of the few pairs computed at a time: N (D + Dv + R)
-        numbers each, besides which "value" and "additive" hold A W_v, N × N, and where R ≥ N (the default in the
-        paper) all but "stochastic" hold A, N × N.
+        On a CPU arithmetic is float32 (float64 for float64), and only the inputs are saved for the backward. Up to
+        N = 256 a thread holds about twelve N × N matrices of one batch and head. Longer sequences, "stochastic" and
+        float64 are computed a few batch-heads at a time: each needs N (D + Dv + R) numbers beyond inputs, output and
+        gradients. "value" and "additive" also hold A W_v, N × N. Where R ≥ N (the paper's default), all but
+        "stochastic" also hold A, N × N.
 
-        On a GPU Triton's kernels take up to 128 tokens (64 below Hopper, 32 in float32) in one program a pair, which
-        saves nothing but the inputs; beyond, "simple" and "stochastic" with up to 256 columns in w_q take memory linear
-        in N: A W_q and A W_k, the output and a number a row are saved. All else goes through slices in float32, of
-        2^25 elements or a single pair's N × N matrices.
+        On a GPU Triton kernels compute N ≤ 128 (64 below Hopper, 32 in float32) in one program per batch and head, and
+        save only the inputs. Longer "simple" and "stochastic" with up to 256 columns in w_q take memory linear in N:
+        A W_q, A W_k, the output and one number per row are saved. Everything else runs as chunked PyTorch matmuls in
+        float32, in chunks of 2^25 elements or of the N × N matrices of one batch and head.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
-        time and memory.
+        Second derivatives (`create_graph=True`) and `torch.func` transforms run the reference, in its time and memory.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere
+        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (on a GPU
             `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
-        NotImplementedError: an explicit `impl` that cannot serve the call; `create_graph=True` where a kernel dropped
-            weights.
+        NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after dropout in a
+            kernel.
     """
     values = {} if w_v is None else {"w_v": w_v}
     expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k, **values)
     q, k, v, w_q, w_k, *values = autocast_inputs(q, k, v, w_q, w_k, *values.values())
     w_v = values[0] if values else None
     _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale)
-    chosen = select("refined_attention", impl, ops.refusals(q, v, w_q, mechanism, dropout_p=dropout_p, impl=impl))
-    if chosen != "cpu":  # which checks what it reads
+    reasons = ops.unsupported_reasons(q.device.type, q, v, w_q, mechanism=mechanism, dropout_p=dropout_p, impl=impl)
+    chosen = select("refined_attention", impl, reasons)
+    if chosen != "cpu":  # the CPU implementation checks them itself
         seq_lens = checked_indices(q.device, seq_len=q.shape[2], seq_lens=seq_lens).seq_lens
     if chosen == "reference":
         return reference.refined_attention(
@@ -124,9 +126,9 @@ def refined_attention(
             dropout_p=dropout_p,
             scale=scale,
         )
-    settings = ops.Settings(mechanism, source, causal, padding_side == "left", scale, dropout_p, chosen)
+    options = RefinedAttentionOptions(mechanism, source, causal, padding_side == "left", scale, dropout_p, chosen)
     seed = draw_dropout_seed(dropout_p, q.device)
-    return ops.refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, seed, settings)
+    return ops.refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, seed, options)
 
 
 def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale):
@@ -143,7 +145,7 @@ def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side,
     columns = "2R" if mechanism == "stochastic" else "R"
     expect_shape(sizes, "w_q", w_q, f"{_head_axis(w_q)} Nmax {columns}")
     expect_shape(sizes, "w_k", w_k, f"{_head_axis(w_k)} Nmax {columns}")
-    if sizes["Nmax"] < sizes["N"]:  # torch.compile would fix a size that is formatted, so only now
+    if sizes["Nmax"] < sizes["N"]:  # torch.compile specializes on a size that is formatted
         expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
     expect(sizes[columns] > 0, f"{columns} of w_q and w_k", "at least 1", 0)
     if mechanism == "stochastic":

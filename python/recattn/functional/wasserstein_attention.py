@@ -17,6 +17,7 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._dispatch import select
+from recattn._options import WassersteinAttentionOptions
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
 from recattn.ops import wasserstein_attention as ops
@@ -59,33 +60,32 @@ def wasserstein_attention(
     not be recovered; it is that of `recattn.refined_attention` with mechanism="stochastic".
 
     Args:
-        mean_q, cov_q, mean_k, cov_k: [B, H, N, D], float64, float32, bfloat16 or float16, all alike; autocast casts
-            them. A covariance is its diagonal, never negative; below the smallest normal number (of float32 for half
-            precision) it counts as that number and takes no gradient.
+        mean_q, cov_q, mean_k, cov_k: [B, H, N, D], float64, float32, bfloat16 or float16, the same for all; autocast
+            casts them. A covariance is given by its diagonal, which is not negative. Entries below the smallest normal
+            number (of float32 for half precision) count as that number and get no gradient.
         mean_v, cov_v: [B, H, N, Dv], the same dtype.
-        w_q, w_k: [Nmax, 2R], or [H, Nmax, 2R] for matrices a head, Nmax ≥ N, the same dtype. The first N rows are used:
-            rows are positions on the N axis, whichever side the padding is on.
+        w_q, w_k: [Nmax, 2R], or [H, Nmax, 2R] for matrices per head, Nmax ≥ N, the same dtype. The first N rows are
+            used: a row is a position on the N axis, on whichever side the padding is.
         source: "logits" or "weights".
         causal: query i sees the keys j ≤ i.
-        seq_lens: [B] integer, the valid tokens of each sequence, at the end named by `padding_side` from the other.
-        padding_side: "right", or "left" (valid tokens sit at the end).
-        dropout_p: probability of dropping one of the weights P. On a CPU it goes through the reference.
+        seq_lens: [B] integer, the number of valid tokens per sequence; the padding is on `padding_side`.
+        padding_side: "right" or "left".
+        dropout_p: probability of dropping each of the weights P. On a CPU dropout runs the reference.
         scale: of the distances, 1/√D by default.
-        impl: None chooses; "cpu", "triton" (on CUDA devices; no float64; 2D, 2Dv and 2R up to 256, to refine 2D up to
-            252) or "reference" insists.
+        impl: None chooses; or "cpu", "triton" (on CUDA devices; no float64; 2D, 2Dv and 2R up to 256, with w_q 2D up to
+            252) or "reference". If it does not support the call, you get an error.
 
     Returns:
-        Mean and covariance, [B, H, N, Dv]; zero at padding. Nothing N × N is in memory. On a CPU all arithmetic is
+        Mean and covariance, [B, H, N, Dv]; zero at padding. No N × N tensor is held in memory. A CPU computes in
         float32 (float64 for float64).
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are those of the reference, in its
-        time and memory.
+        Second derivatives (`create_graph=True`) and `torch.func` transforms run the reference, in its time and memory.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (elsewhere
+        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (on a GPU
             `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
-        NotImplementedError: an explicit `impl` that cannot serve the call; `create_graph=True` where a kernel dropped
-            weights.
+        NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after dropout in a
+            kernel.
     """
     tensors = {"mean_q": mean_q, "cov_q": cov_q, "mean_k": mean_k, "cov_k": cov_k, "mean_v": mean_v, "cov_v": cov_v}
     if w_q is not None or w_k is not None:
@@ -94,8 +94,9 @@ def wasserstein_attention(
     tensors = dict(zip(tensors, autocast_inputs(*tensors.values()), strict=True))
     expect_same_dtype("mean_q", tensors["mean_q"], **tensors)
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k = (*tensors.values(), None, None)[:8]
-    chosen = select("wasserstein_attention", impl, ops.refusals(mean_q, mean_v, w_q, dropout_p=dropout_p))
-    if chosen != "cpu":  # which checks what it reads
+    reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, mean_v, w_q, dropout_p=dropout_p)
+    chosen = select("wasserstein_attention", impl, reasons)
+    if chosen != "cpu":  # the CPU implementation checks them itself
         seq_lens = checked_indices(mean_q.device, seq_len=mean_q.shape[2], seq_lens=seq_lens).seq_lens
     if chosen == "reference":
         return reference.wasserstein_attention(
@@ -114,10 +115,10 @@ def wasserstein_attention(
             dropout_p=dropout_p,
             scale=scale,
         )
-    settings = ops.Settings(source, causal, padding_side == "left", scale, dropout_p, chosen)
+    options = WassersteinAttentionOptions(source, causal, padding_side == "left", scale, dropout_p, chosen)
     seed = draw_dropout_seed(dropout_p, mean_q.device)
     values = distinct(mean_v, cov_v)
-    return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, *values, w_q, w_k, seq_lens, seed, settings)
+    return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, *values, w_q, w_k, seq_lens, seed, options)
 
 
 def _validate(tensors, source, seq_lens, padding_side, dropout_p, scale):
@@ -132,7 +133,7 @@ def _validate(tensors, source, seq_lens, padding_side, dropout_p, scale):
         expect_dtype(name, x, FLOATING)
     expect(sizes["D"] > 0, "D of mean_q and mean_k", "at least 1", 0)
     if "w_q" in tensors:
-        if sizes["Nmax"] < sizes["N"]:  # torch.compile would fix a size that is formatted, so only now
+        if sizes["Nmax"] < sizes["N"]:  # torch.compile specializes on a size that is formatted
             expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
         expect(sizes["2R"] > 0 and sizes["2R"] % 2 == 0, "2R of w_q and w_k", "even and at least 2", sizes["2R"])
     if seq_lens is not None:

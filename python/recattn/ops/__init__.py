@@ -8,8 +8,8 @@ from recattn.ops import inter_sink_bias, lrea_attention, refined_attention, sink
 UNSUPPORTED_REASONS = {
     "sink_attention": sink_attention.unsupported_reasons,
     "inter_sink_bias": inter_sink_bias.unsupported_reasons,
-    "refined_attention": refined_attention.availability,
-    "wasserstein_attention": wasserstein_attention.availability,
+    "refined_attention": refined_attention.unsupported_reasons,
+    "wasserstein_attention": wasserstein_attention.unsupported_reasons,
     "lrea_compress": partial(lrea_attention.unsupported_reasons, op="lrea_compress"),
     "lrea_attention": partial(lrea_attention.unsupported_reasons, op="lrea_attention"),
     "lrea_absorbed_attention": partial(lrea_attention.unsupported_reasons, op="lrea_absorbed_attention"),

@@ -1,64 +1,52 @@
 """refined_attention: schemas, autograd, and what runs where.
 
-On a CPU in C++ or by slices of PyTorch's products. On a GPU by Triton, short sequences whole in one program, longer
-ones as a projection and a plain attention; what Triton's kernels do not serve goes through slices too.
+CPU: C++ (`cpu`), else chunked PyTorch matmuls (`chunked`). GPU: Triton, short sequences in one program (`triton_short`)
+and longer ones as a projection and a plain attention (`triton_long`), else chunked PyTorch matmuls.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recattn import reference
+from recattn._options import RefinedAttentionOptions
 from recattn.ops._library import define, differentiable_again, distinct, refuse_dropout
 from recattn.ops._support import triton_unsupported_reason
-from recattn.ops.refined_attention import chunked as by_slices
-from recattn.ops.refined_attention import cpu as on_cpu
-from recattn.ops.refined_attention import triton_long as long
-from recattn.ops.refined_attention import triton_short as short
+from recattn.ops.refined_attention import chunked, cpu, triton_long, triton_short
 
 
-def availability(device: str) -> dict[str, str | None]:
-    """Why each implementation cannot run on this device type (None: it can), best first."""
-    elsewhere = f"the tensors are on {device}"
-    if device == "cpu":
-        return {"cpu": None, "reference": None, "triton": triton_unsupported_reason(device), "cuda": elsewhere}
-    cuda = None if device == "cuda" else elsewhere
-    return {"triton": triton_unsupported_reason(device), "cuda": cuda, "cpu": elsewhere, "reference": None}
-
-
-def refusals(
-    q: Tensor, v: Tensor, w_q: Tensor, mechanism: str, *, dropout_p: float, impl: str | None
+def unsupported_reasons(
+    device_type: str,
+    q: Tensor | None = None,
+    v: Tensor | None = None,
+    w_q: Tensor | None = None,
+    *,
+    mechanism: str = "simple",
+    dropout_p: float = 0.0,
+    impl: str | None = None,
 ) -> dict[str, str | None]:
-    """The same, of a call."""
+    """Why each implementation cannot run (None: it can), best first.
+
+    Without q, v and w_q: on this type of device. With them: a call with these tensors.
+    """
+    elsewhere = f"the tensors are on {device_type}"
     no_dropout = "it has no dropout" if dropout_p > 0 else None
-    needs = {"cpu": no_dropout, "cuda": no_dropout}
-    if (
-        q.device.type != "cpu" or impl == "triton"
-    ):  # no choice of a CPU; torch.compile fixes the range of a size looked at
-        needs["triton"] = _triton_limits(q, v, w_q, mechanism)
-    return {name: why or needs.get(name) for name, why in availability(q.device.type).items()}
+    triton = triton_unsupported_reason(device_type)
+    # A CPU never chooses Triton. Reading sizes, which torch.compile would then fix in its graph, is left out there.
+    if q is not None and (device_type != "cpu" or impl == "triton"):
+        triton = triton or _triton_call_reason(q, v, w_q, mechanism)
+    if device_type == "cpu":
+        return {"cpu": no_dropout, "reference": None, "triton": triton, "chunked": elsewhere}
+    chunked = no_dropout if device_type == "cuda" else elsewhere
+    return {"triton": triton, "chunked": chunked, "cpu": elsewhere, "reference": None}
 
 
-def _triton_limits(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
-    in_one_program = short.refusal(q, v, mechanism)
-    if in_one_program is None:
+def _triton_call_reason(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
+    of_short = triton_short.unsupported_reason(q, v, mechanism)
+    if of_short is None:
         return None
-    in_two = long.refusal(q, v, w_q, mechanism)
-    # Beyond one program "value" and "additive" are not served at all.
-    return in_two and (in_one_program if mechanism in ("value", "additive") else in_two)
-
-
-class Settings(NamedTuple):
-    """What a call holds besides its tensors. `path`: "auto", or an implementation to insist on."""
-
-    mechanism: str
-    source: str
-    causal: bool
-    left_padded: bool
-    scale: float | None  # None: 1/√D, which torch.compile would fix in its graph were it computed outside the operator
-    dropout_p: float = 0.0
-    path: str = "auto"
+    of_long = triton_long.unsupported_reason(q, v, w_q, mechanism)
+    # The kernels of longer sequences have neither "value" nor "additive".
+    return of_long and (of_short if mechanism in ("value", "additive") else of_long)
 
 
 def refined_attention(
@@ -70,19 +58,19 @@ def refined_attention(
     w_v: Tensor | None,
     seq_lens: Tensor | None,
     dropout_seed: Tensor | None,
-    settings: Settings,
+    options: RefinedAttentionOptions,
 ) -> Tensor:
-    """The call by what `settings.path` names, which serves it."""
+    """The call by `options.impl`, which supports it."""
     tensors = distinct(q, k, v, w_q, w_k)
-    if settings.path == "triton" and short.refusal(q, v, settings.mechanism) is not None:
-        # On a GPU a plain attention of any kind may serve; the interpreter has Triton's own.
-        path = "auto" if q.device.type == "cuda" else "triton"
-        return long.refined_attention(*tensors, seq_lens, dropout_seed, settings._replace(path=path))
-    return RefinedAttention.apply(*tensors, w_v, seq_lens, dropout_seed, settings)
+    if options.impl == "triton" and triton_short.unsupported_reason(q, v, options.mechanism) is not None:
+        # On a GPU any implementation of plain attention may serve; the interpreter has Triton's alone.
+        impl = None if q.device.type == "cuda" else "triton"
+        return triton_long.refined_attention(*tensors, seq_lens, dropout_seed, options._replace(impl=impl))
+    return RefinedAttentionFunction.apply(*tensors, w_v, seq_lens, dropout_seed, options)
 
 
-def _reference(q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, settings) -> Tensor:
-    refuse_dropout("refined_attention", settings.dropout_p)
+def _reference(q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, options) -> Tensor:
+    refuse_dropout("refined_attention", options.dropout_p)
     return reference.refined_attention(
         q,
         k,
@@ -90,22 +78,22 @@ def _reference(q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, settings) -> Ten
         w_q,
         w_k,
         w_v,
-        mechanism=settings.mechanism,
-        source=settings.source,
-        causal=settings.causal,
+        mechanism=options.mechanism,
+        source=options.source,
+        causal=options.causal,
         seq_lens=seq_lens,
-        padding_side="left" if settings.left_padded else "right",
-        scale=settings.scale,
+        padding_side="left" if options.left_padded else "right",
+        scale=options.scale,
     )
 
 
-class RefinedAttention(torch.autograd.Function):
+class RefinedAttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, settings):
+    def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options):
         tensors = (q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed)
         ctx.save_for_backward(*tensors)
-        ctx.options = settings
-        return refined_attention_fwd(*tensors, *settings)
+        ctx.options = options
+        return refined_attention_fwd(*tensors, *options)
 
     @staticmethod
     @differentiable_again(_reference)
@@ -114,29 +102,25 @@ class RefinedAttention(torch.autograd.Function):
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None
 
 
-def _without_dropout(kernel, *arguments):
-    """A kernel that knows neither dropout nor paths."""
-    *tensors, _dropout_seed, mechanism, source, causal, left_padded, scale, _dropout_p, _path = arguments
-    return kernel(*tensors, mechanism, source, causal, left_padded, scale)
+def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, *options) -> Tensor:
+    options = RefinedAttentionOptions(*options)
+    if options.impl == "triton":
+        return triton_short.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
+    module = cpu if q.device.type == "cpu" else chunked
+    return module.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
 
 
-def _fwd(*arguments) -> Tensor:
-    if arguments[-1] == "triton":
-        return short.refined_attention_fwd(*arguments)
-    module = on_cpu if arguments[0].device.type == "cpu" else by_slices
-    return _without_dropout(module.refined_attention_fwd, *arguments)
-
-
-def _bwd(*arguments) -> list[Tensor]:
-    if arguments[-1] == "triton":
-        return short.refined_attention_bwd(*arguments)
-    module = on_cpu if arguments[0].device.type == "cpu" else by_slices
-    return _without_dropout(module.refined_attention_bwd, *arguments)
+def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, *options) -> list[Tensor]:
+    options = RefinedAttentionOptions(*options)
+    if options.impl == "triton":
+        return triton_short.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
+    module = cpu if q.device.type == "cpu" else chunked
+    return module.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options)
 
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor w_q, Tensor w_k, Tensor? w_v, Tensor? seq_lens, Tensor? dropout_seed, "
-    "str mechanism, str source, bool causal, bool left_padded, float? scale, float dropout_p, str path"
+    "str mechanism, str source, bool causal, bool left_padded, float? scale, float dropout_p, str? impl"
 )
 
 refined_attention_fwd = define(

@@ -1,14 +1,15 @@
-"""refined_attention by PyTorch's products, on any device and for any length.
+"""refined_attention by chunked PyTorch matmuls, on any device and for any length.
 
-A slice of (batch, head) pairs is computed at a time, on a CPU small enough to stay in the cache, and the backward
-recomputes the forward of its slice: nothing but the inputs is saved. A product with A is taken one of two ways. Where A
-itself is needed no further and holds raw logits, it is linear attention with W for values,
+A chunk is a few batch-heads, on a CPU as many as stay in its cache. The backward recomputes the forward of its chunk,
+so only the inputs are saved. The product x = A W is computed in one of two ways:
 
-    A_i W = q_i · Σ_{j≤i} k_j ⊗ W_j,
+    linear     A_i W = q_i · Σ_{j≤i} k_j ⊗ W_j, a running state over blocks of positions: where A holds raw logits and
+               is not needed for anything else
+    by rows    a block of rows of A at a time
 
-a running state over chunks of positions. Otherwise blocks of A's rows are computed and multiplied.
-With R ≥ N the product W_q W_kᵀ is folded, Q'K'ᵀ = A (W_q W_kᵀ) Aᵀ, which needs fewer products.
-Comments count the pairs of a slice as s, its positions as n, the rows of a block as r and the keys they may see as c.
+With R ≥ N the product W_q W_kᵀ is folded, Q'K'ᵀ = A (W_q W_kᵀ) Aᵀ, which needs fewer matmuls.
+
+Shapes in comments: s batch-heads of a chunk, n of its positions, r rows of a block, c keys that the block may see.
 """
 
 import math
@@ -18,92 +19,86 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recattn._options import RefinedAttentionOptions
 from recattn.reference.wasserstein_attention import centre_
 
-# Rows of a block, and positions of a chunk of the linear form.
+# Rows of a block, in the linear form its positions.
 BLOCK_ROWS = 64
-# Elements of the largest tensor of a slice that holds more than one pair.
-_SLICE_ELEMENTS = 1 << 17
-_SLICE_ELEMENTS_ON_GPU = 1 << 25
+# Elements of the largest tensor of a chunk of more than one batch-head.
+_CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS_ON_GPU = 1 << 25
 
 
-class Settings(NamedTuple):
-    mechanism: str
-    source: str
-    causal: bool
-    left_padded: bool
-    scale: float | None
+# --- Chunks ---
 
 
-# --- What a slice is ---
+class Chunk(NamedTuple):
+    """Batch-heads that are computed together, and the positions that hold their tokens."""
 
-
-class Slice(NamedTuple):
-    """Pairs computed together, and the positions that hold their tokens."""
-
-    pairs: slice | Tensor
+    batch_heads: slice | Tensor
     positions: slice
     padding: Tensor | None  # [s, n], True at padding
 
     def load(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """[pairs, N, D] -> [s, n, D], zero at padding whatever it held."""
-        values = tensor[self.pairs, self.positions].to(dtype)
+        """[B·H, N, D] -> [s, n, D], zero at padding."""
+        values = tensor[self.batch_heads, self.positions].to(dtype)
         return values if self.padding is None else values.masked_fill(self.padding.unsqueeze(-1), 0)
 
     def store(self, tensor: Tensor, values: Tensor) -> None:
-        """[s, n, D] -> [pairs, N, D], zero at padding."""
+        """[s, n, D] -> [B·H, N, D], zero at padding."""
         if self.padding is not None:
             values.masked_fill_(self.padding.unsqueeze(-1), 0)
-        tensor[self.pairs, self.positions] = values.to(tensor.dtype)
+        tensor[self.batch_heads, self.positions] = values.to(tensor.dtype)
 
 
-def cut_slices(
+def cut_chunks(
     count: int, n: int, lengths: Tensor | None, left_padded: bool, width: int, device: torch.device
-) -> Iterator[Slice]:
-    """Cut `count` pairs of `n` positions into slices; on a CPU with `lengths` [count], similar lengths together."""
-    if lengths is None or device.type != "cpu":  # elsewhere sorting the lengths would wait for the device
-        size = _pairs_per_slice(n, width, device)
+) -> Iterator[Chunk]:
+    """Cut `count` batch-heads of `n` positions into chunks; on a CPU by similar `lengths` [count]."""
+    if lengths is None or device.type != "cpu":  # sorting the lengths would synchronize with a GPU
+        size = _batch_heads_per_chunk(n, width, device)
         for first in range(0, count if n else 0, size):
-            pairs = slice(first, first + size)
-            padding = None if lengths is None else _padding(n, lengths[pairs], left_padded)
-            yield Slice(pairs, slice(0, n), padding)
+            batch_heads = slice(first, first + size)
+            padding = None if lengths is None else _padding(n, lengths[batch_heads], left_padded)
+            yield Chunk(batch_heads, slice(0, n), padding)
         return
     order = lengths.argsort(descending=True, stable=True)
     descending = lengths[order].tolist()
     first = 0
     while first < count and descending[first] > 0:
         longest = descending[first]
-        pairs = order[first : first + _pairs_per_slice(longest, width, device)]
+        batch_heads = order[first : first + _batch_heads_per_chunk(longest, width, device)]
         start = n - longest if left_padded else 0
-        yield Slice(pairs, slice(start, start + longest), _padding(longest, lengths[pairs], left_padded))
-        first += len(pairs)
+        padding = _padding(longest, lengths[batch_heads], left_padded)
+        yield Chunk(batch_heads, slice(start, start + longest), padding)
+        first += len(batch_heads)
 
 
 def _padding(n: int, lengths: Tensor, left_padded: bool) -> Tensor:
-    """[s, n], True where one of `n` positions holds no token."""
+    """[s, n], True at padding."""
     positions = torch.arange(n, device=lengths.device)
     return (n - 1 - positions if left_padded else positions) >= lengths.unsqueeze(1)
 
 
-def _pairs_per_slice(n: int, width: int, device: torch.device) -> int:
-    elements = _SLICE_ELEMENTS if device.type == "cpu" else _SLICE_ELEMENTS_ON_GPU
+def _batch_heads_per_chunk(n: int, width: int, device: torch.device) -> int:
+    elements = _CHUNK_ELEMENTS if device.type == "cpu" else _CHUNK_ELEMENTS_ON_GPU
     return max(1, elements // max(1, n * max(width, min(n, BLOCK_ROWS))))
 
 
 class Mask(NamedTuple):
-    """Which keys the rows of a slice see."""
+    """Which keys each row of a chunk sees."""
 
-    future: Tensor | None  # [BLOCK_ROWS, BLOCK_ROWS], -inf above the diagonal; None: rows see the future
+    future: Tensor | None  # [BLOCK_ROWS, BLOCK_ROWS], -inf above the diagonal; None: not causal
     padding: Tensor | None  # [s, n]
 
     def blocks(self, n: int) -> Iterator[tuple[slice, slice]]:
-        """Blocks of rows and the keys that any of them sees; the first block sees all keys."""
+        """Blocks of rows, each with the keys that any of its rows sees. The first block sees all keys."""
         for start in reversed(range(0, n, BLOCK_ROWS)):
             stop = min(start + BLOCK_ROWS, n)
             yield slice(start, stop), slice(0, n if self.future is None else stop)
 
     def lengths(self) -> Tensor | None:
-        """[s], the tokens of each pair (None: all positions hold one)."""
+        """[s], the valid tokens of each batch-head (None: no padding)."""
         return None if self.padding is None else (~self.padding).sum(1)
 
     def zero_(self, entries: Tensor, rows: slice) -> Tensor:
@@ -111,10 +106,10 @@ class Mask(NamedTuple):
         return entries if self.future is None else entries.tril_(rows.start)
 
     def softmax_(self, scores: Tensor, rows: slice) -> Tensor:
-        """Softmax of [s, r, c] over what a row sees, zero elsewhere and in rows of padding; in place."""
+        """Softmax of [s, r, c] over the keys that a row sees, in place; zero elsewhere and in rows of padding."""
         if self.future is not None:
             r = scores.shape[1]
-            # Zeroed first, for -inf added to +inf or NaN is NaN. (To fill by a mask takes many times longer.)
+            # Zeroed first, because -inf added to +inf or NaN is NaN. masked_fill would take many times longer.
             scores[..., rows.start :].tril_().add_(self.future[:r, :r])
         if self.padding is not None:
             scores.masked_fill_(self.padding[:, None, : scores.shape[2]], -math.inf)
@@ -130,26 +125,26 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 def _multiply_and_sum(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """out = Σ over pairs of aᵀ b, or out += it: [s, m, n], [s, m, p] -> [n, p]."""
+    """out = Σ_s aᵀ b, or out += Σ_s aᵀ b: [s, m, n], [s, m, p] -> [n, p]."""
     out.addmm_(a.flatten(0, 1).T, b.flatten(0, 1), beta=int(add))
 
 
-def softmax_backward_(dweights: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the scores, in place of that of their softmax."""
-    return torch.ops.aten._softmax_backward_data.out(dweights, weights, -1, weights.dtype, grad_input=dweights)
+def softmax_backward_(dp: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the scores, in place of dp, that of p = softmax(scores)."""
+    return torch.ops.aten._softmax_backward_data.out(dp, weights, -1, weights.dtype, grad_input=dp)
 
 
 # --- A and its products, x = A W ---
 
 
 def _source_rows(q: Tensor, k: Tensor, rows: slice, keys: slice, mask: Mask, source: str) -> Tensor:
-    """Rows of A [s, r, c]. Entries of padding are zero: under "logits" as products with zeroed tokens."""
+    """Rows of A [s, r, c], zero at padding: of "logits" because the tokens there are zero."""
     logits = torch.bmm(q[:, rows], k[:, keys].mT)
     return mask.zero_(logits, rows) if source == "logits" else mask.softmax_(logits, rows)
 
 
 def project_rows(q: Tensor, k: Tensor, w: Tensor, mask: Mask, source: str, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """A W [s, n, P], and A [s, n, n] if it is to be kept."""
+    """A W [s, n, P], and with `keep` A [s, n, n]."""
     s, n, _ = q.shape
     w = w.expand(s, -1, -1)
     x = q.new_empty(s, n, w.shape[2])
@@ -182,7 +177,7 @@ def project_rows_backward(
 
 
 def project_linear(q: Tensor, k: Tensor, w: Tensor, causal: bool) -> Tensor:
-    """A W [s, n, P] for raw logits, without A."""
+    """A W [s, n, P] of raw logits, by the linear form."""
     if not causal:
         return q @ _state(k, w)
     x = q.new_empty(*q.shape[:2], w.shape[1])
@@ -200,7 +195,7 @@ def project_linear_backward(dx: Tensor, q: Tensor, k: Tensor, w: Tensor, causal:
         _multiply_and_sum(dw, k.mT, dstate)
         return dx @ state.mT, w @ dstate.mT, dw
     dq, dk = torch.empty_like(q), torch.empty_like(k)
-    dstate = None  # of the state that the later rows read [s, D, P]
+    dstate = None  # gradient of the state that the later rows read [s, D, P]
     for rows, state in reversed(list(_prefix_states(k, w))):
         q_rows, k_rows, w_rows, dx_rows = q[:, rows], k[:, rows], w[rows], dx[:, rows]
         a = torch.bmm(q_rows, k_rows.mT).tril_()
@@ -218,12 +213,12 @@ def project_linear_backward(dx: Tensor, q: Tensor, k: Tensor, w: Tensor, causal:
 
 
 def _state(k: Tensor, w: Tensor) -> Tensor:
-    """Σ_j k_j ⊗ W_j of each pair: [s, n, D], [n, P] -> [s, D, P]."""
+    """Σ_j k_j ⊗ W_j: [s, n, D], [n, P] -> [s, D, P]."""
     return k.mT @ w
 
 
 def _prefix_states(k: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
-    """Chunks of positions, each with the state of those before it (None: there are none)."""
+    """Blocks of positions, each with the state of those before it (None for the first)."""
     state = None
     n = k.shape[1]
     for start in range(0, n, BLOCK_ROWS):
@@ -238,14 +233,14 @@ def _prefix_states(k: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor | None]
 
 
 class Plan(NamedTuple):
-    """How the pairs of a call are computed."""
+    """How the chunks of a call are computed."""
 
     mechanism: str
     source: str
     causal: bool
     scale: float
-    rank: int  # R, of the Gaussians for "stochastic"
-    folded: bool  # x starts with A (W_q W_kᵀ), whose keys are A's rows, instead of [A W_q, A W_k]
+    rank: int  # R
+    folded: bool  # x starts with A (W_q W_kᵀ), and the rows of A are its keys; else x starts with [A W_q, A W_k]
 
     @property
     def has_values(self) -> bool:
@@ -268,7 +263,7 @@ def _split(x: Tensor, a: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Ten
 
 
 def _refine(x: Tensor, a: Tensor | None, mask: Mask, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Vectors whose products are the scores, the values, and the mean that Gaussians were centred by."""
+    """Queries and keys whose products are the scores, the values, and the mean subtracted from Gaussians."""
     if plan.mechanism == "stochastic":
         queries, keys, mean = _gaussian_operands(x, mask.lengths(), plan.rank)
         return queries, keys, None, mean
@@ -276,7 +271,7 @@ def _refine(x: Tensor, a: Tensor | None, mask: Mask, plan: Plan) -> tuple[Tensor
 
 
 def _gaussian_operands(x: Tensor, lengths: Tensor | None, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors whose product is -W²/√R but for the query's own term, which the softmax drops; the mean of the keys'."""
+    """Vectors whose products are -W²/√R, up to the query's own term, which changes no softmax; the mean of keys."""
     gaussian_q, gaussian_k = map(gaussians, x.chunk(2, dim=-1))
     mean = centre_(gaussian_q, gaussian_k, lengths)
     queries = torch.cat([gaussian_q, torch.ones_like(gaussian_q[..., :1])], dim=-1) * (2 / math.sqrt(rank))
@@ -294,7 +289,7 @@ def _gaussian_operands_backward(
 
 
 def gaussians(x: Tensor) -> Tensor:
-    """[mean, x] -> [mean, √(elu(x) + 1) - 1]: a shift changes no distance, and near 0 their products do not cancel."""
+    """[mean, x] -> [mean, √Σ - 1] with Σ = elu(x) + 1. The -1 changes no distance; near 0 products do not cancel."""
     mean, x = x.chunk(2, dim=-1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     std = torch.where(x > 0, x / ((1 + x).sqrt() + 1), (x / 2).expm1())
@@ -302,13 +297,13 @@ def gaussians(x: Tensor) -> Tensor:
 
 
 def gaussians_backward(dgaussians: Tensor, gaussians: Tensor, mean: Tensor) -> Tensor:
-    """Of `gaussians` from which `mean` was subtracted."""
+    """The gradient of x, from `gaussians(x)` with `mean` subtracted."""
     dmean, dstd = dgaussians.chunk(2, dim=-1)
     std = gaussians.chunk(2, dim=-1)[1].to(dstd.dtype) + (mean.chunk(2, dim=-1)[1] + 1)
     return torch.cat([dmean, dstd * torch.minimum(std, 1 / std) / 2], dim=-1)
 
 
-# --- One slice ---
+# --- One chunk ---
 
 
 def _project(q: Tensor, k: Tensor, w: Tensor, mask: Mask, plan: Plan) -> tuple[Tensor, Tensor | None]:
@@ -343,7 +338,7 @@ def _attend(x: Tensor, a: Tensor | None, v: Tensor, mask: Mask, plan: Plan) -> T
 def _attend_backward(
     dout: Tensor, x: Tensor, a: Tensor | None, v: Tensor, mask: Mask, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dv, dx and, where A is kept, what reaches A directly."""
+    """dv, dx and, where A is kept, its direct gradient."""
     queries, keys, values, mean = _refine(x, a, mask, plan)
     dv, dx, da = torch.empty_like(v), torch.empty_like(x), None if a is None else torch.zeros_like(a)
     dqueries, dkeys, dvalues = _split(dx, da, plan)
@@ -361,12 +356,12 @@ def _attend_backward(
         p = mask.softmax_(m, rows)
         multiply(dv[:, columns], p.mT, dout[:, rows], add)
         dm = softmax_backward_(torch.bmm(dout[:, rows], v[:, columns].mT), p)
-        dscores = dm
+        ds = dm
         if plan.has_values:
             multiply(dvalues[:, columns, columns], p_values.mT, dm, add)
-            dscores = softmax_backward_(torch.bmm(dm, values[:, columns, columns].mT), p_values)
-        multiply(dqueries[:, rows], dscores, keys[:, columns])
-        multiply(dkeys[:, columns], dscores.mT, queries[:, rows], add)
+            ds = softmax_backward_(torch.bmm(dm, values[:, columns, columns].mT), p_values)
+        multiply(dqueries[:, rows], ds, keys[:, columns])
+        multiply(dkeys[:, columns], ds.mT, queries[:, rows], add)
         if plan.mechanism == "additive":
             da[:, rows, columns].add_(dm)
     if plan.mechanism == "stochastic":
@@ -374,38 +369,38 @@ def _attend_backward(
     return dv, dx, da
 
 
-def _forward_slice(q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Mask, plan: Plan) -> Tensor:
+def _forward_chunk(q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Mask, plan: Plan) -> Tensor:
     x, a = _project(q, k, w, mask, plan)
     return _attend(x, a, v, mask, plan)
 
 
-def _backward_slice(
+def _backward_chunk(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Mask, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv [s, n, ·] and dw [n, P]."""
     x, a = _project(q, k, w, mask, plan)
     dv, dx, da = _attend_backward(dout, x, a, v, mask, plan)
-    del x  # its memory is wanted next
+    del x  # frees its memory
     dq, dk, dw = _project_backward(dx, da, q, k, w, a, mask, plan)
     return dq, dk, dv, dw
 
 
-# --- All slices ---
+# --- All chunks ---
 
 
-def plan_of(q: Tensor, w_q: Tensor, settings: Settings) -> Plan:
-    stochastic = settings.mechanism == "stochastic"
+def plan_of(q: Tensor, w_q: Tensor, options: RefinedAttentionOptions) -> Plan:
+    stochastic = options.mechanism == "stochastic"
     rank = w_q.shape[-1] // 2 if stochastic else w_q.shape[-1]
-    scale = 1 / math.sqrt(q.shape[3]) if settings.scale is None else settings.scale
+    scale = 1 / math.sqrt(q.shape[3]) if options.scale is None else options.scale
     folded = not stochastic and rank >= q.shape[2]
-    return Plan(settings.mechanism, settings.source, settings.causal, scale, rank, folded)
+    return Plan(options.mechanism, options.source, options.causal, scale, rank, folded)
 
 
 class Weights:
-    """The matrices of one head, side by side as the slices read them, and the gradients that the slices add up."""
+    """The matrices of one head side by side, as the chunks read them, and the sum of the chunks' gradients."""
 
     def __init__(self, plan: Plan, w_q: Tensor, w_k: Tensor, w_v: Tensor | None = None):
-        # The 1/√R of the scores goes into W_q; Gaussians are scaled when their distance is taken.
+        # W_q takes the 1/√R of the scores. "stochastic" scales its distances instead.
         self.scale = 1.0 if plan.mechanism == "stochastic" else 1 / math.sqrt(plan.rank)
         self.w_q, self.w_k = w_q * self.scale, w_k
         self.folded = plan.folded
@@ -420,20 +415,20 @@ class Weights:
 
     def add_gradient(self, positions: slice, dw: Tensor) -> None:
         gradients = self._cut(self.gradients, positions)
-        for gradient, part in zip(gradients, dw.split([g.shape[1] for g in gradients], dim=1), strict=True):
-            gradient += part
+        for gradient, chunk in zip(gradients, dw.split([g.shape[1] for g in gradients], dim=1), strict=True):
+            gradient += chunk
 
     def _finish(self) -> list[Tensor]:
         if self.folded:
             dproduct, *dw_v = self.gradients
-            # Its terms are larger than their sums: those of float32 would be the largest error of all.
+            # Its terms are larger than their sums: in float32 this would be the largest error of all.
             dproduct, w_q, w_k = (x.double() for x in (dproduct, self.w_q, self.w_k))
             return [dproduct @ w_k * self.scale, dproduct.T @ w_q, *dw_v]
         dw_q, *others = self.gradients
         return [dw_q * self.scale, *others]
 
     def add_to(self, totals: list[Tensor]) -> None:
-        """Add the gradients of w_q, w_k and, where there is one, w_v."""
+        """Add the gradients of w_q, w_k and, if any, w_v."""
         for total, gradient in zip(totals, self._finish(), strict=True):
             total.add_(gradient)
 
@@ -443,47 +438,55 @@ class Weights:
 
 
 def heads_apart(q: Tensor, matrices: list[Tensor]) -> list[int | None]:
-    """Heads are computed apart where they have matrices of their own, else all together (None)."""
+    """The heads one by one if any matrix is [H, ...]; else [None], all heads together."""
     return list(range(q.shape[1])) if any(w.dim() == 3 for w in matrices) else [None]
 
 
-def pairs_of(tensor: Tensor, head: int | None) -> Tensor:
-    """[B, H, N, D] -> [pairs, N, D]"""
+def batch_heads_of(tensor: Tensor, head: int | None) -> Tensor:
+    """[B, H, N, D] -> [B·H, N, D], or [B, N, D] of one head."""
     return tensor.flatten(0, 1) if head is None else tensor[:, head]
 
 
 def leading(matrices: list[Tensor], head: int | None, n: int) -> list[Tensor]:
-    """What `n` positions use of one head's w_q, w_k and w_v."""
+    """The part of one head's w_q, w_k and w_v that `n` positions use."""
     w_q, w_k, *w_v = (w if w.dim() == 2 else w[head] for w in matrices)
     return [w_q[:n], w_k[:n], *(w[:n, :n] for w in w_v)]
 
 
-def _head_slices(
-    q: Tensor, v: Tensor, seq_lens: Tensor | None, head: int | None, settings: Settings, weights: Weights
-) -> Iterator[Slice]:
+def _head_chunks(
+    q: Tensor, v: Tensor, seq_lens: Tensor | None, head: int | None, options: RefinedAttentionOptions, weights: Weights
+) -> Iterator[Chunk]:
     batch, heads, n, _ = q.shape
     if head is None:
         batch, seq_lens = batch * heads, None if seq_lens is None else seq_lens.repeat_interleave(heads)
     width = max(q.shape[3], v.shape[3], sum(w.shape[1] for w in weights.matrices))
-    return cut_slices(batch, n, seq_lens, settings.left_padded, width, q.device)
+    return cut_chunks(batch, n, seq_lens, options.left_padded, width, q.device)
 
 
-def slices_fwd(
-    q: Tensor, k: Tensor, v: Tensor, matrices: list[Tensor], seq_lens: Tensor | None, plan: Plan, settings: Settings
+def chunked_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    matrices: list[Tensor],
+    seq_lens: Tensor | None,
+    plan: Plan,
+    options: RefinedAttentionOptions,
 ) -> Tensor:
-    out, future = new_output(v, seq_lens), future_in_block(q.shape[2], settings.causal, matrices[0])
+    out, future = new_output(v, seq_lens), future_in_block(q.shape[2], options.causal, matrices[0])
     for head in heads_apart(q, matrices):
         weights = Weights(plan, *leading(matrices, head, q.shape[2]))
-        inputs, out_pairs = [pairs_of(x, head) for x in (q, k, v)], pairs_of(out, head)
-        for part in _head_slices(q, v, seq_lens, head, settings, weights):
-            q_s, k_s, v_s = (part.load(x, matrices[0].dtype) for x in inputs)
-            mask = Mask(future, part.padding)
-            out_s = _forward_slice(q_s * plan.scale, k_s, v_s, weights.rows(part.positions), mask, plan)
-            part.store(out_pairs, out_s)
+        inputs, out_batch_heads = [batch_heads_of(x, head) for x in (q, k, v)], batch_heads_of(out, head)
+        for chunk in _head_chunks(q, v, seq_lens, head, options, weights):
+            q_chunk, k_chunk, v_chunk = (chunk.load(x, matrices[0].dtype) for x in inputs)
+            mask = Mask(future, chunk.padding)
+            out_chunk = _forward_chunk(
+                q_chunk * plan.scale, k_chunk, v_chunk, weights.rows(chunk.positions), mask, plan
+            )
+            chunk.store(out_batch_heads, out_chunk)
     return out
 
 
-def slices_bwd(
+def chunked_bwd(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -491,56 +494,56 @@ def slices_bwd(
     matrices: list[Tensor],
     seq_lens: Tensor | None,
     plan: Plan,
-    settings: Settings,
+    options: RefinedAttentionOptions,
 ) -> list[Tensor]:
     """dq, dk, dv and the gradients of the matrices."""
     dq, dk, dv = (new_output(x, seq_lens) for x in (q, k, v))
     dmatrices = [torch.zeros_like(w) for w in matrices]
-    future = future_in_block(q.shape[2], settings.causal, matrices[0])
+    future = future_in_block(q.shape[2], options.causal, matrices[0])
     for head in heads_apart(q, matrices):
         weights = Weights(plan, *leading(matrices, head, q.shape[2]))
-        inputs = [pairs_of(x, head) for x in (dout, q, k, v)]
-        dq_pairs, dk_pairs, dv_pairs = (pairs_of(x, head) for x in (dq, dk, dv))
-        for part in _head_slices(q, v, seq_lens, head, settings, weights):
-            dout_s, q_s, k_s, v_s = (part.load(x, matrices[0].dtype) for x in inputs)
-            mask = Mask(future, part.padding)
-            w = weights.rows(part.positions)
-            dq_s, dk_s, dv_s, dw = _backward_slice(dout_s, q_s * plan.scale, k_s, v_s, w, mask, plan)
-            part.store(dq_pairs, dq_s.mul_(plan.scale))
-            part.store(dk_pairs, dk_s)
-            part.store(dv_pairs, dv_s)
-            weights.add_gradient(part.positions, dw)
-            del dq_s, dk_s, dv_s  # not held while the next slice is computed
+        inputs = [batch_heads_of(x, head) for x in (dout, q, k, v)]
+        dq_batch_heads, dk_batch_heads, dv_batch_heads = (batch_heads_of(x, head) for x in (dq, dk, dv))
+        for chunk in _head_chunks(q, v, seq_lens, head, options, weights):
+            dout_chunk, q_chunk, k_chunk, v_chunk = (chunk.load(x, matrices[0].dtype) for x in inputs)
+            mask = Mask(future, chunk.padding)
+            w = weights.rows(chunk.positions)
+            dq_chunk, dk_chunk, dv_chunk, dw = _backward_chunk(
+                dout_chunk, q_chunk * plan.scale, k_chunk, v_chunk, w, mask, plan
+            )
+            chunk.store(dq_batch_heads, dq_chunk.mul_(plan.scale))
+            chunk.store(dk_batch_heads, dk_chunk)
+            chunk.store(dv_batch_heads, dv_chunk)
+            weights.add_gradient(chunk.positions, dw)
+            del dq_chunk, dk_chunk, dv_chunk  # frees their memory for the next chunk
         weights.add_to(leading(dmatrices, head, q.shape[2]))
     return [dq, dk, dv, *dmatrices]
 
 
 def new_output(like: Tensor, seq_lens: Tensor | None) -> Tensor:
-    """Contiguous; zero where no slice will write."""
+    """Contiguous; zero where no chunk writes."""
     return like.new_empty(like.shape) if seq_lens is None else like.new_zeros(like.shape)
 
 
 def future_in_block(n: int, causal: bool, like: Tensor) -> Tensor | None:
-    """The -inf of the future in a block on the diagonal (None: not causal)."""
+    """Mask.future: -inf above the diagonal (None: not causal)."""
     size = min(n, BLOCK_ROWS)
     return torch.full((size, size), -math.inf, dtype=like.dtype, device=like.device).triu_(1) if causal else None
 
 
 def in_compute_dtype(*weights: Tensor | None) -> list[Tensor]:
-    """Those that there are, in the dtype of the computation."""
+    """Those that are not None, in the dtype of the computation."""
     return [w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights if w is not None]
 
 
-# --- The operators' kernels where nothing faster serves ---
+# --- The operators' kernels ---
 
 
-def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> Tensor:
-    settings = Settings(*settings)
-    return slices_fwd(q, k, v, in_compute_dtype(w_q, w_k, w_v), seq_lens, plan_of(q, w_q, settings), settings)
+def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options: RefinedAttentionOptions) -> Tensor:
+    return chunked_fwd(q, k, v, in_compute_dtype(w_q, w_k, w_v), seq_lens, plan_of(q, w_q, options), options)
 
 
-def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, *settings) -> list[Tensor]:
-    settings = Settings(*settings)
+def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options: RefinedAttentionOptions) -> list[Tensor]:
     matrices = in_compute_dtype(w_q, w_k, w_v)
-    dq, dk, dv, *dmatrices = slices_bwd(dout, q, k, v, matrices, seq_lens, plan_of(q, w_q, settings), settings)
+    dq, dk, dv, *dmatrices = chunked_bwd(dout, q, k, v, matrices, seq_lens, plan_of(q, w_q, options), options)
     return [dq, dk, dv, *(dmatrix.to(w_q.dtype) for dmatrix in dmatrices)]

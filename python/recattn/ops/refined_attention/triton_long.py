@@ -1,7 +1,9 @@
 """refined_attention of any length by Triton kernels, "simple" and "stochastic", in memory linear in N.
 
-x = A [W_q | W_k] comes first: of raw logits by linear attention, of softmax weights by plain attention with W for
-values. Its halves are then queries and keys of a plain attention, for "stochastic" after a map of each token by itself.
+    x = A [W_q | W_k]          source "logits": linear attention; "weights": plain attention with W as values
+    out = softmax(mask(M)) V   plain attention with the halves of x as queries and keys ("stochastic": after mapping
+                               each token to a vector)
+
 Plain attention is sink_attention without sinks.
 """
 
@@ -10,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from recattn._options import SinkAttentionOptions
+from recattn._options import RefinedAttentionOptions, SinkAttentionOptions, WassersteinAttentionOptions
 from recattn.ops._library import define, differentiable_again
 from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.refined_attention.chunked import gaussians, gaussians_backward
@@ -19,8 +21,8 @@ from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.reference.wasserstein_attention import attention_matrix, centre_
 
 
-def refusal(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
-    """Why a call cannot be served (None: it can)."""
+def unsupported_reason(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
+    """Why these kernels cannot serve a call (None: they can)."""
     if mechanism not in ("simple", "stochastic"):
         return f"its kernels hold M a tile at a time, and mechanism={mechanism!r} needs whole rows"
     if q.dtype == torch.float64:
@@ -33,51 +35,67 @@ def refusal(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
     return triton_unsupported_reason(q.device.type, q.dtype)
 
 
-def refined_attention(q, k, v, w_q, w_k, seq_lens, dropout_seed, settings) -> Tensor:
-    """`settings` is that of `recattn.ops.refined_attention`, its path one of sink_attention's."""
-    x_q, x_k = _halves(_passes(q, k, w_q, w_k, seq_lens, settings))
+def refined_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    seq_lens: Tensor | None,
+    dropout_seed: Tensor | None,
+    options: RefinedAttentionOptions,
+) -> Tensor:
+    """`options.impl` is that of sink_attention."""
+    x_q, x_k = _halves(_projections(q, k, w_q, w_k, seq_lens, options))
     width = w_q.shape[-1]
-    if settings.mechanism == "simple":  # the columns of zeros change no product
-        return _attend(x_q, x_k, v, seq_lens, settings, 1 / math.sqrt(width), dropout_seed, settings.dropout_p)
-    queries, keys = _GaussianOperands.apply(x_q[..., :width], x_k[..., :width], seq_lens)
-    # -W²/√R = 2 (g_i·g_j - ‖g_j‖²/2)/√R but for the query's own term, which the softmax drops.
-    return _attend(queries, keys, v, seq_lens, settings, 2 / math.sqrt(width // 2), dropout_seed, settings.dropout_p)
+    if options.mechanism == "simple":  # the columns of zeros change no product
+        return _attend(x_q, x_k, v, seq_lens, options, 1 / math.sqrt(width), dropout_seed, options.dropout_p)
+    queries, keys = GaussianVectorsFunction.apply(x_q[..., :width], x_k[..., :width], seq_lens)
+    # -W²/√R = 2 (g_i·g_j - ‖g_j‖²/2)/√R, up to the query's own term, which changes no softmax.
+    return _attend(queries, keys, v, seq_lens, options, 2 / math.sqrt(width // 2), dropout_seed, options.dropout_p)
 
 
-def project(q, k, w_q, w_k, seq_lens, settings) -> Tensor:
+def project(
+    q: Tensor,
+    k: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    seq_lens: Tensor | None,
+    options: RefinedAttentionOptions | WassersteinAttentionOptions,
+) -> Tensor:
     """x = A [W_q | W_k]: [B, H, N, P], zero at padding."""
     width = w_q.shape[-1]
-    passes = _passes(q, k, w_q, w_k, seq_lens, settings)
-    if len(passes) == 1 and _aligned(width) == width:
-        return passes[0]
-    return torch.cat([x[..., :width] for x in _halves(passes)], dim=-1)
+    projections = _projections(q, k, w_q, w_k, seq_lens, options)
+    if len(projections) == 1 and _aligned(width) == width:
+        return projections[0]
+    return torch.cat([x[..., :width] for x in _halves(projections)], dim=-1)
 
 
-def _passes(q, k, w_q, w_k, seq_lens, settings) -> list[Tensor]:
-    """A W_q and A W_k, or both side by side, with columns of zeros as `_joined` has them."""
-    if settings.source == "logits":
-        order = (settings.causal, settings.left_padded, settings.scale)
-        return [RefinedProjection.apply(q, k, _joined([w_q, w_k], q), seq_lens, order)]
-    scale = 1 / math.sqrt(q.shape[-1]) if settings.scale is None else settings.scale
+def _projections(q, k, w_q, w_k, seq_lens, options) -> list[Tensor]:
+    """[A W_q, A W_k], or the two as one [A W_q | A W_k]; each padded with columns of zeros as in `_joined`."""
+    if options.source == "logits":
+        settings = (options.causal, options.left_padded, options.scale)
+        return [RefinedProjectionFunction.apply(q, k, _joined([w_q, w_k], q), seq_lens, settings)]
+    scale = _resolve_scale(options.scale, q)
     fits = 2 * _aligned(w_q.shape[-1]) <= MAX_HEAD_DIM
     groups = [[w_q, w_k]] if fits else [[w_q], [w_k]]
     return [
-        _attend(q, k, _joined(matrices, q).expand(*q.shape[:3], -1), seq_lens, settings, scale) for matrices in groups
+        _attend(q, k, _joined(matrices, q).expand(*q.shape[:3], -1), seq_lens, options, scale) for matrices in groups
     ]
 
 
-def _halves(passes: list[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(passes) if len(passes) == 2 else passes[0].chunk(2, dim=-1)
+def _halves(projections: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(projections) if len(projections) == 2 else projections[0].chunk(2, dim=-1)
 
 
 def _aligned(width: int) -> int:
-    """Rows of so many columns are loaded whole: Triton looks for multiples of 16."""
+    """`width` rounded up to a multiple of 16: Triton vectorizes loads of such rows."""
     return width + -width % 16
 
 
 def _joined(matrices: list[Tensor], q: Tensor) -> Tensor:
-    """The first N rows side by side, each with columns of zeros up to an aligned width: [N, P], or [H, N, P] if one
-    is a head's own."""
+    """The first N rows side by side, each padded with columns of zeros to an aligned width: [N, P], or [H, N, P] if
+    any matrix is [H, ...]."""
     rows = [w[..., : q.shape[2], :] for w in matrices]
     if any(w.dim() == 3 for w in rows):
         rows = [w.expand(q.shape[1], -1, -1) for w in rows]
@@ -94,26 +112,26 @@ def _attend(
     k: Tensor,
     v: Tensor,
     seq_lens: Tensor | None,
-    settings,
+    options: RefinedAttentionOptions | WassersteinAttentionOptions,
     scale: float,
     dropout_seed: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """softmax(mask(scale · Q Kᵀ)) V."""
-    impl = None if settings.path == "auto" else settings.path
-    options = SinkAttentionOptions(settings.causal, settings.left_padded, scale, dropout_p, impl=impl)
-    return SinkAttentionFunction.apply(q, k, v, *no_sinks(q), None, seq_lens, None, dropout_seed, options)[0]
+    attention = SinkAttentionOptions(options.causal, options.left_padded, scale, dropout_p, impl=options.impl)
+    return SinkAttentionFunction.apply(q, k, v, *no_sinks(q), None, seq_lens, None, dropout_seed, attention)[0]
 
 
 # --- Gaussians ---
 
 
-class _GaussianOperands(torch.autograd.Function):
-    """[mean | x] of queries and keys, with Σ = elu(x) + 1, to vectors whose products are the scores.
+class GaussianVectorsFunction(torch.autograd.Function):
+    """Queries and keys [mean | x], Gaussians with Σ = elu(x) + 1, to vectors whose products are the scores:
 
-    g = [mean, √Σ - 1] is a Gaussian, less the mean of the keys': no shift changes a distance, and near 0 products do
-    not cancel. Queries are [g, 1] and keys [g, -‖g‖²/2]; in half precision that column is two, the rest of its
-    rounding beside it.
+        query [g, 1]    key [g, -‖g‖²/2]    where g = [mean, √Σ - 1] minus the mean over the keys
+
+    Subtracting the same vector from all changes no distance and keeps products near 0, where they do not cancel. In
+    half precision ‖g‖²/2 takes two columns, the second for what rounding takes from the first.
     """
 
     @staticmethod
@@ -132,7 +150,7 @@ class _GaussianOperands(torch.autograd.Function):
         return queries, keys
 
     @staticmethod
-    def backward(ctx, dqueries, dkeys):  # of the outputs, so that autograd can go on through it
+    def backward(ctx, dqueries, dkeys):  # by operations that autograd can differentiate again
         queries, keys, mean = ctx.saved_tensors
         width = ctx.width
         gaussian_k = keys[..., :width].float()
@@ -143,7 +161,7 @@ class _GaussianOperands(torch.autograd.Function):
 
 
 def _filled(parts: list[Tensor]) -> Tensor:
-    """Side by side, with columns of zeros up to an aligned width."""
+    """Side by side, padded with columns of zeros to an aligned width."""
     x = torch.cat(parts, dim=-1)
     return torch.cat([x, _missing_columns(x)], dim=-1)
 
@@ -161,7 +179,7 @@ def projection_reference(
     left_padded: bool,
     scale: float,
 ) -> Tensor:
-    """A W with A the logits scale · Q Kᵀ or their softmax, in memory as a whole."""
+    """A W with A the logits scale · Q Kᵀ or their softmax. Holds A in memory."""
     valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, "left" if left_padded else "right", q.device)
     if seq_lens is not None:
         q, k = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k))
@@ -169,10 +187,11 @@ def projection_reference(
 
 
 def _projection_reference(q, k, w, seq_lens, settings) -> Tensor:
-    return projection_reference(q, k, w, seq_lens, "logits", **_options(q, *settings))
+    causal, left_padded, scale = settings
+    return projection_reference(q, k, w, seq_lens, "logits", causal, left_padded, _resolve_scale(scale, q))
 
 
-class RefinedProjection(torch.autograd.Function):
+class RefinedProjectionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, w, seq_lens, settings):
         ctx.save_for_backward(q, k, w, seq_lens)
@@ -186,21 +205,22 @@ class RefinedProjection(torch.autograd.Function):
         return dq, dk, dw, None, None
 
 
-def _fwd(q, k, w, seq_lens, *order) -> Tensor:
-    from recattn.triton_kernels.refined_attention.projection import launch_refined_projection_fwd
+def _fwd(q, k, w, seq_lens, causal, left_padded, scale) -> Tensor:
+    from recattn.triton_kernels.refined_attention.projection import Mask, launch_refined_projection_fwd
 
-    return launch_refined_projection_fwd(q, k, w, _contiguous(seq_lens), **_options(q, *order))
-
-
-def _bwd(dx, q, k, w, seq_lens, *order) -> tuple[Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.refined_attention.projection import launch_refined_projection_bwd
-
-    return launch_refined_projection_bwd(dx, q, k, w, _contiguous(seq_lens), **_options(q, *order))
+    mask = Mask(_contiguous(seq_lens), causal, left_padded)
+    return launch_refined_projection_fwd(q, k, w, mask, _resolve_scale(scale, q))
 
 
-def _options(q: Tensor, causal: bool, left_padded: bool, scale: float | None) -> dict[str, object]:
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return {"causal": causal, "left_padded": left_padded, "scale": scale}
+def _bwd(dx, q, k, w, seq_lens, causal, left_padded, scale) -> tuple[Tensor, Tensor, Tensor]:
+    from recattn.triton_kernels.refined_attention.projection import Mask, launch_refined_projection_bwd
+
+    mask = Mask(_contiguous(seq_lens), causal, left_padded)
+    return launch_refined_projection_bwd(dx, q, k, w, mask, _resolve_scale(scale, q))
+
+
+def _resolve_scale(scale: float | None, q: Tensor) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def _contiguous(seq_lens: Tensor | None) -> Tensor | None:

@@ -1,16 +1,16 @@
 """refined_attention of short sequences by Triton kernels, whole in one program."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from recattn._options import RefinedAttentionOptions
 from recattn.ops._support import constant_in_graphs, launched_dropout, triton_unsupported_reason
 
 
-def refusal(q: Tensor, v: Tensor, mechanism: str) -> str | None:
-    """Why a call cannot be served (None: it can), whatever R is."""
+def unsupported_reason(q: Tensor, v: Tensor, mechanism: str) -> str | None:
+    """Why these kernels cannot serve a call (None: they can). R is no matter."""
     if mechanism == "stochastic":
         return "it has no mechanism 'stochastic'"
     if q.dtype == torch.float64:
@@ -36,43 +36,46 @@ def _limits(device_type: str, dtype: torch.dtype) -> tuple[int, int]:
     return largest_n(dtype, architecture_of(torch.empty(0, device=device_type))), LARGEST_HEAD_DIM
 
 
-class Context(NamedTuple):
-    """What a call holds besides its tensors q to w_v, as the operators' schemas list it."""
-
-    seq_lens: Tensor | None
-    dropout_seed: Tensor | None
-    mechanism: str
-    source: str
-    causal: bool
-    left_padded: bool
-    scale: float | None
-    dropout_p: float
-    path: str
-
-
 def refined_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None, *context
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor | None,
+    seq_lens: Tensor | None,
+    dropout_seed: Tensor | None,
+    options: RefinedAttentionOptions,
 ) -> Tensor:
     from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
 
-    return launch_refined_attention_fwd(q, k, v, w_q, w_k, w_v, **_options(q, Context(*context)))
+    dropout = launched_dropout(dropout_seed, options.dropout_p)
+    seq_lens, options = _contiguous(seq_lens), _with_scale(options, q)
+    return launch_refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options, dropout=dropout)
 
 
 def refined_attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None, *context
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor | None,
+    seq_lens: Tensor | None,
+    dropout_seed: Tensor | None,
+    options: RefinedAttentionOptions,
 ) -> list[Tensor]:
-    from recattn.triton_kernels.refined_attention.short import launch_refined_attention_bwd
+    from recattn.triton_kernels.refined_attention.short_backward import launch_refined_attention_bwd
 
-    return launch_refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, **_options(q, Context(*context)))
+    dropout = launched_dropout(dropout_seed, options.dropout_p)
+    seq_lens, options = _contiguous(seq_lens), _with_scale(options, q)
+    return launch_refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options, dropout=dropout)
 
 
-def _options(q: Tensor, c: Context) -> dict[str, object]:
-    return {
-        "seq_lens": None if c.seq_lens is None else c.seq_lens.contiguous(),
-        "dropout": launched_dropout(c.dropout_seed, c.dropout_p),
-        "mechanism": c.mechanism,
-        "source": c.source,
-        "causal": c.causal,
-        "left_padded": c.left_padded,
-        "scale": 1 / math.sqrt(q.shape[3]) if c.scale is None else c.scale,
-    }
+def _contiguous(seq_lens: Tensor | None) -> Tensor | None:
+    return None if seq_lens is None else seq_lens.contiguous()
+
+
+def _with_scale(options: RefinedAttentionOptions, q: Tensor) -> RefinedAttentionOptions:
+    return options._replace(scale=1 / math.sqrt(q.shape[3])) if options.scale is None else options

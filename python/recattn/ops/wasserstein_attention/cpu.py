@@ -1,6 +1,6 @@
-"""wasserstein_attention on a CPU, on the slices and masks of refined_attention's.
+"""wasserstein_attention on a CPU, by the chunks and masks of refined_attention.
 
-Blocks of P are computed once for both products, and again by the backward: nothing but the inputs is saved.
+A block of P is computed once for both products, and again in the backward: only the inputs are saved.
 """
 
 from collections.abc import Iterator
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from recattn._check import checked_lengths
-from recattn.ops.refined_attention import chunked as refined
-from recattn.ops.refined_attention.chunked import Mask, Slice, multiply
+from recattn._options import WassersteinAttentionOptions
+from recattn.ops.refined_attention import chunked
+from recattn.ops.refined_attention.chunked import Chunk, Mask, multiply
 
 
 def wasserstein_attention_fwd(
@@ -19,24 +20,22 @@ def wasserstein_attention_fwd(
     mean_v: Tensor,
     cov_v: Tensor,
     seq_lens: Tensor | None,
-    causal: bool,
-    left_padded: bool,
-    scale: float,
+    options: WassersteinAttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²))."""
     seq_lens = _checked(seq_lens, query)
-    mean, cov = (refined.new_output(x, seq_lens) for x in (mean_v, cov_v))
+    mean, cov = (chunked.new_output(x, seq_lens) for x in (mean_v, cov_v))
     inputs, outputs = [x.flatten(0, 1) for x in (query, key, mean_v, cov_v)], [x.flatten(0, 1) for x in (mean, cov)]
-    for part, mask in _slices(query, mean_v, seq_lens, causal, left_padded):
-        query_s, key_s, mean_v_s, cov_v_s = (part.load(x, query.dtype) for x in inputs)
-        queries, keys = _operands(query_s, key_s, scale)
-        mean_s, cov_s = torch.empty_like(mean_v_s), torch.empty_like(cov_v_s)
-        for rows, columns in mask.blocks(query_s.shape[1]):
+    for chunk, mask in _chunks(query, mean_v, seq_lens, options.causal, options.left_padded):
+        query_chunk, key_chunk, mean_v_chunk, cov_v_chunk = (chunk.load(x, query.dtype) for x in inputs)
+        queries, keys = _operands(query_chunk, key_chunk, options.scale)
+        mean_chunk, cov_chunk = torch.empty_like(mean_v_chunk), torch.empty_like(cov_v_chunk)
+        for rows, columns in mask.blocks(query_chunk.shape[1]):
             p = mask.softmax_(torch.bmm(queries[:, rows], keys[:, columns].mT), rows)  # [s, r, c]
-            multiply(mean_s[:, rows], p, mean_v_s[:, columns])
-            multiply(cov_s[:, rows], p.square_(), cov_v_s[:, columns])
-        for output, values in zip(outputs, (mean_s, cov_s), strict=True):
-            part.store(output, values)
+            multiply(mean_chunk[:, rows], p, mean_v_chunk[:, columns])
+            multiply(cov_chunk[:, rows], p.square_(), cov_v_chunk[:, columns])
+        for output, values in zip(outputs, (mean_chunk, cov_chunk), strict=True):
+            chunk.store(output, values)
     return mean, cov
 
 
@@ -48,22 +47,20 @@ def wasserstein_attention_bwd(
     mean_v: Tensor,
     cov_v: Tensor,
     seq_lens: Tensor | None,
-    causal: bool,
-    left_padded: bool,
-    scale: float,
+    options: WassersteinAttentionOptions,
 ) -> tuple[Tensor, ...]:
     """dquery, dkey, dmean_v, dcov_v."""
-    gradients = [refined.new_output(x, seq_lens) for x in (query, key, mean_v, cov_v)]
+    gradients = [chunked.new_output(x, seq_lens) for x in (query, key, mean_v, cov_v)]
     inputs = [x.flatten(0, 1) for x in (dmean, dcov, query, key, mean_v, cov_v)]
     outputs = [x.flatten(0, 1) for x in gradients]
-    for part, mask in _slices(query, mean_v, seq_lens, causal, left_padded):
-        gradients_s = _backward_slice(*(part.load(x, query.dtype) for x in inputs), mask, scale)
-        for output, values in zip(outputs, gradients_s, strict=True):
-            part.store(output, values)
+    for chunk, mask in _chunks(query, mean_v, seq_lens, options.causal, options.left_padded):
+        gradients_chunk = _backward_chunk(*(chunk.load(x, query.dtype) for x in inputs), mask, options.scale)
+        for output, values in zip(outputs, gradients_chunk, strict=True):
+            chunk.store(output, values)
     return tuple(gradients)
 
 
-def _backward_slice(dmean, dcov, query, key, mean_v, cov_v, mask: Mask, scale: float) -> tuple[Tensor, ...]:
+def _backward_chunk(dmean, dcov, query, key, mean_v, cov_v, mask: Mask, scale: float) -> tuple[Tensor, ...]:
     queries, keys = _operands(query, key, scale)
     dqueries, dkeys, dmean_v, dcov_v = (torch.empty_like(x) for x in (queries, keys, mean_v, cov_v))
     n = query.shape[1]
@@ -74,15 +71,15 @@ def _backward_slice(dmean, dcov, query, key, mean_v, cov_v, mask: Mask, scale: f
         dp = torch.bmm(dcov[:, rows], cov_v[:, columns].mT).mul_(p)
         dp.baddbmm_(dmean[:, rows], mean_v[:, columns].mT, beta=2)
         multiply(dcov_v[:, columns], p.square().mT, dcov[:, rows], add)
-        dscores = refined.softmax_backward_(dp, p)
-        multiply(dqueries[:, rows], dscores, keys[:, columns])
-        multiply(dkeys[:, columns], dscores.mT, queries[:, rows], add)
+        ds = chunked.softmax_backward_(dp, p)
+        multiply(dqueries[:, rows], ds, keys[:, columns])
+        multiply(dkeys[:, columns], ds.mT, queries[:, rows], add)
     dquery = dqueries[..., :-1].mul_(2 * scale)
     return dquery, dkeys[..., :-1] - key * dkeys[..., -1:], dmean_v, dcov_v
 
 
 def _operands(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Vectors whose products are -scale · ‖query_i - key_j‖² but for the query's own term, which the softmax drops."""
+    """Vectors whose products are -scale · ‖query_i - key_j‖², up to the query's own term, which changes no softmax."""
     queries = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1) * (2 * scale)
     return queries, torch.cat([key, key.square().sum(-1, keepdim=True) / -2], dim=-1)
 
@@ -99,18 +96,18 @@ def projection_fwd(
 ) -> Tensor:
     """A W with A = scale · query keyᵀ, or its softmax; [B, H, N, P]."""
     seq_lens = _checked(seq_lens, query)
-    x = refined.new_output(query.new_empty(*query.shape[:3], w.shape[-1]), seq_lens)
-    for head in refined.heads_apart(query, [w]):
-        query_h, key_h, x_h = (refined.pairs_of(t, head) for t in (query, key, x))
+    x = chunked.new_output(query.new_empty(*query.shape[:3], w.shape[-1]), seq_lens)
+    for head in chunked.heads_apart(query, [w]):
+        query_h, key_h, x_h = (chunked.batch_heads_of(t, head) for t in (query, key, x))
         matrix = w if head is None else w[head]
-        for part, mask in _slices(query, matrix, seq_lens, causal, left_padded, head):
-            query_s, key_s = part.load(query_h, query.dtype) * scale, part.load(key_h, query.dtype)
-            rows = matrix[part.positions]
+        for chunk, mask in _chunks(query, matrix, seq_lens, causal, left_padded, head):
+            query_chunk, key_chunk = chunk.load(query_h, query.dtype) * scale, chunk.load(key_h, query.dtype)
+            rows = matrix[chunk.positions]
             if source == "logits":
-                x_s = refined.project_linear(query_s, key_s, rows, causal)
+                x_chunk = chunked.project_linear(query_chunk, key_chunk, rows, causal)
             else:
-                x_s, _ = refined.project_rows(query_s, key_s, rows, mask, source, keep=False)
-            part.store(x_h, x_s)
+                x_chunk, _ = chunked.project_rows(query_chunk, key_chunk, rows, mask, source, keep=False)
+            chunk.store(x_h, x_chunk)
     return x
 
 
@@ -126,20 +123,24 @@ def projection_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dquery, dkey, dw."""
-    dquery, dkey, dw = refined.new_output(query, seq_lens), refined.new_output(key, seq_lens), torch.zeros_like(w)
-    for head in refined.heads_apart(query, [w]):
-        dx_h, query_h, key_h, dquery_h, dkey_h = (refined.pairs_of(t, head) for t in (dx, query, key, dquery, dkey))
+    dquery, dkey, dw = chunked.new_output(query, seq_lens), chunked.new_output(key, seq_lens), torch.zeros_like(w)
+    for head in chunked.heads_apart(query, [w]):
+        dx_h, query_h, key_h, dquery_h, dkey_h = (
+            chunked.batch_heads_of(t, head) for t in (dx, query, key, dquery, dkey)
+        )
         matrix, dmatrix = (w, dw) if head is None else (w[head], dw[head])
-        for part, mask in _slices(query, matrix, seq_lens, causal, left_padded, head):
-            dx_s, query_s, key_s = (part.load(t, query.dtype) for t in (dx_h, query_h, key_h))
-            query_s, rows = query_s * scale, matrix[part.positions]
+        for chunk, mask in _chunks(query, matrix, seq_lens, causal, left_padded, head):
+            dx_chunk, query_chunk, key_chunk = (chunk.load(t, query.dtype) for t in (dx_h, query_h, key_h))
+            query_chunk, rows = query_chunk * scale, matrix[chunk.positions]
             if source == "logits":
-                gradients = refined.project_linear_backward(dx_s, query_s, key_s, rows, causal)
+                gradients = chunked.project_linear_backward(dx_chunk, query_chunk, key_chunk, rows, causal)
             else:
-                gradients = refined.project_rows_backward(dx_s, None, query_s, key_s, rows, None, mask, source)
-            part.store(dquery_h, gradients[0].mul_(scale))
-            part.store(dkey_h, gradients[1])
-            dmatrix[part.positions] += gradients[2]
+                gradients = chunked.project_rows_backward(
+                    dx_chunk, None, query_chunk, key_chunk, rows, None, mask, source
+                )
+            chunk.store(dquery_h, gradients[0].mul_(scale))
+            chunk.store(dkey_h, gradients[1])
+            dmatrix[chunk.positions] += gradients[2]
     return dquery, dkey, dw
 
 
@@ -147,13 +148,13 @@ def _checked(seq_lens: Tensor | None, query: Tensor) -> Tensor | None:
     return None if seq_lens is None else checked_lengths("seq_lens", seq_lens, query.shape[2])
 
 
-def _slices(
+def _chunks(
     query: Tensor, widest: Tensor, seq_lens: Tensor | None, causal: bool, left_padded: bool, head: int | None = None
-) -> Iterator[tuple[Slice, Mask]]:
-    """The slices of one head, or of all (None), each with its mask."""
+) -> Iterator[tuple[Chunk, Mask]]:
+    """The chunks of one head, or of all (None), each with its mask."""
     batch, heads, n, width = query.shape
     if head is None:
         batch, seq_lens = batch * heads, None if seq_lens is None else seq_lens.repeat_interleave(heads)
-    future = refined.future_in_block(n, causal, query)
-    for part in refined.cut_slices(batch, n, seq_lens, left_padded, max(width, widest.shape[-1]), query.device):
-        yield part, Mask(future, part.padding)
+    future = chunked.future_in_block(n, causal, query)
+    for chunk in chunked.cut_chunks(batch, n, seq_lens, left_padded, max(width, widest.shape[-1]), query.device):
+        yield chunk, Mask(future, chunk.padding)

@@ -1,0 +1,271 @@
+"""refined_attention of short sequences, backward: recomputes the forward, in one launch or in three.
+
+The equations are in `short_gradients`. The launches take some batch-heads of each group after another. Each of those
+sums its own dG and dW_v, to which the next launch adds, and has its own workspace where the backward takes three
+launches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recattn._options import RefinedAttentionOptions
+from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
+from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS
+from recattn.triton_kernels.common.tiles import Matrix, bhnd, block_width, head_rows
+from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig
+from recattn.triton_kernels.refined_attention.short import (
+    Inputs,
+    choose_config,
+    head_stride,
+    load_batch_head,
+    matrix_strides,
+    product_of_weights,
+    tokens_at,
+)
+from recattn.triton_kernels.refined_attention.short_gradients import (
+    Gradients,
+    Square,
+    Workspace,
+    bwd_at_once,
+    bwd_to_k,
+    bwd_to_q,
+    bwd_to_scores,
+    workspace_of,
+)
+
+# The launches of a backward: one for all, or three, each a program for each block of rows.
+ALL: tl.constexpr = tl.constexpr(0)
+TO_SCORES: tl.constexpr = tl.constexpr(1)  # dM and dS
+TO_Q: tl.constexpr = tl.constexpr(2)  # dV, dQ₁, dV₁, dL and dQ
+TO_K: tl.constexpr = tl.constexpr(3)  # dK, dG and dW_v
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_wh",
+        "stride_wn",
+        "num_heads",
+        "N",
+        "first_bh",
+        "causal",
+        "left_padded",
+        "dropout_threshold",
+    ]
+)
+def refined_attention_bwd_kernel(
+    dout,
+    q,
+    k,
+    v,
+    grads,
+    workspace,
+    g,
+    w_v,
+    seq_lens,
+    dropout_seed,
+    stride_gh,
+    stride_wh,
+    stride_wn,
+    stride_wk,
+    num_heads,
+    N,
+    first_bh,
+    scale,
+    causal,
+    left_padded,
+    dropout_threshold,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    FROM_WEIGHTS: tl.constexpr,
+    ADDS_SOURCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGE: tl.constexpr,
+):
+    """Program (i, j, r): block r of BLOCK_M rows of batch-head first_bh + i of group j of the heads, all its keys.
+
+    The equations are those of `short_gradients`; tiles are [BLOCK_M, BLOCK_N], with N <= BLOCK_N, and only a product
+    with q, k, v or dout loops, over BLOCK_D columns at a time. STAGE is one of four:
+
+    ALL                      a, p, dm, ds, dv, dq_1, dv_1, dl, dq, dk from all rows (BLOCK_M = BLOCK_N)
+    TO_SCORES, TO_Q, TO_K    the same in three launches, each with its rows of what the one before left in `workspace`
+
+    Adds to rows r of sum (i, j) of dG and dW_v.
+    """
+    heads = num_heads // tl.num_programs(1)  # of a group
+    index = first_bh + tl.program_id(0)
+    batch = (index // heads).to(tl.int64)
+    head = (tl.program_id(1) * heads + index % heads).to(tl.int64)
+    bh = load_batch_head(batch, head, num_heads, N, seq_lens, left_padded, causal)
+    columns = tl.arange(0, BLOCK_N)
+    row_positions = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys = tokens_at(bh, columns)
+    rows = tokens_at(bh, row_positions)
+    at = Square(
+        columns[:, None] * BLOCK_N + columns[None, :],
+        row_positions[:, None] * BLOCK_N + columns[None, :],
+        row_positions[:, None] + columns[None, :] * BLOCK_N,
+    )
+    dout = head_rows(dout, batch, head, 0)
+    dw_v = grads.dw_v
+    partial = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)  # which sum
+    if w_v is not None:
+        w_v = Matrix(w_v + head * stride_wh, stride_wn, stride_wk)
+        dw_v += partial * (BLOCK_N * BLOCK_N)
+    g = Matrix(g + head * stride_gh, BLOCK_N, 1)
+    x = Inputs(head_rows(q, batch, head, 0), head_rows(k, batch, head, 0), head_rows(v, batch, head, 0), g, w_v)
+    grads = Gradients(grads.dq, grads.dk, grads.dv, grads.dg + partial * (BLOCK_N * BLOCK_N), dw_v)
+    dropout = Dropout(dropout_seed, dropout_threshold)
+    accumulates = first_bh > 0
+
+    if STAGE == ALL:
+        bwd_at_once(
+            bh,
+            rows,
+            keys,
+            at,
+            x,
+            dout,
+            grads,
+            accumulates,
+            scale,
+            dropout,
+            HEAD_DIM,
+            VALUE_DIM,
+            FROM_WEIGHTS,
+            ADDS_SOURCE,
+            BLOCK_D,
+        )
+    else:
+        workspace = workspace_of(workspace, partial, BLOCK_N)
+    if STAGE == TO_SCORES:
+        bwd_to_scores(
+            bh,
+            rows,
+            keys,
+            at,
+            x,
+            dout,
+            workspace,
+            scale,
+            dropout,
+            HEAD_DIM,
+            VALUE_DIM,
+            FROM_WEIGHTS,
+            ADDS_SOURCE,
+            BLOCK_D,
+        )
+    if STAGE == TO_Q:
+        bwd_to_q(
+            bh,
+            rows,
+            keys,
+            at,
+            x,
+            dout,
+            grads,
+            workspace,
+            scale,
+            HEAD_DIM,
+            VALUE_DIM,
+            FROM_WEIGHTS,
+            ADDS_SOURCE,
+            BLOCK_D,
+        )
+    if STAGE == TO_K:
+        bwd_to_k(bh, rows, keys, at, x, grads, workspace, accumulates, scale, HEAD_DIM, BLOCK_D)
+
+
+def launch_refined_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor | None,
+    seq_lens: Tensor | None,
+    options: RefinedAttentionOptions,
+    *,
+    dropout: Dropout = NO_DROPOUT,
+    config: RefinedAttentionConfig | None = None,
+) -> list[Tensor]:
+    """dq, dk, dv, dw_q, dw_k and, where there is w_v, dw_v: of the shapes of what they are gradients of, contiguous."""
+    B, H, N, D = q.shape
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dweights = [w.new_zeros(w.shape) for w in (w_q, w_k, w_v) if w is not None]
+    if B * H * N == 0:
+        return [dq, dk, dv, *dweights]
+    if v.shape[3] == 0:
+        return [dq.zero_(), dk.zero_(), dv, *dweights]
+    config = config or choose_config(q, v, options)
+    g = product_of_weights(w_q, w_k, N)
+    # Heads with matrices of their own are a group each; else all heads are one.
+    groups = H if any(w.dim() == 3 for w in (w_q, w_k, w_v) if w is not None) else 1
+    count = B * H // groups
+    per_launch = min(count, pairs_per_launch(q, groups))
+    size = block_width(N)
+    dg, *dw_v = (q.new_empty((per_launch, groups, size, size), dtype=torch.float32) for _ in dweights[1:])
+    workspace = None
+    if len(config.bwd) > 1:
+        workspace = q.new_empty((per_launch, groups, len(Workspace._fields), size, size))
+    with torch.cuda.device_of(q):
+        for first_bh in range(0, count, per_launch):
+            for tile in config.bwd:
+                refined_attention_bwd_kernel[min(per_launch, count - first_bh), groups, size // tile.block_m](
+                    bhnd(dout),
+                    bhnd(q),
+                    bhnd(k),
+                    bhnd(v),
+                    Gradients(dq, dk, dv, dg, dw_v[0] if dw_v else None),
+                    workspace,
+                    g,
+                    w_v,
+                    seq_lens,
+                    dropout.seed,
+                    head_stride(g),
+                    *matrix_strides(w_v),
+                    num_heads=H,
+                    N=N,
+                    first_bh=first_bh,
+                    scale=options.scale,
+                    causal=int(options.causal),
+                    left_padded=int(options.left_padded),
+                    dropout_threshold=dropout.threshold,
+                    HEAD_DIM=D,
+                    VALUE_DIM=v.shape[3],
+                    FROM_WEIGHTS=options.source == "weights",
+                    ADDS_SOURCE=options.mechanism == "additive",
+                    BLOCK_M=tile.block_m,
+                    BLOCK_N=size,
+                    BLOCK_D=tile.block_d,
+                    STAGE=tile.stage,
+                    num_warps=tile.num_warps,
+                    num_stages=1,
+                    maxnreg=MAX_REGISTERS,
+                    enable_fp_fusion=ENABLE_FP_FUSION,
+                )
+    dg, *dw_v = (x.sum(0)[..., :N, :N] for x in (dg, *dw_v))
+    factor = w_q.shape[-1] ** -0.5
+    sums = [factor * (dg @ w_k[..., :N, :].float()), factor * (dg.mT @ w_q[..., :N, :].float()), *dw_v]
+    for total, dw in zip(dweights, sums, strict=True):
+        total[..., :N, : dw.shape[-1]] = dw if total.dim() == 3 else dw.sum(0)
+    return [dq, dk, dv, *dweights]
+
+
+# Batch-heads that a launch of the backward takes per multiprocessor, by BLOCK_N.
+PARTIAL_WAVES = {16: 32, 32: 16, 64: 8, 128: 2}
+
+
+def pairs_per_launch(q: Tensor, groups: int) -> int:
+    """How many batch-heads of a group a launch of the backward takes. Interpreted few, so that there are several.
+
+    Each has sums of its own, which should stay in the cache until the next launch adds to them.
+    """
+    if q.device.type != "cuda":
+        return 4
+    waves = PARTIAL_WAVES[block_width(q.shape[2])]
+    return triton.cdiv(waves * torch.cuda.get_device_properties(q.device).multi_processor_count, groups)

@@ -1,0 +1,127 @@
+"""wasserstein_attention, forward: the equations are in the package's docstring."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recattn._options import WassersteinAttentionOptions
+from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
+from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS
+from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
+from recattn.triton_kernels.wasserstein_attention.config import WassersteinAttentionConfig
+from recattn.triton_kernels.wasserstein_attention.shared import (
+    DO_NOT_SPECIALIZE,
+    Forward,
+    choose_config,
+    is_visible,
+    load_tile,
+    qk_block,
+    sequence_of,
+    sizes_and_options,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def wasserstein_attention_fwd_kernel(
+    query,
+    key,
+    mean_v,
+    cov_v,
+    mean,
+    cov,
+    row_max_ptr,
+    row_sum_ptr,
+    seq_lens,
+    dropout_seed,
+    num_heads,
+    N,
+    scale,
+    causal,
+    left_padded,
+    dropout_threshold,
+    WIDTH: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (i, j): BLOCK_M queries of batch-head i, the last tiles first; all the keys that they see.
+
+    for each block of BLOCK_N keys:
+        qk       = scale * (2 q @ k.T - |k|^2)                            [BLOCK_M, BLOCK_N], W components
+        p        = exp(qk - row_max), and row_scale for what came before
+        mean_acc = row_scale * mean_acc + p @ mean_v                      [BLOCK_M, Dv]
+        cov_acc  = row_scale^2 * cov_acc + p^2 @ cov_v
+    mean, cov    = mean_acc / row_sum, cov_acc / row_sum^2
+    """
+    bh = tl.program_id(0)
+    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # with a causal mask the last tiles have the most keys
+    if tile * BLOCK_M >= seq.length:
+        return
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_tile = load_tile(query, seq, rows, WIDTH, BLOCK_W)  # [BM, W]
+    scale *= log2e_scale(q_tile)
+    mean_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    cov_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    end = tl.where(causal != 0, tl.minimum(seq.length, (tile + 1) * BLOCK_M), seq.length)
+    for first_key in range(0, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(key, seq, keys, WIDTH, BLOCK_W)  # [BN, W]
+        qk = qk_block(q_tile, k_tile, scale)  # [BM, BN]
+        qk = tl.where(is_visible(rows[:, None], keys[None, :], seq.length, causal), qk, -float("inf"))
+        # Every row sees the first key, so from the first block on this is finite.
+        new_row_max = tl.maximum(row_max, tl.max(qk, 1))
+        p = exp_scaled(qk - new_row_max[:, None], q_tile)
+        row_scale = exp_scaled(row_max - new_row_max, q_tile)
+        row_sum = row_sum * row_scale + tl.sum(p, 1)
+        if dropout_seed is not None:
+            p *= dropout_weights(tl.load(dropout_seed), bh, PER_TOKEN, rows, first_key, dropout_threshold, BLOCK_N)
+        mean_tile = load_tile(mean_v, seq, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
+        mean_acc = tl.dot(p.to(mean_tile.dtype), mean_tile, mean_acc * row_scale[:, None], input_precision="ieee")
+        cov_tile = load_tile(cov_v, seq, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
+        squares, row_scale = p * p, row_scale * row_scale
+        cov_acc = tl.dot(squares.to(cov_tile.dtype), cov_tile, cov_acc * row_scale[:, None], input_precision="ieee")
+        row_max = new_row_max
+    inv_row_sum = 1 / row_sum
+    store_tile(mean, mean_acc * inv_row_sum[:, None], seq, rows, V_HEAD_DIM, BLOCK_DV)
+    store_tile(cov, cov_acc * (inv_row_sum * inv_row_sum)[:, None], seq, rows, V_HEAD_DIM, BLOCK_DV)
+    tl.store(row_max_ptr + seq.first + rows, row_max, mask=rows < seq.length)
+    tl.store(row_sum_ptr + seq.first + rows, row_sum, mask=rows < seq.length)
+
+
+def launch_wasserstein_attention_fwd(
+    forward: Forward,
+    seq_lens: Tensor | None,
+    options: WassersteinAttentionOptions,
+    *,
+    dropout: Dropout = NO_DROPOUT,
+    config: WassersteinAttentionConfig | None = None,
+) -> None:
+    """Write mean = P μ_v, cov = (P∘P) Σ_v, row_max and row_sum of `forward`; nothing at padding.
+
+    `options.scale` is a number.
+    """
+    B, H, N, _ = forward.query.shape
+    if B * H * N == 0:
+        return
+    tile = (config or choose_config(forward)).fwd
+    with torch.cuda.device_of(forward.query):
+        # Only the first axis of a grid can be longer than 65535.
+        wasserstein_attention_fwd_kernel[B * H, triton.cdiv(N, tile.block_m)](
+            *forward,
+            seq_lens,
+            dropout.seed,
+            **sizes_and_options(forward, options, dropout),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            maxnreg=MAX_REGISTERS,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )
