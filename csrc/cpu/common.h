@@ -1,10 +1,14 @@
-// What the host sides of the CPU kernels share.
+// Shared by the CPU operators: scratch memory, work per thread, dispatch by dtype, and reading tensor arguments.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/check.h"
@@ -12,7 +16,12 @@
 
 namespace recattn {
 
-// Zeroed memory that begins on a cache line.
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Zeroed memory, aligned to a cache line.
 template <class A>
 class Scratch {
   public:
@@ -28,22 +37,38 @@ class Scratch {
     std::vector<Line> lines_;
 };
 
-// The same work, whatever the shape, before another thread is worth waking.
+// Multiply-adds that make one more thread worth its start, whatever the shape.
 inline constexpr int64_t kMultiplyAddsPerThread = 1 << 18;
 
 inline int64_t grain(int64_t multiply_adds) {
     return std::max<int64_t>(1, kMultiplyAddsPerThread / std::max<int64_t>(1, multiply_adds));
 }
 
-inline torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor) {
+template <class T>
+inline constexpr ScalarType scalar_type_v = std::is_same_v<T, double>     ? ScalarType::Double
+                                            : std::is_same_v<T, float>    ? ScalarType::Float
+                                            : std::is_same_v<T, BFloat16> ? ScalarType::BFloat16
+                                                                          : ScalarType::Half;
+
+// Calls function(T{}) with the type T of the tensor, or raises if it is none of Ts.
+template <class... Ts, class Function>
+void dispatch_dtype(const char* name, const Tensor& tensor, const Function& function) {
+    const ScalarType dtype = tensor.scalar_type();
+    if (((dtype == scalar_type_v<Ts> ? (function(Ts{}), true) : false) || ...)) return;
+    std::string names;
+    ((names += (names.empty() ? "" : " or ") + std::string(dtype_name(scalar_type_v<Ts>))), ...);
+    expect(false, name, " must be ", names, ", got ", dtype_name(dtype));
+}
+
+inline Tensor with_contiguous_rows(const Tensor& tensor) {
     return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline std::vector<int64_t> to_vector(const torch::stable::Tensor& tensor) {
-    const torch::stable::Tensor contiguous = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+inline std::vector<int64_t> to_vector(const Tensor& tensor) {
+    const Tensor contiguous = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
     const auto copy = [&](const auto* data) { return std::vector<int64_t>(data, data + contiguous.numel()); };
-    return contiguous.scalar_type() == torch::headeronly::ScalarType::Int ? copy(contiguous.const_data_ptr<int32_t>())
-                                                                          : copy(contiguous.const_data_ptr<int64_t>());
+    return contiguous.scalar_type() == ScalarType::Int ? copy(contiguous.const_data_ptr<int32_t>())
+                                                       : copy(contiguous.const_data_ptr<int64_t>());
 }
 
 inline void expect_lengths(const char* name, const std::vector<int64_t>& lengths, int64_t longest) {
@@ -57,14 +82,14 @@ inline bool is_row(int64_t index, int64_t table_size) {
     return static_cast<uint64_t>(index) < static_cast<uint64_t>(table_size);
 }
 
-// The entries of an integer tensor as int64: where they lie if they can be, else copied. Where they lie another thread
-// may write them meanwhile, so they are checked when they are used.
+// The entries of an integer tensor as int64: a view if the tensor is contiguous int64, else a copy. Another thread may
+// write to a viewed tensor during the call, so each entry is checked when it is used.
 class Indices {
   public:
-    explicit Indices(const torch::stable::Tensor& tensor)
-        : lie_there_(tensor.scalar_type() == torch::headeronly::ScalarType::Long && tensor.is_contiguous()),
-          copy_(lie_there_ ? std::vector<int64_t>{} : to_vector(tensor)),
-          data_(lie_there_ ? tensor.const_data_ptr<int64_t>() : copy_.data()),
+    explicit Indices(const Tensor& tensor)
+        : is_view_(tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous()),
+          copy_(is_view_ ? std::vector<int64_t>{} : to_vector(tensor)),
+          data_(is_view_ ? tensor.const_data_ptr<int64_t>() : copy_.data()),
           size_(tensor.numel()) {}
     Indices(const Indices&) = delete;
 
@@ -73,7 +98,7 @@ class Indices {
     int64_t operator[](int64_t i) const { return data_[i]; }
 
   private:
-    bool lie_there_;
+    bool is_view_;
     std::vector<int64_t> copy_;
     const int64_t* data_;
     int64_t size_;

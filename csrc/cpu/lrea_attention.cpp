@@ -1,8 +1,7 @@
-// CPU kernels of LREA: compression of behaviours, and absorbed attention over states gathered in place.
+// CPU operators of LREA: lrea_compress, and lrea_absorbed_attention over states read in place from the tables.
+// The equations are in lrea_attention_kernels.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
@@ -26,50 +25,45 @@
 namespace recattn {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Rows of a matrix whose last axis is contiguous: those at the indices, zeros for an index that is no row; or where
-// there are no indices one after another.
+// Rows of a matrix whose last axis is contiguous. With indices row i is data[indices[i]], or zeros if that index is out
+// of range; without indices it is data[i].
 template <class T>
 struct Rows {
     const T* data;
-    int64_t row;
+    int64_t row_stride;
     const int64_t* indices;
     int64_t size;
     const T* zeros;
 
     const T* at(int64_t i) const {
-        if (indices == nullptr) return data + i * row;
+        if (indices == nullptr) return data + i * row_stride;
         const int64_t index = read_once(indices[i]);
-        return is_row(index, size) ? data + index * row : zeros;
+        return is_row(index, size) ? data + index * row_stride : zeros;
     }
 };
 
-// One state table [S, H, r, columns] whose last axis is contiguous, and the scales of its rows if it is quantised.
+// A state table [S, H, r, columns] whose last axis is contiguous. An int8 table has scales [S, H, r], contiguous in r.
 template <class S>
 struct StateTable {
     const S* data;
-    int64_t slot, head, row;
+    int64_t slot_stride, head_stride, row_stride;
     const float* scales;
-    int64_t scale_slot, scale_head;
+    int64_t scale_slot_stride, scale_head_stride;
 
-    const S* at(int64_t slot_index, int64_t head_index) const { return data + slot_index * slot + head_index * head; }
-    const float* scales_at(int64_t slot_index, int64_t head_index) const {
-        return scales + slot_index * scale_slot + head_index * scale_head;
+    const S* at(int64_t slot, int64_t head) const { return data + slot * slot_stride + head * head_stride; }
+    const float* scales_at(int64_t slot, int64_t head) const {
+        return scales + slot * scale_slot_stride + head * scale_head_stride;
     }
 };
 
-// Of targets of type T and states of type S.
+// Arguments of lrea_absorbed_attention: targets of type T, states of type S (T or int8).
 template <class T, class S>
 struct AbsorbedAttention {
     Rows<T> targets;  // of the first head
-    int64_t target_head;
+    int64_t target_head_stride;
     StateTable<S> keys, values;
     const int64_t *slots, *offsets;
     T* out;  // [T, H, dv]
@@ -78,33 +72,34 @@ struct AbsorbedAttention {
 
     Rows<T> targets_of(int64_t head) const {
         Rows<T> rows = targets;
-        rows.data += head * target_head;
+        rows.data += head * target_head_stride;
         return rows;
     }
     void store_zeros(int64_t begin, int64_t end) const {
-        const int64_t row = heads * value_dim;
-        std::fill(out + begin * row, out + end * row, T(0));
+        const int64_t row_stride = heads * value_dim;
+        std::fill(out + begin * row_stride, out + end * row_stride, T(0));
     }
-    // -1 for what is no row of the tables.
+    // -1 if the user's slot is not a row of the tables.
     int64_t slot_of(int64_t user) const {
         const int64_t slot = read_once(slots[user]);
         return is_row(slot, table_size) ? slot : -1;
     }
 };
 
+// Arguments of lrea_compress.
 template <class T>
 struct Compress {
-    Rows<T> behaviors;      // of the first user, with the item ids [U, L] if there are any
-    int64_t behavior_user;  // 0 with item ids
+    Rows<T> behaviors;             // of the first user, or the item table and item ids [U, L]
+    int64_t behavior_user_stride;  // 0 with item ids
     int64_t longest;
     const accumulate_t<T>* w_comp;  // [Lmax, r]
-    const int64_t* starts;          // where each user begins when a user of n behaviours takes n + 1 places
+    const int64_t* starts;          // running sum over the users of length + 1
     T* out;                         // [U, r, d]
     int64_t rank, dim;
 
     Rows<T> history(int64_t user) const {
         Rows<T> rows = behaviors;
-        rows.data += user * behavior_user;
+        rows.data += user * behavior_user_stride;
         if (rows.indices != nullptr) rows.indices += user * longest;
         return rows;
     }
@@ -120,16 +115,16 @@ struct Compress {
 namespace recattn {
 namespace {
 
-// The place of the first index that is no row of a table of `size`, `count` if there is none.
-int64_t first_outside(const int64_t* indices, int64_t count, int64_t size) {
-    uint64_t signs = 0;  // of the indices and of what is left from them to the last row: no branch, so it vectorises
+// Position of the first index outside 0 .. size-1; `count` if there is none.
+int64_t find_invalid(const int64_t* indices, int64_t count, int64_t size) {
+    uint64_t signs = 0;  // sign bits of i and of size - 1 - i: without a branch, so that it vectorizes
     for (int64_t i = 0; i < count; ++i) signs |= indices[i] | (static_cast<uint64_t>(size) - 1 - indices[i]);
     if (static_cast<int64_t>(signs) >= 0) return count;
     return std::find_if(indices, indices + count, [&](int64_t i) { return i < 0 || i >= size; }) - indices;
 }
 
 void expect_rows(const char* name, const Indices& indices, int64_t size) {
-    const int64_t i = first_outside(indices.data(), indices.size(), size);
+    const int64_t i = find_invalid(indices.data(), indices.size(), size);
     if (i == indices.size()) return;
     expect(false, name, " must be rows of a table of ", size, ", got ", indices[i], " at index [", i, "]");
 }
@@ -144,12 +139,12 @@ void expect_offsets(const std::vector<int64_t>& offsets, int64_t rows) {
     }
 }
 
-int64_t count_outside(const Indices& indices, int64_t size) {
+int64_t count_invalid(const Indices& indices, int64_t size) {
     return std::count_if(indices.data(), indices.data() + indices.size(), [&](int64_t i) { return !is_row(i, size); });
 }
 
-// Offsets that descend or leave 0 .. rows become the nearest that do not; returns how many users they were wrong for.
-int64_t put_in_order(std::vector<int64_t>& offsets, int64_t rows) {
+// Makes offsets ascending and within 0 .. rows. Returns the number of users whose offsets were invalid.
+int64_t clamp_offsets(std::vector<int64_t>& offsets, int64_t rows) {
     const int64_t users = offsets.size() - 1;
     int64_t count = 0, last = 0;
     for (int64_t user = 0; user < users; ++user) {
@@ -169,35 +164,18 @@ std::vector<int64_t> checked_starts(const std::optional<Tensor>& seq_lens, int64
     return starts;
 }
 
-// Of item_ids [U, longest] those that are no padding.
+// Checks item_ids [U, longest] except at padded positions.
 void expect_items(const Indices& item_ids, const std::vector<int64_t>& starts, int64_t longest, int64_t size) {
     for (size_t user = 0; user + 1 < starts.size(); ++user) {
         const int64_t* ids = item_ids.data() + user * longest;
-        const int64_t length = starts[user + 1] - starts[user] - 1, i = first_outside(ids, length, size);
+        const int64_t length = starts[user + 1] - starts[user] - 1, i = find_invalid(ids, length, size);
         if (i == length) continue;
         expect(false, "item_ids must be rows of a table of ", size, ", got ", ids[i], " at index [", user, ", ", i,
                "]");
     }
 }
 
-template <class Function>
-void dispatch(const char* name, const Tensor& tensor, const Function& function) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::Double:
-            return function(double{});
-        case ScalarType::Float:
-            return function(float{});
-        case ScalarType::BFloat16:
-            return function(BFloat16{});
-        case ScalarType::Half:
-            return function(Half{});
-        default:
-            expect(false, name, " must be float64 or float32 or bfloat16 or float16, got ",
-                   dtype_name(tensor.scalar_type()));
-    }
-}
-
-// A state table and its scales, kept while its rows are read.
+// Owns a state table and its scales, with contiguous rows.
 template <class S>
 class StateRows {
   public:
@@ -210,8 +188,8 @@ class StateRows {
             state_.const_data_ptr<S>(), state_.stride(0), state_.stride(1), state_.stride(2), nullptr, 0, 0};
         if (scales_) {
             table.scales = scales_->const_data_ptr<float>();
-            table.scale_slot = scales_->stride(0);
-            table.scale_head = scales_->stride(1);
+            table.scale_slot_stride = scales_->stride(0);
+            table.scale_head_stride = scales_->stride(1);
         }
         return table;
     }
@@ -247,8 +225,8 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
     if (item_ids) ids.emplace(*item_ids);
     if (invalid) {
         std::atomic_ref<int64_t> counter(*static_cast<int64_t*>(invalid->mutable_data_ptr()));
-        counter += count_outside(user_slots, sizes.slots) + put_in_order(offsets, sizes.rows) +
-                   (ids ? count_outside(*ids, sizes.items) : 0);
+        counter += count_invalid(user_slots, sizes.slots) + clamp_offsets(offsets, sizes.rows) +
+                   (ids ? count_invalid(*ids, sizes.items) : 0);
     } else {
         expect_rows("slots", user_slots, sizes.slots);
         expect_offsets(offsets, sizes.rows);
@@ -263,7 +241,7 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
         const std::vector<T> zeros(ids ? sizes.query_dim : 0, T(0));
         const AbsorbedAttention<T, S> op{
             .targets = {q.const_data_ptr<T>(), q.stride(0), ids ? ids->data() : nullptr, sizes.items, zeros.data()},
-            .target_head = q.stride(1),
+            .target_head_stride = q.stride(1),
             .keys = keys.table(),
             .values = values.table(),
             .slots = user_slots.data(),
@@ -279,13 +257,14 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
             .negative_slope = negative_slope};
         const auto kernel = absorbed_kernel<T, S>();
         const int64_t cost = sizes.heads * sizes.rank * (sizes.query_dim + sizes.value_dim);
-        const int64_t first = offsets.front(), last = offsets.back();  // before and behind are nobody's candidates
+        const int64_t first = offsets.front(), last = offsets.back();  // rows outside belong to no user
         op.store_zeros(0, first);
         op.store_zeros(last, sizes.rows);
         torch::stable::parallel_for(first, last, grain(cost),
                                     [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
     };
-    dispatch("targets", targets, [&](auto zero) { sizes.quantized ? run(zero, int8_t{}) : run(zero, zero); });
+    dispatch_dtype<double, float, BFloat16, Half>(
+        "targets", targets, [&](auto zero) { sizes.quantized ? run(zero, int8_t{}) : run(zero, zero); });
     return out;
 }
 
@@ -329,7 +308,7 @@ Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::o
     if (item_ids) expect_items(ids.emplace(*item_ids), starts, longest, behaviors.size(0));
     const Tensor e = with_contiguous_rows(behaviors);
     const Tensor out = torch::stable::new_empty(behaviors, {users, rank, dim});
-    dispatch("behaviors", behaviors, [&](auto zero) {
+    dispatch_dtype<double, float, BFloat16, Half>("behaviors", behaviors, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;
         const auto dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
@@ -337,7 +316,7 @@ Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::o
         const std::vector<T> zeros(ids ? dim : 0, T(0));
         const Compress<T> op{.behaviors = {e.const_data_ptr<T>(), e.stride(e.dim() - 2), ids ? ids->data() : nullptr,
                                            behaviors.size(0), zeros.data()},
-                             .behavior_user = ids ? 0 : e.stride(0),
+                             .behavior_user_stride = ids ? 0 : e.stride(0),
                              .longest = longest,
                              .w_comp = w.const_data_ptr<A>(),
                              .starts = starts.data(),
@@ -345,7 +324,8 @@ Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::o
                              .rank = rank,
                              .dim = dim};
         const auto kernel = RECATTN_PICK(compress<T>);
-        // A thread takes the users that begin in its share, so long and short histories balance.
+        // Split by the running sum of lengths, so that threads get equal work; a thread takes the users that start in
+        // its range.
         torch::stable::parallel_for(0, starts.back(), grain(rank * dim), [&](int64_t begin, int64_t end) {
             const auto user = [&](int64_t start) {
                 return std::lower_bound(starts.begin(), starts.end() - 1, start) - starts.begin();

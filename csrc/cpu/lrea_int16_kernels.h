@@ -1,18 +1,21 @@
-// Absorbed attention over int8 states by VNNI (see foreach_isa.h). A candidate's q, and then its weights of the values'
-// rows, are rounded to int16 multiples of a step, the largest of them / 32767: an entry is off by half a step, 1/258 of
-// what the states' own entries are off by at the same scale. The products of what was rounded are exact. No include
-// guard.
+// lrea_absorbed_attention over int8 states with VNNI (see foreach_isa.h).
+//
+//   h = leaky_relu(q keys^T * key_scales) * value_scales values
+//
+// q, and later the left operand of the second product, are rounded per row to int16 multiples of step = max|row| /
+// 32767. The rounding error is half a step, 1/258 of the rounding error of int8 states at the same scale. The integer
+// products are exact. Overloads the steps of lrea_attention_kernels.h. No include guard.
 
 namespace recattn::RECATTN_ISA {
 
 using Int16Scratch = AttendScratch<PairOf<int16_t>>;
 
-// The largest rounded number: sums of so many products with int8 must not overflow int32.
-RECATTN_INLINE float largest_rounded(int64_t products) {
+// The largest int16 value to use: a sum of that many products with int8 must not overflow int32.
+RECATTN_INLINE float max_rounded(int64_t products) {
     return static_cast<float>(std::min<int64_t>(INT16_MAX, INT32_MAX / (128 * std::max<int64_t>(products, 1))));
 }
 
-// The magnitudes of 16 numbers, to be compared as integers: they are ordered as the numbers, with NaN at the end.
+// |x| as integers: they compare like the floats, and NaN is the largest.
 RECATTN_INLINE __m512i magnitudes(__m512 x) { return _mm512_castps_si512(_mm512_abs_ps(x)); }
 
 RECATTN_INLINE float largest(__m512i magnitudes) {
@@ -22,7 +25,7 @@ RECATTN_INLINE float largest(__m512i magnitudes) {
     return number;
 }
 
-// Runs `step(i, count)` for every 32 numbers of a row: without masks but at its end.
+// Calls step(i, count) for every 32 numbers of a row; count < 32 only at its end.
 template <class Step>
 RECATTN_INLINE void for_each_32(int64_t size, const Step& step) {
     int64_t i = 0;
@@ -30,11 +33,11 @@ RECATTN_INLINE void for_each_32(int64_t size, const Step& step) {
     if (i < size) step(i, size - i);
 }
 
-// Rounds a row whose largest number that is, and returns its step: NaN or infinity if an entry is.
+// Rounds a row whose largest magnitude is `largest`. Returns the step: NaN or infinity if the row has one.
 RECATTN_INLINE float round_row(const float* in, int64_t size, float limit, float largest, PairOf<int16_t>* out) {
-    // Below the least, whose inverse is no number, zeros are as close.
+    // Below 1e-30 the inverse step would overflow; rounding to zero is as accurate.
     const __m512 inverse_step = _mm512_set1_ps(largest > 1e-30f ? limit / largest : 0.0f);
-    // The lower halves of two registers' lanes: what is rounded fits.
+    // Takes the lower 16 bits of each lane of two registers; the rounded numbers fit in them.
     const __m512i halves = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26,
                                             24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     for_each_32(size, [&](int64_t i, int64_t count) RECATTN_TARGET {
@@ -48,32 +51,32 @@ RECATTN_INLINE float round_row(const float* in, int64_t size, float limit, float
 }
 
 template <class T>
-RECATTN_INLINE Left<PairOf<int16_t>> load_targets(Int16Scratch& scratch, const Rows<T>& targets, int64_t begin,
-                                                  int64_t end, int64_t columns) {
-    const int64_t row = elements<PairOf<int16_t>>(columns);
-    const float limit = largest_rounded(columns);
+RECATTN_INLINE Lhs<PairOf<int16_t>> load_targets(Int16Scratch& scratch, const Rows<T>& targets, int64_t begin,
+                                                 int64_t end, int64_t columns) {
+    const int64_t row_stride = elements<PairOf<int16_t>>(columns);
+    const float limit = max_rounded(columns);
     for (int64_t m = 0; m < end - begin; ++m) {
-        const float* q = as_left(targets.at(begin + m), 0, 1, columns, scratch.target.data()).data;
+        const float* q = as_lhs(targets.at(begin + m), 0, 1, columns, scratch.target.data()).data;
         __m512i most = _mm512_setzero_si512();
         for_each_32(columns, [&](int64_t i, int64_t count) RECATTN_TARGET {
             __m512 low, high;
             load_32(q + i, count, low, high);
             most = _mm512_max_epi32(most, _mm512_max_epi32(magnitudes(low), magnitudes(high)));
         });
-        scratch.steps.data()[m] = round_row(q, columns, limit, largest(most), scratch.rows.data() + m * row);
+        scratch.steps.data()[m] = round_row(q, columns, limit, largest(most), scratch.rows.data() + m * row_stride);
     }
-    return {scratch.rows.data(), row, 1};
+    return {scratch.rows.data(), row_stride, 1};
 }
 
-// 16 sums times the step of what was summed.
+// 16 integer sums times the step of their row.
 RECATTN_INLINE __m512 scaled(const int32_t* sums, __m512 step) {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), step);
 }
 
 template <bool kQuantized>
-RECATTN_INLINE Left<PairOf<int16_t>> activate(Int16Scratch& scratch, int64_t rows, int64_t rank, double slope) {
+RECATTN_INLINE Lhs<PairOf<int16_t>> activate(Int16Scratch& scratch, int64_t rows, int64_t rank, double slope) {
     static_assert(kQuantized);
-    const float limit = largest_rounded(rank);
+    const float limit = max_rounded(rank);
     const __m512 slopes = _mm512_set1_ps(static_cast<float>(slope));
     auto* weights = reinterpret_cast<PairOf<int16_t>*>(scratch.scores.data());
     for (int64_t m = 0; m < rows; ++m) {

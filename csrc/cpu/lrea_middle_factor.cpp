@@ -1,4 +1,5 @@
-// The middle factor of lrea_attention on a CPU: y = leaky_relu(z W) W^T, each row over its own number of columns.
+// CPU operator of LREA's middle factor: y = leaky_relu(z W) W^T, row i over its own number of columns.
+// The equations are in lrea_middle_factor_kernels.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -15,21 +16,18 @@
 namespace recattn {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kBlockRows = 48, kBlockColumns = 64;
-// dW is summed by as many groups of blocks, whatever the number of threads: always the same bits.
+// dW is summed in this many groups for any number of threads, so that its bits do not depend on the threads.
 constexpr int64_t kGroups = 8;
 
 template <class A>
 struct MiddleFactor {
     const A *z, *dy;                 // [R, r]
-    const A* w;                      // [r, w_row], zero beyond L
-    const A* w_transposed;           // [w_row, width], zero beyond L and r
-    const int64_t *order, *lengths;  // rows of z by descending length, and their lengths in that order
+    const A* w;                      // [r, w_row_stride], zero beyond L
+    const A* w_transposed;           // [w_row_stride, width], zero beyond L and r
+    const int64_t *order, *lengths;  // rows of z sorted by descending length, and their lengths in that order
     A *y, *dz;                       // [R, r]
-    int64_t rows, rank, w_row, width;
+    int64_t rows, rank, w_row_stride, width;
     A negative_slope;
 };
 
@@ -44,22 +42,22 @@ namespace {
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-// W as the kernels read it, and the rows in the order in which they are computed.
+// W padded to whole registers, its transpose, and the rows in the order in which they are computed.
 template <class A>
-class Problem {
+class PackedInputs {
   public:
-    Problem(const Tensor& w, const std::optional<Tensor>& lengths, int64_t rows)
+    PackedInputs(const Tensor& w, const std::optional<Tensor>& lengths, int64_t rows)
         : rank_(w.size(0)),
           columns_(w.size(1)),
-          w_row_(round_up(columns_, kBlockColumns)),
+          w_row_stride_(round_up(columns_, kBlockColumns)),
           width_(round_up(rank_, 64 / sizeof(A))),
-          w_(rank_ * w_row_),
-          w_transposed_(w_row_ * width_),
+          w_(rank_ * w_row_stride_),
+          w_transposed_(w_row_stride_ * width_),
           order_(rows),
           lengths_(rows, columns_) {
         const A* in = w.const_data_ptr<A>();
         for (int64_t k = 0; k < rank_; ++k) {
-            std::copy_n(in + k * columns_, columns_, w_.data() + k * w_row_);
+            std::copy_n(in + k * columns_, columns_, w_.data() + k * w_row_stride_);
             for (int64_t c = 0; c < columns_; ++c) w_transposed_.data()[c * width_ + k] = in[k * columns_ + c];
         }
         std::iota(order_.begin(), order_.end(), 0);
@@ -77,25 +75,25 @@ class Problem {
                 nullptr,
                 static_cast<int64_t>(order_.size()),
                 rank_,
-                w_row_,
+                w_row_stride_,
                 width_,
                 static_cast<A>(negative_slope)};
     }
 
-    int64_t size() const { return rank_ * w_row_; }
-    // Multiply-adds of a block on average, for one product with W.
+    int64_t size() const { return rank_ * w_row_stride_; }
+    // Average multiply-adds of one product of a row block with W.
     int64_t block_cost() const {
         const int64_t seen = std::accumulate(lengths_.begin(), lengths_.end(), int64_t{0});
         return kBlockRows * rank_ * seen / std::max<int64_t>(1, lengths_.size());
     }
 
-    // dW [r, L], the sum of the groups' shares.
-    void sum(const A* shares, A* dw) const {
+    // dW [r, L] = sum of the groups' partial sums.
+    void sum(const A* partials, A* dw) const {
         for (int64_t k = 0; k < rank_; ++k) {
-            std::copy_n(shares + k * w_row_, columns_, dw + k * columns_);
+            std::copy_n(partials + k * w_row_stride_, columns_, dw + k * columns_);
             for (int64_t group = 1; group < kGroups; ++group) {
-                const A* share = shares + group * size() + k * w_row_;
-                for (int64_t c = 0; c < columns_; ++c) dw[k * columns_ + c] += share[c];
+                const A* partial = partials + group * size() + k * w_row_stride_;
+                for (int64_t c = 0; c < columns_; ++c) dw[k * columns_ + c] += partial[c];
             }
         }
     }
@@ -107,7 +105,7 @@ class Problem {
         std::transform(order_.begin(), order_.end(), lengths_.begin(), [&](int64_t row) { return lengths[row]; });
     }
 
-    int64_t rank_, columns_, w_row_, width_;  // the width is whole registers, whichever the processor has
+    int64_t rank_, columns_, w_row_stride_, width_;  // width: rank rounded up to 64 bytes
     Scratch<A> w_, w_transposed_;
     std::vector<int64_t> order_, lengths_;
 };
@@ -115,18 +113,11 @@ class Problem {
 void check(const Tensor& z, const Tensor& w_decomp, const std::optional<Tensor>& lengths) {
     expect_shape("z", z, {{"R"}, {"r"}});
     expect_shape("w_decomp", w_decomp, {{"r", z.size(1)}, {"L"}});
-    expect(z.scalar_type() == ScalarType::Float || z.scalar_type() == ScalarType::Double,
-           "z must be float32 or float64, got ", dtype_name(z.scalar_type()));
     expect_dtype_of("z", z, "w_decomp", w_decomp);
     if (lengths) {
         expect_shape("lengths", *lengths, {{"R", z.size(0)}});
         expect_integer("lengths", *lengths);
     }
-}
-
-template <class Function>
-void dispatch(ScalarType dtype, const Function& function) {
-    dtype == ScalarType::Double ? function(double{}) : function(float{});
 }
 
 Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(1)}); }
@@ -135,13 +126,13 @@ Tensor lrea_middle_factor_rows_fwd(const Tensor& z, const Tensor& w_decomp, cons
                                    double negative_slope) {
     check(z, w_decomp, lengths);
     const Tensor z_rows = torch::stable::contiguous(z), w = torch::stable::contiguous(w_decomp), y = new_like(z);
-    dispatch(z.scalar_type(), [&](auto zero) {
+    dispatch_dtype<float, double>("z", z, [&](auto zero) {
         using A = decltype(zero);
-        const Problem<A> problem(w, lengths, z.size(0));
-        auto op = problem.operation(z_rows, negative_slope);
+        const PackedInputs<A> inputs(w, lengths, z.size(0));
+        auto op = inputs.operation(z_rows, negative_slope);
         op.y = y.mutable_data_ptr<A>();
         const auto kernel = RECATTN_PICK(middle_factor_forward<A>);
-        torch::stable::parallel_for(0, round_up(op.rows, kBlockRows) / kBlockRows, grain(2 * problem.block_cost()),
+        torch::stable::parallel_for(0, round_up(op.rows, kBlockRows) / kBlockRows, grain(2 * inputs.block_cost()),
                                     [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
     });
     return y;
@@ -154,22 +145,22 @@ std::tuple<Tensor, Tensor> lrea_middle_factor_rows_bwd(const Tensor& dy, const T
     expect_dtype_of("z", z, "dy", dy);
     const Tensor z_rows = torch::stable::contiguous(z), dy_rows = torch::stable::contiguous(dy),
                  w = torch::stable::contiguous(w_decomp), dz = new_like(z), dw = new_like(w);
-    dispatch(z.scalar_type(), [&](auto zero) {
+    dispatch_dtype<float, double>("z", z, [&](auto zero) {
         using A = decltype(zero);
-        const Problem<A> problem(w, lengths, z.size(0));
-        auto op = problem.operation(z_rows, negative_slope);
+        const PackedInputs<A> inputs(w, lengths, z.size(0));
+        auto op = inputs.operation(z_rows, negative_slope);
         op.dy = dy_rows.const_data_ptr<A>();
         op.dz = dz.mutable_data_ptr<A>();
-        Scratch<A> shares(kGroups * problem.size());
+        Scratch<A> partials(kGroups * inputs.size());
         const auto kernel = RECATTN_PICK(middle_factor_backward<A>);
         const int64_t blocks = round_up(op.rows, kBlockRows) / kBlockRows;
-        torch::stable::parallel_for(0, kGroups, grain(5 * problem.block_cost() * blocks / kGroups),
+        torch::stable::parallel_for(0, kGroups, grain(5 * inputs.block_cost() * blocks / kGroups),
                                     [&](int64_t begin, int64_t end) {
                                         for (int64_t group = begin; group < end; ++group) {
-                                            kernel(op, group, kGroups, shares.data() + group * problem.size());
+                                            kernel(op, group, kGroups, partials.data() + group * inputs.size());
                                         }
                                     });
-        problem.sum(shares.data(), dw.mutable_data_ptr<A>());
+        inputs.sum(partials.data(), dw.mutable_data_ptr<A>());
     });
     return {dz, dw};
 }

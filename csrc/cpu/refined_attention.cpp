@@ -1,8 +1,7 @@
-// CPU kernels of refined attention: every (batch, head) pair whole, in the cache of the core that computes it.
+// CPU operator refined_attention for short sequences: one thread computes one (batch, head) at a time, in its cache.
+// The equations are in refined_attention_kernels.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <array>
@@ -20,26 +19,21 @@
 namespace recattn {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // A tensor [B, H, N, columns] whose last axis is contiguous.
 template <class T>
 struct Tokens {
     T* data;
-    int64_t batch, head, row;
+    int64_t batch_stride, head_stride, row_stride;
 
-    T* at(int64_t batch_index, int64_t head_index, int64_t position) const {
-        return data + batch_index * batch + head_index * head + position * row;
+    T* at(int64_t batch, int64_t head, int64_t position) const {
+        return data + batch * batch_stride + head * head_stride + position * row_stride;
     }
 };
 
 enum WeightPart { kQueries, kKeys, kValues };
 
-// W [heads or 1, N, P], the matrices side by side, as the kernels read it: in rows that a register may overrun, and
-// transposed. The columns of W_v, and of W_q W_kᵀ that stands for W_q and W_k when folded, are positions like the rows.
+// W [heads or 1, N, P] = [W_q | W_k | W_v], or [W_q W_kᵀ | W_v] if folded, as the kernels read it: rows padded to whole
+// registers, and a transposed copy. The columns of W_v and of W_q W_kᵀ are positions, like the rows.
 class PackedWeights {
   public:
     PackedWeights(const Tensor& weights, bool folded, bool has_values)
@@ -47,41 +41,42 @@ class PackedWeights {
         const int64_t values = has_values ? n_ : 0, rank = weights.size(2) - values;
         columns_ = folded ? std::array{rank, int64_t{0}, values} : std::array{rank / 2, rank / 2, values};
         for (int part = 0; part < 3; ++part) {
-            first_[part] = row;
-            row += padded(columns_[part]);
+            first_[part] = row_stride;
+            row_stride += padded(columns_[part]);
         }
-        transposed_row = padded(n_);
-        rows_ = Scratch<float>(heads_ * n_ * row);
-        transposed_ = Scratch<float>(heads_ * row * transposed_row);
+        transposed_row_stride = padded(n_);
+        rows_ = Scratch<float>(heads_ * n_ * row_stride);
+        transposed_ = Scratch<float>(heads_ * row_stride * transposed_row_stride);
         const float* entries = weights.const_data_ptr<float>();
-        each_entry([&](int64_t head, int64_t i, int64_t column, int64_t entry) {
+        for_each_entry([&](int64_t head, int64_t i, int64_t column, int64_t entry) {
             const float value = entries[entry];
-            rows_.data()[(head * n_ + i) * row + column] = value;
-            transposed_.data()[(head * row + column) * transposed_row + i] = value;
+            rows_.data()[(head * n_ + i) * row_stride + column] = value;
+            transposed_.data()[(head * row_stride + column) * transposed_row_stride + i] = value;
         });
     }
 
-    int64_t row = 0, transposed_row = 0;
+    int64_t row_stride = 0, transposed_row_stride = 0;
 
     int64_t columns(int part) const { return columns_[part]; }
-    int64_t size() const { return heads_ * n_ * row; }
+    int64_t size() const { return heads_ * n_ * row_stride; }
 
-    // Where the rows of the positions from `start` on, and the columns that belong to these, begin.
+    // Offset of the entry at position `start`: its row, and its column where columns are positions.
     int64_t offset(int64_t head, int part, int64_t start) const {
-        return (matrix(head) * n_ + start) * row + first_column(part, start);
+        return (matrix(head) * n_ + start) * row_stride + first_column(part, start);
     }
     const float* at(int64_t head, int part, int64_t start) const { return rows_.data() + offset(head, part, start); }
     const float* transposed_at(int64_t head, int part, int64_t start) const {
-        return transposed_.data() + (matrix(head) * row + first_column(part, start)) * transposed_row + start;
+        return transposed_.data() + (matrix(head) * row_stride + first_column(part, start)) * transposed_row_stride +
+               start;
     }
 
-    // W's gradient from `count` that are packed like W: their sum, in place of the first of them.
+    // dweights = the sum of `count` partial gradients packed like W. Overwrites the first partial.
     void sum(float* partials, int64_t count, float* dweights) const {
         for (int64_t p = 1; p < count; ++p) {
             for (int64_t i = 0; i < size(); ++i) partials[i] += partials[p * size() + i];
         }
-        each_entry([&](int64_t head, int64_t i, int64_t column, int64_t entry) {
-            dweights[entry] = partials[(head * n_ + i) * row + column];
+        for_each_entry([&](int64_t head, int64_t i, int64_t column, int64_t entry) {
+            dweights[entry] = partials[(head * n_ + i) * row_stride + column];
         });
     }
 
@@ -93,7 +88,7 @@ class PackedWeights {
     }
 
     template <class Function>
-    void each_entry(const Function& function) const {
+    void for_each_entry(const Function& function) const {
         int64_t entry = 0;
         for (int64_t head = 0; head < heads_; ++head) {
             for (int64_t i = 0; i < n_; ++i) {
@@ -120,21 +115,21 @@ struct RefinedAttention {
     bool folded, has_values, adds_source, softmax_source, causal, left_padded;
     float scale;
 
-    // Of a pair of `tokens`: folded, the keys are the rows of its A.
+    // Width of queries and keys for `tokens` tokens; if folded, keys are the rows of A.
     int64_t rank(int64_t tokens) const { return folded ? tokens : r; }
 };
 
-// Pairs in groups of about equal cost, the same for any number of threads.
+// Splits the (batch, head) pairs into groups of about equal cost. The groups do not depend on the number of threads.
 class Groups {
   public:
     Groups(const std::vector<int64_t>& lengths, int64_t heads, int64_t columns) {
-        const int64_t pairs = static_cast<int64_t>(lengths.size()) * heads;
-        std::vector<int64_t> costs{0};  // running sum of multiply-adds of a product
+        const int64_t batch_heads = static_cast<int64_t>(lengths.size()) * heads;
+        std::vector<int64_t> costs{0};  // running sum of multiply-adds
         for (const int64_t length : lengths) {
             for (int64_t head = 0; head < heads; ++head) costs.push_back(costs.back() + length * length * columns + 1);
         }
-        const int64_t wanted = std::clamp<int64_t>(pairs / kPairsPerGroup, kFewest, kMost);
-        const int64_t count = std::clamp<int64_t>(pairs, 1, wanted);
+        const int64_t wanted = std::clamp<int64_t>(batch_heads / kBatchHeadsPerGroup, kMinGroups, kMaxGroups);
+        const int64_t count = std::clamp<int64_t>(batch_heads, 1, wanted);
         for (int64_t group = 0; group <= count; ++group) {
             const double cost = static_cast<double>(costs.back()) * group / count;
             starts_.push_back(std::lower_bound(costs.begin(), costs.end() - 1, cost) - costs.begin());
@@ -151,8 +146,8 @@ class Groups {
     }
 
   private:
-    // A group has a sum of its own for the weights' gradient: their memory is to stay below that of the tokens.
-    static constexpr int64_t kPairsPerGroup = 8, kFewest = 16, kMost = 64;
+    // Each group has its own sum of dW; few groups keep that memory below that of the tokens.
+    static constexpr int64_t kBatchHeadsPerGroup = 8, kMinGroups = 16, kMaxGroups = 64;
     std::vector<int64_t> starts_;
     int64_t cost_;
 };
@@ -200,20 +195,6 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weig
     }
 }
 
-template <class Function>
-void dispatch(ScalarType dtype, const Function& function) {
-    switch (dtype) {
-        case ScalarType::Float:
-            return function(float{});
-        case ScalarType::BFloat16:
-            return function(BFloat16{});
-        case ScalarType::Half:
-            return function(Half{});
-        default:
-            expect(false, "q must be float32 or bfloat16 or float16, got ", dtype);
-    }
-}
-
 template <class T>
 Tokens<const T> tokens(const Tensor& t) {
     return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
@@ -224,24 +205,43 @@ Tokens<T> mutable_tokens(const Tensor& t) {
     return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// Checked inputs of the forward and the backward, as the kernels read them.
+struct Inputs {
+    Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weights,
+           const std::optional<Tensor>& seq_lens, const Options& options)
+        : options((check(q, k, v, weights, options), options)),
+          lengths(checked_lengths(seq_lens, q.size(0), q.size(2))),
+          q(with_contiguous_rows(q)),
+          k(with_contiguous_rows(k)),
+          v(with_contiguous_rows(v)),
+          packed(torch::stable::contiguous(weights), options.folded, options.has_values),
+          groups(lengths, q.size(1), q.size(3) + v.size(3) + weights.size(2)) {}
+
+    Options options;
+    std::vector<int64_t> lengths;
+    Tensor q, k, v;
+    PackedWeights packed;
+    Groups groups;
+};
+
 template <class T>
-RefinedAttention<T> operation(const Tensor& q, const Tensor& k, const Tensor& v, const PackedWeights& packed,
-                              const std::vector<int64_t>& lengths, const Options& options) {
-    return {.q = tokens<T>(q),
-            .k = tokens<T>(k),
-            .v = tokens<T>(v),
+RefinedAttention<T> make_arguments(const Inputs& inputs) {
+    const Options& options = inputs.options;
+    return {.q = tokens<T>(inputs.q),
+            .k = tokens<T>(inputs.k),
+            .v = tokens<T>(inputs.v),
             .dout = {},
             .out = {},
             .dq = {},
             .dk = {},
             .dv = {},
-            .weights = packed,
-            .lengths = lengths.data(),
-            .heads = q.size(1),
-            .n = q.size(2),
-            .dim = q.size(3),
-            .value_dim = v.size(3),
-            .r = packed.columns(kQueries),
+            .weights = inputs.packed,
+            .lengths = inputs.lengths.data(),
+            .heads = inputs.q.size(1),
+            .n = inputs.q.size(2),
+            .dim = inputs.q.size(3),
+            .value_dim = inputs.v.size(3),
+            .r = inputs.packed.columns(kQueries),
             .folded = options.folded,
             .has_values = options.has_values,
             .adds_source = options.adds_source,
@@ -259,15 +259,12 @@ Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tenso
                                    const std::optional<Tensor>& seq_lens, bool folded, bool has_values,
                                    bool adds_source, bool softmax_source, bool causal, bool left_padded, double scale) {
     const Options options{folded, has_values, adds_source, softmax_source, causal, left_padded, scale};
-    check(q, k, v, weights, options);
-    const auto lengths = checked_lengths(seq_lens, q.size(0), q.size(2));
-    const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v);
-    const PackedWeights packed(torch::stable::contiguous(weights), folded, has_values);
-    const Groups groups(lengths, q.size(1), q.size(3) + v.size(3) + weights.size(2));
+    const Inputs inputs(q, k, v, weights, seq_lens, options);
+    const Groups& groups = inputs.groups;
     const Tensor out = new_contiguous(v);
-    dispatch(q.scalar_type(), [&](auto zero) {
+    dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
         using T = decltype(zero);
-        auto op = operation<T>(q_rows, k_rows, v_rows, packed, lengths, options);
+        auto op = make_arguments<T>(inputs);
         op.out = mutable_tokens<T>(out);
         const auto kernel = RECATTN_PICK(refined_forward<T>);
         groups.parallel_for([&](int64_t begin, int64_t end) { kernel(op, groups.start(begin), groups.start(end)); });
@@ -280,20 +277,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refined_attention_pairs_bwd(
     const std::optional<Tensor>& seq_lens, bool folded, bool has_values, bool adds_source, bool softmax_source,
     bool causal, bool left_padded, double scale) {
     const Options options{folded, has_values, adds_source, softmax_source, causal, left_padded, scale};
-    check(q, k, v, weights, options);
+    const Inputs inputs(q, k, v, weights, seq_lens, options);
     check(q, k, dout, weights, options);
     expect_shape("dout", dout, {{"B"}, {"H"}, {"N"}, {"Dv", v.size(3)}});
-    const auto lengths = checked_lengths(seq_lens, q.size(0), q.size(2));
-    const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v),
-                 dout_rows = with_contiguous_rows(dout);
-    const PackedWeights packed(torch::stable::contiguous(weights), folded, has_values);
-    const Groups groups(lengths, q.size(1), q.size(3) + v.size(3) + weights.size(2));
+    const PackedWeights& packed = inputs.packed;
+    const Groups& groups = inputs.groups;
+    const Tensor dout_rows = with_contiguous_rows(dout);
     const Tensor dq = new_contiguous(q), dk = new_contiguous(k), dv = new_contiguous(v);
     const Tensor partials = torch::stable::new_empty(weights, {groups.count(), packed.size()});
     const Tensor dweights = torch::stable::new_empty(weights, {weights.size(0), weights.size(1), weights.size(2)});
-    dispatch(q.scalar_type(), [&](auto zero) {
+    dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
         using T = decltype(zero);
-        auto op = operation<T>(q_rows, k_rows, v_rows, packed, lengths, options);
+        auto op = make_arguments<T>(inputs);
         op.dout = tokens<T>(dout_rows);
         op.dq = mutable_tokens<T>(dq);
         op.dk = mutable_tokens<T>(dk);

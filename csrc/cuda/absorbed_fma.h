@@ -1,7 +1,13 @@
-// lrea_absorbed_attention by fused multiply-adds in float: any dtype, any sizes, any strides.
+// lrea_absorbed_attention with float multiply-adds: any dtype, sizes and strides.
 //
-// A block takes a tile of candidates and kColumns columns of the output. It walks the rank in steps of a warp: lane k
-// holds the score of rank row k, then shares it with the others.
+//   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv]: the state of candidate t's user and this
+//   head
+//
+// One block: kRows candidates of one user, one head, kColumns columns of h. It loops over the rank, 32 rows at a time:
+//   scores = q keys^T       in steps of kDepth columns of q and keys, staged in shared memory; lane k has rank row k
+//   scores = leaky_relu(scores)
+//   acc   += scores values  the lanes exchange their scores by shuffles
+// One thread: kRowsPerWarp rows by kColumnsPerLane columns of acc.
 #pragma once
 
 #include "absorbed_operands.h"
@@ -12,24 +18,24 @@ namespace recattn::fma {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kBlocksPerProcessor = 4;  // leaves each thread 128 registers
+constexpr int kBlocksPerProcessor = 4;  // so that a thread gets 128 registers
 constexpr int kRowsPerWarp = 4;
-constexpr int kShift = 4;
-constexpr int kRows = 1 << kShift;
-constexpr int kDepth = 64;  // columns of q and keys that are staged at a time
+constexpr int kLog2TileRows = 4;
+constexpr int kRows = 1 << kLog2TileRows;
+constexpr int kDepth = 64;  // columns of q and keys staged at a time
 constexpr int kColumnsPerLane = 4;
 constexpr int kColumns = kColumnsPerLane * kLanes;
 static_assert(kRows == kWarps * kRowsPerWarp);
 
 template <class T>
 struct SharedMemory {
-    const T* rows[kRows];  // null: zeros
+    const T* rows[kRows];  // null for a row of zeros
     float targets[kRows][kDepth];
-    float keys[kLanes][kDepth + 1];  // lanes read a column each: an odd stride keeps them in different banks
+    float keys[kLanes][kDepth + 1];  // odd stride: the lanes, which read one column each, hit different banks
     float values[kLanes][kColumns];
 };
 
-// out[m, n] = at(m, n), zero beyond `rows` and `columns`; the whole block takes part.
+// out[m, n] = at(m, n), 0 beyond `rows` and `columns`. Called by the whole block.
 template <int kStagedRows, int kWidth, int kStride, class At>
 __device__ void stage(int rows, int columns, float (*out)[kStride], const At& at) {
 #pragma unroll 4
@@ -39,7 +45,7 @@ __device__ void stage(int rows, int columns, float (*out)[kStride], const At& at
     }
 }
 
-// Rank rows first .. first+rows of a user's state, from a column on.
+// Stages rank rows first .. first+rows of a user's state, from `first_column` on; dequantizes int8.
 template <class T, int kWidth, int kStride>
 __device__ void stage_state(const StateTable& table, int64_t slot, int head, int first, int rows, int first_column,
                             int columns, float (*out)[kStride]) {
@@ -65,12 +71,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attent
     const int head = blockIdx.y, first_column = blockIdx.z * kColumns;
     const int columns = min(kColumns, op.value_dim - first_column);
     check_users(op);
-    store_nobodys_rows(op, first_column, columns);
+    store_unowned_rows(op, first_column, columns);
     const Tile tile = find_tile(op);
     if (tile.rows == 0) return;
     if (threadIdx.x < tile.rows) shared.rows[threadIdx.x] = target_of(op, tile, threadIdx.x, true);
     float acc[kRowsPerWarp][kColumnsPerLane] = {};
-    // Who has no state is served the zeros of acc. (To return here would cost registers that ptxas lacks for sm_100.)
+    // A user without a state gets the zeros of acc. (An early return here costs registers, and spills on sm_100.)
     for (int k = tile.slot < 0 ? op.rank : 0; k < op.rank; k += kLanes) {
         const int ranks = min(kLanes, op.rank - k);
         float scores[kRowsPerWarp] = {};  // of rank row k + lane

@@ -1,11 +1,18 @@
 // lrea_absorbed_attention on tensor cores: half-precision targets, rows of whole 16-byte pieces.
 //
-// A block stages the state of its user in shared memory; each warp takes 16 candidates, from global memory straight
-// into registers. What a product sums over may be permuted, and so may the columns it makes: a lane is given those of
-// which it can read, or write, eight neighbours at once.
-//   scores = q keysᵀ     of 32 columns, lane t of a group of four has 8t .. 8t+7 of a row of q and of keys: word 2i of
-//                        these is its part of the i-th product's first half, word 2i+1 of the second
-//   out = φ(scores) V    of 32 columns, column n of the j-th product is 4n + j: a lane's four products hold 8t .. 8t+7
+//   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv]: the state of candidate t's user and this
+//   head
+//
+// One block: 2^kLog2TileRows = 128 candidates of one user and one head. It stages the user's state in shared memory.
+// One warp: 16 candidates. It loads q from global memory into registers, kSlab columns ahead:
+//   scores  = q keys^T            [16, kRank]
+//   weights = leaky_relu(scores)  [16, kRank], packed to half precision
+//   out     = weights values      [16, kGroup] at a time
+//
+// A product may sum in any order and compute its columns in any order. The order is chosen so that a lane reads and
+// writes 8 neighbours (16 bytes) at a time. With t = lane % 4, for each 32 columns:
+//   scores   lane t has columns 8t .. 8t+7 of its rows of q and keys, as 4 words; product i takes words 2i and 2i+1
+//   out      column n of product j is column 4n + j of `out`, so the four products of a lane hold columns 8t .. 8t+7
 // Rank and widths are padded with zeros.
 #pragma once
 
@@ -18,15 +25,15 @@
 
 namespace recattn::mma {
 
-constexpr int kMostRank = 64, kMostWidth = 256;
-constexpr int kPiece = 8;         // elements that one access moves
-constexpr int kRowsPerWarp = 16;  // of a product
-constexpr int kShift = 7;
-constexpr int kWarps = (1 << kShift) / kRowsPerWarp;
+constexpr int kMaxRank = 64, kMaxWidth = 256;
+constexpr int kPiece = 8;         // elements of one 16-byte access
+constexpr int kRowsPerWarp = 16;  // rows of one tensor-core product
+constexpr int kLog2TileRows = 7;
+constexpr int kWarps = (1 << kLog2TileRows) / kRowsPerWarp;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kGroup = 32;  // columns that four lanes' pieces cover
+constexpr int kGroup = 32;  // columns covered by the pieces of four lanes
 constexpr int kSlabGroups = 2;
-constexpr int kSlab = kSlabGroups * kGroup;  // columns of q that are read before they are needed
+constexpr int kSlab = kSlabGroups * kGroup;  // columns of q that are loaded ahead
 constexpr int kStagingLanes = 8;             // threads that stage one row
 constexpr int kStagingRows = kThreads / kStagingLanes;
 
@@ -35,8 +42,8 @@ template <int kRank>
 struct Layout {
     int width, key_stride, value_stride;  // in elements of two bytes
 
-    // Eight lanes read 64 bytes from each of two rows of keys at a time, sixteen 32 bytes from each of four rows of
-    // values, every second: these strides put them in different banks.
+    // Strides without bank conflicts: at a time, 8 lanes read 64 bytes from each of two rows of keys, and 16 lanes read
+    // 32 bytes from each of four rows of values, every second row.
     __host__ __device__ Layout(int query_dim, int value_dim)
         : width(((query_dim > value_dim ? query_dim : value_dim) + kGroup - 1) / kGroup * kGroup),
           key_stride(width / 64 * 64 + 32),
@@ -45,7 +52,7 @@ struct Layout {
     __host__ __device__ int bytes() const { return scales_offset() + kRank * static_cast<int>(sizeof(float2)); }
 };
 
-// Eight numbers of a state, and the same in a half-precision type, which holds every int8 exactly.
+// Eight numbers of a state. widen() converts them to half precision, exactly also for int8.
 template <class State>
 using Piece = std::conditional_t<std::is_same_v<State, int8_t>, uint2, uint4>;
 
@@ -64,13 +71,13 @@ __device__ uint4 widen(uint2 piece) {
     return {words[0], words[1], words[2], words[3]};
 }
 
-// This thread's pieces of a user's rows: one of every kStagingRows-th row, zero beyond the rank and the width.
+// One thread's pieces of a user's state: one in every kStagingRows-th row; zeros beyond the rank and the width.
 template <class State, int kRank>
 struct StatePieces {
     static constexpr int kPieces = (kRank + kStagingRows - 1) / kStagingRows;
     Piece<State> pieces[kPieces];
 
-    // Reads without a branch, so that all reads are on their way before the first is waited for.
+    // Loads without a branch, so that all loads are issued before the first is waited for.
     __device__ StatePieces(const StateTable& table, int64_t slot, int head, int rank, int width, int column) {
         const State* state = static_cast<const State*>(table.data) + slot * table.slot + head * table.head;
 #pragma unroll
@@ -104,7 +111,7 @@ __device__ void stage(const Operands<T>& op, const Layout<kRank>& layout, int64_
     }
 }
 
-// Each warp holds all of a user's scales (of the key, of the value), zero beyond the rank.
+// All scales of a user's state, (key, value) per rank row, spread over the lanes of each warp; zeros beyond the rank.
 template <int kRank>
 struct Scales {
     static constexpr int kPerLane = (kRank + kLanes - 1) / kLanes;
@@ -120,7 +127,7 @@ struct Scales {
         }
     }
 
-    // Divides the scales of the values by their largest and returns it: so that no weight is too small for float16.
+    // Divides the value scales by the largest of them and returns it, so that the weights do not underflow in float16.
     __device__ float normalize() {
         float largest = 0.f;
 #pragma unroll
@@ -141,7 +148,8 @@ struct Scales {
     }
 };
 
-// A lane's part of kSlab columns of 16 candidates, zero beyond the width and for a null row: pieces of rows g and g+8.
+// One lane's part of kSlab columns of 16 candidates: pieces of rows g and g+8. Zeros beyond the width and for a null
+// row.
 struct Slab {
     uint4 low[kSlabGroups], high[kSlabGroups];
 
@@ -157,7 +165,7 @@ struct Slab {
     }
 };
 
-// scores += q keysᵀ over one slab; `keys` begins at its first column, and `width` columns are left.
+// scores += q keys^T over one slab. `keys` points at the slab's first column; `width` columns are left from there.
 template <class T, int kRank>
 __device__ void add_scores(const Slab& slab, const T* keys, int stride, int width, float (&scores)[kRank / 8][4]) {
     const int lane = threadIdx.x % kLanes;
@@ -175,14 +183,14 @@ __device__ void add_scores(const Slab& slab, const T* keys, int stride, int widt
     }
 }
 
-// φ of the scores, as the left operand of the second product.
+// weights = leaky_relu(scores), as the A operand of the second product. kScaled: int8 states, with scales.
 template <class T, bool kScaled, int kRank>
-__device__ void weigh(float negative_slope, const float2* scales, float (&scores)[kRank / 8][4],
-                      uint32_t (&weights)[kRank / 16][4]) {
+__device__ void apply_leaky_relu(float negative_slope, const float2* scales, float (&scores)[kRank / 8][4],
+                                 uint32_t (&weights)[kRank / 16][4]) {
 #pragma unroll
     for (int n = 0; n < kRank / 8; ++n) {
         float (&s)[4] = scores[n];
-        const float2* pair = scales + n * 8 + threadIdx.x % 4 * 2;  // of the lane's two columns
+        const float2* pair = scales + n * 8 + threadIdx.x % 4 * 2;  // scales of the lane's two columns
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if constexpr (kScaled) s[i] *= pair[i % 2].x;
@@ -194,14 +202,14 @@ __device__ void weigh(float negative_slope, const float2* scales, float (&scores
     }
 }
 
-// acc[j][c] = (weights values)[g or g+8, 4n + j] of kGroup columns, n = 2t or 2t+1; `values` begins at the first.
+// acc[j][c] = (weights values)[g or g+8, 4n + j] with n = 2t or 2t+1, for kGroup columns from `values` on.
 template <class T, int kRank>
 __device__ void multiply_values(const uint32_t (&weights)[kRank / 16][4], const T* values, int stride,
                                 float (&acc)[4][4]) {
     const int lane = threadIdx.x % kLanes;
 #pragma unroll
     for (int k = 0; k < kRank / 16; ++k) {
-        uint32_t pairs[2][4];  // of two rows and the j-th column
+        uint32_t pairs[2][4];  // column j of two neighbouring rows
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const T* row = values + (k * 16 + half * 8 + lane % 4 * 2) * stride + lane / 4 * 4;
@@ -217,13 +225,13 @@ __device__ void multiply_values(const uint32_t (&weights)[kRank / 16][4], const 
     }
 }
 
-// Eight neighbouring columns of one row: c[0..3][i] then c[0..3][i+1].
+// Stores eight neighbouring columns of one row: acc[0..3][i], then acc[0..3][i+1].
 template <class T>
 __device__ void store_piece(const float (&acc)[4][4], int i, float scale, T* out) {
     const uint4 piece{pack<T>(acc[0][i] * scale, acc[1][i] * scale), pack<T>(acc[2][i] * scale, acc[3][i] * scale),
                       pack<T>(acc[0][i + 1] * scale, acc[1][i + 1] * scale),
                       pack<T>(acc[2][i + 1] * scale, acc[3][i + 1] * scale)};
-    __stcg(reinterpret_cast<uint4*>(out), piece);  // a plain assignment is split into four
+    __stcg(reinterpret_cast<uint4*>(out), piece);  // one 16-byte store; a plain assignment becomes four
 }
 
 template <class T, class State, int kRank>
@@ -231,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, kRank <= 32 ? 3 : 2) absorbed_attent
     constexpr bool kScaled = std::is_same_v<State, int8_t>;
     RECATTN_DYNAMIC_SHARED_MEMORY(uint4, shared);
     check_users(op);
-    store_nobodys_rows(op, 0, op.value_dim);
+    store_unowned_rows(op, 0, op.value_dim);
     const Tile tile = find_tile(op);
     if (tile.rows == 0) return;
     const int head = blockIdx.y, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -244,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kRank <= 32 ? 3 : 2) absorbed_attent
     const T* low_target = target_of(op, tile, row, lane % 4 == 0);
     const T* high_target = target_of(op, tile, high_row, lane % 4 == 0);
     if (tile.slot < 0) return store_zeros(op, tile.first, tile.rows, 0, op.value_dim);
-    Slab slab(low_target, high_target, 0, op.query_dim);  // on its way while the state is staged
+    Slab slab(low_target, high_target, 0, op.query_dim);  // loads while the state is staged
     float scale = 1.f;
     if constexpr (kScaled) {
         Scales<kRank> of_user(op.keys, op.values, tile.slot, head, op.rank);
@@ -264,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, kRank <= 32 ? 3 : 2) absorbed_attent
         if (column + kSlab < op.query_dim) slab = Slab(low_target, high_target, column + kSlab, op.query_dim);
     }
     uint32_t weights[kRank / 16][4];
-    weigh<T, kScaled, kRank>(op.negative_slope, scales, scores, weights);
+    apply_leaky_relu<T, kScaled, kRank>(op.negative_slope, scales, scores, weights);
     const int64_t out_row = op.heads * op.value_dim;
     T* out = op.out + (tile.first + row) * out_row + head * op.value_dim;
 #pragma unroll 1

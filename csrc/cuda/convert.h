@@ -1,4 +1,4 @@
-// Conversions by name, for torch builds extensions without the implicit ones of CUDA's half types.
+// Explicit conversions: torch compiles extensions without the implicit conversions of CUDA's half types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +18,7 @@ __device__ inline void store(float value, float* out) { *out = value; }
 __device__ inline void store(float value, __half* out) { *out = __float2half(value); }
 __device__ inline void store(float value, __nv_bfloat16* out) { *out = __float2bfloat16(value); }
 
-// Both rounded to T in one word, `low` in its low half.
+// Rounds both numbers to T and packs them in one word, `low` in its low half.
 template <class T>
 __device__ uint32_t pack(float low, float high) {
     T pair[2];

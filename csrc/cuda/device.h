@@ -1,4 +1,4 @@
-// What the host side asks of PyTorch's CUDA. tests/cuda/cuda_emulation has its own, where the device is the CPU.
+// PyTorch's CUDA device and stream. tests/cuda/cuda_emulation has its own version, for which the device is the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

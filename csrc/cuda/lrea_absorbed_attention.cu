@@ -1,5 +1,5 @@
-// h = leaky_relu(q keys^T) values for a ragged batch of candidates, each user's state read where it lies in the tables:
-// one launch, on tensor cores where the operands allow it.
+// CUDA operator lrea_absorbed_attention: h = leaky_relu(q keys^T) values for a ragged batch of candidates. Each user's
+// state is read in place from the tables. One launch, on tensor cores if the operands fit.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -15,10 +15,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMostBlocks = 65535;  // of a grid along y and z
+constexpr int64_t kMaxBlocks = 65535;  // limit of a grid along y and z
 
-// Asks first: an operator takes about as long to call as a kernel to launch.
-Tensor without_gaps(const Tensor& tensor) {
+// Checks first, because calling an operator costs about as much as launching a kernel.
+Tensor make_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
@@ -35,8 +35,8 @@ StateTable table(const Tensor& state, const OptionalTensor& scales) {
     return table;
 }
 
-// Whether eight neighbours along the last axis can be read at once, everywhere.
-bool lies_in_pieces(const Tensor& tensor) {
+// Whether the last axis can be read in aligned pieces of kPiece elements.
+bool is_readable_in_pieces(const Tensor& tensor) {
     const int64_t last = tensor.dim() - 1;
     if (tensor.size(last) % mma::kPiece != 0 || tensor.stride(last) != 1) return false;
     for (int64_t axis = 0; axis < last; ++axis) {
@@ -47,9 +47,9 @@ bool lies_in_pieces(const Tensor& tensor) {
 }
 
 bool fits_tensor_cores(const Tensor& targets, const Tensor& keys, const Tensor& values, const AbsorbedSizes& sizes) {
-    return sizes.rank > 0 && sizes.query_dim > 0 && sizes.rank <= mma::kMostRank &&
-           std::max(sizes.query_dim, sizes.value_dim) <= mma::kMostWidth && lies_in_pieces(targets) &&
-           lies_in_pieces(keys) && lies_in_pieces(values);
+    return sizes.rank > 0 && sizes.query_dim > 0 && sizes.rank <= mma::kMaxRank &&
+           std::max(sizes.query_dim, sizes.value_dim) <= mma::kMaxWidth && is_readable_in_pieces(targets) &&
+           is_readable_in_pieces(keys) && is_readable_in_pieces(values);
 }
 
 void expect_on_device(const char* name, const Tensor& tensor, const Tensor& targets) {
@@ -71,14 +71,14 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
     if (key_scales) expect_on_device("key_scales", *key_scales, targets);
     if (value_scales) expect_on_device("value_scales", *value_scales, targets);
     if (invalid) expect_on_device("invalid", *invalid, targets);
-    expect(sizes.heads <= kMostBlocks, "targets must have at most ", kMostBlocks, " heads, got ", sizes.heads);
-    expect(std::max({sizes.rank, sizes.query_dim, sizes.value_dim}) <= kMostBlocks, "rank and widths must be at most ",
-           kMostBlocks, ", got r = ", sizes.rank, ", d = ", sizes.query_dim, ", dv = ", sizes.value_dim);
+    expect(sizes.heads <= kMaxBlocks, "targets must have at most ", kMaxBlocks, " heads, got ", sizes.heads);
+    expect(std::max({sizes.rank, sizes.query_dim, sizes.value_dim}) <= kMaxBlocks, "rank and widths must be at most ",
+           kMaxBlocks, ", got r = ", sizes.rank, ", d = ", sizes.query_dim, ", dv = ", sizes.value_dim);
     const DeviceGuard guard(targets.get_device_index());
     const Tensor out = torch::stable::new_empty(targets, {sizes.rows, sizes.heads, sizes.value_dim});
     if (out.numel() == 0) return out;
-    const Tensor slots_row = without_gaps(slots), offsets_row = without_gaps(target_offsets);
-    const OptionalTensor ids_row = item_ids ? OptionalTensor(without_gaps(*item_ids)) : std::nullopt;
+    const Tensor slots_row = make_contiguous(slots), offsets_row = make_contiguous(target_offsets);
+    const OptionalTensor ids_row = item_ids ? OptionalTensor(make_contiguous(*item_ids)) : std::nullopt;
     const cudaStream_t stream = current_stream(targets.get_device_index());
     auto* counter = invalid ? static_cast<unsigned long long*>(invalid->mutable_data_ptr()) : nullptr;
     const auto run_as = [&](auto zero) {

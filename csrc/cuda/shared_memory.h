@@ -1,5 +1,5 @@
-// Declares a block's shared memory: of a size known here, and of as many T as the launch asks for. These are macros so
-// that tests/cuda/cuda_emulation, which has its own shared_memory.h and mma.h, runs all else in this folder on a CPU.
+// Declares a block's shared memory, of fixed size or of the size given at launch. Macros, because
+// tests/cuda/cuda_emulation replaces this file and mma.h to run the kernels on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -37,7 +37,7 @@ MISTAKES = {
         ("slots unchecked", "is_row(slot, op.table_size) ? slot : -1", "slot"),
         ("item ids unchecked", "if (!is_row(target, op.items)) {", "if (false) {"),
         ("offsets outside", "max(int64_t{0}, min(op.offsets[user], op.rows))", "op.offsets[user]"),
-        ("rows of nobody", "    store_zeros(op, end, op.rows - end, first_column, columns);\n", ""),
+        ("rows of no user", "    store_zeros(op, end, op.rows - end, first_column, columns);\n", ""),
         ("users outside", "user >= op.users || blockIdx.y", "blockIdx.y"),
         ("the wrong user", "+ probe <= tile", "+ probe < tile"),
     ),
@@ -45,7 +45,7 @@ MISTAKES = {
 
 
 # Where offsets are wild, rows of nobody may be a user's too: each number is then of one of the two.
-ALLOWED_RACE = "race:store_nobodys_rows\n"
+ALLOWED_RACE = "race:store_unowned_rows\n"
 
 
 def outcome(program: Path) -> tuple[int, str]:

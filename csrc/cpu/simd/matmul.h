@@ -1,5 +1,9 @@
-// Products and transposes of small matrices for one instruction set (see foreach_isa.h). No include guard. Matrices are
-// row-major; a "row stride" counts elements.
+// Products and transposes of small matrices, for one instruction set (see foreach_isa.h).
+//
+//   out[m, n] (+)= sum_k lhs[m, k] rhs[k, n]
+//
+// A register tile holds RECATTN_TILE_ROWS rows of `out` and RECATTN_TILE_VECTORS registers of columns. Strides count
+// elements. No include guard: the header is compiled once for each instruction set.
 
 namespace recattn::RECATTN_ISA {
 
@@ -14,7 +18,7 @@ RECATTN_INLINE int64_t round_up_to_lanes(int64_t size) {
     return (size + Vector<A>::lanes - 1) / Vector<A>::lanes * Vector<A>::lanes;
 }
 
-// What the factors of a product consist of: here of numbers of its own type.
+// The element type of a product's operands. By default a single number; PairOf<> in matmul_16bit.h is two.
 template <class E>
 struct Element {
     using Sum = E;
@@ -29,32 +33,46 @@ struct Element {
 template <class E>
 using sum_t = typename Element<E>::Sum;
 
-// a[m, k] = data[m * row + k * column]: read by scalars, so any layout will do.
+// lhs[m, k] = data[m * row_stride + k * column_stride]. Read one number at a time, so any strides will do.
 template <class E>
-struct Left {
+struct Lhs {
     const E* data;
-    int64_t row, column;
+    int64_t row_stride, column_stride;
 };
 
+// rhs[k, n] = data[k * row_stride + n]. Read in whole registers.
 template <class E>
-struct Right {
+struct Rhs {
     const E* data;
-    int64_t row;
+    int64_t row_stride;
 };
 
+// out[m, n] = data[m * row_stride + n]. Written in whole registers; `accumulate` adds to what is there.
 template <class A>
-struct Product {
+struct Out {
     A* data;
-    int64_t row;
+    int64_t row_stride;
     bool accumulate;
 };
 
-// Longer sums are added up in parts of so many terms: each rounds at its own size, not at that of all before it.
-constexpr int64_t kSumPart = 64;
+// A long sum is split into blocks of this many terms, so that the rounding error grows with the size of a block's sum.
+constexpr int64_t kSumBlock = 64;
 
-// out[m, n] (+)= sum_k a[m, k] b[k, n] for M rows and V registers of columns.
+// Calls step(lhs, rhs, out, depth) for each block of kSumBlock terms of out (+)= lhs rhs.
+template <class E, class Step>
+RECATTN_INLINE void for_each_sum_block(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, int64_t depth, const Step& step) {
+    do {
+        step(lhs, rhs, out, std::min(kSumBlock, depth));
+        lhs.data += kSumBlock * lhs.column_stride;
+        rhs.data += kSumBlock * rhs.row_stride;
+        out.accumulate = true;
+        depth -= kSumBlock;
+    } while (depth > 0);
+}
+
+// out[m, n] (+)= sum_k lhs[m, k] rhs[k, n] for one register tile: M rows, V registers of columns.
 template <int M, int V, class E>
-RECATTN_INLINE void multiply_tile(Left<E> a, Right<E> b, Product<sum_t<E>> out, int64_t depth) {
+RECATTN_INLINE void multiply_tile(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, int64_t depth) {
     using Row = typename Vector<E>::type;
     using Vec = typename Vector<sum_t<E>>::type;
     constexpr int64_t lanes = Vector<E>::lanes;
@@ -62,10 +80,10 @@ RECATTN_INLINE void multiply_tile(Left<E> a, Right<E> b, Product<sum_t<E>> out, 
     for (int64_t k = 0; k < depth; ++k) {
         Row row[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) row[v] = *reinterpret_cast<const Row*>(b.data + k * b.row + v * lanes);
+        for (int v = 0; v < V; ++v) row[v] = *reinterpret_cast<const Row*>(rhs.data + k * rhs.row_stride + v * lanes);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            const E scalar = a.data[m * a.row + k * a.column];
+            const E scalar = lhs.data[m * lhs.row_stride + k * lhs.column_stride];
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) acc[m][v] = Element<E>::multiply_add(scalar, row[v], acc[m][v]);
         }
@@ -74,31 +92,32 @@ RECATTN_INLINE void multiply_tile(Left<E> a, Right<E> b, Product<sum_t<E>> out, 
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
-            Vec* sum = reinterpret_cast<Vec*>(out.data + m * out.row + v * lanes);
-            *sum = out.accumulate ? *sum + acc[m][v] : acc[m][v];  // at the end, as kSumPart asks
+            Vec* sum = reinterpret_cast<Vec*>(out.data + m * out.row_stride + v * lanes);
+            *sum = out.accumulate ? *sum + acc[m][v] : acc[m][v];  // added last: acc is rounded by itself (kSumBlock)
         }
     }
 }
 
-// The same for any number of columns, a multiple of the lanes.
+// As multiply_tile, for any number of columns that is a multiple of the lanes.
 template <int M, int V, class E>
-RECATTN_INLINE void multiply_columns(Left<E> a, Right<E> b, Product<sum_t<E>> out, int64_t depth, int64_t columns) {
+RECATTN_INLINE void multiply_columns(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, int64_t depth, int64_t columns) {
     constexpr int64_t step = V * Vector<E>::lanes;
-    for (; columns >= step; columns -= step, b.data += step, out.data += step) multiply_tile<M, V>(a, b, out, depth);
-    if constexpr (V > 1) multiply_columns<M, V / 2>(a, b, out, depth, columns);
-}
-
-// The same for any number of rows too.
-template <int M, class E>
-RECATTN_TARGET void multiply(Left<E> a, Right<E> b, Product<sum_t<E>> out, int64_t rows, int64_t depth,
-                             int64_t columns) {
-    for (; rows >= M; rows -= M, a.data += M * a.row, out.data += M * out.row) {
-        multiply_columns<M, RECATTN_TILE_VECTORS>(a, b, out, depth, columns);
+    for (; columns >= step; columns -= step, rhs.data += step, out.data += step) {
+        multiply_tile<M, V>(lhs, rhs, out, depth);
     }
-    if constexpr (M > 1) multiply<M / 2>(a, b, out, rows, depth, columns);
+    if constexpr (V > 1) multiply_columns<M, V / 2>(lhs, rhs, out, depth, columns);
 }
 
-// The lanes of a and b in turn: those of their first halves, or of their second.
+// As multiply_columns, for any number of rows: tiles of M rows, then of M / 2, M / 4, ... 1.
+template <int M, class E>
+RECATTN_TARGET void multiply(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, int64_t rows, int64_t depth, int64_t columns) {
+    for (; rows >= M; rows -= M, lhs.data += M * lhs.row_stride, out.data += M * out.row_stride) {
+        multiply_columns<M, RECATTN_TILE_VECTORS>(lhs, rhs, out, depth, columns);
+    }
+    if constexpr (M > 1) multiply<M / 2>(lhs, rhs, out, rows, depth, columns);
+}
+
+// a[i], b[i], a[i+1], b[i+1], ... from the first halves of a and b, or from their second halves.
 template <bool kSecond, class Vec, int... kLane>
 RECATTN_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
     constexpr int lanes = sizeof...(kLane), first = kSecond ? lanes / 2 : 0;
@@ -109,17 +128,17 @@ RECATTN_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, kLane...>
 #endif
 }
 
-// out[n, m] = in[m, n] for `rows` rows of as many columns as there are lanes; whole registers, zeros past the rows.
+// out[n, m] = in[m, n] for one block: at most `lanes` rows, exactly `lanes` columns. Writes zeros for missing rows.
 template <class E>
-RECATTN_INLINE void transpose_block(const E* in, int64_t in_row, int64_t rows, E* out, int64_t out_row) {
+RECATTN_INLINE void transpose_block(const E* in, int64_t in_row_stride, int64_t rows, E* out, int64_t out_row_stride) {
     using Vec = typename Vector<E>::type;
     constexpr int lanes = Vector<E>::lanes;
     using Lanes = std::make_integer_sequence<int, lanes>;
     Vec block[lanes], shuffled[lanes];
 #pragma GCC unroll 16
-    for (int m = 0; m < lanes; ++m) block[m] = m < rows ? *reinterpret_cast<const Vec*>(in + m * in_row) : Vec{};
+    for (int m = 0; m < lanes; ++m) block[m] = m < rows ? *reinterpret_cast<const Vec*>(in + m * in_row_stride) : Vec{};
 #pragma GCC unroll 4
-    for (int distance = 1; distance < lanes; distance *= 2) {  // each round moves one bit of m to one of n
+    for (int distance = 1; distance < lanes; distance *= 2) {  // each round exchanges one bit of m and n
 #pragma GCC unroll 8
         for (int m = 0; m < lanes / 2; ++m) {
             shuffled[2 * m] = interleave<false>(block[m], block[m + lanes / 2], Lanes{});
@@ -129,25 +148,25 @@ RECATTN_INLINE void transpose_block(const E* in, int64_t in_row, int64_t rows, E
         for (int m = 0; m < lanes; ++m) block[m] = shuffled[m];
     }
 #pragma GCC unroll 16
-    for (int n = 0; n < lanes; ++n) *reinterpret_cast<Vec*>(out + n * out_row) = block[n];
+    for (int n = 0; n < lanes; ++n) *reinterpret_cast<Vec*>(out + n * out_row_stride) = block[n];
 }
 
-// out[n, m] = in[m, n]; rows of `out` are written in whole registers.
+// out[n, m] = in[m, n]. Rows of `out` are written in whole registers.
 template <class E>
-RECATTN_TARGET void transpose(Left<E> in, int64_t rows, int64_t columns, E* out, int64_t out_row) {
+RECATTN_TARGET void transpose(Lhs<E> in, int64_t rows, int64_t columns, E* out, int64_t out_row_stride) {
     constexpr int64_t lanes = Vector<E>::lanes;
     for (int64_t m = 0; m < rows; m += lanes) {
-        const E* block = in.data + m * in.row;
+        const E* block = in.data + m * in.row_stride;
         const int64_t block_rows = std::min(lanes, rows - m);
         if (columns < lanes) {
             for (int64_t n = 0; n < columns; ++n) {
                 for (int64_t i = 0; i < lanes; ++i)
-                    out[n * out_row + m + i] = i < block_rows ? block[i * in.row + n] : E{};
+                    out[n * out_row_stride + m + i] = i < block_rows ? block[i * in.row_stride + n] : E{};
             }
         }
         for (int64_t n = 0; n < columns && columns >= lanes; n += lanes) {
             const int64_t first = std::min(n, columns - lanes);  // the last block overlaps the one before
-            transpose_block(block + first, in.row, block_rows, out + first * out_row + m, out_row);
+            transpose_block(block + first, in.row_stride, block_rows, out + first * out_row_stride + m, out_row_stride);
         }
     }
 }
@@ -157,26 +176,27 @@ RECATTN_INLINE void copy_row(const From* in, int64_t size, To* out) {
     for (int64_t i = 0; i < size; ++i) out[i] = static_cast<To>(in[i]);
 }
 
-// `rows` rows to read by scalars: where they lie if the type is the accumulator's, else converted.
+// Rows of `in` as an Lhs: `in` itself if it has the accumulator's type, else a converted copy in `scratch`.
 template <class T, class A>
-RECATTN_TARGET Left<A> as_left(const T* in, int64_t in_row, int64_t rows, int64_t columns, A* scratch) {
+RECATTN_TARGET Lhs<A> as_lhs(const T* in, int64_t in_row_stride, int64_t rows, int64_t columns, A* scratch) {
     if constexpr (std::is_same_v<T, A>) {
-        return {in, in_row, 1};
+        return {in, in_row_stride, 1};
     } else {
-        for (int64_t m = 0; m < rows; ++m) copy_row(in + m * in_row, columns, scratch + m * columns);
+        for (int64_t m = 0; m < rows; ++m) copy_row(in + m * in_row_stride, columns, scratch + m * columns);
         return {scratch, columns, 1};
     }
 }
 
-// `rows` rows that registers may read whole: where they lie if that is so, else copied and padded with zeros.
+// Rows of `in` as an Rhs: `in` itself if it has the accumulator's type and fills whole registers, else a copy in
+// `scratch`, padded with zeros.
 template <class T, class A>
-RECATTN_TARGET Right<A> as_right(const T* in, int64_t in_row, int64_t rows, int64_t columns, A* scratch) {
+RECATTN_TARGET Rhs<A> as_rhs(const T* in, int64_t in_row_stride, int64_t rows, int64_t columns, A* scratch) {
     const int64_t padded = round_up_to_lanes<A>(columns);
     if constexpr (std::is_same_v<T, A>) {
-        if (columns == padded) return {in, in_row};
+        if (columns == padded) return {in, in_row_stride};
     }
     for (int64_t m = 0; m < rows; ++m) {
-        copy_row(in + m * in_row, columns, scratch + m * padded);
+        copy_row(in + m * in_row_stride, columns, scratch + m * padded);
         std::fill(scratch + m * padded + columns, scratch + (m + 1) * padded, A(0));
     }
     return {scratch, padded};

@@ -1,5 +1,7 @@
-// Products of pairs of 16-bit numbers, for AVX512-BF16 and VNNI (see foreach_isa.h): of bfloat16, summed in float32,
-// and of int16, summed in int32. No include guard.
+// Operands of matmul.h whose elements are two adjacent 16-bit numbers, for AVX512-BF16 and VNNI (see foreach_isa.h):
+//   bfloat16, summed in float32    VDPBF16PS
+//   int16, summed in int32         VPDPWSSD
+// One instruction adds lhs[m, 2k] rhs[2k, n] + lhs[m, 2k+1] rhs[2k+1, n]. No include guard.
 
 namespace recattn::RECATTN_ISA {
 
@@ -42,7 +44,7 @@ struct Element<PairOf<int16_t>> {
     }
 };
 
-// --- 32 numbers, of which the first `count` are in memory, in 16 bits each; zeros for the others ---
+// --- Loads of up to 32 numbers as 16 bits each: the first `count` from memory, zeros after ---
 
 RECATTN_INLINE __mmask32 first_numbers(int64_t count) {
     return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
@@ -76,7 +78,7 @@ RECATTN_INLINE __m512i load(const int8_t* in, int64_t count) {
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// --- Rows as the products read them ---
+// --- Rows as matmul.h reads them ---
 
 RECATTN_INLINE void copy_row(const float* in, int64_t size, BFloat16* out) {
     for (int64_t i = 0; i < size; i += 32) {
@@ -84,7 +86,7 @@ RECATTN_INLINE void copy_row(const float* in, int64_t size, BFloat16* out) {
     }
 }
 
-// A zero completes the last pair.
+// An odd row gets a zero after its last number.
 template <class T, class N>
 RECATTN_INLINE void copy_row(const T* in, int64_t size, PairOf<N>* out) {
     for (int64_t i = 0; i < size; i += 32) {
@@ -92,30 +94,32 @@ RECATTN_INLINE void copy_row(const T* in, int64_t size, PairOf<N>* out) {
     }
 }
 
-// Pairs of neighbours in a row.
+// An element holds lhs[m, 2k] and lhs[m, 2k+1].
 template <class T, class N>
-RECATTN_TARGET Left<PairOf<N>> as_left(const T* in, int64_t in_row, int64_t rows, int64_t columns, PairOf<N>* scratch) {
+RECATTN_TARGET Lhs<PairOf<N>> as_lhs(const T* in, int64_t in_row_stride, int64_t rows, int64_t columns,
+                                     PairOf<N>* scratch) {
     if constexpr (std::is_same_v<T, N>) {
-        if (columns % 2 == 0 && in_row % 2 == 0) return {reinterpret_cast<const PairOf<N>*>(in), in_row / 2, 1};
+        if (columns % 2 == 0 && in_row_stride % 2 == 0)
+            return {reinterpret_cast<const PairOf<N>*>(in), in_row_stride / 2, 1};
     }
     const int64_t row = (columns + 1) / 2;
-    for (int64_t m = 0; m < rows; ++m) copy_row(in + m * in_row, columns, scratch + m * row);
+    for (int64_t m = 0; m < rows; ++m) copy_row(in + m * in_row_stride, columns, scratch + m * row);
     return {scratch, row, 1};
 }
 
-// Pairs of neighbours in a column.
+// An element holds rhs[2k, n] and rhs[2k+1, n].
 template <class T, class N>
-RECATTN_TARGET Right<PairOf<N>> as_right(const T* in, int64_t in_row, int64_t rows, int64_t columns,
-                                         PairOf<N>* scratch) {
+RECATTN_TARGET Rhs<PairOf<N>> as_rhs(const T* in, int64_t in_row_stride, int64_t rows, int64_t columns,
+                                     PairOf<N>* scratch) {
     const int64_t padded = round_up_to_lanes<PairOf<N>>(columns);
-    // Of two loaded rows: a number of the one, then its neighbour of the other.
+    // Interleaves two loaded rows.
     const __m512i low =
         _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007, 0x280008,
                           0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t m = 0; m < rows; m += 2) {
         PairOf<N>* out = scratch + m / 2 * padded;
-        const T *first = in + m * in_row, *second = first + in_row;
+        const T *first = in + m * in_row_stride, *second = first + in_row_stride;
         for (int64_t n = 0; n < columns; n += 32) {
             const __m512i a = load<N>(first + n, columns - n);
             const __m512i b = m + 1 < rows ? load<N>(second + n, columns - n) : _mm512_setzero_si512();

@@ -112,7 +112,7 @@ void serve(const Sizes& sizes, const std::vector<int>& counts, Indices kind) {
                          .value_dim = value_dim,
                          .negative_slope = 0.1f};
     const bool in_pieces =
-        gap == 1 && query_dim > 0 && query_dim % 8 == 0 && value_dim % 8 == 0 && rank <= recattn::mma::kMostRank;
+        gap == 1 && query_dim > 0 && query_dim % 8 == 0 && value_dim % 8 == 0 && rank <= recattn::mma::kMaxRank;
     try {
         recattn::launch_absorbed_attention(op, in_pieces, nullptr);
         if (kind == Indices::kWildUncounted) fail("an index out of range did not stop the kernel");
