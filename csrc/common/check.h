@@ -1,4 +1,4 @@
-// Checks of tensors.
+// Checks of tensor arguments: shape and dtype. Messages name the argument and are worded as in Python.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,42 +6,34 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/expect.h"
 
 namespace recattn {
 
-// As PyTorch writes it in Python.
+// The dtype as PyTorch names it in Python.
 inline const char* dtype_name(torch::headeronly::ScalarType dtype) {
     using torch::headeronly::ScalarType;
-    switch (dtype) {
-        case ScalarType::Double:
-            return "float64";
-        case ScalarType::Float:
-            return "float32";
-        case ScalarType::BFloat16:
-            return "bfloat16";
-        case ScalarType::Half:
-            return "float16";
-        case ScalarType::Long:
-            return "int64";
-        case ScalarType::Int:
-            return "int32";
-        case ScalarType::Char:
-            return "int8";
-        default:
-            return torch::headeronly::toString(dtype);
+    constexpr std::pair<ScalarType, const char*> names[] = {
+        {ScalarType::Double, "float64"}, {ScalarType::Float, "float32"}, {ScalarType::BFloat16, "bfloat16"},
+        {ScalarType::Half, "float16"},   {ScalarType::Long, "int64"},    {ScalarType::Int, "int32"},
+        {ScalarType::Char, "int8"},
+    };
+    for (const auto& [type, name] : names) {
+        if (type == dtype) return name;
     }
+    return torch::headeronly::toString(dtype);
 }
 
-inline std::string list_of(const std::vector<std::string>& words) {
+inline std::string format_list(const std::vector<std::string>& words) {
     std::string list = "[";
     for (const std::string& word : words) list += (list.size() > 1 ? ", " : "") + word;
     return list + "]";
 }
 
-// An axis by its symbol; kAnySize takes any size.
+// An axis: its symbol in messages, and the size it must have.
 inline constexpr int64_t kAnySize = -1;
 struct Axis {
     const char* symbol;
@@ -49,8 +41,8 @@ struct Axis {
 };
 
 inline void expect_shape(const char* name, const torch::stable::Tensor& tensor, std::initializer_list<Axis> axes) {
-    const bool as_many = tensor.dim() == static_cast<int64_t>(axes.size());
-    bool fits = as_many;
+    const bool same_dim = tensor.dim() == static_cast<int64_t>(axes.size());
+    bool fits = same_dim;
     for (int64_t i = 0; fits && i < tensor.dim(); ++i) {
         const int64_t size = axes.begin()[i].size;
         fits = size == kAnySize || size == tensor.size(i);
@@ -59,11 +51,11 @@ inline void expect_shape(const char* name, const torch::stable::Tensor& tensor, 
     std::vector<std::string> symbols, expected, got;
     for (int64_t i = 0; i < tensor.dim(); ++i) got.push_back(std::to_string(tensor.size(i)));
     for (const Axis& axis : axes) {
-        const std::string any = as_many ? got[expected.size()] : axis.symbol;
+        const std::string any = same_dim ? got[expected.size()] : axis.symbol;
         symbols.push_back(axis.symbol);
         expected.push_back(axis.size == kAnySize ? any : std::to_string(axis.size));
     }
-    expect(false, name, " must be ", list_of(symbols), " = ", list_of(expected), ", got ", list_of(got));
+    expect(false, name, " must be ", format_list(symbols), " = ", format_list(expected), ", got ", format_list(got));
 }
 
 inline void expect_dtype_of(const char* like_name, const torch::stable::Tensor& like, const char* name,

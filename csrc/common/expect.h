@@ -1,4 +1,5 @@
-// Host-side checks: the message names the argument, what was expected and what came. Python sees a ValueError.
+// expect(condition, words...): raises std::invalid_argument, a ValueError in Python. The message names the argument,
+// what was expected and what was given.
 #pragma once
 
 #include <sstream>

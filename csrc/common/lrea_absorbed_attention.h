@@ -1,4 +1,4 @@
-// What the CPU and the CUDA kernel of lrea_absorbed_attention share: sizes and their checks, worded as Python's.
+// Argument checks of lrea_absorbed_attention, for the CPU and the CUDA operator.
 #pragma once
 
 #include <optional>

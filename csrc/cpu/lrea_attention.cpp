@@ -203,7 +203,7 @@ template <class T, class S>
 auto absorbed_kernel() {
 #if defined(__x86_64__)
     if constexpr (std::is_same_v<T, BFloat16>) {
-        if (bf16_products_pay()) return avx512_bf16::attend<T, S, avx512_bf16::PairOf<BFloat16>>;
+        if (bf16_products_are_faster()) return avx512_bf16::attend<T, S, avx512_bf16::PairOf<BFloat16>>;
     }
     if constexpr (std::is_same_v<S, int8_t> && !std::is_same_v<T, double>) {
         if (isa() == Isa::avx512_bf16) return avx512_bf16::attend<T, S, avx512_bf16::PairOf<int16_t>>;

@@ -1,4 +1,4 @@
-// int64 ids to rows: a hash table of open addressing with linear probing, at most 2/3 full, that never grows.
+// Hash table from int64 ids to rows: open addressing, linear probing, fixed size, at most 2/3 full.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ class IdIndex {
     // Room for `capacity` ids.
     explicit IdIndex(int64_t capacity) : entries_(static_cast<size_t>(capacity + (capacity + 1) / 2 + 1)) {}
 
-    // Where the search for an id begins: a range of any size takes the high bits of the hash.
+    // First entry to probe for an id: the high bits of hash · size, which works for any size.
     size_t home(int64_t id) const {
         return static_cast<size_t>((static_cast<unsigned __int128>(mix(id)) * entries_.size()) >> 64);
     }
@@ -35,7 +35,7 @@ class IdIndex {
         size_t hole = locate(id, home(id));
         const int64_t row = entries_[hole].row;
         if (row == kAbsent) return kAbsent;
-        // Entries behind the hole move up, unless that would put them before their home: no tombstones.
+        // Moves later entries into the hole unless that puts them before their home, so that no tombstones are needed.
         for (size_t at = next(hole); entries_[at].row != kAbsent; at = next(at)) {
             if (distance(home(entries_[at].id), at) >= distance(hole, at)) {
                 entries_[hole] = entries_[at];
@@ -54,7 +54,7 @@ class IdIndex {
         int64_t row = kAbsent;
     };
 
-    // Every bit of the id reaches the high bits of the hash.
+    // Mixes every bit of the id into the high bits of the hash.
     static uint64_t mix(int64_t id) {
         uint64_t hash = static_cast<uint64_t>(id);
         hash = (hash ^ (hash >> 32)) * 0x9E3779B97F4A7C15;
@@ -63,7 +63,7 @@ class IdIndex {
     size_t next(size_t at) const { return at + 1 == entries_.size() ? 0 : at + 1; }
     size_t distance(size_t from, size_t to) const { return to >= from ? to - from : to + entries_.size() - from; }
 
-    // The entry of the id, or the empty one where it belongs.
+    // Position of the id, or of the empty entry where it would go.
     size_t locate(int64_t id, size_t at) const {
         while (entries_[at].row != kAbsent && entries_[at].id != id) at = next(at);
         return at;

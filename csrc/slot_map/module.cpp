@@ -1,4 +1,4 @@
-// The host-side module (pybind11): the slot map of a state table, and what this build was made with.
+// The Python module recattn._slot_map (pybind11): SlotMap, and the compiler of this build.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -32,11 +32,10 @@ py::dict build_info() {
     return info;
 }
 
-// Any array-like of integers that fit int64, among them a tensor on the CPU; copied only where it is not contiguous
-// int64 already.
+// An array-like of integers, such as a CPU tensor, as int64. Copied unless it is contiguous int64.
 Int64Array int64_array(const char* name, const py::object& values) {
     const py::array array(values);
-    const bool empty = array.size() == 0;  // of any dtype: an empty list is float64
+    const bool empty = array.size() == 0;  // any dtype, because numpy makes an empty list float64
     if (array.ndim() != 1 || (array.dtype().kind() != 'i' && !empty)) {
         throw std::invalid_argument(std::string(name) + " must be int64 [n], got " +
                                     std::string(py::str(array.dtype())) + " " +
@@ -118,31 +117,32 @@ void bind_slot_map(py::module_& module) {
     using Released = py::call_guard<py::gil_scoped_release>;
     py::class_<SlotMap>(module, "SlotMap", R"(int64 user id -> row of a state table, in [0, capacity).
 
-Batches over integer arrays [n] (numpy, or tensors on the CPU); every method is thread-safe, takes one lock a batch
-(lookups share it) and lets go of the GIL. A row is read between `acquire` and `release`, and written between `reserve`
-and `publish`: no row is ever written while somebody reads it, and no lookup finds a row before it is published.
+Methods take batches: integer arrays [n] (numpy, or CPU tensors). They are thread-safe, take one lock per batch (lookups
+share it) and release the GIL. Read a row between `acquire` and `release`; write it between `reserve` and `publish`. A row
+is never written while it is being read, and lookups do not find it before it is published.
 
-Raises ValueError for arguments that do not fit; a call that raises has changed nothing.)")
+Raises ValueError for invalid arguments. A call that raises has changed nothing.)")
         .def(py::init<int64_t>(), py::arg("capacity"), Released())
         .def("acquire", &slots_of<&SlotMap::acquire>, py::arg("ids"),
-             "The row of each id, -1 where it has none. A row found is pinned, once for every time it is found: until "
-             "its `release` nobody is given it.")
+             "The row of each id, or -1. Found rows are pinned, once per occurrence, and not reused before `release`.")
         .def("release", &change_slots<&SlotMap::release>, py::arg("slots"),
-             "Unpins the rows that `acquire` gave; -1 is skipped.")
-        .def("contains", &contains, py::arg("ids"), "Whether each id has a row, as bool [n]; neither pins nor counts.")
+             "Unpin rows returned by `acquire`; -1 is skipped.")
+        .def("contains", &contains, py::arg("ids"),
+             "Whether each id has a row, as bool [n]. Does not pin, and does not count as hit or miss.")
         .def("reserve", &slots_of<&SlotMap::reserve>, py::arg("ids"),
-             "A row to write for each id, found by nobody before it is published; of an id given twice the last gets "
-             "one and the others -1. Where no row is free, evicts unpinned users (CLOCK: those not looked up since the "
-             "hand came by), those of `ids` last. RuntimeError where that does not suffice.")
-        .def("publish", &change_slots<&SlotMap::publish>, py::arg("slots"),
-             "From now on the ids that the rows were reserved for find them; the last row of an id counts; -1 "
-             "is skipped. A row that an id had before is given out again when its last pin is gone.")
-        .def("abandon", &change_slots<&SlotMap::abandon>, py::arg("slots"), "Gives reserved rows back; -1 is skipped.")
-        .def("erase", &erase, py::arg("ids"), "Forgets the ids; returns how many there were.")
+             "A row to write for each id, which lookups do not find before `publish`. If an id occurs twice, only the "
+             "last occurrence gets a row, the others -1. If no row is free, evicts unpinned users (CLOCK: those not "
+             "looked up recently), those of `ids` last. RuntimeError if that does not suffice.")
+        .def(
+            "publish", &change_slots<&SlotMap::publish>, py::arg("slots"),
+            "Let lookups find reserved rows under their ids. The last row of an id counts; -1 is skipped. The row that "
+            "an id had before is reused after its last pin is gone.")
+        .def("abandon", &change_slots<&SlotMap::abandon>, py::arg("slots"), "Free reserved rows; -1 is skipped.")
+        .def("erase", &erase, py::arg("ids"), "Forget the ids. Returns how many of them were known.")
         .def("grow", &SlotMap::grow, py::arg("capacity"), Released(),
-             "More rows; those there are keep their places, pins and users.")
+             "Increase the capacity. Existing rows keep their numbers, pins and users.")
         .def("ids", &ids, "The ids that have rows, int64 [len].")
-        .def("stats", &stats, "Counts since the start: hits and misses of `acquire`, and evictions.")
+        .def("stats", &stats, "Counts since construction: hits and misses of `acquire`, and evictions.")
         .def("__len__", &SlotMap::size, Released())
         .def("__repr__",
              [](const SlotMap& map) {
@@ -155,7 +155,7 @@ Raises ValueError for arguments that do not fit; a call that raises has changed 
 }  // namespace
 
 PYBIND11_MODULE(_slot_map, module) {
-    module.doc() = "Host-side structures of recattn.";
+    module.doc() = "SlotMap: which user's state is in which row of a state table.";
     module.def("build_info", &build_info, "The compiler and C++ standard that this build was made with.");
     bind_slot_map(module);
 }

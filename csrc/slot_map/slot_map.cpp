@@ -10,7 +10,7 @@
 namespace recattn {
 namespace {
 
-// Lookups whose cache misses overlap.
+// Number of lookups whose cache misses overlap.
 constexpr size_t kBlock = 32;
 constexpr int64_t kLargestCapacity = int64_t{1} << 40;
 
@@ -22,11 +22,11 @@ int64_t expect_capacity(int64_t capacity, int64_t least) {
     return capacity;
 }
 
-[[noreturn]] void refuse(int64_t slot, const char* expected) {
+[[noreturn]] void throw_invalid_slot(int64_t slot, const char* expected) {
     throw std::invalid_argument("slots must be " + std::string(expected) + ", got " + std::to_string(slot));
 }
 
-// A caller's arrays may be written by its other threads meanwhile: what was checked must be what is used.
+// Copies the caller's array: its other threads may write to it during the call, after it was checked.
 std::vector<int64_t> snapshot(std::span<const int64_t> entries) {
     std::vector<int64_t> copy(entries.size());
     std::transform(entries.begin(), entries.end(), copy.begin(), read_once);
@@ -44,7 +44,7 @@ std::vector<int64_t> snapshot_rows(SlotMap::Slots slots) {
     return rows;
 }
 
-// Marks the entries of `slots` whose id comes again later kMissing; returns how many ids are left.
+// Sets slots[i] = kMissing if ids[i] occurs again later, else 0. Returns the number of distinct ids.
 int64_t drop_repeated(SlotMap::Ids ids, std::span<int64_t> slots) {
     IdIndex seen(static_cast<int64_t>(ids.size()));
     int64_t distinct = 0;
@@ -58,14 +58,14 @@ int64_t drop_repeated(SlotMap::Ids ids, std::span<int64_t> slots) {
 
 }  // namespace
 
-// Relaxed: the lock of the map orders pins against the reuse of a row.
+// Relaxed is enough: the map's lock orders pins and the reuse of a row.
 void SlotMap::Row::pin() {
     pins.fetch_add(1, std::memory_order_relaxed);
-    // Most rows are hot: a load keeps their line shared, a store would not.
+    // Most rows are hot. Loading first keeps their cache line shared; a store would not.
     if (!referenced.load(std::memory_order_relaxed)) referenced.store(true, std::memory_order_relaxed);
 }
 
-// Returns the pins there were; of none it takes none.
+// Returns the number of pins before; leaves 0 at 0.
 uint32_t SlotMap::Row::unpin() {
     uint32_t before = pins.load(std::memory_order_relaxed);
     while (before > 0 && !pins.compare_exchange_weak(before, before - 1, std::memory_order_relaxed)) {
@@ -75,7 +75,7 @@ uint32_t SlotMap::Row::unpin() {
 
 SlotMap::SlotMap(int64_t capacity) : index_(expect_capacity(capacity, 1)), rows_(static_cast<size_t>(capacity)) {}
 
-// Of at most kBlock ids.
+// For at most kBlock ids.
 void SlotMap::find(Ids ids, int64_t* slots) const {
     std::array<int64_t, kBlock> block;
     std::array<size_t, kBlock> homes;
@@ -108,21 +108,21 @@ void SlotMap::acquire(Ids ids, std::span<int64_t> slots) {
 void SlotMap::release(Slots given) {
     const std::vector<int64_t> slots = snapshot_rows(given);
     const std::shared_lock lock(mutex_);
-    std::vector<int64_t> unread;
+    std::vector<int64_t> unpinned;
     for (size_t i = 0; i < slots.size(); ++i) {
         if (i + kBlock < slots.size()) __builtin_prefetch(rows_.data() + slots[i + kBlock], 1);
         const bool exists = slots[i] >= 0 && slots[i] < static_cast<int64_t>(rows_.size());
         const uint32_t pins = exists ? rows_[slots[i]].unpin() : 0;
         if (pins == 0) {
             for (size_t undone = 0; undone < i; ++undone) rows_[slots[undone]].pin();
-            refuse(slots[i], "pinned rows or -1");
+            throw_invalid_slot(slots[i], "pinned rows or -1");
         }
-        // Nobody can pin a retired row, so one thread sees the last pin go.
-        if (pins == 1 && rows_[slots[i]].state == State::kRetired) unread.push_back(slots[i]);
+        // A retired row cannot be pinned again, so exactly one thread removes its last pin.
+        if (pins == 1 && rows_[slots[i]].state == State::kRetired) unpinned.push_back(slots[i]);
     }
-    if (unread.empty()) return;
+    if (unpinned.empty()) return;
     const std::lock_guard free_lock(free_mutex_);
-    for (const int64_t slot : unread) recycle(slot);
+    for (const int64_t slot : unpinned) recycle(slot);
 }
 
 void SlotMap::contains(Ids ids, std::span<bool> found) const {
@@ -154,8 +154,8 @@ void SlotMap::reserve(Ids given, std::span<int64_t> slots) {
     }
 }
 
-// The published rows, pinned by nobody, that `wanted` rows need beside the free ones, those of `spared` last; or an
-// error, and nothing has changed.
+// Rows to evict so that `wanted` rows are free: published and unpinned ones, those of the ids in `spared` last. If they
+// do not suffice, raises an error and changes nothing.
 std::vector<int64_t> SlotMap::choose_victims(int64_t wanted, Ids spared) {
     const int64_t count = wanted - free_rows();
     std::vector<int64_t> victims;
@@ -182,7 +182,7 @@ std::vector<int64_t> SlotMap::choose_victims(int64_t wanted, Ids spared) {
     return victims;
 }
 
-// The hand of the clock goes round, at most twice: a row referenced since it last came by is passed over once.
+// CLOCK: the hand goes round at most twice. A row referenced since the last pass is skipped once.
 void SlotMap::sweep(size_t count, std::vector<int64_t>& victims) {
     const int64_t capacity = static_cast<int64_t>(rows_.size());
     for (int64_t step = 0; victims.size() < count && step < 2 * capacity; ++step) {
@@ -217,13 +217,13 @@ void SlotMap::abandon(Slots given) {
     for (const int64_t slot : slots) recycle(slot);
 }
 
-// All of them or, with an error, none; so a slot given twice is an error.
+// Changes the state of all rows, or raises an error and changes none. A slot given twice is an error.
 void SlotMap::move_reserved(Slots slots, State to) {
     for (size_t i = 0; i < slots.size(); ++i) {
         const bool exists = slots[i] >= 0 && slots[i] < static_cast<int64_t>(rows_.size());
         if (!exists || rows_[slots[i]].state != State::kReserved) {
             for (const int64_t slot : slots.first(i)) rows_[slot].state = State::kReserved;
-            refuse(slots[i], "reserved rows, each once");
+            throw_invalid_slot(slots[i], "reserved rows, each once");
         }
         rows_[slots[i]].state = to;
     }
@@ -272,7 +272,7 @@ void SlotMap::recycle(int64_t slot) {
     ++num_free_;
 }
 
-// A published row that no id leads to any more.
+// For a published row that no id maps to any more: recycles it, now or when its last pin is gone.
 void SlotMap::retire(int64_t slot) {
     if (rows_[slot].pins == 0) {
         recycle(slot);

@@ -1,4 +1,4 @@
-// Which user's state lies in which row of a state table: lookups with pins, CLOCK eviction, growth. Thread-safe.
+// SlotMap: which user's state is in which row of a state table. Lookups with pins, CLOCK eviction, growth. Thread-safe.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@
 
 namespace recattn {
 
-// Whoever waits comes next: std::shared_mutex alone may let readers starve a writer.
+// A shared mutex that serves threads in turn. With std::shared_mutex alone, readers may starve a writer.
 class FairSharedMutex {
   public:
     void lock() {
@@ -31,9 +31,9 @@ class FairSharedMutex {
     std::shared_mutex mutex_;
 };
 
-// A row is free, or reserved (its state is being written), or published (its user's lookups find it), or retired (its
-// user has another row by now or none, but requests still read this one). A batch takes the lock once. What another
-// thread writes to `ids` or `slots` during a call may be read or not, and does no other harm.
+// A row is free, reserved (its state is being written), published (lookups find it), or retired (its user has another
+// row or none, but requests still read this one). A batch takes the lock once. If another thread writes to `ids` or
+// `slots` during a call, the call sees the old or the new value; nothing else goes wrong.
 class SlotMap {
   public:
     static constexpr int64_t kMissing = IdIndex::kAbsent;
@@ -46,21 +46,21 @@ class SlotMap {
 
     explicit SlotMap(int64_t capacity);
 
-    // The row of each id, or kMissing. Rows found are pinned: until their release nobody is given them.
+    // The row of each id, or kMissing. Found rows are pinned: they are not reused before their release.
     void acquire(Ids ids, std::span<int64_t> slots);
-    // Takes what `acquire` gave; kMissing is skipped.
+    // Unpins rows returned by `acquire`; skips kMissing.
     void release(Slots slots);
     void contains(Ids ids, std::span<bool> found) const;
 
-    // A row to write for each id, which nobody finds before it is published. Where no row is free, evicts users, those
-    // in `ids` last. Of an id given twice only the last gets a row, the others kMissing.
+    // A row to write for each id, which lookups do not find before `publish`. Evicts users if no row is free, those in
+    // `ids` last. If an id occurs twice, only the last occurrence gets a row, the others kMissing.
     void reserve(Ids ids, std::span<int64_t> slots);
-    // From now on the ids that the rows were reserved for find them, in the order given: the last of an id counts.
-    // kMissing is skipped, here and by `abandon`.
+    // Lets lookups find the reserved rows, in the order given: the last row of an id counts. `abandon` frees reserved
+    // rows. Both skip kMissing.
     void publish(Slots slots);
     void abandon(Slots slots);
 
-    // Returns how many there were.
+    // Forgets the ids. Returns how many of them were known.
     int64_t erase(Ids ids);
     void grow(int64_t capacity);
 
@@ -75,9 +75,9 @@ class SlotMap {
     enum class State : uint8_t { kFree, kReserved, kPublished, kRetired };
 
     struct Row {
-        int64_t id = 0;                        // of a free row: the next free one
+        int64_t id = 0;                        // in a free row: the next free row
         std::atomic<uint32_t> pins = 0;        // this and `referenced` change under the shared lock
-        std::atomic<bool> referenced = false;  // since the hand of the clock came by
+        std::atomic<bool> referenced = false;  // since the last pass of the CLOCK hand
         State state = State::kFree;
 
         void pin();
@@ -94,10 +94,10 @@ class SlotMap {
     void move_reserved(Slots slots, State to);
 
     mutable FairSharedMutex mutex_;
-    std::mutex free_mutex_;  // of the list of free rows, among holders of the shared lock
+    std::mutex free_mutex_;  // guards the list of free rows among holders of the shared lock
     IdIndex index_;
     std::vector<Row> rows_;
-    int64_t used_ = 0;  // rows from here on were never given out
+    int64_t used_ = 0;  // rows from here on were never used
     int64_t first_free_ = kMissing, num_free_ = 0;
     int64_t hand_ = 0, size_ = 0, evictions_ = 0;
     std::atomic<int64_t> hits_ = 0, misses_ = 0;

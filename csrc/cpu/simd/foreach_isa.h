@@ -1,12 +1,11 @@
-// Compiles the header named by RECATTN_KERNELS once for each instruction set, each time in a namespace of its own, so
-// that one portable binary picks its code at run time. No include guard. For the including header it defines
-//   RECATTN_ISA            the namespace
-//   RECATTN_TARGET         the attribute every function needs: vectors are lowered before anything is inlined
-//   RECATTN_INLINE         that of a function to inline
-//   RECATTN_VECTOR_BYTES   the width of a register
-//   RECATTN_TILE_ROWS, RECATTN_TILE_VECTORS   the register tile of a matrix product
-// Kernels that gain from AVX512-BF16 and VNNI ask for it by RECATTN_WITH_BF16; then the including header sees
-// RECATTN_HAS_BF16.
+// Compiles the header RECATTN_KERNELS once for each instruction set, each time in its own namespace, so that one
+// portable binary chooses its code at run time (isa.h). No include guard. The compiled header sees these macros:
+//   RECATTN_ISA            its namespace
+//   RECATTN_TARGET         attribute of every function and lambda (vectors are lowered before inlining)
+//   RECATTN_INLINE         the same, and always inlined
+//   RECATTN_VECTOR_BYTES   width of a register
+//   RECATTN_TILE_ROWS, RECATTN_TILE_VECTORS   register tile of a matrix product
+//   RECATTN_HAS_BF16       AVX512-BF16 and VNNI; only compiled if RECATTN_WITH_BF16 is defined
 
 #define RECATTN_INLINE RECATTN_TARGET __attribute__((always_inline)) inline
 
@@ -47,7 +46,7 @@
 
 #endif
 
-// What every processor of the architecture has: SSE2, or NEON with its 32 registers.
+// What every processor of the architecture has: SSE2, or NEON (32 registers).
 #define RECATTN_ISA baseline
 #define RECATTN_TARGET
 #define RECATTN_VECTOR_BYTES 16

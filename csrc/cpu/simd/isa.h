@@ -1,4 +1,4 @@
-// Which instruction set the kernels of foreach_isa.h run with on this processor.
+// Chooses at run time the instruction set that the kernels of foreach_isa.h use.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace recattn {
 
-// Each has what those before it have; avx512_bf16 has VNNI too.
+// Ascending: each includes those before it. avx512_bf16 includes VNNI.
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 inline const char* isa_name(Isa isa) {
@@ -29,7 +29,7 @@ inline Isa best_isa() {
     return Isa::baseline;
 }
 
-// RECATTN_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 asks for less than the processor has, never for more.
+// The best that the processor has, or less if RECATTN_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 asks for less.
 inline Isa isa() {
     static const Isa chosen = [] {
         const char* asked = std::getenv("RECATTN_CPU_CAPABILITY");
@@ -43,12 +43,12 @@ inline Isa isa() {
     return chosen;
 }
 
-// Intel's processors take four times as long for a VDPBF16PS as for an FMA, which does half its work (their tiles are
-// for that): widened to float32, bfloat16 is faster there. Asked for by name, it is done nonetheless.
-inline bool bf16_products_pay() {
+// Whether bfloat16 products beat products widened to float32. Not on Intel, where VDPBF16PS does twice the work of an
+// FMA in four times its time. Setting RECATTN_CPU_CAPABILITY to avx512_bf16 uses them anyway.
+inline bool bf16_products_are_faster() {
 #if defined(__x86_64__)
-    static const bool pay = !__builtin_cpu_is("intel") || std::getenv("RECATTN_CPU_CAPABILITY") != nullptr;
-    return isa() == Isa::avx512_bf16 && pay;
+    static const bool faster = !__builtin_cpu_is("intel") || std::getenv("RECATTN_CPU_CAPABILITY") != nullptr;
+    return isa() == Isa::avx512_bf16 && faster;
 #else
     return false;
 #endif
