@@ -2,37 +2,11 @@
 
 from importlib.metadata import version
 
-from recattn import nn, serving
-from recattn.functional import (
-    inter_sink_bias,
-    lrea_absorb,
-    lrea_absorbed_attention,
-    lrea_attention,
-    lrea_compress,
-    lrea_nonnegativity_loss,
-    lrea_quantize,
-    refined_attention,
-    sink_attention,
-    validate,
-    wasserstein_attention,
-)
+from recattn import functional, nn, serving
+from recattn.functional import *  # noqa: F403 (all of functional.__all__)
 from recattn.integrations.patching import patch
 
 __version__ = version("recattn")
 
-__all__ = [
-    "inter_sink_bias",
-    "lrea_absorb",
-    "lrea_absorbed_attention",
-    "lrea_attention",
-    "lrea_compress",
-    "lrea_nonnegativity_loss",
-    "lrea_quantize",
-    "nn",
-    "patch",
-    "refined_attention",
-    "serving",
-    "sink_attention",
-    "validate",
-    "wasserstein_attention",
-]
+__all__ = ["nn", "patch", "serving"]
+__all__ += functional.__all__

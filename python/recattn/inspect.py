@@ -1,4 +1,4 @@
-"""How much attention a Hugging Face model pays to sink tokens (CTR-Sink, arXiv 2508.03668)."""
+"""Measure and plot how much attention a Hugging Face model pays to sink tokens (CTR-Sink, arXiv 2508.03668)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class SinkMass(NamedTuple):
-    """Attention to the sinks, float32 (float64 of a float64 model); `sink_mass` has the formulas."""
+    """Attention to the sinks in float32 (float64 for a float64 model). Formulas: `sink_mass`."""
 
-    to_sinks: Tensor  # [layers, B, H], of all tokens
-    among_sinks: Tensor  # [layers, B, H], of the sinks; NaN in a row without sinks
-    uniform_to_sinks: Tensor  # [layers, B], were all visible keys given the same weight
-    uniform_among_sinks: Tensor  # [layers, B], the same of the sinks
+    to_sinks: Tensor  # [layers, B, H], mean over all tokens
+    among_sinks: Tensor  # [layers, B, H], mean over the sinks; NaN in a row without sinks
+    uniform_to_sinks: Tensor  # [layers, B], to_sinks if all visible keys had the same weight
+    uniform_among_sinks: Tensor  # [layers, B], among_sinks if all visible keys had the same weight
     layers: tuple[int, ...]
 
 
@@ -35,30 +35,30 @@ def sink_mass(
     sink_token_id: int | None = None,
     layers: Sequence[int] | None = None,
 ) -> SinkMass:
-    """The share of attention that falls on the sinks, in each layer, row and head:
+    """Share of attention that goes to the sinks, per layer, row and head:
 
-        to_sinks    = mean over the tokens i of Σ_{j sink} P_ij        i, j without padding
-        among_sinks = mean over the sinks i of Σ_{j sink} P_ij
+        to_sinks    = mean over the tokens i of Σ_{j sink} p_ij        without padding
+        among_sinks = mean over the sinks i of Σ_{j sink} p_ij
 
-    and what either would be if P_ij were the same for all keys j that i sees. A key counts as visible where the layer
-    gives weight, in some head and row of the batch, to keys both as near and as far: so causal masks and sliding
-    windows are seen as they are, masks of other shapes are not.
+    and the same two values if p_ij were equal for all keys j that token i sees. Visible keys are found from the
+    weights: key j is visible to i if the distance i - j lies between the smallest and the largest distance that gets
+    weight in any head and row of the batch. This is right for causal masks and sliding windows, not for other masks.
 
-    The model runs once, in eval mode and without gradients, and its modes are restored. Where its attention is one of
-    transformers' own that return no weights (sdpa, flash, flex), eager attention takes its place for this call; any
-    other, recattn's among them, is kept, and must return them. The weights of all layers, [B, H, N, N] each, are in
-    memory together.
+    The model runs once in eval mode without gradients; its training modes are restored. If its attention is one of
+    transformers' own that returns no weights (sdpa, flash, flex), eager attention replaces it for this call. Any other
+    attention, such as recattn's, is kept and must return weights. The weights of all layers, [B, H, N, N] each, are in
+    memory at the same time.
 
     Args:
         model: a transformers model that returns `attentions` [B, H, N, N].
-        batch: the arguments of its forward. `attention_mask` [B, N] in it tells the padding, on any side.
-        sink_positions: [B, M], padded with -1; by default those in the batch. The model gets them where its attention
-            is not transformers' own.
-        sink_token_id: in their place: the sinks are where `input_ids` of the batch have this id.
-        layers: which, counted from 0, all by default.
+        batch: arguments of its forward. Its `attention_mask` [B, N], if any, marks padding on either side.
+        sink_positions: [B, M], padded with -1. Default: those in the batch. They are passed to the model unless its
+            attention is transformers' own.
+        sink_token_id: instead of sink_positions: tokens of `input_ids` with this id are the sinks.
+        layers: layer numbers, from 0. Default: all.
 
     Raises:
-        ValueError: no sinks, attention weights that the model does not return, or arguments that do not fit.
+        ValueError: there are no sinks, the model returns no attention weights, or an argument is wrong.
     """
     expect(hasattr(model, "set_attn_implementation"), "model", "a transformers model", type(model).__name__)
     batch = dict(batch)
@@ -92,21 +92,21 @@ def plot_sink_mass(
     ax: "Axes | None" = None,
     path: str | PathLike | None = None,
 ) -> "Figure":
-    """Attention to the sinks by layer, before and after training: lines for the means over rows and heads, bands from
-    the lowest head to the highest, dashes where all visible keys would have the same weight.
+    """Plot the attention to the sinks by layer, before and after training.
 
-    It shows what Figure 3 of CTR-Sink (arXiv 2508.03668) is about; the drawing is ours.
+    Lines are means over rows and heads, bands reach from the lowest to the highest head, and the dashed line is uniform
+    attention. Shows the same quantity as Figure 3 of CTR-Sink (arXiv 2508.03668), in our own design.
 
     Args:
-        before, after: of `sink_mass`, of the same layers and batch.
+        before, after: results of `sink_mass` for the same layers and batch.
         quantity: "to_sinks" or "among_sinks".
-        labels: of the two.
-        ax: of matplotlib, to draw into; by default a new figure, which needs no display.
-        path: where to save the figure, if anywhere.
+        labels: names of the two in the legend.
+        ax: matplotlib axes to draw into. Default: a new figure, which needs no display.
+        path: file to save the figure to. Default: not saved.
 
     Raises:
-        ValueError: masses of different layers or batches.
-        ImportError: without matplotlib.
+        ValueError: before and after have different layers or batches.
+        ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -138,7 +138,7 @@ def plot_sink_mass(
 
 
 def _attentions(model: nn.Module, batch: dict[str, object]) -> tuple[Tensor, ...]:
-    """The weights of all layers, [B, H, N, N] each."""
+    """Attention weights of all layers, [B, H, N, N] each."""
     with _evaluating(model), _returning_weights(model), torch.no_grad():
         outputs = model(**batch, output_attentions=True, return_dict=True)
         used = model.config._attn_implementation
@@ -171,7 +171,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _returning_weights(model: nn.Module) -> Iterator[None]:
-    """Eager attention in the place of transformers' others, which compute the same and return no weights."""
+    """Use eager attention instead of transformers' own other implementations, which return no weights."""
     own = model.config._attn_implementation
     if own == "eager" or not _is_of_transformers(own):
         yield
@@ -217,7 +217,7 @@ def _sinks(
 
 
 def _mass_of_layer(weights: Tensor, valid: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first four fields of `SinkMass`, of one layer."""
+    """The first four fields of `SinkMass` for one layer."""
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     visible = _visible_pairs(weights, valid).to(weights.dtype)
     keys = sinks.to(weights.dtype)
@@ -232,19 +232,19 @@ def _mass_of_layer(weights: Tensor, valid: Tensor, sinks: Tensor) -> tuple[Tenso
 
 
 def _visible_pairs(weights: Tensor, valid: Tensor) -> Tensor:
-    """[B, N, N] bool: the pairs whose distance i − j lies between the extremes of those that get weight anywhere."""
+    """[B, N, N] bool: True where the distance i − j lies between the smallest and the largest that get weight."""
     pairs = valid[:, :, None] & valid[:, None, :]
     position = torch.arange(valid.shape[1], device=valid.device)
     distance = position[:, None] - position
-    seen = distance[(~(weights <= 0).all(dim=1) & pairs).any(dim=0)]  # a weight of NaN is one
+    seen = distance[(~(weights <= 0).all(dim=1) & pairs).any(dim=0)]  # NaN counts as a weight
     return pairs & (distance >= seen.min()) & (distance <= seen.max())
 
 
 def _mean_of_rows(x: Tensor, counts: Tensor) -> Tensor:
-    """[layers, B, H] -> [layers, H]: over the rows that count [layers, B]; NaN in one of them stays NaN."""
+    """Mean over the rows where `counts` [layers, B] is True: [layers, B, H] -> [layers, H]. NaN in them stays NaN."""
     return x.masked_fill(~counts[..., None], 0).sum(dim=1) / counts.sum(dim=1, keepdim=True)
 
 
 def _mean_where(mask: Tensor, x: Tensor) -> Tensor:
-    """The mean over the last axis, of the entries that the mask shows."""
+    """Mean over the last axis of the entries where the mask is True."""
     return x.masked_fill(~mask, 0).sum(dim=-1) / mask.sum(dim=-1)

@@ -1,4 +1,9 @@
-"""The error bound of every recattn kernel, relative to the float64 reference."""
+"""The error bound of every recattn kernel, relative to the float64 reference:
+
+max|actual - ref64|  <=  factor · (max|low - ref64| + eps · max|ref64|)
+
+and the same for the mean. `low` is the reference in the tested dtype.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,7 @@
-"""The specification: every operator in plain PyTorch, for any floating dtype and device. Slow and obvious."""
+"""The specification of every operator in plain PyTorch: any floating dtype, any device, slow and simple.
+
+Read these first. The kernels use the same names: q, k, v, qk, p, out, lse.
+"""
 
 from recattn.reference.inter_sink_bias import inter_sink_bias
 from recattn.reference.lrea_attention import (

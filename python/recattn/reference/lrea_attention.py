@@ -1,4 +1,12 @@
-"""LREA: target attention over a long history compressed to rank r. Equations as in the public functions."""
+"""LREA: target attention over a long history compressed to rank r (arXiv 2503.02542), φ = leaky ReLU.
+
+    compress          c = w_compᵀ behaviors                                [L, d] -> [r, d]
+    attention         h = φ(scale · q (Wᵀ keys)ᵀ) (Wᵀ values)              W = w_decomp [r, L]
+    absorb            state_keys = scale · keys,   state_values = W Wᵀ values
+    absorbed          h = φ(q state_keysᵀ) state_values
+
+With orientation="weights", state_values = φ(W) Wᵀ values.
+"""
 
 from collections.abc import Sequence
 
@@ -12,6 +20,7 @@ from recattn._gather import gather_rows
 def lrea_compress(
     behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None = None, *, item_ids: Tensor | None = None
 ) -> Tensor:
+    """c = w_compᵀ behaviors, [U, r, d]; see `recattn.lrea_compress`."""
     if item_ids is not None:
         behaviors = gather_rows(behaviors, _without_padding(item_ids, seq_lens))
     _, length, _ = behaviors.shape
@@ -32,6 +41,7 @@ def lrea_attention(
     negative_slope: float = 0.01,
     scale: float | None = None,
 ) -> Tensor:
+    """h = φ(scale · q (Wᵀ keys)ᵀ) (Wᵀ values), [T, H, dv]; see `recattn.lrea_attention`."""
     scale = targets.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
     users = (_decompressions(w_decomp, seq_lens, len(keys)), keys, values, _by_user(targets, target_offsets))
@@ -52,6 +62,7 @@ def lrea_absorb(
     orientation: str = "scores",
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
+    """(scale · keys, W Wᵀ values): the state that serves a user; see `recattn.lrea_absorb`."""
     scale = keys.shape[-1] ** -0.5 if scale is None else scale
     state_values = []
     for w, v in zip(_decompressions(w_decomp, seq_lens, len(keys)), values, strict=True):
@@ -73,6 +84,7 @@ def lrea_absorbed_attention(
     negative_slope: float = 0.01,
     invalid: Tensor | None = None,
 ) -> Tensor:
+    """h = φ(q state_keysᵀ) state_values, [T, H, dv]; see `recattn.lrea_absorbed_attention`."""
     if key_scales is not None:
         state_keys = _dequantized(state_keys, key_scales, targets.dtype)
         state_values = _dequantized(state_values, value_scales, targets.dtype)
@@ -81,7 +93,8 @@ def lrea_absorbed_attention(
             targets, item_ids = _with_row_of_zeros(targets), _counted_rows(item_ids, len(targets), invalid)
         slots = _counted_rows(slots, len(state_keys), invalid)
         target_offsets = _counted_offsets(target_offsets, len(targets if item_ids is None else item_ids), invalid)
-        slots = pad(slots, (1, 1), value=len(state_keys))  # of nobody, before the first user and behind the last
+        # Rows before the first user's and after the last user's get zeros.
+        slots = pad(slots, (1, 1), value=len(state_keys))
         state_keys, state_values = _with_row_of_zeros(state_keys), _with_row_of_zeros(state_values)
     if item_ids is not None:
         targets = gather_rows(targets, item_ids)
@@ -94,11 +107,12 @@ def lrea_absorbed_attention(
 
 
 def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
+    """Σ relu(-w_decomp)² + Σ relu(-compressed)²; see `recattn.lrea_nonnegativity_loss`."""
     return relu(-w_decomp).square().sum() + relu(-compressed).square().sum()
 
 
 def _without_padding(item_ids: Tensor, seq_lens: Tensor | None) -> Tensor:
-    """The ids, 0 at padding, where any number may stand."""
+    """The ids, with 0 at padding, which may hold any number."""
     if seq_lens is None:
         return item_ids.long()
     padding = torch.arange(item_ids.shape[1], device=item_ids.device) >= seq_lens[:, None]
@@ -110,14 +124,15 @@ def _with_row_of_zeros(table: Tensor) -> Tensor:
 
 
 def _counted_rows(rows: Tensor, table_size: int, invalid: Tensor) -> Tensor:
-    """The rows, table_size for those out of range, whose number is added to `invalid`."""
+    """Replace rows out of range by table_size, and add their number to `invalid`."""
     valid = (rows >= 0) & (rows < table_size)
     invalid += (~valid).sum()
     return rows.where(valid, table_size)
 
 
 def _counted_offsets(offsets: Tensor, total: int, invalid: Tensor) -> Tensor:
-    """0, the offsets in order and within 0 .. total, and total; the users that they were wrong for are counted."""
+    """[0, *offsets clamped to 0 .. total and made ascending, total]. Adds the number of users with wrong offsets to
+    `invalid`."""
     wrong = offsets[:-1] > offsets[1:]
     wrong[:1] |= offsets[0] != 0
     wrong[-1:] |= offsets[-1] != total
@@ -135,7 +150,7 @@ def _by_user(targets: Tensor, target_offsets: Tensor) -> list[Tensor]:
 
 
 def _decompressions(w_decomp: Tensor, seq_lens: Tensor | None, users: int) -> Sequence[Tensor]:
-    """W_decomp [r, L] of each user; `expand` adds up their gradients in float32, while one by one they would round."""
+    """W_decomp [r, L] of each user. `expand` sums the users' gradients at once, which rounds less than one by one."""
     copies = w_decomp.expand(users, -1, -1).unbind()
     return copies if seq_lens is None else [w[:, : int(length)] for w, length in zip(copies, seq_lens, strict=True)]
 

@@ -1,4 +1,13 @@
-"""Attention whose weight matrix is refined by a second attention over it (AWRSR, arXiv 2410.21048)."""
+"""Attention whose weight matrix is refined by a second attention over it (AWRSR, arXiv 2410.21048).
+
+A = scale · q kᵀ, 0 where masked (source="logits"), or softmax(scale · q kᵀ + mask) (source="weights")
+queries, keys = A W_q, A W_k
+simple      M = queries keysᵀ / √R
+value       M = softmax(queries keysᵀ / √R + mask) (A W_v)
+additive    M = A + M of "value"
+stochastic  M = -W₂²(queries, keys) / √R, each row a Gaussian
+out = softmax(M + mask) v
+"""
 
 import math
 
@@ -30,16 +39,19 @@ def refined_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """O = softmax(mask(M)) V with M refined from A; see `recattn.refined_attention` for M and the shapes."""
+    """out = softmax(M + mask) v, with M refined from A.
+
+    M, shapes and arguments: `recattn.refined_attention`.
+    """
     n = q.shape[2]
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     valid = valid_tokens(q.shape[0], n, seq_lens, padding_side, q.device)  # [B, N]
-    if seq_lens is not None:  # whatever padding holds, NaN included, must not reach a product
+    if seq_lens is not None:  # padding may hold anything, even NaN: keep it out of the products
         q, k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k, v))
     hidden = ~visible_pairs(valid, causal)  # [B, 1, N, N]
 
-    logits = scale * (q @ k.mT)  # [B, H, N, N]
-    a = attention_matrix(logits, hidden, source)
+    qk = scale * (q @ k.mT)  # [B, H, N, N]
+    a = attention_matrix(qk, hidden, source)
     queries, keys = a @ w_q[..., :n, :], a @ w_k[..., :n, :]  # [B, H, N, R]
     if mechanism == "stochastic":
         (mean_q, std_q), (mean_k, std_k) = gaussians(queries), gaussians(keys)
@@ -50,4 +62,5 @@ def refined_attention(
         m = masked_softmax(m, hidden) @ (a @ w_v[..., :n, :n])
     if mechanism == "additive":
         m = a + m
-    return F.dropout(masked_softmax(m, hidden), dropout_p) @ v
+    p = masked_softmax(m, hidden)
+    return F.dropout(p, dropout_p) @ v

@@ -1,4 +1,8 @@
-"""Softmax attention with a learned additive bias between sink tokens (CTR-Sink, arXiv 2508.03668)."""
+"""Softmax attention with a learned additive bias between sink tokens (CTR-Sink, arXiv 2508.03668).
+
+out = softmax(scale · q kᵀ + mask + β) v
+β_ij = inter_sink_bias[s(i), s(j)] where tokens i and j are both sinks, else 0
+"""
 
 import math
 from itertools import pairwise
@@ -24,33 +28,36 @@ def sink_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """O = softmax(scale · Q Kᵀ + mask + β) V; see `recattn.sink_attention` for the shapes."""
+    """out = softmax(scale · q kᵀ + mask + β) v, and lse = logsumexp of the same rows.
+
+    Shapes and arguments: `recattn.sink_attention`.
+    """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if cu_seqlens is not None:
         out, lse = _packed(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, cu_seqlens, dropout_p, scale)
         return (out, lse) if return_lse else out
 
     valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, padding_side, q.device)  # [B, N]
-    if seq_lens is not None:  # padding may hold NaN, which a product with 0 would keep
+    if seq_lens is not None:  # padding may hold anything, even NaN: keep it out of the products
         q, k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
 
-    bias = dense_bias(sink_positions, inter_sink_bias, q.shape[2])
-    scores = scale * (q @ k.transpose(-2, -1)) + bias  # [B, Hq, N, N]
-    scores = scores.masked_fill(~visible_pairs(valid, causal), -math.inf)
+    beta = dense_bias(sink_positions, inter_sink_bias, q.shape[2])  # [B, 1 or Hq, N, N]
+    qk = scale * (q @ k.transpose(-2, -1)) + beta  # [B, Hq, N, N]
+    qk = qk.masked_fill(~visible_pairs(valid, causal), -math.inf)
     if sink_logits is not None:
-        column = sink_logits[:, None, None].to(scores.dtype).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column.masked_fill(~valid[:, None, :, None], -math.inf)], dim=-1)
-    p = softmax_or_zeros(scores)[..., : k.shape[2]]
+        column = sink_logits[:, None, None].to(qk.dtype).expand(*qk.shape[:3], 1)
+        qk = torch.cat([qk, column.masked_fill(~valid[:, None, :, None], -math.inf)], dim=-1)
+    p = softmax_or_zeros(qk)[..., : k.shape[2]]  # without the column of sink_logits
     out = F.dropout(p, dropout_p).to(v.dtype) @ v
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.logsumexp(scores.detach().to(lse_dtype), dim=-1)
+    lse = torch.logsumexp(qk.detach().to(lse_dtype), dim=-1)
     return (out, lse) if return_lse else out
 
 
 def valid_tokens(batch: int, length: int, seq_lens: Tensor | None, padding_side: str, device: torch.device) -> Tensor:
-    """[B, N], True at tokens, False at padding."""
+    """[B, N] bool: True at tokens, False at padding."""
     position = torch.arange(length, device=device)
     if seq_lens is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -59,23 +66,23 @@ def valid_tokens(batch: int, length: int, seq_lens: Tensor | None, padding_side:
 
 
 def visible_pairs(valid: Tensor, causal: bool) -> Tensor:
-    """[B, 1, N, N], True where query i sees key j."""
+    """[B, 1, N, N] bool: True where query i sees key j."""
     visible = valid[:, None, :, None] & valid[:, None, None, :]
     return visible.tril() if causal else visible
 
 
 def softmax_or_zeros(scores: Tensor) -> Tensor:
-    """Softmax over the last axis. A row of -inf gives zeros and zero gradients."""
+    """Softmax over the last axis. A row of -inf gives zeros, with zero gradients, instead of NaN."""
     empty = (scores == -math.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
 
 
 def dense_bias(sink_positions: Tensor, inter_sink_bias: Tensor, length: int) -> Tensor:
-    """β [B, 1 or Hq, N, N]: entry (s(i), s(j)) of the bias if tokens i and j are both sinks, else 0."""
+    """β [B, 1 or Hq, N, N] from inter_sink_bias [B, 1 or Hq, M, M]."""
     batch, sinks = sink_positions.shape
     if sinks == 0:
-        return inter_sink_bias.sum()  # 0, and differentiable
-    # Padded sinks go to an extra last row and column, which are cut off.
+        return inter_sink_bias.sum()  # 0, but differentiable
+    # Padded sinks (-1) go to an extra row and column, which are cut off.
     positions = sink_positions.long().masked_fill(sink_positions < 0, length)
     b = torch.arange(batch, device=positions.device)[:, None, None, None]
     h = torch.arange(inter_sink_bias.shape[1], device=positions.device)[:, None, None]
@@ -85,7 +92,7 @@ def dense_bias(sink_positions: Tensor, inter_sink_bias: Tensor, length: int) -> 
 
 
 def _packed(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, cu_seqlens, dropout_p, scale):
-    """One sequence after another; q [T, Hq, D], lse [Hq, T]."""
+    """Packed input: one sequence at a time. q [T, Hq, D], lse [Hq, T]."""
     outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], []
     offsets = cu_seqlens.tolist()
     for b, (start, stop) in enumerate(pairwise(offsets)):

@@ -1,4 +1,9 @@
-"""Attention between Gaussians (STOSA, WWW 2022), and its refinement (AWRSR, arXiv 2410.21048)."""
+"""Attention between Gaussians (STOSA, WWW 2022), and its refinement (AWRSR, arXiv 2410.21048).
+
+W²_ij = ‖mean_q_i - mean_k_j‖² + ‖√cov_q_i - √cov_k_j‖²
+p = softmax(-scale · W² + mask)
+out_mean = p mean_v,   out_cov = (p∘p) cov_v
+"""
 
 import math
 
@@ -26,12 +31,15 @@ def wasserstein_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """P μ_v and (P∘P) Σ_v; see `recattn.wasserstein_attention` for P and the shapes."""
+    """(p mean_v, (p∘p) cov_v) with p = softmax(-scale · W² + mask), or p refined by w_q and w_k.
+
+    Shapes and arguments: `recattn.wasserstein_attention`.
+    """
     n = mean_q.shape[2]
     scale = 1 / math.sqrt(mean_q.shape[3]) if scale is None else scale
     valid = valid_tokens(mean_q.shape[0], n, seq_lens, padding_side, mean_q.device)  # [B, N]
     tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
-    if seq_lens is not None:  # whatever padding holds, NaN included, must not reach a product
+    if seq_lens is not None:  # padding may hold anything, even NaN: keep it out of the products
         tensors = (x.masked_fill(~valid[:, None, :, None], 0) for x in tensors)
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = tensors
     hidden = ~visible_pairs(valid, causal)  # [B, 1, N, N]
@@ -47,7 +55,7 @@ def wasserstein_attention(
 
 
 def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor, valid: Tensor) -> Tensor:
-    """W² of every query and key from their means and standard deviations: [B, H, N, D] -> [B, H, N, N]."""
+    """‖mean_q - mean_k‖² + ‖std_q - std_k‖² of every query and key: [B, H, N, D] -> [B, H, N, N]."""
     padding = ~valid[:, None, :, None]
     query, key = (torch.cat(x, dim=-1).masked_fill(padding, 0) for x in ((mean_q, std_q), (mean_k, std_k)))
     centre_(query, key, valid.sum(-1))
@@ -56,20 +64,20 @@ def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, 
 
 
 def attention_matrix(scores: Tensor, hidden: Tensor, source: str) -> Tensor:
-    """A, which a refinement multiplies: the scores or their softmax, 0 where hidden."""
+    """A: the scores (source="logits") or their softmax (source="weights"), 0 where hidden."""
     return scores.masked_fill(hidden, 0) if source == "logits" else masked_softmax(scores, hidden)
 
 
 def centre_(query: Tensor, key: Tensor, lengths: Tensor | None) -> Tensor:
-    """Subtract the mean of the keys from both, [B, ..., N, D], in place, and return it, [B, ..., 1, D].
+    """Subtract the mean key from query and key [B, ..., N, D], in place. Returns the mean [B, ..., 1, D].
 
-    No distance changes, so no gradient flows through the mean. But ‖q‖² + ‖k‖² - 2 q·k of vectors that share an offset
-    loses the digits of their differences; of all points the mean leaves the least Σ‖k‖². `lengths` [B] are the tokens
-    of the first axis (None: N); where there is none, keys must be zero.
+    Distances do not change, so no gradient flows through the mean. Without this, ‖q‖² + ‖k‖² - 2 q·k cancels where all
+    vectors share a large offset; the mean makes Σ‖k‖² smallest. `lengths` [B] are the numbers of tokens (None: N); keys
+    must be zero at padding.
     """
     count = key.shape[-2] if lengths is None else lengths.clamp(min=1).view(-1, *[1] * (key.dim() - 1))
     total = key.detach().sum(-2, keepdim=True, dtype=torch.promote_types(key.dtype, torch.float32))
-    # Any offset will do: one that is not finite would carry a key's NaN to queries that do not see it.
+    # Any finite offset is right. NaN or infinity would carry over from one key to queries that do not see it.
     mean = (total / count).to(key.dtype).nan_to_num_(0, 0, 0)
     query -= mean
     key -= mean
@@ -77,10 +85,11 @@ def centre_(query: Tensor, key: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
+    """softmax(scores) over the last axis, 0 where hidden."""
     return softmax_or_zeros(scores.masked_fill(hidden, -math.inf))
 
 
 def gaussians(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and √(elu(x) + 1), whose gradient also survives an x so negative that elu(x) rounds to -1."""
+    """Split x into (mean, std = √(elu(x) + 1)). Written so that the gradient is finite where elu(x) rounds to -1."""
     mean, x = x.chunk(2, dim=-1)
     return mean, torch.where(x > 0, (1 + x.clamp(min=0)).sqrt(), (x.clamp(max=0) / 2).exp())
