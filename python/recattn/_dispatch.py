@@ -37,7 +37,7 @@ def format_implementation(impl: str, backend: str | None) -> str:
 
 
 def parse_implementation(name: str | None) -> tuple[str | None, str | None]:
-    """(impl, backend) of a string made by `format_implementation`."""
+    """(impl, backend) of a string made by `format_implementation`; anything else is returned as it is, without one."""
     if not isinstance(name, str):
         return name, None
     impl, colon, backend = name.partition(":")

@@ -10,7 +10,8 @@ from typing import NamedTuple
 class SinkAttentionOptions(NamedTuple):
     """Options of sink_attention.
 
-    `impl` and `backend` are those of the public function: None lets the dispatch table choose.
+    `impl` and `backend` are the two parts of the public `impl`, such as "correction:flash". None: the dispatch table
+    chooses.
     """
 
     causal: bool

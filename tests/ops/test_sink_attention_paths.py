@@ -224,7 +224,9 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch):
     inputs = draw(length=20, sinks=5)
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions")]
     options = SinkAttentionOptions(False, False, 1.0, impl="correction", backend="flash")
-    with pytest.raises(NotImplementedError, match="cannot run backend='flash' here: it needs float16 or bfloat16"):
+    with pytest.raises(
+        NotImplementedError, match="cannot run impl='correction:flash' here: it needs float16 or bfloat16"
+    ):
         dispatch.resolve(options, *arguments, None, None)
     half = [x.half() for x in arguments[:3]]
     assert dispatch.resolve(options, *half, arguments[3], None, None) == ("correction", "flash")

@@ -59,7 +59,8 @@ def resolve(
     if options.backend is not None:
         reason = BACKENDS[options.backend].unsupported_reason(call)
         if reason is not None:
-            raise NotImplementedError(f"sink_attention cannot run backend={options.backend!r} here: {reason}")
+            name = format_implementation(CORRECTION, options.backend)
+            raise NotImplementedError(f"sink_attention cannot run impl={name!r} here: {reason}")
         return CORRECTION, options.backend
     reasons = {name: backend.unsupported_reason(call) for name, backend in BACKENDS.items()}
     choices = [(CORRECTION, name) for name, reason in reasons.items() if reason is None]
