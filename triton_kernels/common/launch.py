@@ -7,6 +7,7 @@ compiler: sizes, lengths, flags, and strides made of them. The list does not rea
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,20 @@ ARCHITECTURES = (80, 90, 100)
 MAX_REGISTERS = 255
 # Round a product and the sum it goes into once. Triton does so by default only before 3.10, so every launch says so.
 ENABLE_FP_FUSION = True
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch parameters of one kernel: rows and columns of a tile, warps, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": MAX_REGISTERS}
 
 
 def launch_kernel(kernel: object, grid: object, arguments: Mapping[str, object], **options: int) -> None:

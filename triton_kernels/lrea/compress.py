@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS, num_splits, reduce_splits
+from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, TileConfig, num_splits, reduce_splits
 from recattn.triton_kernels.common.ragged import locate_sequence
 from recattn.triton_kernels.common.tiles import block_width, load_rows, offset, store_rows
 from recattn.triton_kernels.lrea.jagged import launch_outer_sum
@@ -118,9 +118,9 @@ def launch_lrea_compress_bwd_behaviors(
 ) -> Tensor:
     """dE [U, L, d] in dcompressed's dtype; dcompressed [U, r, d] and w_comp [Lmax, r] are contiguous."""
     users, rank, width = dcompressed.shape
-    block_l, block_d = 64, min(block_width(width), 64)
+    tile = TileConfig(64, min(block_width(width), 64), num_warps=4, num_stages=2)
     dbehaviors = dcompressed.new_empty(users, length, width)
-    grid = (users * triton.cdiv(length, block_l), triton.cdiv(width, block_d))
+    grid = (users * triton.cdiv(length, tile.block_m), triton.cdiv(width, tile.block_n))
     if 0 in grid:
         return dbehaviors
     with torch.cuda.device_of(dcompressed):
@@ -128,12 +128,10 @@ def launch_lrea_compress_bwd_behaviors(
             *(dcompressed, w_comp, seq_lens, dbehaviors),
             *(length, rank, w_comp.stride(0)),
             WIDTH=width,
-            BLOCK_L=block_l,
+            BLOCK_L=tile.block_m,
             BLOCK_R=min(block_width(rank), 32),
-            BLOCK_D=block_d,
-            num_warps=4,
-            num_stages=2,
-            maxnreg=MAX_REGISTERS,
+            BLOCK_D=tile.block_n,
+            **tile.launch_options,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )
     return dbehaviors
@@ -143,7 +141,8 @@ def launch_lrea_compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_
     """dW, float32 [L, r]; dcompressed [U, r, d] is contiguous."""
     (users, rank, width), length = dcompressed.shape, behaviors.shape[1]
     block_l = 32 if behaviors.dtype == torch.float32 and rank > 128 else 64
-    blocks = triton.cdiv(length, block_l)
+    tile = TileConfig(block_l, min(block_width(width), 64), num_warps=4, num_stages=3)
+    blocks = triton.cdiv(length, tile.block_m)
     splits = num_splits(blocks, users)
     dw = behaviors.new_empty(splits, length, rank, dtype=torch.float32)
     if blocks == 0:
@@ -154,12 +153,10 @@ def launch_lrea_compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_
             *(users, length, *behaviors.stride()),
             RANK=rank,
             WIDTH=width,
-            BLOCK_L=block_l,
+            BLOCK_L=tile.block_m,
             BLOCK_R=block_width(rank),
-            BLOCK_D=min(block_width(width), 64),
-            num_warps=4,
-            num_stages=3,
-            maxnreg=MAX_REGISTERS,
+            BLOCK_D=tile.block_n,
+            **tile.launch_options,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )
     return reduce_splits(dw, torch.float32)

@@ -17,7 +17,6 @@ sums are float32. φ' jumps at 0, so the backward adds the hidden layer of x's r
 float32's.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,23 +25,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS, num_splits, reduce_splits
+from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, TileConfig, num_splits, reduce_splits
 from recattn.triton_kernels.common.tiles import block_width, load_rows, offset, store_rows
 
 LARGEST_RANK = 256
-
-
-# --- What LREA's kernels share ---
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Launch parameters of one kernel: rows and columns of a tile, warps, stages of the load pipeline."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit
@@ -338,13 +324,13 @@ def _pad_to_blocks(w: Tensor) -> Tensor:
 def _launch_rows(inputs: MiddleFactorInputs, dout: Tensor | None, tile: TileConfig) -> Tensor:
     """[splits, N, r]: out, or with dout dx."""
     x, x_error, w, columns, ragged, negative_slope = inputs
+    lengths, order = ragged or (None, None)
     rows, rank = x.shape
     blocks = triton.cdiv(rows, tile.block_m)
     splits = num_splits(blocks, triton.cdiv(columns, tile.block_n))
     out = x.new_empty(splits, rows, rank, dtype=torch.float32)
     if blocks == 0:
         return out
-    lengths, order = ragged or (None, None)
     with torch.cuda.device_of(x):
         lrea_middle_factor_rows_kernel[(blocks, splits)](
             *(x, x_error, dout, w, lengths, order, out),
@@ -353,9 +339,7 @@ def _launch_rows(inputs: MiddleFactorInputs, dout: Tensor | None, tile: TileConf
             BLOCK_R=w.shape[0],
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=MAX_REGISTERS,
+            **tile.launch_options,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )
     return out
@@ -374,13 +358,11 @@ def _launch_columns(inputs: MiddleFactorInputs, dout: Tensor, tile: TileConfig) 
         lrea_middle_factor_columns_kernel[(blocks, splits)](
             *(x, x_error, dout, w, ragged and ragged.lengths, dw),
             *(rows, columns, w.stride(0), negative_slope, rows.bit_length()),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
             RANK=rank,
             BLOCK_R=w.shape[0],
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
+            **tile.launch_options,
+            enable_fp_fusion=ENABLE_FP_FUSION,
         )
     return dw

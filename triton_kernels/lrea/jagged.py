@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS, num_splits, reduce_splits
+from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, TileConfig, num_splits, reduce_splits
 from recattn.triton_kernels.common.ragged import locate_sequence
 from recattn.triton_kernels.common.tiles import BHND, bhnd, block_width, load_rows, offset, store_rows
 from recattn.triton_kernels.lrea.core import count_at_most
@@ -83,9 +83,9 @@ def launch_lrea_jagged_dense_bmm(x: Tensor, y: Tensor, target_offsets: Tensor) -
     target_offsets is contiguous.
     """
     (targets, heads, k), users, width = x.shape, y.shape[0], y.shape[-1]
-    block_t, block_n = targets_per_block(targets, users, x.dtype), min(block_width(width), 64)
+    tile = TileConfig(targets_per_block(targets, users, x.dtype), min(block_width(width), 64), 4, 3)
     out = x.new_empty(targets, heads, width, dtype=torch.float32)
-    grid = (triton.cdiv(targets, block_t) * heads, triton.cdiv(width, block_n))
+    grid = (triton.cdiv(targets, tile.block_m) * heads, triton.cdiv(width, tile.block_n))
     if 0 in grid:
         return out
     with torch.cuda.device_of(x):
@@ -94,12 +94,10 @@ def launch_lrea_jagged_dense_bmm(x: Tensor, y: Tensor, target_offsets: Tensor) -
             *(targets, users, heads, users.bit_length()),
             K=k,
             WIDTH=width,
-            BLOCK_T=block_t,
+            BLOCK_T=tile.block_m,
             BLOCK_K=min(block_width(k), 64),
-            BLOCK_N=block_n,
-            num_warps=4,
-            num_stages=3,
-            maxnreg=MAX_REGISTERS,
+            BLOCK_N=tile.block_n,
+            **tile.launch_options,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )
     return out
@@ -203,8 +201,8 @@ def launch_outer_sum(
     """lhs [H, rows, k], rhs [U, H, rows, n], both of any strides -> float32 [splits, U, H, k, n]."""
     users, heads, num_items, width = rhs.shape
     k = lhs.shape[2]
-    block_k, block_n = min(block_width(k), 64), min(block_width(width), 64)
-    tiles = triton.cdiv(k, block_k) * triton.cdiv(width, block_n)
+    tile = TileConfig(min(block_width(k), 64), min(block_width(width), 64), num_warps=4, num_stages=3)
+    tiles = triton.cdiv(k, tile.block_m) * triton.cdiv(width, tile.block_n)
     splits = num_splits(users * heads * tiles, triton.cdiv(num_rows, block_t))
     out = rhs.new_empty(splits, users, heads, k, width, dtype=torch.float32)
     grid = (users * heads, tiles, splits)
@@ -215,14 +213,12 @@ def launch_outer_sum(
         lrea_outer_sum_kernel[grid](
             *(BHND(lhs, 0, *lhs.stride()), bhnd(rhs), seq_lens, offsets, item_ids, out),
             *(heads, num_rows, num_items, stride_iu, stride_il),
-            num_warps=4,
-            num_stages=3,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
             K=k,
             WIDTH=width,
             BLOCK_T=block_t,
-            BLOCK_K=block_k,
-            BLOCK_N=block_n,
+            BLOCK_K=tile.block_m,
+            BLOCK_N=tile.block_n,
+            **tile.launch_options,
+            enable_fp_fusion=ENABLE_FP_FUSION,
         )
     return out

@@ -5,19 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from recattn import _check as check
 from recattn import reference
-from recattn._check import (
-    FLOATING,
-    expect,
-    expect_choice,
-    expect_dtype,
-    expect_index,
-    expect_numbers,
-    expect_same_device,
-    expect_same_dtype,
-    expect_shape,
-    expect_tensors,
-)
 from recattn._dispatch import select
 from recattn._options import LreaAttentionOptions
 from recattn.functional.validation import Indices, checked_indices, values_are_checked
@@ -65,21 +54,21 @@ def lrea_compress(
             RECATTN_CHECK=1, reports them.
         NotImplementedError: the selected `impl` does not support the call.
     """
-    expect_tensors(behaviors=behaviors, w_comp=w_comp)
+    check.expect_tensors(behaviors=behaviors, w_comp=w_comp)
     sizes: dict[str, int] = {}
     if item_ids is None:
-        expect_shape(sizes, "behaviors", behaviors, "U L d")
+        check.expect_shape(sizes, "behaviors", behaviors, "U L d")
     else:
-        expect_shape(sizes, "behaviors", behaviors, "I d")
-        expect_index(sizes, "item_ids", item_ids, "U L")
-    expect_shape(sizes, "w_comp", w_comp, "Lmax r")
+        check.expect_shape(sizes, "behaviors", behaviors, "I d")
+        check.expect_index(sizes, "item_ids", item_ids, "U L")
+    check.expect_shape(sizes, "w_comp", w_comp, "Lmax r")
     if sizes["Lmax"] < sizes["L"]:  # a message made beforehand would fix the sizes in a compiled graph
         raise ValueError(f"Lmax of w_comp must be at least L = {sizes['L']}, got {sizes['Lmax']}")
-    expect_dtype("behaviors", behaviors, FLOATING)
-    expect_same_dtype("behaviors", behaviors, w_comp=w_comp)
+    check.expect_dtype("behaviors", behaviors, check.FLOATING)
+    check.expect_same_dtype("behaviors", behaviors, w_comp=w_comp)
     if seq_lens is not None:
-        expect_index(sizes, "seq_lens", seq_lens, "U")
-    expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens, item_ids=item_ids)
+        check.expect_index(sizes, "seq_lens", seq_lens, "U")
+    check.expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens, item_ids=item_ids)
 
     reasons = ops.unsupported_reasons(behaviors.device.type, "lrea_compress", behaviors.dtype, sizes["r"])
     if item_ids is not None:
@@ -149,19 +138,19 @@ def lrea_attention(
             0 .. Lmax; `recattn.validate`, or RECATTN_CHECK=1, reports them.
         NotImplementedError: the selected `impl` does not support the call.
     """
-    expect_tensors(targets=targets, keys=keys, values=values, w_decomp=w_decomp)
+    check.expect_tensors(targets=targets, keys=keys, values=values, w_decomp=w_decomp)
     sizes: dict[str, int] = {}
-    expect_shape(sizes, "targets", targets, "T H d")
-    expect(sizes["d"] > 0, "d of targets and keys", "at least 1", 0)
-    expect_shape(sizes, "keys", keys, "U H r d")
-    expect_shape(sizes, "values", values, "U H r dv")
-    expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
-    expect_dtype("targets", targets, FLOATING)
-    expect_same_dtype("targets", targets, keys=keys, values=values, w_decomp=w_decomp)
+    check.expect_shape(sizes, "targets", targets, "T H d")
+    check.expect(sizes["d"] > 0, "d of targets and keys", "at least 1", 0)
+    check.expect_shape(sizes, "keys", keys, "U H r d")
+    check.expect_shape(sizes, "values", values, "U H r dv")
+    check.expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
+    check.expect_dtype("targets", targets, check.FLOATING)
+    check.expect_same_dtype("targets", targets, keys=keys, values=values, w_decomp=w_decomp)
     _expect_offsets(sizes, target_offsets)
     if seq_lens is not None:
-        expect_index(sizes, "seq_lens", seq_lens, "U")
-    expect_same_device(
+        check.expect_index(sizes, "seq_lens", seq_lens, "U")
+    check.expect_same_device(
         "targets",
         targets,
         keys=keys,
@@ -170,7 +159,7 @@ def lrea_attention(
         target_offsets=target_offsets,
         seq_lens=seq_lens,
     )
-    expect_numbers(negative_slope=negative_slope, scale=scale)
+    check.expect_numbers(negative_slope=negative_slope, scale=scale)
 
     path = _path_of(impl)
     reasons = ops.unsupported_reasons(targets.device.type, "lrea_attention", targets.dtype, sizes["r"])
@@ -242,19 +231,19 @@ def lrea_absorb(
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; on a CPU also lengths out of range.
     """
-    expect_choice("orientation", orientation, ("scores", "weights"))
-    expect_tensors(keys=keys, values=values, w_decomp=w_decomp)
+    check.expect_choice("orientation", orientation, ("scores", "weights"))
+    check.expect_tensors(keys=keys, values=values, w_decomp=w_decomp)
     sizes: dict[str, int] = {}
-    expect_shape(sizes, "keys", keys, "U H r d")
-    expect(sizes["d"] > 0, "d of keys", "at least 1", 0)
-    expect_shape(sizes, "values", values, "U H r dv")
-    expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
-    expect_dtype("keys", keys, FLOATING)
-    expect_same_dtype("keys", keys, values=values, w_decomp=w_decomp)
+    check.expect_shape(sizes, "keys", keys, "U H r d")
+    check.expect(sizes["d"] > 0, "d of keys", "at least 1", 0)
+    check.expect_shape(sizes, "values", values, "U H r dv")
+    check.expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
+    check.expect_dtype("keys", keys, check.FLOATING)
+    check.expect_same_dtype("keys", keys, values=values, w_decomp=w_decomp)
     if seq_lens is not None:
-        expect_index(sizes, "seq_lens", seq_lens, "U")
-    expect_same_device("keys", keys, values=values, w_decomp=w_decomp, seq_lens=seq_lens)
-    expect_numbers(negative_slope=negative_slope, scale=scale)
+        check.expect_index(sizes, "seq_lens", seq_lens, "U")
+    check.expect_same_device("keys", keys, values=values, w_decomp=w_decomp, seq_lens=seq_lens)
+    check.expect_numbers(negative_slope=negative_slope, scale=scale)
 
     seq_lens = checked_indices(keys.device, seq_lens=seq_lens, seq_len=sizes["Lmax"]).seq_lens
     scale = 1 / math.sqrt(sizes["d"]) if scale is None else float(scale)
@@ -281,9 +270,10 @@ def lrea_quantize(state: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: state is not floating, has no axis, or has d = 0.
     """
-    expect_tensors(state=state)
-    expect(state.dim() > 0 and state.shape[-1] > 0, "state", "[..., r, d] with d of at least 1", list(state.shape))
-    expect_dtype("state", state, FLOATING)
+    check.expect_tensors(state=state)
+    has_rows = state.dim() > 0 and state.shape[-1] > 0
+    check.expect(has_rows, "state", "[..., r, d] with d of at least 1", list(state.shape))
+    check.expect_dtype("state", state, check.FLOATING)
     rows = state.detach().to(torch.promote_types(state.dtype, torch.float32))
     scales = (rows.abs().amax(-1) / INT8_MAX).float()
     steps = scales.where(scales > 0, 1.0)[..., None]
@@ -345,8 +335,8 @@ def lrea_absorbed_attention(
             them before.
         NotImplementedError: the selected `impl` does not support the call.
     """
-    expect_tensors(targets=targets)
-    expect_numbers(negative_slope=negative_slope)
+    check.expect_tensors(targets=targets)
+    check.expect_numbers(negative_slope=negative_slope)
     reasons = ops.unsupported_reasons(targets.device.type, "lrea_absorbed_attention")
     reasons = _add_lack_of_gradient(reasons, targets, state_keys, state_values, key_scales, value_scales)
     impl = select("lrea_absorbed_attention", impl, reasons)
@@ -366,7 +356,7 @@ def lrea_absorbed_attention(
             names = {"state_keys": state_keys, "state_values": state_values, "slots": slots}
             names |= {"target_offsets": target_offsets, "item_ids": item_ids, "key_scales": key_scales}
             names |= {"value_scales": value_scales, "invalid": invalid}
-            expect_tensors(**{name: x for name, x in names.items() if x is not None})
+            check.expect_tensors(**{name: x for name, x in names.items() if x is not None})
             raise
     return reference.lrea_absorbed_attention(
         *tensors,
@@ -389,35 +379,35 @@ def _checked_absorbed(
     value_scales: Tensor | None,
     invalid: Tensor | None,
 ) -> Indices:
-    expect_tensors(state_keys=state_keys, state_values=state_values, slots=slots)
+    check.expect_tensors(state_keys=state_keys, state_values=state_values, slots=slots)
     sizes: dict[str, int] = {}
     if invalid is not None:
-        expect_tensors(invalid=invalid)
-        expect_shape(sizes, "invalid", invalid, "1")
-        expect_dtype("invalid", invalid, (torch.int64,))
-    expect_shape(sizes, "targets", targets, "T H d" if item_ids is None else "I H d")
+        check.expect_tensors(invalid=invalid)
+        check.expect_shape(sizes, "invalid", invalid, "1")
+        check.expect_dtype("invalid", invalid, (torch.int64,))
+    check.expect_shape(sizes, "targets", targets, "T H d" if item_ids is None else "I H d")
     if item_ids is not None:
-        expect_index(sizes, "item_ids", item_ids, "T")
-    expect_shape(sizes, "state_keys", state_keys, "S H r d")
-    expect_shape(sizes, "state_values", state_values, "S H r dv")
-    expect_dtype("targets", targets, FLOATING)
+        check.expect_index(sizes, "item_ids", item_ids, "T")
+    check.expect_shape(sizes, "state_keys", state_keys, "S H r d")
+    check.expect_shape(sizes, "state_values", state_values, "S H r dv")
+    check.expect_dtype("targets", targets, check.FLOATING)
     quantized = state_keys.dtype == torch.int8
     if not quantized:
-        expect_same_dtype("targets", targets, state_keys=state_keys)
-    expect_same_dtype("state_keys", state_keys, state_values=state_values)
+        check.expect_same_dtype("targets", targets, state_keys=state_keys)
+    check.expect_same_dtype("state_keys", state_keys, state_values=state_values)
     scales = {name: x for name, x in (("key_scales", key_scales), ("value_scales", value_scales)) if x is not None}
-    expect(
+    check.expect(
         len(scales) == (2 if quantized else 0),
         "key_scales and value_scales",
         "both given with int8 states, neither with others",
         f"{str(state_keys.dtype).removeprefix('torch.')} states and {len(scales)} of them",
     )
     for name, given in scales.items():
-        expect_shape(sizes, name, given, "S H r")
-        expect_dtype(name, given, (torch.float32,))
-    expect_index(sizes, "slots", slots, "U")
+        check.expect_shape(sizes, name, given, "S H r")
+        check.expect_dtype(name, given, (torch.float32,))
+    check.expect_index(sizes, "slots", slots, "U")
     _expect_offsets(sizes, target_offsets)
-    expect_same_device(
+    check.expect_same_device(
         "targets",
         targets,
         state_keys=state_keys,
@@ -460,19 +450,19 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    expect_tensors(w_decomp=w_decomp, compressed=compressed)
+    check.expect_tensors(w_decomp=w_decomp, compressed=compressed)
     sizes: dict[str, int] = {}
-    expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
-    expect_shape(sizes, "compressed", compressed, "U r d")
-    expect_dtype("w_decomp", w_decomp, FLOATING)
-    expect_same_dtype("w_decomp", w_decomp, compressed=compressed)
-    expect_same_device("w_decomp", w_decomp, compressed=compressed)
+    check.expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
+    check.expect_shape(sizes, "compressed", compressed, "U r d")
+    check.expect_dtype("w_decomp", w_decomp, check.FLOATING)
+    check.expect_same_dtype("w_decomp", w_decomp, compressed=compressed)
+    check.expect_same_device("w_decomp", w_decomp, compressed=compressed)
     return reference.lrea_nonnegativity_loss(w_decomp, compressed)
 
 
 def _expect_offsets(sizes: dict[str, int], target_offsets: Tensor) -> None:
     sizes["U+1"] = sizes["U"] + 1
-    expect_index(sizes, "target_offsets", target_offsets, "U+1")
+    check.expect_index(sizes, "target_offsets", target_offsets, "U+1")
 
 
 def _add_lack_of_gradient(reasons: dict[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
