@@ -279,13 +279,12 @@ def launch_sink_attention_bwd(
         return sink_delta
     config = config or config_of(q, v, dropout)
     kind = kind_of(q.dtype, dropout.seed is not None)
+    head_dim, v_head_dim = k.shape[-1], v.shape[-1]
     q, k, v, out, dout, dq, dk, dv = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out, dout, *grads))
     stride_b, stride_h, stride_n = row_strides(lse, lengths)
     delta = torch.empty_like(lse)
     sink_tensors, sink_strides = sinks.as_arguments(num_q_heads)
-    heads = (num_q_heads, num_q_heads // num_kv_heads)
-    numbers = (options.scale, int(options.causal), int(options.left_padded), dropout.threshold)
-    head_dims = {"HEAD_DIM": k.ptr.shape[-1], "V_HEAD_DIM": v.ptr.shape[-1]}
+    group_size, causal, left_padded = num_q_heads // num_kv_heads, int(options.causal), int(options.left_padded)
 
     def query_grid(arguments: dict[str, object]) -> tuple[int, int]:
         return number_of_tiles(B, N, lengths.cu_seqlens, arguments["BLOCK_M"], 2), num_q_heads
@@ -300,15 +299,13 @@ def launch_sink_attention_bwd(
         kernel, tiles = autotuned(kernel, "bwd_dq", kind), {}
     with torch.cuda.device_of(lse):
         kernel[query_grid](
-            *(q, k, v, out, dout, dq),
-            *(RowStats(lse, stride_n, delta, sink_stats, sink_delta), sink_tensors, streams, lengths, dropout.seed),
-            *(stride_b, stride_h, *sink_strides),
-            *(B, *heads, N, M, *numbers),
-            WIDE=needs_int64_offsets(k, v),
-            **head_dims,
-            **tiles,
+            q, k, v, out, dout, dq,
+            RowStats(lse, stride_n, delta, sink_stats, sink_delta), sink_tensors, streams, lengths, dropout.seed,
+            stride_b, stride_h, *sink_strides,
+            B, num_q_heads, group_size, N, M, options.scale, causal, left_padded, dropout.threshold,
+            HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, WIDE=needs_int64_offsets(k, v), **tiles,
             enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+        )  # fmt: skip
 
     tile = config.bwd_dkdv
     kernel, tiles = sink_attention_bwd_dkdv_kernel, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -317,12 +314,11 @@ def launch_sink_attention_bwd(
         kernel, tiles = autotuned(kernel, "bwd_dkdv", kind), {}
     with torch.cuda.device_of(lse):
         kernel[key_grid](
-            *(q, k, v, dout, dk, dv),
-            *(RowStats(lse, stride_n, delta, None, None), streams.is_sink, lengths, dropout.seed),
-            *(stride_b, stride_h),
-            *(B, *heads, N, *numbers),
-            **head_dims,
-            **tiles,
+            q, k, v, dout, dk, dv,
+            RowStats(lse, stride_n, delta, None, None), streams.is_sink, lengths, dropout.seed,
+            stride_b, stride_h,
+            B, num_q_heads, group_size, N, options.scale, causal, left_padded, dropout.threshold,
+            HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **tiles,
             enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+        )  # fmt: skip
     return sink_delta

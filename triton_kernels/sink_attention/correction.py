@@ -218,27 +218,24 @@ def launch_sink_attention_correction_fwd(
     if sinks.positions.numel() == 0 or out.numel() == 0:
         return sink_stats
     config = config or CorrectionConfig.heuristic(max(head_dim, v_head_dim), q.dtype)
+    N = number_of_tokens(q, lengths)
+    q, k, v, out = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out))
     sink_tensors, sink_strides = sinks.as_arguments(num_q_heads)
     # Only the first axis of a grid can be longer than 65535.
     grid = (B * num_q_heads, triton.cdiv(M, config.block_m))
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(lse):
         sink_attention_correction_fwd_kernel[grid](
-            *(bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out)),
-            *(lse, sink_tensors, sink_stats, lengths),
-            *row_strides(lse, lengths),
-            *sink_strides,
-            *(num_q_heads, num_q_heads // num_kv_heads, number_of_tokens(q, lengths), M),
-            *(options.scale, int(options.causal), int(options.left_padded), M.bit_length()),
-            HEAD_DIM=head_dim,
-            V_HEAD_DIM=v_head_dim,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=min(config.block_k, block_width(head_dim)),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            maxnreg=MAX_REGISTERS,
+            q, k, v, out,
+            lse, sink_tensors, sink_stats, lengths,
+            *row_strides(lse, lengths), *sink_strides,
+            num_q_heads, num_q_heads // num_kv_heads, N, M,
+            options.scale, int(options.causal), int(options.left_padded),
+            M.bit_length(),  # search_steps
+            HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, block_width(head_dim)),
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
             enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+        )  # fmt: skip
     return sink_stats
 
 
@@ -300,15 +297,11 @@ def launch_sink_attention_correction_delta(
     grid = (B * num_q_heads, triton.cdiv(M, DELTA_BLOCK))
     with torch.cuda.device_of(out):
         sink_attention_correction_delta_kernel[grid](
-            *(bhnd(out, lengths.cu_seqlens), bhnd(dout, lengths.cu_seqlens)),
-            *(sink_positions, sink_stats, base_lse, sink_delta, lengths),
-            *sink_positions.stride(),
-            *row_strides(base_lse, lengths),
-            *(num_q_heads, number_of_tokens(out, lengths), M, int(left_padded)),
-            V_HEAD_DIM=out.shape[-1],
-            BLOCK_M=DELTA_BLOCK,
-            num_warps=DELTA_WARPS,
-            num_stages=1,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+            bhnd(out, lengths.cu_seqlens), bhnd(dout, lengths.cu_seqlens),
+            sink_positions, sink_stats, base_lse, sink_delta, lengths,
+            *sink_positions.stride(), *row_strides(base_lse, lengths),
+            num_q_heads, number_of_tokens(out, lengths), M, int(left_padded),
+            V_HEAD_DIM=out.shape[-1], BLOCK_M=DELTA_BLOCK,
+            num_warps=DELTA_WARPS, num_stages=1, enable_fp_fusion=ENABLE_FP_FUSION,
+        )  # fmt: skip
     return sink_delta

@@ -215,6 +215,7 @@ def launch_sink_attention_fwd(
         return
     B, M = sinks.positions.shape
     N, num_q_heads, num_kv_heads = number_of_tokens(q, lengths), q.shape[1], k.shape[1]
+    head_dim, v_head_dim = k.shape[-1], v.shape[-1]
     tile = config or config_of(q, v, dropout).fwd
     kernel, tiles = sink_attention_fwd_kernel, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     tiles |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_S": tile.block_s}
@@ -224,19 +225,16 @@ def launch_sink_attention_fwd(
     def grid(arguments: dict[str, object]) -> tuple[int, int]:
         return number_of_tiles(B, N, lengths.cu_seqlens, arguments["BLOCK_M"], 2), num_q_heads
 
-    k_argument, v_argument = bhnd(k, lengths.cu_seqlens), bhnd(v, lengths.cu_seqlens)
+    q, k, v, out = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out))
     stride_b, stride_h, stride_n = row_strides(lse, lengths)
     sink_tensors, sink_strides = sinks.as_arguments(num_q_heads)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(lse):
         kernel[grid](
-            *(bhnd(q, lengths.cu_seqlens), k_argument, v_argument, bhnd(out, lengths.cu_seqlens)),
-            *(RowStats(lse, stride_n, None, sink_stats, None), sink_tensors, streams, lengths, dropout.seed),
-            *(stride_b, stride_h, *sink_strides),
-            *(B, num_q_heads, num_q_heads // num_kv_heads, N, M),
-            *(options.scale, int(options.causal), int(options.left_padded), dropout.threshold),
-            HEAD_DIM=k.shape[-1],
-            V_HEAD_DIM=v.shape[-1],
-            WIDE=needs_int64_offsets(k_argument, v_argument),
-            **tiles,
+            q, k, v, out,
+            RowStats(lse, stride_n, None, sink_stats, None), sink_tensors, streams, lengths, dropout.seed,
+            stride_b, stride_h, *sink_strides,
+            B, num_q_heads, num_q_heads // num_kv_heads, N, M,
+            options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
+            HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, WIDE=needs_int64_offsets(k, v), **tiles,
             enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+        )  # fmt: skip

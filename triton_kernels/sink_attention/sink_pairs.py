@@ -320,27 +320,22 @@ def launch_sink_attention_pairs_bwd(
     head_dim, v_head_dim = q.shape[-1], v.shape[-1]
     widest = max(head_dim, v_head_dim)
     config = config or PairsConfig.heuristic(widest, q.dtype, architecture_of(q))
+    N = number_of_tokens(q, lengths)
     dq, dk, dv = grads
+    q, k, v, dout, dk, dv = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, dout, dk, dv))
+    dq = bhnd(dq, lengths.cu_seqlens) if corrects else None
     sink_tensors, sink_strides = sinks.as_arguments(num_heads.q)
     grid = (B * number_of_programs(M, num_heads, corrects, config),)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(dbias):
         sink_attention_pairs_bwd_kernel[grid](
-            *(bhnd(x, lengths.cu_seqlens) for x in (q, k, v, dout)),
-            bhnd(dq, lengths.cu_seqlens) if corrects else None,
-            *(bhnd(x, lengths.cu_seqlens) for x in (dk, dv)),
-            *(sink_tensors, sink_stats, sink_delta, dbias, lengths, dropout.seed),
+            q, k, v, dout, dq, dk, dv,
+            sink_tensors, sink_stats, sink_delta, dbias, lengths, dropout.seed,
             *sink_strides,
-            *(num_heads, B, number_of_tokens(q, lengths), M),
-            *(options.scale, int(options.causal), int(options.left_padded), dropout.threshold, M.bit_length()),
-            CORRECTS=corrects,
-            HEAD_DIM=head_dim,
-            V_HEAD_DIM=v_head_dim,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=min(config.block_k, block_width(widest)),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            maxnreg=MAX_REGISTERS,
+            num_heads, B, N, M, options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
+            M.bit_length(),  # search_steps
+            CORRECTS=corrects, HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, block_width(widest)),
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
             enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+        )  # fmt: skip
     return dbias

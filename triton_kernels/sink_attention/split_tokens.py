@@ -65,18 +65,9 @@ def number_of_tiles(B: int, N: int, cu_seqlens: Tensor | None, block: int, spare
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def sink_attention_streams_kernel(
-    sink_positions,
-    streams,
-    lengths,
-    stride_positions_b,
-    stride_positions_m,
-    B,
-    N,
-    M,
-    left_padded,
-    search_steps,
-    BLOCK: tl.constexpr,
-):
+    sink_positions, streams, lengths, stride_positions_b, stride_positions_m,
+    B, N, M, left_padded, search_steps, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK tokens of one sequence, and one token past its end.
 
     sinks_before[i] = number of sinks before token i       [BLOCK], by binary search in sink_positions
@@ -117,13 +108,10 @@ def launch_sink_attention_streams(q: Tensor, sink_positions: Tensor, lengths: Le
     grid = (number_of_tiles(B, N, lengths.cu_seqlens, STREAM_BLOCK, 1),)
     with torch.cuda.device_of(q):
         sink_attention_streams_kernel[grid](
-            sink_positions,
-            streams,
-            lengths,
+            sink_positions, streams, lengths,
             *sink_positions.stride(),
-            *(B, N, M, int(left_padded), M.bit_length()),
-            BLOCK=STREAM_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+            B, N, M, int(left_padded),
+            M.bit_length(),  # search_steps
+            BLOCK=STREAM_BLOCK, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+        )  # fmt: skip
     return streams
