@@ -2,20 +2,8 @@
 
 from torch import Tensor
 
+from recattn import _check as check
 from recattn import reference
-from recattn._check import (
-    FLOATING,
-    expect,
-    expect_choice,
-    expect_dtype,
-    expect_index,
-    expect_numbers,
-    expect_probability,
-    expect_same_device,
-    expect_same_dtype,
-    expect_shape,
-    expect_tensors,
-)
 from recattn._dispatch import select
 from recattn._options import RefinedAttentionOptions
 from recattn.functional._autocast import autocast_inputs
@@ -102,7 +90,7 @@ def refined_attention(
             kernel.
     """
     values = {} if w_v is None else {"w_v": w_v}
-    expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k, **values)
+    check.expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k, **values)
     q, k, v, w_q, w_k, *values = autocast_inputs(q, k, v, w_q, w_k, *values.values())
     w_v = values[0] if values else None
     _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale)
@@ -132,34 +120,34 @@ def refined_attention(
 
 
 def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale):
-    expect_choice("mechanism", mechanism, _MECHANISMS)
-    expect_choice("source", source, ("logits", "weights"))
-    expect_choice("padding_side", padding_side, ("right", "left"))
-    expect_numbers(scale=scale)
-    expect_probability("dropout_p", dropout_p)
+    check.expect_choice("mechanism", mechanism, _MECHANISMS)
+    check.expect_choice("source", source, ("logits", "weights"))
+    check.expect_choice("padding_side", padding_side, ("right", "left"))
+    check.expect_numbers(scale=scale)
+    check.expect_probability("dropout_p", dropout_p)
     sizes: dict[str, int] = {}
-    expect_shape(sizes, "q", q, "B H N D")
-    expect_shape(sizes, "k", k, "B H N D")
-    expect_shape(sizes, "v", v, "B H N Dv")
-    expect(sizes["D"] > 0, "D of q and k", "at least 1", 0)
+    check.expect_shape(sizes, "q", q, "B H N D")
+    check.expect_shape(sizes, "k", k, "B H N D")
+    check.expect_shape(sizes, "v", v, "B H N Dv")
+    check.expect(sizes["D"] > 0, "D of q and k", "at least 1", 0)
     columns = "2R" if mechanism == "stochastic" else "R"
-    expect_shape(sizes, "w_q", w_q, f"{_head_axis(w_q)} Nmax {columns}")
-    expect_shape(sizes, "w_k", w_k, f"{_head_axis(w_k)} Nmax {columns}")
+    check.expect_shape(sizes, "w_q", w_q, f"{_head_axis(w_q)} Nmax {columns}")
+    check.expect_shape(sizes, "w_k", w_k, f"{_head_axis(w_k)} Nmax {columns}")
     if sizes["Nmax"] < sizes["N"]:  # torch.compile specializes on a size that is formatted
-        expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
-    expect(sizes[columns] > 0, f"{columns} of w_q and w_k", "at least 1", 0)
+        check.expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
+    check.expect(sizes[columns] > 0, f"{columns} of w_q and w_k", "at least 1", 0)
     if mechanism == "stochastic":
-        expect(sizes["2R"] % 2 == 0, "2R of w_q and w_k", 'even for mechanism="stochastic"', sizes["2R"])
+        check.expect(sizes["2R"] % 2 == 0, "2R of w_q and w_k", 'even for mechanism="stochastic"', sizes["2R"])
     if mechanism in ("value", "additive"):
-        expect_tensors(w_v=w_v)
-        expect_shape(sizes, "w_v", w_v, f"{_head_axis(w_v)} Nmax Nmax")
+        check.expect_tensors(w_v=w_v)
+        check.expect_shape(sizes, "w_v", w_v, f"{_head_axis(w_v)} Nmax Nmax")
     else:
-        expect(w_v is None, "w_v", f"None for mechanism={mechanism!r}", "a tensor")
-    expect_dtype("q", q, FLOATING)
-    expect_same_dtype("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v)
+        check.expect(w_v is None, "w_v", f"None for mechanism={mechanism!r}", "a tensor")
+    check.expect_dtype("q", q, check.FLOATING)
+    check.expect_same_dtype("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v)
     if seq_lens is not None:
-        expect_index(sizes, "seq_lens", seq_lens, "B")
-    expect_same_device("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v, seq_lens=seq_lens)
+        check.expect_index(sizes, "seq_lens", seq_lens, "B")
+    check.expect_same_device("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v, seq_lens=seq_lens)
 
 
 def _head_axis(w: Tensor) -> str:

@@ -2,20 +2,8 @@
 
 from torch import Tensor
 
+from recattn import _check as check
 from recattn import reference
-from recattn._check import (
-    FLOATING,
-    expect,
-    expect_choice,
-    expect_dtype,
-    expect_index,
-    expect_numbers,
-    expect_probability,
-    expect_same_device,
-    expect_same_dtype,
-    expect_shape,
-    expect_tensors,
-)
 from recattn._dispatch import select
 from recattn._options import WassersteinAttentionOptions
 from recattn.functional._autocast import autocast_inputs
@@ -92,7 +80,7 @@ def wasserstein_attention(
         tensors |= {"w_q": w_q, "w_k": w_k}
     _validate(tensors, source, seq_lens, padding_side, dropout_p, scale)
     tensors = dict(zip(tensors, autocast_inputs(*tensors.values()), strict=True))
-    expect_same_dtype("mean_q", tensors["mean_q"], **tensors)
+    check.expect_same_dtype("mean_q", tensors["mean_q"], **tensors)
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k = (*tensors.values(), None, None)[:8]
     reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, mean_v, w_q, dropout_p=dropout_p)
     chosen = select("wasserstein_attention", impl, reasons)
@@ -122,23 +110,23 @@ def wasserstein_attention(
 
 
 def _validate(tensors, source, seq_lens, padding_side, dropout_p, scale):
-    expect_choice("source", source, ("logits", "weights"))
-    expect_choice("padding_side", padding_side, ("right", "left"))
-    expect_numbers(scale=scale)
-    expect_probability("dropout_p", dropout_p)
-    expect_tensors(**tensors)
+    check.expect_choice("source", source, ("logits", "weights"))
+    check.expect_choice("padding_side", padding_side, ("right", "left"))
+    check.expect_numbers(scale=scale)
+    check.expect_probability("dropout_p", dropout_p)
+    check.expect_tensors(**tensors)
     sizes: dict[str, int] = {}
     for name, x in tensors.items():
-        expect_shape(sizes, name, x, _layout(name, x))
-        expect_dtype(name, x, FLOATING)
-    expect(sizes["D"] > 0, "D of mean_q and mean_k", "at least 1", 0)
+        check.expect_shape(sizes, name, x, _layout(name, x))
+        check.expect_dtype(name, x, check.FLOATING)
+    check.expect(sizes["D"] > 0, "D of mean_q and mean_k", "at least 1", 0)
     if "w_q" in tensors:
         if sizes["Nmax"] < sizes["N"]:  # torch.compile specializes on a size that is formatted
-            expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
-        expect(sizes["2R"] > 0 and sizes["2R"] % 2 == 0, "2R of w_q and w_k", "even and at least 2", sizes["2R"])
+            check.expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
+        check.expect(sizes["2R"] > 0 and sizes["2R"] % 2 == 0, "2R of w_q and w_k", "even and at least 2", sizes["2R"])
     if seq_lens is not None:
-        expect_index(sizes, "seq_lens", seq_lens, "B")
-    expect_same_device("mean_q", tensors["mean_q"], **tensors, seq_lens=seq_lens)
+        check.expect_index(sizes, "seq_lens", seq_lens, "B")
+    check.expect_same_device("mean_q", tensors["mean_q"], **tensors, seq_lens=seq_lens)
 
 
 def _layout(name: str, x: Tensor) -> str:
