@@ -22,8 +22,10 @@ from torch import Tensor
 from triton import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
+from recattn.triton_kernels.common import launch
+
 # Ampere, Hopper, Blackwell: every shipped configuration is compiled for each.
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = launch.ARCHITECTURES
 DTYPES = (torch.float32, torch.bfloat16)
 # What a launch that does not say has, by Triton's defaults for CUDA.
 DEFAULT_WARPS, DEFAULT_STAGES = 4, 3

@@ -25,7 +25,7 @@ PLANTED = """
     import triton
     import triton.language as tl
 
-    from recattn.triton_kernels.common.compilation import Compilation
+    from tests.compile_table.compilation import Compilation
 
 
     @triton.jit
@@ -74,7 +74,7 @@ PLANTED_LOOPS = """
     import triton
     import triton.language as tl
 
-    from recattn.triton_kernels.common.compilation import Compilation
+    from tests.compile_table.compilation import Compilation
 
 
     @triton.jit
