@@ -1,7 +1,7 @@
 // The LREA kernels for one instruction set (see foreach_isa.h).
 //
-//   lrea_absorbed_attention   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv] of candidate t's
-//   user lrea_compress             c[u] = w_comp^T behaviors[u]               w_comp [L, r], behaviors [L, d], c [r, d]
+//   lrea_absorbed_attention   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv] of t's user
+//   lrea_compress             c[u] = w_comp^T behaviors[u]               w_comp [L, r], behaviors [L, d], c [r, d]
 //
 // One task of the first is a range of candidates: for each user and head, keys are transposed once, then up to 24
 // candidates at a time are multiplied. One task of the second is a range of users. Register tiles: RECATTN_TILE_ROWS

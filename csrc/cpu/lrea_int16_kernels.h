@@ -1,6 +1,6 @@
 // lrea_absorbed_attention over int8 states with VNNI (see foreach_isa.h).
 //
-//   h = leaky_relu(q keys^T * key_scales) * value_scales values
+//   h = (leaky_relu(q keys^T * key_scales) * value_scales) values
 //
 // q, and later the left operand of the second product, are rounded per row to int16 multiples of step = max|row| /
 // 32767. The rounding error is half a step, 1/258 of the rounding error of int8 states at the same scale. The integer

@@ -1,8 +1,9 @@
 // The middle factor of LREA and its gradients, for one instruction set (see foreach_isa.h).
 //
-//   y  = leaky_relu(z W) W^T                                    z, y [R, r], W [r, L]; row i uses its first lengths[i]
-//   columns ds = (dy W) * leaky_relu'(z W)                              [R, L] dz = ds W^T,   dW = z^T ds + dy^T
-//   leaky_relu(z W)
+//   y  = leaky_relu(z W) W^T             z, y [R, r], W [r, L]; row i uses its first lengths[i] columns
+//   ds = (dy W) * leaky_relu'(z W)       [R, L]
+//   dz = ds W^T
+//   dW = z^T ds + dy^T leaky_relu(z W)
 //
 // A block is kBlockRows rows of z by kBlockColumns columns of W; its scores stay in the L1 cache. One task of the
 // forward is a range of row blocks. One task of the backward is every kGroups-th row block, with its own sum of dW.

@@ -119,7 +119,7 @@ struct RefinedAttention {
     int64_t rank(int64_t tokens) const { return folded ? tokens : r; }
 };
 
-// Splits the (batch, head) pairs into groups of about equal cost. The groups do not depend on the number of threads.
+// Splits all (batch, head) indices into groups of about equal cost. The groups do not depend on the number of threads.
 class Groups {
   public:
     Groups(const std::vector<int64_t>& lengths, int64_t heads, int64_t columns) {

@@ -7,11 +7,11 @@
 //   out = p v
 //
 // W_q comes already divided by sqrt(r). Folded weights are W_q W_k^T in place of W_q, and then keys = A. One task is a
-// group of (batch, head) pairs, one at a time: all matrices of a (batch, head) of n tokens stay in the core's cache.
-// The backward recomputes the forward. Register tiles: RECATTN_TILE_ROWS rows by RECATTN_TILE_VECTORS registers.
+// group of (batch, head) indices, computed one after another: all matrices of a (batch, head) of n tokens stay in the
+// core's cache. The backward recomputes the forward. Register tiles: RECATTN_TILE_ROWS rows by RECATTN_TILE_VECTORS
+// registers.
 
 #include "cpu/simd/matmul.h"
-//
 #include "cpu/simd/matmul_triangular.h"
 #include "cpu/simd/softmax.h"
 
@@ -265,7 +265,7 @@ RECATTN_TARGET void backward_batch_head(const BatchHead<T>& bh, float* memory, f
 
 // --- Tasks ---
 
-// out of the (batch, head) pairs begin..end.
+// out of the (batch, head) indices begin..end.
 template <class T>
 RECATTN_TARGET void refined_forward(const RefinedAttention<T>& op, int64_t begin, int64_t end) {
     Arena sizes(nullptr);

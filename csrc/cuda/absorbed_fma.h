@@ -1,7 +1,6 @@
 // lrea_absorbed_attention with float multiply-adds: any dtype, sizes and strides.
 //
-//   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv]: the state of candidate t's user and this
-//   head
+//   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv]: the state of t's user, this head
 //
 // One block: kRows candidates of one user, one head, kColumns columns of h. It loops over the rank, 32 rows at a time:
 //   scores = q keys^T       in steps of kDepth columns of q and keys, staged in shared memory; lane k has rank row k

@@ -1,7 +1,6 @@
 // lrea_absorbed_attention on tensor cores: half-precision targets, rows of whole 16-byte pieces.
 //
-//   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv]: the state of candidate t's user and this
-//   head
+//   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv]: the state of t's user, this head
 //
 // One block: 2^kLog2TileRows = 128 candidates of one user and one head. It stages the user's state in shared memory.
 // One warp: 16 candidates. It loads q from global memory into registers, kSlab columns ahead:
