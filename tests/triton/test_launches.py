@@ -28,7 +28,7 @@ def launches(*arguments: str) -> dict[str, list]:
 
 def every_kernel() -> set[str]:
     modules = map(importlib.import_module, table.kernel_modules())
-    return {name for module in modules for name in vars(module) if name.endswith("_kernel")} - {"launch_kernel"}
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 def launched(made: dict[str, list]) -> set[str]:

@@ -73,15 +73,15 @@ def test_ragged_float16(layout):
     assert_corrects(inputs)
 
 
+@half_precision_biases
+def test_bias_range_float16(bias):
+    assert_corrects(with_bias(random_inputs(63, 63, B=1, dtype=torch.float16, causal=True), bias))
+
+
 @pytest.mark.parametrize("M, causal", [(30, False), (63, True)])
 @pytest.mark.parametrize("bias", BIASES)
 def test_bias_range(bias, M, causal):
     assert_corrects(with_bias(random_inputs(63, M, B=1, causal=causal), bias))
-
-
-@half_precision_biases
-def test_bias_range_float16(bias):
-    assert_corrects(with_bias(random_inputs(63, 63, B=1, dtype=torch.float16, causal=True), bias))
 
 
 @pytest.mark.parametrize("logit", [-math.inf, 5.0])

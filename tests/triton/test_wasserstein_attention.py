@@ -154,8 +154,7 @@ def test_nothing_to_do(sizes, rank):
 
 
 def test_reruns_agree_to_the_bit():
-    inputs = draw_here(n=129)
-    assert_reruns_agree(by_triton, inputs)
+    assert_reruns_agree(by_triton, draw_here(n=129))
 
 
 @pytest.mark.parametrize("rank, source", [(None, "logits"), (16, "logits"), (16, "weights")])

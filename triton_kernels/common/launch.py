@@ -6,7 +6,6 @@ compiler: sizes, lengths, flags, and strides made of them. The list does not rea
 `tiles.BHND`, so what must not be specialized stays an argument of its own.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +31,6 @@ class TileConfig:
     @property
     def launch_options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": MAX_REGISTERS}
-
-
-def launch_kernel(kernel: object, grid: object, arguments: Mapping[str, object], **options: int) -> None:
-    """Run `kernel` on `grid`. `options` are Triton's: num_warps, num_stages, maxnreg."""
-    kernel[grid](**arguments, **options, enable_fp_fusion=ENABLE_FP_FUSION)
-
-
-def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
-    """A tensor's strides as kernel arguments: stride_qb, stride_qh, ... for name "q" and axes "bh..."; 0 for None."""
-    values = [0] * len(axes) if tensor is None else tensor.stride()
-    return {f"stride_{name}{axis}": value for axis, value in zip(axes, values, strict=True)}
 
 
 def architecture_of(x: Tensor) -> int:
