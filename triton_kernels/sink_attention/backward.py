@@ -184,8 +184,8 @@ def sink_attention_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def sink_attention_bwd_dkdv_kernel(
-    q, k, v, dout, dk, dv,  # BHND
     row_stats, is_sink, lengths, dropout_seed,
+    q, k, v, dout, dk, dv,  # BHND; behind the pointers, where Triton 3.6 spills least
     stride_lse_b, stride_lse_h,
     B, num_q_heads, group_size, N, scale, causal, left_padded, dropout_threshold,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -314,8 +314,8 @@ def launch_sink_attention_bwd(
         kernel, tiles = autotuned(kernel, "bwd_dkdv", kind), {}
     with torch.cuda.device_of(lse):
         kernel[key_grid](
-            q, k, v, dout, dk, dv,
             RowStats(lse, stride_n, delta, None, None), streams.is_sink, lengths, dropout.seed,
+            q, k, v, dout, dk, dv,
             stride_b, stride_h,
             B, num_q_heads, group_size, N, options.scale, causal, left_padded, dropout.threshold,
             HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **tiles,
