@@ -13,15 +13,9 @@ from recattn.reference.sink_attention import softmax_or_zeros, visible_pairs
 
 
 def inter_sink_bias(
-    q_s: Tensor,
-    k_s: Tensor,
-    *,
-    sink_mask: Tensor | None = None,
-    bias_scale: float | Tensor = 1.0,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-) -> Tensor:
+    q_s: Tensor, k_s: Tensor, *, sink_mask: Tensor | None = None, bias_scale: float | Tensor = 1.0,
+    causal: bool = False, dropout_p: float = 0.0, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """bias [B, 1, M, M] = bias_scale · mean over heads of dropout(softmax(scale · q_s k_sᵀ + mask)).
 
     Shapes and arguments: `recattn.inter_sink_bias`.

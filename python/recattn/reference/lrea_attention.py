@@ -31,16 +31,9 @@ def lrea_compress(
 
 
 def lrea_attention(
-    targets: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    w_decomp: Tensor,
-    target_offsets: Tensor,
-    *,
-    seq_lens: Tensor | None = None,
-    negative_slope: float = 0.01,
-    scale: float | None = None,
-) -> Tensor:
+    targets: Tensor, keys: Tensor, values: Tensor, w_decomp: Tensor, target_offsets: Tensor, *,
+    seq_lens: Tensor | None = None, negative_slope: float = 0.01, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """h = φ(scale · q (Wᵀ keys)ᵀ) (Wᵀ values), [T, H, dv]; see `recattn.lrea_attention`."""
     scale = targets.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
@@ -53,15 +46,9 @@ def lrea_attention(
 
 
 def lrea_absorb(
-    keys: Tensor,
-    values: Tensor,
-    w_decomp: Tensor,
-    *,
-    seq_lens: Tensor | None = None,
-    scale: float | None = None,
-    orientation: str = "scores",
-    negative_slope: float = 0.01,
-) -> tuple[Tensor, Tensor]:
+    keys: Tensor, values: Tensor, w_decomp: Tensor, *, seq_lens: Tensor | None = None, scale: float | None = None,
+    orientation: str = "scores", negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scale · keys, W Wᵀ values): the state that serves a user; see `recattn.lrea_absorb`."""
     scale = keys.shape[-1] ** -0.5 if scale is None else scale
     state_values = []
@@ -72,18 +59,10 @@ def lrea_absorb(
 
 
 def lrea_absorbed_attention(
-    targets: Tensor,
-    state_keys: Tensor,
-    state_values: Tensor,
-    slots: Tensor,
-    target_offsets: Tensor,
-    *,
-    item_ids: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-    negative_slope: float = 0.01,
-    invalid: Tensor | None = None,
-) -> Tensor:
+    targets: Tensor, state_keys: Tensor, state_values: Tensor, slots: Tensor, target_offsets: Tensor, *,
+    item_ids: Tensor | None = None, key_scales: Tensor | None = None, value_scales: Tensor | None = None,
+    negative_slope: float = 0.01, invalid: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """h = φ(q state_keysᵀ) state_values, [T, H, dv]; see `recattn.lrea_absorbed_attention`."""
     if key_scales is not None:
         state_keys = _dequantized(state_keys, key_scales, targets.dtype)

@@ -24,21 +24,10 @@ from recattn.reference.wasserstein_attention import (
 
 
 def refined_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor | None = None,
-    *,
-    mechanism: str = "simple",
-    source: str = "logits",
-    causal: bool = True,
-    seq_lens: Tensor | None = None,
-    padding_side: str = "right",
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None = None, *, mechanism: str = "simple",
+    source: str = "logits", causal: bool = True, seq_lens: Tensor | None = None, padding_side: str = "right",
+    dropout_p: float = 0.0, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """out = softmax(M + mask) v, with M refined from A.
 
     M, shapes and arguments: `recattn.refined_attention`.

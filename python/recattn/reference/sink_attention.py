@@ -13,21 +13,11 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def sink_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink_positions: Tensor,
-    inter_sink_bias: Tensor,
-    *,
-    sink_logits: Tensor | None = None,
-    causal: bool = False,
-    seq_lens: Tensor | None = None,
-    padding_side: str = "right",
-    cu_seqlens: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
+    sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
+    padding_side: str = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """out = softmax(scale · q kᵀ + mask + β) v, and lse = logsumexp of the same rows.
 
     Shapes and arguments: `recattn.sink_attention`.

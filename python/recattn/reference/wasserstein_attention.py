@@ -15,22 +15,10 @@ from recattn.reference.sink_attention import softmax_or_zeros, valid_tokens, vis
 
 
 def wasserstein_attention(
-    mean_q: Tensor,
-    cov_q: Tensor,
-    mean_k: Tensor,
-    cov_k: Tensor,
-    mean_v: Tensor,
-    cov_v: Tensor,
-    *,
-    w_q: Tensor | None = None,
-    w_k: Tensor | None = None,
-    source: str = "logits",
-    causal: bool = True,
-    seq_lens: Tensor | None = None,
-    padding_side: str = "right",
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor, mean_v: Tensor, cov_v: Tensor, *,
+    w_q: Tensor | None = None, w_k: Tensor | None = None, source: str = "logits", causal: bool = True,
+    seq_lens: Tensor | None = None, padding_side: str = "right", dropout_p: float = 0.0, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(p mean_v, (p∘p) cov_v) with p = softmax(-scale · W² + mask), or p refined by w_q and w_k.
 
     Shapes and arguments: `recattn.wasserstein_attention`.
