@@ -49,17 +49,7 @@ def _triton_call_reason(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> st
     return of_long and (of_short if mechanism in ("value", "additive") else of_long)
 
 
-def refined_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor | None,
-    seq_lens: Tensor | None,
-    dropout_seed: Tensor | None,
-    options: RefinedAttentionOptions,
-) -> Tensor:
+def refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor:
     """The call by `options.impl`, which supports it."""
     tensors = distinct(q, k, v, w_q, w_k)
     if options.impl == "triton" and triton_short.unsupported_reason(q, v, options.mechanism) is not None:

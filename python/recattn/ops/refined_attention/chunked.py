@@ -486,16 +486,7 @@ def chunked_fwd(
     return out
 
 
-def chunked_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    matrices: list[Tensor],
-    seq_lens: Tensor | None,
-    plan: Plan,
-    options: RefinedAttentionOptions,
-) -> list[Tensor]:
+def chunked_bwd(dout, q, k, v, matrices, seq_lens, plan, options) -> list[Tensor]:
     """dq, dk, dv and the gradients of the matrices."""
     dq, dk, dv = (new_output(x, seq_lens) for x in (q, k, v))
     dmatrices = [torch.zeros_like(w) for w in matrices]

@@ -35,16 +35,7 @@ def unsupported_reason(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str
     return triton_unsupported_reason(q.device.type, q.dtype)
 
 
-def refined_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    seq_lens: Tensor | None,
-    dropout_seed: Tensor | None,
-    options: RefinedAttentionOptions,
-) -> Tensor:
+def refined_attention(q, k, v, w_q, w_k, seq_lens, dropout_seed, options) -> Tensor:
     """`options.impl` is that of sink_attention."""
     x_q, x_k = _halves(_projections(q, k, w_q, w_k, seq_lens, options))
     width = w_q.shape[-1]
@@ -169,16 +160,7 @@ def _filled(parts: list[Tensor]) -> Tensor:
 # --- The projection ---
 
 
-def projection_reference(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    seq_lens: Tensor | None,
-    source: str,
-    causal: bool,
-    left_padded: bool,
-    scale: float,
-) -> Tensor:
+def projection_reference(q, k, w, seq_lens, source, causal, left_padded, scale) -> Tensor:
     """A W with A the logits scale · Q Kᵀ or their softmax. Holds A in memory."""
     valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, "left" if left_padded else "right", q.device)
     if seq_lens is not None:

@@ -36,17 +36,7 @@ def _limits(device_type: str, dtype: torch.dtype) -> tuple[int, int]:
     return largest_n(dtype, architecture_of(torch.empty(0, device=device_type))), LARGEST_HEAD_DIM
 
 
-def refined_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor | None,
-    seq_lens: Tensor | None,
-    dropout_seed: Tensor | None,
-    options: RefinedAttentionOptions,
-) -> Tensor:
+def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor:
     from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
 
     dropout = launched_dropout(dropout_seed, options.dropout_p)
@@ -54,18 +44,7 @@ def refined_attention_fwd(
     return launch_refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options, dropout=dropout)
 
 
-def refined_attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor | None,
-    seq_lens: Tensor | None,
-    dropout_seed: Tensor | None,
-    options: RefinedAttentionOptions,
-) -> list[Tensor]:
+def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> list[Tensor]:
     from recattn.triton_kernels.refined_attention.short_backward import launch_refined_attention_bwd
 
     dropout = launched_dropout(dropout_seed, options.dropout_p)

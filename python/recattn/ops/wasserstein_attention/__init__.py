@@ -54,17 +54,7 @@ def _triton_call_reason(mean_q: Tensor, mean_v: Tensor, w_q: Tensor | None) -> s
 
 
 def wasserstein_attention(
-    mean_q: Tensor,
-    cov_q: Tensor,
-    mean_k: Tensor,
-    cov_k: Tensor,
-    mean_v: Tensor,
-    cov_v: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    seq_lens: Tensor | None,
-    dropout_seed: Tensor | None,
-    options: WassersteinAttentionOptions,
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, dropout_seed, options
 ) -> tuple[Tensor, Tensor]:
     """The call by `options.impl`, "cpu" or "triton", which supports it."""
     # A CPU computes half precision in float32.

@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 from recattn._check import checked_lengths
-from recattn._options import WassersteinAttentionOptions
 from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention.chunked import Chunk, Mask, multiply
 
 
-def wasserstein_attention_fwd(
-    query: Tensor,
-    key: Tensor,
-    mean_v: Tensor,
-    cov_v: Tensor,
-    seq_lens: Tensor | None,
-    options: WassersteinAttentionOptions,
-) -> tuple[Tensor, Tensor]:
+def wasserstein_attention_fwd(query, key, mean_v, cov_v, seq_lens, options) -> tuple[Tensor, Tensor]:
     """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²))."""
     seq_lens = _checked(seq_lens, query)
     mean, cov = (chunked.new_output(x, seq_lens) for x in (mean_v, cov_v))
@@ -39,16 +31,7 @@ def wasserstein_attention_fwd(
     return mean, cov
 
 
-def wasserstein_attention_bwd(
-    dmean: Tensor,
-    dcov: Tensor,
-    query: Tensor,
-    key: Tensor,
-    mean_v: Tensor,
-    cov_v: Tensor,
-    seq_lens: Tensor | None,
-    options: WassersteinAttentionOptions,
-) -> tuple[Tensor, ...]:
+def wasserstein_attention_bwd(dmean, dcov, query, key, mean_v, cov_v, seq_lens, options) -> tuple[Tensor, ...]:
     """dquery, dkey, dmean_v, dcov_v."""
     gradients = [chunked.new_output(x, seq_lens) for x in (query, key, mean_v, cov_v)]
     inputs = [x.flatten(0, 1) for x in (dmean, dcov, query, key, mean_v, cov_v)]
@@ -84,16 +67,7 @@ def _operands(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]
     return queries, torch.cat([key, key.square().sum(-1, keepdim=True) / -2], dim=-1)
 
 
-def projection_fwd(
-    query: Tensor,
-    key: Tensor,
-    w: Tensor,
-    seq_lens: Tensor | None,
-    source: str,
-    causal: bool,
-    left_padded: bool,
-    scale: float,
-) -> Tensor:
+def projection_fwd(query, key, w, seq_lens, source, causal, left_padded, scale) -> Tensor:
     """A W with A = scale · query keyᵀ, or its softmax; [B, H, N, P]."""
     seq_lens = _checked(seq_lens, query)
     x = chunked.new_output(query.new_empty(*query.shape[:3], w.shape[-1]), seq_lens)
@@ -111,17 +85,7 @@ def projection_fwd(
     return x
 
 
-def projection_bwd(
-    dx: Tensor,
-    query: Tensor,
-    key: Tensor,
-    w: Tensor,
-    seq_lens: Tensor | None,
-    source: str,
-    causal: bool,
-    left_padded: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, scale) -> tuple[Tensor, Tensor, Tensor]:
     """dquery, dkey, dw."""
     dquery, dkey, dw = chunked.new_output(query, seq_lens), chunked.new_output(key, seq_lens), torch.zeros_like(w)
     for head in chunked.heads_apart(query, [w]):

@@ -3,19 +3,12 @@
 import torch
 from torch import Tensor
 
-from recattn._options import WassersteinAttentionOptions
 from recattn.ops._support import launched_dropout
 from recattn.ops.refined_attention.chunked import new_output
 
 
 def wasserstein_attention_fwd(
-    query: Tensor,
-    key: Tensor,
-    mean_v: Tensor,
-    cov_v: Tensor,
-    seq_lens: Tensor | None,
-    dropout_seed: Tensor | None,
-    options: WassersteinAttentionOptions,
+    query, key, mean_v, cov_v, seq_lens, dropout_seed, options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean, cov, and row_max and row_sum of each softmax [2, B, H, N]."""
     from recattn.triton_kernels.wasserstein_attention.forward import Forward, launch_wasserstein_attention_fwd
@@ -32,18 +25,7 @@ def wasserstein_attention_fwd(
 
 
 def wasserstein_attention_bwd(
-    dmean: Tensor,
-    dcov: Tensor,
-    mean: Tensor,
-    cov: Tensor,
-    row_stats: Tensor,
-    query: Tensor,
-    key: Tensor,
-    mean_v: Tensor,
-    cov_v: Tensor,
-    seq_lens: Tensor | None,
-    dropout_seed: Tensor | None,
-    options: WassersteinAttentionOptions,
+    dmean, dcov, mean, cov, row_stats, query, key, mean_v, cov_v, seq_lens, dropout_seed, options
 ) -> tuple[Tensor, ...]:
     """dquery, dkey, dmean_v, dcov_v."""
     from recattn.triton_kernels.wasserstein_attention.backward import Forward, launch_wasserstein_attention_bwd
