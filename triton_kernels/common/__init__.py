@@ -1,1 +1,1 @@
-"""What the kernels share: device helpers (tiles, softmax, dropout, ragged) and host helpers (launch, compilation)."""
+"""What the kernels share: tiles, softmax, dropout and ragged batches on the device; launches on the host."""

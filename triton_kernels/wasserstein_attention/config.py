@@ -1,23 +1,14 @@
 """Launch parameters of wasserstein_attention's kernels."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Launch parameters of one kernel: queries and keys of a tile, warps, stages of the load pipeline."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+from recattn.triton_kernels.common.launch import TileConfig
 
 
 class WassersteinAttentionConfig(NamedTuple):
-    """Launch parameters of each kernel."""
+    """Launch parameters of each kernel; a tile has queries as rows and keys as columns."""
 
     fwd: TileConfig
     bwd_dq: TileConfig
