@@ -44,7 +44,7 @@ OPERATORS = {
         ("sink_forward", "sink_backward"),
         (("sink_attention", "gpu_4k_d128_causal"), ("sink_attention", "gpu_many_short")),
         ("triton/test_sink_*.py",),
-        ("ops/test_base_attention_on_gpu.py", "ops/test_sink_attention_paths.py"),
+        ("ops/test_backends_on_gpu.py", "ops/test_sink_attention_paths.py"),
     ),
     "inter_sink_bias": Operator(kernel_tests=("ops/test_inter_sink_bias.py",)),
     "refined_attention": Operator(

@@ -127,6 +127,12 @@ def test_sink_logits(form):
     assert_fused(inputs, [*GRADS, "sink_logits"])
 
 
+def test_strided_sink_logits():
+    inputs = small()
+    inputs["sink_logits"] = torch.randn(2, 3, device=DEVICE)[:, 1]
+    assert_fused(inputs, [*GRADS, "sink_logits"])
+
+
 def test_sink_logits_of_rows_without_other_mass():
     inputs = small(sinks=63)
     inputs["inter_sink_bias"].fill_(-math.inf)
