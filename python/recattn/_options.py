@@ -33,7 +33,7 @@ class InterSinkBiasOptions(NamedTuple):
 
 
 class LreaAttentionOptions(NamedTuple):
-    """Options of lrea_attention. `path` "triton" insists on the Triton kernels, "auto" takes them on a GPU only."""
+    """Options of lrea_attention. `path`: "triton" runs the Triton kernels, "auto" only on a GPU."""
 
     negative_slope: float
     scale: float

@@ -75,7 +75,7 @@ ACCEPTED = (
         "C7515",
         r"^sink_attention_(fwd|bwd_dq)_kernel sm_90 bfloat16 ",
         EITHER,
-        "The loop over sinks stands inside `if holds_sinks`; as a loop of zero rounds it is not serialized.",
+        "the loop over sinks stands inside `if is_sink_tile`; as a loop of zero rounds it is not serialized.",
     ),
     Accepted(
         "C7515",

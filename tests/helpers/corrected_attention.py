@@ -91,7 +91,7 @@ def with_bias(inputs: dict, name: str) -> dict:
 
 
 def finite_lse(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of a row without mass, -inf, has no error to measure."""
+    """The log-sum-exp of a row that sees no key, -inf, has no error to measure."""
     return out, lse.masked_fill(lse.isneginf(), 0.0)
 
 

@@ -310,10 +310,10 @@ def test_no_tensor_of_all_weights():
 
 @triton.jit
 def read_dropout_weights(seed, out, dropped, BLOCK: tl.constexpr):
-    plane = tl.program_id(0)
+    bh = tl.program_id(0)
     index = tl.arange(0, BLOCK)
-    weights = dropout_weights(tl.load(seed), plane, 2, index, 0, dropped, BLOCK)
-    tl.store(out + plane * BLOCK * BLOCK + index[:, None] * BLOCK + index[None, :], weights)
+    weights = dropout_weights(tl.load(seed), bh, 2, index, 0, dropped, BLOCK)
+    tl.store(out + bh * BLOCK * BLOCK + index[:, None] * BLOCK + index[None, :], weights)
 
 
 def explicit_dropout(q_s, k_s, dropout_p, **inputs) -> Tensor:

@@ -189,8 +189,8 @@ def test_dropout_of_the_final_weights(mechanism, source, dtype):
     b, h, n = 2, 2, 20
     inputs = draw(mechanism, source, b=b, h=h, n=n, dtype=dtype)
     seed = torch.tensor([5], device=DEVICE)
-    planes = [dropout_mask(seed, plane, 0, n, round(0.3 * 65536)) for plane in range(b * h)]
-    inputs["keep"] = torch.stack(planes).reshape(b, h, n, n)
+    masks = [dropout_mask(seed, bh, 0, n, round(0.3 * 65536)) for bh in range(b * h)]
+    inputs["keep"] = torch.stack(masks).reshape(b, h, n, n)
 
     def dropped(keep, **arguments):
         return by_triton(**arguments, dropout_p=0.3, seed=seed)

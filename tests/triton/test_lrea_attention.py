@@ -172,12 +172,12 @@ def test_compress_items(index_dtype, dtype):
     table = torch.randn(30, 17, dtype=dtype, device=DEVICE)
     ids = torch.randint(30, (4, 100), dtype=index_dtype, device=DEVICE)
     padding = torch.arange(100, device=DEVICE) >= inputs["seq_lens"][:, None]
-    unread = ids.masked_fill(padding, torch.iinfo(index_dtype).max)
+    unused = ids.masked_fill(padding, torch.iinfo(index_dtype).max)
     expected = compress(table[ids.long()], inputs["w_comp"], inputs["seq_lens"])
-    assert compress(table, inputs["w_comp"], inputs["seq_lens"], item_ids=unread).equal(expected)
-    strided_ids = unread.t().contiguous().t()
+    assert compress(table, inputs["w_comp"], inputs["seq_lens"], item_ids=unused).equal(expected)
+    strided_ids = unused.t().contiguous().t()
     assert compress(strided(table), inputs["w_comp"], inputs["seq_lens"], item_ids=strided_ids).equal(expected)
-    check_compress(inputs | {"behaviors": table, "item_ids": unread}, grads=[])
+    check_compress(inputs | {"behaviors": table, "item_ids": unused}, grads=[])
 
 
 def test_compress_non_contiguous():
@@ -381,7 +381,7 @@ def test_splits_fill_a_gpu_and_depend_on_sizes_alone():
     assert launch.num_splits(programs=0, steps=0) == 1
 
 
-def test_availability():
+def test_unsupported_reasons():
     for op in ("lrea_attention", "lrea_compress"):
         assert next(iter(ops.unsupported_reasons("cuda", op))) == "triton"
         assert list(ops.unsupported_reasons("cpu", op))[-1] == "triton"  # never chosen unasked

@@ -207,17 +207,17 @@ def test_reruns_agree_to_the_bit(mechanism):
 
 
 @triton.jit
-def store_dropout_weights_kernel(seed, out, plane, dropped, SIZE: tl.constexpr):
+def store_dropout_weights_kernel(seed, out, bh, dropped, SIZE: tl.constexpr):
     rows = tl.arange(0, SIZE)
-    weights = dropout_weights(tl.load(seed), plane, 0, rows, 0, dropped, SIZE)
+    weights = dropout_weights(tl.load(seed), bh, 0, rows, 0, dropped, SIZE)
     tl.store(out + rows[:, None] * SIZE + rows[None, :], weights)
 
 
-def dropout_mask(dropout: Dropout, planes: int, n: int) -> Tensor:
+def dropout_mask(dropout: Dropout, count: int, n: int) -> Tensor:
     size = max(16, triton.next_power_of_2(n))
-    out = torch.empty(planes, size, size, device=DEVICE)
-    for plane in range(planes):
-        store_dropout_weights_kernel[(1,)](dropout.seed, out[plane], plane, dropout.threshold, size)
+    out = torch.empty(count, size, size, device=DEVICE)
+    for bh in range(count):
+        store_dropout_weights_kernel[(1,)](dropout.seed, out[bh], bh, dropout.threshold, size)
     return out[:, :n, :n]
 
 

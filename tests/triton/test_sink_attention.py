@@ -219,19 +219,19 @@ def test_no_tensor_of_n_squared_elements():
 
 
 @triton.jit
-def store_dropout_weights_kernel(seed, out, plane, kind, rows, dropped, COLUMNS: tl.constexpr):
+def store_dropout_weights_kernel(seed, out, bh, philox_stream, rows, dropped, COLUMNS: tl.constexpr):
     index = tl.arange(0, 16) + 16 * tl.program_id(0)
-    weights = dropout_weights(tl.load(seed), plane, kind, index, 0, dropped, COLUMNS)
+    weights = dropout_weights(tl.load(seed), bh, philox_stream, index, 0, dropped, COLUMNS)
     addresses = out + index[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(addresses, weights, mask=(index < rows)[:, None])
 
 
-def dropout_mask(seed: Tensor, plane: int, kind: int, size: int, dropped: int) -> Tensor:
+def dropout_mask(seed: Tensor, bh: int, philox_stream: int, size: int, dropped: int) -> Tensor:
     columns = triton.next_power_of_2(max(size, 16))
     out = torch.empty(size, columns, device=DEVICE)
     if size > 0:
         grid = (triton.cdiv(size, 16),)
-        store_dropout_weights_kernel[grid](seed, out, plane, kind, size, dropped, columns)
+        store_dropout_weights_kernel[grid](seed, out, bh, philox_stream, size, dropped, columns)
     return out[:, :size]
 
 

@@ -35,7 +35,7 @@ from tests.helpers.corrected_attention import (
 from tests.helpers.interpreted import DTYPES
 
 
-def base(inputs: dict) -> tuple[Tensor, Tensor]:
+def unbiased(inputs: dict) -> tuple[Tensor, Tensor]:
     return unbiased_attention(
         *(inputs.get(name) for name in ("q", "k", "v", "sink_logits", "seq_lens", "cu_seqlens")),
         causal=inputs["causal"],
@@ -137,7 +137,7 @@ def test_small_bias_relative_accuracy(bias):
     """Correcting an output of zeros leaves Σ Δ v / z alone, which is then held to its own scale."""
     inputs = random_inputs(63, 63, B=1)
     inputs["inter_sink_bias"].fill_(bias)
-    _, lse = base(inputs)
+    _, lse = unbiased(inputs)
     out = torch.zeros_like(inputs["q"])
 
     def correction_of_zeros(q, k, v, bias, lse):
@@ -153,7 +153,7 @@ def test_small_bias_relative_accuracy(bias):
 @pytest.mark.parametrize("bias", ["30", "-50"])
 def test_touches_sink_rows_only(bias, layout):
     inputs = with_bias(random_inputs(63, 30, lengths=[63, 0, 41], layout=layout, causal=True), bias)
-    before, after = base(inputs), base(inputs)
+    before, after = unbiased(inputs), unbiased(inputs)
     correct(inputs, *after)
     rows = torch.zeros_like(after[1], dtype=torch.bool)  # as lse
     for b in range(3):
@@ -170,10 +170,10 @@ def test_touches_sink_rows_only(bias, layout):
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 @pytest.mark.parametrize("bias", ["small", "-1.5", "all -inf"])
 def test_sink_stats(bias, layout):
-    """The probabilities of sink pairs, which rows were done again, and nothing where a sink is ignored."""
+    """The probabilities of sink pairs, which rows are marked as recomputed, and nothing where a sink is ignored."""
     inputs = with_bias(random_inputs(40, 40, lengths=[40, 0, 25], layout=layout, causal=True), bias)
-    out, lse = base(inputs)
-    shift, mass = correct(inputs, out, lse)
+    out, lse = unbiased(inputs)
+    row_max, row_sum = correct(inputs, out, lse)
     promoted = {
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()
     }
@@ -185,7 +185,7 @@ def test_sink_stats(bias, layout):
     ).double()
     for b in range(3):
         live = live_sinks(inputs, b)
-        assert (shift[b, :, ~live] == 0).all() and (mass[b, :, ~live] == 0).all()
+        assert (row_max[b, :, ~live] == 0).all() and (row_sum[b, :, ~live] == 0).all()
         sinks = inputs["sink_positions"][b, live].long()
         if layout == "packed":
             sinks = sinks + inputs["cu_seqlens"][b]
@@ -193,12 +193,12 @@ def test_sink_stats(bias, layout):
         else:
             sink_scores, row_lse = scores[b][:, sinks[:, None], sinks], lse[b, :, sinks]
         biased = sink_scores + inputs["inter_sink_bias"][b][:, live][:, :, live]
-        massless = row_lse.isneginf()
-        assert torch.equal(shift[b, :, live].isposinf(), massless) and (mass[b, :, live][massless] == -1).all()
-        probability = (biased - shift[b, :, live, None]).exp() / mass[b, :, live, None].abs()
-        expected = (biased - row_lse.masked_fill(massless, math.inf)[..., None].double()).exp()
+        empty = row_lse.isneginf()
+        assert torch.equal(row_max[b, :, live].isposinf(), empty) and (row_sum[b, :, live][empty] == -1).all()
+        probability = (biased - row_max[b, :, live, None]).exp() / row_sum[b, :, live, None].abs()
+        expected = (biased - row_lse.masked_fill(empty, math.inf)[..., None].double()).exp()
         torch.testing.assert_close(probability, expected, rtol=1e-4, atol=1e-6)
-        assert (mass[b, :, live] > 0).all() if bias == "small" else bias == "-1.5" or (mass[b, :, live] < 0).all()
+        assert (row_sum[b, :, live] > 0).all() if bias == "small" else bias == "-1.5" or (row_sum[b, :, live] < 0).all()
 
 
 @pytest.mark.parametrize("suppressed", [False, True])
@@ -206,7 +206,7 @@ def test_sink_stats(bias, layout):
 def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
     inputs = random_inputs(63, 50, lengths=[63, 0, 41], layout=layout)
     inputs["inter_sink_bias"] -= 50 * suppressed
-    expected = base(inputs)
+    expected = unbiased(inputs)
     correct(inputs, *expected)
     poisoned = inputs | {"inter_sink_bias": inputs["inter_sink_bias"].clone()}
     for b in range(3):
@@ -216,20 +216,20 @@ def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
         poisoned |= {
             name: torch.cat([x, torch.full_like(x[:5], math.nan)]) for name, x in inputs.items() if name in "qkv"
         }
-        actual = [torch.cat([x, torch.full_like(x[:5], math.nan)]) for x in base(inputs)]
+        actual = [torch.cat([x, torch.full_like(x[:5], math.nan)]) for x in unbiased(inputs)]
     else:
         position = torch.arange(63, device=inputs["q"].device)
         lengths = inputs["seq_lens"][:, None]
         padding = position >= lengths if layout == "right" else position < 63 - lengths
         poisoned |= {n: x.masked_fill(padding[:, None, :, None], math.nan) for n, x in inputs.items() if n in "qkv"}
-        actual = base(inputs)
+        actual = unbiased(inputs)
     correct(poisoned, *actual)
     assert all(torch.equal(x[: len(y)], y) for x, y in zip(actual, expected, strict=True))
 
 
 def test_no_seq_lens():
     inputs = random_inputs(100, 20, lengths=[100, 100], causal=True)
-    runs = [base(inputs) for _ in range(2)]
+    runs = [unbiased(inputs) for _ in range(2)]
     correct(inputs, *runs[0])
     del inputs["seq_lens"]
     correct(inputs, *runs[1])
@@ -241,7 +241,7 @@ def test_no_seq_lens():
 def test_non_contiguous(layout, suppressed):
     inputs = random_inputs(63, 40, bias_heads=2, lengths=[63, 50], layout=layout, causal=True)
     inputs["inter_sink_bias"] -= 50 * suppressed
-    expected = base(inputs)
+    expected = unbiased(inputs)
     strided = [strided_copy(x) for x in expected]
     correct(inputs, *expected)
     correct({n: strided_copy(x) if isinstance(x, Tensor) else x for n, x in inputs.items()}, *strided)
@@ -252,7 +252,7 @@ def test_non_contiguous(layout, suppressed):
 def test_int32_indices(layout):
     inputs = random_inputs(63, 40, lengths=[63, 30], layout=layout)
     narrow = {n: x.int() if isinstance(x, Tensor) and not x.is_floating_point() else x for n, x in inputs.items()}
-    expected, actual = (base(inputs) for _ in range(2))
+    expected, actual = (unbiased(inputs) for _ in range(2))
     correct(inputs, *expected)
     correct(narrow, *actual)
     assert all(map(torch.equal, actual, expected))
@@ -262,7 +262,7 @@ def test_int32_indices(layout):
 def test_bias_dtypes(dtype):
     inputs = random_inputs(63, 40)
     inputs["inter_sink_bias"] = inputs["inter_sink_bias"].to(dtype)
-    expected, actual = (base(inputs) for _ in range(2))
+    expected, actual = (unbiased(inputs) for _ in range(2))
     correct(inputs | {"inter_sink_bias": inputs["inter_sink_bias"].float()}, *expected)
     correct(inputs, *actual)
     assert all(map(torch.equal, actual, expected))
@@ -271,7 +271,7 @@ def test_bias_dtypes(dtype):
 def test_bitwise_equal_reruns():
     inputs = random_inputs(100, 100, causal=True)
     inputs["inter_sink_bias"] *= 30
-    runs = [base(inputs) for _ in range(2)]
+    runs = [unbiased(inputs) for _ in range(2)]
     states = [correct(inputs, *run) for run in runs]
     assert all(map(torch.equal, *runs))
     assert torch.equal(states[0].nan_to_num(), states[1].nan_to_num())
@@ -282,7 +282,7 @@ def test_bitwise_equal_reruns():
 )
 def test_nothing_to_do(empty):
     inputs = random_inputs(**({"N": 4, "M": 2} | empty))
-    out, lse = base(inputs)
+    out, lse = unbiased(inputs)
     sink_stats = correct(inputs, out, lse)
     B, M = inputs["sink_positions"].shape
     assert sink_stats.shape == (2, B, 2, M)
@@ -300,30 +300,30 @@ def test_nothing_to_do(empty):
 def test_delta(dtype, layout):
     inputs = random_inputs(63, 50, lengths=[63, 0, 41], layout=layout, dtype=dtype, Dv=100)
     inputs["inter_sink_bias"] -= 1.5
-    out, lse = base(inputs)
+    out, lse = unbiased(inputs)
     sink_stats = correct(inputs, out, lse)
-    dout, base_lse = torch.randn_like(out), lse.clone()
+    dout, backend_lse = torch.randn_like(out), lse.clone()
     sink_delta = launch_sink_attention_correction_delta(
-        out, dout, inputs["sink_positions"], sink_stats, base_lse, lengths_of(inputs), left_padded=layout == "left"
+        out, dout, inputs["sink_positions"], sink_stats, backend_lse, lengths_of(inputs), left_padded=layout == "left"
     )
-    row_sums = (out.double() * dout.double()).sum(-1)  # as lse
-    redone = torch.zeros_like(lse, dtype=torch.bool)
+    delta = (out.double() * dout.double()).sum(-1)  # as lse
+    recomputed = torch.zeros_like(lse, dtype=torch.bool)
     for b in range(3):
         live = live_sinks(inputs, b)
         sinks = inputs["sink_positions"][b, live].long()
         assert sink_delta[b, :, ~live].isnan().all()
         rows = inputs["cu_seqlens"][b] + sinks if layout == "packed" else sinks
-        expected = row_sums[rows].T if layout == "packed" else row_sums[b, :, rows]
+        expected = delta[rows].T if layout == "packed" else delta[b, :, rows]
         error = measure_error(
             "delta", sink_delta[b, :, live], expected.float(), expected, torch.finfo(torch.float32).eps
         )
         assert error.passed, error
         if layout == "packed":
-            redone[rows] = sink_stats[1, b, :, live].T < 0
+            recomputed[rows] = sink_stats[1, b, :, live].T < 0
         else:
-            redone[b, :, rows] = sink_stats[1, b, :, live] < 0
-    assert redone.any() and not redone.all()
-    assert torch.equal(base_lse, lse.masked_fill(redone, math.inf))
+            recomputed[b, :, rows] = sink_stats[1, b, :, live] < 0
+    assert recomputed.any() and not recomputed.all()
+    assert torch.equal(backend_lse, lse.masked_fill(recomputed, math.inf))
 
 
 # --- Compilation ---
@@ -335,7 +335,7 @@ def test_no_recompilation(layout):
 
     def compilations(N, M, lengths):
         inputs = random_inputs(N, M, lengths=lengths, layout=layout, D=64, Hq=4, Hkv=2)
-        out, lse = base(inputs)
+        out, lse = unbiased(inputs)
         stats, of_batch = torch.empty(2, len(lengths), 4, M), lengths_of(inputs)
         sinks = SinkInputs(inputs["sink_positions"], inputs["inter_sink_bias"])
         forward = (*(inputs[name] for name in "qkv"), out, lse, sinks, of_batch)

@@ -240,11 +240,11 @@ def test_nothing_to_do(empty):
 
 @triton.jit
 def dropout_weights_kernel(seed, out, dropped, M, BLOCK: tl.constexpr):
-    plane = tl.program_id(0)
+    bh = tl.program_id(0)
     index = tl.arange(0, BLOCK)
-    weights = dropout_weights(tl.load(seed), plane, 1, index, 0, dropped, BLOCK)
+    weights = dropout_weights(tl.load(seed), bh, 1, index, 0, dropped, BLOCK)
     mask = (index[:, None] < M) & (index[None, :] < M)
-    tl.store(out + (plane * M + index[:, None]) * M + index[None, :], weights, mask=mask)
+    tl.store(out + (bh * M + index[:, None]) * M + index[None, :], weights, mask=mask)
 
 
 def sink_pairs(sink_positions: Tensor, N: int) -> Tensor:

@@ -169,6 +169,6 @@ def _dsink_logits(dout: Tensor, out: Tensor, lse: Tensor, c: Context) -> Tensor:
     if c.sink_logits is None:
         return dout.new_empty(0)
     rows = (dout.float() * out).sum(-1) * (_per_row(c.sink_logits, lse) - lse).exp()
-    if c.seq_lens is not None:  # padding has no mass
+    if c.seq_lens is not None:  # padding sees no key
         rows = rows.masked_fill(lse.isneginf(), 0)
     return -rows.sum((0, 2) if lse.dim() == 3 else 0).to(c.sink_logits.dtype)
