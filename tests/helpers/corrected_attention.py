@@ -12,9 +12,9 @@ from recattn.reference.sink_attention import sink_attention as reference
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.triton_kernels.sink_attention import (
     CorrectionConfig,
-    Lengths,
     PairsConfig,
     SinkInputs,
+    as_lengths,
     launch_sink_attention_correction_delta,
     launch_sink_attention_correction_fwd,
     launch_sink_attention_pairs_bwd,
@@ -139,7 +139,7 @@ class CorrectedAttention(torch.autograd.Function):
         context = (seq_lens, cu_seqlens)
         out, lse = unbiased_attention(q, k, v, sink_logits, *context, **settings)
         sink_stats = launch_sink_attention_correction_fwd(
-            *(q, k, v, out, lse, SinkInputs(sink_positions, inter_sink_bias, sink_logits), Lengths(*context)),
+            *(q, k, v, out, lse, SinkInputs(sink_positions, inter_sink_bias, sink_logits), as_lengths(*context)),
             options=SinkAttentionOptions(**settings),
             config=correction_tiles,
         )
@@ -155,13 +155,13 @@ class CorrectedAttention(torch.autograd.Function):
         q, k, v, out, lse, sink_positions, inter_sink_bias, sink_stats, *context = ctx.saved_tensors
         backend_lse = lse.clone()
         sink_delta = launch_sink_attention_correction_delta(
-            *(out, dout, sink_positions, sink_stats, backend_lse, Lengths(*context)),
+            *(out, dout, sink_positions, sink_stats, backend_lse, as_lengths(*context)),
             left_padded=ctx.settings["left_padded"],
         )
         dq, dk, dv = unbiased_gradients(dout, q, k, v, out, backend_lse, *context, **ctx.settings)
         dbias = launch_sink_attention_pairs_bwd(
             *(q, k, v, dout, sink_stats, sink_delta, (dq, dk, dv)),
-            *(SinkInputs(sink_positions, inter_sink_bias), Lengths(*context)),
+            *(SinkInputs(sink_positions, inter_sink_bias), as_lengths(*context)),
             options=SinkAttentionOptions(**ctx.settings),
             corrects=True,
             config=ctx.pairs_tiles,

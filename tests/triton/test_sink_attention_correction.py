@@ -14,6 +14,7 @@ from recattn.triton_kernels.sink_attention import (
     CorrectionConfig,
     Lengths,
     SinkInputs,
+    as_lengths,
     launch_sink_attention_correction_delta,
     launch_sink_attention_correction_fwd,
 )
@@ -49,7 +50,7 @@ def options_of(inputs: dict) -> SinkAttentionOptions:
 
 
 def lengths_of(inputs: dict) -> Lengths:
-    return Lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens"))
+    return as_lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens"))
 
 
 def correct(inputs: dict, out: Tensor, lse: Tensor, config: CorrectionConfig | None = CORRECTION_TILES) -> Tensor:

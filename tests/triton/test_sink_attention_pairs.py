@@ -15,7 +15,7 @@ from recattn._options import SinkAttentionOptions
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
-from recattn.triton_kernels.sink_attention import Lengths, PairsConfig, SinkInputs, launch_sink_attention_pairs_bwd
+from recattn.triton_kernels.sink_attention import PairsConfig, SinkInputs, as_lengths, launch_sink_attention_pairs_bwd
 from tests.compile_table.compilation import recorded
 from tests.helpers.corrected_attention import (
     BIASES,
@@ -126,7 +126,7 @@ def test_small_bias_relative_accuracy(bias):
     stats = torch.stack([lse.squeeze(-1), torch.ones_like(delta)]).float()
     actual = [torch.zeros_like(x) for x in (q, k, v)]
     launch_sink_attention_pairs_bwd(
-        *(q, k, v, dout, stats, delta.float(), actual, SinkInputs(positions, beta), Lengths(None, None)),
+        *(q, k, v, dout, stats, delta.float(), actual, SinkInputs(positions, beta), as_lengths(None, None)),
         options=SinkAttentionOptions(causal=False, left_padded=False, scale=SCALE),
         **{"corrects": True, "config": PAIRS_TILES},
     )
@@ -181,7 +181,7 @@ def test_touches_sink_rows_only(layout):
     dq, dk, dv = (torch.where(is_sink, 1.0, math.nan) for _ in range(3))
     launch_sink_attention_pairs_bwd(
         *(q, inputs["k"], inputs["v"], q, stats, stats[0], (dq, dk, dv), SinkInputs(positions, bias)),
-        Lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens")),
+        as_lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens")),
         options=SinkAttentionOptions(causal=False, left_padded=layout == "left", scale=SCALE),
         **{"corrects": True, "config": PAIRS_TILES},
     )
@@ -299,7 +299,7 @@ class WholePairs(torch.autograd.Function):
         row_max, row_sum, delta = (x.float().gather(2, rows).masked_fill(ignored, math.nan) for x in stats)
         dbias = launch_sink_attention_pairs_bwd(
             *(q, k, v, dout, torch.stack([row_max, row_sum]), delta, (None, dk, dv)),
-            *(SinkInputs(sink_positions, inter_sink_bias), Lengths(seq_lens, None)),
+            *(SinkInputs(sink_positions, inter_sink_bias), as_lengths(seq_lens, None)),
             NO_DROPOUT if seed is None else Dropout(seed, dropped),
             options=SinkAttentionOptions(causal, left_padded=False, scale=scale),
             **{"corrects": False, "config": PAIRS_TILES},
@@ -356,7 +356,7 @@ def test_no_recompilation(layout, corrects):
         q, k, v, positions, bias = (inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias"))
         stats, delta = torch.empty(2, len(lengths), 4, M), torch.empty(len(lengths), 4, M)
         arguments = (q, k, v, q, stats, delta, (q, k, v), SinkInputs(positions, bias))
-        of_batch = Lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens"))
+        of_batch = as_lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens"))
         options = SinkAttentionOptions(causal=N % 2 == 0, left_padded=False, scale=SCALE)
         return recorded(
             "", 90, launch_sink_attention_pairs_bwd, *arguments, of_batch, options=options, corrects=corrects

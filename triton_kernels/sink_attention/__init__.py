@@ -11,7 +11,7 @@ config.py         tile sizes, warps and pipeline stages
 """
 
 from recattn.triton_kernels.sink_attention.backward import launch_sink_attention_bwd
-from recattn.triton_kernels.sink_attention.common import Lengths, SinkInputs
+from recattn.triton_kernels.sink_attention.common import Lengths, SinkInputs, as_lengths
 from recattn.triton_kernels.sink_attention.config import CorrectionConfig, PairsConfig, SinkAttentionConfig, TileConfig
 from recattn.triton_kernels.sink_attention.correction import (
     launch_sink_attention_correction_delta,
@@ -29,6 +29,7 @@ __all__ = [
     "SinkInputs",
     "Streams",
     "TileConfig",
+    "as_lengths",
     "launch_sink_attention_bwd",
     "launch_sink_attention_correction_delta",
     "launch_sink_attention_correction_fwd",

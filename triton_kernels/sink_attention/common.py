@@ -207,3 +207,8 @@ def mark_recomputed(row_sum):
 def is_recomputed(row_sum):
     """True where `mark_recomputed` marked a row of sink_stats: a correction's backward then does all of its keys."""
     return row_sum < 0
+
+
+def as_lengths(seq_lens: Tensor | None, cu_seqlens: Tensor | None) -> Lengths:
+    """The lengths of a batch as a launch takes them: contiguous."""
+    return Lengths(*(None if x is None else x.contiguous() for x in (seq_lens, cu_seqlens)))

@@ -111,10 +111,9 @@ def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context) -> tuple[Tensor,
 
 def _sinks_and_lengths(c: Context):
     """A call's SinkInputs and Lengths, as the launchers take them."""
-    from recattn.triton_kernels.sink_attention import Lengths, SinkInputs
+    from recattn.triton_kernels.sink_attention import SinkInputs, as_lengths
 
-    lengths = Lengths(*(None if x is None else x.contiguous() for x in (c.seq_lens, c.cu_seqlens)))
-    return SinkInputs(c.sink_positions, c.inter_sink_bias, c.sink_logits), lengths
+    return SinkInputs(c.sink_positions, c.inter_sink_bias, c.sink_logits), as_lengths(c.seq_lens, c.cu_seqlens)
 
 
 # --- The correction ---
