@@ -18,6 +18,7 @@ from benchmarks.harness.goals import ExtraMemoryGoal, Goal, TimeGoal
 from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import CPU, CUDA, SINK, Draw, SinkWorkload, offsets
 from recattn import reference
+from recattn._dispatch import format_implementation
 from recattn.ops.backends import BACKENDS
 
 # CTR-Sink multiplies the softmax that is its bias by 10 in its encoders.
@@ -169,7 +170,7 @@ def needs_cuda(workload: SinkWorkload, device: torch.device) -> str | None:
 
 
 # What recattn can be told to run on a GPU: the fused kernel, or the correction of an unbiased attention.
-PATHS = ("triton", *(f"correction:{backend}" for backend in BACKENDS))
+PATHS = ("triton", *(format_implementation("correction", backend) for backend in BACKENDS))
 
 SINK_ATTENTION.implementation("recattn", prepare=with_longest, ours=True)(recattn.sink_attention)
 for path in PATHS:

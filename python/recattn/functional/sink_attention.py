@@ -6,7 +6,7 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
-from recattn._dispatch import parse_implementation, select
+from recattn._dispatch import format_implementation, parse_implementation, select
 from recattn._options import SinkAttentionOptions
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
@@ -92,7 +92,9 @@ def sink_attention(
     if backend is not None:
         check.expect_choice("BACKEND of impl='correction:BACKEND'", backend, tuple(BACKENDS))
         on_gpu = chosen == "correction" and q.device.type != "cpu"
-        check.expect(on_gpu, "impl", "without a backend, but for 'correction' on a GPU", f"{impl}:{backend}")
+        check.expect(
+            on_gpu, "impl", "without a backend, but for 'correction' on a GPU", format_implementation(impl, backend)
+        )
     if chosen != "correction" or q.device.type != "cpu":  # the CPU's correction checks its own copies
         indices = checked_indices(
             q.device,

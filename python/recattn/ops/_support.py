@@ -1,6 +1,7 @@
 """What the operators share: whether Triton runs here, dropout, layouts."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -49,6 +50,16 @@ def launched_dropout(seed: Tensor | None, dropout_p: float):
     from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 
     return NO_DROPOUT if seed is None else Dropout(seed, min(round(dropout_p * 65536), 65535))
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The scale of the scores, 1/√D where none is given."""
+    return 1 / math.sqrt(head_dim) if scale is None else scale
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """An optional tensor, contiguous."""
+    return None if x is None else x.contiguous()
 
 
 def token_major(x: Tensor) -> Tensor:

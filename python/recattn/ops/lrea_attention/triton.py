@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recattn.ops._support import constant_in_graphs, triton_unsupported_reason
+from recattn.ops._support import constant_in_graphs, contiguous, triton_unsupported_reason
 
 
 def unsupported_reason(device_type: str, dtype: torch.dtype | None, rank: int) -> str | None:
@@ -80,21 +80,17 @@ def _take_rows(x: Tensor, ragged) -> Tensor:
 def compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
     from recattn.triton_kernels.lrea.compress import launch_lrea_compress_fwd
 
-    return launch_lrea_compress_fwd(behaviors, w_comp, _contiguous(seq_lens), item_ids)
+    return launch_lrea_compress_fwd(behaviors, w_comp, contiguous(seq_lens), item_ids)
 
 
 def compress_bwd_behaviors(dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int) -> Tensor:
     from recattn.triton_kernels.lrea.compress import launch_lrea_compress_bwd_behaviors
 
-    tensors = (dcompressed.contiguous(), w_comp.contiguous(), _contiguous(seq_lens))
+    tensors = (dcompressed.contiguous(), w_comp.contiguous(), contiguous(seq_lens))
     return launch_lrea_compress_bwd_behaviors(*tensors, length)
 
 
 def compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None) -> Tensor:
     from recattn.triton_kernels.lrea.compress import launch_lrea_compress_bwd_w_comp
 
-    return launch_lrea_compress_bwd_w_comp(dcompressed.contiguous(), behaviors, _contiguous(seq_lens))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    return launch_lrea_compress_bwd_w_comp(dcompressed.contiguous(), behaviors, contiguous(seq_lens))

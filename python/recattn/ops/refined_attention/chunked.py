@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions
+from recattn.ops._support import resolve_scale
 from recattn.reference.wasserstein_attention import centre_
 
 # Rows of a block, in the linear form its positions.
@@ -391,7 +392,7 @@ def _backward_chunk(
 def plan_of(q: Tensor, w_q: Tensor, options: RefinedAttentionOptions) -> Plan:
     stochastic = options.mechanism == "stochastic"
     rank = w_q.shape[-1] // 2 if stochastic else w_q.shape[-1]
-    scale = 1 / math.sqrt(q.shape[3]) if options.scale is None else options.scale
+    scale = resolve_scale(options.scale, q.shape[3])
     folded = not stochastic and rank >= q.shape[2]
     return Plan(options.mechanism, options.source, options.causal, scale, rank, folded)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions, SinkAttentionOptions, WassersteinAttentionOptions
 from recattn.ops._library import define, differentiable_again
-from recattn.ops._support import triton_unsupported_reason
+from recattn.ops._support import contiguous, resolve_scale, triton_unsupported_reason
 from recattn.ops.refined_attention.chunked import gaussians, gaussians_backward
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttentionFunction, no_sinks
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
@@ -67,7 +67,7 @@ def _projections(q, k, w_q, w_k, seq_lens, options) -> list[Tensor]:
     if options.source == "logits":
         settings = (options.causal, options.left_padded, options.scale)
         return [RefinedProjectionFunction.apply(q, k, _joined([w_q, w_k], q), seq_lens, settings)]
-    scale = _resolve_scale(options.scale, q)
+    scale = resolve_scale(options.scale, q.shape[-1])
     fits = 2 * _aligned(w_q.shape[-1]) <= MAX_HEAD_DIM
     groups = [[w_q, w_k]] if fits else [[w_q], [w_k]]
     return [
@@ -170,7 +170,7 @@ def projection_reference(q, k, w, seq_lens, source, causal, left_padded, scale) 
 
 def _projection_reference(q, k, w, seq_lens, settings) -> Tensor:
     causal, left_padded, scale = settings
-    return projection_reference(q, k, w, seq_lens, "logits", causal, left_padded, _resolve_scale(scale, q))
+    return projection_reference(q, k, w, seq_lens, "logits", causal, left_padded, resolve_scale(scale, q.shape[-1]))
 
 
 class RefinedProjectionFunction(torch.autograd.Function):
@@ -190,23 +190,15 @@ class RefinedProjectionFunction(torch.autograd.Function):
 def _fwd(q, k, w, seq_lens, causal, left_padded, scale) -> Tensor:
     from recattn.triton_kernels.refined_attention.projection import Mask, launch_refined_projection_fwd
 
-    mask = Mask(_contiguous(seq_lens), causal, left_padded)
-    return launch_refined_projection_fwd(q, k, w, mask, _resolve_scale(scale, q))
+    mask = Mask(contiguous(seq_lens), causal, left_padded)
+    return launch_refined_projection_fwd(q, k, w, mask, resolve_scale(scale, q.shape[-1]))
 
 
 def _bwd(dx, q, k, w, seq_lens, causal, left_padded, scale) -> tuple[Tensor, Tensor, Tensor]:
     from recattn.triton_kernels.refined_attention.projection import Mask, launch_refined_projection_bwd
 
-    mask = Mask(_contiguous(seq_lens), causal, left_padded)
-    return launch_refined_projection_bwd(dx, q, k, w, mask, _resolve_scale(scale, q))
-
-
-def _resolve_scale(scale: float | None, q: Tensor) -> float:
-    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-
-
-def _contiguous(seq_lens: Tensor | None) -> Tensor | None:
-    return None if seq_lens is None else seq_lens.contiguous()
+    mask = Mask(contiguous(seq_lens), causal, left_padded)
+    return launch_refined_projection_bwd(dx, q, k, w, mask, resolve_scale(scale, q.shape[-1]))
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor w, Tensor? seq_lens, bool causal, bool left_padded, float? scale"

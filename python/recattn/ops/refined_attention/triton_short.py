@@ -1,12 +1,16 @@
 """refined_attention of short sequences by Triton kernels, whole in one program."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions
-from recattn.ops._support import constant_in_graphs, launched_dropout, triton_unsupported_reason
+from recattn.ops._support import (
+    constant_in_graphs,
+    contiguous,
+    launched_dropout,
+    resolve_scale,
+    triton_unsupported_reason,
+)
 
 
 def unsupported_reason(q: Tensor, v: Tensor, mechanism: str) -> str | None:
@@ -40,7 +44,7 @@ def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, option
     from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
 
     dropout = launched_dropout(dropout_seed, options.dropout_p)
-    seq_lens, options = _contiguous(seq_lens), _with_scale(options, q)
+    seq_lens, options = contiguous(seq_lens), _with_scale(options, q)
     return launch_refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options, dropout=dropout)
 
 
@@ -48,13 +52,9 @@ def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, 
     from recattn.triton_kernels.refined_attention.short_backward import launch_refined_attention_bwd
 
     dropout = launched_dropout(dropout_seed, options.dropout_p)
-    seq_lens, options = _contiguous(seq_lens), _with_scale(options, q)
+    seq_lens, options = contiguous(seq_lens), _with_scale(options, q)
     return launch_refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options, dropout=dropout)
 
 
-def _contiguous(seq_lens: Tensor | None) -> Tensor | None:
-    return None if seq_lens is None else seq_lens.contiguous()
-
-
 def _with_scale(options: RefinedAttentionOptions, q: Tensor) -> RefinedAttentionOptions:
-    return options._replace(scale=1 / math.sqrt(q.shape[3])) if options.scale is None else options
+    return options._replace(scale=resolve_scale(options.scale, q.shape[3]))

@@ -4,14 +4,12 @@ The distance of two Gaussians with diagonal covariances is the distance of the v
 vectors. With w_q and w_k the vectors come from x = A [W_q | W_k], another product with an attention matrix.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.ops._library import define, differentiable_again, refuse_dropout
-from recattn.ops._support import triton_unsupported_reason
+from recattn.ops._support import resolve_scale, triton_unsupported_reason
 from recattn.ops.refined_attention.triton_long import project, projection_reference
 from recattn.ops.sink_attention import MAX_HEAD_DIM
 from recattn.ops.wasserstein_attention import cpu, triton
@@ -199,7 +197,7 @@ def _with_scale(options: tuple, query: Tensor) -> WassersteinAttentionOptions:
 
 def _resolve_scale(scale: float | None, vectors: Tensor, more_columns: int = 0) -> float:
     """The scale, by default 1/√D, of vectors of 2D columns and `more_columns`."""
-    return 1 / math.sqrt((vectors.shape[-1] - more_columns) // 2) if scale is None else scale
+    return resolve_scale(scale, (vectors.shape[-1] - more_columns) // 2)
 
 
 def _projection_fwd(query, key, w, seq_lens, source, causal, left_padded, scale):

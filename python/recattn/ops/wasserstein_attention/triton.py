@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from recattn.ops._support import launched_dropout
+from recattn.ops._support import contiguous, launched_dropout
 from recattn.ops.refined_attention.chunked import new_output
 
 
@@ -17,7 +17,7 @@ def wasserstein_attention_fwd(
     row_stats = new_output(query.new_empty(2, *query.shape[:3], dtype=torch.float32), seq_lens)
     launch_wasserstein_attention_fwd(
         Forward(*(x.contiguous() for x in (query, key, mean_v, cov_v)), mean, cov, *row_stats),
-        None if seq_lens is None else seq_lens.contiguous(),
+        contiguous(seq_lens),
         options,
         dropout=launched_dropout(dropout_seed, options.dropout_p),
     )
@@ -36,7 +36,7 @@ def wasserstein_attention_bwd(
         dmean.contiguous(),
         dcov.contiguous(),
         *gradients,
-        None if seq_lens is None else seq_lens.contiguous(),
+        contiguous(seq_lens),
         options,
         dropout=launched_dropout(dropout_seed, options.dropout_p),
     )
