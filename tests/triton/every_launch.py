@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 import recattn
+from benchmarks.harness import dry_driver
 from recattn._options import SinkAttentionOptions
 from recattn.checks.cases import OPERATORS, Case, Operator
 from recattn.checks.supervisor import DTYPES
 from recattn.ops import sink_attention as sink_ops
 from recattn.ops.backends import BACKENDS, AttentionBackend
-from tests.helpers import dry_driver
 
 sink_attention = functools.partial(recattn.sink_attention, impl="triton")
 inter_sink_bias = functools.partial(recattn.inter_sink_bias, impl="triton")
@@ -37,8 +37,15 @@ wasserstein_attention = functools.partial(recattn.wasserstein_attention, impl="t
 lrea_compress = functools.partial(recattn.lrea_compress, impl="triton")
 lrea_attention = functools.partial(recattn.lrea_attention, impl="triton")
 
-# What no GPU is needed for: an attention that computes nothing, to be corrected.
-BACKENDS["dry"] = AttentionBackend(
+
+class DryBackend(AttentionBackend):
+    """What no GPU is needed for: an attention that computes nothing, of any batch, to be corrected."""
+
+    def unsupported_reason(self, call) -> None:
+        return None
+
+
+BACKENDS["dry"] = DryBackend(
     "dry",
     lambda call: None,
     lambda q, k, v, settings: (v.new_empty(*q.shape[:-1], v.shape[-1]), _empty_lse(q)),
@@ -103,6 +110,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
 
     return {
         "sink_attention": lambda: train(sink_attention, dense | logits, causal=True),
+        "sink_attention, by the choice of a GPU": lambda: train(recattn.sink_attention, dense),
         "sink_attention of padding, with dropout": lambda: train(sink_attention, dense, **seed_and_padding),
         "sink_attention, packed": lambda: train(sink_attention, tokens | logits, causal=True),
         "sink_attention, corrected": lambda: train(corrected_attention, dense | logits),

@@ -34,9 +34,14 @@ class Context(NamedTuple):
     def backend(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionBackend | None:
         """The backend to correct; None: the fused kernel runs."""
         impl, backend = self.options.impl, self.options.backend
-        if q.device.type == "cuda":  # the interpreter runs what the options name
+        if is_on_gpu(q):  # the interpreter runs what the options name
             impl, backend = resolve(self.options, q, k, v, self.sink_positions, self.seq_lens, self.cu_seqlens)
         return None if impl == FUSED or q.numel() == 0 else BACKENDS[backend]
+
+
+def is_on_gpu(x: Tensor) -> bool:
+    """A function, so that a dry run of the launches can answer for a CPU tensor."""
+    return x.device.type == "cuda"
 
 
 def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *context) -> tuple[Tensor, Tensor, Tensor]:
