@@ -172,6 +172,19 @@ class CeilingGoal(Goal):
         return self._absolute(self.fraction / own.ceiling_fraction, own, ceiling_fraction=own.ceiling_fraction)
 
 
+@dataclass(frozen=True)
+class HostGoal:
+    """The host's time of a call ≤ units · that of SDPA's smallest call."""
+
+    units: float
+
+    def __str__(self) -> str:
+        return f"≤ {self.units:g}"
+
+    def judge(self, units: float) -> str:
+        return "met" if units <= self.units else "missed"
+
+
 def _leanest(others: Mapping[str, Measured]) -> tuple[str, int]:
     name = min(others, key=lambda name: others[name].peak_bytes)
     return name, others[name].peak_bytes

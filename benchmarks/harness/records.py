@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness.goals import Outcome
+from benchmarks.harness.host_time import HostCost
 from recattn import _environment
 
 TIMED, NOT_RUN, REFUSED, FAILED = "timed", "not run", "refused: wrong", "failed"
@@ -74,6 +75,10 @@ def append_lines(records: Iterable[dict[str, object]], common: dict[str, object]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps({**record, **common}, allow_nan=False) + "\n" for record in records)
+
+
+def append_host_costs(costs: Iterable[HostCost], common: dict[str, object], path: Path) -> None:
+    append_lines(map(asdict, costs), common, path)
 
 
 def read(paths: Iterable[Path]) -> list[Record]:

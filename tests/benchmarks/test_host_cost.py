@@ -1,0 +1,100 @@
+"""The host's time of a call: its launches, its unit, its goals, and its row in the records."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ROOT
+from benchmarks.harness import host_time
+from benchmarks.harness.host_time import CPU, GPU, HostCost
+from benchmarks.harness.registry import FORWARD, TRAINING
+from benchmarks.report import host
+
+X = torch.rand(4, 4)
+
+
+@pytest.mark.parametrize(
+    "call, launches",
+    [
+        (lambda: X.transpose(0, 1).unsqueeze(0).expand(3, 4, 4).reshape(3, 4, 4), 0),
+        (lambda: X.contiguous().to(X.dtype).detach(), 0),
+        (lambda: torch.empty_like(X).new_empty(3), 0),
+        (lambda: X.new_zeros(3), 1),
+        (lambda: X.double(), 1),
+        (lambda: X @ X, 1),
+        (lambda: (X + 1).sum(), 2),
+        (lambda: torch.cat([X.t().contiguous(), X]), 2),
+    ],
+)
+def test_launches_of_pytorch_are_counted_without_views_and_allocations(call, launches):
+    torch.use_deterministic_algorithms(False)  # which fill every allocation
+    assert host_time.count_torch_launches(call) == launches
+
+
+@pytest.mark.parametrize("case", [case for case in host_time.CASES if case.path == CPU], ids=lambda case: case.op)
+def test_every_leaf_gets_a_gradient(case):
+    for direction in case.directions:
+        call = case.make(case.sizes, 4).in_direction(direction, case.impl)
+        with torch.set_grad_enabled(direction == TRAINING):
+            results = call()
+        if direction == TRAINING:
+            assert len(results) == len(case.make(case.sizes, 4).leaves)
+
+
+def test_the_least_of_the_repeats_counts(monkeypatch):
+    times = iter([1.0, 1.0, 5e-6, 3e-6, 4e-6])
+    monkeypatch.setattr(host_time, "_seconds", lambda calls: next(times))
+    assert host_time.best_us(lambda: None, 4) == pytest.approx(3.0)
+
+
+def cost(op="sink_attention", path=GPU, step=FORWARD, units=2.0, **options) -> HostCost:
+    return HostCost(host_of=op, path=path, step=step, host_us=20 * units, unit_us=20.0, **options)
+
+
+@pytest.mark.parametrize(
+    "measured, verdict",
+    [
+        (cost(units=2.5), "met"),
+        (cost(units=2.6), "missed"),
+        (cost(units=2.0, new_length_ratio=1.6), "missed"),
+        (cost(step=TRAINING, units=7.9, new_length_ratio=1.5), "met"),
+        (cost("lrea_attention", step=TRAINING, units=11.0), "met"),
+        (cost("lrea_absorbed_attention", CPU, units=1.6), "missed"),
+        (cost("sink_attention", CPU, units=50.0), None),
+        (cost(reason="ValueError: no"), "failed"),
+    ],
+)
+def test_verdicts(measured, verdict):
+    assert measured.verdict == verdict
+    assert (verdict or "–") in host.cells(measured)[-1] or measured.reason
+
+
+def triton_paths() -> list[Path | None]:
+    return [None, Path(sys.prefix) / "triton-3.6.0"]
+
+
+@pytest.mark.parametrize("triton", triton_paths(), ids=lambda path: path.name if path else "installed")
+def test_the_program(triton, tmp_path):
+    """Without a GPU, every operator reaches its launches; the rows say how many, and what they cost."""
+    pytest.importorskip("triton")
+    if triton is not None and not triton.exists():
+        pytest.skip(f"{triton} does not exist")
+    path = {"PYTHONPATH": str(triton)} if triton else {}
+    command = [sys.executable, "-m", "benchmarks.host_cost", "--repeats", "1", "--results", tmp_path / "rows.jsonl"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["path"], row["host_of"], row["step"]) for row in rows] == [
+        (case.path, case.op, direction)
+        for case in sorted(host_time.CASES, key=lambda case: case.path == GPU)
+        for direction in case.directions
+    ]
+    for row in rows:
+        assert row["reason"] is None and row["host_us"] > 0 and row["unit_us"] > 0 and row["device"]
+        assert (row["triton_launches"] is not None and row["triton_launches"] > 0) == (row["path"] == GPU)
+    assert all(row["host_of"] in ran.stdout for row in rows) and "in units of SDPA's smallest call" in ran.stdout
