@@ -37,6 +37,10 @@ class Scratch {
     std::vector<Line> lines_;
 };
 
+// The type in which sums are computed.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 // Multiply-adds that make one more thread worth its start, whatever the shape.
 inline constexpr int64_t kMultiplyAddsPerThread = 1 << 18;
 
@@ -66,7 +70,11 @@ inline Tensor with_contiguous_rows(const Tensor& tensor) {
 
 inline std::vector<int64_t> to_vector(const Tensor& tensor) {
     const Tensor contiguous = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-    const auto copy = [&](const auto* data) { return std::vector<int64_t>(data, data + contiguous.numel()); };
+    const auto copy = [&](const auto* data) {
+        std::vector<int64_t> entries(contiguous.numel());
+        for (size_t i = 0; i < entries.size(); ++i) entries[i] = read_once(data[i]);
+        return entries;
+    };
     return contiguous.scalar_type() == ScalarType::Int ? copy(contiguous.const_data_ptr<int32_t>())
                                                        : copy(contiguous.const_data_ptr<int64_t>());
 }
@@ -78,8 +86,24 @@ inline void expect_lengths(const char* name, const std::vector<int64_t>& lengths
     }
 }
 
+inline void expect_offsets(const char* name, const std::vector<int64_t>& offsets, int64_t total) {
+    expect(offsets.front() == 0 && offsets.back() == total, name, " must be offsets from 0 to ", total,
+           ", got offsets from ", offsets.front(), " to ", offsets.back());
+    for (size_t i = 1; i < offsets.size(); ++i) {
+        expect(offsets[i - 1] <= offsets[i], name, " must be ascending, got ", offsets[i], " at index [", i, "]");
+    }
+}
+
 inline bool is_row(int64_t index, int64_t table_size) {
     return static_cast<uint64_t>(index) < static_cast<uint64_t>(table_size);
+}
+
+// Position of the first index outside 0 .. size-1; `count` if there is none.
+inline int64_t find_invalid(const int64_t* indices, int64_t count, int64_t size) {
+    uint64_t signs = 0;  // sign bits of i and of size - 1 - i: without a branch, so that it vectorizes
+    for (int64_t i = 0; i < count; ++i) signs |= indices[i] | (static_cast<uint64_t>(size) - 1 - indices[i]);
+    if (static_cast<int64_t>(signs) >= 0) return count;
+    return std::find_if(indices, indices + count, [&](int64_t i) { return i < 0 || i >= size; }) - indices;
 }
 
 // The entries of an integer tensor as int64: a view if the tensor is contiguous int64, else a copy. Another thread may

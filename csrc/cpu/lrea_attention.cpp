@@ -1,4 +1,4 @@
-// CPU operators of LREA: lrea_compress, and lrea_absorbed_attention over states read in place from the tables.
+// CPU operator lrea_absorbed_attention over states read in place from the tables.
 // The equations are in lrea_attention_kernels.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,30 +20,11 @@
 
 #include "common/lrea_absorbed_attention.h"
 #include "cpu/common.h"
+#include "cpu/rows.h"
 #include "cpu/simd/isa.h"
 
 namespace recattn {
 namespace {
-
-template <class T>
-using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Rows of a matrix whose last axis is contiguous. With indices row i is data[indices[i]], or zeros if that index is out
-// of range; without indices it is data[i].
-template <class T>
-struct Rows {
-    const T* data;
-    int64_t row_stride;
-    const int64_t* indices;
-    int64_t size;
-    const T* zeros;
-
-    const T* at(int64_t i) const {
-        if (indices == nullptr) return data + i * row_stride;
-        const int64_t index = read_once(indices[i]);
-        return is_row(index, size) ? data + index * row_stride : zeros;
-    }
-};
 
 // A state table [S, H, r, columns] whose last axis is contiguous. An int8 table has scales [S, H, r], contiguous in r.
 template <class S>
@@ -86,25 +67,6 @@ struct AbsorbedAttention {
     }
 };
 
-// Arguments of lrea_compress.
-template <class T>
-struct Compress {
-    Rows<T> behaviors;             // of the first user, or the item table and item ids [U, L]
-    int64_t behavior_user_stride;  // 0 with item ids
-    int64_t longest;
-    const accumulate_t<T>* w_comp;  // [Lmax, r]
-    const int64_t* starts;          // running sum over the users of length + 1
-    T* out;                         // [U, r, d]
-    int64_t rank, dim;
-
-    Rows<T> history(int64_t user) const {
-        Rows<T> rows = behaviors;
-        rows.data += user * behavior_user_stride;
-        if (rows.indices != nullptr) rows.indices += user * longest;
-        return rows;
-    }
-};
-
 }  // namespace
 }  // namespace recattn
 
@@ -115,28 +77,10 @@ struct Compress {
 namespace recattn {
 namespace {
 
-// Position of the first index outside 0 .. size-1; `count` if there is none.
-int64_t find_invalid(const int64_t* indices, int64_t count, int64_t size) {
-    uint64_t signs = 0;  // sign bits of i and of size - 1 - i: without a branch, so that it vectorizes
-    for (int64_t i = 0; i < count; ++i) signs |= indices[i] | (static_cast<uint64_t>(size) - 1 - indices[i]);
-    if (static_cast<int64_t>(signs) >= 0) return count;
-    return std::find_if(indices, indices + count, [&](int64_t i) { return i < 0 || i >= size; }) - indices;
-}
-
 void expect_rows(const char* name, const Indices& indices, int64_t size) {
     const int64_t i = find_invalid(indices.data(), indices.size(), size);
     if (i == indices.size()) return;
     expect(false, name, " must be rows of a table of ", size, ", got ", indices[i], " at index [", i, "]");
-}
-
-void expect_offsets(const std::vector<int64_t>& offsets, int64_t rows) {
-    const int64_t last = offsets.size() - 1;
-    expect(offsets[0] == 0 && offsets[last] == rows, "target_offsets must be offsets from 0 to ", rows,
-           ", got offsets from ", offsets[0], " to ", offsets[last]);
-    for (int64_t i = 0; i < last; ++i) {
-        expect(offsets[i] <= offsets[i + 1], "target_offsets must be ascending, got ", offsets[i + 1], " at index [",
-               i + 1, "]");
-    }
 }
 
 int64_t count_invalid(const Indices& indices, int64_t size) {
@@ -153,26 +97,6 @@ int64_t clamp_offsets(std::vector<int64_t>& offsets, int64_t rows) {
     }
     for (int64_t& offset : offsets) offset = last = std::min(std::max(offset, last), rows);
     return count;
-}
-
-// Running sum of (length + 1) over the users, from 0.
-std::vector<int64_t> checked_starts(const std::optional<Tensor>& seq_lens, int64_t users, int64_t longest) {
-    const auto lengths = seq_lens ? to_vector(*seq_lens) : std::vector<int64_t>(users, longest);
-    std::vector<int64_t> starts{0};
-    expect_lengths("seq_lens", lengths, longest);
-    for (const int64_t length : lengths) starts.push_back(starts.back() + length + 1);
-    return starts;
-}
-
-// Checks item_ids [U, longest] except at padded positions.
-void expect_items(const Indices& item_ids, const std::vector<int64_t>& starts, int64_t longest, int64_t size) {
-    for (size_t user = 0; user + 1 < starts.size(); ++user) {
-        const int64_t* ids = item_ids.data() + user * longest;
-        const int64_t length = starts[user + 1] - starts[user] - 1, i = find_invalid(ids, length, size);
-        if (i == length) continue;
-        expect(false, "item_ids must be rows of a table of ", size, ", got ", ids[i], " at index [", user, ", ", i,
-               "]");
-    }
 }
 
 // Owns a state table and its scales, with contiguous rows.
@@ -229,7 +153,7 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
                    (ids ? count_invalid(*ids, sizes.items) : 0);
     } else {
         expect_rows("slots", user_slots, sizes.slots);
-        expect_offsets(offsets, sizes.rows);
+        expect_offsets("target_offsets", offsets, sizes.rows);
         if (ids) expect_rows("item_ids", *ids, sizes.items);
     }
     const Tensor q = with_contiguous_rows(targets);
@@ -284,58 +208,6 @@ Tensor lrea_absorbed_attention_counting(const Tensor& targets, const Tensor& sta
                               key_scales, value_scales, invalid);
 }
 
-Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::optional<Tensor>& seq_lens,
-                     const std::optional<Tensor>& item_ids) {
-    if (item_ids) {
-        expect_shape("behaviors", behaviors, {{"I"}, {"d"}});
-        expect_shape("item_ids", *item_ids, {{"U"}, {"L"}});
-        expect_integer("item_ids", *item_ids);
-    } else {
-        expect_shape("behaviors", behaviors, {{"U"}, {"L"}, {"d"}});
-    }
-    expect_shape("w_comp", w_comp, {{"Lmax"}, {"r"}});
-    const Tensor& histories = item_ids ? *item_ids : behaviors;
-    const int64_t users = histories.size(0), longest = histories.size(1), dim = behaviors.size(behaviors.dim() - 1),
-                  rank = w_comp.size(1);
-    expect(w_comp.size(0) >= longest, "Lmax of w_comp must be at least L = ", longest, ", got ", w_comp.size(0));
-    expect_dtype_of("behaviors", behaviors, "w_comp", w_comp);
-    if (seq_lens) {
-        expect_shape("seq_lens", *seq_lens, {{"U", users}});
-        expect_integer("seq_lens", *seq_lens);
-    }
-    const auto starts = checked_starts(seq_lens, users, longest);
-    std::optional<Indices> ids;
-    if (item_ids) expect_items(ids.emplace(*item_ids), starts, longest, behaviors.size(0));
-    const Tensor e = with_contiguous_rows(behaviors);
-    const Tensor out = torch::stable::new_empty(behaviors, {users, rank, dim});
-    dispatch_dtype<double, float, BFloat16, Half>("behaviors", behaviors, [&](auto zero) {
-        using T = decltype(zero);
-        using A = accumulate_t<T>;
-        const auto dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-        const Tensor w = torch::stable::contiguous(torch::stable::to(w_comp, dtype));
-        const std::vector<T> zeros(ids ? dim : 0, T(0));
-        const Compress<T> op{.behaviors = {e.const_data_ptr<T>(), e.stride(e.dim() - 2), ids ? ids->data() : nullptr,
-                                           behaviors.size(0), zeros.data()},
-                             .behavior_user_stride = ids ? 0 : e.stride(0),
-                             .longest = longest,
-                             .w_comp = w.const_data_ptr<A>(),
-                             .starts = starts.data(),
-                             .out = out.mutable_data_ptr<T>(),
-                             .rank = rank,
-                             .dim = dim};
-        const auto kernel = RECATTN_PICK(compress<T>);
-        // Split by the running sum of lengths, so that threads get equal work; a thread takes the users that start in
-        // its range.
-        torch::stable::parallel_for(0, starts.back(), grain(rank * dim), [&](int64_t begin, int64_t end) {
-            const auto user = [&](int64_t start) {
-                return std::lower_bound(starts.begin(), starts.end() - 1, start) - starts.begin();
-            };
-            kernel(op, user(begin), user(end));
-        });
-    });
-    return out;
-}
-
 std::string cpu_capability() { return isa_name(isa()); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
@@ -347,14 +219,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
         "lrea_absorbed_attention.counting(Tensor targets, Tensor state_keys, Tensor state_values, Tensor slots, "
         "Tensor target_offsets, float negative_slope, Tensor? item_ids, Tensor? key_scales, Tensor? value_scales, "
         "Tensor(a!) invalid) -> Tensor");
-    m.def("lrea_compress(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? item_ids) -> Tensor");
     m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recattn, CPU, m) {
     m.impl("lrea_absorbed_attention", TORCH_BOX(&lrea_absorbed_attention));
     m.impl("lrea_absorbed_attention.counting", TORCH_BOX(&lrea_absorbed_attention_counting));
-    m.impl("lrea_compress", TORCH_BOX(&lrea_compress));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recattn, CompositeExplicitAutograd, m) {

@@ -1,73 +1,24 @@
-// The LREA kernels for one instruction set (see foreach_isa.h).
+// lrea_absorbed_attention for one instruction set (see foreach_isa.h).
 //
 //   lrea_absorbed_attention   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv] of t's user
-//   lrea_compress             c[u] = w_comp^T behaviors[u]               w_comp [L, r], behaviors [L, d], c [r, d]
 //
-// One task of the first is a range of candidates: for each user and head, keys are transposed once, then up to 24
-// candidates at a time are multiplied. One task of the second is a range of users. Register tiles: RECATTN_TILE_ROWS
-// rows by RECATTN_TILE_VECTORS registers. An element E is a number, or two 16-bit numbers (matmul_16bit.h).
+// One task is a range of candidates: for each user and head, keys are transposed once, then up to 24 candidates at a
+// time are multiplied. Register tiles: RECATTN_TILE_ROWS rows by RECATTN_TILE_VECTORS registers. An element E is a
+// number, or two 16-bit numbers (matmul_16bit.h).
 
 #include "cpu/simd/matmul.h"
 #if RECATTN_HAS_BF16
 #include "cpu/simd/matmul_16bit.h"
 #endif
+#include "cpu/simd/rows.h"
 
 namespace recattn::RECATTN_ISA {
-
-// Number of elements that hold `numbers` numbers.
-template <class E>
-RECATTN_INLINE int64_t elements(int64_t numbers) {
-    return (numbers + Element<E>::numbers - 1) / Element<E>::numbers;
-}
-
-// Prefetches a row into the L1 cache (kLocality 3) or the L2 cache (2).
-template <int kLocality, class T>
-RECATTN_INLINE void prefetch_row(const T* row, int64_t columns) {
-    for (int64_t n = 0; n < columns; n += 64 / sizeof(T)) __builtin_prefetch(row + n, 0, kLocality);
-}
-
-template <class T>
-RECATTN_INLINE void prefetch_rows(const Rows<T>& in, int64_t begin, int64_t end, int64_t columns) {
-    for (int64_t m = begin; m < end; ++m) prefetch_row<3>(in.at(m), columns);
-}
 
 template <class S>
 RECATTN_INLINE void prefetch_state(const StateTable<S>& table, int64_t slot, int64_t head, int64_t begin, int64_t end,
                                    int64_t columns) {
     const S* rows = table.at(slot, head);
     for (int64_t k = begin; k < end; ++k) prefetch_row<2>(rows + k * table.row_stride, columns);
-}
-
-// out = lhs rhs, its sum in blocks of kSumBlock terms.
-template <class E>
-RECATTN_TARGET void multiply_in_blocks(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, int64_t rows, int64_t depth,
-                                       int64_t columns) {
-    for_each_sum_block(lhs, rhs, out, depth,
-                       [=](Lhs<E> lhs_block, Rhs<E> rhs_block, Out<sum_t<E>> sum, int64_t terms) RECATTN_TARGET {
-                           multiply<RECATTN_TILE_ROWS>(lhs_block, rhs_block, sum, rows, terms, columns);
-                       });
-}
-
-// Rows begin..end as an Lhs: in place if they are contiguous and have type E, else gathered and converted.
-template <class T, class E>
-RECATTN_TARGET Lhs<E> as_lhs(const Rows<T>& in, int64_t begin, int64_t end, int64_t columns, E* scratch) {
-    if (in.indices == nullptr) return as_lhs(in.at(begin), in.row_stride, end - begin, columns, scratch);
-    const int64_t row_stride = elements<E>(columns);
-    for (int64_t m = begin; m < end; ++m) copy_row(in.at(m), columns, scratch + (m - begin) * row_stride);
-    return {scratch, row_stride, 1};
-}
-
-// Rows begin..end as an Rhs: in place if they also fill whole registers, else copied and padded with zeros.
-template <class T, class E>
-RECATTN_TARGET Rhs<E> as_rhs(const Rows<T>& in, int64_t begin, int64_t end, int64_t columns, E* scratch) {
-    if (in.indices == nullptr) return as_rhs(in.at(begin), in.row_stride, end - begin, columns, scratch);
-    const int64_t row_stride = round_up_to_lanes<E>(columns);
-    for (int64_t m = begin; m < end; ++m) {
-        E* out = scratch + (m - begin) * row_stride;
-        copy_row(in.at(m), columns, out);
-        std::fill(out + columns, out + row_stride, E(0));
-    }
-    return {scratch, row_stride};
 }
 
 // Whether operands are rounded to integers, each row with its own step (lrea_int16_kernels.h).
@@ -192,30 +143,6 @@ RECATTN_TARGET void attend(const AbsorbedAttention<T, S>& op, int64_t begin, int
         }
         begin = stop;
         ++user;
-    }
-}
-
-// c = w_comp^T behaviors for users begin..end; each behaviour is read once.
-template <class T>
-RECATTN_TARGET void compress(const Compress<T>& op, int64_t begin, int64_t end) {
-    using A = accumulate_t<T>;
-    constexpr int64_t block = 64;  // behaviours that stay in the L1 cache while they are added to every row of c
-    const int64_t width = round_up_to_lanes<A>(op.dim);
-    Scratch<A> behaviors(block * width), compressed(op.rank * width);
-    for (int64_t user = begin; user < end; ++user) {
-        std::fill_n(compressed.data(), op.rank * width, A(0));
-        const Rows<T> history = op.history(user);
-        const int64_t length = op.starts[user + 1] - op.starts[user] - 1;
-        for (int64_t first = 0; first < length; first += block) {
-            const int64_t last = std::min(first + block, length);
-            if (history.indices) prefetch_rows(history, last, std::min(last + block, length), op.dim);
-            multiply<RECATTN_TILE_ROWS, A>({op.w_comp + first * op.rank, 1, op.rank},
-                                           as_rhs(history, first, last, op.dim, behaviors.data()),
-                                           {compressed.data(), width, true}, op.rank, last - first, width);
-        }
-        for (int64_t k = 0; k < op.rank; ++k) {
-            copy_row(compressed.data() + k * width, op.dim, op.out + (user * op.rank + k) * op.dim);
-        }
     }
 }
 

@@ -4,16 +4,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
-#include <limits>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "common/check.h"
 #include "cpu/common.h"
+#include "cpu/refined_weights.h"
 #include "cpu/simd/isa.h"
 
 namespace recattn {
@@ -28,81 +27,6 @@ struct Tokens {
     T* at(int64_t batch, int64_t head, int64_t position) const {
         return data + batch * batch_stride + head * head_stride + position * row_stride;
     }
-};
-
-enum WeightPart { kQueries, kKeys, kValues };
-
-// W [heads or 1, N, P] = [W_q | W_k | W_v], or [W_q W_kᵀ | W_v] if folded, as the kernels read it: rows padded to whole
-// registers, and a transposed copy. The columns of W_v and of W_q W_kᵀ are positions, like the rows.
-class PackedWeights {
-  public:
-    PackedWeights(const Tensor& weights, bool folded, bool has_values)
-        : heads_(weights.size(0)), n_(weights.size(1)), folded_(folded) {
-        const int64_t values = has_values ? n_ : 0, rank = weights.size(2) - values;
-        columns_ = folded ? std::array{rank, int64_t{0}, values} : std::array{rank / 2, rank / 2, values};
-        for (int part = 0; part < 3; ++part) {
-            first_[part] = row_stride;
-            row_stride += padded(columns_[part]);
-        }
-        transposed_row_stride = padded(n_);
-        rows_ = Scratch<float>(heads_ * n_ * row_stride);
-        transposed_ = Scratch<float>(heads_ * row_stride * transposed_row_stride);
-        const float* entries = weights.const_data_ptr<float>();
-        for_each_entry([&](int64_t head, int64_t i, int64_t column, int64_t entry) {
-            const float value = entries[entry];
-            rows_.data()[(head * n_ + i) * row_stride + column] = value;
-            transposed_.data()[(head * row_stride + column) * transposed_row_stride + i] = value;
-        });
-    }
-
-    int64_t row_stride = 0, transposed_row_stride = 0;
-
-    int64_t columns(int part) const { return columns_[part]; }
-    int64_t size() const { return heads_ * n_ * row_stride; }
-
-    // Offset of the entry at position `start`: its row, and its column where columns are positions.
-    int64_t offset(int64_t head, int part, int64_t start) const {
-        return (matrix(head) * n_ + start) * row_stride + first_column(part, start);
-    }
-    const float* at(int64_t head, int part, int64_t start) const { return rows_.data() + offset(head, part, start); }
-    const float* transposed_at(int64_t head, int part, int64_t start) const {
-        return transposed_.data() + (matrix(head) * row_stride + first_column(part, start)) * transposed_row_stride +
-               start;
-    }
-
-    // dweights = the sum of `count` partial gradients packed like W. Overwrites the first partial.
-    void sum(float* partials, int64_t count, float* dweights) const {
-        for (int64_t p = 1; p < count; ++p) {
-            for (int64_t i = 0; i < size(); ++i) partials[i] += partials[p * size() + i];
-        }
-        for_each_entry([&](int64_t head, int64_t i, int64_t column, int64_t entry) {
-            dweights[entry] = partials[(head * n_ + i) * row_stride + column];
-        });
-    }
-
-  private:
-    static int64_t padded(int64_t columns) { return columns == 0 ? 0 : (columns + 31) / 16 * 16; }
-    int64_t matrix(int64_t head) const { return heads_ == 1 ? 0 : head; }
-    int64_t first_column(int part, int64_t start) const {
-        return first_[part] + (part == kValues || folded_ ? start : 0);
-    }
-
-    template <class Function>
-    void for_each_entry(const Function& function) const {
-        int64_t entry = 0;
-        for (int64_t head = 0; head < heads_; ++head) {
-            for (int64_t i = 0; i < n_; ++i) {
-                for (int part = 0; part < 3; ++part) {
-                    for (int64_t j = 0; j < columns_[part]; ++j) function(head, i, first_[part] + j, entry++);
-                }
-            }
-        }
-    }
-
-    int64_t heads_, n_;
-    bool folded_;
-    std::array<int64_t, 3> columns_{}, first_{};
-    Scratch<float> rows_{0}, transposed_{0};
 };
 
 template <class T>
@@ -152,6 +76,9 @@ class Groups {
     int64_t cost_;
 };
 
+// Row stride of the gradients that `unfold` computes in float64.
+int64_t unfolded_row_stride(int64_t rank) { return (rank + 7) / 8 * 8; }
+
 }  // namespace
 }  // namespace recattn
 
@@ -159,11 +86,79 @@ class Groups {
 #include "cpu/simd/foreach_isa.h"
 
 namespace recattn {
+
+template <class T>
+void PackedWeights::pack(const Weights& weights) {
+    for (int64_t head = 0; head < heads_; ++head) {
+        const auto store = [&](int part, float scale) {
+            return [=, this](int64_t i, int64_t j, float entry) { row(head, i, part)[j] = entry * scale; };
+        };
+        if (folded_) {
+            const auto copy = [&](Scratch<float>& to, float scale) {
+                return [=, this, data = to.data() + head * n_ * rank_](int64_t i, int64_t j, float entry) {
+                    data[i * rank_ + j] = entry * scale;
+                };
+            };
+            weights.w_q.for_each_entry<T>(head, n_, copy(w_q_, weights.scale()));
+            weights.w_k.for_each_entry<T>(head, n_, copy(w_k_, 1));
+            const float *w_q = w_q_.data() + head * n_ * rank_, *w_k = w_k_.data() + head * n_ * rank_;
+            const auto kernel = RECATTN_PICK(fold);
+            torch::stable::parallel_for(0, n_, grain(n_ * rank_), [&](int64_t begin, int64_t end) {
+                kernel(w_q, w_k, n_, rank_, begin, end, row(head, 0, kQueries), row_stride);
+            });
+        } else {
+            weights.w_q.for_each_entry<T>(head, n_, store(kQueries, weights.scale()));
+            weights.w_k.for_each_entry<T>(head, n_, store(kKeys, 1));
+        }
+        if (weights.w_v) weights.w_v->for_each_entry<T>(head, n_, store(kValues, 1));
+        for (int part = 0; part < 3; ++part) {
+            float* transposed = transposed_.data() + (head * row_stride + first_[part]) * transposed_row_stride;
+            for (int64_t i = 0; i < n_; ++i) {
+                const float* entries = row(head, i, part);
+                for (int64_t j = 0; j < columns_[part]; ++j) transposed[j * transposed_row_stride + i] = entries[j];
+            }
+        }
+    }
+}
+
+template <class T>
+void PackedWeights::unpack_gradients(float* partials, int64_t count, const Weights& weights, const Tensor& dw_q,
+                                     const Tensor& dw_k, const std::optional<Tensor>& dw_v) const {
+    for (int64_t p = 1; p < count; ++p) {
+        for (int64_t i = 0; i < size(); ++i) partials[i] += partials[p * size() + i];
+    }
+    WeightGradient of_w_q(weights.w_q, heads_, n_), of_w_k(weights.w_k, heads_, n_);
+    std::optional<WeightGradient> of_w_v;
+    if (dw_v) of_w_v.emplace(*weights.w_v, heads_, n_);
+    Scratch<double> unfolded(folded_ ? 2 * n_ * unfolded_row_stride(rank_) : 0);
+    for (int64_t head = 0; head < heads_; ++head) {
+        const float* packed = partials + head * n_ * row_stride;
+        if (folded_) {
+            double *from_w_k = unfolded.data(), *from_w_q = from_w_k + n_ * unfolded_row_stride(rank_);
+            const float *w_q = w_q_.data() + head * n_ * rank_, *w_k = w_k_.data() + head * n_ * rank_;
+            const auto kernel = RECATTN_PICK(unfold);
+            torch::stable::parallel_for(0, n_, grain(4 * n_ * rank_), [&](int64_t begin, int64_t end) {
+                kernel(packed, row_stride, 1, w_k, n_, rank_, begin, end, from_w_k);
+                kernel(packed, 1, row_stride, w_q, n_, rank_, begin, end, from_w_q);
+            });
+            of_w_q.add<double>(head, from_w_k, unfolded_row_stride(rank_), weights.scale());
+            of_w_k.add<double>(head, from_w_q, unfolded_row_stride(rank_), 1);
+        } else {
+            of_w_q.add(head, packed + first_[kQueries], row_stride, weights.scale());
+            of_w_k.add(head, packed + first_[kKeys], row_stride, 1.0f);
+        }
+        if (of_w_v) of_w_v->add(head, packed + first_[kValues], row_stride, 1.0f);
+    }
+    of_w_q.store<T>(dw_q);
+    of_w_k.store<T>(dw_k);
+    if (of_w_v) of_w_v->store<T>(*dw_v);
+}
+
 namespace {
 
 struct Options {
-    bool folded, has_values, adds_source, softmax_source, causal, left_padded;
-    double scale;
+    bool adds_source, softmax_source, causal, left_padded;
+    std::optional<double> scale;
 };
 
 std::vector<int64_t> checked_lengths(const std::optional<Tensor>& seq_lens, int64_t batch, int64_t longest) {
@@ -175,24 +170,36 @@ std::vector<int64_t> checked_lengths(const std::optional<Tensor>& seq_lens, int6
     return lengths;
 }
 
-void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weights, const Options& options) {
+void expect_matrix(const char* name, const Tensor& w, int64_t heads, Axis rows, Axis columns) {
+    if (w.dim() == 3) {
+        expect_shape(name, w, {{"H", heads}, rows, columns});
+    } else {
+        expect_shape(name, w, {rows, columns});
+    }
+}
+
+Weights checked_weights(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
+                        const std::optional<Tensor>& w_v) {
     expect_shape("q", q, {{"B"}, {"H"}, {"N"}, {"D"}});
     const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2);
     expect_shape("k", k, {{"B", batch}, {"H", heads}, {"N", n}, {"D", q.size(3)}});
     expect_shape("v", v, {{"B", batch}, {"H", heads}, {"N", n}, {"Dv"}});
+    expect(q.size(3) > 0, "D of q and k must be at least 1, got 0");
+    expect_matrix("w_q", w_q, heads, {"Nmax"}, {"R"});
+    const int64_t longest = w_q.size(w_q.dim() - 2), rank = w_q.size(w_q.dim() - 1);
+    expect_matrix("w_k", w_k, heads, {"Nmax", longest}, {"R", rank});
+    expect(longest >= n, "Nmax of w_q and w_k must be at least N = ", n, ", got ", longest);
+    expect(rank > 0, "R of w_q and w_k must be at least 1, got 0");
+    if (w_v) expect_matrix("w_v", *w_v, heads, {"Nmax", longest}, {"Nmax", longest});
     expect_dtype_of("q", q, "k", k);
     expect_dtype_of("q", q, "v", v);
-    expect_shape("weights", weights, {{"1 or H"}, {"N", n}, {"C"}});
-    expect_dtype("weights", weights, ScalarType::Float);
-    expect(weights.size(0) == 1 || weights.size(0) == heads, "weights must be of 1 or ", heads, " heads, got ",
-           weights.size(0));
-    const int64_t rank = weights.size(2) - (options.has_values ? q.size(2) : 0);
-    if (options.folded) {
-        expect(rank == q.size(2), "folded weights must have ", q.size(2), " columns, got ", rank);
-    } else {
-        expect(rank > 0 && rank % 2 == 0, "weights must have an even number of columns besides those of values, got ",
-               rank);
-    }
+    expect_dtype_of("q", q, "w_q", w_q);
+    expect_dtype_of("q", q, "w_k", w_k);
+    if (w_v) expect_dtype_of("q", q, "w_v", *w_v);
+    const bool per_head = w_q.dim() == 3 || w_k.dim() == 3 || (w_v && w_v->dim() == 3);
+    std::optional<WeightMatrix> values;
+    if (w_v) values.emplace(*w_v, n);
+    return {{w_q, rank}, {w_k, rank}, values, per_head ? heads : 1, n};
 }
 
 template <class T>
@@ -207,16 +214,18 @@ Tokens<T> mutable_tokens(const Tensor& t) {
 
 // Checked inputs of the forward and the backward, as the kernels read them.
 struct Inputs {
-    Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weights,
-           const std::optional<Tensor>& seq_lens, const Options& options)
-        : options((check(q, k, v, weights, options), options)),
+    Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
+           const std::optional<Tensor>& w_v, const std::optional<Tensor>& seq_lens, const Options& options)
+        : weights(checked_weights(q, k, v, w_q, w_k, w_v)),
+          options(options),
           lengths(checked_lengths(seq_lens, q.size(0), q.size(2))),
           q(with_contiguous_rows(q)),
           k(with_contiguous_rows(k)),
           v(with_contiguous_rows(v)),
-          packed(torch::stable::contiguous(weights), options.folded, options.has_values),
-          groups(lengths, q.size(1), q.size(3) + v.size(3) + weights.size(2)) {}
+          packed(weights),
+          groups(lengths, q.size(1), q.size(3) + v.size(3) + packed.all_columns()) {}
 
+    Weights weights;
     Options options;
     std::vector<int64_t> lengths;
     Tensor q, k, v;
@@ -225,8 +234,10 @@ struct Inputs {
 };
 
 template <class T>
-RefinedAttention<T> make_arguments(const Inputs& inputs) {
+RefinedAttention<T> make_arguments(Inputs& inputs) {
     const Options& options = inputs.options;
+    const int64_t dim = inputs.q.size(3);
+    inputs.packed.pack<T>(inputs.weights);
     return {.q = tokens<T>(inputs.q),
             .k = tokens<T>(inputs.k),
             .v = tokens<T>(inputs.v),
@@ -239,27 +250,25 @@ RefinedAttention<T> make_arguments(const Inputs& inputs) {
             .lengths = inputs.lengths.data(),
             .heads = inputs.q.size(1),
             .n = inputs.q.size(2),
-            .dim = inputs.q.size(3),
+            .dim = dim,
             .value_dim = inputs.v.size(3),
             .r = inputs.packed.columns(kQueries),
-            .folded = options.folded,
-            .has_values = options.has_values,
+            .folded = inputs.weights.folded(),
+            .has_values = inputs.weights.w_v.has_value(),
             .adds_source = options.adds_source,
             .softmax_source = options.softmax_source,
             .causal = options.causal,
             .left_padded = options.left_padded,
-            .scale = static_cast<float>(options.scale)};
+            .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(dim))))};
 }
 
-Tensor new_contiguous(const Tensor& tensor) {
-    return torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)});
-}
+Tensor new_contiguous(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
-Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weights,
-                                   const std::optional<Tensor>& seq_lens, bool folded, bool has_values,
-                                   bool adds_source, bool softmax_source, bool causal, bool left_padded, double scale) {
-    const Options options{folded, has_values, adds_source, softmax_source, causal, left_padded, scale};
-    const Inputs inputs(q, k, v, weights, seq_lens, options);
+Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q,
+                                   const Tensor& w_k, const std::optional<Tensor>& w_v,
+                                   const std::optional<Tensor>& seq_lens, bool adds_source, bool softmax_source,
+                                   bool causal, bool left_padded, std::optional<double> scale) {
+    Inputs inputs(q, k, v, w_q, w_k, w_v, seq_lens, {adds_source, softmax_source, causal, left_padded, scale});
     const Groups& groups = inputs.groups;
     const Tensor out = new_contiguous(v);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
@@ -272,20 +281,22 @@ Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tenso
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> refined_attention_pairs_bwd(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weights,
-    const std::optional<Tensor>& seq_lens, bool folded, bool has_values, bool adds_source, bool softmax_source,
-    bool causal, bool left_padded, double scale) {
-    const Options options{folded, has_values, adds_source, softmax_source, causal, left_padded, scale};
-    const Inputs inputs(q, k, v, weights, seq_lens, options);
-    check(q, k, dout, weights, options);
-    expect_shape("dout", dout, {{"B"}, {"H"}, {"N"}, {"Dv", v.size(3)}});
+// dq, dk, dv and the gradients of the matrices; that of w_v is empty without w_v.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> refined_attention_pairs_bwd(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
+    const std::optional<Tensor>& w_v, const std::optional<Tensor>& seq_lens, bool adds_source, bool softmax_source,
+    bool causal, bool left_padded, std::optional<double> scale) {
+    Inputs inputs(q, k, v, w_q, w_k, w_v, seq_lens, {adds_source, softmax_source, causal, left_padded, scale});
+    expect_shape("dout", dout, {{"B", q.size(0)}, {"H", q.size(1)}, {"N", q.size(2)}, {"Dv", v.size(3)}});
+    expect_dtype_of("q", q, "dout", dout);
     const PackedWeights& packed = inputs.packed;
     const Groups& groups = inputs.groups;
     const Tensor dout_rows = with_contiguous_rows(dout);
     const Tensor dq = new_contiguous(q), dk = new_contiguous(k), dv = new_contiguous(v);
-    const Tensor partials = torch::stable::new_empty(weights, {groups.count(), packed.size()});
-    const Tensor dweights = torch::stable::new_empty(weights, {weights.size(0), weights.size(1), weights.size(2)});
+    const Tensor dw_q = new_contiguous(w_q), dw_k = new_contiguous(w_k);
+    std::optional<Tensor> dw_v;
+    if (w_v) dw_v = new_contiguous(*w_v);
+    const Tensor partials = torch::stable::new_empty(q, {groups.count() * packed.size()}, ScalarType::Float);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
         using T = decltype(zero);
         auto op = make_arguments<T>(inputs);
@@ -296,18 +307,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refined_attention_pairs_bwd(
         const auto kernel = RECATTN_PICK(refined_backward<T>);
         float* sums = partials.mutable_data_ptr<float>();
         groups.parallel_for([&](int64_t begin, int64_t end) { kernel(op, groups, begin, end, sums); });
+        packed.unpack_gradients<T>(sums, groups.count(), inputs.weights, dw_q, dw_k, dw_v);
     });
-    packed.sum(partials.mutable_data_ptr<float>(), groups.count(), dweights.mutable_data_ptr<float>());
-    return {dq, dk, dv, dweights};
+    return {dq, dk, dv, dw_q, dw_k, dw_v ? *dw_v : torch::stable::new_empty(q, {0})};
 }
 
-#define RECATTN_OPTIONS                                                                                                \
-    "Tensor q, Tensor k, Tensor v, Tensor weights, Tensor? seq_lens, bool folded, bool has_values, bool adds_source, " \
-    "bool softmax_source, bool causal, bool left_padded, float scale"
+#define RECATTN_OPTIONS                                                                                       \
+    "Tensor q, Tensor k, Tensor v, Tensor w_q, Tensor w_k, Tensor? w_v, Tensor? seq_lens, bool adds_source, " \
+    "bool softmax_source, bool causal, bool left_padded, float? scale"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
     m.def("refined_attention_pairs_fwd(" RECATTN_OPTIONS ") -> Tensor");
-    m.def("refined_attention_pairs_bwd(Tensor dout, " RECATTN_OPTIONS ") -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("refined_attention_pairs_bwd(Tensor dout, " RECATTN_OPTIONS
+          ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recattn, CPU, m) {

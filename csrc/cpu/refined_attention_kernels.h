@@ -263,6 +263,32 @@ RECATTN_TARGET void backward_batch_head(const BatchHead<T>& bh, float* memory, f
     refine_backward(bh, q, k, f, b, dweights);
 }
 
+// --- W_q W_kᵀ ---
+
+// Rows begin..end of out [n, n] = w_q w_kᵀ, with w_q and w_k [n, rank]. Columns up to whole registers become zero.
+inline RECATTN_TARGET void fold(const float* w_q, const float* w_k, int64_t n, int64_t rank, int64_t begin, int64_t end,
+                                float* out, int64_t out_row_stride) {
+    const int64_t width = round_up_to_lanes<float>(n);
+    Scratch<float> w_k_t(rank * width);
+    transpose(Lhs<float>{w_k, rank, 1}, n, rank, w_k_t.data(), width);
+    multiply_triangular({w_q + begin * rank, rank, 1}, {w_k_t.data(), width},
+                        {out + begin * out_row_stride, out_row_stride, false}, {end - begin, rank, n}, {});
+}
+
+// Rows begin..end of out [n, rank] = dproduct w, with dproduct[i * row_stride + j * column_stride] and w [n, rank]. In
+// float64: the terms are larger than their sums, and in float32 this would be the largest error of all.
+inline RECATTN_TARGET void unfold(const float* dproduct, int64_t row_stride, int64_t column_stride, const float* w,
+                                  int64_t n, int64_t rank, int64_t begin, int64_t end, double* out) {
+    const int64_t width = unfolded_row_stride(rank);
+    Scratch<double> lhs((end - begin) * n), rhs(n * width);
+    for (int64_t i = begin; i < end; ++i) {
+        for (int64_t j = 0; j < n; ++j) lhs.data()[(i - begin) * n + j] = dproduct[i * row_stride + j * column_stride];
+    }
+    for (int64_t j = 0; j < n; ++j) copy_row(w + j * rank, rank, rhs.data() + j * width);
+    multiply<RECATTN_TILE_ROWS>(Lhs<double>{lhs.data(), n, 1}, Rhs<double>{rhs.data(), width},
+                                {out + begin * width, width, false}, end - begin, n, width);
+}
+
 // --- Tasks ---
 
 // out of the (batch, head) indices begin..end.

@@ -29,7 +29,7 @@ int64_t expect_capacity(int64_t capacity, int64_t least) {
 // Copies the caller's array: its other threads may write to it during the call, after it was checked.
 std::vector<int64_t> snapshot(std::span<const int64_t> entries) {
     std::vector<int64_t> copy(entries.size());
-    std::transform(entries.begin(), entries.end(), copy.begin(), read_once);
+    std::transform(entries.begin(), entries.end(), copy.begin(), read_once<int64_t>);
     return copy;
 }
 

@@ -6,6 +6,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from recattn._extension import MISSING
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32)
 
@@ -118,11 +120,18 @@ def _describe(axis: str, sizes: dict[str, int]) -> str:
 
 
 # Checks of values read tensors: call them where that costs no device synchronisation. Each returns a copy, so that what
-# was checked is what is used, even if another thread of the caller writes to the tensor.
+# was checked is what is used, even if another thread of the caller writes to the tensor. On a CPU they run in C++
+# (csrc/cpu/index_checks.cpp) where the extension is compiled.
+
+
+def _runs_in_cpp(indices: Tensor) -> bool:
+    return indices.device.type == "cpu" and "cpu" not in MISSING
 
 
 def checked_sink_positions(sink_positions: Tensor, seq_len: int | None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Positions ascend below `seq_len` (with `cu_seqlens`: below their sequence's length), then -1 as padding."""
+    if _runs_in_cpp(sink_positions):
+        return torch.ops.recattn.checked_sink_positions_cpu.default(sink_positions, seq_len, cu_seqlens)
     positions = sink_positions.clone()
     if cu_seqlens is not None or not _lie_between(positions, -1, seq_len - 1):
         limits = seq_len if cu_seqlens is None else cu_seqlens.long().diff()[:, None]
@@ -136,6 +145,8 @@ def checked_sink_positions(sink_positions: Tensor, seq_len: int | None, cu_seqle
 
 
 def checked_lengths(name: str, lengths: Tensor, longest: int) -> Tensor:
+    if _runs_in_cpp(lengths):
+        return torch.ops.recattn.checked_lengths_cpu.default(name, lengths, longest)
     lengths = lengths.clone()
     if not _lie_between(lengths, 0, longest):
         _expect_all(name, (lengths >= 0) & (lengths <= longest), f"between 0 and {longest}", lengths)
@@ -144,6 +155,8 @@ def checked_lengths(name: str, lengths: Tensor, longest: int) -> Tensor:
 
 def checked_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
     """Offsets of a ragged batch go from 0 to `total` and never descend."""
+    if _runs_in_cpp(offsets):
+        return torch.ops.recattn.checked_offsets_cpu.default(name, offsets, total)
     offsets = offsets.clone()
     first, last = offsets[0].item(), offsets[-1].item()
     if first != 0 or last != total:
@@ -154,6 +167,8 @@ def checked_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
 
 def checked_rows(name: str, rows: Tensor, table_size: int, seq_lens: Tensor | None = None) -> Tensor:
     """Rows lie in a table of `table_size`. With `seq_lens`, only the first seq_lens[u] of rows[u] count."""
+    if _runs_in_cpp(rows):
+        return torch.ops.recattn.checked_rows_cpu.default(name, rows, table_size, seq_lens)
     rows = rows.clone()
     if not _lie_between(rows, 0, table_size - 1):
         holds = (rows >= 0) & (rows < table_size)

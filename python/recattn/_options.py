@@ -36,7 +36,7 @@ class LreaAttentionOptions(NamedTuple):
     """Options of lrea_attention. `path`: "triton" runs the Triton kernels, "auto" only on a GPU."""
 
     negative_slope: float
-    scale: float
+    scale: float | None  # None for 1/√d: computed outside the operator, torch.compile would fix it in the graph
     path: str
 
 

@@ -12,7 +12,6 @@ import torch
 
 from recattn import reference, refined_attention
 from recattn._extension import MISSING
-from recattn._options import RefinedAttentionOptions
 from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
@@ -37,10 +36,15 @@ def path(request, monkeypatch):
 def served_by(monkeypatch):
     """The implementations that ran, in order."""
     calls = []
-    for name in ("cpp_fwd", "cpp_bwd", "chunked_fwd", "chunked_bwd"):
-        function = getattr(on_cpu, name)
+    for module, name in (
+        (on_cpu, "cpp_fwd"),
+        (on_cpu, "cpp_bwd"),
+        (chunked, "chunked_fwd"),
+        (chunked, "chunked_bwd"),
+    ):
+        function = getattr(module, name)
         monkeypatch.setattr(
-            on_cpu, name, lambda *args, name=name, function=function: calls.append(name) or function(*args)
+            module, name, lambda *args, name=name, function=function: calls.append(name) or function(*args)
         )
     return calls
 
@@ -208,23 +212,10 @@ def test_threads_change_no_bit(mechanism):
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(on_cpu_results(inputs, options))
+        results.append(run(cpu, inputs, **options))
     torch.set_num_threads(threads)
     for others in results[1:]:
         assert all(map(torch.equal, results[0], others))
-
-
-def on_cpu_results(inputs, options):
-    """The results of the C++ operators alone; the matrix products around them are BLAS's."""
-    settings = RefinedAttentionOptions(options["mechanism"], "logits", True, True, None)
-    plan = chunked.plan_of(inputs["q"], inputs["w_q"], settings)
-    n = inputs["q"].shape[2]
-    columns = n * (1 if options["mechanism"] == "simple" else 2)
-    weights = torch.randn(1, n, columns, generator=torch.Generator().manual_seed(1)) / n**0.5
-    tensors = (inputs["q"], inputs["k"], inputs["v"], weights, options["seq_lens"])
-    scalars = on_cpu._cpp_options(plan, settings)
-    out = torch.ops.recattn.refined_attention_pairs_fwd(*tensors, *scalars)
-    return [out, *torch.ops.recattn.refined_attention_pairs_bwd(out, *tensors, *scalars)]
 
 
 # --- Instruction sets ---
@@ -311,8 +302,11 @@ def test_all_is_chunked_without_the_extension(served_by, monkeypatch):
         ({"k": torch.zeros(3, 2, 21, 12)}, r"k must be \[B, H, N, D\] = \[3, 2, 21, 13\], got \[3, 2, 21, 12\]"),
         ({"v": torch.zeros(3, 2, 20, 7)}, r"v must be \[B, H, N, Dv\] = \[3, 2, 21, 7\], got \[3, 2, 20, 7\]"),
         ({"v": torch.zeros(3, 2, 21, 7).half()}, "v must have the dtype of q, float32, got float16"),
-        ({"weights": torch.zeros(3, 21, 10)}, "weights must be of 1 or 2 heads, got 3"),
-        ({"weights": torch.zeros(1, 21, 9)}, "weights must have an even number of columns .* got 9"),
+        ({"w_q": torch.zeros(3, 23, 5)}, r"w_q must be \[H, Nmax, R\] = \[2, 23, 5\], got \[3, 23, 5\]"),
+        ({"w_k": torch.zeros(23, 6)}, r"w_k must be \[Nmax, R\] = \[23, 5\], got \[23, 6\]"),
+        ({"w_q": torch.zeros(20, 5), "w_k": torch.zeros(20, 5)}, "Nmax of w_q and w_k must be at least N = 21, got 20"),
+        ({"w_v": torch.zeros(23, 22)}, r"w_v must be \[Nmax, Nmax\] = \[23, 23\], got \[23, 22\]"),
+        ({"w_k": torch.zeros(23, 5).double()}, "w_k must have the dtype of q, float32, got float64"),
         ({"seq_lens": torch.tensor([21, 22, 0])}, "seq_lens must be between 0 and 21, got 22"),
         ({"seq_lens": torch.tensor([21, -1, 0])}, "seq_lens must be between 0 and 21, got -1"),
         ({"seq_lens": torch.tensor([21, 1])}, r"seq_lens must be \[B\] = \[3\], got \[2\]"),
@@ -320,8 +314,8 @@ def test_all_is_chunked_without_the_extension(served_by, monkeypatch):
 )
 def test_operators_refuse_what_does_not_fit(changes, message):
     inputs = draw("simple")
-    tensors = {name: inputs[name] for name in "qkv"} | {"weights": torch.zeros(1, 21, 10), "seq_lens": None} | changes
-    options = (False, False, False, False, True, True, 1.0)
+    tensors = {**inputs, "w_v": None, "seq_lens": None, **changes}
+    options = (False, False, True, True, None)
     with pytest.raises(ValueError, match=message):
         torch.ops.recattn.refined_attention_pairs_fwd(*tensors.values(), *options)
     with pytest.raises(ValueError, match=message):

@@ -67,9 +67,9 @@ def test_compress(length, dtype):
 
 
 @compiled_kernels
-def test_compress_in_chunks(monkeypatch):
-    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 2000)
-    inputs = draw_compress(users=7, seq_lens=[100, 3, 0, 99, 64, 1, 100])
+def test_compress_of_many_users():
+    """More users than groups of dW, of which some are empty."""
+    inputs = draw_compress(users=40, length=30, seq_lens=[30, 3, 0, 29, 0, 1, 30, 0] * 5)
     assert_matches_reference(recattn.lrea_compress, reference.lrea_compress, inputs, grads=["behaviors", "w_comp"])
 
 
@@ -256,10 +256,7 @@ def test_every_instruction_set(capability, tmp_path):
 
 
 @pytest.mark.parametrize("lengths", [None, [2000, 1000]])
-def test_restored_never_holds_a_score_for_every_target_and_behavior(lengths, monkeypatch):
-    # What they consist of: a dispatch mode does not see inside an operator.
-    for name in ("jagged_dense_bmm", "jagged_jagged_bmm", "middle_factor_fwd", "middle_factor_bwd"):
-        monkeypatch.setattr(ops, f"lrea_{name}", getattr(ops, f"_{name}"))
+def test_restored_never_holds_a_score_for_every_target_and_behavior(lengths):
     inputs = draw_restored(counts=(500, 500), heads=1, rank=4, dim=4, value_dim=4, length=2000, seq_lens=lengths)
     leaves = [inputs[name].requires_grad_() for name in RESTORED_GRADS]
     with LargestTensor() as largest:
@@ -270,16 +267,18 @@ def test_restored_never_holds_a_score_for_every_target_and_behavior(lengths, mon
 # --- Operators and compilation ---
 
 
+@compiled_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [None, [100, 0, 7, 64]])
 def test_opcheck_restored(lengths, dtype):
     inputs = draw_restored(seq_lens=lengths, dtype=dtype)
-    offsets, w, seq_lens = inputs["target_offsets"], inputs["w_decomp"], inputs["seq_lens"]
-    torch.library.opcheck(ops.lrea_jagged_dense_bmm, [inputs["targets"], inputs["keys"].mT, offsets])
-    z = ops.lrea_jagged_dense_bmm(inputs["targets"], inputs["keys"].mT, offsets)
-    torch.library.opcheck(ops.lrea_jagged_jagged_bmm, [z, inputs["targets"], offsets])
-    torch.library.opcheck(ops.lrea_middle_factor_fwd, [z, w, offsets, seq_lens, 0.01])
-    torch.library.opcheck(ops.lrea_middle_factor_bwd, [z, strided(z), strided(w), offsets, seq_lens, 0.01])
+    tensors = [inputs[name] for name in (*RESTORED_GRADS, "target_offsets", "seq_lens")]
+    forward, backward = torch.ops.recattn.lrea_restored_fwd.default, torch.ops.recattn.lrea_restored_bwd.default
+    torch.library.opcheck(forward, [*tensors, 0.01, 0.25])
+    views = [strided(x) if x is not None and x.is_floating_point() else x for x in tensors]
+    torch.library.opcheck(forward, [*views, 0.01, 0.25])
+    out, *saved = forward(*tensors, 0.01, 0.25)
+    torch.library.opcheck(backward, [strided(out), *views, *saved, 0.01, 0.25])
 
 
 @compiled_kernels
@@ -294,7 +293,8 @@ def test_opcheck_compiled_kernels(dtype):
         inputs = draw_compress(seq_lens=seq_lens, dtype=dtype)
         torch.library.opcheck(torch.ops.recattn.lrea_compress.default, [*inputs.values(), None])
         gradient = torch.randn(3, 8, 17, dtype=dtype)
-        torch.library.opcheck(ops.lrea_compress_bwd_w_comp, [gradient, inputs["behaviors"], inputs["seq_lens"]])
+        for wanted in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(torch.ops.recattn.lrea_compress_bwd.default, [gradient, *inputs.values(), *wanted])
 
 
 def test_restored_compiles():

@@ -316,13 +316,13 @@ def test_reruns_agree_to_the_bit(forced, request):
 def test_opcheck(lengths):
     inputs = here(draw_restored(seq_lens=lengths, dtype=torch.float16))
     offsets, w, seq_lens = inputs["target_offsets"], inputs["w_decomp"], inputs["seq_lens"]
-    matmul = (inputs["targets"], inputs["keys"].mT, offsets, "triton")
+    matmul = (inputs["targets"], inputs["keys"].mT, offsets)
     z = ops.lrea_jagged_dense_bmm(*matmul)
     for op, arguments in (
         (ops.lrea_jagged_dense_bmm, matmul),
-        (ops.lrea_jagged_jagged_bmm, (z, inputs["targets"], offsets, "triton")),
-        (ops.lrea_middle_factor_fwd, (z, w, offsets, seq_lens, 0.01, "triton")),
-        (ops.lrea_middle_factor_bwd, (strided(z), z, strided(w), offsets, seq_lens, 0.01, "triton")),
+        (ops.lrea_jagged_jagged_bmm, (z, inputs["targets"], offsets)),
+        (ops.lrea_middle_factor_fwd, (z, w, offsets, seq_lens, 0.01)),
+        (ops.lrea_middle_factor_bwd, (strided(z), z, strided(w), offsets, seq_lens, 0.01)),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -336,8 +336,8 @@ def test_opcheck_compress(lengths):
     for op, arguments in (
         (ops.lrea_compress_fwd, (behaviors, w_comp, seq_lens, None)),
         (ops.lrea_compress_fwd, (behaviors[:, 0], w_comp, seq_lens, ids)),
-        (ops.lrea_compress_bwd_behaviors, (dcompressed, w_comp, seq_lens, 100, "triton")),
-        (ops.lrea_compress_bwd_w_comp, (dcompressed, behaviors, seq_lens, "triton")),
+        (ops.lrea_compress_bwd_behaviors, (dcompressed, w_comp, seq_lens, 100)),
+        (ops.lrea_compress_bwd_w_comp, (dcompressed, behaviors, seq_lens)),
     ):
         torch.library.opcheck(op, arguments)
 

@@ -117,6 +117,16 @@ RECATTN_TARGET void multiply(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, int64_t 
     if constexpr (M > 1) multiply<M / 2>(lhs, rhs, out, rows, depth, columns);
 }
 
+// out = lhs rhs, its sum in blocks of kSumBlock terms.
+template <class E>
+RECATTN_TARGET void multiply_in_blocks(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, int64_t rows, int64_t depth,
+                                       int64_t columns) {
+    for_each_sum_block(lhs, rhs, out, depth,
+                       [=](Lhs<E> lhs_block, Rhs<E> rhs_block, Out<sum_t<E>> sum, int64_t terms) RECATTN_TARGET {
+                           multiply<RECATTN_TILE_ROWS>(lhs_block, rhs_block, sum, rows, terms, columns);
+                       });
+}
+
 // a[i], b[i], a[i+1], b[i+1], ... from the first halves of a and b, or from their second halves.
 template <bool kSecond, class Vec, int... kLane>
 RECATTN_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, kLane...>) {

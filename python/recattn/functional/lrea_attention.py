@@ -164,15 +164,15 @@ def lrea_attention(
     path = _path_of(impl)
     reasons = ops.unsupported_reasons(targets.device.type, "lrea_attention", targets.dtype, sizes["r"])
     impl = select("lrea_attention", impl, reasons)
-    scale = 1 / math.sqrt(sizes["d"]) if scale is None else scale
-    indices = checked_indices(
-        targets.device,
-        target_offsets=target_offsets,
-        num_targets=sizes["T"],
-        seq_lens=seq_lens,
-        seq_len=sizes["Lmax"],
-    )
-    target_offsets, seq_lens = indices.target_offsets, indices.seq_lens
+    if impl != "cpu":  # the C++ operator checks what it reads
+        indices = checked_indices(
+            targets.device,
+            target_offsets=target_offsets,
+            num_targets=sizes["T"],
+            seq_lens=seq_lens,
+            seq_len=sizes["Lmax"],
+        )
+        target_offsets, seq_lens = indices.target_offsets, indices.seq_lens
     if impl == "reference":
         return reference.lrea_attention(
             targets,
@@ -184,7 +184,7 @@ def lrea_attention(
             negative_slope=negative_slope,
             scale=scale,
         )
-    options = LreaAttentionOptions(float(negative_slope), float(scale), path)
+    options = LreaAttentionOptions(float(negative_slope), None if scale is None else float(scale), path)
     tensors = (targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens)
     return ops.LreaAttentionFunction.apply(*tensors, options)
 

@@ -22,13 +22,8 @@ from recattn._dispatch import is_transformed
 from recattn._extension import MISSING
 from recattn._options import LreaAttentionOptions
 from recattn.ops._library import as_dtype, define, differentiable_again, is_traced
-from recattn.ops._ragged import length_buckets
+from recattn.ops._support import resolve_scale
 from recattn.ops.lrea_attention import triton as by_triton
-
-# The gradient of w_comp sums over as many users at a time as have so many elements.
-_CHUNK_ELEMENTS = 1 << 20
-# Outer products are summed over so many targets at a time: a long sum in one go would round more often.
-_PART_TARGETS = 32
 
 
 def unsupported_reasons(
@@ -68,23 +63,32 @@ class LreaAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, targets, keys, values, w_decomp, target_offsets, seq_lens, options: LreaAttentionOptions):
         slope, scale, path = options
-        rank_scores = lrea_jagged_dense_bmm(targets, keys.mT, target_offsets, path) * scale  # [T, H, r]
-        rank_weights = lrea_middle_factor_fwd(rank_scores, w_decomp, target_offsets, seq_lens, slope, path)
-        ctx.save_for_backward(targets, keys, values, w_decomp, target_offsets, seq_lens, rank_scores, rank_weights)
+        tensors = (targets, keys, values, w_decomp, target_offsets, seq_lens)
+        if _takes_triton(targets, path):
+            rank_scores = lrea_jagged_dense_bmm(targets, keys.mT, target_offsets)  # [T, H, r]
+            rank_scores = rank_scores * resolve_scale(scale, targets.shape[2])
+            rank_weights = lrea_middle_factor_fwd(rank_scores, w_decomp, target_offsets, seq_lens, slope)
+            out = as_dtype(lrea_jagged_dense_bmm(rank_weights, values, target_offsets), targets.dtype)
+        else:
+            out, rank_scores, rank_weights = torch.ops.recattn.lrea_restored_fwd.default(*tensors, slope, scale)
+        ctx.save_for_backward(*tensors, rank_scores, rank_weights)
         ctx.options = options
-        return as_dtype(lrea_jagged_dense_bmm(rank_weights, values, target_offsets, path), targets.dtype)
+        return out
 
     @staticmethod
     @differentiable_again(_attention_reference)
     def backward(ctx, dout):
         targets, keys, values, w_decomp, offsets, seq_lens, rank_scores, rank_weights = ctx.saved_tensors
         slope, scale, path = ctx.options
-        dvalues = lrea_jagged_jagged_bmm(rank_weights, dout, offsets, path)
-        dweights = lrea_jagged_dense_bmm(dout, values.mT, offsets, path)
-        dscores, dw_decomp = lrea_middle_factor_bwd(dweights, rank_scores, w_decomp, offsets, seq_lens, slope, path)
-        dscores = dscores * scale
-        dkeys = lrea_jagged_jagged_bmm(dscores, targets, offsets, path)
-        dtargets = lrea_jagged_dense_bmm(dscores, keys, offsets, path)
+        if not _takes_triton(targets, path):
+            gradients = torch.ops.recattn.lrea_restored_bwd.default(dout, *ctx.saved_tensors, slope, scale)
+            return *gradients, None, None, None
+        dvalues = lrea_jagged_jagged_bmm(rank_weights, dout, offsets)
+        dweights = lrea_jagged_dense_bmm(dout, values.mT, offsets)
+        dscores, dw_decomp = lrea_middle_factor_bwd(dweights, rank_scores, w_decomp, offsets, seq_lens, slope)
+        dscores = dscores * resolve_scale(scale, targets.shape[2])
+        dkeys = lrea_jagged_jagged_bmm(dscores, targets, offsets)
+        dtargets = lrea_jagged_dense_bmm(dscores, keys, offsets)
         gradients = (gradient.to(targets.dtype) for gradient in (dtargets, dkeys, dvalues, dw_decomp))
         return *gradients, None, None, None
 
@@ -104,11 +108,17 @@ class LreaCompressFunction(torch.autograd.Function):
     @differentiable_again(_compress_reference)
     def backward(ctx, dcompressed):
         behaviors, w_comp, seq_lens = ctx.saved_tensors
+        wants_dbehaviors, wants_dw_comp, *_ = ctx.needs_input_grad
+        if not _takes_triton(behaviors, ctx.options):
+            dbehaviors, dw_comp = torch.ops.recattn.lrea_compress_bwd.default(
+                dcompressed, behaviors, w_comp, seq_lens, wants_dbehaviors, wants_dw_comp
+            )
+            return dbehaviors if wants_dbehaviors else None, dw_comp if wants_dw_comp else None, None, None
         dbehaviors = dw_comp = None
-        if ctx.needs_input_grad[0]:
-            dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1], ctx.options)
-        if ctx.needs_input_grad[1]:
-            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens, ctx.options).to(w_comp.dtype)
+        if wants_dbehaviors:
+            dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1])
+        if wants_dw_comp:
+            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens).to(w_comp.dtype)
             dw_comp = pad(dw_comp, (0, 0, 0, w_comp.shape[0] - behaviors.shape[1]))
         return dbehaviors, dw_comp, None, None
 
@@ -202,78 +212,36 @@ lrea_gram_bwd = define(
 )
 
 
-# --- Products by user: targets as a jagged batch ---
+# --- Products by user: targets as a jagged batch. Triton's; the C++ operators include them. ---
 
 
-def _jagged_dense_bmm(x: Tensor, y: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
+def _jagged_dense_bmm(x: Tensor, y: Tensor, target_offsets: Tensor) -> Tensor:
     """out[t, h] = x[t, h] @ y[user of t, h]: [T, H, k], [U, H, k, n] -> [T, H, n]"""
-    if _takes_triton(x, path):
-        return by_triton.jagged_dense_bmm(x, y, target_offsets)
-    dtype = _accumulate_dtype(x.dtype)
-    if count := _even_count(target_offsets):
-        by_user = x.to(dtype).unflatten(0, (-1, count)).transpose(1, 2)  # [U, H, n, k]
-        return (by_user @ y.to(dtype)).transpose(1, 2).flatten(0, 1).contiguous()
-    out = x.new_empty(*x.shape[:2], y.shape[-1], dtype=dtype)
-    for bucket in _user_buckets(target_offsets):
-        gathered = x[bucket.positions].to(dtype).transpose(1, 2)  # [b, H, n, k]
-        product = gathered @ y[bucket.members].to(dtype)
-        out[bucket.positions[bucket.valid]] = product.transpose(1, 2)[bucket.valid]
-    return out
+    return by_triton.jagged_dense_bmm(x, y, target_offsets)
 
 
-def _jagged_jagged_bmm(x: Tensor, y: Tensor, target_offsets: Tensor, path: str = "auto") -> Tensor:
+def _jagged_jagged_bmm(x: Tensor, y: Tensor, target_offsets: Tensor) -> Tensor:
     """out[u, h] = Σ x[t, h] ⊗ y[t, h] over the targets of u: [T, H, k], [T, H, n] -> [U, H, k, n]"""
-    if _takes_triton(x, path):
-        return by_triton.jagged_jagged_bmm(x, y, target_offsets)
-    dtype = _accumulate_dtype(x.dtype)
-    if count := _even_count(target_offsets):
-        return _outer_sum(*(tensor.to(dtype).unflatten(0, (-1, count)) for tensor in (x, y)))
-    users = target_offsets.shape[0] - 1
-    out = x.new_zeros(users, x.shape[1], x.shape[2], y.shape[2], dtype=dtype)
-    for bucket in _user_buckets(target_offsets):
-        gathered = x[bucket.positions].to(dtype).masked_fill_(~bucket.valid[..., None, None], 0)  # [b, n, H, k]
-        out[bucket.members] = _outer_sum(gathered, y[bucket.positions].to(dtype))
-    return out
+    return by_triton.jagged_jagged_bmm(x, y, target_offsets)
 
 
-def _outer_sum(x: Tensor, y: Tensor) -> Tensor:
-    """Σ x[:, t] ⊗ y[:, t]: [U, n, H, k], [U, n, H, m] -> [U, H, k, m]; in parts of _PART_TARGETS."""
-    whole = x.shape[1] - x.shape[1] % _PART_TARGETS
-    remainder = x[:, whole:].permute(0, 2, 3, 1) @ y[:, whole:].transpose(1, 2)
-    if not whole:
-        return remainder
-    x, y = (tensor[:, :whole].unflatten(1, (-1, _PART_TARGETS)) for tensor in (x, y))  # [U, parts, 32, H, k]
-    return (x.permute(0, 1, 3, 4, 2) @ y.transpose(2, 3)).sum(1) + remainder
-
-
-def _even_count(target_offsets: Tensor) -> int:
-    """How many targets every user has; 0 where the numbers differ, or there are no users."""
-    counts = target_offsets.diff()
-    return int(counts[0]) if counts.numel() and bool((counts == counts[0]).all()) else 0
-
-
-def _user_buckets(target_offsets: Tensor):
-    offsets = target_offsets.long()
-    return length_buckets(offsets[:-1], offsets.diff())
-
-
-def _jagged_dense_bmm_fake(x, y, target_offsets, path="auto"):
+def _jagged_dense_bmm_fake(x, y, target_offsets):
     return x.new_empty(*x.shape[:2], y.shape[-1], dtype=_accumulate_dtype(x.dtype))
 
 
-def _jagged_jagged_bmm_fake(x, y, target_offsets, path="auto"):
+def _jagged_jagged_bmm_fake(x, y, target_offsets):
     users = target_offsets.shape[0] - 1
     return x.new_empty(users, x.shape[1], x.shape[2], y.shape[2], dtype=_accumulate_dtype(x.dtype))
 
 
 lrea_jagged_dense_bmm = define(
-    'lrea_jagged_dense_bmm(Tensor x, Tensor y, Tensor target_offsets, str path="auto") -> Tensor',
+    "lrea_jagged_dense_bmm(Tensor x, Tensor y, Tensor target_offsets) -> Tensor",
     cpu=_jagged_dense_bmm,
     cuda=_jagged_dense_bmm,
     fake=_jagged_dense_bmm_fake,
 )
 lrea_jagged_jagged_bmm = define(
-    'lrea_jagged_jagged_bmm(Tensor x, Tensor y, Tensor target_offsets, str path="auto") -> Tensor',
+    "lrea_jagged_jagged_bmm(Tensor x, Tensor y, Tensor target_offsets) -> Tensor",
     cpu=_jagged_jagged_bmm,
     cuda=_jagged_jagged_bmm,
     fake=_jagged_jagged_bmm_fake,
@@ -283,44 +251,24 @@ lrea_jagged_jagged_bmm = define(
 # --- The middle factor: φ(x W) Wᵀ of x [T, H, r], W = w_decomp [r, L] ---
 
 
-def _row_lengths(x: Tensor, target_offsets: Tensor, seq_lens: Tensor | None) -> Tensor | None:
-    """[T·H] how many columns of W each row of x sees (None: all)."""
-    if seq_lens is None:
-        return None
-    return seq_lens.repeat_interleave(target_offsets.diff()).repeat_interleave(x.shape[1])
+def _middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope) -> Tensor:
+    return by_triton.middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope)
 
 
-def _middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope, path="auto") -> Tensor:
-    if _takes_triton(x, path):
-        return by_triton.middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope)
-    lengths = _row_lengths(x, target_offsets, seq_lens)
-    rows_fwd = torch.ops.recattn.lrea_middle_factor_rows_fwd
-    return rows_fwd(x.flatten(0, 1), w_decomp.to(x.dtype), lengths, negative_slope).view(x.shape)
-
-
-def _middle_factor_bwd(
-    dout, x, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"
-) -> tuple[Tensor, Tensor]:
+def _middle_factor_bwd(dout, x, w_decomp, target_offsets, seq_lens, negative_slope) -> tuple[Tensor, Tensor]:
     """dx and dw_decomp."""
-    if _takes_triton(x, path):
-        return by_triton.middle_factor_bwd(dout, x, w_decomp, target_offsets, seq_lens, negative_slope)
-    lengths = _row_lengths(x, target_offsets, seq_lens)
-    rows_bwd = torch.ops.recattn.lrea_middle_factor_rows_bwd
-    dx, dw = rows_bwd(dout.flatten(0, 1), x.flatten(0, 1), w_decomp.to(x.dtype), lengths, negative_slope)
-    return dx.view(x.shape), dw
+    return by_triton.middle_factor_bwd(dout, x, w_decomp, target_offsets, seq_lens, negative_slope)
 
 
-def _middle_factor_fwd_fake(x, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"):
+def _middle_factor_fwd_fake(x, w_decomp, target_offsets, seq_lens, negative_slope):
     return x.new_empty(x.shape)
 
 
-def _middle_factor_bwd_fake(dout, x, w_decomp, target_offsets, seq_lens, negative_slope, path="auto"):
+def _middle_factor_bwd_fake(dout, x, w_decomp, target_offsets, seq_lens, negative_slope):
     return x.new_empty(x.shape), x.new_empty(w_decomp.shape)
 
 
-_MIDDLE_FACTOR = (
-    'Tensor x, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens, float negative_slope, str path="auto"'
-)
+_MIDDLE_FACTOR = "Tensor x, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens, float negative_slope"
 lrea_middle_factor_fwd = define(
     f"lrea_middle_factor_fwd({_MIDDLE_FACTOR}) -> Tensor",
     cpu=_middle_factor_fwd,
@@ -338,42 +286,18 @@ lrea_middle_factor_bwd = define(
 # --- Compression ---
 
 
-def _padding(seq_lens: Tensor, length: int) -> Tensor:
-    """[U, L, 1], True at padding."""
-    return (torch.arange(length, device=seq_lens.device) >= seq_lens[:, None]).unsqueeze(-1)
-
-
 def _compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
     return by_triton.compress_fwd(behaviors, w_comp, seq_lens, item_ids)
 
 
-def _compress_bwd_behaviors(
-    dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int, path: str = "auto"
-) -> Tensor:
-    """dE = W dC [U, L, d], which is the only tensor of that size."""
-    if _takes_triton(dcompressed, path):
-        return by_triton.compress_bwd_behaviors(dcompressed, w_comp, seq_lens, length)
-    w = w_comp[:length].expand(dcompressed.shape[0], -1, -1)  # [U, L, r]
-    dbehaviors = torch.bmm(w, dcompressed)
-    return dbehaviors if seq_lens is None else dbehaviors.masked_fill_(_padding(seq_lens, length), 0)
+def _compress_bwd_behaviors(dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int) -> Tensor:
+    """dE = W dC [U, L, d]"""
+    return by_triton.compress_bwd_behaviors(dcompressed, w_comp, seq_lens, length)
 
 
-def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, path: str = "auto") -> Tensor:
-    """dW = Σ E dCᵀ over users [L, r]. In memory are a chunk of users' products, and E in float32."""
-    if _takes_triton(behaviors, path):
-        return by_triton.compress_bwd_w_comp(dcompressed, behaviors, seq_lens)
-    dtype = _accumulate_dtype(behaviors.dtype)
-    _, length, _ = behaviors.shape
-    rank = dcompressed.shape[1]
-    users = max(1, _CHUNK_ELEMENTS // max(1, length * rank))
-    dw_comp = behaviors.new_zeros(length, rank, dtype=dtype)
-    for chunk in range(0, behaviors.shape[0], users):
-        members = slice(chunk, chunk + users)
-        products = behaviors[members].to(dtype) @ dcompressed[members].to(dtype).mT  # [u, L, r]
-        if seq_lens is not None:
-            products.masked_fill_(_padding(seq_lens[members], length), 0)
-        dw_comp += products.sum(0)
-    return dw_comp
+def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None) -> Tensor:
+    """dW = Σ E dCᵀ over users [L, r]"""
+    return by_triton.compress_bwd_w_comp(dcompressed, behaviors, seq_lens)
 
 
 def _compress_fake(behaviors, w_comp, seq_lens, item_ids):
@@ -381,16 +305,16 @@ def _compress_fake(behaviors, w_comp, seq_lens, item_ids):
     return behaviors.new_empty(users, w_comp.shape[1], behaviors.shape[-1])
 
 
-def _compress_bwd_behaviors_fake(dcompressed, w_comp, seq_lens, length, path="auto"):
+def _compress_bwd_behaviors_fake(dcompressed, w_comp, seq_lens, length):
     return dcompressed.new_empty(dcompressed.shape[0], length, dcompressed.shape[2])
 
 
-def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens, path="auto"):
+def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens):
     dtype = _accumulate_dtype(behaviors.dtype)
     return behaviors.new_empty(behaviors.shape[1], dcompressed.shape[1], dtype=dtype)
 
 
-# Triton's. The C++ operator is recattn::lrea_compress.
+# Triton's. The C++ operators are recattn::lrea_compress and lrea_compress_bwd.
 lrea_compress_fwd = define(
     "lrea_compress_fwd(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? item_ids) -> Tensor",
     cpu=_compress_fwd,
@@ -398,14 +322,13 @@ lrea_compress_fwd = define(
     fake=_compress_fake,
 )
 lrea_compress_bwd_behaviors = define(
-    "lrea_compress_bwd_behaviors(Tensor dcompressed, Tensor w_comp, Tensor? seq_lens, SymInt length,"
-    ' str path="auto") -> Tensor',
+    "lrea_compress_bwd_behaviors(Tensor dcompressed, Tensor w_comp, Tensor? seq_lens, SymInt length) -> Tensor",
     cpu=_compress_bwd_behaviors,
     cuda=_compress_bwd_behaviors,
     fake=_compress_bwd_behaviors_fake,
 )
 lrea_compress_bwd_w_comp = define(
-    'lrea_compress_bwd_w_comp(Tensor dcompressed, Tensor behaviors, Tensor? seq_lens, str path="auto") -> Tensor',
+    "lrea_compress_bwd_w_comp(Tensor dcompressed, Tensor behaviors, Tensor? seq_lens) -> Tensor",
     cpu=_compress_bwd_w_comp,
     cuda=_compress_bwd_w_comp,
     fake=_compress_bwd_w_comp_fake,
@@ -416,6 +339,20 @@ lrea_compress_bwd_w_comp = define(
 
 if "cpu" not in MISSING:
     torch.library.register_fake("recattn::lrea_compress", _compress_fake)
+
+    @torch.library.register_fake("recattn::lrea_compress_bwd")
+    def _compress_bwd_fake(dcompressed, behaviors, w_comp, seq_lens, wants_dbehaviors, wants_dw_comp):
+        wanted = ((behaviors, wants_dbehaviors), (w_comp, wants_dw_comp))
+        return tuple(x.new_empty(x.shape if wants else (0,)) for x, wants in wanted)
+
+    @torch.library.register_fake("recattn::lrea_restored_fwd")
+    def _restored_fwd_fake(targets, keys, values, w_decomp, target_offsets, seq_lens, negative_slope, scale):
+        rank_scores = targets.new_empty(*targets.shape[:2], w_decomp.shape[0], dtype=_accumulate_dtype(targets.dtype))
+        return targets.new_empty(*targets.shape[:2], values.shape[-1]), rank_scores, torch.empty_like(rank_scores)
+
+    @torch.library.register_fake("recattn::lrea_restored_bwd")
+    def _restored_bwd_fake(dout, targets, keys, values, w_decomp, *_):
+        return tuple(x.new_empty(x.shape) for x in (targets, keys, values, w_decomp))
 
     @torch.library.register_fake("recattn::lrea_absorbed_attention")
     @torch.library.register_fake("recattn::lrea_absorbed_attention.counting")

@@ -1,0 +1,76 @@
+// lrea_compress and its gradients, for one instruction set (see foreach_isa.h).
+//
+//   c[u] = w_comp^T behaviors[u]                   w_comp [L, r], behaviors [L, d], c [r, d]
+//   dbehaviors[u] = w_comp dc[u]
+//   dw_comp = sum over u of behaviors[u] dc[u]^T
+//
+// One task is a range of users; in the backward each has its own sum of dw_comp.
+
+#include "cpu/simd/matmul.h"
+#include "cpu/simd/rows.h"
+
+namespace recattn::RECATTN_ISA {
+
+// c = w_comp^T behaviors for users begin..end; each behaviour is read once.
+template <class T>
+RECATTN_TARGET void compress(const Compress<T>& op, int64_t begin, int64_t end) {
+    using A = accumulate_t<T>;
+    constexpr int64_t block = 64;  // behaviours that stay in the L1 cache while they are added to every row of c
+    const int64_t width = round_up_to_lanes<A>(op.dim);
+    Scratch<A> behaviors(block * width), compressed(op.rank * width);
+    for (int64_t user = begin; user < end; ++user) {
+        std::fill_n(compressed.data(), op.rank * width, A(0));
+        const Rows<T> history = op.history(user);
+        const int64_t length = op.starts[user + 1] - op.starts[user] - 1;
+        for (int64_t first = 0; first < length; first += block) {
+            const int64_t last = std::min(first + block, length);
+            if (history.indices) prefetch_rows(history, last, std::min(last + block, length), op.dim);
+            multiply<RECATTN_TILE_ROWS, A>({op.w_comp + first * op.rank, 1, op.rank},
+                                           as_rhs(history, first, last, op.dim, behaviors.data()),
+                                           {compressed.data(), width, true}, op.rank, last - first, width);
+        }
+        for (int64_t k = 0; k < op.rank; ++k) {
+            copy_row(compressed.data() + k * width, op.dim, op.out + (user * op.rank + k) * op.dim);
+        }
+    }
+}
+
+// The gradients of lrea_compress for users begin..end: dE_u = w_comp dC_u, and dW [L, width] += E_u dC_u^T.
+template <class T>
+RECATTN_TARGET void compress_backward(const CompressBackward<T>& op, int64_t begin, int64_t end, accumulate_t<T>* dw,
+                                      int64_t width) {
+    using A = accumulate_t<T>;
+    constexpr int64_t block = 64;  // behaviours of one block
+    const int64_t dim = op.dim, padded = round_up_to_lanes<A>(dim);
+    Scratch<A> rows(std::max(block, op.rank) * padded), dc_rows(op.rank * padded), dc_columns(dim * width);
+    for (int64_t user = begin; user < end; ++user) {
+        const T* behaviors = op.behaviors.data + user * op.behavior_user_stride;
+        const T* dcompressed = op.dcompressed.data + user * op.dcompressed_user_stride;
+        const int64_t length = op.length(user);
+        T* dbehaviors = op.dbehaviors == nullptr ? nullptr : op.dbehaviors + user * op.longest * dim;
+        if (dw != nullptr) {
+            transpose(as_lhs(dcompressed, op.dcompressed.row_stride, op.rank, dim, rows.data()), op.rank, dim,
+                      dc_columns.data(), width);
+        }
+        const Rhs<A> dc = as_rhs(dcompressed, op.dcompressed.row_stride, op.rank, dim, dc_rows.data());
+        for (int64_t first = 0; first < length; first += block) {
+            const int64_t count = std::min(block, length - first);
+            if (dw != nullptr) {
+                const T* e = behaviors + first * op.behaviors.row_stride;
+                multiply_in_blocks(as_lhs(e, op.behaviors.row_stride, count, dim, rows.data()),
+                                   Rhs<A>{dc_columns.data(), width}, {dw + first * width, width, true}, count, dim,
+                                   width);
+            }
+            if (dbehaviors != nullptr) {
+                multiply_in_blocks(Lhs<A>{op.w_comp + first * op.rank, op.rank, 1}, dc, {rows.data(), padded, false},
+                                   count, op.rank, padded);
+                for (int64_t i = 0; i < count; ++i) {
+                    copy_row(rows.data() + i * padded, dim, dbehaviors + (first + i) * dim);
+                }
+            }
+        }
+        if (dbehaviors != nullptr) std::fill(dbehaviors + length * dim, dbehaviors + op.longest * dim, T(0));
+    }
+}
+
+}  // namespace recattn::RECATTN_ISA
