@@ -25,7 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", choices=host_time.OPERATORS, metavar="OP", default=host_time.OPERATORS)
     parser.add_argument("--repeats", type=int, default=host_time.REPEATS, help="of each figure, %(default)s")
     parser.add_argument("--results", type=Path, help="file to add the rows to, as JSON lines")
-    parser.add_argument("--markdown", action="store_true", help="print the table as RESULTS.md has it")
     chosen = parser.parse_args(arguments)
     common = records.environment(torch.device("cpu")) | {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -33,13 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     costs = host_time.measure(chosen.op, chosen.repeats)
     if chosen.results:
         records.append_host_costs(costs, common | {"threads": 1}, chosen.results)
-    if chosen.markdown:
-        print(host.markdown_table(costs))
-    else:
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(f"{common['device']}; torch {common['torch']}, triton {common['triton']}", highlight=False)
-        console.print(host.table(costs))
-        console.print(host.LEGEND.format(unit=costs[0].unit_us), style="dim", highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(f"{common['device']}; torch {common['torch']}, triton {common['triton']}", highlight=False)
+    console.print(host.table(costs))
+    console.print(host.legend(costs), style="dim", highlight=False)
     return int(any(cost.reason is not None for cost in costs))
 
 

@@ -336,9 +336,10 @@ def pages() -> Pages:
                 figures[path] = figure
                 images.setdefault(kind, []).append((f"{FIGURES.name}/{path.name}", figure.caption))
     first = [image for own in images.values() for image in own if README_FIGURE in image[0]][-1:]
+    host = records.read_host_costs([RECORDS])
     texts = {
-        RESULTS: markdown.results_page(operators, measured, images),
-        README: markdown.with_block(README.read_text(), markdown.readme_block(operators, measured, first)),
+        RESULTS: markdown.results_page(operators, measured, images, host),
+        README: markdown.with_block(README.read_text(), markdown.readme_block(operators, measured, first, host)),
     }
     return Pages(texts, figures)
 

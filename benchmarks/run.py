@@ -5,6 +5,7 @@ file, and 2 if the request cannot be met.
 """
 
 import argparse
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import ROOT
 from benchmarks.data import movielens
-from benchmarks.harness import records
+from benchmarks.harness import host_time, records
 from benchmarks.harness.ceilings import around, measure_ceilings
 from benchmarks.harness.contest import Contest, Settings, call_each
 from benchmarks.harness.memory import limit_memory
@@ -142,6 +144,16 @@ def fill_caches(console: Console, plan, chosen: argparse.Namespace, histories: m
     return int(ours_broke)
 
 
+def measure_host(chosen: argparse.Namespace, path: Path) -> bool:
+    """Measure what calls cost the host, in a process of its own. False if a call failed."""
+    ops = [op for op in host_time.OPERATORS if not chosen.op or op.partition(",")[0] in chosen.op]
+    if chosen.device.type != "cpu" or chosen.workload or chosen.impl or not ops:  # rows of a GPU have host_ms
+        return True
+    repeats = ("--repeats", "1") if chosen.tier == "quick" else ()
+    command = (sys.executable, "-m", "benchmarks.host_cost", "--results", path.resolve(), *repeats, "--op", *ops)
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     operators = load_operators()
@@ -196,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for row in own
                 )
     table.print_summary(console, rows)
+    ours_broke |= not measure_host(chosen, path)
     console.print(f"{len(rows)} rows in {path}, {time.perf_counter() - started:.0f} s")
     if chosen.baseline is None:
         return int(ours_broke)

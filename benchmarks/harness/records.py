@@ -99,6 +99,24 @@ def read(paths: Iterable[Path]) -> list[Record]:
     return records
 
 
+def read_host_costs(paths: Iterable[Path]) -> tuple[list[HostCost], dict[str, object]]:
+    """The newest rows of `benchmarks.host_cost` in the files of the given folders, and what they share."""
+    written = [
+        json.loads(line)
+        for path in paths
+        for file in sorted(path.glob("*.jsonl"))
+        for line in file.read_text().splitlines()
+        if '"host_of"' in line
+    ]
+    if not written:
+        return [], {}
+    newest = max(row["started"] for row in written)
+    own = {f.name for f in fields(HostCost)}
+    rows = [row for row in written if row["started"] == newest]
+    costs = [HostCost(**{name: row[name] for name in own & row.keys()}) for row in rows]
+    return costs, {name: value for name, value in rows[0].items() if name not in own}
+
+
 def _record(written: dict[str, object]) -> Record:
     own = {f.name for f in fields(Row)} & written.keys()
     row = Row(**{name: written[name] for name in own})

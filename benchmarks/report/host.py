@@ -1,4 +1,4 @@
-"""The host's time of each call as a table: printed, and in RESULTS.md."""
+"""The host's time of each call as a table, printed and in RESULTS.md, and as a sentence in README.md."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.harness.host_time import NEW_LENGTH_RATIO, HostCost
+from benchmarks.harness.host_time import GPU, NEW_LENGTH_RATIO, HostCost
 
 COLUMNS = ("operator", "path", "pass", "launches", "PyTorch's", "host µs", "× SDPA", "goal", "new N", "verdict")
-LEGEND = (
-    "launches: Triton's; PyTorch's: kernels that PyTorch's own operators would launch. host µs: CPU time of the "
-    "thread, the minimum over repeats. × SDPA: in units of SDPA's smallest call on this CPU, {unit:.1f} µs. new N: a "
-    "call with a length that has not come before, relative to a repeated call "
-    f"(goal: ≤ {NEW_LENGTH_RATIO:g})."
-)
 STYLES = {"met": "green", "missed": "red", "failed": "red"}
+
+
+def legend(costs: Sequence[HostCost]) -> str:
+    return (
+        "launches: Triton's; PyTorch's: kernels that PyTorch's own operators launch on a GPU. host µs: CPU time of the "
+        f"thread, the minimum over repeats. × SDPA: in units of SDPA's smallest call here, {costs[0].unit_us:.1f} µs. "
+        "new N: a call with a length that has not come before, relative to a repeated call "
+        f"(goal: ≤ {NEW_LENGTH_RATIO:g})."
+    )
 
 
 def cells(cost: HostCost) -> tuple[str, ...]:
@@ -34,3 +37,16 @@ def table(costs: Sequence[HostCost]) -> Table:
         *figures, verdict = cells(cost)
         printed.add_row(*figures, Text(verdict, style=STYLES.get(cost.verdict, "dim")))
     return printed
+
+
+def sentence(costs: Sequence[HostCost], device: str) -> str:
+    """What a call costs, for README.md."""
+    by_op: dict[str, list[str]] = {}
+    for cost in costs:
+        if cost.path == GPU and cost.goal is not None and cost.units is not None:
+            by_op.setdefault(cost.host_of, []).append(f"{cost.units:.1f} {cost.step}")
+    listed = "; ".join(f"`{op}` {', '.join(units)}" for op, units in by_op.items() if "," not in op)
+    return (
+        "What a call costs the host before a GPU has work (`python -m benchmarks.host_cost`), in units of PyTorch's "
+        f"smallest `scaled_dot_product_attention` ({costs[0].unit_us:.0f} µs on {device}): {listed}."
+    )

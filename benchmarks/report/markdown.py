@@ -11,10 +11,11 @@ import torch
 
 from benchmarks.harness.ceilings import Ceilings
 from benchmarks.harness.goals import NOT_MEASURED, Goal, Outcome
+from benchmarks.harness.host_time import HostCost
 from benchmarks.harness.records import TIMED, Record, Row, dtype_name
 from benchmarks.harness.registry import BACKWARD, DTYPES, FORWARD, TRAINING, Operator
 from benchmarks.harness.workloads import CUDA, Workload
-from benchmarks.report import cost_model, reasons, table
+from benchmarks.report import cost_model, host, reasons, table
 
 OURS = "recattn"
 MARKS = "<!-- python -m benchmarks.plot writes what follows -->", "<!-- until here -->"
@@ -22,6 +23,14 @@ SHORT = {FORWARD: "fwd", BACKWARD: "bwd", TRAINING: "fwd + bwd"}
 MOST_NAMED = 5  # workloads in a line of the list of what was not timed
 
 Contest = dict[str, Record]  # by implementation
+
+
+HostCosts = tuple[list[HostCost], dict[str, object]]  # rows, and what they share
+NO_HOST_COSTS: HostCosts = ([], {})
+
+
+def _title(device: str) -> str:
+    return device.replace("(R)", "").replace(" Processor", "")
 
 
 @dataclass
@@ -36,7 +45,7 @@ class Machine:
     @property
     def title(self) -> str:
         """The name without the vendor's decoration."""
-        return self.name.replace("(R)", "").replace(" Processor", "")
+        return _title(self.name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -334,7 +343,10 @@ def _range(machine: Machine, ceiling: str) -> str:
 
 
 def results_page(
-    operators: dict[str, Operator], measured: Sequence[Machine], images: dict[str, list[tuple[str, str]]]
+    operators: dict[str, Operator],
+    measured: Sequence[Machine],
+    images: dict[str, list[tuple[str, str]]],
+    host_costs: HostCosts = NO_HOST_COSTS,
 ) -> str:
     """RESULTS.md. `images`: the figures of each type of device, as files and captions."""
     parts = [
@@ -346,6 +358,7 @@ def results_page(
         parts.append(_goals_section(operators, measured, kind, title))
         # Figures and times of the last machine of a type. Older machines appear in the summary and the goals.
         parts += [_machine_section(operators, machine, images.get(kind, [])) for machine in own[:1]]
+    parts += [_host_section(*host_costs)] if host_costs[0] else []
     parts.append(
         f"## Predicted times on GPUs\n\nFrom the cost model, in bfloat16.\n\n{gpu_predictions_table(operators)}"
     )
@@ -394,15 +407,31 @@ def _machine_section(operators: dict[str, Operator], machine: Machine, images: I
     return "\n".join(parts)
 
 
+def _host_section(costs: Sequence[HostCost], run: dict[str, object]) -> str:
+    return (
+        f"## Host time of a call\n\n{_title(run['device'])}, one thread; torch {run['torch']}, triton {run['triton']}, "
+        f"Python {run['python']}; commit {run['commit'][:8]}. The path of a GPU runs without one: Triton's launch path "
+        f"for Hopper, with launches that do nothing (B = 2, H = 4, N = 16, D = 64, bfloat16; on the CPU B = H = 1, N = "
+        f"2, float32).\n\n{host.legend(costs)}\n\n{markdown(host.COLUMNS, map(host.cells, costs))}"
+    )
+
+
 def _has_gpu(measured: Sequence[Machine]) -> bool:
     return any(machine.type == "cuda" for machine in measured)
 
 
-def readme_block(operators: dict[str, Operator], measured: Sequence[Machine], images: Iterable[tuple[str, str]]) -> str:
-    """The text between the marks of README.md: its one figure, and the summary."""
+def readme_block(
+    operators: dict[str, Operator],
+    measured: Sequence[Machine],
+    images: Iterable[tuple[str, str]],
+    host_costs: HostCosts = NO_HOST_COSTS,
+) -> str:
+    """The text between the marks of README.md: its one figure, the summary, and what a call costs the host."""
     figures = "".join(f"![](benchmarks/{file})\n\n{caption}\n" for file, caption in images)
     no_gpu = "" if _has_gpu(measured) else "\nNo GPU has run the suite yet.\n"
-    return f"\n{figures}\n{_conditions(measured)}\n\n{summary_table(operators, measured)}{no_gpu}\n"
+    costs, run = host_costs
+    cost = f"\n{host.sentence(costs, _title(run['device']))}\n" if costs else ""
+    return f"\n{figures}\n{_conditions(measured)}\n\n{summary_table(operators, measured)}{no_gpu}{cost}\n"
 
 
 def with_block(readme: str, block: str) -> str:

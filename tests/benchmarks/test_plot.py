@@ -167,6 +167,19 @@ def test_a_gpu_gets_a_column_once_it_was_measured(monkeypatch):
     assert "No GPU" not in markdown.readme_block(OPERATORS, measured, [])
 
 
+def test_what_a_call_costs_the_host_is_in_both_pages():
+    costs, run = records.read_host_costs([plot.RECORDS])
+    page = markdown.results_page(OPERATORS, markdown.machines(RECORDS), {}, (costs, run))
+    lines = page.split("## Host time of a call")[1].split("\n## ")[0].splitlines()
+    assert run["commit"][:8] in "".join(lines)
+    rows = [tuple(line.strip("|").split(" | ")) for line in lines if line.startswith("| ")][2:]
+    assert [(op.strip(), path, step) for op, path, step, *_ in rows] == [(c.host_of, c.path, c.step) for c in costs]
+    for cost, row in zip(costs, rows, strict=True):
+        assert f"{cost.units:.1f}" in row and cost.reason is None
+    readme = markdown.readme_block(OPERATORS, markdown.machines(RECORDS), [], (costs, run))
+    assert "What a call costs the host" in readme and "`sink_attention`" in readme
+
+
 def test_of_a_contest_the_newest_run_counts_as_a_whole():
     def at(hour: int, impl: str, direction: str, milliseconds: float) -> Record:
         record = cuda_record(impl=impl, direction=direction, p50_ms=milliseconds)

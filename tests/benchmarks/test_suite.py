@@ -235,6 +235,17 @@ def test_a_peer_that_is_wrong_is_a_finding(only_product, tmp_path, capsys):
     assert "peer: refused: wrong: FAIL output" in capsys.readouterr().out
 
 
+def test_a_run_measures_the_host_too(monkeypatch, tmp_path):
+    options = ["--op", "inter_sink_bias", "--quick", "--seconds", "0.01", "--offline", "--results", str(tmp_path)]
+    assert run.main(options) == 0
+    assert len(records.read([tmp_path])) > 1
+    costs, shared = records.read_host_costs([tmp_path])
+    assert {cost.host_of.partition(",")[0] for cost in costs} == {"inter_sink_bias"} and len(costs) == 8
+    assert shared["threads"] == 1 and shared["device"]
+    monkeypatch.setattr(run.subprocess, "run", lambda *arguments, **options: subprocess.CompletedProcess((), 1))
+    assert run.main(options) == 1
+
+
 def test_every_row_has_every_field(only_product, tmp_path):
     assert run.main(["--workload", "small", "--quick", "--seconds", "0.01", "--results", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.jsonl")
@@ -324,7 +335,7 @@ def test_quick_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sink_attention · tiny" in done.stdout
     (file,) = tmp_path.glob("*.jsonl")
-    timed = {row["impl"] for row in map(json.loads, file.read_text().splitlines()) if row["status"] == records.TIMED}
+    timed = {row.impl for row, _ in records.read([file]) if row.status == records.TIMED}
     assert {"recattn", "eager", "SDPA, dense bias", "unbiased SDPA"} <= timed
 
 
