@@ -1,13 +1,14 @@
 """`python -m benchmarks.tools.headline sink_forward`: recattn and its peers on one workload, with times of all kernels.
 
-Implementations that need no compilation run first, and are printed before those of torch.compile start. Rows, and
-microseconds per kernel, are written as JSON lines. Needs only PyTorch and recattn.
+Implementations that need no compilation run first, and are printed before those of torch.compile start. For recattn's,
+the host's time is printed beside the kernels', with and without a CUDA graph. Rows, microseconds per kernel and those
+bounds are written as JSON lines. Needs only PyTorch and recattn.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from benchmarks.harness.records import TIMED, Row
 from benchmarks.harness.registry import BACKWARD, DTYPES, FORWARD, TRAINING, Implementation, Operator, load_operators
 from benchmarks.harness.timing import clock_for
 from benchmarks.harness.workloads import Draw, Workload
+from benchmarks.tools.bounds import measure_bounds
 
 CALLS = 3
 SHOWN_KERNELS = 6
@@ -123,6 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_kernels(row, times)
             about = {"kernels_of": row.impl, "op": row.op, "workload": row.workload, "pass": row.direction}
             records.append_lines([{**about, "microseconds": times}], common, path)
+            if operator.implementations[row.impl].ours:
+                # A backward is captured with its forward, whose results it reads.
+                step = TRAINING if row.direction == BACKWARD else row.direction
+                call = timed_call(operator, operator.implementations[row.impl], step, [dict(inputs)])
+                kernel_us = sum((times if step == row.direction else kernel_times(call, device)).values())
+                bounds = measure_bounds(call, kernel_us, device, clock)
+                print(f"{row.impl}, {step}: {bounds}", flush=True)
+                about = {"bounds_of": row.impl, "op": row.op, "workload": row.workload, "pass": step}
+                records.append_lines([about | asdict(bounds)], common, path)
     broke = {row.impl for row in rows if row.status in (records.REFUSED, records.FAILED)}
     return int(any(operator.implementations[name].ours for name in broke))
 

@@ -3,11 +3,13 @@
 Steps that hang or die are in test_gpu_steps.py.
 """
 
+import contextlib
 import json
 import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from benchmarks.harness.records import Row
 from benchmarks.harness.registry import Operator, load_operators
 from benchmarks.harness.workloads import CUDA
 from benchmarks.operators.sink_attention import PATHS
-from benchmarks.tools import gpu, headline, profile, steps, tune_dispatch
+from benchmarks.tools import bounds, gpu, headline, profile, steps, tune_dispatch
 from benchmarks.tools.headline import HEADLINES
 from benchmarks.tools.steps import Stage, Step
 from benchmarks.tools.tune_dispatch import Point
@@ -153,6 +155,9 @@ def test_make_gpu_rehearsed(tmp_path, monkeypatch, capsys):
     (kernels,) = [line for line in lines if line.get("kernels_of") == "recattn"]
     assert timed["p50_ms"] > 0 and "driver" in timed and "cudnn" in timed
     assert kernels["microseconds"]["recattn::lrea_absorbed_attention"] > 0
+    (bounds,) = [line for line in lines if line.get("bounds_of") == "recattn"]
+    assert bounds["pass"] == "forward" and bounds["host_us"] > 0 and bounds["kernel_us"] > 0
+    assert "no CUDA graph: the tensors are not on a GPU" in printed
     with tarfile.open(tmp_path / "results" / "gpu-results.tar.gz") as archive:
         checked = json.load(archive.extractfile("gpu/check of lrea_absorbed_attention.json"))
     assert "lrea_absorbed_attention" in json.dumps(checked)
@@ -171,6 +176,51 @@ def test_a_headline_is_measured_on_a_gpu(name):
     assert all(
         opponent in {i.name for i in contestants} for goal in goals_of(operator, name) for opponent in goal.against
     )
+
+
+class Graph:
+    """What a replay of a captured call costs."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_host_and_gpu_are_told_apart_with_and_without_a_graph(monkeypatch):
+    calls = []
+    captured = contextlib.nullcontext()
+    for name, stand_in in {
+        "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: captured,
+        "graph": lambda graph, stream: captured,
+        "CUDAGraph": Graph,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    host_ms = {True: 0.008, False: 0.060}
+    monkeypatch.setattr(
+        bounds.timing, "host_time", lambda call, calls: host_ms[isinstance(getattr(call(0), "__self__", None), Graph)]
+    )
+    measured = bounds.measure_bounds(
+        lambda turn: lambda: calls.append(turn), 25.0, torch.device("cuda"), lambda replay: 0.024
+    )
+    assert calls == [0, 1]  # once to warm up, once in the capture
+    assert measured == bounds.Bounds(25.0, 60.0, 24.0, 8.0)
+    assert str(measured) == (
+        "host 60.0 µs, kernels 25.0 µs: the host bounds it (2.4×); "
+        "in a CUDA graph host 8.0 µs, GPU 24.0 µs: the GPU bounds it (3.0×)"
+    )
+
+
+def test_a_call_that_cannot_be_captured_says_why(monkeypatch):
+    def refuse(call, device):
+        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+
+    monkeypatch.setattr(bounds, "capture", refuse)
+    monkeypatch.setattr(bounds.timing, "host_time", lambda call, calls: 0.1)
+    measured = bounds.measure_bounds(lambda turn: lambda: None, 200.0, torch.device("cuda"), lambda replay: 0.0)
+    assert str(measured).endswith("; no CUDA graph: operation not permitted when stream is capturing")
+    assert "the GPU bounds it (2.0×)" in str(measured)
 
 
 def goals_of(operator: Operator, name: str):
