@@ -3,16 +3,14 @@
 python tests/triton/every_launch.py --sequences 70000 --packed 100000    the grids of large batches
 python tests/triton/every_launch.py --compile    compiles each kernel as it is launched
 python tests/triton/every_launch.py --checks    the calls of `python -m recattn check --device cuda` instead
-python tests/triton/every_launch.py --time    prints the time that each call takes of the host instead
+python tests/triton/every_launch.py --time    prints the CPU time that each call takes of the host instead
 """
 
 import argparse
 import functools
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +21,14 @@ import torch
 from torch import Tensor
 
 import recattn
-from benchmarks.harness import dry_driver
+from benchmarks.harness import dry_driver, host_time
 from recattn._options import SinkAttentionOptions
 from recattn.checks.cases import OPERATORS, Case, Operator
 from recattn.checks.supervisor import DTYPES
 from recattn.ops import sink_attention as sink_ops
 from recattn.ops.backends import BACKENDS, AttentionBackend
+
+REPEATS = 20
 
 sink_attention = functools.partial(recattn.sink_attention, impl="triton")
 inter_sink_bias = functools.partial(recattn.inter_sink_bias, impl="triton")
@@ -157,16 +157,6 @@ def check(operator: Operator, case: Case, dtype: torch.dtype) -> None:
         torch.autograd.grad(outs, leaves, [torch.empty_like(out) for out in outs])
 
 
-def microseconds(call: Callable[[], None], repeats: int = 50) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=2)
@@ -184,7 +174,7 @@ def main() -> None:
         call()
         made[name] = list(dict.fromkeys(launches))  # a backward may repeat one a thousand times
         if options.time:
-            print(f"{microseconds(call):6.0f} µs  {name}", flush=True)
+            print(f"{host_time.best_us(call, REPEATS):6.0f} µs  {name}", flush=True)
     if not options.time:
         print(json.dumps(made))
 
