@@ -76,7 +76,10 @@ def cpu_extensions(cpp_extension):
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args={"cxx": CXX_FLAGS},
     )
-    return [kernels, slot_map]
+    host = cpp_extension.CppExtension(
+        "recattn._host", sources("host"), include_dirs=[str(ROOT / "csrc")], extra_compile_args={"cxx": CXX_FLAGS}
+    )
+    return [kernels, slot_map, host]
 
 
 def cuda_extensions(cpp_extension):

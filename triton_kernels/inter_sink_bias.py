@@ -15,9 +15,9 @@ from torch import Tensor
 
 from recattn._options import InterSinkBiasOptions
 from recattn.triton_kernels.common.dropout import INTER_SINK_BIAS, dropout_weights
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION
+from recattn.triton_kernels.common.launch import cdiv, host_block_width, launch
 from recattn.triton_kernels.common.softmax import masked_softmax
-from recattn.triton_kernels.common.tiles import bhnd, block_width, dot_rows, head_rows, load_rows, offset, store_rows
+from recattn.triton_kernels.common.tiles import bhnd, dot_rows, head_rows, load_rows, offset, store_rows
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class InterSinkBiasFwdConfig:
             # A program loops over the heads, so small tiles give the GPU more programs.
             block_m=16,
             # Without tensor cores a dot product holds its operands in registers.
-            block_k=min(block_width(head_dim), 32 if single else 128),
+            block_k=min(host_block_width(head_dim), 32 if single else 128),
             num_warps=4,
             num_stages=3 if single or head_dim > 32 else 2,
         )
@@ -57,7 +57,7 @@ class InterSinkBiasBwdConfig:
 
     @classmethod
     def heuristic(cls, head_dim: int, dtype: torch.dtype, M: int) -> "InterSinkBiasBwdConfig":
-        width, rows = block_width(head_dim), block_width(M)
+        width, rows = host_block_width(head_dim), host_block_width(M)
         if dtype == torch.float32:
             # With 4 or 8 warps Triton multiplies 64 rows on Blackwell's tensor cores: in TF32, whatever is asked.
             return cls(32 if M > 64 else rows, 16, 16, num_warps=16 if M > 32 else 4, num_stages=1)
@@ -248,18 +248,18 @@ def launch_inter_sink_bias_fwd(
     B, num_heads, M, head_dim = q_s.shape
     config = config or InterSinkBiasFwdConfig.heuristic(head_dim, q_s.dtype)
     sink_mask, *mask_strides = _mask_with_strides(sink_mask)
-    with torch.cuda.device_of(q_s):
-        inter_sink_bias_fwd_kernel[(B, triton.cdiv(M, config.block_m))](
-            *(bhnd(q_s), bhnd(k_s), sink_mask, bias_scale, dropout_seed, out),
-            *(*mask_strides, num_heads, M, *_numbers(options, num_heads, head_dim)),
-            HEAD_DIM=head_dim,
-            BLOCK_M=config.block_m,
-            BLOCK_N=block_width(M),
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+    launch(
+        inter_sink_bias_fwd_kernel,
+        (B, cdiv(M, config.block_m)),
+        *(bhnd(q_s), bhnd(k_s), sink_mask, bias_scale, dropout_seed, out),
+        *(*mask_strides, num_heads, M, *_numbers(options, num_heads, head_dim)),
+        HEAD_DIM=head_dim,
+        BLOCK_M=config.block_m,
+        BLOCK_N=host_block_width(M),
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def launch_inter_sink_bias_bwd(
@@ -284,20 +284,20 @@ def launch_inter_sink_bias_bwd(
     B, num_heads, M, head_dim = q_s.shape
     config = config or InterSinkBiasBwdConfig.heuristic(head_dim, q_s.dtype, M)
     sink_mask, *mask_strides = _mask_with_strides(sink_mask)
-    with torch.cuda.device_of(q_s):
-        inter_sink_bias_bwd_kernel[(B * num_heads,)](
-            *(dout.contiguous(), bhnd(q_s), bhnd(k_s), sink_mask, bias_scale, dropout_seed),
-            *(bhnd(dq_s), bhnd(dk_s), dbias_scale_rows),
-            *(*mask_strides, num_heads, M, *_numbers(options, num_heads, head_dim)),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-            HEAD_DIM=head_dim,
-            BLOCK_M=config.block_m,
-            BLOCK_N=block_width(M),
-            BLOCK_K=config.block_k,
-            BLOCK_D=config.block_d,
-        )
+    launch(
+        inter_sink_bias_bwd_kernel,
+        (B * num_heads,),
+        *(dout.contiguous(), bhnd(q_s), bhnd(k_s), sink_mask, bias_scale, dropout_seed),
+        *(bhnd(dq_s), bhnd(dk_s), dbias_scale_rows),
+        *(*mask_strides, num_heads, M, *_numbers(options, num_heads, head_dim)),
+        HEAD_DIM=head_dim,
+        BLOCK_M=config.block_m,
+        BLOCK_N=host_block_width(M),
+        BLOCK_K=config.block_k,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def _mask_with_strides(sink_mask: Tensor | None) -> tuple[Tensor | None, int, int]:

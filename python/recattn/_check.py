@@ -6,10 +6,51 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from recattn import _native
 from recattn._extension import MISSING
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32)
+BOOL = (torch.bool,)
+
+
+SAME = "the dtype of the first tensor"
+
+
+class Layouts:
+    """The tensors of a call, to be checked in a microsecond: Layouts(q=(FLOATING, "B H N D"), k=(SAME, "B H M D")).
+
+    Layouts are as in `expect_shape`; an alternative is "1|X" with a symbol X of an earlier axis, "[X]" is a first axis
+    that may be missing, and "X+1" sets X. Dtypes are FLOATING, INTEGER, BOOL or SAME.
+    """
+
+    def __init__(self, **layouts: tuple[object, str]):
+        self.symbols: list[str] = []
+        tensors = b"".join(self._encode(dtypes, layout.split()) for dtypes, layout in layouts.values())
+        self._encoded = bytes([len(self.symbols)]) + tensors
+
+    def sizes(self, *tensors: Tensor | None) -> tuple[int, ...] | None:
+        """The sizes of `symbols` if all tensors fit and are on one device, -1 for those of absent tensors.
+
+        None: they do not fit, or are not plain tensors: checks that say what is wrong must follow.
+        """
+        return None if torch.compiler.is_compiling() else _native.sizes(self._encoded, *tensors)
+
+    def _encode(self, dtypes: object, axes: list[str]) -> bytes:
+        letter = {FLOATING: b"F", SAME: b"S", INTEGER: b"I", BOOL: b"B"}[dtypes]
+        optional = axes[0].startswith("[")
+        encoded = b"".join(self._encode_axis(axis.strip("[]")) for axis in axes)
+        return letter + bytes([optional, len(axes)]) + encoded
+
+    def _encode_axis(self, axis: str) -> bytes:
+        if axis.isdigit():
+            return b"n" + bytes([int(axis)])
+        if axis.startswith("1|"):
+            return b"1" + bytes([self.symbols.index(axis[2:])])
+        kind, symbol = (b"+", axis[:-2]) if axis.endswith("+1") else (b"s", axis)
+        if symbol not in self.symbols:
+            self.symbols.append(symbol)
+        return kind + bytes([self.symbols.index(symbol)])
 
 
 def expect(holds: bool, name: str, expected: str, got: object) -> None:

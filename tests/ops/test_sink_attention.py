@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import recattn
 from recattn import reference
 from recattn._options import SinkAttentionOptions
-from recattn.ops import sink_attention as ops
 from recattn.ops.sink_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
 from tests.helpers.memory import LargestTensor
@@ -329,10 +328,11 @@ def op_inputs(form: str, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(form, dtype):
     arguments = op_inputs(form, dtype)
-    torch.library.opcheck(ops.sink_attention_fwd, arguments)
-    results = ops.sink_attention_fwd(*arguments)
+    torch.library.opcheck(torch.ops.recattn.sink_attention_fwd.default, arguments)
+    results = torch.ops.recattn.sink_attention_fwd(*arguments)
     torch.library.opcheck(
-        ops.sink_attention_bwd, [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
+        torch.ops.recattn.sink_attention_bwd.default,
+        [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]],
     )
 
 
@@ -340,7 +340,7 @@ def test_opcheck_permuted():
     arguments = op_inputs("dense")
     arguments[0] = torch.randn(2, 20, 4, 16).transpose(1, 2)
     arguments[2] = torch.randn(2, 2, 6, 20).transpose(2, 3)
-    torch.library.opcheck(ops.sink_attention_fwd, arguments)
+    torch.library.opcheck(torch.ops.recattn.sink_attention_fwd.default, arguments)
 
 
 def test_compiles_to_one_graph_without_recompiling():

@@ -135,9 +135,9 @@ def test_a_backward_takes_any_forward(eager_backend, fwd, bwd):
     inputs = draw(batch=1, heads=2, kv_heads=1, length=63, sinks=40, bias_scale=20.0)
     context = (*list(inputs.values())[3:], None, None, None, None, True, False, 0.25, 0.0, None)
     qkv = [inputs[name] for name in ("q", "k", "v")]
-    results = ops.sink_attention_fwd(*qkv, *context, *fwd)
+    results = torch.ops.recattn.sink_attention_fwd(*qkv, *context, *fwd)
     dout = torch.randn_like(results[0])
-    mixed = ops.sink_attention_bwd(dout, *qkv, *results, *context, *bwd)
+    mixed = torch.ops.recattn.sink_attention_bwd(dout, *qkv, *results, *context, *bwd)
     leaves = {name: inputs[name].double().requires_grad_() for name in GRADS}
     out = reference.sink_attention(**{**inputs, **leaves}, causal=True, scale=0.25)
     expected = torch.autograd.grad(out, list(leaves.values()), dout.double())
@@ -150,10 +150,10 @@ def test_opcheck(eager_backend):
     inputs["sink_positions"][1, 3:] = -1
     options = SinkAttentionOptions(True, False, 0.25, impl="correction", backend="eager")
     arguments = [*inputs.values(), torch.randn(2), None, None, None, *options]
-    torch.library.opcheck(ops.sink_attention_fwd, arguments)
-    results = ops.sink_attention_fwd(*arguments)
+    torch.library.opcheck(torch.ops.recattn.sink_attention_fwd.default, arguments)
+    results = torch.ops.recattn.sink_attention_fwd(*arguments)
     backward = [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
-    torch.library.opcheck(ops.sink_attention_bwd, backward)
+    torch.library.opcheck(torch.ops.recattn.sink_attention_bwd.default, backward)
 
 
 # --- The choice ---

@@ -14,7 +14,6 @@ import triton.language as tl
 import recattn
 from recattn import reference
 from recattn._options import SinkAttentionOptions
-from recattn.ops import sink_attention as ops
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.common.dropout import dropout_weights
 from recattn.triton_kernels.sink_attention import (
@@ -209,9 +208,9 @@ def test_no_tensor_of_n_squared_elements():
     inputs = small(heads=1, length=1024, sinks=10)
     arguments = (*inputs.values(), None, None, None, None, True, False, 0.25, 0.0, None, "triton", None)
     with LargestTensor() as forward:
-        results = ops.sink_attention_fwd(*arguments)
+        results = torch.ops.recattn.sink_attention_fwd(*arguments)
     with LargestTensor() as backward:
-        ops.sink_attention_bwd(torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:])
+        torch.ops.recattn.sink_attention_bwd(torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:])
     assert max(forward.elements, backward.elements) <= 1024 * 16
 
 
@@ -332,10 +331,10 @@ def test_opcheck(form):
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias")]
     arguments += [torch.randn(heads, device=DEVICE), seq_lens, inputs.get("cu_seqlens"), seed]
     arguments += [True, False, 0.25, 0.1, None, "triton", None]
-    torch.library.opcheck(ops.sink_attention_fwd, arguments)
-    results = ops.sink_attention_fwd(*arguments)
+    torch.library.opcheck(torch.ops.recattn.sink_attention_fwd.default, arguments)
+    results = torch.ops.recattn.sink_attention_fwd(*arguments)
     backward = [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
-    torch.library.opcheck(ops.sink_attention_bwd, backward)
+    torch.library.opcheck(torch.ops.recattn.sink_attention_bwd.default, backward)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])

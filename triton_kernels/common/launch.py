@@ -1,4 +1,4 @@
-"""How kernels are launched.
+"""How kernels are launched, and with what parameters.
 
 Triton compiles a kernel anew for each combination of its arguments' types, and of integers being 1 or divisible by 16.
 A kernel lists in `do_not_specialize` what changes with the batch or from call to call, so that no call waits for the
@@ -6,10 +6,17 @@ compiler: sizes, lengths, flags, and strides made of them. The list does not rea
 `tiles.BHND`, so what must not be specialized stays an argument of its own.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from recattn import _native
 
 # Ampere, Hopper, Blackwell: every shipped configuration is compiled for each.
 ARCHITECTURES = (80, 90, 100)
@@ -35,10 +42,57 @@ class TileConfig:
 
 def architecture_of(x: Tensor) -> int:
     """The architecture whose launch parameters a tensor's kernels take: that of its GPU, Hopper's elsewhere."""
-    if x.device.type != "cuda":
-        return 90
-    major, _ = torch.cuda.get_device_capability(x.device)
+    return _architecture_of_device(x.device.index) if x.is_cuda else 90
+
+
+@functools.cache
+def _architecture_of_device(index: int) -> int:
+    major, _ = torch.cuda.get_device_capability(index)
     return max(architecture for architecture in ARCHITECTURES if architecture <= max(10 * major, ARCHITECTURES[0]))
+
+
+def describe(kernel) -> tuple[bytes, int] | None:
+    """Which arguments of a kernel Triton specializes on, and how many are tl.constexpr.
+
+    None: a kernel that only Triton can launch, for it is interpreted or autotuned.
+    """
+    if type(kernel) is not JITFunction:
+        return None
+    parameters = kernel.params
+    return bytes(not x.do_not_specialize for x in parameters), sum(x.is_constexpr for x in parameters)
+
+
+def launch_by_triton(kernel, grid: tuple[int, ...] | Callable, *arguments, **constants) -> tuple | None:
+    """kernel[grid](*arguments, **constants) on the device of the first argument, or of its first field.
+
+    Returns the compiled kernel as `launch` calls it, None for one that it cannot.
+    """
+    first = arguments[0]
+    with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):
+        compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=ENABLE_FP_FUSION)
+    if compiled is None or type(kernel) is not JITFunction:
+        return None
+    names = kernel.arg_names[len(arguments) :]
+    if list(constants)[: len(names)] != names:
+        raise TypeError(f"constants must begin with {names}, got {list(constants)}")
+    return compiled.run, compiled.function, compiled.packed_metadata
+
+
+# launch(kernel, grid, *arguments, **constants): constants are the kernel's tl.constexpr arguments, in its order, then
+# num_warps and the like. Triton takes 20 µs to find a compiled kernel, csrc/host/launch.cpp 2.
+launch = launch_by_triton
+if _native.make_launch is not None:
+    launch = _native.make_launch(describe, launch_by_triton, knobs.runtime, driver)
+
+
+def cdiv(x: int, y: int) -> int:
+    """triton.cdiv, which takes 2 µs on the host."""
+    return -(-x // y)
+
+
+def host_block_width(width: int) -> int:
+    """tiles.block_width, which takes 5 µs on the host."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 # Four programs for each of an H200's 132 multiprocessors.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION
+from recattn.triton_kernels.common.launch import launch
 from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import Matrix, Tokens, bhnd, block_width, head_rows, load_tokens, store_tokens
@@ -283,42 +283,39 @@ def launch_sink_attention_bwd(
     q, k, v, out, dout, dq, dk, dv = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out, dout, *grads))
     stride_b, stride_h, stride_n = row_strides(lse, lengths)
     delta = torch.empty_like(lse)
-    sink_tensors, sink_strides = sinks.as_arguments(num_q_heads)
+    sink_tensors, sink_strides = sinks.as_arguments()
     group_size, causal, left_padded = num_q_heads // num_kv_heads, int(options.causal), int(options.left_padded)
 
-    def query_grid(arguments: dict[str, object]) -> tuple[int, int]:
-        return number_of_tiles(B, N, lengths.cu_seqlens, arguments["BLOCK_M"], 2), num_q_heads
+    def query_grid(blocks: dict[str, object]) -> tuple[int, int]:
+        return number_of_tiles(B, N, lengths.cu_seqlens, blocks["BLOCK_M"], 2), num_q_heads
 
-    def key_grid(arguments: dict[str, object]) -> tuple[int, int]:
-        return number_of_tiles(B, N, lengths.cu_seqlens, arguments["BLOCK_N"], 1), num_kv_heads
+    def key_grid(blocks: dict[str, object]) -> tuple[int, int]:
+        return number_of_tiles(B, N, lengths.cu_seqlens, blocks["BLOCK_N"], 1), num_kv_heads
 
     tile = config.bwd_dq
-    kernel, tiles = sink_attention_bwd_dq_kernel, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    tiles |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_S": tile.block_s}
+    kernel, grid, blocks, warps = sink_attention_bwd_dq_kernel, query_grid(tile.blocks), tile.blocks, tile.warps
     if autotuning_is_on():
-        kernel, tiles = autotuned(kernel, "bwd_dq", kind), {}
-    with torch.cuda.device_of(lse):
-        kernel[query_grid](
-            q, k, v, out, dout, dq,
-            RowStats(lse, stride_n, delta, sink_stats, sink_delta), sink_tensors, streams, lengths, dropout.seed,
-            stride_b, stride_h, *sink_strides,
-            B, num_q_heads, group_size, N, M, options.scale, causal, left_padded, dropout.threshold,
-            HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, WIDE=needs_int64_offsets(k, v), **tiles,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
+        kernel, grid, blocks, warps = autotuned(kernel, "bwd_dq", kind), query_grid, {}, {}
+    launch(
+        kernel, grid,
+        q, k, v, out, dout, dq,
+        RowStats(lse, stride_n, delta, sink_stats, sink_delta), sink_tensors, streams, lengths, dropout.seed,
+        stride_b, stride_h, *sink_strides,
+        B, num_q_heads, group_size, N, M, options.scale, causal, left_padded, dropout.threshold,
+        HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(k, v), **warps,
+    )  # fmt: skip
 
     tile = config.bwd_dkdv
-    kernel, tiles = sink_attention_bwd_dkdv_kernel, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    tiles |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    kernel, blocks, warps = sink_attention_bwd_dkdv_kernel, tile.blocks_without_sinks, tile.warps
+    grid = key_grid(blocks)
     if autotuning_is_on():
-        kernel, tiles = autotuned(kernel, "bwd_dkdv", kind), {}
-    with torch.cuda.device_of(lse):
-        kernel[key_grid](
-            RowStats(lse, stride_n, delta, None, None), streams.is_sink, lengths, dropout.seed,
-            q, k, v, dout, dk, dv,
-            stride_b, stride_h,
-            B, num_q_heads, group_size, N, options.scale, causal, left_padded, dropout.threshold,
-            HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **tiles,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
+        kernel, grid, blocks, warps = autotuned(kernel, "bwd_dkdv", kind), key_grid, {}, {}
+    launch(
+        kernel, grid,
+        RowStats(lse, stride_n, delta, None, None), streams.is_sink, lengths, dropout.seed,
+        q, k, v, dout, dk, dv,
+        stride_b, stride_h,
+        B, num_q_heads, group_size, N, options.scale, causal, left_padded, dropout.threshold,
+        HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, **warps,
+    )  # fmt: skip
     return sink_delta

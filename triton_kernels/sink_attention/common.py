@@ -29,6 +29,9 @@ class Lengths(NamedTuple):
     cu_seqlens: Tensor | None  # [B + 1] where each sequence begins, packed [T, H, D]
 
 
+_NO_LENGTHS = Lengths(None, None)
+
+
 class SinkTensors(NamedTuple):
     """The sinks as one kernel argument, made by `SinkInputs.as_arguments`."""
 
@@ -47,14 +50,15 @@ class SinkInputs(NamedTuple):
     bias: Tensor  # [B, 1 or Hq, M, M]
     logits: Tensor | None = None  # [Hq]
 
-    def as_arguments(self, num_q_heads: int) -> tuple[SinkTensors, tuple[int, ...]]:
+    def as_arguments(self) -> tuple[SinkTensors, tuple[int, ...]]:
         """A kernel's `sink_tensors`, and its stride_positions_b, stride_bias_b, stride_bias_h and stride_bias_m."""
-        bias = self.bias.expand(-1, num_q_heads, -1, -1)
         stride_b, stride_m = self.positions.stride()
-        *bias_strides, stride_n = bias.stride()
+        bias_b, bias_h, bias_m, bias_n = self.bias.stride()
+        if self.bias.shape[1] == 1:
+            bias_h = 0
         stride_h = 0 if self.logits is None else self.logits.stride(0)
-        tensors = SinkTensors(self.positions, stride_m, bias, stride_n, self.logits, stride_h)
-        return tensors, (stride_b, *bias_strides)
+        tensors = SinkTensors(self.positions, stride_m, self.bias, bias_n, self.logits, stride_h)
+        return tensors, (stride_b, bias_b, bias_h, bias_m)
 
 
 class RowStats(NamedTuple):
@@ -67,9 +71,9 @@ class RowStats(NamedTuple):
     sink_delta: Tensor | None  # [B, Hq, M] delta of the sink rows
 
 
-def needs_int64_offsets(*tensors: BHND) -> bool:
+def needs_int64_offsets(k: BHND, v: BHND) -> bool:
     """Whether a tile of up to 128 tokens reaches beyond 2**31 elements."""
-    return any(128 * x.stride_n + x.ptr.shape[-1] * x.stride_d >= 2**31 for x in tensors)
+    return max(128 * x.stride_n + x.ptr.shape[-1] * x.stride_d for x in (k, v)) >= 2**31
 
 
 def number_of_tokens(q: Tensor, lengths: Lengths) -> int:
@@ -211,4 +215,6 @@ def is_recomputed(row_sum):
 
 def as_lengths(seq_lens: Tensor | None, cu_seqlens: Tensor | None) -> Lengths:
     """The lengths of a batch as a launch takes them: contiguous."""
+    if seq_lens is None and cu_seqlens is None:
+        return _NO_LENGTHS
     return Lengths(*(None if x is None else x.contiguous() for x in (seq_lens, cu_seqlens)))

@@ -27,6 +27,19 @@ class TileConfig:
     num_stages: int  # of the pipeline of loads
     block_s: int = 16
 
+    # Kept, for a launch costs microseconds.
+    @functools.cached_property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_S": self.block_s}
+
+    @functools.cached_property
+    def blocks_without_sinks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+
+    @functools.cached_property
+    def warps(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 class SinkAttentionConfig(NamedTuple):
     """Launch parameters of the fused path's kernels."""
@@ -36,6 +49,7 @@ class SinkAttentionConfig(NamedTuple):
     bwd_dkdv: TileConfig
 
     @classmethod
+    @functools.cache
     def heuristic(
         cls, head_dim: int, dtype: torch.dtype, architecture: int, *, dropout: bool = False
     ) -> "SinkAttentionConfig":
@@ -65,6 +79,7 @@ class PairsConfig:
     num_stages: int
 
     @classmethod
+    @functools.cache
     def heuristic(cls, head_dim: int, dtype: torch.dtype, architecture: int) -> "PairsConfig":
         """The largest tiles that do not spill registers."""
         if dtype == torch.float32:
@@ -88,6 +103,7 @@ class CorrectionConfig:
     num_stages: int
 
     @classmethod
+    @functools.cache
     def heuristic(cls, head_dim: int, dtype: torch.dtype) -> "CorrectionConfig":
         if dtype == torch.float32:
             # Without tensor cores a dot product holds its operands in registers.

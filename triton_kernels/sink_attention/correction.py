@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, cdiv, host_block_width, launch
 from recattn.triton_kernels.common.ragged import Sinks, is_sink, load_sinks, locate_sequence
 from recattn.triton_kernels.common.softmax import exp_increase
 from recattn.triton_kernels.common.tiles import (
@@ -220,22 +220,21 @@ def launch_sink_attention_correction_fwd(
     config = config or CorrectionConfig.heuristic(max(head_dim, v_head_dim), q.dtype)
     N = number_of_tokens(q, lengths)
     q, k, v, out = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out))
-    sink_tensors, sink_strides = sinks.as_arguments(num_q_heads)
+    sink_tensors, sink_strides = sinks.as_arguments()
     # Only the first axis of a grid can be longer than 65535.
-    grid = (B * num_q_heads, triton.cdiv(M, config.block_m))
-    with torch.cuda.device_of(lse):
-        sink_attention_correction_fwd_kernel[grid](
-            q, k, v, out,
-            lse, sink_tensors, sink_stats, lengths,
-            *row_strides(lse, lengths), *sink_strides,
-            num_q_heads, num_q_heads // num_kv_heads, N, M,
-            options.scale, int(options.causal), int(options.left_padded),
-            M.bit_length(),  # search_steps
-            HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, block_width(head_dim)),
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
+    grid = (B * num_q_heads, cdiv(M, config.block_m))
+    launch(
+        sink_attention_correction_fwd_kernel, grid,
+        q, k, v, out,
+        lse, sink_tensors, sink_stats, lengths,
+        *row_strides(lse, lengths), *sink_strides,
+        num_q_heads, num_q_heads // num_kv_heads, N, M,
+        options.scale, int(options.causal), int(options.left_padded),
+        M.bit_length(),  # search_steps
+        HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, host_block_width(head_dim)),
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
     return sink_stats
 
 
@@ -294,14 +293,14 @@ def launch_sink_attention_correction_delta(
     sink_delta = sink_stats.new_empty((B, num_q_heads, M))
     if sink_positions.numel() == 0 or out.numel() == 0:
         return sink_delta
-    grid = (B * num_q_heads, triton.cdiv(M, DELTA_BLOCK))
-    with torch.cuda.device_of(out):
-        sink_attention_correction_delta_kernel[grid](
-            bhnd(out, lengths.cu_seqlens), bhnd(dout, lengths.cu_seqlens),
-            sink_positions, sink_stats, base_lse, sink_delta, lengths,
-            *sink_positions.stride(), *row_strides(base_lse, lengths),
-            num_q_heads, number_of_tokens(out, lengths), M, int(left_padded),
-            V_HEAD_DIM=out.shape[-1], BLOCK_M=DELTA_BLOCK,
-            num_warps=DELTA_WARPS, num_stages=1, enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
+    grid = (B * num_q_heads, cdiv(M, DELTA_BLOCK))
+    launch(
+        sink_attention_correction_delta_kernel, grid,
+        bhnd(out, lengths.cu_seqlens), bhnd(dout, lengths.cu_seqlens),
+        sink_positions, sink_stats, base_lse, sink_delta, lengths,
+        *sink_positions.stride(), *row_strides(base_lse, lengths),
+        num_q_heads, number_of_tokens(out, lengths), M, int(left_padded),
+        V_HEAD_DIM=out.shape[-1], BLOCK_M=DELTA_BLOCK,
+        num_warps=DELTA_WARPS, num_stages=1,
+    )  # fmt: skip
     return sink_delta

@@ -4,14 +4,13 @@ The bias β is added in `softmax_block`, just below. Everything else is FlashAtt
 and keys, which `sink_attention_fwd_kernel` explains.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION
+from recattn.triton_kernels.common.launch import launch
 from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import Matrix, bhnd, block_width, head_rows, load_tokens, store_tokens
@@ -217,24 +216,23 @@ def launch_sink_attention_fwd(
     N, num_q_heads, num_kv_heads = number_of_tokens(q, lengths), q.shape[1], k.shape[1]
     head_dim, v_head_dim = k.shape[-1], v.shape[-1]
     tile = config or config_of(q, v, dropout).fwd
-    kernel, tiles = sink_attention_fwd_kernel, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    tiles |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_S": tile.block_s}
+
+    def grid_of(blocks: dict[str, object]) -> tuple[int, int]:
+        return number_of_tiles(B, N, lengths.cu_seqlens, blocks["BLOCK_M"], 2), num_q_heads
+
+    kernel, grid, blocks, warps = sink_attention_fwd_kernel, grid_of(tile.blocks), tile.blocks, tile.warps
     if autotuning_is_on():
-        kernel, tiles = autotuned(kernel, "fwd", kind_of(q.dtype, dropout.seed is not None)), {}
-
-    def grid(arguments: dict[str, object]) -> tuple[int, int]:
-        return number_of_tiles(B, N, lengths.cu_seqlens, arguments["BLOCK_M"], 2), num_q_heads
-
+        kernel = autotuned(kernel, "fwd", kind_of(q.dtype, dropout.seed is not None))
+        grid, blocks, warps = grid_of, {}, {}
     q, k, v, out = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out))
     stride_b, stride_h, stride_n = row_strides(lse, lengths)
-    sink_tensors, sink_strides = sinks.as_arguments(num_q_heads)
-    with torch.cuda.device_of(lse):
-        kernel[grid](
-            q, k, v, out,
-            RowStats(lse, stride_n, None, sink_stats, None), sink_tensors, streams, lengths, dropout.seed,
-            stride_b, stride_h, *sink_strides,
-            B, num_q_heads, num_q_heads // num_kv_heads, N, M,
-            options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
-            HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, WIDE=needs_int64_offsets(k, v), **tiles,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
+    sink_tensors, sink_strides = sinks.as_arguments()
+    launch(
+        kernel, grid,
+        q, k, v, out,
+        RowStats(lse, stride_n, None, sink_stats, None), sink_tensors, streams, lengths, dropout.seed,
+        stride_b, stride_h, *sink_strides,
+        B, num_q_heads, num_q_heads // num_kv_heads, N, M,
+        options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
+        HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(k, v), **warps,
+    )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS, architecture_of
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
 from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence
 from recattn.triton_kernels.common.tiles import bhnd, block_width, load_tokens, store_rows
 from recattn.triton_kernels.sink_attention.common import (
@@ -207,7 +207,7 @@ def programs_of_sequence(M, num_heads, CORRECTS: tl.constexpr, BLOCK_M: tl.const
 
 
 def number_of_programs(M: int, num_heads: NumHeads, corrects: bool, config: PairsConfig) -> int:
-    row_blocks, key_blocks = triton.cdiv(M, config.block_m), triton.cdiv(M, config.block_n)
+    row_blocks, key_blocks = cdiv(M, config.block_m), cdiv(M, config.block_n)
     query_programs = num_heads.q * row_blocks if corrects else 0
     return num_heads.kv * key_blocks + query_programs + num_heads.bias * row_blocks * key_blocks
 
@@ -324,18 +324,17 @@ def launch_sink_attention_pairs_bwd(
     dq, dk, dv = grads
     q, k, v, dout, dk, dv = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, dout, dk, dv))
     dq = bhnd(dq, lengths.cu_seqlens) if corrects else None
-    sink_tensors, sink_strides = sinks.as_arguments(num_heads.q)
+    sink_tensors, sink_strides = sinks.as_arguments()
     grid = (B * number_of_programs(M, num_heads, corrects, config),)
-    with torch.cuda.device_of(dbias):
-        sink_attention_pairs_bwd_kernel[grid](
-            q, k, v, dout, dq, dk, dv,
-            sink_tensors, sink_stats, sink_delta, dbias, lengths, dropout.seed,
-            *sink_strides,
-            num_heads, B, N, M, options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
-            M.bit_length(),  # search_steps
-            CORRECTS=corrects, HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, block_width(widest)),
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
+    launch(
+        sink_attention_pairs_bwd_kernel, grid,
+        q, k, v, dout, dq, dk, dv,
+        sink_tensors, sink_stats, sink_delta, dbias, lengths, dropout.seed,
+        *sink_strides,
+        num_heads, B, N, M, options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
+        M.bit_length(),  # search_steps
+        CORRECTS=corrects, HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, host_block_width(widest)),
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
     return dbias

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION
+from recattn.triton_kernels.common.launch import launch
 from recattn.triton_kernels.common.ragged import Sinks, count_sinks_before, load_sinks, locate_sequence
 from recattn.triton_kernels.sink_attention.common import DO_NOT_SPECIALIZE, Lengths, first_token, number_of_tokens
 
@@ -106,12 +106,12 @@ def launch_sink_attention_streams(q: Tensor, sink_positions: Tensor, lengths: Le
         sink_bounds=q.new_empty((B, 2), dtype=torch.int32),
     )
     grid = (number_of_tiles(B, N, lengths.cu_seqlens, STREAM_BLOCK, 1),)
-    with torch.cuda.device_of(q):
-        sink_attention_streams_kernel[grid](
-            sink_positions, streams, lengths,
-            *sink_positions.stride(),
-            B, N, M, int(left_padded),
-            M.bit_length(),  # search_steps
-            BLOCK=STREAM_BLOCK, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
+    launch(
+        sink_attention_streams_kernel, grid,
+        sink_positions, streams, lengths,
+        *sink_positions.stride(),
+        B, N, M, int(left_padded),
+        M.bit_length(),  # search_steps
+        BLOCK=STREAM_BLOCK, num_warps=4,
+    )  # fmt: skip
     return streams

@@ -8,6 +8,11 @@ from torch import Tensor
 from recattn.ops._support import constant_in_graphs
 
 
+def autocast_may_be_on() -> bool:
+    """Whether `autocast_inputs` may have something to do."""
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+
+
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, cast to autocast's dtype if autocast is on for the device of the first.
 

@@ -8,12 +8,30 @@ from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import format_implementation, parse_implementation, select
 from recattn._options import SinkAttentionOptions
-from recattn.functional._autocast import autocast_inputs
+from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional.validation import checked_indices
 from recattn.ops import sink_attention as ops
-from recattn.ops._library import distinct
+from recattn.ops._library import apply, distinct
 from recattn.ops._support import draw_dropout_seed
 from recattn.ops.backends import BACKENDS
+
+# The tensors of a dense and of a packed call; what does not fit is checked by `_validate`, which says why.
+_TENSORS = {"sink_positions": (check.INTEGER, "B M"), "inter_sink_bias": (check.FLOATING, "B 1|Hq M M")}
+_TENSORS |= {"sink_logits": (check.FLOATING, "Hq")}
+_DENSE = check.Layouts(
+    q=(check.FLOATING, "B Hq N D"),
+    k=(check.SAME, "B Hkv N D"),
+    v=(check.SAME, "B Hkv N Dv"),
+    **_TENSORS,
+    seq_lens=(check.INTEGER, "B"),
+)
+_PACKED = check.Layouts(
+    q=(check.FLOATING, "T Hq D"),
+    k=(check.SAME, "T Hkv D"),
+    v=(check.SAME, "T Hkv Dv"),
+    cu_seqlens=(check.INTEGER, "B+1"),
+    **_TENSORS,
+)
 
 
 def sink_attention(
@@ -79,13 +97,13 @@ def sink_attention(
         NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after a kernel
             with dropout.
     """
-    check.expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
-    q, k, v = autocast_inputs(q, k, v)
-    _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p)
-    check.expect_numbers(scale=scale)
-    if max_seqlen is not None:
-        check.expect(cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
-        check.expect_count("max_seqlen", max_seqlen)
+    if autocast_may_be_on():
+        check.expect_tensors(q=q, k=k, v=v)
+        q, k, v = autocast_inputs(q, k, v)
+    tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
+    if not _fits(q, k, v, *tensors):
+        _validate(q, k, v, *tensors)
+    _validate_options(padding_side, dropout_p, scale, max_seqlen, cu_seqlens)
     reasons = ops.unsupported_reasons(q.device.type, q, v, padded=seq_lens is not None, dropout_p=dropout_p)
     impl, backend = parse_implementation(impl)
     chosen = select("sink_attention", impl, reasons)
@@ -96,15 +114,7 @@ def sink_attention(
             on_gpu, "impl", "without a backend, but for 'correction' on a GPU", format_implementation(impl, backend)
         )
     if chosen != "correction" or q.device.type != "cpu":  # the CPU's correction checks its own copies
-        indices = checked_indices(
-            q.device,
-            seq_len=q.shape[-2] if cu_seqlens is None else None,
-            num_tokens=q.shape[0],
-            sink_positions=sink_positions,
-            seq_lens=seq_lens,
-            cu_seqlens=cu_seqlens,
-        )
-        sink_positions, seq_lens, cu_seqlens = indices.sink_positions, indices.seq_lens, indices.cu_seqlens
+        sink_positions, seq_lens, cu_seqlens = _checked(q, sink_positions, seq_lens, cu_seqlens)
     if chosen == "reference":
         return reference.sink_attention(
             q,
@@ -123,16 +133,53 @@ def sink_attention(
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     options = SinkAttentionOptions(causal, padding_side == "left", scale, dropout_p, max_seqlen, impl, backend)
+    tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
     seed = draw_dropout_seed(dropout_p, q.device)
-    out, lse = ops.SinkAttentionFunction.apply(
-        *distinct(q, k, v), sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, seed, options
-    )
+    out, lse = apply(ops.SinkAttentionFunction, *distinct(q, k, v), *tensors, seed, options)
     if not return_lse:
         return out
     return out, lse.t() if cu_seqlens is not None else lse
 
 
-def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, padding_side, cu_seqlens, dropout_p):
+def _fits(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens) -> bool:
+    """Whether the tensors are right. False: ask `_validate` what is wrong."""
+    sinks = (sink_positions, inter_sink_bias, sink_logits)
+    if cu_seqlens is None:
+        sizes = _DENSE.sizes(q, k, v, *sinks, seq_lens)
+    else:
+        sizes = _PACKED.sizes(q, k, v, cu_seqlens, *sinks) if seq_lens is None else None
+    if sizes is None:
+        return False
+    Hq, D, Hkv, Dv = (sizes[i] for i in ((1, 3, 4, 5) if cu_seqlens is None else (1, 2, 3, 4)))
+    return D > 0 and Hkv > 0 and Dv > 0 and Hq > 0 and Hq % Hkv == 0
+
+
+def _validate_options(padding_side, dropout_p, scale, max_seqlen, cu_seqlens) -> None:
+    check.expect_choice("padding_side", padding_side, ("right", "left"))
+    check.expect_probability("dropout_p", dropout_p)
+    check.expect_numbers(scale=scale)
+    if max_seqlen is not None:
+        check.expect(cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
+        check.expect_count("max_seqlen", max_seqlen)
+
+
+def _checked(
+    q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """sink_positions, seq_lens and cu_seqlens with their values checked, where that costs no synchronisation."""
+    indices = checked_indices(
+        q.device,
+        seq_len=q.shape[-2] if cu_seqlens is None else None,
+        num_tokens=q.shape[0],
+        sink_positions=sink_positions,
+        seq_lens=seq_lens,
+        cu_seqlens=cu_seqlens,
+    )
+    return indices.sink_positions, indices.seq_lens, indices.cu_seqlens
+
+
+def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens) -> None:
+    check.expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
     sizes: dict[str, int] = {}
     if cu_seqlens is None:
         check.expect_shape(sizes, "q", q, "B Hq N D")
@@ -161,8 +208,6 @@ def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, p
         check.expect_dtype("sink_logits", sink_logits, check.FLOATING)
     if seq_lens is not None:
         check.expect_index(sizes, "seq_lens", seq_lens, "B")
-    check.expect_choice("padding_side", padding_side, ("right", "left"))
-    check.expect_probability("dropout_p", dropout_p)
     check.expect_same_device(
         "q",
         q,

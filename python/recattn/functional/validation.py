@@ -92,10 +92,9 @@ def checked_indices(
 
     Where a check would cost a synchronisation, the tensors themselves, unchecked.
     """
-    given = Indices(**indices)
     if not values_are_checked(device):
-        return given
-    return _checked(given, seq_len, num_tokens, num_targets, num_slots, num_items)
+        return Indices(**indices)
+    return _checked(Indices(**indices), seq_len, num_tokens, num_targets, num_slots, num_items)
 
 
 def expect_values(holds: Tensor, expected: str, got: Callable[..., object]) -> None:

@@ -7,27 +7,97 @@ import torch
 from torch import Tensor
 
 import recattn._extension  # noqa: F401  (registers the compiled operators)
+from recattn._native import all_plain
 
 _LIBRARY = torch.library.Library("recattn", "FRAGMENT")
 
 
-def define(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: Callable) -> Callable:
-    """Define the operator `recattn::<schema>` with its kernels and its fake kernel, and return it."""
+def define(
+    schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: Callable, options: type | None = None
+) -> Callable:
+    """Define the operator `recattn::<schema>` with its kernels and its fake kernel.
+
+    `options` is the NamedTuple of the schema's last arguments: the kernels, the fake one too, and the function returned
+    take it as one argument. That function calls the operator. Where nothing would see the operator, it calls the kernel
+    itself, which saves the dispatcher's several microseconds. The kernel may then take keywords and return more than
+    the schema says, to be kept from a forward for its backward.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _isolated(cpu), "CPU")
+    operator = getattr(torch.ops.recattn, name).default
+    first_option = len(operator._schema.arguments) - (0 if options is None else len(options._fields))
+    num_returns = len(operator._schema.returns)
+
+    def registered(kernel: Callable) -> Callable:
+        @functools.wraps(kernel)
+        def of_schema(*args):
+            if options is not None:
+                args = (*args[:first_option], options(*args[first_option:]))
+            results = kernel(*args)
+            return results[:num_returns] if num_returns > 1 else results
+
+        return of_schema
+
+    _LIBRARY.impl(name, registered(_isolated(cpu)), "CPU")
     if cuda is not None:
-        _LIBRARY.impl(name, _isolated(cuda), "CUDA")
-    torch.library.register_fake(f"recattn::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.recattn, name).default
+        _LIBRARY.impl(name, registered(_isolated(cuda)), "CUDA")
+    torch.library.register_fake(f"recattn::{name}", registered(fake), lib=_LIBRARY)
+    kernels = {"cpu": cpu, "cuda": cuda}
+
+    def call(*args, **hints):
+        if not is_traced(*args) and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+            kernel = kernels.get(_first_tensor(args).device.type)
+            if kernel is not None:
+                return kernel(*args, **hints)
+        return operator(*args) if options is None else operator(*args[:-1], *args[-1])
+
+    return call
 
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether a call must go through operators, to be traced or to infer shapes.
+def is_traced(*args: object) -> bool:
+    """Whether a call must go through operators: to be traced or profiled, or to infer shapes."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or not all_plain(args)
+    )
 
-    Otherwise kernels may be called directly, which saves the dispatcher's several microseconds.
-    """
-    return torch.compiler.is_compiling() or any(type(x) is not Tensor or x.is_meta for x in tensors)
+
+def apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args), without autograd's several microseconds where no argument needs a gradient."""
+    if (
+        is_traced(*args)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args))
+    ):
+        return function.apply(*args)
+    if not torch.is_grad_enabled():
+        return function.forward(_UNRECORDED, *args)
+    with torch.no_grad():
+        return function.forward(_UNRECORDED, *args)
+
+
+class _Unrecorded:
+    """The context of forwards that no backward follows: it keeps nothing."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        pass
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+
+_UNRECORDED = _Unrecorded()
+
+
+def _first_tensor(args: tuple) -> Tensor:
+    return args[0] if isinstance(args[0], Tensor) else next(x for x in args if isinstance(x, Tensor))
 
 
 def _isolated(kernel: Callable) -> Callable:
@@ -35,8 +105,7 @@ def _isolated(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def isolated(*args):
-        device = next(x.device for x in args if isinstance(x, Tensor))
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(_first_tensor(args).device.type, enabled=False):
             return kernel(*args)
 
     return isolated
@@ -100,4 +169,6 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def distinct(*tensors: Tensor) -> list[Tensor]:
     """The tensors, repeated ones as views: torch.compile refuses an autograd.Function with a repeated input."""
+    if not torch.compiler.is_compiling() and len(set(map(id, tensors))) == len(tensors):
+        return list(tensors)
     return [x.view_as(x) if any(x is earlier for earlier in tensors[:i]) else x for i, x in enumerate(tensors)]

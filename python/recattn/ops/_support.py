@@ -21,13 +21,18 @@ def triton_unsupported_reason(device_type: str, dtype: torch.dtype | None = None
     """Why Triton kernels cannot run on tensors of this device type and dtype (None: they can)."""
     if reason := installation_unsupported_reason():
         return reason
-    from triton import knobs
-
-    if knobs.runtime.interpret:
+    if _triton_runtime().interpret:
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     if device_type != "cuda":
         return f"its kernels are Triton's, for CUDA devices, and the tensors are on {device_type}"
     return None
+
+
+@functools.cache
+def _triton_runtime():
+    from triton import knobs
+
+    return knobs.runtime
 
 
 @functools.cache
@@ -47,9 +52,17 @@ def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 def launched_dropout(seed: Tensor | None, dropout_p: float):
     """Seed and threshold of dropout as the kernels take them; the threshold counts in steps of 1/65536."""
-    from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
+    dropout = _triton_dropout()
+    if seed is None:
+        return dropout.NO_DROPOUT
+    return dropout.Dropout(seed, min(round(dropout_p * 65536), 65535))
 
-    return NO_DROPOUT if seed is None else Dropout(seed, min(round(dropout_p * 65536), 65535))
+
+@functools.cache
+def _triton_dropout():
+    from recattn.triton_kernels.common import dropout
+
+    return dropout
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:

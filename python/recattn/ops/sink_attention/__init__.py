@@ -76,9 +76,9 @@ class SinkAttentionFunction(torch.autograd.Function):
         ctx, q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed, options
     ):
         tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed)
-        out, lse, sink_stats = sink_attention_fwd(q, k, v, *tensors, *options)
+        out, lse, sink_stats, *streams = sink_attention_fwd(q, k, v, *tensors, options)
         ctx.save_for_backward(q, k, v, *tensors, out, lse, sink_stats)
-        ctx.options = options
+        ctx.options, ctx.streams = options, streams[0] if streams else None
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -87,7 +87,7 @@ class SinkAttentionFunction(torch.autograd.Function):
     def backward(ctx, dout, _dlse):
         q, k, v, *tensors, out, lse, sink_stats = ctx.saved_tensors
         dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(
-            dout, q, k, v, out, lse, sink_stats, *tensors, *ctx.options
+            dout, q, k, v, out, lse, sink_stats, *tensors, ctx.options, streams=ctx.streams
         )
         return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, None, None, None, None
 
@@ -100,36 +100,28 @@ def _runs_on_cpu(q: Tensor, options: SinkAttentionOptions) -> bool:
     return q.device.type == "cpu" and options.impl in (None, CORRECTION) and options.backend is None
 
 
-def _split(arguments: tuple) -> tuple[tuple[Tensor | None, ...], SinkAttentionOptions]:
-    """The tensors of `_ARGUMENTS` and the options."""
-    return arguments[:6], SinkAttentionOptions(*arguments[6:])
-
-
-def _fwd(q, k, v, *arguments):
-    tensors, options = _split(arguments)
+def _fwd(q, k, v, *tensors_and_options):
+    *tensors, dropout_seed, options = tensors_and_options
     if _runs_on_cpu(q, options):
-        *tensors, _dropout_seed = tensors
         return on_cpu.sink_attention_fwd(q, k, v, *tensors, options)
-    return by_triton.sink_attention_fwd(q, k, v, *tensors, options)
+    return by_triton.sink_attention_fwd(q, k, v, by_triton.Context(*tensors, dropout_seed, options))
 
 
-def _bwd(dout, q, k, v, out, lse, sink_stats, *arguments):
-    tensors, options = _split(arguments)
+def _bwd(dout, q, k, v, out, lse, sink_stats, *tensors_and_options, streams=None):
+    *tensors, dropout_seed, options = tensors_and_options
     if _runs_on_cpu(q, options):
-        *tensors, _dropout_seed = tensors
         return on_cpu.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, *tensors, options)
-    return by_triton.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, *tensors, options)
+    context = by_triton.Context(*tensors, dropout_seed, options)
+    return by_triton.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, context, streams)
 
 
-def _fake_fwd(q, k, v, *arguments):
-    (sink_positions, *_), options = _split(arguments)
-    layout = on_cpu if _runs_on_cpu(q, options) else by_triton
+def _fake_fwd(q, k, v, sink_positions, *others):
+    layout = on_cpu if _runs_on_cpu(q, others[-1]) else by_triton
     return layout.empty_fwd(q, v, sink_positions)
 
 
-def _fake_bwd(dout, q, k, v, out, lse, sink_stats, *arguments):
-    (_, inter_sink_bias, sink_logits, *_), options = _split(arguments)
-    layout = on_cpu if _runs_on_cpu(q, options) else by_triton
+def _fake_bwd(dout, q, k, v, out, lse, sink_stats, _sink_positions, inter_sink_bias, sink_logits, *others):
+    layout = on_cpu if _runs_on_cpu(q, others[-1]) else by_triton
     dsink_logits = q.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits)
     return *layout.empty_bwd(q, k, v), inter_sink_bias.new_empty(inter_sink_bias.shape), dsink_logits
 
@@ -144,6 +136,7 @@ sink_attention_fwd = define(
     cpu=_fwd,
     cuda=_fwd,
     fake=_fake_fwd,
+    options=SinkAttentionOptions,
 )
 sink_attention_bwd = define(
     "sink_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sink_stats, "
@@ -151,4 +144,5 @@ sink_attention_bwd = define(
     cpu=_bwd,
     cuda=_bwd,
     fake=_fake_bwd,
+    options=SinkAttentionOptions,
 )

@@ -3,6 +3,7 @@
 Both return the same three tensors, so that either is one operator to its callers.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -44,19 +45,19 @@ def is_on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *context) -> tuple[Tensor, Tensor, Tensor]:
-    c = Context(*context)
+def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple:
+    """out, lse and sink_stats; on the fused path also the Streams of the call, for its backward."""
     backend = c.backend(q, k, v)
     return _fused_fwd(q, k, v, c) if backend is None else _correction_fwd(q, k, v, c, backend)
 
 
 def sink_attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink_stats: Tensor, *context
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink_stats: Tensor, c: Context, streams
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    c = Context(*context)
+    """dq, dk, dv, dbias, dsink_logits. `streams` None: those of the forward are not known."""
     backend = c.backend(q, k, v)
     if backend is None:
-        dq, dk, dv, dbias = _fused_bwd(dout, q, k, v, out, lse, sink_stats, c)
+        dq, dk, dv, dbias = _fused_bwd(dout, q, k, v, out, lse, sink_stats, c, streams)
     else:
         dq, dk, dv, dbias = _correction_bwd(dout, q, k, v, out, lse, sink_stats, c, backend)
     return dq, dk, dv, dbias.to(c.inter_sink_bias.dtype), _dsink_logits(dout, out, lse, c)
@@ -75,38 +76,35 @@ empty_bwd = empty_backward
 # --- The fused path ---
 
 
-def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple[Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention import launch_sink_attention_fwd, launch_sink_attention_streams
-
+def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple:
+    kernels = _kernels()
     out, lse, sink_stats = empty_fwd(q, v, c.sink_positions)
     if c.seq_lens is not None:  # the kernel writes no padding
         out.zero_()
         lse.fill_(-math.inf)
     sinks, lengths = _sinks_and_lengths(c)
-    streams = launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
+    streams = kernels.launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
     dropout = launched_dropout(c.dropout_seed, c.options.dropout_p)
-    launch_sink_attention_fwd(q, k, v, out, lse, sink_stats, sinks, lengths, streams, dropout, options=c.options)
-    return out, lse, sink_stats
-
-
-def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention import (
-        launch_sink_attention_bwd,
-        launch_sink_attention_pairs_bwd,
-        launch_sink_attention_streams,
+    kernels.launch_sink_attention_fwd(
+        q, k, v, out, lse, sink_stats, sinks, lengths, streams, dropout, options=c.options
     )
+    return out, lse, sink_stats, streams
 
+
+def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context, streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = _kernels()
     dq, dk, dv = empty_bwd(q, k, v)
     if c.seq_lens is not None:
         for gradient in (dq, dk, dv):
             gradient.zero_()
     sinks, lengths = _sinks_and_lengths(c)
-    streams = launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
+    if streams is None:
+        streams = kernels.launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
     dropout = launched_dropout(c.dropout_seed, c.options.dropout_p)
-    sink_delta = launch_sink_attention_bwd(
+    sink_delta = kernels.launch_sink_attention_bwd(
         *(q, k, v, out, dout, lse, sink_stats, (dq, dk, dv), sinks, lengths, streams, dropout), options=c.options
     )
-    dbias = launch_sink_attention_pairs_bwd(
+    dbias = kernels.launch_sink_attention_pairs_bwd(
         *(q, k, v, dout, sink_stats, sink_delta, (None, dk, dv), sinks, lengths, dropout),
         options=c.options,
         corrects=False,
@@ -114,11 +112,19 @@ def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context) -> tuple[Tensor,
     return dq, dk, dv, dbias
 
 
+@functools.cache
+def _kernels():
+    """The Triton kernels, imported at the first call."""
+    from recattn.triton_kernels import sink_attention
+
+    return sink_attention
+
+
 def _sinks_and_lengths(c: Context):
     """A call's SinkInputs and Lengths, as the launchers take them."""
-    from recattn.triton_kernels.sink_attention import SinkInputs, as_lengths
-
-    return SinkInputs(c.sink_positions, c.inter_sink_bias, c.sink_logits), as_lengths(c.seq_lens, c.cu_seqlens)
+    kernels = _kernels()
+    sinks = kernels.SinkInputs(c.sink_positions, c.inter_sink_bias, c.sink_logits)
+    return sinks, kernels.as_lengths(c.seq_lens, c.cu_seqlens)
 
 
 # --- The correction ---
@@ -127,33 +133,28 @@ def _sinks_and_lengths(c: Context):
 def _correction_fwd(
     q: Tensor, k: Tensor, v: Tensor, c: Context, backend: AttentionBackend
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention import launch_sink_attention_correction_fwd
-
     out, lse = backend.forward(q, k, v, **c.backend_options)
     if c.sink_logits is not None:
         # One more term of each row's softmax. The correction finds it in out and lse.
         logits = _per_row(c.sink_logits, lse)
         out *= torch.sigmoid(lse - logits).unsqueeze(-1)
         torch.logaddexp(lse, logits, out=lse)
-    sink_stats = launch_sink_attention_correction_fwd(q, k, v, out, lse, *_sinks_and_lengths(c), options=c.options)
+    sink_stats = _kernels().launch_sink_attention_correction_fwd(
+        q, k, v, out, lse, *_sinks_and_lengths(c), options=c.options
+    )
     return out, lse, sink_stats
 
 
 def _correction_bwd(
     dout, q, k, v, out, lse, sink_stats, c: Context, backend: AttentionBackend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.sink_attention import (
-        launch_sink_attention_correction_delta,
-        launch_sink_attention_pairs_bwd,
-    )
-
     sinks, lengths = _sinks_and_lengths(c)
     backend_lse = lse.clone()
-    sink_delta = launch_sink_attention_correction_delta(
+    sink_delta = _kernels().launch_sink_attention_correction_delta(
         out, dout, c.sink_positions, sink_stats, backend_lse, lengths, left_padded=c.options.left_padded
     )
     dq, dk, dv = backend.backward(dout, q, k, v, out, backend_lse, **c.backend_options)
-    dbias = launch_sink_attention_pairs_bwd(
+    dbias = _kernels().launch_sink_attention_pairs_bwd(
         *(q, k, v, dout, sink_stats, sink_delta, (dq, dk, dv), sinks, lengths), options=c.options, corrects=True
     )
     return dq, dk, dv, dbias
