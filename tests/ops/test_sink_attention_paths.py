@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -230,6 +231,27 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch):
         dispatch.resolve(options, *arguments, None, None)
     half = [x.half() for x in arguments[:3]]
     assert dispatch.resolve(options, *half, arguments[3], None, None) == ("correction", "flash")
+
+
+def test_a_short_call_asks_no_backend_and_a_correction_the_best_first(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_device_name", lambda device: "a GPU")
+    inputs = draw(length=20, sinks=5)
+    arguments = [*(inputs[name].half() for name in ("q", "k", "v")), inputs["sink_positions"], None, None]
+    asked = []
+    for name, backend in BACKENDS.items():
+        unsupported = None if name == "efficient" else "a reason"
+        own = lambda call, name=name, unsupported=unsupported: asked.append(name) or unsupported  # noqa: E731
+        monkeypatch.setitem(BACKENDS, name, replace(backend, own_unsupported_reason=own))
+    options = SinkAttentionOptions(False, False, 1.0)
+    assert dispatch.resolve(options, *arguments) == ("triton", None) and asked == []
+    assert dispatch.resolve(options._replace(impl="correction"), *arguments) == ("correction", "efficient")
+    assert asked == list(BACKENDS)
+    monkeypatch.setitem(
+        BACKENDS, "efficient", replace(BACKENDS["efficient"], own_unsupported_reason=lambda call: "none here")
+    )
+    with pytest.raises(NotImplementedError, match=r"supports it: flash_attn_3: a reason; .*; efficient: none"):
+        dispatch.resolve(options._replace(impl="correction"), *arguments)
 
 
 # --- The public arguments ---

@@ -8,6 +8,7 @@ the choice of its forward.
 import functools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,32 +56,42 @@ def resolve(
     fused_only = options.dropout_p > 0 or seq_lens is not None or q.dtype == torch.float64
     if options.impl == FUSED or (options.impl is None and fused_only):
         return FUSED, None
-    call = Call.of(q, k, v, scale=options.scale, cu_seqlens=cu_seqlens, max_seqlen=options.max_seqlen)
     if options.backend is not None:
+        call = Call.of(q, k, v, scale=options.scale, cu_seqlens=cu_seqlens, max_seqlen=options.max_seqlen)
         reason = BACKENDS[options.backend].unsupported_reason(call)
         if reason is not None:
             name = format_implementation(CORRECTION, options.backend)
             raise NotImplementedError(f"sink_attention cannot run impl={name!r} here: {reason}")
         return CORRECTION, options.backend
-    reasons = {name: backend.unsupported_reason(call) for name, backend in BACKENDS.items()}
-    choices = [(CORRECTION, name) for name, reason in reasons.items() if reason is None]
-    if options.impl is None:
-        choices.insert(0, (FUSED, None))
-    elif not choices:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise NotImplementedError(f"sink_attention cannot run impl='correction' here, no backend supports it: {listed}")
-    length = call.max_seqlen or q.shape[0]
+    packed = cu_seqlens is not None
+    length = (options.max_seqlen if packed else q.shape[2]) or q.shape[0]
     shape = Shape(
-        torch.cuda.get_device_name(q.device),
+        _device_name(q.device),
         "float32" if q.dtype == torch.float32 else "bfloat16",  # float16 runs at its speed
-        max(call.head_dim, call.value_dim),
+        max(q.shape[-1], v.shape[-1]),
         length,
         sink_positions.shape[1] / max(length, 1),
         options.causal,
-        call.packed,
+        packed,
     )
-    by_name = {format_implementation(*choice): choice for choice in choices}
-    return by_name[choose(shape, list(by_name), _measurements())]
+    call = None
+    reasons: dict[str, str] = {}
+    for name in (*_measured_order(shape), *_heuristic_order(shape)):
+        if name == FUSED:
+            if options.impl is None:
+                return FUSED, None
+            continue
+        backend = name.removeprefix(f"{CORRECTION}:")
+        if backend not in BACKENDS or backend in reasons:
+            continue
+        # What a backend supports is asked only here: a call takes 20 µs to ask them all.
+        call = call or Call.of(q, k, v, scale=options.scale, cu_seqlens=cu_seqlens, max_seqlen=options.max_seqlen)
+        reason = BACKENDS[backend].unsupported_reason(call)
+        if reason is None:
+            return CORRECTION, backend
+        reasons[backend] = reason
+    listed = "; ".join(f"{name}: {reasons[name]}" for name in BACKENDS)
+    raise NotImplementedError(f"sink_attention cannot run impl='correction' here, no backend supports it: {listed}")
 
 
 def choose(shape: Shape, supported: list[str], measurements: dict) -> str:
@@ -88,21 +99,40 @@ def choose(shape: Shape, supported: list[str], measurements: dict) -> str:
 
     Implementations are named as in the table: "triton", "correction:flash".
     """
-    rows = measurements.get(shape.device, {"rows": []})["rows"]
-    rows_of_kind = [
+    order = (*measured_order(shape, measurements), *_heuristic_order(shape, supported))
+    return next(name for name in order if name in supported)
+
+
+def measured_order(shape: Shape, measurements: dict) -> tuple[str, ...]:
+    """The implementations measured on a device: the nearest row's first, the fastest of a row first."""
+    rows = [
         row
-        for row in rows
+        for row in measurements.get(shape.device, {"rows": []})["rows"]
         if (row["dtype"], row["causal"], row["packed"]) == (shape.dtype, shape.causal, shape.packed)
-        and any(name in row["times_ms"] for name in supported)
     ]
-    if rows_of_kind:
-        times = min(rows_of_kind, key=functools.partial(_distance, shape))["times_ms"]
-        return min((name for name in supported if name in times), key=times.get)
-    corrections = [name for name in supported if name != FUSED]
+    by_distance = sorted(rows, key=functools.partial(_distance, shape))
+    return tuple(
+        dict.fromkeys(name for row in by_distance for name in sorted(row["times_ms"], key=row["times_ms"].get))
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured_order(shape: Shape) -> tuple[str, ...]:
+    return measured_order(shape, _measurements())
+
+
+def _heuristic_order(shape: Shape, names: Iterable[str] | None = None) -> tuple[str, ...]:
+    """All implementations, or those given, in the order to try them where nothing was measured."""
+    if names is None:
+        names = [format_implementation(CORRECTION, name) for name in BACKENDS]
+    corrections = [name for name in names if name != FUSED]
     prefers_fused = shape.length <= _SHORT or shape.sink_share > _MANY_SINKS or shape.dtype == "float32"
-    if not corrections or (prefers_fused and FUSED in supported):
-        return FUSED
-    return corrections[0]
+    return (FUSED, *corrections) if prefers_fused else (*corrections, FUSED)
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _distance(shape: Shape, row: dict) -> float:
