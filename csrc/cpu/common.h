@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -62,6 +63,23 @@ void dispatch_dtype(const char* name, const Tensor& tensor, const Function& func
     std::string names;
     ((names += (names.empty() ? "" : " or ") + std::string(dtype_name(scalar_type_v<Ts>))), ...);
     expect(false, name, " must be ", names, ", got ", dtype_name(dtype));
+}
+
+// A contiguous tensor, uninitialised. Without the look-up of an operator by its name, which torch::stable::new_empty
+// does.
+inline Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+    std::array<int64_t, 8> strides{};
+    const int64_t dim = sizes.size();
+    expect(dim <= 8, "new_empty makes tensors of up to 8 axes");
+    for (int64_t axis = dim - 1, stride = 1; axis >= 0; --axis) {
+        strides[axis] = stride;
+        stride *= std::max<int64_t>(1, sizes[axis]);
+    }
+    const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    AtenTensorHandle tensor;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
 }
 
 inline Tensor with_contiguous_rows(const Tensor& tensor) {

@@ -20,7 +20,7 @@ struct Copy {
     I* data;
     int64_t size;
 
-    explicit Copy(const Tensor& indices) : tensor(torch::stable::new_empty(indices, indices.sizes())) {
+    explicit Copy(const Tensor& indices) : tensor(new_empty(indices.sizes(), indices.scalar_type())) {
         data = tensor.mutable_data_ptr<I>();
         size = tensor.numel();
         const Tensor source = indices.is_contiguous() ? indices : torch::stable::contiguous(indices);

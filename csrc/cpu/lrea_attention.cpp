@@ -157,7 +157,7 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
         if (ids) expect_rows("item_ids", *ids, sizes.items);
     }
     const Tensor q = with_contiguous_rows(targets);
-    const Tensor out = torch::stable::new_empty(targets, {sizes.rows, sizes.heads, sizes.value_dim});
+    const Tensor out = new_empty({sizes.rows, sizes.heads, sizes.value_dim}, targets.scalar_type());
     const auto run = [&](auto target, auto state) {
         using T = decltype(target);
         using S = decltype(state);

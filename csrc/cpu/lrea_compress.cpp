@@ -118,7 +118,7 @@ Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::o
     std::optional<Indices> ids;
     if (item_ids) expect_items(ids.emplace(*item_ids), starts, longest, behaviors.size(0));
     const Tensor e = with_contiguous_rows(behaviors);
-    const Tensor out = torch::stable::new_empty(behaviors, {users, rank, dim});
+    const Tensor out = new_empty({users, rank, dim}, behaviors.scalar_type());
     dispatch_dtype<double, float, BFloat16, Half>("behaviors", behaviors, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;
@@ -157,9 +157,9 @@ std::tuple<Tensor, Tensor> lrea_compress_bwd(const Tensor& dcompressed, const Te
     expect_dtype_of("behaviors", behaviors, "dcompressed", dcompressed);
     const auto starts = checked_starts(seq_lens, users, longest);
     const Tensor e = with_contiguous_rows(behaviors), dc = with_contiguous_rows(dcompressed);
-    const auto empty = [&] { return torch::stable::new_empty(behaviors, {0}); };
-    const Tensor dbehaviors = wants_dbehaviors ? torch::stable::new_empty(behaviors, behaviors.sizes()) : empty();
-    const Tensor dw_comp = wants_dw_comp ? torch::stable::new_empty(w_comp, w_comp.sizes()) : empty();
+    const auto empty = [&] { return new_empty({0}, behaviors.scalar_type()); };
+    const Tensor dbehaviors = wants_dbehaviors ? new_empty(behaviors.sizes(), behaviors.scalar_type()) : empty();
+    const Tensor dw_comp = wants_dw_comp ? new_empty(w_comp.sizes(), w_comp.scalar_type()) : empty();
     dispatch_dtype<double, float, BFloat16, Half>("behaviors", behaviors, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;

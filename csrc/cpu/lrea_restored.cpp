@@ -251,13 +251,13 @@ std::tuple<Tensor, Tensor, Tensor> lrea_restored_fwd(const Tensor& targets, cons
                                                      const std::optional<Tensor>& seq_lens, double negative_slope,
                                                      std::optional<double> scale) {
     const Inputs inputs(targets, keys, values, w_decomp, target_offsets, seq_lens);
-    const Tensor out = torch::stable::new_empty(targets, {inputs.num_targets, inputs.heads, inputs.value_dim});
+    const Tensor out = new_empty({inputs.num_targets, inputs.heads, inputs.value_dim}, targets.scalar_type());
     std::optional<Tensor> z, y;
     dispatch_dtype<double, float, BFloat16, Half>("targets", targets, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;
-        z = torch::stable::new_empty(targets, {inputs.num_targets, inputs.heads, inputs.rank}, accumulate_dtype_v<A>);
-        y = torch::stable::new_empty(*z, z->sizes());
+        z = new_empty({inputs.num_targets, inputs.heads, inputs.rank}, accumulate_dtype_v<A>);
+        y = new_empty(z->sizes(), accumulate_dtype_v<A>);
         const PackedMatrix<A> w(w_decomp, zero);
         auto op = inputs.operation<T>(w, negative_slope, scale);
         op.out = new_rows<T>(out);
@@ -281,10 +281,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrea_restored_bwd(const Tensor& dout,
     expect_shape("dout", dout, {{"T", inputs.num_targets}, {"H", heads}, {"dv", inputs.value_dim}});
     expect_dtype_of("targets", targets, "dout", dout);
     const Tensor dout_rows = with_contiguous_rows(dout);
-    const Tensor dtargets = torch::stable::new_empty(targets, targets.sizes()),
-                 dkeys = torch::stable::new_empty(keys, keys.sizes()),
-                 dvalues = torch::stable::new_empty(values, values.sizes()),
-                 dw = torch::stable::new_empty(w_decomp, w_decomp.sizes());
+    const Tensor dtargets = new_empty(targets.sizes(), targets.scalar_type()),
+                 dkeys = new_empty(keys.sizes(), keys.scalar_type()),
+                 dvalues = new_empty(values.sizes(), values.scalar_type()),
+                 dw = new_empty(w_decomp.sizes(), w_decomp.scalar_type());
     dispatch_dtype<double, float, BFloat16, Half>("targets", targets, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;

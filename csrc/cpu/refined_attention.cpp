@@ -262,7 +262,7 @@ RefinedAttention<T> make_arguments(Inputs& inputs) {
             .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(dim))))};
 }
 
-Tensor new_contiguous(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
+Tensor new_contiguous(const Tensor& tensor) { return new_empty(tensor.sizes(), tensor.scalar_type()); }
 
 Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q,
                                    const Tensor& w_k, const std::optional<Tensor>& w_v,
@@ -296,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> refined_attention_pai
     const Tensor dw_q = new_contiguous(w_q), dw_k = new_contiguous(w_k);
     std::optional<Tensor> dw_v;
     if (w_v) dw_v = new_contiguous(*w_v);
-    const Tensor partials = torch::stable::new_empty(q, {groups.count() * packed.size()}, ScalarType::Float);
+    const Tensor partials = new_empty({groups.count() * packed.size()}, ScalarType::Float);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
         using T = decltype(zero);
         auto op = make_arguments<T>(inputs);
@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> refined_attention_pai
         groups.parallel_for([&](int64_t begin, int64_t end) { kernel(op, groups, begin, end, sums); });
         packed.unpack_gradients<T>(sums, groups.count(), inputs.weights, dw_q, dw_k, dw_v);
     });
-    return {dq, dk, dv, dw_q, dw_k, dw_v ? *dw_v : torch::stable::new_empty(q, {0})};
+    return {dq, dk, dv, dw_q, dw_k, dw_v ? *dw_v : new_empty({0}, q.scalar_type())};
 }
 
 #define RECATTN_OPTIONS                                                                                       \

@@ -1,6 +1,6 @@
 """Calls during which another thread writes to the index tensors. Run it in a process of its own: a fault crashes it.
 
-python tests/helpers/racing_indices.py SECONDS [LIBRARY]    every operator, or the two serving operators of a library
+python tests/helpers/racing_indices.py SECONDS [LIBRARY]    every operator, or the C++ operators of a library
 """
 
 import sys
@@ -60,7 +60,7 @@ def every_operator(seconds: float) -> None:
         print(name, *race(lambda case=case, inputs=inputs: case.function(**inputs), indices, seconds))
 
 
-def operators_of_serving(library: str, seconds: float) -> None:
+def operators_of_library(library: str, seconds: float) -> None:
     torch.ops.load_library(library)
     users, items, rank, dim = 64, 8, 4, 16
     table, w = torch.randn(100, 2, dim), torch.randn(items, rank)
@@ -83,9 +83,28 @@ def operators_of_serving(library: str, seconds: float) -> None:
     def compress():
         torch.ops.recattn.lrea_compress(table[:, 0], w, lengths, histories)
 
+    w_decomp = torch.randn(rank, items)
+
+    def restore():
+        tensors = (table, state, state, w_decomp, hundred, longest)
+        out, *saved = torch.ops.recattn.lrea_restored_fwd(*tensors, 0.01, None)
+        torch.ops.recattn.lrea_restored_bwd(out, *tensors, *saved, 0.01, None)
+
+    hundred, longest = torch.arange(51) * 2, torch.randint(1, items + 1, (50,), dtype=torch.int32)
+    positions = torch.tensor([[1, 3, -1]] * 20)
+
+    def check_values():
+        torch.ops.recattn.checked_lengths_cpu("seq_lens", lengths, items)
+        torch.ops.recattn.checked_offsets_cpu("target_offsets", offsets, users * items)
+        torch.ops.recattn.checked_rows_cpu("item_ids", histories, 100, lengths)
+        torch.ops.recattn.checked_sink_positions_cpu(positions, 30, None)
+
     served = {"slots": slots, "target_offsets": offsets, "item_ids": ids}
     print("attend", *race(attend, served, seconds))
     print("count", *race(count, served, seconds))
+    print("restore", *race(restore, {"target_offsets": hundred, "seq_lens": longest}, seconds))
+    checked = {"seq_lens": lengths, "target_offsets": offsets, "item_ids": histories, "positions": positions}
+    print("check", *race(check_values, checked, seconds))
     print("compress", *race(compress, {"seq_lens": lengths, "item_ids": histories}, seconds))
 
 
@@ -93,6 +112,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if len(sys.argv) > 2:
-        operators_of_serving(sys.argv[2], float(sys.argv[1]))
+        operators_of_library(sys.argv[2], float(sys.argv[1]))
     else:
         every_operator(float(sys.argv[1]))

@@ -104,6 +104,7 @@ def test_an_exported_graph_refuses_too(name):
 # --- Indices that another thread writes meanwhile ---
 
 ROOT = Path(__file__).parents[2]
+LREA = ("lrea_attention", "lrea_compress", "lrea_restored")
 RACE = str(ROOT / "tests" / "helpers" / "racing_indices.py")
 
 
@@ -115,14 +116,14 @@ def test_races_are_refused_or_served():
 
 
 @pytest.mark.skipif("cpu" in MISSING, reason=MISSING.get("cpu", ""))
-def test_races_of_serving_under_address_sanitizer(tmp_path):
-    command, library = compile_command("address", tmp_path), str(tmp_path / "serving.so")
+def test_races_under_address_sanitizer(tmp_path):
+    command, library = compile_command("address", tmp_path), str(tmp_path / "operators.so")
     csrc = ROOT / "csrc"
     include = [f"-I{path}" for path in (csrc, *cpp_extension.include_paths())]
     shared = ["-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     linked = [f"-L{path}" for path in cpp_extension.library_paths()]
-    source = str(csrc / "cpu" / "lrea_attention.cpp")
-    subprocess.run([*command, *shared, *include, source, *linked, "-ltorch_cpu", "-o", library], check=True)
+    sources = [str(csrc / "cpu" / f"{name}.cpp") for name in (*LREA, "index_checks")]
+    subprocess.run([*command, *shared, *include, *sources, *linked, "-ltorch_cpu", "-o", library], check=True)
     environment = os.environ | {"LD_PRELOAD": preloaded(command), "ASAN_OPTIONS": "detect_leaks=0"}
     race = [sys.executable, RACE, "0.5", library]
     result = subprocess.run(race, env=environment, capture_output=True, text=True, timeout=120)
