@@ -11,9 +11,27 @@ from recattn._dispatch import select
 from recattn._options import LreaAttentionOptions
 from recattn.functional.validation import Indices, checked_indices, values_are_checked
 from recattn.ops import lrea_attention as ops
-from recattn.ops._library import distinct
+from recattn.ops._library import apply, distinct
 
 INT8_MAX = 127
+# The tensors of a call; what does not fit is checked by a `_validate_...`, which says why.
+_HISTORIES = check.Layouts(
+    behaviors=(check.FLOATING, "U L d"), w_comp=(check.SAME, "Lmax r"), seq_lens=(check.INTEGER, "U")
+)
+_ITEMS = check.Layouts(
+    behaviors=(check.FLOATING, "I d"),
+    item_ids=(check.INTEGER, "U L"),
+    w_comp=(check.SAME, "Lmax r"),
+    seq_lens=(check.INTEGER, "U"),
+)
+_RESTORED = check.Layouts(
+    targets=(check.FLOATING, "T H d"),
+    keys=(check.SAME, "U H r d"),
+    values=(check.SAME, "U H r dv"),
+    w_decomp=(check.SAME, "r Lmax"),
+    target_offsets=(check.INTEGER, "U+1"),
+    seq_lens=(check.INTEGER, "U"),
+)
 
 
 def lrea_compress(
@@ -54,23 +72,9 @@ def lrea_compress(
             RECATTN_CHECK=1, reports them.
         NotImplementedError: the selected `impl` does not support the call.
     """
-    check.expect_tensors(behaviors=behaviors, w_comp=w_comp)
-    sizes: dict[str, int] = {}
-    if item_ids is None:
-        check.expect_shape(sizes, "behaviors", behaviors, "U L d")
-    else:
-        check.expect_shape(sizes, "behaviors", behaviors, "I d")
-        check.expect_index(sizes, "item_ids", item_ids, "U L")
-    check.expect_shape(sizes, "w_comp", w_comp, "Lmax r")
-    if sizes["Lmax"] < sizes["L"]:  # a message made beforehand would fix the sizes in a compiled graph
-        raise ValueError(f"Lmax of w_comp must be at least L = {sizes['L']}, got {sizes['Lmax']}")
-    check.expect_dtype("behaviors", behaviors, check.FLOATING)
-    check.expect_same_dtype("behaviors", behaviors, w_comp=w_comp)
-    if seq_lens is not None:
-        check.expect_index(sizes, "seq_lens", seq_lens, "U")
-    check.expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens, item_ids=item_ids)
-
-    reasons = ops.unsupported_reasons(behaviors.device.type, "lrea_compress", behaviors.dtype, sizes["r"])
+    if not _compress_fits(behaviors, w_comp, item_ids, seq_lens):
+        _validate_compress(behaviors, w_comp, item_ids, seq_lens)
+    reasons = ops.unsupported_reasons(behaviors.device.type, "lrea_compress", behaviors.dtype, w_comp.shape[1])
     if item_ids is not None:
         reasons = _add_lack_of_gradient(reasons, behaviors, w_comp)
     path = _path_of(impl)
@@ -79,16 +83,16 @@ def lrea_compress(
         indices = checked_indices(
             behaviors.device,
             seq_lens=seq_lens,
-            seq_len=sizes["L"],
+            seq_len=(behaviors if item_ids is None else item_ids).shape[1],
             item_ids=item_ids,
-            num_items=None if item_ids is None else sizes["I"],
+            num_items=None if item_ids is None else behaviors.shape[0],
         )
         seq_lens, item_ids = indices.seq_lens, indices.item_ids
     if impl == "reference":
         return reference.lrea_compress(behaviors, w_comp, seq_lens, item_ids=item_ids)
     if item_ids is not None:
         return ops.lrea_compress_items(behaviors, w_comp, seq_lens, item_ids, path)
-    return ops.LreaCompressFunction.apply(behaviors, w_comp, seq_lens, path)
+    return apply(ops.LreaCompressFunction, behaviors, w_comp, seq_lens, path)
 
 
 def lrea_attention(
@@ -138,39 +142,20 @@ def lrea_attention(
             0 .. Lmax; `recattn.validate`, or RECATTN_CHECK=1, reports them.
         NotImplementedError: the selected `impl` does not support the call.
     """
-    check.expect_tensors(targets=targets, keys=keys, values=values, w_decomp=w_decomp)
-    sizes: dict[str, int] = {}
-    check.expect_shape(sizes, "targets", targets, "T H d")
-    check.expect(sizes["d"] > 0, "d of targets and keys", "at least 1", 0)
-    check.expect_shape(sizes, "keys", keys, "U H r d")
-    check.expect_shape(sizes, "values", values, "U H r dv")
-    check.expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
-    check.expect_dtype("targets", targets, check.FLOATING)
-    check.expect_same_dtype("targets", targets, keys=keys, values=values, w_decomp=w_decomp)
-    _expect_offsets(sizes, target_offsets)
-    if seq_lens is not None:
-        check.expect_index(sizes, "seq_lens", seq_lens, "U")
-    check.expect_same_device(
-        "targets",
-        targets,
-        keys=keys,
-        values=values,
-        w_decomp=w_decomp,
-        target_offsets=target_offsets,
-        seq_lens=seq_lens,
-    )
+    if not _attention_fits(targets, keys, values, w_decomp, target_offsets, seq_lens):
+        _validate_attention(targets, keys, values, w_decomp, target_offsets, seq_lens)
     check.expect_numbers(negative_slope=negative_slope, scale=scale)
 
     path = _path_of(impl)
-    reasons = ops.unsupported_reasons(targets.device.type, "lrea_attention", targets.dtype, sizes["r"])
+    reasons = ops.unsupported_reasons(targets.device.type, "lrea_attention", targets.dtype, w_decomp.shape[0])
     impl = select("lrea_attention", impl, reasons)
     if impl != "cpu":  # the C++ operator checks what it reads
         indices = checked_indices(
             targets.device,
             target_offsets=target_offsets,
-            num_targets=sizes["T"],
+            num_targets=targets.shape[0],
             seq_lens=seq_lens,
-            seq_len=sizes["Lmax"],
+            seq_len=w_decomp.shape[1],
         )
         target_offsets, seq_lens = indices.target_offsets, indices.seq_lens
     if impl == "reference":
@@ -185,8 +170,9 @@ def lrea_attention(
             scale=scale,
         )
     options = LreaAttentionOptions(float(negative_slope), None if scale is None else float(scale), path)
-    tensors = (targets, *distinct(keys, values), w_decomp, target_offsets, seq_lens)
-    return ops.LreaAttentionFunction.apply(*tensors, options)
+    if torch.compiler.is_compiling():
+        keys, values = distinct(keys, values)
+    return apply(ops.LreaAttentionFunction, targets, keys, values, w_decomp, target_offsets, seq_lens, options)
 
 
 def lrea_absorb(
@@ -458,6 +444,67 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
     check.expect_same_dtype("w_decomp", w_decomp, compressed=compressed)
     check.expect_same_device("w_decomp", w_decomp, compressed=compressed)
     return reference.lrea_nonnegativity_loss(w_decomp, compressed)
+
+
+def _compress_fits(behaviors, w_comp, item_ids, seq_lens) -> bool:
+    """Whether the tensors are right. False: ask `_validate_compress` what is wrong."""
+    if behaviors is None or w_comp is None:
+        return False
+    if item_ids is None:
+        sizes = _HISTORIES.sizes(behaviors, w_comp, seq_lens)  # U, L, d, Lmax, r
+        return sizes is not None and sizes[3] >= sizes[1]
+    sizes = _ITEMS.sizes(behaviors, item_ids, w_comp, seq_lens)  # I, d, U, L, Lmax, r
+    return sizes is not None and sizes[4] >= sizes[3]
+
+
+def _validate_compress(behaviors, w_comp, item_ids, seq_lens) -> None:
+    check.expect_tensors(behaviors=behaviors, w_comp=w_comp)
+    sizes: dict[str, int] = {}
+    if item_ids is None:
+        check.expect_shape(sizes, "behaviors", behaviors, "U L d")
+    else:
+        check.expect_shape(sizes, "behaviors", behaviors, "I d")
+        check.expect_index(sizes, "item_ids", item_ids, "U L")
+    check.expect_shape(sizes, "w_comp", w_comp, "Lmax r")
+    if sizes["Lmax"] < sizes["L"]:  # a message made beforehand would fix the sizes in a compiled graph
+        raise ValueError(f"Lmax of w_comp must be at least L = {sizes['L']}, got {sizes['Lmax']}")
+    check.expect_dtype("behaviors", behaviors, check.FLOATING)
+    check.expect_same_dtype("behaviors", behaviors, w_comp=w_comp)
+    if seq_lens is not None:
+        check.expect_index(sizes, "seq_lens", seq_lens, "U")
+    check.expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens, item_ids=item_ids)
+
+
+def _attention_fits(targets, keys, values, w_decomp, target_offsets, seq_lens) -> bool:
+    """Whether the tensors are right. False: ask `_validate_attention` what is wrong."""
+    if targets is None or keys is None or values is None or w_decomp is None or target_offsets is None:
+        return False
+    sizes = _RESTORED.sizes(targets, keys, values, w_decomp, target_offsets, seq_lens)
+    return sizes is not None and sizes[2] > 0  # d
+
+
+def _validate_attention(targets, keys, values, w_decomp, target_offsets, seq_lens) -> None:
+    check.expect_tensors(targets=targets, keys=keys, values=values, w_decomp=w_decomp)
+    sizes: dict[str, int] = {}
+    check.expect_shape(sizes, "targets", targets, "T H d")
+    check.expect(sizes["d"] > 0, "d of targets and keys", "at least 1", 0)
+    check.expect_shape(sizes, "keys", keys, "U H r d")
+    check.expect_shape(sizes, "values", values, "U H r dv")
+    check.expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
+    check.expect_dtype("targets", targets, check.FLOATING)
+    check.expect_same_dtype("targets", targets, keys=keys, values=values, w_decomp=w_decomp)
+    _expect_offsets(sizes, target_offsets)
+    if seq_lens is not None:
+        check.expect_index(sizes, "seq_lens", seq_lens, "U")
+    check.expect_same_device(
+        "targets",
+        targets,
+        keys=keys,
+        values=values,
+        w_decomp=w_decomp,
+        target_offsets=target_offsets,
+        seq_lens=seq_lens,
+    )
 
 
 def _expect_offsets(sizes: dict[str, int], target_offsets: Tensor) -> None:

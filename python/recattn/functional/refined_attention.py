@@ -6,12 +6,22 @@ from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import select
 from recattn._options import RefinedAttentionOptions
-from recattn.functional._autocast import autocast_inputs
+from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional.validation import checked_indices
 from recattn.ops import refined_attention as ops
 from recattn.ops._support import draw_dropout_seed
 
 _MECHANISMS = ("simple", "value", "additive", "stochastic")
+# What does not fit is checked by `_validate`, which says why.
+_TENSORS = check.Layouts(
+    q=(check.FLOATING, "B H N D"),
+    k=(check.SAME, "B H N D"),
+    v=(check.SAME, "B H N Dv"),
+    w_q=(check.SAME, "[H] Nmax R"),
+    w_k=(check.SAME, "[H] Nmax R"),
+    w_v=(check.SAME, "[H] Nmax Nmax"),
+    seq_lens=(check.INTEGER, "B"),
+)
 
 
 def refined_attention(
@@ -89,14 +99,17 @@ def refined_attention(
         NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after dropout in a
             kernel.
     """
-    values = {} if w_v is None else {"w_v": w_v}
-    check.expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k, **values)
-    q, k, v, w_q, w_k, *values = autocast_inputs(q, k, v, w_q, w_k, *values.values())
-    w_v = values[0] if values else None
-    _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale)
+    _validate_options(mechanism, source, padding_side, dropout_p, scale)
+    if autocast_may_be_on():
+        matrices = {"w_q": w_q, "w_k": w_k} | ({} if w_v is None else {"w_v": w_v})
+        check.expect_tensors(q=q, k=k, v=v, **matrices)
+        q, k, v, w_q, w_k, *values = autocast_inputs(q, k, v, *matrices.values())
+        w_v = values[0] if values else None
+    if not _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens):
+        _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens)
     reasons = ops.unsupported_reasons(q.device.type, q, v, w_q, mechanism=mechanism, dropout_p=dropout_p, impl=impl)
     chosen = select("refined_attention", impl, reasons)
-    if chosen != "cpu":  # the CPU implementation checks them itself
+    if chosen != "cpu" and seq_lens is not None:  # the CPU implementation checks them itself
         seq_lens = checked_indices(q.device, seq_len=q.shape[2], seq_lens=seq_lens).seq_lens
     if chosen == "reference":
         return reference.refined_attention(
@@ -119,12 +132,29 @@ def refined_attention(
     return ops.refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, seed, options)
 
 
-def _validate(q, k, v, w_q, w_k, w_v, mechanism, source, seq_lens, padding_side, dropout_p, scale):
+def _validate_options(mechanism, source, padding_side, dropout_p, scale) -> None:
     check.expect_choice("mechanism", mechanism, _MECHANISMS)
     check.expect_choice("source", source, ("logits", "weights"))
     check.expect_choice("padding_side", padding_side, ("right", "left"))
     check.expect_numbers(scale=scale)
     check.expect_probability("dropout_p", dropout_p)
+
+
+def _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens) -> bool:
+    """Whether the tensors are right. False: ask `_validate` what is wrong."""
+    if q is None or k is None or v is None or w_q is None or w_k is None:
+        return False
+    if (w_v is not None) != (mechanism in ("value", "additive")):
+        return False
+    sizes = _TENSORS.sizes(q, k, v, w_q, w_k, w_v, seq_lens)
+    if sizes is None:
+        return False
+    _, _, N, D, _, n_max, columns = sizes
+    return D > 0 and n_max >= N and columns > 0 and (mechanism != "stochastic" or columns % 2 == 0)
+
+
+def _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens) -> None:
+    check.expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k)
     sizes: dict[str, int] = {}
     check.expect_shape(sizes, "q", q, "B H N D")
     check.expect_shape(sizes, "k", k, "B H N D")

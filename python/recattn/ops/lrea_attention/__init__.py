@@ -129,7 +129,7 @@ def lrea_compress_items(
     """lrea_compress without a gradient. item_ids None: the table is behaviors [U, L, d]."""
     if _takes_triton(table, path):
         return lrea_compress_fwd(table, w_comp, seq_lens, item_ids)
-    return torch.ops.recattn.lrea_compress(table, w_comp, seq_lens, item_ids)
+    return torch.ops.recattn.lrea_compress.default(table, w_comp, seq_lens, item_ids)
 
 
 def absorb_values(values: Tensor, w_decomp: Tensor, seq_lens: Tensor | None, negative_slope: float) -> Tensor:

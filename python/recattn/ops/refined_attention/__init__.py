@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recattn import reference
 from recattn._options import RefinedAttentionOptions
-from recattn.ops._library import define, differentiable_again, distinct, refuse_dropout
+from recattn.ops._library import apply, define, differentiable_again, distinct, refuse_dropout
 from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.refined_attention import chunked, cpu, triton_long, triton_short
 
@@ -51,12 +51,14 @@ def _triton_call_reason(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> st
 
 def refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor:
     """The call by `options.impl`, which supports it."""
-    tensors = distinct(q, k, v, w_q, w_k)
+    tensors = (q, k, v, w_q, w_k)
+    if torch.compiler.is_compiling():
+        tensors = distinct(*tensors)
     if options.impl == "triton" and triton_short.unsupported_reason(q, v, options.mechanism) is not None:
         # On a GPU any implementation of plain attention may serve; the interpreter has Triton's alone.
         impl = None if q.device.type == "cuda" else "triton"
         return triton_long.refined_attention(*tensors, seq_lens, dropout_seed, options._replace(impl=impl))
-    return RefinedAttentionFunction.apply(*tensors, w_v, seq_lens, dropout_seed, options)
+    return apply(RefinedAttentionFunction, *tensors, w_v, seq_lens, dropout_seed, options)
 
 
 def _reference(q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, options) -> Tensor:
@@ -83,25 +85,23 @@ class RefinedAttentionFunction(torch.autograd.Function):
         tensors = (q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed)
         ctx.save_for_backward(*tensors)
         ctx.options = options
-        return refined_attention_fwd(*tensors, *options)
+        return refined_attention_fwd(*tensors, options)
 
     @staticmethod
     @differentiable_again(_reference)
     def backward(ctx, dout):
-        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
+        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *ctx.saved_tensors, ctx.options)
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None
 
 
-def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, *options) -> Tensor:
-    options = RefinedAttentionOptions(*options)
+def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: RefinedAttentionOptions) -> Tensor:
     if options.impl == "triton":
         return triton_short.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
     module = cpu if q.device.type == "cpu" else chunked
     return module.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
 
 
-def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, *options) -> list[Tensor]:
-    options = RefinedAttentionOptions(*options)
+def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: RefinedAttentionOptions) -> list[Tensor]:
     if options.impl == "triton":
         return triton_short.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
     module = cpu if q.device.type == "cpu" else chunked
@@ -118,6 +118,7 @@ refined_attention_fwd = define(
     cpu=_fwd,
     cuda=_fwd,
     fake=lambda q, k, v, *_: v.new_empty(v.shape),
+    options=RefinedAttentionOptions,
 )
 
 refined_attention_bwd = define(
@@ -127,4 +128,5 @@ refined_attention_bwd = define(
     fake=lambda dout, q, k, v, w_q, w_k, w_v, *_: [
         x.new_empty(x.shape) for x in (q, k, v, w_q, w_k, w_v) if x is not None
     ],
+    options=RefinedAttentionOptions,
 )
