@@ -1,6 +1,6 @@
 """Run the GPU path without a GPU: Triton's own launch path for Hopper, on CPU tensors; launches are only recorded.
 
-What it leaves out of a call's host time: Triton's C launcher (3 to 6 µs a launch), the CUDA driver, and the hand-over
+What it leaves out of a call's host time: Triton's C launcher (3 to 4 µs a launch), the CUDA driver, and the hand-over
 to autograd's device thread. Use it in a process of its own: it cannot be undone, and kernels must be decorated without
 TRITON_INTERPRET.
 """
