@@ -155,8 +155,9 @@ def test_make_gpu_rehearsed(tmp_path, monkeypatch, capsys):
     (kernels,) = [line for line in lines if line.get("kernels_of") == "recattn"]
     assert timed["p50_ms"] > 0 and "driver" in timed and "cudnn" in timed
     assert kernels["microseconds"]["recattn::lrea_absorbed_attention"] > 0
-    (bounds,) = [line for line in lines if line.get("bounds_of") == "recattn"]
-    assert bounds["pass"] == "forward" and bounds["host_us"] > 0 and bounds["kernel_us"] > 0
+    measured = [line for line in lines if line.get("bounds_of") == "recattn"]
+    assert [line["workload"] for line in measured] == ["tiny", HEADLINES["absorbed"].small]
+    assert all(line["pass"] == "forward" and line["host_us"] > 0 and line["kernel_us"] > 0 for line in measured)
     assert "no CUDA graph: the tensors are not on a GPU" in printed
     with tarfile.open(tmp_path / "results" / "gpu-results.tar.gz") as archive:
         checked = json.load(archive.extractfile("gpu/check of lrea_absorbed_attention.json"))
@@ -170,6 +171,7 @@ def test_make_gpu_rehearsed(tmp_path, monkeypatch, capsys):
 def test_a_headline_is_measured_on_a_gpu(name):
     operator, workload, contestants = headline.find(HEADLINES[name], torch.device("cuda"))
     assert workload.devices == CUDA and workload.tier != "full"
+    assert HEADLINES[name].small in {w.name for w in operator.workloads if w.tier == "default"}
     first, *later = headline.rounds(contestants)
     assert not any(i.compiled for i in first) and len(later) == 1 and later[0][0].name == "recattn"
     assert {i.name for i in first} | {i.name for i in later[0]} == {i.name for i in contestants}
