@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "host/torch_objects.h"
+#include "host/triton_objects.h"
 
 namespace recattn::host {
 
@@ -21,21 +22,11 @@ struct Kernel {
 };
 
 struct Launcher {
-    Reference describe, launch_by_triton, runtime_knobs, driver;
+    Reference describe, launch_by_triton;
+    Reference recorder;
+    unsigned long recording_thread = 0;
     std::unordered_map<PyObject*, Kernel> kernels;
 };
-
-struct Names {
-    PyObject *active, *calls, *get_current_device, *get_current_stream, *get_device, *launch_enter_hook,
-        *launch_exit_hook, *pre_run_hooks;
-};
-
-Names names;
-
-PyObject* new_reference(PyObject* value) {
-    Py_INCREF(value);
-    return value;
-}
 
 // Writes the key of a launch, and collects what Triton's launcher takes.
 class Launch {
@@ -183,23 +174,10 @@ Kernel* find_kernel(Launcher& launcher, PyObject* kernel) {
     return &made;
 }
 
-// Whether a hook of a profiler is set: a chain of calls that is not empty, or a function.
-bool has_hook(PyObject* runtime_knobs, PyObject* name) {
-    const Reference hook(PyObject_GetAttr(runtime_knobs, name));
-    if (!hook || hook.get() == Py_None) {
-        PyErr_Clear();
-        return false;
-    }
-    const Reference calls(PyObject_GetAttr(hook.get(), names.calls));
-    PyErr_Clear();
-    return !calls || PyObject_IsTrue(calls.get()) == 1;
-}
-
-bool is_watched(const Launcher& launcher, PyObject* kernel) {
-    const Reference hooks(PyObject_GetAttr(kernel, names.pre_run_hooks));
-    return !hooks || PyObject_IsTrue(hooks.get()) != 0 ||
-           has_hook(launcher.runtime_knobs.get(), names.launch_enter_hook) ||
-           has_hook(launcher.runtime_knobs.get(), names.launch_exit_hook);
+bool is_watched(PyObject* kernel) {
+    static PyObject* pre_run_hooks = PyUnicode_InternFromString("pre_run_hooks");
+    const Reference hooks(PyObject_GetAttr(kernel, pre_run_hooks));
+    return !hooks || PyObject_IsTrue(hooks.get()) != 0 || has_launch_hooks();
 }
 
 // The index of the CUDA device of the first argument, or of its first field; -1 for a CPU.
@@ -208,7 +186,7 @@ long device_of(const Call& call) {
     if (PyTuple_Check(first) && PyTuple_GET_SIZE(first) > 0) {
         first = PyTuple_GET_ITEM(first, 0);
     }
-    const Reference index(PyObject_CallMethodNoArgs(first, names.get_device));
+    const Reference index(PyObject_CallMethodNoArgs(first, torch_objects.get_device));
     return index ? PyLong_AsLong(index.get()) : -1;
 }
 
@@ -251,36 +229,51 @@ PyObject* launch(Launcher& launcher, const Call& call) {
     }
     std::array<PyObject*, 3> grid;
     const bool known = static_cast<size_t>(call.num_arguments) <= kernel->specialized.size();
-    if (!known || is_watched(launcher, call.kernel()) || !read_grid(call.grid(), grid)) {
+    if (!known || is_watched(call.kernel()) || !read_grid(call.grid(), grid)) {
         return PyErr_Occurred() ? nullptr : by_triton(launcher, call);
     }
-    const Reference driver(PyObject_GetAttr(launcher.driver.get(), names.active));
-    const Reference device(driver ? PyObject_CallMethodNoArgs(driver.get(), names.get_current_device) : nullptr);
-    if (!device) {
-        return nullptr;
-    }
-    const long current = PyLong_AsLong(device.get()), wanted = device_of(call);
+    const CurrentStream stream;
+    const long wanted = stream ? device_of(call) : -1;
     if (PyErr_Occurred()) {
         return nullptr;
     }
-    if (wanted >= 0 && wanted != current) {
+    if (wanted >= 0 && wanted != stream.device()) {
         return by_triton(launcher, call);
     }
-    Launch launch(reinterpret_cast<const char*>(&current), sizeof current);
+    const long device = stream.device();
+    Launch launch(reinterpret_cast<const char*>(&device), sizeof device);
     if (!collect(launch, *kernel, call)) {
         return nullptr;
     }
-    const auto compiled = kernel->compiled.find(launch.key());
-    if (compiled == kernel->compiled.end()) {
-        PyObject* made = by_triton(launcher, call);
-        if (made != nullptr && made != Py_None) {
-            kernel->compiled[launch.key()] = Reference(new_reference(made));
-        }
-        return made;
+    const auto found = kernel->compiled.find(launch.key());
+    if (found != kernel->compiled.end()) {
+        Reference compiled(new_reference(found->second.get()));
+        const Reference result(launch.run(compiled.get(), grid.data(), stream.get()));
+        return result ? compiled.release() : nullptr;
     }
-    const Reference kept(new_reference(compiled->second.get()));
-    const Reference stream(PyObject_CallMethodOneArg(driver.get(), names.get_current_stream, device.get()));
-    return stream ? launch.run(kept.get(), grid.data(), stream.get()) : nullptr;
+    PyObject* compiled = by_triton(launcher, call);
+    if (compiled != nullptr && compiled != Py_None) {
+        kernel->compiled[launch.key()] = Reference(new_reference(compiled));
+    }
+    return compiled;
+}
+
+// Tells the recorder of this thread, if there is one, of a launch: kernel, compiled, grid, arguments and constants.
+bool record(const Launcher& launcher, const Call& call, PyObject* compiled) {
+    if (!launcher.recorder || launcher.recording_thread != PyThread_get_thread_ident()) {
+        return true;
+    }
+    const auto kernel = launcher.kernels.find(call.kernel());
+    const Py_ssize_t num_constants = kernel == launcher.kernels.end() ? 0 : kernel->second.num_constants;
+    const Py_ssize_t count = call.num_arguments + num_constants;
+    const Reference arguments(PyTuple_New(count));
+    for (Py_ssize_t i = 0; arguments && i < count; ++i) {
+        PyTuple_SET_ITEM(arguments.get(), i, new_reference(call.values[2 + i]));
+    }
+    const Reference result(arguments ? PyObject_CallFunctionObjArgs(launcher.recorder.get(), call.kernel(), compiled,
+                                                                    call.grid(), arguments.get(), nullptr)
+                                     : nullptr);
+    return static_cast<bool>(result);
 }
 
 Launcher* launcher_of(PyObject* capsule) { return static_cast<Launcher*>(PyCapsule_GetPointer(capsule, "launcher")); }
@@ -294,8 +287,9 @@ PyObject* call_launch(PyObject* capsule, PyObject* const* values, Py_ssize_t cou
         PyErr_SetString(PyExc_TypeError, "launch takes a kernel, a grid, and the kernel's arguments");
         return nullptr;
     }
-    const Reference result(launch(*launcher, Call{values, count - 2, keywords}));
-    if (!result) {
+    const Call call{values, count - 2, keywords};
+    const Reference compiled(launch(*launcher, call));
+    if (!compiled || !record(*launcher, call, compiled.get())) {
         return nullptr;
     }
     Py_RETURN_NONE;
@@ -305,20 +299,6 @@ PyMethodDef launch_method = {"launch", reinterpret_cast<PyCFunction>(reinterpret
                              METH_FASTCALL | METH_KEYWORDS,
                              "launch(kernel, grid, *arguments, **constants): csrc/host/launch.h"};
 
-bool intern_names() {
-    names = {
-        .active = PyUnicode_InternFromString("active"),
-        .calls = PyUnicode_InternFromString("calls"),
-        .get_current_device = PyUnicode_InternFromString("get_current_device"),
-        .get_current_stream = PyUnicode_InternFromString("get_current_stream"),
-        .get_device = PyUnicode_InternFromString("get_device"),
-        .launch_enter_hook = PyUnicode_InternFromString("launch_enter_hook"),
-        .launch_exit_hook = PyUnicode_InternFromString("launch_exit_hook"),
-        .pre_run_hooks = PyUnicode_InternFromString("pre_run_hooks"),
-    };
-    return !PyErr_Occurred();
-}
-
 }  // namespace
 
 PyObject* make_launch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -326,16 +306,26 @@ PyObject* make_launch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         PyErr_SetString(PyExc_TypeError, "make_launch takes describe, launch_by_triton, runtime_knobs and driver");
         return nullptr;
     }
-    if (!intern_names()) {
-        return nullptr;
-    }
+    triton_objects = {.runtime_knobs = new_reference(arguments[2]), .driver = new_reference(arguments[3])};
     auto* launcher = new Launcher;  // as long as the process
     launcher->describe = Reference(new_reference(arguments[0]));
     launcher->launch_by_triton = Reference(new_reference(arguments[1]));
-    launcher->runtime_knobs = Reference(new_reference(arguments[2]));
-    launcher->driver = Reference(new_reference(arguments[3]));
     const Reference capsule(PyCapsule_New(launcher, "launcher", nullptr));
     return capsule ? PyCFunction_New(&launch_method, capsule.get()) : nullptr;
+}
+
+PyObject* set_recorder(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    if (count != 2 || !PyCFunction_Check(arguments[0])) {
+        PyErr_SetString(PyExc_TypeError, "set_recorder takes the function of make_launch, and a recorder or None");
+        return nullptr;
+    }
+    Launcher* launcher = launcher_of(PyCFunction_GET_SELF(arguments[0]));
+    if (launcher == nullptr) {
+        return nullptr;
+    }
+    launcher->recorder = arguments[1] == Py_None ? Reference() : Reference(new_reference(arguments[1]));
+    launcher->recording_thread = PyThread_get_thread_ident();
+    Py_RETURN_NONE;
 }
 
 }  // namespace recattn::host

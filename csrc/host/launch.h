@@ -15,4 +15,9 @@ namespace recattn::host {
 // (run, function, packed_metadata), or None.
 PyObject* make_launch(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// set_recorder(launch, recorder): from now on recorder(kernel, compiled, grid, arguments) is called after each launch
+// of this thread, None for compiled that only Triton can launch; `arguments` include the tl.constexpr ones. None ends
+// it.
+PyObject* set_recorder(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 }  // namespace recattn::host

@@ -154,24 +154,4 @@ PyObject* sizes(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return reader.sizes();
 }
 
-PyObject* all_plain(PyObject*, PyObject* arguments) {
-    if (!PyTuple_Check(arguments)) {
-        PyErr_SetString(PyExc_TypeError, "all_plain takes a tuple");
-        return nullptr;
-    }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); ++i) {
-        PyObject* argument = PyTuple_GET_ITEM(arguments, i);
-        if (!PyObject_TypeCheck(argument, reinterpret_cast<PyTypeObject*>(torch_objects.tensor_type))) {
-            continue;
-        }
-        const Reference is_meta(is_plain_tensor(argument) ? PyObject_GetAttr(argument, torch_objects.is_meta)
-                                                          : nullptr);
-        if (is_meta.get() != Py_False) {
-            PyErr_Clear();
-            Py_RETURN_FALSE;
-        }
-    }
-    Py_RETURN_TRUE;
-}
-
 }  // namespace recattn::host

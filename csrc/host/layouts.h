@@ -16,7 +16,4 @@ namespace recattn::host {
 //     + symbol       one more than the size of a symbol
 PyObject* sizes(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
-// all_plain(arguments) -> bool: no tensor among them is of a subclass or on the meta device.
-PyObject* all_plain(PyObject*, PyObject* arguments);
-
 }  // namespace recattn::host

@@ -1,6 +1,8 @@
 // The Python module recattn._host: what a call costs on the host, made cheap.
+#include "host/autograd.h"
 #include "host/launch.h"
 #include "host/layouts.h"
+#include "host/plan.h"
 #include "host/python.h"
 #include "host/torch_objects.h"
 
@@ -27,7 +29,9 @@ PyObject* attributes(PyObject* module, std::initializer_list<const char*> names)
 bool find_torch_objects() {
     const Reference torch(PyImport_ImportModule("torch"));
     const Reference nn(torch ? PyImport_ImportModule("torch.nn") : nullptr);
-    if (!nn) {
+    const Reference core(nn ? PyImport_ImportModule("torch._C") : nullptr);
+    const Reference core_autograd(core ? PyImport_ImportModule("torch._C._autograd") : nullptr);
+    if (!core_autograd) {
         return false;
     }
     torch_objects = {
@@ -37,12 +41,24 @@ bool find_torch_objects() {
         .floating = attributes(torch.get(), {"float64", "float32", "bfloat16", "float16"}),
         .integer = attributes(torch.get(), {"int64", "int32"}),
         .boolean = PyObject_GetAttrString(torch.get(), "bool"),
+        .num_dispatch_modes = PyObject_GetAttrString(core.get(), "_len_torch_dispatch_stack"),
+        .is_profiled = PyObject_GetAttrString(core_autograd.get(), "_profiler_enabled"),
+        .tracing_state = PyObject_GetAttrString(core.get(), "_get_tracing_state"),
+        .has_func_transforms = PyObject_GetAttrString(core.get(), "_are_functorch_transforms_active"),
+        .is_grad_enabled = PyObject_GetAttrString(torch.get(), "is_grad_enabled"),
+        .is_any_autocast_enabled = PyObject_GetAttrString(core.get(), "_is_any_autocast_enabled"),
+        .forward_ad = PyImport_ImportModule("torch.autograd.forward_ad"),
+        .current_level = PyUnicode_InternFromString("_current_level"),
         .data_ptr = PyUnicode_InternFromString("data_ptr"),
         .device = PyUnicode_InternFromString("device"),
+        .dim = PyUnicode_InternFromString("dim"),
         .dtype = PyUnicode_InternFromString("dtype"),
+        .get_device = PyUnicode_InternFromString("get_device"),
         .is_meta = PyUnicode_InternFromString("is_meta"),
         .layout = PyUnicode_InternFromString("layout"),
+        .requires_grad = PyUnicode_InternFromString("requires_grad"),
         .shape = PyUnicode_InternFromString("shape"),
+        .stride = PyUnicode_InternFromString("stride"),
     };
     return !PyErr_Occurred();
 }
@@ -54,8 +70,13 @@ PyCFunction as_method(Function* function) {
 
 PyMethodDef methods[] = {
     {"sizes", as_method(sizes), METH_FASTCALL, "csrc/host/layouts.h"},
-    {"all_plain", all_plain, METH_O, "csrc/host/layouts.h"},
+    {"is_traced", is_traced, METH_O, "csrc/host/autograd.h"},
+    {"needs_autograd", needs_autograd, METH_O, "csrc/host/autograd.h"},
+    {"is_isolated", is_isolated, METH_NOARGS, "csrc/host/autograd.h"},
     {"make_launch", as_method(make_launch), METH_FASTCALL, "csrc/host/launch.h"},
+    {"set_recorder", as_method(set_recorder), METH_FASTCALL, "csrc/host/launch.h"},
+    {"signature", signature, METH_O, "csrc/host/plan.h"},
+    {"make_plan", as_method(make_plan), METH_FASTCALL, "csrc/host/plan.h"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -7,6 +7,11 @@
 
 namespace recattn::host {
 
+inline PyObject* new_reference(PyObject* object) {
+    Py_INCREF(object);
+    return object;
+}
+
 class Reference {
   public:
     explicit Reference(PyObject* object = nullptr) : object_(object) {}

@@ -13,12 +13,25 @@ struct TorchObjects {
     PyObject* integer;
     PyObject* boolean;
 
+    PyObject* num_dispatch_modes;  // functions without arguments
+    PyObject* is_profiled;
+    PyObject* tracing_state;
+    PyObject* has_func_transforms;
+    PyObject* is_grad_enabled;
+    PyObject* is_any_autocast_enabled;
+    PyObject* forward_ad;     // a module
+    PyObject* current_level;  // its attribute's name
+
     PyObject* data_ptr;  // names of a tensor's attributes and methods
     PyObject* device;
+    PyObject* dim;
     PyObject* dtype;
+    PyObject* get_device;
     PyObject* is_meta;
     PyObject* layout;
+    PyObject* requires_grad;
     PyObject* shape;
+    PyObject* stride;
 };
 
 extern TorchObjects torch_objects;

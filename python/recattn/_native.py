@@ -1,20 +1,50 @@
 """What a call costs on the host, made cheap by C++ (csrc/host). Without it calls are right too, and slower."""
 
+import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 try:
-    from recattn._host import all_plain, make_launch, sizes
-except ImportError:  # not compiled
+    from recattn._host import (
+        is_isolated,
+        is_traced,
+        make_launch,
+        make_plan,
+        needs_autograd,
+        set_recorder,
+        signature,
+        sizes,
+    )
+except ImportError:  # not compiled: the functions that others can do without are None
 
-    def all_plain(args: tuple) -> bool:
-        """Whether no tensor among `args` is of a subclass or on the meta device."""
+    def is_traced(args: tuple) -> bool:
         tensors = (x for x in args if isinstance(x, Tensor))
-        return all(type(x) in (Tensor, Parameter) and not x.is_meta for x in tensors)
+        return (
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._autograd._profiler_enabled()
+            or torch._C._get_tracing_state() is not None
+            or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
+        )
+
+    def needs_autograd(args: tuple) -> bool:
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return True
+        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+    def is_isolated() -> bool:
+        return not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled()
 
     def sizes(layouts: bytes, *tensors: Tensor | None) -> None:
         """Nothing is known of the tensors: the caller checks them."""
 
-    make_launch = None
+    make_launch = make_plan = set_recorder = signature = None
 
-__all__ = ["all_plain", "make_launch", "sizes"]
+__all__ = [
+    "is_isolated",
+    "is_traced",
+    "make_launch",
+    "make_plan",
+    "needs_autograd",
+    "set_recorder",
+    "signature",
+    "sizes",
+]

@@ -164,6 +164,10 @@ SHAPE = dispatch.Shape("a GPU", "bfloat16", 64, 2048, 0.1, False, False)
 USABLE = ["triton", "correction:cudnn", "correction:flash"]
 
 
+def choose(shape: dispatch.Shape, usable: list[str], table: dict) -> str:
+    return next(name for name in dispatch.ranking(shape, ("cudnn", "flash", "efficient"), table) if name in usable)
+
+
 @pytest.mark.parametrize(
     "change, usable, expected",
     [
@@ -176,7 +180,7 @@ USABLE = ["triton", "correction:cudnn", "correction:flash"]
     ],
 )
 def test_heuristic(change, usable, expected):
-    assert dispatch.choose(SHAPE._replace(**change), usable, {}) == expected
+    assert choose(SHAPE._replace(**change), usable, {}) == expected
 
 
 def measured(**row) -> dict:
@@ -194,14 +198,14 @@ def test_the_nearest_measurement_decides():
     table = {"a GPU": {"torch": "2.11", "triton": "3.6", "rows": rows}}
 
     def choice(usable=USABLE, **change):
-        return dispatch.choose(SHAPE._replace(**change), usable, table)
+        return choose(SHAPE._replace(**change), usable, table)
 
     assert choice(length=1100) == "triton"
     assert choice(length=3500) == "correction:cudnn"
     assert choice(length=3500, head_dim=128) == "triton"
     assert choice(length=3500, usable=["triton", "correction:flash"]) == "correction:flash"
     assert choice(length=1100, causal=True) == "correction:flash"
-    assert choice(device="another GPU") == dispatch.choose(SHAPE, USABLE, {})
+    assert choice(device="another GPU") == choose(SHAPE, USABLE, {})
     assert choice(length=1100, usable=["correction:efficient"]) == "correction:efficient"  # measured nowhere
 
 

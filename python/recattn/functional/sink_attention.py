@@ -8,8 +8,8 @@ from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import format_implementation, parse_implementation, select
 from recattn._options import SinkAttentionOptions
+from recattn.functional import validation
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
-from recattn.functional.validation import checked_indices
 from recattn.ops import sink_attention as ops
 from recattn.ops._library import apply, distinct
 from recattn.ops._support import draw_dropout_seed
@@ -113,7 +113,8 @@ def sink_attention(
         check.expect(
             on_gpu, "impl", "without a backend, but for 'correction' on a GPU", format_implementation(impl, backend)
         )
-    if chosen != "correction" or q.device.type != "cpu":  # the CPU's correction checks its own copies
+    checks_itself = chosen == "correction" and q.device.type == "cpu"  # and uses its own copies
+    if not checks_itself and validation.values_are_checked(q.device):
         sink_positions, seq_lens, cu_seqlens = _checked(q, sink_positions, seq_lens, cu_seqlens)
     if chosen == "reference":
         return reference.sink_attention(
@@ -167,7 +168,7 @@ def _checked(
     q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """sink_positions, seq_lens and cu_seqlens with their values checked, where that costs no synchronisation."""
-    indices = checked_indices(
+    indices = validation.checked_indices(
         q.device,
         seq_len=q.shape[-2] if cu_seqlens is None else None,
         num_tokens=q.shape[0],

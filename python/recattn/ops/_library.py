@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import recattn._extension  # noqa: F401  (registers the compiled operators)
-from recattn._native import all_plain
+from recattn import _native
 
 _LIBRARY = torch.library.Library("recattn", "FRAGMENT")
 
@@ -20,7 +20,8 @@ def define(
     `options` is the NamedTuple of the schema's last arguments: the kernels, the fake one too, and the function returned
     take it as one argument. That function calls the operator. Where nothing would see the operator, it calls the kernel
     itself, which saves the dispatcher's several microseconds. The kernel may then take keywords and return more than
-    the schema says, to be kept from a forward for its backward.
+    the schema says, to be kept from a forward for its backward. Where the schema returns several tensors, a kernel's
+    None is an empty one.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -34,7 +35,10 @@ def define(
             if options is not None:
                 args = (*args[:first_option], options(*args[first_option:]))
             results = kernel(*args)
-            return results[:num_returns] if num_returns > 1 else results
+            if num_returns == 1:
+                return results
+            like = _first_tensor(args)
+            return tuple(like.new_empty(0) if x is None else x for x in results[:num_returns])
 
         return of_schema
 
@@ -45,7 +49,7 @@ def define(
     kernels = {"cpu": cpu, "cuda": cuda}
 
     def call(*args, **hints):
-        if not is_traced(*args) and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+        if not is_traced(*args) and _native.is_isolated():
             kernel = kernels.get(_first_tensor(args).device.type)
             if kernel is not None:
                 return kernel(*args, **hints)
@@ -56,24 +60,15 @@ def define(
 
 def is_traced(*args: object) -> bool:
     """Whether a call must go through operators: to be traced or profiled, or to infer shapes."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-        or not all_plain(args)
-    )
+    return torch.compiler.is_compiling() or _native.is_traced(args)
 
 
 def apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args), without autograd's several microseconds where no argument needs a gradient."""
-    if (
-        is_traced(*args)
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args))
-    ):
+    if is_traced(*args) or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    if _native.needs_autograd(args):
+        return super(torch.autograd.Function, function).apply(*args)  # without the checks for torch.func
     if not torch.is_grad_enabled():
         return function.forward(_UNRECORDED, *args)
     with torch.no_grad():
@@ -90,6 +85,9 @@ class _Unrecorded:
         pass
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
         pass
 
 

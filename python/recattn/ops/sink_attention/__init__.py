@@ -76,10 +76,11 @@ class SinkAttentionFunction(torch.autograd.Function):
         ctx, q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed, options
     ):
         tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed)
-        out, lse, sink_stats, *streams = sink_attention_fwd(q, k, v, *tensors, options)
+        out, lse, sink_stats, *streams = sink_attention_fwd(q, k, v, *tensors, options, keeps_streams=True)
         ctx.save_for_backward(q, k, v, *tensors, out, lse, sink_stats)
         ctx.options, ctx.streams = options, streams[0] if streams else None
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # autograd would make zeros for lse
         return out, lse
 
     @staticmethod
@@ -100,11 +101,11 @@ def _runs_on_cpu(q: Tensor, options: SinkAttentionOptions) -> bool:
     return q.device.type == "cpu" and options.impl in (None, CORRECTION) and options.backend is None
 
 
-def _fwd(q, k, v, *tensors_and_options):
+def _fwd(q, k, v, *tensors_and_options, keeps_streams=False):
     *tensors, dropout_seed, options = tensors_and_options
     if _runs_on_cpu(q, options):
         return on_cpu.sink_attention_fwd(q, k, v, *tensors, options)
-    return by_triton.sink_attention_fwd(q, k, v, by_triton.Context(*tensors, dropout_seed, options))
+    return by_triton.sink_attention_fwd(q, k, v, by_triton.Context(*tensors, dropout_seed, options), keeps_streams)
 
 
 def _bwd(dout, q, k, v, out, lse, sink_stats, *tensors_and_options, streams=None):
@@ -122,7 +123,7 @@ def _fake_fwd(q, k, v, sink_positions, *others):
 
 def _fake_bwd(dout, q, k, v, out, lse, sink_stats, _sink_positions, inter_sink_bias, sink_logits, *others):
     layout = on_cpu if _runs_on_cpu(q, others[-1]) else by_triton
-    dsink_logits = q.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits)
+    dsink_logits = None if sink_logits is None else torch.empty_like(sink_logits)
     return *layout.empty_bwd(q, k, v), inter_sink_bias.new_empty(inter_sink_bias.shape), dsink_logits
 
 

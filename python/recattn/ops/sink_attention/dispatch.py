@@ -8,14 +8,14 @@ the choice of its forward.
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from recattn._dispatch import format_implementation
+from recattn._dispatch import format_implementation, parse_implementation
 from recattn._options import SinkAttentionOptions
 from recattn.ops.backends import BACKENDS, Call
 
@@ -53,18 +53,18 @@ def resolve(
 
     A backend that the options name must support the call; otherwise a supported one is chosen.
     """
-    fused_only = options.dropout_p > 0 or seq_lens is not None or q.dtype == torch.float64
+    packed = cu_seqlens is not None
+    unbounded = packed and options.max_seqlen is None  # no backend serves it
+    fused_only = options.dropout_p > 0 or seq_lens is not None or unbounded or q.dtype == torch.float64
     if options.impl == FUSED or (options.impl is None and fused_only):
         return FUSED, None
     if options.backend is not None:
-        call = Call.of(q, k, v, scale=options.scale, cu_seqlens=cu_seqlens, max_seqlen=options.max_seqlen)
-        reason = BACKENDS[options.backend].unsupported_reason(call)
+        reason = BACKENDS[options.backend].unsupported_reason(_call(options, q, k, v, cu_seqlens))
         if reason is not None:
             name = format_implementation(CORRECTION, options.backend)
             raise NotImplementedError(f"sink_attention cannot run impl={name!r} here: {reason}")
         return CORRECTION, options.backend
-    packed = cu_seqlens is not None
-    length = (options.max_seqlen if packed else q.shape[2]) or q.shape[0]
+    length = options.max_seqlen or q.shape[0] if packed else q.shape[2]
     shape = Shape(
         _device_name(q.device),
         "float32" if q.dtype == torch.float32 else "bfloat16",  # float16 runs at its speed
@@ -74,65 +74,52 @@ def resolve(
         options.causal,
         packed,
     )
+    # Which backends support the call is asked last: it takes longer than a small call.
     call = None
-    reasons: dict[str, str] = {}
-    for name in (*_measured_order(shape), *_heuristic_order(shape)):
-        if name == FUSED:
-            if options.impl is None:
-                return FUSED, None
-            continue
-        backend = name.removeprefix(f"{CORRECTION}:")
-        if backend not in BACKENDS or backend in reasons:
-            continue
-        # What a backend supports is asked only here: a call takes 20 µs to ask them all.
-        call = call or Call.of(q, k, v, scale=options.scale, cu_seqlens=cu_seqlens, max_seqlen=options.max_seqlen)
-        reason = BACKENDS[backend].unsupported_reason(call)
-        if reason is None:
-            return CORRECTION, backend
-        reasons[backend] = reason
-    listed = "; ".join(f"{name}: {reasons[name]}" for name in BACKENDS)
+    for impl, backend in ranked(shape):
+        if impl == FUSED and options.impl is None:
+            return FUSED, None
+        if impl == CORRECTION:
+            call = call or _call(options, q, k, v, cu_seqlens)
+            if BACKENDS[backend].unsupported_reason(call) is None:
+                return CORRECTION, backend
+    call = call or _call(options, q, k, v, cu_seqlens)
+    listed = "; ".join(f"{name}: {backend.unsupported_reason(call)}" for name, backend in BACKENDS.items())
     raise NotImplementedError(f"sink_attention cannot run impl='correction' here, no backend supports it: {listed}")
 
 
-def choose(shape: Shape, supported: list[str], measurements: dict) -> str:
-    """The fastest of the supported implementations in the nearest measured row, else the heuristic's choice.
-
-    Implementations are named as in the table: "triton", "correction:flash".
-    """
-    order = (*measured_order(shape, measurements), *_heuristic_order(shape, supported))
-    return next(name for name in order if name in supported)
-
-
-def measured_order(shape: Shape, measurements: dict) -> tuple[str, ...]:
-    """The implementations measured on a device: the nearest row's first, the fastest of a row first."""
-    rows = [
-        row
-        for row in measurements.get(shape.device, {"rows": []})["rows"]
-        if (row["dtype"], row["causal"], row["packed"]) == (shape.dtype, shape.causal, shape.packed)
-    ]
-    by_distance = sorted(rows, key=functools.partial(_distance, shape))
-    return tuple(
-        dict.fromkeys(name for row in by_distance for name in sorted(row["times_ms"], key=row["times_ms"].get))
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _measured_order(shape: Shape) -> tuple[str, ...]:
-    return measured_order(shape, _measurements())
-
-
-def _heuristic_order(shape: Shape, names: Iterable[str] | None = None) -> tuple[str, ...]:
-    """All implementations, or those given, in the order to try them where nothing was measured."""
-    if names is None:
-        names = [format_implementation(CORRECTION, name) for name in BACKENDS]
-    corrections = [name for name in names if name != FUSED]
-    prefers_fused = shape.length <= _SHORT or shape.sink_share > _MANY_SINKS or shape.dtype == "float32"
-    return (FUSED, *corrections) if prefers_fused else (*corrections, FUSED)
+def _call(options: SinkAttentionOptions, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Call:
+    return Call.of(q, k, v, scale=options.scale, cu_seqlens=cu_seqlens, max_seqlen=options.max_seqlen)
 
 
 @functools.cache
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
+
+
+@functools.lru_cache(4096)
+def ranked(shape: Shape) -> list[tuple[str, str | None]]:
+    """Every (impl, backend), the fastest first: the heuristic's choice where nothing was measured."""
+    return [parse_implementation(name) for name in ranking(shape, tuple(BACKENDS), _measurements())]
+
+
+def ranking(shape: Shape, backends: Sequence[str], measurements: dict) -> list[str]:
+    """The implementations' names as in the table ("triton", "correction:flash"), the fastest first.
+
+    The nearest measured row comes first, with its own order, and the heuristic's order last.
+    """
+    rows = measurements.get(shape.device, {"rows": []})["rows"]
+    kind = (shape.dtype, shape.causal, shape.packed)
+    rows_of_kind = [row for row in rows if (row["dtype"], row["causal"], row["packed"]) == kind]
+    names = [
+        name
+        for row in sorted(rows_of_kind, key=functools.partial(_distance, shape))
+        for name in sorted(row["times_ms"], key=row["times_ms"].get)
+    ]
+    prefers_fused = shape.length <= _SHORT or shape.sink_share > _MANY_SINKS or shape.dtype == "float32"
+    corrections = [format_implementation(CORRECTION, backend) for backend in backends]
+    every = [FUSED, *corrections] if prefers_fused else [*corrections, FUSED]
+    return list(dict.fromkeys([*(name for name in names if name in every), *every]))
 
 
 def _distance(shape: Shape, row: dict) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
+from recattn.ops._plans import replayed
 from recattn.ops._support import launched_dropout
 from recattn.ops.backends import BACKENDS, AttentionBackend, empty_backward, empty_forward
 from recattn.ops.sink_attention.dispatch import FUSED, resolve
@@ -45,17 +46,21 @@ def is_on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple:
-    """out, lse and sink_stats; on the fused path also the Streams of the call, for its backward."""
+def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, keeps_streams: bool) -> tuple:
+    """out, lse and sink_stats.
+
+    keeps_streams: on the fused path also the Streams of the call, for its backward, and sink_stats holds anything where
+    a sink is ignored.
+    """
     backend = c.backend(q, k, v)
-    return _fused_fwd(q, k, v, c) if backend is None else _correction_fwd(q, k, v, c, backend)
+    return _fused_fwd(q, k, v, c, keeps_streams) if backend is None else _correction_fwd(q, k, v, c, backend)
 
 
 def sink_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink_stats: Tensor, c: Context, streams
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbias, dsink_logits. `streams` None: those of the forward are not known."""
-    backend = c.backend(q, k, v)
+    """dq, dk, dv, dbias, dsink_logits. `streams` None: it is not known what the forward was."""
+    backend = c.backend(q, k, v) if streams is None else None
     if backend is None:
         dq, dk, dv, dbias = _fused_bwd(dout, q, k, v, out, lse, sink_stats, c, streams)
     else:
@@ -76,9 +81,13 @@ empty_bwd = empty_backward
 # --- The fused path ---
 
 
-def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple:
+@replayed
+def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, keeps_streams: bool) -> tuple:
     kernels = _kernels()
-    out, lse, sink_stats = empty_fwd(q, v, c.sink_positions)
+    out, lse = empty_forward(q, v)
+    sink_stats = lse.new_empty(2, c.sink_positions.shape[0], q.shape[1], c.sink_positions.shape[1])
+    if not keeps_streams:  # the kernel writes nothing for a sink that is ignored
+        sink_stats.zero_()
     if c.seq_lens is not None:  # the kernel writes no padding
         out.zero_()
         lse.fill_(-math.inf)
@@ -91,6 +100,7 @@ def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context) -> tuple:
     return out, lse, sink_stats, streams
 
 
+@replayed
 def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context, streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = _kernels()
     dq, dk, dv = empty_bwd(q, k, v)
@@ -169,10 +179,10 @@ def _per_row(sink_logits: Tensor, lse: Tensor) -> Tensor:
     return logits[:, None] if lse.dim() == 3 else logits
 
 
-def _dsink_logits(dout: Tensor, out: Tensor, lse: Tensor, c: Context) -> Tensor:
+def _dsink_logits(dout: Tensor, out: Tensor, lse: Tensor, c: Context) -> Tensor | None:
     """-Σ exp(sink_logit - lse) · dO·O over the rows of each head."""
     if c.sink_logits is None:
-        return dout.new_empty(0)
+        return None
     rows = (dout.float() * out).sum(-1) * (_per_row(c.sink_logits, lse) - lse).exp()
     if c.seq_lens is not None:  # padding sees no key
         rows = rows.masked_fill(lse.isneginf(), 0)

@@ -1,0 +1,467 @@
+#include "host/plan.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "host/expression.h"
+#include "host/torch_objects.h"
+#include "host/triton_objects.h"
+
+namespace recattn::host {
+
+namespace {
+
+class Signature {
+  public:
+    Signature() { text_.reserve(512); }
+
+    bool add(PyObject* value) {
+        if (value == Py_None) {
+            text_ += 'n';
+            return true;
+        }
+        if (PyBool_Check(value)) {
+            text_ += value == Py_True ? 't' : 'f';
+            return true;
+        }
+        if (PyLong_Check(value)) {
+            text_ += 'i';
+            return add_integer(value);
+        }
+        if (PyFloat_Check(value)) {
+            const double number = PyFloat_AS_DOUBLE(value);
+            text_ += '.';
+            return add_bytes(&number, sizeof number);
+        }
+        if (PyTuple_Check(value)) {
+            return add_tuple(value);
+        }
+        return PyUnicode_Check(value) ? add_string(value) : add_tensor(value);
+    }
+
+    PyObject* bytes() const { return PyBytes_FromStringAndSize(text_.data(), static_cast<Py_ssize_t>(text_.size())); }
+
+  private:
+    bool add_bytes(const void* data, size_t size) {
+        text_.append(static_cast<const char*>(data), size);
+        return true;
+    }
+
+    bool add_integer(PyObject* value) {
+        const long long number = PyLong_AsLongLong(value);
+        return (number != -1 || !PyErr_Occurred()) && add_bytes(&number, sizeof number);
+    }
+
+    bool add_tuple(PyObject* tuple) {
+        text_ += '(';
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+            if (!add(PyTuple_GET_ITEM(tuple, i))) {
+                return false;
+            }
+        }
+        text_ += ')';
+        return true;
+    }
+
+    bool add_string(PyObject* value) {
+        Py_ssize_t size = 0;
+        const char* text = PyUnicode_AsUTF8AndSize(value, &size);
+        text_ += 's';
+        return text != nullptr && add_bytes(&size, sizeof size) && add_bytes(text, static_cast<size_t>(size));
+    }
+
+    bool add_tensor(PyObject* tensor) {
+        const Reference dtype(PyObject_GetAttr(tensor, torch_objects.dtype));
+        const Reference axes(dtype ? PyObject_CallMethodNoArgs(tensor, torch_objects.dim) : nullptr);
+        const Reference device(axes ? PyObject_CallMethodNoArgs(tensor, torch_objects.get_device) : nullptr);
+        if (!device) {
+            return false;
+        }
+        const PyObject* address = dtype.get();  // PyTorch's dtypes live as long as it does
+        const char small[] = {'x', static_cast<char>(PyLong_AsLong(axes.get())),
+                              static_cast<char>(PyLong_AsLong(device.get()))};
+        return add_bytes(small, sizeof small) && add_bytes(&address, sizeof address);
+    }
+
+    std::string text_;
+};
+
+// The types of recattn.ops._plans.
+struct Types {
+    PyObject *slot, *pointer, *expression, *integer;
+};
+
+// What a step takes, or the result: an object as it is, what a replay finds out, or a tuple or list of these.
+struct Node {
+    enum class Kind { kObject, kSlot, kPointer, kInteger, kTuple, kList } kind = Kind::kObject;
+    Reference object;  // of a tuple its type
+    size_t slot = 0;
+    bool aligned = false;
+    Expression expression;
+    char integer_kind = '?';  // of Triton: 1, d(ivisible by 16), - neither; ? not specialized on, or not in a launch
+    std::vector<Node> fields;
+
+    bool read(PyObject* value, const Types& types);
+};
+
+bool Node::read(PyObject* value, const Types& types) {
+    auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+    if (type == types.slot || type == types.pointer) {
+        kind = type == types.slot ? Kind::kSlot : Kind::kPointer;
+        slot = static_cast<size_t>(PyLong_AsSsize_t(PyTuple_GET_ITEM(value, 0)));
+        aligned = kind == Kind::kPointer && PyTuple_GET_ITEM(value, 1) == Py_True;
+        return !PyErr_Occurred();
+    }
+    if (type == types.integer) {
+        kind = Kind::kInteger;
+        const char* text = PyUnicode_AsUTF8(PyTuple_GET_ITEM(value, 1));
+        integer_kind = text == nullptr ? '?' : text[0];
+        return text != nullptr && expression.read(PyTuple_GET_ITEM(value, 0), types.expression);
+    }
+    if (!PyTuple_Check(value) && !PyList_Check(value)) {
+        object = Reference(new_reference(value));
+        return true;
+    }
+    kind = PyList_Check(value) ? Kind::kList : Kind::kTuple;
+    object = Reference(new_reference(type));
+    fields.resize(static_cast<size_t>(PySequence_Fast_GET_SIZE(value)));
+    for (size_t i = 0; i < fields.size(); ++i) {
+        if (!fields[i].read(PySequence_Fast_GET_ITEM(value, static_cast<Py_ssize_t>(i)), types)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+struct Step {
+    enum class Kind { kGuard, kCall, kLaunch } kind = Kind::kGuard;
+    // A guard
+    Expression a, b;
+    char relation = '=';  // or < for less
+    bool outcome = true;
+    // A call's function, or a launch's run
+    Reference callable;
+    Reference keywords;  // names, a tuple
+    Reference function, packed_metadata;
+    std::vector<Node> grid;
+    std::vector<Node> arguments;
+
+    bool read(PyObject* value, const Types& types);
+
+  private:
+    bool read_guard(PyObject* value, const Types& types);
+    bool read_nodes(PyObject* tuple, const Types& types, std::vector<Node>& nodes);
+};
+
+bool Step::read_nodes(PyObject* tuple, const Types& types, std::vector<Node>& nodes) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+        nodes.emplace_back();
+        if (!nodes.back().read(PyTuple_GET_ITEM(tuple, i), types)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool Step::read_guard(PyObject* value, const Types& types) {
+    const char* text = PyUnicode_AsUTF8(PyTuple_GET_ITEM(value, 2));
+    relation = text == nullptr ? '?' : text[0];
+    outcome = PyTuple_GET_ITEM(value, 4) == Py_True;
+    return text != nullptr && a.read(PyTuple_GET_ITEM(value, 1), types.expression) &&
+           b.read(PyTuple_GET_ITEM(value, 3), types.expression);
+}
+
+bool Step::read(PyObject* value, const Types& types) {
+    const char* name = PyTuple_Check(value) ? PyUnicode_AsUTF8(PyTuple_GetItem(value, 0)) : nullptr;
+    if (name == nullptr) {
+        return false;
+    }
+    if (name[0] == 'g') {
+        return read_guard(value, types);
+    }
+    callable = Reference(new_reference(PyTuple_GET_ITEM(value, 1)));
+    if (name[0] == 'c') {
+        kind = Kind::kCall;
+        keywords = Reference(new_reference(PyTuple_GET_ITEM(value, 3)));
+        return read_nodes(PyTuple_GET_ITEM(value, 2), types, arguments);
+    }
+    kind = Kind::kLaunch;
+    function = Reference(new_reference(PyTuple_GET_ITEM(value, 2)));
+    packed_metadata = Reference(new_reference(PyTuple_GET_ITEM(value, 3)));
+    if (!read_nodes(PyTuple_GET_ITEM(value, 4), types, grid)) {
+        return false;
+    }
+    while (grid.size() < 3) {
+        grid.emplace_back();
+        grid.back().object = Reference(PyLong_FromLong(1));
+    }
+    return read_nodes(PyTuple_GET_ITEM(value, 5), types, arguments);
+}
+
+struct Plan {
+    size_t num_inputs = 0;
+    std::vector<Step> steps;
+    Node result;
+};
+
+// One call of a plan.
+class Replay {
+  public:
+    explicit Replay(const Plan& plan) : plan_(plan) { slots_.reserve(32); }
+
+    // The tensors of the arguments, in order.
+    void add_inputs(PyObject* value) {
+        if (PyTuple_Check(value)) {
+            for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+                add_inputs(PyTuple_GET_ITEM(value, i));
+            }
+        } else if (is_plain_tensor(value)) {
+            slots_.emplace_back(new_reference(value));
+        }
+    }
+
+    // NotImplemented where the plan does not hold.
+    PyObject* run(const CurrentStream& stream) {
+        for (const Step& step : plan_.steps) {
+            const bool done = step.kind == Step::Kind::kGuard  ? check(step)
+                              : step.kind == Step::Kind::kCall ? call(step)
+                                                               : launch(step, stream);
+            if (!done) {
+                return PyErr_Occurred() ? nullptr : new_reference(Py_NotImplemented);
+            }
+        }
+        return build(plan_.result);
+    }
+
+    bool has_inputs() const { return slots_.size() == plan_.num_inputs; }
+
+  private:
+    // The steps are false with an exception set, or without one where the plan does not hold.
+
+    bool check(const Step& step) {
+        long long a = 0, b = 0;
+        if (!step.a.evaluate(slots_, a) || !step.b.evaluate(slots_, b)) {
+            return false;
+        }
+        return (step.relation == '=' ? a == b : a < b) == step.outcome;
+    }
+
+    bool call(const Step& step) {
+        Values& values = empty_values();
+        if (!build_all(step.arguments, values)) {
+            return false;
+        }
+        const Py_ssize_t num_keywords = PyTuple_GET_SIZE(step.keywords.get());
+        const size_t count = values.borrowed.size() - static_cast<size_t>(num_keywords);
+        PyObject* names = num_keywords > 0 ? step.keywords.get() : nullptr;
+        Reference result(PyObject_Vectorcall(step.callable.get(), values.borrowed.data(), count, names));
+        if (!result) {
+            return false;
+        }
+        if (PyTuple_Check(result.get()) || PyList_Check(result.get())) {
+            for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(result.get()); ++i) {
+                slots_.emplace_back(new_reference(PySequence_Fast_GET_ITEM(result.get(), i)));
+            }
+        } else {
+            slots_.emplace_back(result.release());
+        }
+        return true;
+    }
+
+    bool launch(const Step& step, const CurrentStream& stream) {
+        Values& values = empty_values();
+        if (!build_all(step.grid, values)) {
+            return false;
+        }
+        for (PyObject* value :
+             {stream.get(), step.function.get(), step.packed_metadata.get(), Py_None, Py_None, Py_None}) {
+            values.add(new_reference(value));
+        }
+        if (!build_all(step.arguments, values)) {
+            return false;
+        }
+        const Reference result(
+            PyObject_Vectorcall(step.callable.get(), values.borrowed.data(), values.borrowed.size(), nullptr));
+        return static_cast<bool>(result);
+    }
+
+    struct Values {
+        std::vector<Reference> owned;
+        std::vector<PyObject*> borrowed;
+
+        Values() {
+            owned.reserve(64);
+            borrowed.reserve(64);
+        }
+
+        void add(PyObject* value) {
+            owned.emplace_back(value);
+            borrowed.push_back(value);
+        }
+    };
+
+    bool build_all(const std::vector<Node>& nodes, Values& values) {
+        for (const Node& node : nodes) {
+            PyObject* value = build(node);
+            if (value == nullptr) {
+                return false;
+            }
+            values.add(value);
+        }
+        return true;
+    }
+
+    // A new reference; null with an exception set, or without one where the plan does not hold.
+    PyObject* build(const Node& node) {
+        switch (node.kind) {
+            case Node::Kind::kObject:
+                return new_reference(node.object.get());
+            case Node::Kind::kSlot:
+                return new_reference(slots_[node.slot].tensor());
+            case Node::Kind::kPointer:
+                return pointer(node);
+            case Node::Kind::kInteger:
+                return integer(node);
+            case Node::Kind::kTuple:
+                return tuple(node);
+            default:
+                return list(node);
+        }
+    }
+
+    PyObject* pointer(const Node& node) {
+        PyObject* pointer = slots_[node.slot].pointer();
+        if (pointer == nullptr || (PyLong_AsUnsignedLongLongMask(pointer) % 16 == 0) != node.aligned) {
+            return nullptr;
+        }
+        return new_reference(pointer);
+    }
+
+    PyObject* integer(const Node& node) {
+        long long value = 0;
+        if (!node.expression.evaluate(slots_, value)) {
+            return nullptr;
+        }
+        const char kind = value == 1 ? '1' : value % 16 == 0 ? 'd' : '-';
+        const bool holds = node.integer_kind == '?' || node.integer_kind == kind;
+        return holds && value == static_cast<int32_t>(value) ? PyLong_FromLongLong(value) : nullptr;
+    }
+
+    PyObject* tuple(const Node& node) {
+        auto* type = reinterpret_cast<PyTypeObject*>(node.object.get());
+        const Py_ssize_t size = static_cast<Py_ssize_t>(node.fields.size());
+        Reference tuple(type == &PyTuple_Type ? PyTuple_New(size) : type->tp_alloc(type, size));
+        for (Py_ssize_t i = 0; tuple && i < size; ++i) {
+            PyObject* field = build(node.fields[static_cast<size_t>(i)]);
+            if (field == nullptr) {
+                return nullptr;
+            }
+            PyTuple_SET_ITEM(tuple.get(), i, field);
+        }
+        return tuple.release();
+    }
+
+    PyObject* list(const Node& node) {
+        const Py_ssize_t size = static_cast<Py_ssize_t>(node.fields.size());
+        Reference list(PyList_New(size));
+        for (Py_ssize_t i = 0; list && i < size; ++i) {
+            PyObject* field = build(node.fields[static_cast<size_t>(i)]);
+            if (field == nullptr) {
+                return nullptr;
+            }
+            PyList_SET_ITEM(list.get(), i, field);
+        }
+        return list.release();
+    }
+
+    // Of one step after the other, so that memory is allocated once.
+    Values& empty_values() {
+        values_.owned.clear();
+        values_.borrowed.clear();
+        return values_;
+    }
+
+    const Plan& plan_;
+    std::vector<Slot> slots_;
+    Values values_;
+};
+
+// The CUDA device of the first input, -1 for a CPU.
+long first_device(PyObject* value) {
+    if (PyTuple_Check(value) && PyTuple_GET_SIZE(value) > 0) {
+        return first_device(PyTuple_GET_ITEM(value, 0));
+    }
+    const Reference index(PyObject_CallMethodNoArgs(value, torch_objects.get_device));
+    return index ? PyLong_AsLong(index.get()) : -1;
+}
+
+PyObject* call_plan(PyObject* capsule, PyObject* arguments) {
+    const auto* plan = static_cast<Plan*>(PyCapsule_GetPointer(capsule, "plan"));
+    if (plan == nullptr || has_launch_hooks()) {
+        return plan == nullptr ? nullptr : new_reference(Py_NotImplemented);
+    }
+    const CurrentStream stream;
+    const long device = stream ? first_device(arguments) : -1;
+    if (PyErr_Occurred()) {
+        return nullptr;
+    }
+    Replay replay(*plan);
+    replay.add_inputs(arguments);
+    if ((device >= 0 && device != stream.device()) || !replay.has_inputs()) {
+        return new_reference(Py_NotImplemented);
+    }
+    return replay.run(stream);
+}
+
+PyMethodDef plan_method = {"plan", call_plan, METH_O, "plan(arguments) -> result: csrc/host/plan.h"};
+
+void delete_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, "plan")); }
+
+// Guards of inputs alone come first: where they fail, nothing is launched.
+void move_guards_first(Plan& plan) {
+    const long num_inputs = static_cast<long>(plan.num_inputs);
+    std::stable_partition(plan.steps.begin(), plan.steps.end(), [num_inputs](const Step& step) {
+        return step.kind == Step::Kind::kGuard && std::max(step.a.last_slot(), step.b.last_slot()) < num_inputs;
+    });
+}
+
+}  // namespace
+
+PyObject* signature(PyObject*, PyObject* arguments) {
+    Signature signature;
+    return signature.add(arguments) ? signature.bytes() : nullptr;
+}
+
+PyObject* make_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    if (count != 4 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 4 ||
+        !PyTuple_Check(arguments[2])) {
+        PyErr_SetString(PyExc_TypeError, "make_plan takes four types, num_inputs, steps and result");
+        return nullptr;
+    }
+    const Types types{PyTuple_GET_ITEM(arguments[0], 0), PyTuple_GET_ITEM(arguments[0], 1),
+                      PyTuple_GET_ITEM(arguments[0], 2), PyTuple_GET_ITEM(arguments[0], 3)};
+    auto plan = std::make_unique<Plan>();
+    plan->num_inputs = static_cast<size_t>(PyLong_AsSsize_t(arguments[1]));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[2]); ++i) {
+        plan->steps.emplace_back();
+        if (!plan->steps.back().read(PyTuple_GET_ITEM(arguments[2], i), types)) {
+            return nullptr;
+        }
+    }
+    if (!plan->result.read(arguments[3], types) || PyErr_Occurred()) {
+        return nullptr;
+    }
+    move_guards_first(*plan);
+    const Reference capsule(PyCapsule_New(plan.get(), "plan", delete_plan));
+    if (!capsule) {
+        return nullptr;
+    }
+    plan.release();
+    return PyCFunction_New(&plan_method, capsule.get());
+}
+
+}  // namespace recattn::host

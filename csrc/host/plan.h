@@ -1,0 +1,25 @@
+// Plans: what a function of tensors calls and launches, recorded once and replayed for other tensors of other sizes.
+#pragma once
+#include "host/python.h"
+
+namespace recattn::host {
+
+// signature(arguments) -> bytes: of tensors dtype, device and number of axes; of other arguments, the fields of tuples
+// too, the value.
+PyObject* signature(PyObject*, PyObject* arguments);
+
+// make_plan(types, num_inputs, steps, result) -> plan(arguments) -> result
+//
+// The plan returns NotImplemented where it does not hold: a guard fails, a launch would need another compiled kernel, a
+// profiler's hooks or another device want the function itself. What it has launched by then is of no consequence.
+//
+// Slots are the tensors of the arguments, in order, then the results of the calls. Steps are, each a tuple:
+//   "guard", expression, relation, expression, outcome     a comparison that the function made
+//   "call", function, arguments, keywords                  a call of PyTorch, whose results become slots
+//   "launch", run, function, packed_metadata, grid, arguments
+// `types` are those of recattn.ops._plans that stand for what a replay finds out: Slot(index) for a tensor,
+// Pointer(index, aligned) for its data in a launch, Expression(operation, a, b) for an integer made of sizes and
+// strides, Integer(expression, kind) for one in a launch, of which Triton knows the kind.
+PyObject* make_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+}  // namespace recattn::host

@@ -1,0 +1,416 @@
+"""Plans: what a kernel function calls and launches, recorded once and replayed for tensors of other sizes.
+
+Between its launches a kernel function spends its time on sizes, strides, grids and arguments, which are Python. A plan
+does the same in C++ (csrc/host/plan.cpp): the function's second call of a signature is recorded, with the sizes and
+strides of its tensors as symbols, and later calls are replayed. Decisions that the function took because of a size are
+guards: where one fails, the call is recorded anew. A function that reads the elements of a tensor is not replayed, nor
+one whose kernels are interpreted or autotuned.
+"""
+
+import functools
+import operator
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from recattn import _native
+
+# Signatures kept for a function, and plans for a signature: beyond, the oldest signature gives way, and calls whose
+# guards all fail are no longer recorded.
+MOST_SIGNATURES = 256
+MOST_PLANS = 16
+
+
+def replayed(function: Callable) -> Callable:
+    """Decorator of a kernel function: its arguments are tensors, numbers, strings, None and tuples of these."""
+    if _native.make_plan is None:
+        return function
+    known: dict[bytes, _Plans] = {}
+
+    @functools.wraps(function)
+    def replaying(*args):
+        key = _native.signature(args)
+        plans = known.get(key)
+        if plans is None:
+            if len(known) >= MOST_SIGNATURES:
+                known.pop(next(iter(known)), None)
+            known[key] = _Plans()
+            return function(*args)
+        for plan in plans.plans:
+            results = plan(args)
+            if results is not NotImplemented:
+                return results
+        if len(plans.plans) < MOST_PLANS and plans.replayable:
+            return plans.record(function, args)
+        return function(*args)
+
+    replaying.known = known
+    return replaying
+
+
+# --- What stands in a plan for what a replay finds out: csrc/host/plan.h ---
+
+
+class Slot(NamedTuple):
+    """A tensor: an argument, or the result of a call."""
+
+    index: int
+
+
+class Pointer(NamedTuple):
+    """A tensor's data in a launch."""
+
+    slot: int
+    aligned: bool  # to 16 bytes
+
+
+class Expression(NamedTuple):
+    """An integer made of sizes and strides."""
+
+    operation: str  # s(ize), (s)t(ride), n(umel) of slot a along axis b, or + - * / % b(it length) < for <<
+    a: object
+    b: object
+
+
+class Integer(NamedTuple):
+    """An integer of a call or launch."""
+
+    expression: Expression
+    kind: str  # what Triton knows of it: 1, d(ivisible by 16), - neither; ? is not specialized on
+
+
+class _Plans:
+    """The plans of a signature."""
+
+    def __init__(self):
+        self.plans: list[Callable] = []
+        self.replayable = True
+
+    def record(self, function: Callable, args: tuple):
+        from recattn.triton_kernels.common.launch import launch
+
+        if not _RECORDING.acquire(blocking=False):  # another thread records: later
+            return function(*args)
+        recorder = _Recorder()
+        try:
+            _native.set_recorder(launch, recorder.add_launch)
+            with recorder:
+                results = function(*recorder.take_inputs(args))
+        finally:
+            _native.set_recorder(launch, None)
+            recorder.end()
+            _RECORDING.release()
+        plan = recorder.plan(results)
+        if plan is None:
+            self.replayable = False
+        else:
+            self.plans.append(plan)
+        return results
+
+
+_RECORDING = threading.Lock()
+
+
+# --- Recording ---
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees what a function calls and launches, and what it asks of its tensors."""
+
+    active: "_Recorder | None" = None
+
+    def __init__(self):
+        super().__init__()
+        self.replayable = True
+        self.thread = threading.get_ident()
+        self.slots: dict[int, int] = {}  # by the id of a tensor
+        self.kept: list[Tensor] = []  # so that no id is used again
+        self.num_inputs = 0
+        self.num_slots = 0
+        self.steps: list[tuple] = []
+        self.guards: set[tuple] = set()
+        _Recorder.active = self
+
+    def end(self) -> None:
+        _Recorder.active = None
+
+    def take_inputs(self, value: object) -> object:
+        """The arguments, each tensor as an alias of its own: one that is given twice counts as two."""
+        with torch._C.DisableTorchFunction():
+            inputs = self._aliases(value)
+        self.num_inputs = self.num_slots
+        return inputs
+
+    def _aliases(self, value: object) -> object:
+        if isinstance(value, tuple):
+            return _rebuilt(value, [self._aliases(field) for field in value])
+        if not isinstance(value, Tensor):
+            return value
+        alias = value.detach()
+        self._add_slot(alias)
+        return alias
+
+    def _add_slot(self, tensor: Tensor) -> None:
+        self.slots[id(tensor)] = self.num_slots
+        self.num_slots += 1
+        self.kept.append(tensor)
+
+    def guard(self, a: object, relation: str, b: object, outcome: bool) -> bool:
+        guard = ("guard", _expression(a, self), relation, _expression(b, self), outcome)
+        if guard not in self.guards:
+            self.guards.add(guard)
+            self.steps.append(guard)
+        return outcome
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = _name(func)
+        if name in _CONSTANT:
+            return func(*args, **kwargs)
+        if name in _SIZES and id(args[0]) in self.slots:
+            return self._sizes(name, *args)
+        if name in _READS_ELEMENTS:
+            self.replayable = False
+            return func(*args, **kwargs)
+        result = func(*_plain(args), **_plain(kwargs))
+        self._add_call(func, args, kwargs, result)
+        return result
+
+    def _sizes(self, name: str, x: Tensor, axis: int | None = None) -> object:
+        slot = self.slots[id(x)]
+        if name == "numel":
+            return Traced.of(x.numel(), Expression("n", slot, 0), self)
+        values, letter = (x.stride(), "t") if name == "stride" else (tuple(x.shape), "s")
+        traced = tuple(Traced.of(value, Expression(letter, slot, i), self) for i, value in enumerate(values))
+        if name == "is_contiguous":
+            strides = self._sizes("stride", x)
+            for value in (*traced, *strides):
+                int(value)  # a guard
+            return x.is_contiguous()
+        return traced if axis is None else traced[axis]
+
+    def _add_call(self, func: Callable, args: tuple, kwargs: dict, result: object) -> None:
+        results = result if isinstance(result, list | tuple) else (result,)
+        if not all(isinstance(x, Tensor) for x in results):
+            self.replayable = False
+            return
+        arguments = tuple(self._template(value) for value in (*args, *kwargs.values()))
+        self.steps.append(("call", func, arguments, tuple(kwargs)))
+        for x in results:
+            self._add_slot(x)
+
+    def add_launch(self, kernel, compiled: tuple | None, grid: tuple[int, ...], arguments: tuple) -> None:
+        from recattn.triton_kernels.common.launch import describe
+
+        if compiled is None or callable(grid):
+            self.replayable = False
+            return
+        with torch._C.DisableTorchFunction():
+            specialized, num_constants = describe(kernel)
+            first_constant = len(arguments) - num_constants
+            launched = [self._launched(x, specialized[i]) for i, x in enumerate(arguments[:first_constant])]
+            launched += [_plain(x) for x in arguments[first_constant:]]
+            for x in arguments[first_constant:]:
+                if isinstance(x, Traced):
+                    int(x)  # a guard
+            axes = tuple(self._template(axis) for axis in grid)
+        self.steps.append(("launch", *compiled, axes, tuple(launched)))
+
+    def _launched(self, value: object, specialized: bool) -> object:
+        """An argument of a launch."""
+        if isinstance(value, tuple):
+            return tuple(self._launched(field, True) for field in value)
+        if isinstance(value, Tensor):
+            return Pointer(self._slot(value), value.data_ptr() % 16 == 0)
+        if _is_traced_by(self, value):
+            if not -(2**31) <= value.plain < 2**31:
+                self.replayable = False
+            kind = "1" if value.plain == 1 else "d" if value.plain % 16 == 0 else "-"
+            return Integer(value.expression, kind if specialized else "?")
+        return _plain(value)
+
+    def _template(self, value: object) -> object:
+        """An argument of a call, or a result."""
+        if isinstance(value, list):
+            return [self._template(item) for item in value]
+        if isinstance(value, tuple):
+            return _rebuilt(value, [self._template(field) for field in value])
+        if isinstance(value, Tensor):
+            return Slot(self._slot(value))
+        return Integer(value.expression, "?") if _is_traced_by(self, value) else _plain(value)
+
+    def _slot(self, tensor: Tensor) -> int:
+        slot = self.slots.get(id(tensor))
+        if slot is None:
+            self.replayable = False
+        return slot or 0
+
+    def plan(self, results: object) -> Callable | None:
+        """What replays the function; None if nothing can."""
+        template = self._template(results)
+        self.kept.clear()
+        if not self.replayable:
+            return None
+        types = (Slot, Pointer, Expression, Integer)
+        return _native.make_plan(types, self.num_inputs, tuple(self.steps), template)
+
+
+def _name(func: Callable) -> str:
+    """Of a property its own name, not that of its __get__."""
+    name = func.__name__
+    return func.__self__.__name__ if name == "__get__" else name
+
+
+def _rebuilt(like: tuple, fields: list) -> tuple:
+    return tuple(fields) if type(like) in (tuple, torch.Size) else type(like)(*fields)
+
+
+def _plain(value: object) -> object:
+    """`value` with integers that are not traced."""
+    if isinstance(value, Traced):
+        return value.plain
+    if isinstance(value, tuple):
+        return _rebuilt(value, [_plain(field) for field in value])
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+# Known from the signature, or for the launch alone.
+_CONSTANT = {
+    *("dtype", "device", "layout", "is_cuda", "is_meta", "requires_grad", "get_device", "data_ptr"),
+    *("dim", "ndim", "element_size", "itemsize", "is_floating_point", "is_nested", "is_sparse"),
+}
+_SIZES = {"shape", "size", "stride", "numel", "is_contiguous"}
+_READS_ELEMENTS = {"item", "tolist", "__bool__", "__int__", "__index__", "__float__", "__len__", "nonzero"}
+
+
+# --- Sizes as symbols ---
+
+
+class Traced(int):
+    """A size or stride, or an integer made of them, while the function that asked for it is recorded.
+
+    Arithmetic keeps the expression. A comparison, and every other use that Python lets a class see, becomes a guard.
+    """
+
+    expression: Expression
+    recorder: _Recorder
+
+    @classmethod
+    def of(cls, value: int, expression: Expression, recorder: _Recorder) -> "Traced":
+        traced = cls(value)
+        traced.expression, traced.recorder = expression, recorder
+        return traced
+
+    @property
+    def plain(self) -> int:
+        return int.__int__(self)
+
+    def bit_length(self) -> int:
+        return _traced_result(self.plain.bit_length(), "b", self, 0)
+
+
+def _is_traced_by(recorder: _Recorder | None, value: object) -> bool:
+    """A traced integer may outlive its recorder, in a cache: then it is a number as any other."""
+    return recorder is not None and isinstance(value, Traced) and value.recorder is recorder
+
+
+def _recorder_of(*values: object) -> _Recorder | None:
+    recorder = _Recorder.active
+    if recorder is None or recorder.thread != threading.get_ident():
+        return None
+    return recorder if any(_is_traced_by(recorder, value) for value in values) else None
+
+
+def _expression(value: object, recorder: _Recorder) -> object:
+    return value.expression if _is_traced_by(recorder, value) else _plain(value)
+
+
+def _traced_result(result: int, operation: str, a: object, b: object) -> int:
+    recorder = _recorder_of(a, b)
+    if recorder is None:
+        return result
+    expression = Expression(operation, _expression(a, recorder), _expression(b, recorder))
+    return Traced.of(result, expression, recorder)
+
+
+def _guarded(value: object) -> object:
+    """An integer's value, which a plan then requires."""
+    recorder = _recorder_of(value)
+    if recorder is not None:
+        recorder.guard(value, "=", _plain(value), True)
+    return _plain(value)
+
+
+def _arithmetic(name: str, operation: str) -> tuple[Callable, Callable]:
+    compute = getattr(operator, name)
+
+    def forward(self, other):
+        if type(other) not in (int, bool, Traced):
+            return getattr(int, f"__{name.strip('_')}__")(_guarded(self), other)
+        return _traced_result(compute(self.plain, _plain(other)), operation, self, other)
+
+    def reflected(self, other):
+        if type(other) not in (int, bool, Traced):
+            return getattr(int, f"__r{name.strip('_')}__")(_guarded(self), other)
+        return _traced_result(compute(_plain(other), self.plain), operation, other, self)
+
+    return forward, reflected
+
+
+def _comparison(name: str, relation: str, swapped: bool, negated: bool) -> Callable:
+    compute = getattr(operator, name)
+
+    def compare(self, other):
+        if type(other) not in (int, bool, Traced):
+            return getattr(int, f"__{name}__")(_guarded(self), other)
+        outcome = compute(self.plain, _plain(other))
+        recorder = _recorder_of(self, other)
+        if recorder is not None:
+            a, b = (other, self) if swapped else (self, other)
+            recorder.guard(a, relation, b, outcome != negated)
+        return outcome
+
+    return compare
+
+
+def _concrete(name: str) -> Callable:
+    compute = getattr(int, name)
+    return lambda self, *others: compute(_guarded(self), *map(_guarded, others))
+
+
+def _negated(self):
+    return _traced_result(-self.plain, "-", 0, self)
+
+
+def _define_operators() -> None:
+    for name, operation in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "/"), ("mod", "%"), ("lshift", "<")):
+        forward, reflected = _arithmetic(name, operation)
+        setattr(Traced, f"__{name}__", forward)
+        setattr(Traced, f"__r{name}__", reflected)
+    Traced.__neg__ = _negated
+    comparisons = {
+        "eq": ("=", False, False),
+        "ne": ("=", False, True),
+        "lt": ("<", False, False),
+        "gt": ("<", True, False),
+        "le": ("<", True, True),
+        "ge": ("<", False, True),
+    }
+    for name, (relation, swapped, negated) in comparisons.items():
+        setattr(Traced, f"__{name}__", _comparison(name, relation, swapped, negated))
+    for name in ("truediv", "rshift", "and", "or", "xor", "pow", "divmod"):
+        setattr(Traced, f"__{name}__", _concrete(f"__{name}__"))
+        setattr(Traced, f"__r{name}__", _concrete(f"__r{name}__"))
+    for name in ("bool", "hash", "int", "float", "abs", "invert", "pos", "round", "trunc", "floor", "ceil"):
+        setattr(Traced, f"__{name}__", _concrete(f"__{name}__"))
+
+
+_define_operators()
