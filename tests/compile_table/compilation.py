@@ -114,8 +114,10 @@ def recorded(label: str, architecture: int, launcher: Callable, /, *args, **kwar
     with contextlib.ExitStack() as patches:
         for kind in (JITFunction, InterpretedFunction):
             patches.enter_context(mock.patch.object(kind, "run", record))
-        for module in _modules_with_architecture():
+        for module in _modules_with("architecture_of", launch.architecture_of):
             patches.enter_context(mock.patch.object(module, "architecture_of", lambda x: architecture))
+        for module in _modules_with("launch", launch.launch):  # which may find a compiled kernel by itself
+            patches.enter_context(mock.patch.object(module, "launch", launch.launch_by_triton))
         launcher(*args, **kwargs)
     return made
 
@@ -128,12 +130,9 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _modules_with_architecture() -> list[object]:
-    return [
-        module
-        for name, module in sys.modules.items()
-        if name.startswith("recattn.triton_kernels") and "architecture_of" in vars(module)
-    ]
+def _modules_with(name: str, value: object) -> list[object]:
+    modules = [module for path, module in sys.modules.items() if path.startswith("recattn.triton_kernels")]
+    return [module for module in modules if vars(module).get(name) is value]
 
 
 def _type(parameter: object, value: object) -> Type:

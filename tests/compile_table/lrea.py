@@ -1,48 +1,52 @@
-"""LREA's training: the middle factor, the products by user, compression."""
+"""LREA's training: attention and compression."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
 import torch
 
-from recattn.triton_kernels.lrea import compress, core, jagged
+from recattn.triton_kernels.lrea import attention as launches
+from recattn.triton_kernels.lrea import compress, jagged
 from tests.compile_table.compilation import ARCHITECTURES, DTYPES, Compilation, meta, name_of, recorded
 
+TILE = ("BLOCK_M", "BLOCK_T", "BLOCK_N")
 USERS, LENGTH, WIDTH = 256, 10_000, 64
-TARGETS, HEADS, TARGET_USERS = 4096, 2, 8
+TARGETS, FEW_TARGETS, HEADS, TARGET_USERS = 8192, 128, 2, 128
 
 
 def shipped_configurations() -> Iterator[Compilation]:
-    """Ranks of 32 to 128, heads of 64, many targets a user, ragged histories, and item ids."""
+    """Ranks of 32 to 128, heads of 64, histories of one length and of many, and item ids."""
     ranks = ((torch.bfloat16, 32), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64))
     for architecture, (dtype, rank) in itertools.product(ARCHITECTURES, ranks):
-        yield from middle_factor(architecture, dtype, rank)
+        yield from attention(architecture, dtype, rank, "sorted")
+    for architecture in ARCHITECTURES:
+        yield from attention(architecture, torch.bfloat16, 64, "of one length")
+        yield from attention(architecture, torch.bfloat16, 64, "split")
     for architecture, dtype in itertools.product(ARCHITECTURES, DTYPES):
-        yield from products_by_user(architecture, dtype)
         yield from compression(architecture, dtype, rank=32)
 
 
-def middle_factor(architecture: int, dtype: torch.dtype, rank: int) -> Iterator[Compilation]:
-    x, w = meta(TARGETS, rank, dtype=dtype), meta(rank, LENGTH, dtype=dtype)
-    x_error = None if dtype == torch.float32 else x
-    ragged = core.RaggedRows(meta(TARGETS, dtype=torch.int32), meta(TARGETS, dtype=torch.int64))
-    name = f"{name_of(dtype)} r={rank}"
-    fwd = f"{name} {{BLOCK_M}}x{{BLOCK_N}}"
-    yield from recorded(fwd, architecture, core.launch_lrea_middle_factor_fwd, x, w, ragged, 0.01)
-    backward = (core.launch_lrea_middle_factor_bwd, x, x, x_error, w, ragged, 0.01)
-    yield recorded(f"{name} dz {{BLOCK_M}}x{{BLOCK_N}}", architecture, *backward)[0]
-    yield recorded(f"{name} dW {{BLOCK_N}}x{{BLOCK_M}}", architecture, *backward)[1]
-
-
-def products_by_user(architecture: int, dtype: torch.dtype) -> Iterator[Compilation]:
-    offsets = meta(TARGET_USERS + 1, dtype=torch.int64)
-    weights, targets = meta(TARGETS, HEADS, WIDTH), meta(TARGETS, HEADS, WIDTH, dtype=dtype)
-    states = meta(TARGET_USERS, HEADS, WIDTH, WIDTH, dtype=dtype)
-    label = f"{name_of(dtype)} {{}} {{{{BLOCK_T}}}}x{{{{BLOCK_K}}}}"
-    launch = jagged.launch_lrea_jagged_dense_bmm
-    yield from recorded(label.format("out"), architecture, launch, weights, states, offsets)
-    if dtype == torch.bfloat16:  # where its product is another
-        yield from recorded(label.format("z"), architecture, launch, targets, states.mT, offsets)
+def attention(architecture: int, dtype: torch.dtype, rank: int, kind: str) -> Iterator[Compilation]:
+    """The launches of a forward and a backward, with histories of many lengths if their users are sorted."""
+    users, targets = TARGET_USERS, FEW_TARGETS if kind == "split" else TARGETS
+    q = meta(targets, HEADS, WIDTH, dtype=dtype)
+    states, w = meta(users, HEADS, rank, WIDTH, dtype=dtype), meta(rank, LENGTH, dtype=dtype)
+    seq_lens = meta(users, dtype=torch.int64) if kind == "sorted" else None
+    tensors = (q, states, states, w, meta(users + 1, dtype=torch.int64), seq_lens)
+    x = meta(1 if dtype == torch.float32 else 2, targets, HEADS, rank, dtype=dtype)
+    y, plan = meta(targets, HEADS, rank), meta(targets, dtype=torch.int32)
+    label = f"{name_of(dtype)} r={rank} {kind}"
+    directions = {
+        "fwd": (launches.launch_lrea_attention_fwd, *tensors, 0.01, 0.125),
+        "bwd": (launches.launch_lrea_attention_bwd, q, *tensors, x, y, plan, 0.01, 0.125),
+    }
+    for direction, call in directions.items():
+        for made in recorded("", architecture, *call):
+            if made.kernel is jagged.lrea_sort_users_kernel and (dtype, rank) != (torch.bfloat16, 64):
+                continue  # the same for all
+            tile = "x".join(str(size) for name, size in made.constexprs.items() if name in TILE)
+            yield dataclasses.replace(made, label=f"{label} {direction} {tile}")
 
 
 def compression(architecture: int, dtype: torch.dtype, rank: int) -> Iterator[Compilation]:
@@ -51,13 +55,13 @@ def compression(architecture: int, dtype: torch.dtype, rank: int) -> Iterator[Co
     dcompressed = meta(USERS, rank, WIDTH, dtype=dtype)
     name = f"{name_of(dtype)} r={rank}"
     yield from recorded(
-        f"{name} {{BLOCK_K}}x{{BLOCK_T}}",
+        f"{name} {{BLOCK_R}}x{{BLOCK_L}}",
         architecture,
         compress.launch_lrea_compress_fwd,
         *(behaviors[0], w_comp, seq_lens, item_ids),
     )
     tile = "{BLOCK_L}x{BLOCK_D}"
-    by_w_comp = (compress.launch_lrea_compress_bwd_w_comp, dcompressed, behaviors, seq_lens)
+    by_w_comp = (compress.launch_lrea_compress_bwd_w_comp, dcompressed, behaviors, seq_lens, LENGTH)
     yield from recorded(f"{name} dW {tile}", architecture, *by_w_comp)
     if dtype == torch.float32:  # in half precision it needs few registers
         by_behaviors = (compress.launch_lrea_compress_bwd_behaviors, dcompressed, w_comp, seq_lens, LENGTH)

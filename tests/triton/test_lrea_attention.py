@@ -22,8 +22,8 @@ from tests.helpers.strategies import ragged_lengths, seeds
 pytest.importorskip("triton")
 
 from recattn.triton_kernels.common import launch
+from recattn.triton_kernels.lrea import attention as attention_kernels
 from recattn.triton_kernels.lrea import compress as compress_kernels
-from recattn.triton_kernels.lrea import core, jagged
 from tests.compile_table.compilation import recorded
 
 COMPRESS_GRADS = ["behaviors", "w_comp"]
@@ -34,8 +34,17 @@ compress = functools.partial(recattn.lrea_compress, impl="triton")
 @pytest.fixture
 def splits(monkeypatch):
     """Cut every loop in three, however short it is."""
-    for module in (core, jagged, compress_kernels):
+    for module in (attention_kernels, compress_kernels):
         monkeypatch.setattr(module, "num_splits", lambda programs, steps: 3)
+    monkeypatch.setattr(attention_kernels, "FEWEST_SPLIT_STEPS", 0)
+    monkeypatch.setattr(attention_kernels, "FEWEST_SPLIT_TARGETS", 0)
+
+
+@pytest.fixture
+def sorts(monkeypatch):
+    """Sort users by length, however few they are."""
+    monkeypatch.setattr(attention_kernels, "LARGE_PRODUCT", 0)
+    monkeypatch.setattr(attention_kernels, "PRODUCTS_PER_PAIR", 0)
 
 
 def here(inputs: dict) -> dict:
@@ -87,6 +96,23 @@ def test_restored_in_shares(lengths, dtype, splits):
     check_restored(draw_restored(counts=(3, 30, 50, 1), heads=1, length=200, seq_lens=lengths, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", [(3, 5, 0, 40, 1, 17), (1,) * 40])
+def test_restored_sorted(counts, dtype, sorts):
+    lengths = torch.randint(0, 101, (len(counts),)).tolist()
+    check_restored(draw_restored(counts=counts, seq_lens=lengths, dtype=dtype))
+
+
+def test_restored_sorted_in_shares(sorts, splits):
+    check_restored(draw_restored(counts=(3, 30, 50, 1), heads=1, length=200, seq_lens=[200, 0, 70, 131]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [99, 104])
+def test_restored_of_aligned_and_padded_rows(length, dtype, sorts):
+    check_restored(draw_restored(counts=(30, 5), heads=1, length=length, dtype=dtype))
+
+
 @settings(max_examples=5)
 @given(counts=ragged_lengths(40), lengths=st.data(), rank=st.integers(1, 9), seed=seeds)
 def test_restored_ragged(counts, lengths, rank, seed):
@@ -132,8 +158,8 @@ def test_restored_of_nothing(inputs):
 
 def test_restored_holds_no_score_for_every_target_and_behavior(monkeypatch):
     # The kernels themselves: a dispatch mode does not see inside an operator.
-    for name in ("jagged_dense_bmm", "jagged_jagged_bmm", "middle_factor_fwd", "middle_factor_bwd"):
-        monkeypatch.setattr(ops, f"lrea_{name}", getattr(ops, f"_{name}"))
+    for name in ("attention_fwd", "attention_bwd"):
+        monkeypatch.setattr(by_triton, f"lrea_{name}", getattr(by_triton, name))
     targets, length = 384, 256
     counts, sizes = (200, targets - 200), {"heads": 1, "rank": 4, "dim": 4, "value_dim": 4, "length": length}
     inputs = here(draw_restored(counts, **sizes, seq_lens=[length, 9]))
@@ -239,7 +265,10 @@ def restored_in_range(targets, keys, values, w_decomp, target_offsets, seq_lens,
 @pytest.mark.parametrize(
     "offsets", [[3, 9, 9, 40, 67], [0, 9, 9, 40, 51], [20, 21, 30, 40, 41], [-90, -3, 9, 90, 100], [67] * 5, [90] * 5]
 )
-def test_targets_of_no_user_are_zeros(offsets, lengths, unchecked):
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_targets_of_no_user_are_zeros(offsets, lengths, is_sorted, unchecked, request):
+    if is_sorted:
+        request.getfixturevalue("sorts")
     inputs = guarded(draw_restored(heads=1, seq_lens=lengths), RESTORED_GRADS)
     inputs["target_offsets"] = torch.tensor(offsets, device=DEVICE)
     assert_matches_reference(attend, restored_in_range, inputs, grads=RESTORED_GRADS)
@@ -249,7 +278,10 @@ def test_targets_of_no_user_are_zeros(offsets, lengths, unchecked):
 @pytest.mark.parametrize(
     "offsets", [[0, 50, 20, 40, 67], [67, 40, 20, 9, 0], [1 << 40, 3, 1 << 62, -(1 << 62), -1], [5, -9, 99, -9, 99]]
 )
-def test_offsets_out_of_order_read_nothing_outside(offsets, lengths, unchecked):
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_offsets_out_of_order_read_nothing_outside(offsets, lengths, is_sorted, unchecked, request):
+    if is_sorted:
+        request.getfixturevalue("sorts")
     inputs = guarded(draw_restored(heads=1, seq_lens=lengths), RESTORED_GRADS)
     inputs["target_offsets"] = torch.tensor(offsets, device=DEVICE)
     leaves = [inputs[name].requires_grad_() for name in RESTORED_GRADS]
@@ -315,16 +347,10 @@ def test_reruns_agree_to_the_bit(forced, request):
 @pytest.mark.parametrize("lengths", [None, [100, 0, 7, 64]])
 def test_opcheck(lengths):
     inputs = here(draw_restored(seq_lens=lengths, dtype=torch.float16))
-    offsets, w, seq_lens = inputs["target_offsets"], inputs["w_decomp"], inputs["seq_lens"]
-    matmul = (inputs["targets"], inputs["keys"].mT, offsets)
-    z = ops.lrea_jagged_dense_bmm(*matmul)
-    for op, arguments in (
-        (ops.lrea_jagged_dense_bmm, matmul),
-        (ops.lrea_jagged_jagged_bmm, (z, inputs["targets"], offsets)),
-        (ops.lrea_middle_factor_fwd, (z, w, offsets, seq_lens, 0.01)),
-        (ops.lrea_middle_factor_bwd, (strided(z), z, strided(w), offsets, seq_lens, 0.01)),
-    ):
-        torch.library.opcheck(op, arguments)
+    tensors = (*(strided(inputs[name]) for name in RESTORED_GRADS), inputs["target_offsets"], inputs["seq_lens"])
+    out, *saved = by_triton.lrea_attention_fwd(*tensors, 0.01, 0.25)
+    torch.library.opcheck(torch.ops.recattn.lrea_attention_bwd.default, (strided(out), *tensors, *saved, 0.01, 0.25))
+    torch.library.opcheck(torch.ops.recattn.lrea_attention_fwd.default, (*tensors, 0.01, 0.25))
 
 
 @pytest.mark.parametrize("lengths", [None, [100, 0, 7]])
@@ -334,10 +360,11 @@ def test_opcheck_compress(lengths):
     ids = torch.randint(3, (3, 100), device=DEVICE)
     dcompressed = torch.randn(3, 8, 17, device=DEVICE)
     for op, arguments in (
-        (ops.lrea_compress_fwd, (behaviors, w_comp, seq_lens, None)),
-        (ops.lrea_compress_fwd, (behaviors[:, 0], w_comp, seq_lens, ids)),
-        (ops.lrea_compress_bwd_behaviors, (dcompressed, w_comp, seq_lens, 100)),
-        (ops.lrea_compress_bwd_w_comp, (dcompressed, behaviors, seq_lens)),
+        (torch.ops.recattn.lrea_compress_fwd.default, (behaviors, w_comp, seq_lens, None)),
+        (torch.ops.recattn.lrea_compress_fwd.default, (behaviors[:, 0], w_comp, seq_lens, ids)),
+        (torch.ops.recattn.lrea_compress_bwd_behaviors.default, (dcompressed, w_comp, seq_lens, 100)),
+        (torch.ops.recattn.lrea_compress_bwd_w_comp.default, (dcompressed, behaviors, seq_lens, 100)),
+        (torch.ops.recattn.lrea_compress_bwd_w_comp.default, (dcompressed, behaviors, seq_lens, 120)),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -363,7 +390,7 @@ def test_launches_compile_alike_for_any_batch():
         leaves = [inputs[name].requires_grad_() for name in grads]
         torch.autograd.grad(function(**inputs).sum(), leaves)
 
-    for counts, length in (((16, 16, 64), 64), ((1, 0, 2, 97), 99)):
+    for counts, length in (((16, 16, 64), 64), ((1, 0, 2, 97), 104)):
         restored = here(draw_restored(counts=counts, length=length, seq_lens=[length] * len(counts)))
         compressed = draw_compress(users=len(counts), length=length, dim=16, rank=16, seq_lens=[length] * len(counts))
         launches = recorded("", 90, gradients, attend, restored, RESTORED_GRADS)

@@ -19,7 +19,8 @@ from recattn._options import (
 )
 from recattn.triton_kernels.common import launch
 from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
-from recattn.triton_kernels.lrea import compress, core, jagged
+from recattn.triton_kernels.lrea import compress
+from recattn.triton_kernels.lrea.attention import launch_lrea_attention_bwd, launch_lrea_attention_fwd
 from recattn.triton_kernels.refined_attention import projection, short_backward
 from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
 from recattn.triton_kernels.sink_attention import (
@@ -215,42 +216,40 @@ def test_refined_projection(layout, monkeypatch):
     assert_last_alone(operator, {name: draw(layout, b=batch, n=length) for name in ("q", "k", "dx")})
 
 
-def user_products(rows, others, matrices, target_offsets) -> dict[str, Tensor]:
-    return {
-        "product": jagged.launch_lrea_jagged_dense_bmm(rows, matrices, target_offsets),
-        "outer": jagged.launch_lrea_jagged_jagged_bmm(rows, others, target_offsets),
-    }
+def lrea_attention(targets, dout, keys, values, w, target_offsets) -> dict[str, Tensor]:
+    tensors = (targets, keys, values, w, target_offsets, None)
+    out, *saved = launch_lrea_attention_fwd(*tensors, 0.1, 1 / D)
+    dtargets, dkeys, dvalues, dw = launch_lrea_attention_bwd(dout, *tensors, *saved, 0.1, 1 / D)
+    return {"out": out, "dtargets": dtargets, "dkeys": dkeys, "dvalues": dvalues, "dw": dw.t()}
 
 
 @pytest.mark.parametrize("by_features", [False, True])
-def test_lrea_user_products(by_features):
-    """N targets a user."""
-    rows, others = (draw_rows(B * N, 1, D) for _ in range(2))
+def test_lrea_attention(by_features, monkeypatch):
+    """N targets a user. The loop over all targets is split into many."""
+    monkeypatch.setattr(launch, "FULL_GRID", 5000)
+    targets, dout = (draw_rows(B * N, 1, D) for _ in range(2))
     if by_features:
-        rows, others = (draw_columns(B * N, D, torch.randn(D).half())[:, None] for _ in range(2))
-    inputs = {"rows": rows, "others": others, "matrices": draw(LAYOUTS[2 * by_features])}
-    offsets = {"target_offsets": torch.arange(B + 1) * N}
-    last = {"rows": rows[-N:], "others": others[-N:], "matrices": inputs["matrices"][-1:]}
-    assert_last_alone(user_products, inputs | offsets, last | {"target_offsets": torch.tensor([0, N])})
+        targets, dout = (draw_columns(B * N, D, torch.randn(D).half())[:, None] for _ in range(2))
+    states = {name: draw(LAYOUTS[2 * by_features]) for name in ("keys", "values")}
+    others = {"w": torch.randn(N, 40).half(), "target_offsets": torch.arange(B + 1) * N}
+    last = {name: x[-1:] for name, x in states.items()}
+    last |= {"targets": targets[-N:], "dout": dout[-N:], "w": others["w"], "target_offsets": torch.tensor([0, N])}
+    assert_last_alone(lrea_attention, states | {"targets": targets, "dout": dout} | others, last)
 
 
-def middle_factor(z, w) -> dict[str, Tensor]:
-    y = core.launch_lrea_middle_factor_fwd(z, w, None, 0.1)
-    dz, dw = core.launch_lrea_middle_factor_bwd(z, z, z, w, None, 0.1)
-    return {"y": y, "dz": dz, "dw": dw.t()}
+def test_lrea_attention_of_long_histories(monkeypatch):
+    """The loop over all columns of W is split into many."""
+    monkeypatch.setattr(launch, "FULL_GRID", 5000)
+    inputs = {name: torch.randn(N, 1, D).half() for name in ("targets", "dout")}
+    inputs |= {name: torch.randn(1, 1, D, D).half() for name in ("keys", "values")}
+    w = torch.empty(D, B * N, dtype=torch.float16)
+    w[:, -512:] = torch.randn(D, 512)
+    inputs["target_offsets"] = torch.tensor([0, N])
 
+    def dw(**inputs) -> dict[str, Tensor]:
+        return {"dw": lrea_attention(**inputs)["dw"]}
 
-@pytest.mark.parametrize("many", ["rows", "columns"])
-def test_lrea_middle_factor(many, monkeypatch):
-    """Loops over so many rows or columns are split into 512."""
-    monkeypatch.setattr(launch, "FULL_GRID", B * N)
-    if many == "rows":
-        z, w = draw_rows(B * N, D, drawn=128), torch.randn(D, 40).half()
-        assert_last_alone(middle_factor, {"z": z, "w": w}, {"z": z[-128:], "w": w})
-    else:
-        z, w = torch.randn(N, D).half(), torch.empty(D, B * N, dtype=torch.float16)
-        w[:, -512:] = torch.randn(D, 512)
-        assert_last_alone(middle_factor, {"z": z, "w": w}, {"z": z, "w": w[:, -512:]})
+    assert_last_alone(dw, inputs | {"w": w}, inputs | {"w": w[:, -512:]})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -262,7 +261,7 @@ def test_lrea_compress(layout, monkeypatch):
         return {
             "compressed": compress.launch_lrea_compress_fwd(behaviors, w_comp, None, None),
             "dbehaviors": compress.launch_lrea_compress_bwd_behaviors(dcompressed, w_comp, None, N),
-            "dw_comp": compress.launch_lrea_compress_bwd_w_comp(dcompressed, behaviors, None),
+            "dw_comp": compress.launch_lrea_compress_bwd_w_comp(dcompressed, behaviors, None, N),
         }
 
     behaviors, dcompressed = draw(layout, torch.float32), draw("bhnd", torch.float32)

@@ -1,20 +1,74 @@
-"""Compression of histories, C_u = W_compᵀ E_u, which reads each behaviour once, and its backward.
-
-C_u = Σ_l W_l ⊗ E_ul is a sum of outer products: its kernel is that of `jagged_jagged_bmm`.
-"""
+"""Compression of histories, C_u = W_compᵀ E_u, which reads each behaviour once, and its backward."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, TileConfig, num_splits, reduce_splits
+from recattn.triton_kernels.common.launch import TileConfig, cdiv, host_block_width, launch, num_splits, reduce_splits
 from recattn.triton_kernels.common.ragged import locate_sequence
-from recattn.triton_kernels.common.tiles import block_width, load_rows, offset, store_rows
-from recattn.triton_kernels.lrea.jagged import launch_outer_sum
+from recattn.triton_kernels.common.tiles import load_rows, offset, store_rows
 
 
 # A new batch must not compile anew.
+@triton.jit(do_not_specialize=["L", "num_items"])
+def lrea_compress_fwd_kernel(
+    w_comp,
+    behaviors,
+    seq_lens,
+    item_ids,
+    out,
+    L,
+    num_items,
+    stride_wl,
+    stride_wr,
+    stride_eu,
+    stride_el,
+    stride_ed,
+    stride_iu,
+    stride_il,
+    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: a block of C_u = Σ_l W_l ⊗ E_ul, from one split of user u's behaviours l.
+
+    for each BLOCK_L behaviours of the user:
+        W tile [BLOCK_L, BLOCK_R], E tile [BLOCK_L, BLOCK_D]
+        acc += Wᵀ E                                                       [BLOCK_R, BLOCK_D]
+    out[split] = acc
+
+    A user's behaviours are the first seq_lens[u] of L. With item_ids the row of E is item_ids[u, l], and zeros where
+    that is not below num_items.
+    """
+    user = tl.program_id(0).to(tl.int64)
+    first_rank = tl.program_id(1) // tl.cdiv(WIDTH, BLOCK_D) * BLOCK_R
+    first_column = tl.program_id(1) % tl.cdiv(WIDTH, BLOCK_D) * BLOCK_D
+    _, length, _ = locate_sequence(user, L, seq_lens, None, False)
+    length = tl.minimum(length, L)
+    split_size = tl.cdiv(tl.cdiv(length, BLOCK_L), tl.num_programs(2)) * BLOCK_L
+    start = tl.program_id(2) * split_size
+    stop = tl.minimum(start + split_size, length)
+    w_base = w_comp + offset(first_rank, stride_wr)
+    e_base = behaviors + user * stride_eu + offset(first_column, stride_ed)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for first in range(start, stop, BLOCK_L):
+        rows = first + tl.arange(0, BLOCK_L)
+        valid = rows < stop
+        w_tile = load_rows(w_base, rows, valid, stride_wl, stride_wr, RANK - first_rank, BLOCK_R)  # [BL, BR]
+        if item_ids is not None:
+            rows = tl.load(item_ids + user * stride_iu + offset(rows, stride_il), mask=valid, other=-1)
+            valid = (rows >= 0) & (rows < num_items)
+        e_tile = load_rows(e_base, rows, valid, stride_el, stride_ed, WIDTH - first_column, BLOCK_D)  # [BL, BD]
+        acc = tl.dot(tl.trans(w_tile), e_tile, acc, input_precision="ieee")
+    num_users = tl.num_programs(0).to(tl.int64)
+    out_base = out + (tl.program_id(2) * num_users + user) * RANK * WIDTH + first_rank * WIDTH + first_column
+    ranks = tl.arange(0, BLOCK_R)
+    store_rows(out_base, acc, ranks, ranks < RANK - first_rank, WIDTH, 1, WIDTH - first_column, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=["L"])
 def lrea_compress_bwd_behaviors_kernel(
     dcompressed,
@@ -53,7 +107,7 @@ def lrea_compress_bwd_behaviors_kernel(
     store_rows(out_base, gradient, rows, rows < L, WIDTH, 1, WIDTH - first_column, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_users", "L"])
+@triton.jit(do_not_specialize=["num_users", "L", "Lmax"])
 def lrea_compress_bwd_w_comp_kernel(
     dcompressed,
     behaviors,
@@ -61,6 +115,7 @@ def lrea_compress_bwd_w_comp_kernel(
     dw,
     num_users,
     L,
+    Lmax,
     stride_eu,
     stride_el,
     stride_ed,
@@ -70,7 +125,7 @@ def lrea_compress_bwd_w_comp_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_L rows of dW = Σ_u E_u dC_uᵀ, from one split of the users.
+    """One program: BLOCK_L of the Lmax rows of dW = Σ_u E_u dC_uᵀ, from one split of the users.
 
     for each user, and each BLOCK_D columns:
         acc += E tile [BLOCK_L, BLOCK_D] @ dC tile [R, BLOCK_D]ᵀ          [BLOCK_L, R]
@@ -79,7 +134,7 @@ def lrea_compress_bwd_w_comp_kernel(
     rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     split_size = tl.cdiv(num_users, tl.num_programs(1))
     first_user = tl.program_id(1) * split_size
-    stop_user = tl.minimum(first_user + split_size, num_users)
+    stop_user = tl.where(tl.program_id(0) * BLOCK_L < L, tl.minimum(first_user + split_size, num_users), first_user)
     STEPS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     ranks = tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
@@ -93,7 +148,7 @@ def lrea_compress_bwd_w_comp_kernel(
         d_base = dcompressed + user * RANK * WIDTH + first_column
         d_tile = load_rows(d_base, ranks, ranks < RANK, WIDTH, 1, WIDTH - first_column, BLOCK_D)  # [R, BD]
         acc = tl.dot(e_tile, tl.trans(d_tile), acc, input_precision="ieee")
-    store_rows(dw + tl.program_id(1).to(tl.int64) * L * RANK, acc, rows, rows < L, RANK, 1, RANK, BLOCK_R)
+    store_rows(dw + tl.program_id(1).to(tl.int64) * Lmax * RANK, acc, rows, rows < Lmax, RANK, 1, RANK, BLOCK_R)
 
 
 # --- Launchers ---
@@ -104,13 +159,34 @@ def launch_lrea_compress_fwd(
 ) -> Tensor:
     """[U, r, d] in behaviors' dtype; behaviors [U, L, d], or a table [I, d] of which item_ids [U, L] are the rows."""
     if item_ids is None:
-        length = behaviors.shape[1]
+        users, length, width = behaviors.shape
+        stride_eu, stride_el, stride_ed = behaviors.stride()
+        num_items, stride_iu, stride_il = 0, 0, 0
     else:
-        users, length = item_ids.shape
-        behaviors = behaviors.expand(users, -1, -1)
-    block_t = 32 if behaviors.dtype == torch.float32 else 64
-    partials = launch_outer_sum(w_comp[None], behaviors[:, None], seq_lens, None, item_ids, length, block_t)
-    return reduce_splits(partials, behaviors.dtype)[:, 0]
+        (users, length), (num_items, width) = item_ids.shape, behaviors.shape
+        stride_eu, (stride_el, stride_ed) = 0, behaviors.stride()
+        stride_iu, stride_il = item_ids.stride()
+    rank = w_comp.shape[1]
+    block_l = 32 if behaviors.dtype == torch.float32 else 64
+    tile = TileConfig(min(host_block_width(rank), 64), min(host_block_width(width), 64), num_warps=4, num_stages=3)
+    tiles = cdiv(rank, tile.block_m) * cdiv(width, tile.block_n)
+    splits = num_splits(users * tiles, cdiv(length, block_l))
+    out = behaviors.new_empty(splits, users, rank, width, dtype=None if splits == 1 else torch.float32)
+    if out.numel() == 0:
+        return out[0]
+    launch(
+        lrea_compress_fwd_kernel,
+        (users, tiles, splits),
+        *(w_comp, behaviors, seq_lens, item_ids, out),
+        *(length, num_items, *w_comp.stride(), stride_eu, stride_el, stride_ed, stride_iu, stride_il),
+        RANK=rank,
+        WIDTH=width,
+        BLOCK_L=block_l,
+        BLOCK_R=tile.block_m,
+        BLOCK_D=tile.block_n,
+        **tile.launch_options,
+    )
+    return reduce_splits(out, behaviors.dtype)
 
 
 def launch_lrea_compress_bwd_behaviors(
@@ -118,45 +194,47 @@ def launch_lrea_compress_bwd_behaviors(
 ) -> Tensor:
     """dE [U, L, d] in dcompressed's dtype; dcompressed [U, r, d] and w_comp [Lmax, r] are contiguous."""
     users, rank, width = dcompressed.shape
-    tile = TileConfig(64, min(block_width(width), 64), num_warps=4, num_stages=2)
+    tile = TileConfig(64, min(host_block_width(width), 64), num_warps=4, num_stages=2)
     dbehaviors = dcompressed.new_empty(users, length, width)
-    grid = (users * triton.cdiv(length, tile.block_m), triton.cdiv(width, tile.block_n))
+    grid = (users * cdiv(length, tile.block_m), cdiv(width, tile.block_n))
     if 0 in grid:
         return dbehaviors
-    with torch.cuda.device_of(dcompressed):
-        lrea_compress_bwd_behaviors_kernel[grid](
-            *(dcompressed, w_comp, seq_lens, dbehaviors),
-            *(length, rank, w_comp.stride(0)),
-            WIDTH=width,
-            BLOCK_L=tile.block_m,
-            BLOCK_R=min(block_width(rank), 32),
-            BLOCK_D=tile.block_n,
-            **tile.launch_options,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+    launch(
+        lrea_compress_bwd_behaviors_kernel,
+        grid,
+        *(dcompressed, w_comp, seq_lens, dbehaviors),
+        *(length, rank, w_comp.stride(0)),
+        WIDTH=width,
+        BLOCK_L=tile.block_m,
+        BLOCK_R=min(host_block_width(rank), 32),
+        BLOCK_D=tile.block_n,
+        **tile.launch_options,
+    )
     return dbehaviors
 
 
-def launch_lrea_compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None) -> Tensor:
-    """dW, float32 [L, r]; dcompressed [U, r, d] is contiguous."""
+def launch_lrea_compress_bwd_w_comp(
+    dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, longest: int
+) -> Tensor:
+    """dW [longest, r] in behaviors' dtype, zeros behind the behaviours; dcompressed [U, r, d] is contiguous."""
     (users, rank, width), length = dcompressed.shape, behaviors.shape[1]
     block_l = 32 if behaviors.dtype == torch.float32 and rank > 128 else 64
-    tile = TileConfig(block_l, min(block_width(width), 64), num_warps=4, num_stages=3)
-    blocks = triton.cdiv(length, tile.block_m)
+    tile = TileConfig(block_l, min(host_block_width(width), 64), num_warps=4, num_stages=3)
+    blocks = cdiv(longest, tile.block_m)
     splits = num_splits(blocks, users)
-    dw = behaviors.new_empty(splits, length, rank, dtype=torch.float32)
+    dw = behaviors.new_empty(splits, longest, rank, dtype=None if splits == 1 else torch.float32)
     if blocks == 0:
-        return reduce_splits(dw, torch.float32)
-    with torch.cuda.device_of(dcompressed):
-        lrea_compress_bwd_w_comp_kernel[(blocks, splits)](
-            *(dcompressed, behaviors, seq_lens, dw),
-            *(users, length, *behaviors.stride()),
-            RANK=rank,
-            WIDTH=width,
-            BLOCK_L=tile.block_m,
-            BLOCK_R=block_width(rank),
-            BLOCK_D=tile.block_n,
-            **tile.launch_options,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
-    return reduce_splits(dw, torch.float32)
+        return dw[0]
+    launch(
+        lrea_compress_bwd_w_comp_kernel,
+        (blocks, splits),
+        *(dcompressed, behaviors, seq_lens, dw),
+        *(users, length, longest, *behaviors.stride()),
+        RANK=rank,
+        WIDTH=width,
+        BLOCK_L=tile.block_m,
+        BLOCK_R=host_block_width(rank),
+        BLOCK_D=tile.block_n,
+        **tile.launch_options,
+    )
+    return reduce_splits(dw, behaviors.dtype)

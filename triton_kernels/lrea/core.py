@@ -1,51 +1,38 @@
 """LREA's middle factor: a two-layer MLP with tied weights, forward and backward, tile by tile.
 
-    out = φ(x W) Wᵀ                  x [N, r], W [r, L], φ the leaky ReLU, L the length of a history
+    x = scale · targets keysᵀ        y = φ(x W) Wᵀ        out = y values
+    x, y [N, r], W [r, L], φ the leaky ReLU, L the length of a history; keys and values are the target's user's
 
-φ(s) = φ'(s) s, so out = J(x) x with J(x) = W diag(φ'(x W)) Wᵀ. J is symmetric, so dx = J(x) dout: one kernel, which
-computes rows of the result and loops over the columns of W, is the forward and half of the backward. The other kernel
-computes columns of
+φ(s) = φ'(s) s, so y = J(x) x with J(x) = W diag(φ'(x W)) Wᵀ. J is symmetric, so the backward is the same chain:
 
-    dW = Σ_n  x_n ⊗ φ'(x_n W)∘(dout_n W) + dout_n ⊗ φ(x_n W)
+    dy = dout valuesᵀ                dx = J(x) dy         dtargets = scale · dx keys
 
-and loops over the rows. Both recompute the hidden layer x W in tiles: no tensor [N, L] is in memory. Where rows see
-different numbers of columns, they are sorted by that number: a block of rows then sees about the same columns, and a
-block of columns is seen by the last rows.
+One kernel, which computes rows of the result and loops over the columns of W, is the forward and half of the backward.
+The other kernel computes columns of
 
-Half precision rounds x, dout, and φ and φ'∘(dout W) before they multiply W, so in float16 they must be in its range;
-sums are float32. φ' jumps at 0, so the backward adds the hidden layer of x's rounding error: its signs are then
-float32's.
+    dW = Σ_n  x_n ⊗ φ'(x_n W)∘(dy_n W) + dy_n ⊗ φ(x_n W)
+
+and loops over the rows. Both recompute the hidden layer x W in tiles: no tensor [N, L] is in memory. Rows that see
+different numbers of columns are sorted by that number where it pays: a block of rows then sees about the same columns,
+and a block of columns is seen by the last rows.
+
+Half precision rounds x, dy, and φ and φ'∘(dy W) before they multiply W, so in float16 they must be in its range; sums
+are float32. φ' jumps at 0, so the backward adds the hidden layer of x's rounding error: its signs are then float32's.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.nn.functional import pad
 
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, TileConfig, num_splits, reduce_splits
-from recattn.triton_kernels.common.tiles import block_width, load_rows, offset, store_rows
-
-LARGEST_RANK = 256
-
-
-@triton.jit
-def count_at_most(ascending, size, values, search_steps):
-    """How many of `size` ascending numbers in memory are at most each value: a binary search."""
-    low = values * 0
-    high = low + size
-    for _ in range(0, search_steps):
-        middle = (low + high) // 2
-        searching = low < high
-        at_most = tl.load(ascending + middle, mask=searching, other=0) <= values
-        high = tl.where(searching & (at_most == 0), middle, high)
-        low = tl.where(searching & at_most, middle + 1, low)
-    return low
-
-
-# --- The kernels ---
+from recattn.triton_kernels.common.tiles import Matrix, load_rows, offset, store_rows
+from recattn.triton_kernels.lrea.jagged import (
+    count_at_most,
+    load_tile,
+    locate_targets,
+    multiply_by_user,
+    order_of,
+    store_product,
+    store_tile,
+)
 
 
 @triton.jit
@@ -59,94 +46,207 @@ def add_columns(
     acc,
     x_tile,
     x_error_tile,
-    dout_tile,
+    dy_tile,
     w,
     stride_w,
     first_column,
+    L,
     lengths,
     negative_slope,
+    RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    W_UNIT: tl.constexpr,
     MASKED: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
-    """acc + φ(x W) Wᵀ over a block of columns; with dout acc + (φ'(x W)∘(dout W)) Wᵀ."""
+    """acc + φ(x W) Wᵀ over a block of columns; with dy acc + (φ'(x W)∘(dy W)) Wᵀ."""
     ranks = tl.arange(0, acc.shape[1])
     columns = first_column + tl.arange(0, BLOCK_N)
-    w_tile = tl.load(w + offset(ranks[:, None], stride_w) + columns[None, :])  # [R, BN]
+    addresses = w + offset(ranks[:, None], stride_w) + columns[None, :]
+    if MASKED:
+        # W_UNIT columns have one mask, so that they are loaded at once.
+        in_w = (ranks < RANK)[:, None] & (columns // W_UNIT < tl.cdiv(L, W_UNIT))[None, :]
+        w_tile = tl.load(addresses, mask=in_w, other=0.0)  # [R, BN]
+    elif acc.shape[1] > RANK:
+        w_tile = tl.load(addresses, mask=(ranks < RANK)[:, None], other=0.0)
+    else:
+        w_tile = tl.load(addresses)
     hidden = tl.dot(x_tile, w_tile, input_precision="ieee")  # [BM, BN]
     if x_error_tile is not None:
         hidden = tl.dot(x_error_tile, w_tile, hidden, input_precision="ieee")
     dhidden = hidden
-    if dout_tile is not None:
-        dhidden = tl.dot(dout_tile, w_tile, input_precision="ieee")
+    if dy_tile is not None:
+        dhidden = tl.dot(dy_tile, w_tile, input_precision="ieee")
     activated = leaky_relu_grad(dhidden, hidden, negative_slope)
-    if MASKED:
+    if MASKED and RAGGED:
         activated = tl.where(columns[None, :] < lengths[:, None], activated, 0.0)
     return tl.dot(activated.to(w_tile.dtype), tl.trans(w_tile), acc, input_precision="ieee")
 
 
 # A new batch, or a new number for an option, must not compile anew.
-@triton.jit(do_not_specialize=["N", "L", "negative_slope"])
-def lrea_middle_factor_rows_kernel(
-    x,
-    x_error,
-    dout,
+@triton.jit(
+    do_not_specialize=["T", "U", "H", "L", "w_units", "lhs_scale", "out_scale", "negative_slope", "search_steps"],
+)
+def lrea_rows_kernel(
+    lhs,
+    lhs_matrices,
+    out_matrices,
+    jagged,
     w,
-    lengths,
-    order,
+    x,
+    dy,
+    y,
     out,
-    N,
+    T,
+    U,
+    H,
     L,
-    stride_w,
+    w_units,
+    lhs_scale,
+    out_scale,
     negative_slope,
+    search_steps,
+    LHS_WIDTH: tl.constexpr,
     RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
-    """One program: BLOCK_M rows of out = φ(x W) Wᵀ, or with dout of dx = (φ'(x W)∘(dout W)) Wᵀ, from one split of W.
+    """One program: BLOCK_M targets of one head, from one split of W's columns.
 
+    Forward: lhs is targets, its matrices are keys, those of out are values. Backward, if there is a dy: lhs is dout,
+    its matrices are values, those of out are keys; y is dx and out dtargets.
+
+    z = lhs_scale · lhs lhs_matricesᵀ                                     [BLOCK_M, R]; stored as x or as dy
     for each BLOCK_N columns of W:                                        W tile [R, BLOCK_N]
         hidden = x W (+ x_error W)                                        [BLOCK_M, BLOCK_N]
-        activated = φ(hidden), or φ'(hidden)∘(dout W)                     masked only beyond the shortest row
-        acc += activated Wᵀ                                               [BLOCK_M, R]
-    out[split] = acc                                                      `order` puts sorted rows back in place
+        activated = φ(hidden), or φ'(hidden)∘(dy W)                       masked only beyond the shortest row
+        y += activated Wᵀ                                                 [BLOCK_M, R]
+    out = out_scale · y out_matrices                                      [BLOCK_M, OUT_WIDTH]
+
+    x [parts, T, H, r], where part 1 is its rounding error, dy [T, H, r] and y [splits, T, H, r] are in the order of
+    positions. W's rows are w_units · W_UNIT apart, and
+    zero from column L on. Without `out`, each split of y is stored and that is all.
     """
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
-    rows = first_row + tl.arange(0, BLOCK_M)
-    valid = rows < N
-    x_tile = load_rows(x, rows, valid, RANK, 1, RANK, BLOCK_R)  # [BM, R]
+    head = (tl.program_id(0) % H).to(tl.int64)
+    block = tl.num_programs(0) // H - 1 - tl.program_id(0) // H  # the longest first
+    positions = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    if dy is None:
+        tile = locate_targets(jagged, positions, T, U, L, search_steps, SORTED)
+        store_tile(jagged, tile, positions, T)
+        tl.debug_barrier()  # it is read by other threads than those that stored it
+    else:
+        tile = load_tile(jagged, positions, T)
+    valid = positions < T
+    z = multiply_by_user(
+        tile,
+        order_of(jagged, T),
+        U,
+        Matrix(lhs.ptr + head * lhs.stride_h, lhs.stride_n, lhs.stride_d),
+        tile.targets,
+        lhs_matrices.ptr + head * lhs_matrices.stride_h,
+        lhs_matrices.stride_b,
+        lhs_matrices.stride_d,
+        lhs_matrices.stride_n,
+        LHS_WIDTH,
+        RANK,
+        BLOCK_D,
+        BLOCK_R,
+        SORTED,
+    )
+    z *= lhs_scale
+    # Where the rows of a tile [T, H, r] of one head begin.
+    first = head * RANK
+    stride_t = H * RANK
+    part = tl.cast(T, tl.int64) * stride_t
     x_error_tile = None
-    if x_error is not None:
-        x_error_tile = load_rows(x_error, rows, valid, RANK, 1, RANK, BLOCK_R)
-    dout_tile = None
-    if dout is not None:
-        dout_tile = load_rows(dout, rows, valid, RANK, 1, RANK, BLOCK_R)
-    # Columns that some row sees, and columns that all rows see. Behind column L W is zero.
-    row_lengths = None
-    seen_by_some = L
-    seen_by_all = L
-    if lengths is not None:
-        row_lengths = tl.load(lengths + rows, mask=valid, other=0)
-        seen_by_some = tl.minimum(tl.load(lengths + tl.minimum(first_row + BLOCK_M, N) - 1), L)
-        shortest = tl.load(lengths + first_row)
-        seen_by_all = tl.where(shortest < L, shortest // BLOCK_N * BLOCK_N, L)
-    split_size = tl.cdiv(tl.cdiv(seen_by_some, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    start = tl.program_id(1) * split_size
-    stop = tl.minimum(start + split_size, seen_by_some)
-    masked_from = tl.maximum(tl.minimum(seen_by_all, stop), start)
+    dy_tile = None
+    if dy is None:
+        x_tile = z.to(w.dtype.element_ty)
+        store_rows(x + first, x_tile, positions, valid, stride_t, 1, RANK, BLOCK_R)
+        if x_tile.dtype != tl.float32:
+            x_error = z - x_tile.to(tl.float32)
+            store_rows(x + part + first, x_error, positions, valid, stride_t, 1, RANK, BLOCK_R)
+    else:
+        store_rows(dy + first, z, positions, valid, stride_t, 1, RANK, BLOCK_R)
+        tl.debug_barrier()  # loaded, it takes fewer registers in the loops
+        dy_tile = load_rows(dy + first, positions, valid, stride_t, 1, RANK, BLOCK_R)
+        x_tile = load_rows(x + first, positions, valid, stride_t, 1, RANK, BLOCK_R)
+        if x_tile.dtype != tl.float32:
+            x_error_tile = load_rows(x + part + first, positions, valid, stride_t, 1, RANK, BLOCK_R)
+
+    RAGGED: tl.constexpr = jagged.seq_lens is not None
+    end = tl.max(tile.lengths) if RAGGED else L
+    # Each split has every so many-th block. It masks from the first that not all rows see whole; unsorted, all.
+    first_block, splits = tl.program_id(1), tl.num_programs(1)
+    first_masked = first_block
+    if SORTED or not RAGGED:
+        # Not the minimum of the lengths: Triton sees no alignment in what is computed from a reduction.
+        whole_blocks = (tl.load(jagged.plan + block * BLOCK_M) if RAGGED else L) // BLOCK_N
+        first_masked += tl.cdiv(tl.maximum(whole_blocks - first_block, 0), splits) * splits
+    masked_from, step = first_masked * BLOCK_N, splits * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for column in range(start, masked_from, BLOCK_N):
+    for column in range(first_block * BLOCK_N, tl.minimum(masked_from, end), step):
         acc = add_columns(
-            acc, x_tile, x_error_tile, dout_tile, w, stride_w, column, row_lengths, negative_slope, BLOCK_N, False
+            acc,
+            x_tile,
+            x_error_tile,
+            dy_tile,
+            w,
+            w_units * W_UNIT,
+            column,
+            L,
+            tile.lengths,
+            negative_slope,
+            RANK,
+            BLOCK_N,
+            W_UNIT,
+            False,
+            RAGGED,
         )
-    if lengths is not None:
-        for column in range(tl.multiple_of(masked_from, BLOCK_N), stop, BLOCK_N):
-            acc = add_columns(
-                acc, x_tile, x_error_tile, dout_tile, w, stride_w, column, row_lengths, negative_slope, BLOCK_N, True
-            )
-        rows = tl.load(order + rows, mask=valid, other=0)
-    split_out = out + tl.program_id(1).to(tl.int64) * N * RANK
-    store_rows(split_out, acc, rows, valid, RANK, 1, RANK, BLOCK_R)
+    for column in range(masked_from, end, step):
+        acc = add_columns(
+            acc,
+            x_tile,
+            x_error_tile,
+            dy_tile,
+            w,
+            w_units * W_UNIT,
+            column,
+            L,
+            tile.lengths,
+            negative_slope,
+            RANK,
+            BLOCK_N,
+            W_UNIT,
+            True,
+            RAGGED,
+        )
+    store_rows(y + tl.program_id(1) * part + first, acc, positions, valid, stride_t, 1, RANK, BLOCK_R)
+    if out is not None:
+        tl.debug_barrier()  # y is read by other threads than those that stored it
+        store_product(
+            load_tile(jagged, positions, T),  # again, lest it take registers in the loops
+            order_of(jagged, T),
+            U,
+            y,
+            positions,
+            out_matrices,
+            head,
+            out,
+            out_scale,
+            H,
+            RANK,
+            OUT_WIDTH,
+            BLOCK_K,
+            BLOCK_D,
+            SORTED,
+        )
 
 
 @triton.jit
@@ -155,11 +255,12 @@ def add_rows(
     w_tile,
     columns,
     x,
-    x_error,
-    dout,
+    dy,
+    lengths,
+    part,
+    H,
     first_row,
     stop,
-    lengths,
     negative_slope,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -169,57 +270,66 @@ def add_rows(
     rows = first_row + tl.arange(0, BLOCK_M)
     valid = rows < stop
     x_tile = load_rows(x, rows, valid, RANK, 1, RANK, acc.shape[1])  # [BM, R]
-    dout_tile = load_rows(dout, rows, valid, RANK, 1, RANK, acc.shape[1])
+    dy_tile = load_rows(dy, rows, valid, RANK, 1, RANK, acc.shape[1])
     hidden = tl.dot(w_tile, tl.trans(x_tile), input_precision="ieee")  # [BN, BM]
-    if x_error is not None:
-        x_error_tile = load_rows(x_error, rows, valid, RANK, 1, RANK, acc.shape[1])
+    if x_tile.dtype != tl.float32:
+        x_error_tile = load_rows(x + part, rows, valid, RANK, 1, RANK, acc.shape[1])
         hidden = tl.dot(w_tile, tl.trans(x_error_tile), hidden, input_precision="ieee")
-    dhidden = leaky_relu_grad(tl.dot(w_tile, tl.trans(dout_tile), input_precision="ieee"), hidden, negative_slope)
+    dhidden = leaky_relu_grad(tl.dot(w_tile, tl.trans(dy_tile), input_precision="ieee"), hidden, negative_slope)
     activated = leaky_relu_grad(hidden, hidden, negative_slope)
     if MASKED:
-        seen = columns[:, None] < tl.load(lengths + rows, mask=valid, other=0)[None, :]
+        seen = columns[:, None] < tl.load(lengths + rows // H, mask=valid, other=0)[None, :]
         dhidden, activated = tl.where(seen, dhidden, 0.0), tl.where(seen, activated, 0.0)
     acc = tl.dot(dhidden.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
-    return tl.dot(activated.to(dout_tile.dtype), dout_tile, acc, input_precision="ieee")
+    return tl.dot(activated.to(dy_tile.dtype), dy_tile, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["N", "L", "negative_slope", "search_steps"])
-def lrea_middle_factor_columns_kernel(
+@triton.jit(do_not_specialize=["T", "H", "L", "w_units", "negative_slope", "search_steps"])
+def lrea_columns_kernel(
     x,
-    x_error,
-    dout,
+    dy,
     w,
     lengths,
     dw,
-    N,
+    T,
+    H,
     L,
-    stride_w,
+    w_units,
     negative_slope,
     search_steps,
     RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
     """One program: BLOCK_N columns of dW, from one split of the rows that see them.
 
-    for each BLOCK_M rows:                                                x, dout tiles [BLOCK_M, R]
+    for each BLOCK_M rows:                                                x, dy tiles [BLOCK_M, R]
         hidden = Wᵀ xᵀ (+ Wᵀ x_errorᵀ)                                    [BLOCK_N, BLOCK_M]
-        dhidden = φ'(hidden)∘(Wᵀ doutᵀ);  activated = φ(hidden)           masked only before the first row to see all
-        acc += dhidden x + activated dout                                 [BLOCK_N, R]
+        dhidden = φ'(hidden)∘(Wᵀ dyᵀ);  activated = φ(hidden)             masked only before the first row to see all
+        acc += dhidden x + activated dy                                   [BLOCK_N, R]
     dw[split] = accᵀ
+
+    x and dy are those of the rows kernel: N = T H rows. `lengths` [T] says what the rows of a position see, if not all
+    of W.
     """
     first_column = tl.program_id(0) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)
-    ranks = tl.arange(0, BLOCK_R)
-    w_tile = tl.load(w + columns[:, None] + offset(ranks[None, :], stride_w))  # [BN, R]
-    # Rows ascend by length: those from first_row on see some of these columns, the last of them all.
+    w_tile = load_rows(w, columns, columns < L, 1, w_units * W_UNIT, RANK, BLOCK_R)  # [BN, R]
     first_row = 0
     first_to_see_all = 0
     if lengths is not None:
-        first_row = count_at_most(lengths, N, first_column, search_steps)
-        last_column = tl.minimum(first_column + BLOCK_N, L) - 1
-        first_to_see_all = count_at_most(lengths, N, last_column, search_steps)
+        first_to_see_all = T
+        if SORTED:
+            # Rows ascend by length: those from first_row on see some of these columns, the last of them all.
+            first_row = count_at_most(lengths, T, first_column, search_steps) * H
+            last_column = tl.minimum(first_column + BLOCK_N, L) - 1
+            first_to_see_all = count_at_most(lengths, T, last_column, search_steps)
+        first_to_see_all *= H
+    N = T * H
+    part = tl.cast(N, tl.int64) * RANK
     split_size = tl.cdiv(tl.cdiv(N - first_row, BLOCK_M), tl.num_programs(1)) * BLOCK_M
     start = first_row + tl.program_id(1) * split_size
     stop = tl.minimum(start + split_size, N)
@@ -229,140 +339,10 @@ def lrea_middle_factor_columns_kernel(
         masked_until = start + blocks * BLOCK_M
         for row in range(start, masked_until, BLOCK_M):
             acc = add_rows(
-                acc, w_tile, columns, x, x_error, dout, row, stop, lengths, negative_slope, RANK, BLOCK_M, True
+                acc, w_tile, columns, x, dy, lengths, part, H, row, stop, negative_slope, RANK, BLOCK_M, True
             )
         start = masked_until
     for row in range(start, stop, BLOCK_M):
-        acc = add_rows(acc, w_tile, columns, x, x_error, dout, row, stop, lengths, negative_slope, RANK, BLOCK_M, False)
+        acc = add_rows(acc, w_tile, columns, x, dy, lengths, part, H, row, stop, negative_slope, RANK, BLOCK_M, False)
     split_dw = dw + tl.program_id(1).to(tl.int64) * RANK * L
     store_rows(split_dw, acc, columns, columns < L, 1, L, RANK, BLOCK_R)
-
-
-# --- Launchers ---
-
-
-class RaggedRows(NamedTuple):
-    """Rows sorted by the number of columns of W that they see."""
-
-    lengths: Tensor  # [N] int32, ascending
-    order: Tensor  # [N] the row of the result that each sorted row is
-
-
-class MiddleFactorConfig(NamedTuple):
-    """Tiles of each kernel, BLOCK_M rows of x by BLOCK_N columns of W. `bwd_rows` is the rows kernel with dout."""
-
-    fwd: TileConfig
-    bwd_rows: TileConfig
-    bwd_columns: TileConfig
-
-    @classmethod
-    def heuristic(cls, rank: int, dtype: torch.dtype) -> "MiddleFactorConfig":
-        tiles = TILES["single" if dtype == torch.float32 else "half"]
-        return tiles[min(limit for limit in tiles if limit >= rank)]
-
-    @classmethod
-    def of(cls, *tiles: tuple[int, int, int, int]) -> "MiddleFactorConfig":
-        return cls(*(TileConfig(*tile) for tile in tiles))
-
-
-LARGEST_BLOCK = 128
-# Tiles that do not spill, by precision and rank. Float32 tiles are small: float32 products are made in registers.
-TILES = {
-    "half": {
-        64: MiddleFactorConfig.of((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-        128: MiddleFactorConfig.of((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
-        256: MiddleFactorConfig.of((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-    },
-    "single": {
-        32: MiddleFactorConfig.of((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
-        64: MiddleFactorConfig.of((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
-        128: MiddleFactorConfig.of((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
-        256: MiddleFactorConfig.of((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
-    },
-}
-
-
-def launch_lrea_middle_factor_fwd(x: Tensor, w: Tensor, ragged: RaggedRows | None, negative_slope: float) -> Tensor:
-    """out, float32 [N, r]; x [N, r] is contiguous, w [r, L] has its dtype. `ragged`: x is sorted, and out is not."""
-    inputs = MiddleFactorInputs(x, None, _pad_to_blocks(w), w.shape[1], ragged, negative_slope)
-    tile = MiddleFactorConfig.heuristic(x.shape[1], w.dtype).fwd
-    return reduce_splits(_launch_rows(inputs, None, tile), torch.float32)
-
-
-def launch_lrea_middle_factor_bwd(
-    dout: Tensor, x: Tensor, x_error: Tensor | None, w: Tensor, ragged: RaggedRows | None, negative_slope: float
-) -> tuple[Tensor, Tensor]:
-    """dx, float32 [N, r], and dw, float32 [r, L].
-
-    dout and x_error (what rounding took from x) are like x; otherwise as in the forward.
-    """
-    inputs = MiddleFactorInputs(x, x_error, _pad_to_blocks(w), w.shape[1], ragged, negative_slope)
-    config = MiddleFactorConfig.heuristic(x.shape[1], w.dtype)
-    dx = _launch_rows(inputs, dout, config.bwd_rows)
-    dw = _launch_columns(inputs, dout, config.bwd_columns)
-    return reduce_splits(dx, torch.float32), reduce_splits(dw, torch.float32)
-
-
-class MiddleFactorInputs(NamedTuple):
-    """What both launches take."""
-
-    x: Tensor
-    x_error: Tensor | None
-    w: Tensor  # padded to whole blocks
-    num_columns: int  # without the padding
-    ragged: RaggedRows | None
-    negative_slope: float
-
-
-def _pad_to_blocks(w: Tensor) -> Tensor:
-    """W, contiguous, with zeros up to whole blocks: zeros add nothing to a product, so no load of W needs a mask."""
-    rank, columns = w.shape
-    missing = (0, -columns % LARGEST_BLOCK, 0, block_width(rank) - rank)
-    return pad(w, missing) if any(missing) else w.contiguous()
-
-
-def _launch_rows(inputs: MiddleFactorInputs, dout: Tensor | None, tile: TileConfig) -> Tensor:
-    """[splits, N, r]: out, or with dout dx."""
-    x, x_error, w, columns, ragged, negative_slope = inputs
-    lengths, order = ragged or (None, None)
-    rows, rank = x.shape
-    blocks = triton.cdiv(rows, tile.block_m)
-    splits = num_splits(blocks, triton.cdiv(columns, tile.block_n))
-    out = x.new_empty(splits, rows, rank, dtype=torch.float32)
-    if blocks == 0:
-        return out
-    with torch.cuda.device_of(x):
-        lrea_middle_factor_rows_kernel[(blocks, splits)](
-            *(x, x_error, dout, w, lengths, order, out),
-            *(rows, columns, w.stride(0), negative_slope),
-            RANK=rank,
-            BLOCK_R=w.shape[0],
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            **tile.launch_options,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
-    return out
-
-
-def _launch_columns(inputs: MiddleFactorInputs, dout: Tensor, tile: TileConfig) -> Tensor:
-    """[splits, r, L]: dW."""
-    x, x_error, w, columns, ragged, negative_slope = inputs
-    rows, rank = x.shape
-    blocks = triton.cdiv(columns, tile.block_n)
-    splits = num_splits(blocks, triton.cdiv(rows, tile.block_m))
-    dw = x.new_empty(splits, rank, columns, dtype=torch.float32)
-    if blocks == 0:
-        return dw
-    with torch.cuda.device_of(x):
-        lrea_middle_factor_columns_kernel[(blocks, splits)](
-            *(x, x_error, dout, w, ragged and ragged.lengths, dw),
-            *(rows, columns, w.stride(0), negative_slope, rows.bit_length()),
-            RANK=rank,
-            BLOCK_R=w.shape[0],
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            **tile.launch_options,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
-    return dw

@@ -2,26 +2,26 @@
 
 The restored form never restores. It takes three steps, all in the rank r of the compressed history:
 
-    rank_scores  = scale · targets keysᵀ          jagged_dense_bmm
-    rank_weights = φ(rank_scores W) Wᵀ            the middle factor: a two-layer MLP, its hidden layer L wide
-    out          = rank_weights values            jagged_dense_bmm
+    x   = scale · targets keysᵀ
+    y   = φ(x W) Wᵀ                    the middle factor: a two-layer MLP, its hidden layer L wide
+    out = y values
 
 All users share W, and the hidden layer is computed tile by tile; the backward recomputes its tiles. The kernels of
-training are Triton's on a GPU, and on a CPU C++ (csrc/cpu) beside PyTorch's matmuls; those of serving are C++ on both.
+training are Triton's on a GPU and C++ (csrc/cpu) on a CPU; those of serving are C++ on both.
 """
 
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu, pad
+from torch.nn.functional import leaky_relu
 
 from recattn import reference
 from recattn._check import expect_same_device
 from recattn._dispatch import is_transformed
 from recattn._extension import MISSING
 from recattn._options import LreaAttentionOptions
-from recattn.ops._library import as_dtype, define, differentiable_again, is_traced
+from recattn.ops._library import define, differentiable_again, is_traced
 from recattn.ops._support import resolve_scale
 from recattn.ops.lrea_attention import triton as by_triton
 
@@ -65,31 +65,24 @@ class LreaAttentionFunction(torch.autograd.Function):
         slope, scale, path = options
         tensors = (targets, keys, values, w_decomp, target_offsets, seq_lens)
         if _takes_triton(targets, path):
-            rank_scores = lrea_jagged_dense_bmm(targets, keys.mT, target_offsets)  # [T, H, r]
-            rank_scores = rank_scores * resolve_scale(scale, targets.shape[2])
-            rank_weights = lrea_middle_factor_fwd(rank_scores, w_decomp, target_offsets, seq_lens, slope)
-            out = as_dtype(lrea_jagged_dense_bmm(rank_weights, values, target_offsets), targets.dtype)
+            scale = resolve_scale(scale, targets.shape[2])
+            out, *saved = by_triton.lrea_attention_fwd(*tensors, slope, scale)
         else:
-            out, rank_scores, rank_weights = torch.ops.recattn.lrea_restored_fwd.default(*tensors, slope, scale)
-        ctx.save_for_backward(*tensors, rank_scores, rank_weights)
+            out, *saved = torch.ops.recattn.lrea_restored_fwd.default(*tensors, slope, scale)
+        ctx.save_for_backward(*tensors, *saved)
         ctx.options = options
         return out
 
     @staticmethod
     @differentiable_again(_attention_reference)
     def backward(ctx, dout):
-        targets, keys, values, w_decomp, offsets, seq_lens, rank_scores, rank_weights = ctx.saved_tensors
+        targets, *_ = ctx.saved_tensors
         slope, scale, path = ctx.options
-        if not _takes_triton(targets, path):
+        if _takes_triton(targets, path):
+            scale = resolve_scale(scale, targets.shape[2])
+            gradients = by_triton.lrea_attention_bwd(dout, *ctx.saved_tensors, slope, scale)
+        else:
             gradients = torch.ops.recattn.lrea_restored_bwd.default(dout, *ctx.saved_tensors, slope, scale)
-            return *gradients, None, None, None
-        dvalues = lrea_jagged_jagged_bmm(rank_weights, dout, offsets)
-        dweights = lrea_jagged_dense_bmm(dout, values.mT, offsets)
-        dscores, dw_decomp = lrea_middle_factor_bwd(dweights, rank_scores, w_decomp, offsets, seq_lens, slope)
-        dscores = dscores * resolve_scale(scale, targets.shape[2])
-        dkeys = lrea_jagged_jagged_bmm(dscores, targets, offsets)
-        dtargets = lrea_jagged_dense_bmm(dscores, keys, offsets)
-        gradients = (gradient.to(targets.dtype) for gradient in (dtargets, dkeys, dvalues, dw_decomp))
         return *gradients, None, None, None
 
 
@@ -118,8 +111,7 @@ class LreaCompressFunction(torch.autograd.Function):
         if wants_dbehaviors:
             dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1])
         if wants_dw_comp:
-            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens).to(w_comp.dtype)
-            dw_comp = pad(dw_comp, (0, 0, 0, w_comp.shape[0] - behaviors.shape[1]))
+            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens, w_comp.shape[0])
         return dbehaviors, dw_comp, None, None
 
 
@@ -212,77 +204,6 @@ lrea_gram_bwd = define(
 )
 
 
-# --- Products by user: targets as a jagged batch. Triton's; the C++ operators include them. ---
-
-
-def _jagged_dense_bmm(x: Tensor, y: Tensor, target_offsets: Tensor) -> Tensor:
-    """out[t, h] = x[t, h] @ y[user of t, h]: [T, H, k], [U, H, k, n] -> [T, H, n]"""
-    return by_triton.jagged_dense_bmm(x, y, target_offsets)
-
-
-def _jagged_jagged_bmm(x: Tensor, y: Tensor, target_offsets: Tensor) -> Tensor:
-    """out[u, h] = Σ x[t, h] ⊗ y[t, h] over the targets of u: [T, H, k], [T, H, n] -> [U, H, k, n]"""
-    return by_triton.jagged_jagged_bmm(x, y, target_offsets)
-
-
-def _jagged_dense_bmm_fake(x, y, target_offsets):
-    return x.new_empty(*x.shape[:2], y.shape[-1], dtype=_accumulate_dtype(x.dtype))
-
-
-def _jagged_jagged_bmm_fake(x, y, target_offsets):
-    users = target_offsets.shape[0] - 1
-    return x.new_empty(users, x.shape[1], x.shape[2], y.shape[2], dtype=_accumulate_dtype(x.dtype))
-
-
-lrea_jagged_dense_bmm = define(
-    "lrea_jagged_dense_bmm(Tensor x, Tensor y, Tensor target_offsets) -> Tensor",
-    cpu=_jagged_dense_bmm,
-    cuda=_jagged_dense_bmm,
-    fake=_jagged_dense_bmm_fake,
-)
-lrea_jagged_jagged_bmm = define(
-    "lrea_jagged_jagged_bmm(Tensor x, Tensor y, Tensor target_offsets) -> Tensor",
-    cpu=_jagged_jagged_bmm,
-    cuda=_jagged_jagged_bmm,
-    fake=_jagged_jagged_bmm_fake,
-)
-
-
-# --- The middle factor: φ(x W) Wᵀ of x [T, H, r], W = w_decomp [r, L] ---
-
-
-def _middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope) -> Tensor:
-    return by_triton.middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope)
-
-
-def _middle_factor_bwd(dout, x, w_decomp, target_offsets, seq_lens, negative_slope) -> tuple[Tensor, Tensor]:
-    """dx and dw_decomp."""
-    return by_triton.middle_factor_bwd(dout, x, w_decomp, target_offsets, seq_lens, negative_slope)
-
-
-def _middle_factor_fwd_fake(x, w_decomp, target_offsets, seq_lens, negative_slope):
-    return x.new_empty(x.shape)
-
-
-def _middle_factor_bwd_fake(dout, x, w_decomp, target_offsets, seq_lens, negative_slope):
-    return x.new_empty(x.shape), x.new_empty(w_decomp.shape)
-
-
-_MIDDLE_FACTOR = "Tensor x, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens, float negative_slope"
-lrea_middle_factor_fwd = define(
-    f"lrea_middle_factor_fwd({_MIDDLE_FACTOR}) -> Tensor",
-    cpu=_middle_factor_fwd,
-    cuda=_middle_factor_fwd,
-    fake=_middle_factor_fwd_fake,
-)
-lrea_middle_factor_bwd = define(
-    f"lrea_middle_factor_bwd(Tensor dout, {_MIDDLE_FACTOR}) -> (Tensor, Tensor)",
-    cpu=_middle_factor_bwd,
-    cuda=_middle_factor_bwd,
-    fake=_middle_factor_bwd_fake,
-)
-
-
 # --- Compression ---
 
 
@@ -295,9 +216,9 @@ def _compress_bwd_behaviors(dcompressed: Tensor, w_comp: Tensor, seq_lens: Tenso
     return by_triton.compress_bwd_behaviors(dcompressed, w_comp, seq_lens, length)
 
 
-def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None) -> Tensor:
-    """dW = Σ E dCᵀ over users [L, r]"""
-    return by_triton.compress_bwd_w_comp(dcompressed, behaviors, seq_lens)
+def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, longest: int) -> Tensor:
+    """dW = Σ E dCᵀ over users [longest, r]"""
+    return by_triton.compress_bwd_w_comp(dcompressed, behaviors, seq_lens, longest)
 
 
 def _compress_fake(behaviors, w_comp, seq_lens, item_ids):
@@ -309,9 +230,8 @@ def _compress_bwd_behaviors_fake(dcompressed, w_comp, seq_lens, length):
     return dcompressed.new_empty(dcompressed.shape[0], length, dcompressed.shape[2])
 
 
-def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens):
-    dtype = _accumulate_dtype(behaviors.dtype)
-    return behaviors.new_empty(behaviors.shape[1], dcompressed.shape[1], dtype=dtype)
+def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens, longest):
+    return behaviors.new_empty(longest, dcompressed.shape[1])
 
 
 # Triton's. The C++ operators are recattn::lrea_compress and lrea_compress_bwd.
@@ -328,7 +248,7 @@ lrea_compress_bwd_behaviors = define(
     fake=_compress_bwd_behaviors_fake,
 )
 lrea_compress_bwd_w_comp = define(
-    "lrea_compress_bwd_w_comp(Tensor dcompressed, Tensor behaviors, Tensor? seq_lens) -> Tensor",
+    "lrea_compress_bwd_w_comp(Tensor dcompressed, Tensor behaviors, Tensor? seq_lens, SymInt longest) -> Tensor",
     cpu=_compress_bwd_w_comp,
     cuda=_compress_bwd_w_comp,
     fake=_compress_bwd_w_comp_fake,

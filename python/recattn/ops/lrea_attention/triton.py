@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from recattn.ops._library import define
 from recattn.ops._support import constant_in_graphs, contiguous, triton_unsupported_reason
 
 
@@ -20,61 +20,66 @@ def unsupported_reason(device_type: str, dtype: torch.dtype | None, rank: int) -
 
 @constant_in_graphs
 def _largest_rank() -> int:
-    from recattn.triton_kernels.lrea.core import LARGEST_RANK
+    from recattn.triton_kernels.lrea.attention import LARGEST_RANK
 
     return LARGEST_RANK
 
 
-def jagged_dense_bmm(x: Tensor, y: Tensor, target_offsets: Tensor) -> Tensor:
-    from recattn.triton_kernels.lrea.jagged import launch_lrea_jagged_dense_bmm
-
-    return launch_lrea_jagged_dense_bmm(x, y, target_offsets.contiguous())
+# --- Attention ---
 
 
-def jagged_jagged_bmm(x: Tensor, y: Tensor, target_offsets: Tensor) -> Tensor:
-    from recattn.triton_kernels.lrea.jagged import launch_lrea_jagged_jagged_bmm
+def attention_fwd(
+    targets, keys, values, w_decomp, target_offsets, seq_lens, negative_slope, scale
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, and what the backward takes: x, y and the plan."""
+    from recattn.triton_kernels.lrea.attention import launch_lrea_attention_fwd
 
-    return launch_lrea_jagged_jagged_bmm(x, y, target_offsets.contiguous())
-
-
-def middle_factor_fwd(x, w_decomp, target_offsets, seq_lens, negative_slope) -> Tensor:
-    from recattn.triton_kernels.lrea.core import launch_lrea_middle_factor_fwd
-
-    ragged = _sort_rows_by_length(x, target_offsets, seq_lens)
-    x_rows = _take_rows(x, ragged).to(w_decomp.dtype)
-    return launch_lrea_middle_factor_fwd(x_rows, w_decomp, ragged, negative_slope).view(x.shape)
+    tensors = (targets, keys, values, w_decomp, target_offsets.contiguous(), contiguous(seq_lens))
+    return launch_lrea_attention_fwd(*tensors, negative_slope, scale)
 
 
-def middle_factor_bwd(dout, x, w_decomp, target_offsets, seq_lens, negative_slope) -> tuple[Tensor, Tensor]:
-    from recattn.triton_kernels.lrea.core import launch_lrea_middle_factor_bwd
+def attention_bwd(
+    dout, targets, keys, values, w_decomp, target_offsets, seq_lens, x, y, plan, negative_slope, scale
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dtargets, dkeys, dvalues and dw_decomp."""
+    from recattn.triton_kernels.lrea.attention import launch_lrea_attention_bwd
 
-    dtype = w_decomp.dtype
-    ragged = _sort_rows_by_length(x, target_offsets, seq_lens)
-    x_rows, dout_rows = _take_rows(x, ragged), _take_rows(dout, ragged).to(dtype)
-    rounded = x_rows.to(dtype)
-    x_error = None if dtype == x.dtype else (x_rows - rounded).to(dtype)
-    dx, dw = launch_lrea_middle_factor_bwd(dout_rows, rounded, x_error, w_decomp, ragged, negative_slope)
-    return dx.view(x.shape), dw
+    tensors = (dout, targets, keys, values, w_decomp, target_offsets.contiguous(), contiguous(seq_lens), x, y, plan)
+    return launch_lrea_attention_bwd(*tensors, negative_slope, scale)
 
 
-def _sort_rows_by_length(x: Tensor, target_offsets: Tensor, seq_lens: Tensor | None):
-    """The T·H rows of x [T, H, r] by how many columns of W they see; None where all see all of them."""
-    from recattn.triton_kernels.lrea.core import RaggedRows
-
-    if seq_lens is None:
-        return None
-    targets, heads, _ = x.shape
-    # Targets before the first offset and behind the last are of no user: they see 0 columns.
-    rows = torch.arange(targets, dtype=target_offsets.dtype, device=x.device)
-    users = torch.searchsorted(target_offsets.contiguous(), rows, right=True)
-    lengths = pad(seq_lens.int(), (1, 1))[users]
-    return RaggedRows(*lengths[:, None].expand(targets, heads).flatten().sort(stable=True))
+def _attention_fwd_fake(targets, keys, values, w_decomp, target_offsets, seq_lens, negative_slope, scale):
+    (num_targets, heads, _), (users, _, rank, width) = targets.shape, values.shape
+    out = targets.new_empty(num_targets, heads, width)
+    parts = 1 if w_decomp.dtype == torch.float32 else 2
+    x = w_decomp.new_empty(parts, num_targets, heads, rank)
+    y = targets.new_empty(num_targets, heads, rank, dtype=torch.float32)
+    plan = targets.new_empty(3 * num_targets + 4 * (users + 2), dtype=torch.int32)
+    return out, x, y, plan
 
 
-def _take_rows(x: Tensor, ragged) -> Tensor:
-    """[T, H, r] -> [T·H, r], in the order of `ragged`."""
-    rows = x.flatten(0, 1)
-    return rows.contiguous() if ragged is None else rows[ragged.order]
+def _attention_bwd_fake(dout, targets, keys, values, w_decomp, *_others):
+    tensors = (targets, keys, values, w_decomp)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
+_TENSORS = "Tensor targets, Tensor keys, Tensor values, Tensor w_decomp, Tensor target_offsets, Tensor? seq_lens"
+lrea_attention_fwd = define(
+    f"lrea_attention_fwd({_TENSORS}, float negative_slope, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=attention_fwd,
+    cuda=attention_fwd,
+    fake=_attention_fwd_fake,
+)
+lrea_attention_bwd = define(
+    f"lrea_attention_bwd(Tensor dout, {_TENSORS}, Tensor x, Tensor y, Tensor plan, float negative_slope, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=attention_bwd,
+    cuda=attention_bwd,
+    fake=_attention_bwd_fake,
+)
+
+
+# --- Compression ---
 
 
 def compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
@@ -90,7 +95,7 @@ def compress_bwd_behaviors(dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor
     return launch_lrea_compress_bwd_behaviors(*tensors, length)
 
 
-def compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None) -> Tensor:
+def compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, longest: int) -> Tensor:
     from recattn.triton_kernels.lrea.compress import launch_lrea_compress_bwd_w_comp
 
-    return launch_lrea_compress_bwd_w_comp(dcompressed.contiguous(), behaviors, contiguous(seq_lens))
+    return launch_lrea_compress_bwd_w_comp(dcompressed.contiguous(), behaviors, contiguous(seq_lens), longest)
