@@ -80,20 +80,20 @@ Tensor checked_offsets(const std::string& name, const Tensor& offsets, int64_t t
     });
 }
 
-// With seq_lens, which are checked, only the first seq_lens[u] entries of a row count.
+// With seq_lens, which are checked, only the first seq_lens[u] entries of rows[u] count.
 Tensor checked_rows(const std::string& name, const Tensor& rows, int64_t table_size,
                     const std::optional<Tensor>& seq_lens) {
+    const bool padded = seq_lens && rows.dim() == 2;
     std::vector<int64_t> lengths;
-    if (seq_lens) {
-        expect_shape(name.c_str(), rows, {{"U"}, {"L"}});
+    if (padded) {
         expect_shape("seq_lens", *seq_lens, {{"U", rows.size(0)}});
         expect_integer("seq_lens", *seq_lens);
         lengths = to_vector(*seq_lens);
     }
-    const int64_t longest = seq_lens ? rows.size(1) : 1;
+    const int64_t longest = padded ? rows.size(1) : 1;
     return check_copy(name, rows, [&](const auto& copy) {
         const auto fits = [&](int64_t i, int64_t row) {
-            return is_row(row, table_size) || (seq_lens && i % longest >= lengths[i / longest]);
+            return is_row(row, table_size) || (padded && i % longest >= lengths[i / longest]);
         };
         expect_all(name, copy, fits, "rows of a table of ", table_size);
     });

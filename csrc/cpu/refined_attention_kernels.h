@@ -271,8 +271,8 @@ inline RECATTN_TARGET void fold(const float* w_q, const float* w_k, int64_t n, i
     const int64_t width = round_up_to_lanes<float>(n);
     Scratch<float> w_k_t(rank * width);
     transpose(Lhs<float>{w_k, rank, 1}, n, rank, w_k_t.data(), width);
-    multiply_triangular({w_q + begin * rank, rank, 1}, {w_k_t.data(), width},
-                        {out + begin * out_row_stride, out_row_stride, false}, {end - begin, rank, n}, {});
+    multiply_in_blocks(Lhs<float>{w_q + begin * rank, rank, 1}, Rhs<float>{w_k_t.data(), width},
+                       {out + begin * out_row_stride, out_row_stride, false}, end - begin, rank, width);
 }
 
 // Rows begin..end of out [n, rank] = dproduct w, with dproduct[i * row_stride + j * column_stride] and w [n, rank]. In
@@ -285,8 +285,8 @@ inline RECATTN_TARGET void unfold(const float* dproduct, int64_t row_stride, int
         for (int64_t j = 0; j < n; ++j) lhs.data()[(i - begin) * n + j] = dproduct[i * row_stride + j * column_stride];
     }
     for (int64_t j = 0; j < n; ++j) copy_row(w + j * rank, rank, rhs.data() + j * width);
-    multiply<RECATTN_TILE_ROWS>(Lhs<double>{lhs.data(), n, 1}, Rhs<double>{rhs.data(), width},
-                                {out + begin * width, width, false}, end - begin, n, width);
+    multiply_in_blocks(Lhs<double>{lhs.data(), n, 1}, Rhs<double>{rhs.data(), width},
+                       {out + begin * width, width, false}, end - begin, n, width);
 }
 
 // --- Tasks ---

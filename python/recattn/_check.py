@@ -213,7 +213,7 @@ def checked_rows(name: str, rows: Tensor, table_size: int, seq_lens: Tensor | No
     rows = rows.clone()
     if not _lie_between(rows, 0, table_size - 1):
         holds = (rows >= 0) & (rows < table_size)
-        if seq_lens is not None:
+        if seq_lens is not None and rows.dim() == 2:
             holds |= torch.arange(rows.shape[-1], device=rows.device) >= seq_lens[:, None]
         _expect_all(name, holds, f"rows of a table of {table_size}", rows)
     return rows
