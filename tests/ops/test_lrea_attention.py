@@ -203,6 +203,34 @@ def test_threads_share_one_user_and_agree():
     assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
 
 
+@compiled_kernels
+@pytest.mark.parametrize("lengths", [None, range(61, 101)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_threads_change_no_gradient(dtype, lengths):
+    """So large that the threads share the work."""
+    seq_lens = None if lengths is None else list(lengths)
+    restored = draw_restored(range(40), rank=17, dim=33, value_dim=30, seq_lens=seq_lens, dtype=dtype)
+    histories = draw_compress(users=40, seq_lens=seq_lens, dtype=dtype)
+
+    def run():
+        results = []
+        for function, inputs in ((recattn.lrea_attention, restored), (recattn.lrea_compress, histories)):
+            leaves = [x.requires_grad_() for x in inputs.values() if x is not None and x.is_floating_point()]
+            out = function(**inputs, impl="cpu")
+            results += [out, *torch.autograd.grad(out.square().sum(), leaves)]
+        return results
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run()
+        torch.set_num_threads(3)
+        together = run()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, alone, together))
+
+
 def test_reruns_are_bitwise_equal():
     def run():
         torch.manual_seed(1)
