@@ -107,6 +107,9 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
     table = {"behaviors": torch.ones(5, 16), "w_comp": torch.ones(3, 16), "item_ids": torch.zeros(B, 3, **integers)}
     states = {name: leaf(B, 2, 16, 16) for name in ("keys", "values")}
     targets = {"targets": leaf(2 * B, 2, 16), **states, "w_decomp": leaf(16, 3), "target_offsets": offsets}
+    # Histories so long that users are sorted, and their columns split.
+    few_targets = {"targets": leaf(4, 2, 16), "keys": leaf(2, 2, 16, 16), "values": leaf(2, 2, 16, 16)}
+    few_targets |= {"w_decomp": leaf(16, 2**21), "target_offsets": offsets[:3]}
 
     return {
         "sink_attention": lambda: train(sink_attention, dense | logits, causal=True),
@@ -131,6 +134,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
         "lrea_compress by item id": lambda: lrea_compress(**table),
         "lrea_attention": lambda: train(lrea_attention, targets),
         "lrea_attention of ragged histories": lambda: train(lrea_attention, targets, seq_lens=lengths),
+        "lrea_attention of long histories": lambda: train(lrea_attention, few_targets, seq_lens=lengths[:2]),
     }
 
 

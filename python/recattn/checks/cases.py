@@ -229,7 +229,7 @@ def lrea_compress_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
     ]
 
 
-def lrea_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
+def lrea_attention_cases(device: str, _dtype: torch.dtype) -> list[Case]:
     def draw(dtype, counts, heads, length, rank, dim, value_dim, seq_lens=None):
         users = len(counts)
         return {
@@ -243,11 +243,18 @@ def lrea_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
 
     grads = ("targets", "keys", "values", "w_decomp")
     ragged = torch.tensor([100, 0, 1, 40])
-    return [
+    cases = [
         Case("odd", lambda dtype: draw(dtype, (3, 0, 1, 63), 2, 101, 7, 20, 12), grads),
         Case("ragged", lambda dtype: draw(dtype, (3, 0, 1, 63), 2, 100, 16, 32, 32, ragged), grads),
         Case(REAL, lambda dtype: draw(dtype, (50,) * 8, 1, 1024, 32, 64, 64), grads),
     ]
+    if device == "cuda":  # whose kernels sort users where much is multiplied, and split histories for few targets
+        lengths = torch.randint(2049, (64,))
+        cases += [
+            Case("long", lambda dtype: draw(dtype, (100, 0, 3, 197), 1, 16384, 64, 64, 64, 163 * ragged), grads),
+            Case("sorted", lambda dtype: draw(dtype, (132,) * 64, 1, 2048, 32, 64, 64, lengths), grads),
+        ]
+    return cases
 
 
 def lrea_absorbed_attention_cases(device: str, dtype: torch.dtype) -> list[Case]:
