@@ -228,7 +228,7 @@ def wasserstein_attention(workload, inputs, direction):
     forward = wasserstein_cost(workload, inputs, FORWARD)
     pairs = workload.heads * _visible(_lengths(workload, inputs), causal=True)
     if direction == FORWARD:
-        return [Stage(forward.flops, forward.bytes, pairs)]
+        return [Stage(forward.flops, forward.bytes, pairs, launches=2)]
     return [Stage(2.5 * forward.flops, 2 * forward.bytes, pairs, launches=2)]
 
 

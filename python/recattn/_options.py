@@ -57,7 +57,10 @@ class RefinedAttentionOptions(NamedTuple):
 
 
 class WassersteinAttentionOptions(NamedTuple):
-    """Options of wasserstein_attention; see RefinedAttentionOptions."""
+    """Options of wasserstein_attention; see RefinedAttentionOptions.
+
+    `refined`: cov_q and cov_k are x of Σ = elu(x) + 1, as a refinement's matrices give them.
+    """
 
     source: str
     causal: bool
@@ -65,3 +68,4 @@ class WassersteinAttentionOptions(NamedTuple):
     scale: float | None
     dropout_p: float = 0.0
     impl: str | None = None
+    refined: bool = False

@@ -350,11 +350,10 @@ def test_cpu_has_no_tensor_of_n_squared_elements(rank, source):
 
 def test_opcheck():
     query, key, mean_v, cov_v = (torch.randn(3, 2, 9, size) for size in (6, 6, 4, 4))
-    options = ("logits", True, True, None, 0.0, "cpu")
-    arguments = (query, key, mean_v, cov_v, torch.tensor([9, 0, 4]), None, *options)
-    torch.library.opcheck(torch.ops.recattn.wasserstein_attention_fwd.default, arguments)
-    outs = torch.ops.recattn.wasserstein_attention_fwd(*arguments)
-    torch.library.opcheck(torch.ops.recattn.wasserstein_attention_bwd.default, (mean_v, cov_v, *outs, *arguments))
+    arguments = (query, key, mean_v, cov_v, torch.tensor([9, 0, 4]), True, True, None)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_vector_attention_fwd.default, arguments)
+    arguments = (mean_v, cov_v, *arguments)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_vector_attention_bwd.default, arguments)
 
 
 def test_opcheck_projection():

@@ -33,9 +33,12 @@ from recattn.triton_kernels.sink_attention import (
     launch_sink_attention_pairs_bwd,
     launch_sink_attention_streams,
 )
-from recattn.triton_kernels.wasserstein_attention.backward import launch_wasserstein_attention_bwd
-from recattn.triton_kernels.wasserstein_attention.forward import launch_wasserstein_attention_fwd
-from recattn.triton_kernels.wasserstein_attention.shared import Forward
+from recattn.triton_kernels.wasserstein_attention import (
+    Forward,
+    launch_wasserstein_attention_bwd,
+    launch_wasserstein_attention_fwd,
+    launch_wasserstein_attention_vectors,
+)
 from tests.helpers.interpreted import run_outer_programs
 
 LARGEST = 10 << 30  # bytes of one tensor, which the system grants where it has as many
@@ -155,21 +158,30 @@ def test_inter_sink_bias(layout):
     assert_last_alone(inter_sink_bias, inputs)
 
 
-def wasserstein_attention(query, key, mean_v, cov_v, dmean, dcov) -> dict[str, Tensor]:
-    inputs = (query, key, mean_v, cov_v)
+def wasserstein_attention(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, dmean, dcov) -> dict[str, Tensor]:
+    inputs = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
     options = WassersteinAttentionOptions("logits", causal=True, left_padded=False, scale=1 / D)
     made = {name: torch.empty_like(x) for name, x in zip(("mean", "cov"), (mean_v, cov_v), strict=True)}
-    forward = Forward(*inputs, *made.values(), *(torch.empty(query.shape[:3]) for _ in range(2)))
+    *sizes, head_dim = mean_q.shape
+    vectors = mean_q.new_empty(2, *sizes, 2 * head_dim)
+    forward = Forward(*inputs, *made.values(), vectors, torch.empty(2, *sizes))
+    launch_wasserstein_attention_vectors(forward, None, options)
     launch_wasserstein_attention_fwd(forward, None, options)
-    names = ("dquery", "dkey", "dmean_v", "dcov_v")
-    gradients = {name: torch.empty_like(x) for name, x in zip(names, inputs, strict=True)}
-    launch_wasserstein_attention_bwd(forward, dmean, dcov, *gradients.values(), None, options)
+    names = ("dmean_q", "dcov_q", "dmean_k", "dcov_k", "dmean_v", "dcov_v")
+    gradients = {name: x.new_empty(x.shape) for name, x in zip(names, inputs, strict=True)}
+    launch_wasserstein_attention_bwd(forward, dmean, dcov, tuple(gradients.values()), None, options)
     return made | gradients
 
 
-def test_wasserstein_attention():
-    names = ("query", "key", "mean_v", "cov_v", "dmean", "dcov")
-    assert_last_alone(wasserstein_attention, {name: draw("bhnd") for name in names})
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wasserstein_attention(layout):
+    """The vectors have more than 2**31 elements too."""
+    gaussians = {name: draw(layout)[..., :16] for name in ("mean_q", "cov_q", "mean_k", "cov_k")}
+    for name in ("cov_q", "cov_k"):
+        gaussians[name][-1].abs_()
+    assert_last_alone(
+        wasserstein_attention, gaussians | {name: draw("bhnd") for name in ("mean_v", "cov_v", "dmean", "dcov")}
+    )
 
 
 def refined_attention_of(w: Tensor):

@@ -19,9 +19,12 @@ import triton
 import triton.language as tl
 
 from recattn.triton_kernels.common.dropout import dropout_weights
-from recattn.triton_kernels.wasserstein_attention.backward import launch_wasserstein_attention_bwd
-from recattn.triton_kernels.wasserstein_attention.forward import launch_wasserstein_attention_fwd
-from recattn.triton_kernels.wasserstein_attention.shared import Forward
+from recattn.triton_kernels.wasserstein_attention import (
+    Forward,
+    launch_wasserstein_attention_bwd,
+    launch_wasserstein_attention_fwd,
+    launch_wasserstein_attention_vectors,
+)
 from tests.compile_table.compilation import meta, recorded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,9 +96,9 @@ def test_offset(part, offset, rank, source, dtype):
 
 def test_offset_of_the_refined_gaussians():
     """Rows of A sum to 1, so an offset of W_q and W_k moves every Gaussian. A larger one loses digits in A W itself."""
-    inputs = draw_here(b=2, n=30, d=16, dv=8, rank=6, source="weights")
+    inputs = draw_here(b=2, n=28, d=16, dv=8, rank=6, source="weights")
     inputs |= {name: inputs[name] + 10 for name in ("w_q", "w_k")}
-    padding = {"seq_lens": lengths(30, 12), "padding_side": "left"}
+    padding = {"seq_lens": lengths(28, 12), "padding_side": "left"}
     check(inputs, source="weights", **padding)
 
 
@@ -220,12 +223,20 @@ def test_dropout_follows_the_generator():
 
 
 def test_opcheck():
-    query, key, mean_v, cov_v = (torch.randn(3, 2, 9, size, device=DEVICE) for size in (6, 6, 4, 4))
-    options = ("logits", True, True, None, 0.1, "triton")
-    arguments = (query, key, mean_v, cov_v, lengths(9, 0, 4), torch.tensor([5], device=DEVICE), *options)
+    inputs = draw_here(b=3, n=9, d=3, dv=4)
+    options = ("logits", True, True, None, 0.1, "triton", False)
+    arguments = (*inputs.values(), lengths(9, 0, 4), torch.tensor([5], device=DEVICE), *options)
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_fwd.default, arguments)
     outs = torch.ops.recattn.wasserstein_attention_fwd(*arguments)
-    torch.library.opcheck(torch.ops.recattn.wasserstein_attention_bwd.default, (mean_v, cov_v, *outs, *arguments))
+    torch.library.opcheck(torch.ops.recattn.wasserstein_attention_bwd.default, (*outs[:2], *outs, *arguments))
+
+
+def test_opcheck_factors():
+    gaussians = list(draw_here(b=3, n=9, d=3, dtype=torch.float16).values())[:4]
+    arguments = (*gaussians, lengths(9, 0, 4), True)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_factors_fwd.default, arguments)
+    factors = torch.ops.recattn.wasserstein_factors_fwd(*arguments)
+    torch.library.opcheck(torch.ops.recattn.wasserstein_factors_bwd.default, (*factors, *factors, *arguments))
 
 
 def test_compiles_whole_without_recompiling():
@@ -244,15 +255,15 @@ def test_launches_compile_alike_for_any_batch_and_length():
     """B, H, N and the options are not constants of the kernels."""
     signatures = []
     for b, h, n, scale, causal in ((2, 2, 16, 1.0, True), (3, 1, 17, 0.3, False)):
-        x, row = meta(b, h, n, 32), meta(b, h, n)
-        forward = Forward(x, x, x, x, x, x, row, row)
+        x = meta(b, h, n, 32)
+        forward = Forward(*[x] * 8, meta(2, b, h, n, 64), meta(2, b, h, n))
         options = WassersteinAttentionOptions("logits", causal, False, scale)
-        made = recorded("", 90, functools.partial(launch_wasserstein_attention_fwd, forward, None, options))
-        made += recorded(
-            "", 90, functools.partial(launch_wasserstein_attention_bwd, forward, x, x, x, x, x, x, None, options)
-        )
+        made = recorded("", 90, functools.partial(launch_wasserstein_attention_vectors, forward, None, options))
+        made += recorded("", 90, functools.partial(launch_wasserstein_attention_fwd, forward, None, options))
+        backward = functools.partial(launch_wasserstein_attention_bwd, forward, x, x, [x] * 6, None, options)
+        made += recorded("", 90, backward)
         signatures.append([(c.kernel, c.signature, c.constexprs) for c in made])
-    assert len(signatures[0]) == 3 and signatures[0] == signatures[1]
+    assert len(signatures[0]) == 4 and signatures[0] == signatures[1]
 
 
 def test_refusals():

@@ -1,29 +1,31 @@
 """wasserstein_attention, backward: the equations are in the package's docstring."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS
+from recattn.triton_kernels.common.launch import cdiv, launch
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
-from recattn.triton_kernels.wasserstein_attention.config import WassersteinAttentionConfig
+from recattn.triton_kernels.common.tiles import bhnd
+from recattn.triton_kernels.wasserstein_attention.config import launch_constants
 from recattn.triton_kernels.wasserstein_attention.shared import (
     DO_NOT_SPECIALIZE,
     Forward,
-    choose_config,
     dot_of_rows,
     is_visible,
     load_tile,
     qk_block,
+    second_half,
     sequence_of,
     sizes_and_options,
     store_tile,
 )
+from recattn.triton_kernels.wasserstein_attention.vectors import store_gradients
 
 
 class Rows(NamedTuple):
@@ -66,20 +68,29 @@ def p_and_ds(rows, keys, visible, scale, bh, dropout):
     return p_dropped, p * (dp - rows.delta[:, None])
 
 
+@triton.jit
+def load_row_stats(row_stats, seq, rows):
+    """row_max and 1 / row_sum of a block of queries."""
+    valid = rows < seq.length
+    row_max = tl.load(row_stats + seq.first + rows, mask=valid, other=0.0)
+    row_sum = tl.load(second_half(row_stats, seq.N, 1) + seq.first + rows, mask=valid, other=1.0)
+    return row_max, 1 / row_sum
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def wasserstein_attention_bwd_dq_kernel(
-    query,
-    key,
+    vectors,
     mean_v,
     cov_v,
     mean,
     cov,
-    row_max_ptr,
-    row_sum_ptr,
+    row_stats,
     dmean,
     dcov,
     delta,
-    dquery,
+    cov_q,
+    dmean_q,
+    dcov_q,
     seq_lens,
     dropout_seed,
     num_heads,
@@ -88,12 +99,13 @@ def wasserstein_attention_bwd_dq_kernel(
     causal,
     left_padded,
     dropout_threshold,
-    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REFINED: tl.constexpr,
 ):
     """Program (i, j): BLOCK_M queries of batch-head i, the last tiles first; all the keys that they see.
 
@@ -101,13 +113,13 @@ def wasserstein_attention_bwd_dq_kernel(
     for each block of BLOCK_N keys:
         ds   = p * (dmean @ mean_v.T + 2 p * (dcov @ cov_v.T) - delta)     [BLOCK_M, BLOCK_N]
         acc += ds @ k                                                      [BLOCK_M, W]
-    dq       = 2 scale * (acc - rowsum(ds) q)
+    dq       = 2 scale * (acc - rowsum(ds) q)                              stored as dmean_q and dcov_q
     """
     bh = tl.program_id(0)
     seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    WIDTH: tl.constexpr = 2 * HEAD_DIM
+    key = second_half(vectors, N, WIDTH)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    if tile * BLOCK_M >= seq.length:
-        return
     row_positions = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_valid = row_positions < seq.length
     dmean_tile = load_tile(dmean, seq, row_positions, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
@@ -116,15 +128,15 @@ def wasserstein_attention_bwd_dq_kernel(
     cov_tile = load_tile(cov, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
     row_delta = dot_of_rows(dmean_tile, mean_tile) + 2 * dot_of_rows(dcov_tile, cov_tile)  # [BM]
     tl.store(delta + seq.first + row_positions, row_delta, mask=row_valid)
-    row_max = tl.load(row_max_ptr + seq.first + row_positions, mask=row_valid, other=0.0)
-    inv_row_sum = 1 / tl.load(row_sum_ptr + seq.first + row_positions, mask=row_valid, other=1.0)
-    q_tile = load_tile(query, seq, row_positions, WIDTH, BLOCK_W)  # [BM, W]
+    row_max, inv_row_sum = load_row_stats(row_stats, seq, row_positions)
+    q_tile = load_tile(vectors, seq, row_positions, WIDTH, BLOCK_W)  # [BM, W]
     rows = Rows(row_positions, q_tile, dmean_tile, dcov_tile, row_max, inv_row_sum, row_delta)
     qk_scale = scale * log2e_scale(q_tile)
     dropout = Dropout(dropout_seed, dropout_threshold)
     acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     ds_sum = tl.zeros([BLOCK_M], tl.float32)  # 0 but for rounding
     end = tl.where(causal != 0, tl.minimum(seq.length, (tile + 1) * BLOCK_M), seq.length)
+    end = tl.where(tile * BLOCK_M < seq.length, end, 0)
     for first_key in range(0, end, BLOCK_N):
         key_positions = first_key + tl.arange(0, BLOCK_N)
         k_tile = load_tile(key, seq, key_positions, WIDTH, BLOCK_W)  # [BN, W]
@@ -137,21 +149,21 @@ def wasserstein_attention_bwd_dq_kernel(
         acc = tl.dot(ds, k_tile, acc, input_precision="ieee")
         ds_sum += tl.sum(ds.to(tl.float32), 1)
     acc = 2 * scale * (acc - ds_sum[:, None] * q_tile)
-    store_tile(dquery, acc, seq, row_positions, WIDTH, BLOCK_W)
+    store_gradients(dmean_q, dcov_q, acc, cov_q, seq, bh, num_heads, row_positions, HEAD_DIM, BLOCK_W, REFINED)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def wasserstein_attention_bwd_dkdv_kernel(
-    query,
-    key,
+    vectors,
     mean_v,
     cov_v,
-    row_max_ptr,
-    row_sum_ptr,
+    row_stats,
     dmean,
     dcov,
     delta,
-    dkey,
+    cov_k,
+    dmean_k,
+    dcov_k,
     dmean_v,
     dcov_v,
     seq_lens,
@@ -162,12 +174,13 @@ def wasserstein_attention_bwd_dkdv_kernel(
     causal,
     left_padded,
     dropout_threshold,
-    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REFINED: tl.constexpr,
 ):
     """Program (i, j): BLOCK_N keys of batch-head i; all the queries that see them.
 
@@ -175,13 +188,13 @@ def wasserstein_attention_bwd_dkdv_kernel(
         p, ds as in the kernel of dq                                       [BLOCK_M, BLOCK_N]
         dk      += ds.T @ q                                                [BLOCK_N, W]
         dmean_v += p.T @ dmean        dcov_v += (p * p).T @ dcov           [BLOCK_N, Dv]
-    dk           = 2 scale * (dk - colsum(ds) k)
+    dk           = 2 scale * (dk - colsum(ds) k)                           stored as dmean_k and dcov_k
     """
     bh = tl.program_id(0)
     seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    WIDTH: tl.constexpr = 2 * HEAD_DIM
+    key = second_half(vectors, N, WIDTH)
     first_key = tl.program_id(1) * BLOCK_N
-    if first_key >= seq.length:
-        return
     key_positions = first_key + tl.arange(0, BLOCK_N)
     k_tile = load_tile(key, seq, key_positions, WIDTH, BLOCK_W)  # [BN, W]
     mean_v_tile = load_tile(mean_v, seq, key_positions, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
@@ -194,12 +207,12 @@ def wasserstein_attention_bwd_dkdv_kernel(
     dmean_v_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dcov_v_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     first_row = tl.where(causal != 0, first_key // BLOCK_M * BLOCK_M, 0)
-    for step in range(0, tl.cdiv(seq.length - first_row, BLOCK_M)):
+    steps = tl.where(first_key < seq.length, tl.cdiv(seq.length - first_row, BLOCK_M), 0)
+    for step in range(0, steps):
         row_positions = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
         row_valid = row_positions < seq.length
-        q_tile = load_tile(query, seq, row_positions, WIDTH, BLOCK_W)  # [BM, W]
-        row_max = tl.load(row_max_ptr + seq.first + row_positions, mask=row_valid, other=0.0)
-        inv_row_sum = 1 / tl.load(row_sum_ptr + seq.first + row_positions, mask=row_valid, other=1.0)
+        q_tile = load_tile(vectors, seq, row_positions, WIDTH, BLOCK_W)  # [BM, W]
+        row_max, inv_row_sum = load_row_stats(row_stats, seq, row_positions)
         row_delta = tl.load(delta + seq.first + row_positions, mask=row_valid, other=0.0)
         dmean_tile = load_tile(dmean, seq, row_positions, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
         dcov_tile = load_tile(dcov, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
@@ -214,7 +227,7 @@ def wasserstein_attention_bwd_dkdv_kernel(
         dk_acc = tl.dot(tl.trans(ds), q_tile, dk_acc, input_precision="ieee")
         ds_sum += tl.sum(ds.to(tl.float32), 0)
     dk_acc = 2 * scale * (dk_acc - ds_sum[:, None] * k_tile)
-    store_tile(dkey, dk_acc, seq, key_positions, WIDTH, BLOCK_W)
+    store_gradients(dmean_k, dcov_k, dk_acc, cov_k, seq, bh, num_heads, key_positions, HEAD_DIM, BLOCK_W, REFINED)
     store_tile(dmean_v, dmean_v_acc, seq, key_positions, V_HEAD_DIM, BLOCK_DV)
     store_tile(dcov_v, dcov_v_acc, seq, key_positions, V_HEAD_DIM, BLOCK_DV)
 
@@ -223,46 +236,35 @@ def launch_wasserstein_attention_bwd(
     forward: Forward,
     dmean: Tensor,
     dcov: Tensor,
-    dquery: Tensor,
-    dkey: Tensor,
-    dmean_v: Tensor,
-    dcov_v: Tensor,
+    gradients: Sequence[Tensor],
     seq_lens: Tensor | None,
     options: WassersteinAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
-    config: WassersteinAttentionConfig | None = None,
 ) -> None:
-    """Write dquery, dkey, dmean_v and dcov_v; all contiguous, `options` as in the forward."""
-    B, H, N, _ = forward.query.shape
+    """Write `gradients`, those of the first six tensors of `forward`; zeros at padding.
+
+    dmean, dcov and gradients are contiguous, `options` as in the forward.
+    """
+    mean_q, cov_q, _, cov_k, mean_v, cov_v, mean, cov, vectors, row_stats = forward
+    B, H, N, head_dim = mean_q.shape
     if B * H * N == 0:
         return
-    query, key, mean_v, cov_v, mean, cov, row_max, row_sum = forward
-    delta = torch.empty_like(row_max)
-    config = config or choose_config(forward)
-    shared = sizes_and_options(forward, options, dropout)
-    with torch.cuda.device_of(query):
-        tile = config.bwd_dq
-        wasserstein_attention_bwd_dq_kernel[B * H, triton.cdiv(N, tile.block_m)](
-            *(query, key, mean_v, cov_v, mean, cov, row_max, row_sum),
-            *(dmean, dcov, delta, dquery, seq_lens, dropout.seed),
-            **shared,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
-        tile = config.bwd_dkdv
-        wasserstein_attention_bwd_dkdv_kernel[B * H, triton.cdiv(N, tile.block_n)](
-            *(query, key, mean_v, cov_v, row_max, row_sum),
-            *(dmean, dcov, delta, dkey, dmean_v, dcov_v, seq_lens, dropout.seed),
-            **shared,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+    dmean_q, dcov_q, dmean_k, dcov_k, dmean_v, dcov_v = gradients
+    delta = row_stats.new_empty(B, H, N)
+    sizes = sizes_and_options(H, N, head_dim, options, dropout)
+    _, _, dq, dkdv = launch_constants(head_dim, mean_v.shape[3], mean_q.dtype, options.refined)
+    launch(
+        wasserstein_attention_bwd_dq_kernel,
+        (B * H, cdiv(N, dq["BLOCK_M"])),
+        *(vectors, mean_v, cov_v, mean, cov, row_stats, dmean, dcov, delta),
+        *(bhnd(cov_q), dmean_q, dcov_q, seq_lens, dropout.seed, *sizes),
+        **dq,
+    )
+    launch(
+        wasserstein_attention_bwd_dkdv_kernel,
+        (B * H, cdiv(N, dkdv["BLOCK_N"])),
+        *(vectors, mean_v, cov_v, row_stats, dmean, dcov, delta),
+        *(bhnd(cov_k), dmean_k, dcov_k, dmean_v, dcov_v, seq_lens, dropout.seed, *sizes),
+        **dkdv,
+    )

@@ -1,10 +1,12 @@
 """Launch parameters of wasserstein_attention's kernels."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 
-from recattn.triton_kernels.common.launch import TileConfig
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, TileConfig
+from recattn.triton_kernels.common.tiles import block_width
 
 
 class WassersteinAttentionConfig(NamedTuple):
@@ -19,6 +21,34 @@ class WassersteinAttentionConfig(NamedTuple):
         tiles = TILES["single" if dtype == torch.float32 else "half"]
         widest = max(width, 2 * value_dim)
         return tiles[min(limit for limit in tiles if limit >= widest)]
+
+
+class Constants(NamedTuple):
+    """The constants and launch options of each kernel."""
+
+    vectors: dict[str, object]
+    fwd: dict[str, object]
+    bwd_dq: dict[str, object]
+    bwd_dkdv: dict[str, object]
+
+
+# Tokens times features that the kernel of the vectors loads at a time.
+VECTORS_TILE = 8192
+VECTORS_OPTIONS = {"num_warps": 8, "maxnreg": MAX_REGISTERS}
+
+
+@functools.cache
+def launch_constants(head_dim: int, value_dim: int, dtype: torch.dtype, refined: bool) -> Constants:
+    config = WassersteinAttentionConfig.heuristic(2 * head_dim, value_dim, dtype)
+    blocks = {"BLOCK_W": block_width(2 * head_dim), "BLOCK_DV": block_width(value_dim)}
+    shared = {"HEAD_DIM": head_dim, "V_HEAD_DIM": value_dim, **blocks}
+    fwd, *bwd = (
+        {**shared, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **more, **tile.launch_options}
+        for tile, more in zip(config, ({}, {"REFINED": refined}, {"REFINED": refined}), strict=True)
+    )
+    block_d = block_width(head_dim)
+    tile = {"BLOCK_D": block_d, "BLOCK_N": VECTORS_TILE // block_d}
+    return Constants({"REFINED": refined, "HEAD_DIM": head_dim, **tile, **VECTORS_OPTIONS}, fwd, *bwd)
 
 
 def _config(*tiles: tuple[int, ...]) -> WassersteinAttentionConfig:

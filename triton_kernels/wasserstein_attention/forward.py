@@ -1,38 +1,36 @@
 """wasserstein_attention, forward: the equations are in the package's docstring."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS
+from recattn.triton_kernels.common.launch import cdiv, launch
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
-from recattn.triton_kernels.wasserstein_attention.config import WassersteinAttentionConfig
+from recattn.triton_kernels.wasserstein_attention.config import launch_constants
 from recattn.triton_kernels.wasserstein_attention.shared import (
     DO_NOT_SPECIALIZE,
     Forward,
-    choose_config,
     is_visible,
     load_tile,
     qk_block,
+    second_half,
     sequence_of,
     sizes_and_options,
+    store_row,
     store_tile,
 )
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def wasserstein_attention_fwd_kernel(
-    query,
-    key,
+    vectors,
     mean_v,
     cov_v,
     mean,
     cov,
-    row_max_ptr,
-    row_sum_ptr,
+    row_stats,
     seq_lens,
     dropout_seed,
     num_heads,
@@ -41,7 +39,7 @@ def wasserstein_attention_fwd_kernel(
     causal,
     left_padded,
     dropout_threshold,
-    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -60,16 +58,17 @@ def wasserstein_attention_fwd_kernel(
     bh = tl.program_id(0)
     seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # with a causal mask the last tiles have the most keys
-    if tile * BLOCK_M >= seq.length:
-        return
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_tile = load_tile(query, seq, rows, WIDTH, BLOCK_W)  # [BM, W]
+    WIDTH: tl.constexpr = 2 * HEAD_DIM
+    q_tile = load_tile(vectors, seq, rows, WIDTH, BLOCK_W)  # [BM, W]
+    key = second_half(vectors, N, WIDTH)
     scale *= log2e_scale(q_tile)
     mean_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     cov_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     end = tl.where(causal != 0, tl.minimum(seq.length, (tile + 1) * BLOCK_M), seq.length)
+    end = tl.where(tile * BLOCK_M < seq.length, end, 0)
     for first_key in range(0, end, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
         k_tile = load_tile(key, seq, keys, WIDTH, BLOCK_W)  # [BN, W]
@@ -88,11 +87,11 @@ def wasserstein_attention_fwd_kernel(
         squares, row_scale = p * p, row_scale * row_scale
         cov_acc = tl.dot(squares.to(cov_tile.dtype), cov_tile, cov_acc * row_scale[:, None], input_precision="ieee")
         row_max = new_row_max
-    inv_row_sum = 1 / row_sum
+    inv_row_sum = 1 / tl.where(rows < seq.length, row_sum, 1.0)
     store_tile(mean, mean_acc * inv_row_sum[:, None], seq, rows, V_HEAD_DIM, BLOCK_DV)
     store_tile(cov, cov_acc * (inv_row_sum * inv_row_sum)[:, None], seq, rows, V_HEAD_DIM, BLOCK_DV)
-    tl.store(row_max_ptr + seq.first + rows, row_max, mask=rows < seq.length)
-    tl.store(row_sum_ptr + seq.first + rows, row_sum, mask=rows < seq.length)
+    store_row(row_stats, row_max, seq, rows)
+    store_row(second_half(row_stats, N, 1), row_sum, seq, rows)
 
 
 def launch_wasserstein_attention_fwd(
@@ -101,27 +100,19 @@ def launch_wasserstein_attention_fwd(
     options: WassersteinAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
-    config: WassersteinAttentionConfig | None = None,
 ) -> None:
-    """Write mean = P μ_v, cov = (P∘P) Σ_v, row_max and row_sum of `forward`; nothing at padding.
-
-    `options.scale` is a number.
-    """
-    B, H, N, _ = forward.query.shape
+    """Write mean = P μ_v, cov = (P∘P) Σ_v and the row statistics of `forward`, whose vectors are written; zeros at
+    padding."""
+    mean_q, _, _, _, mean_v, cov_v, mean, cov, vectors, row_stats = forward
+    B, H, N, head_dim = mean_q.shape
     if B * H * N == 0:
         return
-    tile = (config or choose_config(forward)).fwd
-    with torch.cuda.device_of(forward.query):
-        # Only the first axis of a grid can be longer than 65535.
-        wasserstein_attention_fwd_kernel[B * H, triton.cdiv(N, tile.block_m)](
-            *forward,
-            seq_lens,
-            dropout.seed,
-            **sizes_and_options(forward, options, dropout),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+    constants = launch_constants(head_dim, mean_v.shape[3], mean_q.dtype, options.refined).fwd
+    # Only the first axis of a grid can be longer than 65535.
+    launch(
+        wasserstein_attention_fwd_kernel,
+        (B * H, cdiv(N, constants["BLOCK_M"])),
+        *(vectors, mean_v, cov_v, mean, cov, row_stats, seq_lens, dropout.seed),
+        *sizes_and_options(H, N, head_dim, options, dropout),
+        **constants,
+    )

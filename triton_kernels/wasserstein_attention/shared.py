@@ -1,5 +1,6 @@
 """What the forward and the backward of wasserstein_attention share."""
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -9,21 +10,22 @@ from torch import Tensor
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.dropout import Dropout
 from recattn.triton_kernels.common.ragged import locate_sequence
-from recattn.triton_kernels.common.tiles import block_width, load_rows, store_rows
-from recattn.triton_kernels.wasserstein_attention.config import WassersteinAttentionConfig
+from recattn.triton_kernels.common.tiles import load_rows, store_rows
 
 
 class Forward(NamedTuple):
-    """The inputs and outputs of the forward, all contiguous."""
+    """The inputs and outputs of the forward; contiguous, but for the first four."""
 
-    query: Tensor  # [B, H, N, W]
-    key: Tensor
+    mean_q: Tensor  # [B, H, N, D]
+    cov_q: Tensor
+    mean_k: Tensor
+    cov_k: Tensor
     mean_v: Tensor  # [B, H, N, Dv]
     cov_v: Tensor
     mean: Tensor
     cov: Tensor
-    row_max: Tensor  # [B, H, N] float32, of the scaled qk
-    row_sum: Tensor
+    vectors: Tensor  # [2, B, H, N, 2D]: of the queries, and of the keys
+    row_stats: Tensor  # [2, B, H, N] float32: row_max of the scaled qk, and row_sum
 
 
 class Sequence(NamedTuple):
@@ -31,12 +33,20 @@ class Sequence(NamedTuple):
 
     first: tl.tensor  # row of the first token
     length: tl.tensor
+    start: tl.tensor  # position of the first token on the N axis
+    N: tl.tensor
 
 
 @triton.jit
 def sequence_of(bh, num_heads, N, seq_lens, left_padded):
     start, length, _ = locate_sequence(bh // num_heads, N, seq_lens, None, left_padded)
-    return Sequence(bh.to(tl.int64) * N + start, length)
+    return Sequence(bh.to(tl.int64) * N + start, length, start.to(tl.int32), N)
+
+
+@triton.jit
+def second_half(x, N, WIDTH: tl.constexpr):
+    """The second [B, H, N, WIDTH] of a contiguous [2, B, H, N, WIDTH]; B·H is the first axis of the grid."""
+    return x + tl.num_programs(0).to(tl.int64) * N * WIDTH
 
 
 @triton.jit
@@ -46,9 +56,23 @@ def load_tile(x, seq, tokens, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
 
 
 @triton.jit
+def rows_of(seq, tokens):
+    """Rows, from that of the first token on, for all N tokens: those past the sequence's end are its padding."""
+    return tl.where(tokens < seq.length, tokens, tl.where(seq.start > 0, tokens - seq.N, tokens))
+
+
+@triton.jit
 def store_tile(x, values, seq, tokens, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """The inverse of `load_tile`."""
-    store_rows(x + seq.first * WIDTH, values, tokens, tokens < seq.length, WIDTH, 1, WIDTH, BLOCK_WIDTH)
+    """The inverse of `load_tile`; zeros at padding."""
+    values = tl.where((tokens < seq.length)[:, None], values, 0.0)
+    store_rows(x + seq.first * WIDTH, values, rows_of(seq, tokens), tokens < seq.N, WIDTH, 1, WIDTH, BLOCK_WIDTH)
+
+
+@triton.jit
+def store_row(x, values, seq, tokens):
+    """A number for each token; 0 at padding."""
+    values = tl.where(tokens < seq.length, values, 0.0)
+    tl.store(x + seq.first + rows_of(seq, tokens), values, mask=tokens < seq.N)
 
 
 @triton.jit
@@ -84,24 +108,9 @@ def qk_block(q_tile, k_tile, scale):
 DO_NOT_SPECIALIZE = ["num_heads", "N", "scale", "causal", "left_padded", "dropout_threshold"]
 
 
-def sizes_and_options(forward: Forward, options: WassersteinAttentionOptions, dropout: Dropout) -> dict[str, object]:
-    """The arguments that all three kernels take."""
-    _, H, N, width = forward.query.shape
-    value_dim = forward.mean_v.shape[3]
-    return {
-        "num_heads": H,
-        "N": N,
-        "scale": options.scale,
-        "causal": int(options.causal),
-        "left_padded": int(options.left_padded),
-        "dropout_threshold": dropout.threshold,
-        "WIDTH": width,
-        "V_HEAD_DIM": value_dim,
-        "BLOCK_W": block_width(width),
-        "BLOCK_DV": block_width(value_dim),
-    }
-
-
-def choose_config(forward: Forward) -> WassersteinAttentionConfig:
-    query = forward.query
-    return WassersteinAttentionConfig.heuristic(query.shape[3], forward.mean_v.shape[3], query.dtype)
+def sizes_and_options(
+    num_heads: int, N: int, head_dim: int, options: WassersteinAttentionOptions, dropout: Dropout
+) -> tuple:
+    """num_heads, N, scale, causal, left_padded, dropout_threshold"""
+    scale = 1 / math.sqrt(head_dim) if options.scale is None else options.scale
+    return num_heads, N, scale, int(options.causal), int(options.left_padded), dropout.threshold

@@ -1,16 +1,27 @@
 """Attention between Gaussians (STOSA, WWW 2022), and its refinement (AWRSR, arXiv 2410.21048)."""
 
+import torch
 from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import select
 from recattn._options import WassersteinAttentionOptions
-from recattn.functional._autocast import autocast_inputs
+from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional.validation import checked_indices
 from recattn.ops import wasserstein_attention as ops
 from recattn.ops._library import distinct
 from recattn.ops._support import draw_dropout_seed
+
+_GAUSSIANS = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
+# What does not fit is checked by `_validated`, which says why.
+_TENSORS = check.Layouts(
+    mean_q=(check.FLOATING, "B H N D"),
+    **{name: (check.SAME, "B H N D") for name in _GAUSSIANS[1:4]},
+    **{name: (check.SAME, "B H N Dv") for name in _GAUSSIANS[4:]},
+    **{name: (check.SAME, "[H] Nmax 2R") for name in ("w_q", "w_k")},
+    seq_lens=(check.INTEGER, "B"),
+)
 
 
 def wasserstein_attention(
@@ -75,16 +86,14 @@ def wasserstein_attention(
         NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after dropout in a
             kernel.
     """
-    tensors = {"mean_q": mean_q, "cov_q": cov_q, "mean_k": mean_k, "cov_k": cov_k, "mean_v": mean_v, "cov_v": cov_v}
-    if w_q is not None or w_k is not None:
-        tensors |= {"w_q": w_q, "w_k": w_k}
-    _validate(tensors, source, seq_lens, padding_side, dropout_p, scale)
-    tensors = dict(zip(tensors, autocast_inputs(*tensors.values()), strict=True))
-    check.expect_same_dtype("mean_q", tensors["mean_q"], **tensors)
-    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k = (*tensors.values(), None, None)[:8]
+    _validate_options(source, padding_side, dropout_p, scale)
+    gaussians = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
+    if autocast_may_be_on() or not _fits(*gaussians, w_q, w_k, seq_lens):
+        tensors = _validated(gaussians, w_q, w_k, seq_lens)
+        mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k = (*tensors, None, None)[:8]
     reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, mean_v, w_q, dropout_p=dropout_p)
     chosen = select("wasserstein_attention", impl, reasons)
-    if chosen != "cpu":  # the CPU implementation checks them itself
+    if chosen != "cpu" and seq_lens is not None:  # the CPU implementation checks them itself
         seq_lens = checked_indices(mean_q.device, seq_len=mean_q.shape[2], seq_lens=seq_lens).seq_lens
     if chosen == "reference":
         return reference.wasserstein_attention(
@@ -105,15 +114,36 @@ def wasserstein_attention(
         )
     options = WassersteinAttentionOptions(source, causal, padding_side == "left", scale, dropout_p, chosen)
     seed = draw_dropout_seed(dropout_p, mean_q.device)
-    values = distinct(mean_v, cov_v)
-    return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, *values, w_q, w_k, seq_lens, seed, options)
+    gaussians = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
+    if torch.compiler.is_compiling():
+        gaussians = distinct(*gaussians)
+    return ops.wasserstein_attention(*gaussians, w_q, w_k, seq_lens, seed, options)
 
 
-def _validate(tensors, source, seq_lens, padding_side, dropout_p, scale):
+def _fits(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens) -> bool:
+    """Whether the tensors are right. False: ask `_validated` what is wrong."""
+    sizes = _TENSORS.sizes(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens)
+    # To `sizes` any tensor may be absent.
+    if sizes is None or mean_q is None or cov_q is None or mean_k is None or cov_k is None:
+        return False
+    if mean_v is None or cov_v is None or (w_q is None) != (w_k is None):
+        return False
+    _, _, N, D, _, n_max, columns = sizes
+    return D > 0 and (w_q is None or (n_max >= N and columns > 0 and columns % 2 == 0))
+
+
+def _validate_options(source, padding_side, dropout_p, scale) -> None:
     check.expect_choice("source", source, ("logits", "weights"))
     check.expect_choice("padding_side", padding_side, ("right", "left"))
     check.expect_numbers(scale=scale)
     check.expect_probability("dropout_p", dropout_p)
+
+
+def _validated(gaussians, w_q, w_k, seq_lens) -> tuple[Tensor, ...]:
+    """The tensors, cast by autocast; w_q and w_k if there are any."""
+    tensors = dict(zip(_GAUSSIANS, gaussians, strict=True))
+    if w_q is not None or w_k is not None:
+        tensors |= {"w_q": w_q, "w_k": w_k}
     check.expect_tensors(**tensors)
     sizes: dict[str, int] = {}
     for name, x in tensors.items():
@@ -127,6 +157,9 @@ def _validate(tensors, source, seq_lens, padding_side, dropout_p, scale):
     if seq_lens is not None:
         check.expect_index(sizes, "seq_lens", seq_lens, "B")
     check.expect_same_device("mean_q", tensors["mean_q"], **tensors, seq_lens=seq_lens)
+    cast = autocast_inputs(*tensors.values())
+    check.expect_same_dtype("mean_q", cast[0], **dict(zip(tensors, cast, strict=True)))
+    return cast
 
 
 def _layout(name: str, x: Tensor) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
-from recattn.ops._library import define, differentiable_again, refuse_dropout
+from recattn.ops._library import apply, define, differentiable_again, refuse_dropout
 from recattn.ops._support import resolve_scale, triton_unsupported_reason
 from recattn.ops.refined_attention.triton_long import project, projection_reference
 from recattn.ops.sink_attention import MAX_HEAD_DIM
@@ -29,9 +29,9 @@ def unsupported_reasons(
 
     Without mean_q and mean_v: on this type of device. With them: a call with these tensors.
     """
-    triton = triton_unsupported_reason(device_type)
-    if mean_q is not None:
-        triton = triton or _triton_call_reason(mean_q, mean_v, w_q)
+    triton = triton_unsupported_reason(device_type, None if mean_q is None else mean_q.dtype)
+    if triton is None and mean_q is not None:
+        triton = _triton_call_reason(mean_q, mean_v, w_q)
     if device_type == "cpu":  # where Triton's is an interpreter
         return {"cpu": "it has no dropout" if dropout_p > 0 else None, "reference": None, "triton": triton}
     return {"triton": triton, "cpu": f"the tensors are on {device_type}", "reference": None}
@@ -41,11 +41,12 @@ def _triton_call_reason(mean_q: Tensor, mean_v: Tensor, w_q: Tensor | None) -> s
     if mean_q.dtype == torch.float64:
         return "its kernels compute in float32, and mean_q is float64"
     # The vectors of a projection have up to four more columns.
-    vectors = 2 * mean_q.shape[3] + (0 if w_q is None else 4)
-    widest = max(vectors, 2 * mean_v.shape[3], 0 if w_q is None else w_q.shape[-1])
+    widest = 2 * max(mean_q.shape[3], mean_v.shape[3])
+    if w_q is not None:
+        widest = max(widest, 2 * mean_q.shape[3] + 4, w_q.shape[-1])
     if widest > MAX_HEAD_DIM:
         return f"its kernels hold 2D (to refine 2D + 4), 2Dv and 2R up to {MAX_HEAD_DIM}, and one is {widest}"
-    return triton_unsupported_reason(mean_q.device.type, mean_q.dtype)
+    return None
 
 
 # --- Gaussians as vectors ---
@@ -55,46 +56,55 @@ def wasserstein_attention(
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, dropout_seed, options
 ) -> tuple[Tensor, Tensor]:
     """The call by `options.impl`, "cpu" or "triton", which supports it."""
+    by_triton, gaussians = options.impl == "triton", (mean_q, cov_q, mean_k, cov_k)
     # A CPU computes half precision in float32.
-    dtype = mean_v.dtype if options.impl == "triton" else torch.promote_types(mean_v.dtype, torch.float32)
+    dtype = mean_v.dtype if by_triton else torch.promote_types(mean_v.dtype, torch.float32)
+    if w_q is not None:
+        x = _project(gaussians, w_q, w_k, seq_lens, options, dtype)
+        gaussians, options = x.chunk(4, dim=-1), options._replace(scale=None, refined=True)
+    if by_triton:
+        return apply(WassersteinAttentionFunction, *gaussians, mean_v, cov_v, seq_lens, dropout_seed, options)
+    vectors = (x.to(dtype) for x in _vectors(*gaussians, seq_lens, options))
+    settings = (options.causal, options.left_padded, options.scale)
+    return apply(VectorAttentionFunction, *vectors, mean_v, cov_v, seq_lens, settings)
+
+
+def _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options) -> tuple[Tensor, Tensor]:
+    """[μ, √Σ] of queries and keys, without the mean over the keys; at least float32."""
     tensors = mean_q, cov_q, mean_k, cov_k
-    if seq_lens is not None:  # NaN in padding would reach the gradients of other tokens
+    # NaN in padding would reach the gradients of other tokens. A projection is 0 there.
+    if seq_lens is not None and not options.refined:
         side = "left" if options.left_padded else "right"
         valid = valid_tokens(mean_q.shape[0], mean_q.shape[2], seq_lens, side, mean_q.device)[:, None, :, None]
         tensors = [x.masked_fill(~valid, 0) for x in tensors]
     mean_q, cov_q, mean_k, cov_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
-    query, key = _vectors(mean_q, cov_q), _vectors(mean_k, cov_k)
+    standard_deviations = _refined_standard_deviations if options.refined else _standard_deviations
+    query, key = (torch.cat([mean, standard_deviations(x)], -1) for mean, x in ((mean_q, cov_q), (mean_k, cov_k)))
     centre_(query, key, seq_lens)
-    if w_q is not None:
-        x = _project(query, key, w_q, w_k, seq_lens, options, dtype)
-        query, key = (_refined_vectors(part) for part in x.to(query.dtype).chunk(2, dim=-1))
-        centre_(query, key, seq_lens)
-        options = options._replace(scale=None)
-    vectors = (query.to(dtype), key.to(dtype))
-    return WassersteinAttentionFunction.apply(*vectors, mean_v, cov_v, seq_lens, dropout_seed, options)
+    return query, key
 
 
-def _vectors(mean: Tensor, cov: Tensor) -> Tensor:
-    """[μ, √Σ]"""
-    return torch.cat([mean, cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt()], dim=-1)
+def _standard_deviations(cov: Tensor) -> Tensor:
+    return cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt()
 
 
-def _refined_vectors(x: Tensor) -> Tensor:
-    """[μ, √Σ - 1] of Σ = elu(x) + 1. The -1 changes no distance; near 0 products do not cancel."""
-    mean, x = x.chunk(2, dim=-1)
+def _refined_standard_deviations(x: Tensor) -> Tensor:
+    """√Σ - 1 of Σ = elu(x) + 1. The -1 changes no distance; near 0 products do not cancel."""
     positive, negative = x.clamp(min=0), x.clamp(max=0)
-    return torch.cat([mean, torch.where(x > 0, positive / ((1 + positive).sqrt() + 1), (negative / 2).expm1())], dim=-1)
+    return torch.where(x > 0, positive / ((1 + positive).sqrt() + 1), (negative / 2).expm1())
 
 
-def _project(query, key, w_q, w_k, seq_lens, options: WassersteinAttentionOptions, dtype) -> Tensor:
-    """A [W_q | W_k], [B, H, N, 4R], with A_ij = -scale · ‖query_i - key_j‖² or its softmax."""
-    queries, keys = _distance_factors(query, key, dtype)
+def _project(gaussians, w_q, w_k, seq_lens, options: WassersteinAttentionOptions, dtype) -> Tensor:
+    """A [W_q | W_k], [B, H, N, 4R], with A_ij = -scale · W²_ij or its softmax."""
     if options.impl == "triton":
-        scale = _resolve_scale(options.scale, query)
+        queries, keys = apply(WassersteinFactorsFunction, *gaussians, seq_lens, options)
+        scale = resolve_scale(options.scale, gaussians[0].shape[-1])
         return project(queries, keys, w_q, w_k, seq_lens, options._replace(scale=scale))
+    query, key = _vectors(*gaussians, seq_lens, options)
+    queries, keys = _distance_factors(query, key, dtype)
     w = _side_by_side(w_q, w_k, query).to(dtype)
     settings = (options.source, options.causal, options.left_padded, options.scale)
-    return WassersteinProjectionFunction.apply(queries, keys, w, seq_lens, settings)
+    return apply(WassersteinProjectionFunction, queries, keys, w, seq_lens, settings)
 
 
 def _side_by_side(w_q: Tensor, w_k: Tensor, query: Tensor) -> Tensor:
@@ -121,33 +131,79 @@ def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
 # --- Autograd ---
 
 
-def _attention_reference(query, key, mean_v, cov_v, seq_lens, _dropout_seed, options) -> tuple[Tensor, Tensor]:
+def _attention_reference(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, _dropout_seed, options):
     refuse_dropout("wasserstein_attention", options.dropout_p)
-    side = "left" if options.left_padded else "right"
-    valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, side, query.device)
-    if seq_lens is not None:
-        mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
-    distances = squared_wasserstein_distance(*query.chunk(2, dim=-1), *key.chunk(2, dim=-1), valid)
-    p = masked_softmax(-_resolve_scale(options.scale, query) * distances, ~visible_pairs(valid, options.causal))
-    return (p @ mean_v.to(p.dtype)).to(mean_v.dtype), (p.square() @ cov_v.to(p.dtype)).to(cov_v.dtype)
+    vectors = (x.to(mean_v.dtype) for x in _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options))
+    settings = (options.causal, options.left_padded, options.scale)
+    return _vector_attention_reference(*vectors, mean_v, cov_v, seq_lens, settings)
 
 
 class WassersteinAttentionFunction(torch.autograd.Function):
-    """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²))."""
+    """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · W²)), by Triton."""
 
     @staticmethod
-    def forward(ctx, query, key, mean_v, cov_v, seq_lens, dropout_seed, options):
-        tensors = (query, key, mean_v, cov_v, seq_lens, dropout_seed)
-        mean, cov, row_stats = wasserstein_attention_fwd(*tensors, *options)
-        ctx.save_for_backward(*tensors, mean, cov, row_stats)
+    def forward(ctx, mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, options):
+        tensors = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed)
+        mean, cov, vectors, row_stats = wasserstein_attention_fwd(*tensors, options)
+        ctx.save_for_backward(*tensors, mean, cov, vectors, row_stats)
         ctx.options = options
         return mean, cov
 
     @staticmethod
     @differentiable_again(_attention_reference)
     def backward(ctx, dmean, dcov):
-        *tensors, mean, cov, row_stats = ctx.saved_tensors
-        return *wasserstein_attention_bwd(dmean, dcov, mean, cov, row_stats, *tensors, *ctx.options), None, None, None
+        *tensors, mean, cov, vectors, row_stats = ctx.saved_tensors
+        gradients = wasserstein_attention_bwd(dmean, dcov, mean, cov, vectors, row_stats, *tensors, ctx.options)
+        return *gradients, None, None, None
+
+
+def _vector_attention_reference(query, key, mean_v, cov_v, seq_lens, settings) -> tuple[Tensor, Tensor]:
+    causal, left_padded, scale = settings
+    side = "left" if left_padded else "right"
+    valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, side, query.device)
+    if seq_lens is not None:
+        mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
+    distances = squared_wasserstein_distance(*query.chunk(2, dim=-1), *key.chunk(2, dim=-1), valid)
+    p = masked_softmax(-_resolve_scale(scale, query) * distances, ~visible_pairs(valid, causal))
+    return (p @ mean_v.to(p.dtype)).to(mean_v.dtype), (p.square() @ cov_v.to(p.dtype)).to(cov_v.dtype)
+
+
+class VectorAttentionFunction(torch.autograd.Function):
+    """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²)), on a CPU."""
+
+    @staticmethod
+    def forward(ctx, query, key, mean_v, cov_v, seq_lens, settings):
+        ctx.save_for_backward(query, key, mean_v, cov_v, seq_lens)
+        ctx.options = settings
+        return vector_attention_fwd(query, key, mean_v, cov_v, seq_lens, *settings)
+
+    @staticmethod
+    @differentiable_again(_vector_attention_reference)
+    def backward(ctx, dmean, dcov):
+        return *vector_attention_bwd(dmean, dcov, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def _factors_reference(mean_q, cov_q, mean_k, cov_k, seq_lens, options) -> tuple[Tensor, Tensor]:
+    return _distance_factors(*_vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options), mean_q.dtype)
+
+
+class WassersteinFactorsFunction(torch.autograd.Function):
+    """Queries and keys whose products are -W², by Triton: those of `_distance_factors`, zeros at padding."""
+
+    @staticmethod
+    def forward(ctx, mean_q, cov_q, mean_k, cov_k, seq_lens, options):
+        tensors = (mean_q, cov_q, mean_k, cov_k, seq_lens)
+        queries, keys = wasserstein_factors_fwd(*tensors, options.left_padded)
+        ctx.save_for_backward(*tensors, queries, keys)
+        ctx.options = options
+        return queries, keys
+
+    @staticmethod
+    @differentiable_again(_factors_reference)
+    def backward(ctx, dqueries, dkeys):
+        *tensors, queries, keys = ctx.saved_tensors
+        gradients = wasserstein_factors_bwd(dqueries, dkeys, queries, keys, *tensors, ctx.options.left_padded)
+        return *gradients, None, None
 
 
 def _projection_reference(query, key, w, seq_lens, settings) -> Tensor:
@@ -174,30 +230,19 @@ class WassersteinProjectionFunction(torch.autograd.Function):
 # --- Registration ---
 
 
-def _fwd(query, key, mean_v, cov_v, seq_lens, dropout_seed, *options):
-    options = _with_scale(options, query)
-    if options.impl == "cpu":
-        mean, cov = cpu.wasserstein_attention_fwd(query, key, mean_v, cov_v, seq_lens, options)
-        return mean, cov, _empty_row_stats(query, options.impl)
-    return triton.wasserstein_attention_fwd(query, key, mean_v, cov_v, seq_lens, dropout_seed, options)
-
-
-def _bwd(dmean, dcov, mean, cov, row_stats, query, key, mean_v, cov_v, seq_lens, dropout_seed, *options):
-    options = _with_scale(options, query)
-    if options.impl == "cpu":
-        return cpu.wasserstein_attention_bwd(dmean, dcov, query, key, mean_v, cov_v, seq_lens, options)
-    tensors = (query, key, mean_v, cov_v, seq_lens, dropout_seed)
-    return triton.wasserstein_attention_bwd(dmean, dcov, mean, cov, row_stats, *tensors, options)
-
-
-def _with_scale(options: tuple, query: Tensor) -> WassersteinAttentionOptions:
-    options = WassersteinAttentionOptions(*options)
-    return options._replace(scale=_resolve_scale(options.scale, query))
-
-
 def _resolve_scale(scale: float | None, vectors: Tensor, more_columns: int = 0) -> float:
     """The scale, by default 1/√D, of vectors of 2D columns and `more_columns`."""
     return resolve_scale(scale, (vectors.shape[-1] - more_columns) // 2)
+
+
+def _vector_attention_fwd(query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale):
+    scale = _resolve_scale(scale, query)
+    return cpu.vector_attention_fwd(query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale)
+
+
+def _vector_attention_bwd(dmean, dcov, query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale):
+    scale = _resolve_scale(scale, query)
+    return cpu.vector_attention_bwd(dmean, dcov, query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale)
 
 
 def _projection_fwd(query, key, w, seq_lens, source, causal, left_padded, scale):
@@ -210,32 +255,73 @@ def _projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, sc
     return cpu.projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, scale)
 
 
-def _empty_row_stats(query: Tensor, impl: str) -> Tensor:
-    """row_max and row_sum of each softmax, for the backward; empty on a CPU, whose backward recomputes the softmax."""
-    return query.new_empty(0 if impl == "cpu" else (2, *query.shape[:3]), dtype=torch.float32)
+def _fake_fwd(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, *_):
+    *sizes, head_dim = mean_q.shape
+    vectors, row_stats = mean_q.new_empty(2, *sizes, 2 * head_dim), mean_q.new_empty(2, *sizes, dtype=torch.float32)
+    return mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape), vectors, row_stats
 
 
-def _fake_fwd(query, key, mean_v, cov_v, *context):
-    return mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape), _empty_row_stats(query, context[-1])
+def _fake_bwd(dmean, dcov, mean, cov, vectors, row_stats, *tensors):
+    return tuple(x.new_empty(x.shape) for x in tensors[:6])
 
 
-def _fake_bwd(dmean, dcov, mean, cov, row_stats, query, key, mean_v, cov_v, *_):
-    return tuple(x.new_empty(x.shape) for x in (query, key, mean_v, cov_v))
-
-
+_OPTIONS = "str source, bool causal, bool left_padded, float? scale, float dropout_p, str? impl, bool refined"
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor mean_v, Tensor cov_v, Tensor? seq_lens, Tensor? dropout_seed, "
-    "str source, bool causal, bool left_padded, float? scale, float dropout_p, str? impl"
+    "Tensor mean_q, Tensor cov_q, Tensor mean_k, Tensor cov_k, Tensor mean_v, Tensor cov_v, "
+    f"Tensor? seq_lens, Tensor? dropout_seed, {_OPTIONS}"
 )
 wasserstein_attention_fwd = define(
-    f"wasserstein_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", cpu=_fwd, cuda=_fwd, fake=_fake_fwd
+    f"wasserstein_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=triton.wasserstein_attention_fwd,
+    cuda=triton.wasserstein_attention_fwd,
+    fake=_fake_fwd,
+    options=WassersteinAttentionOptions,
 )
 wasserstein_attention_bwd = define(
-    "wasserstein_attention_bwd(Tensor dmean, Tensor dcov, Tensor mean, Tensor cov, Tensor row_stats, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_bwd,
-    cuda=_bwd,
+    "wasserstein_attention_bwd(Tensor dmean, Tensor dcov, Tensor mean, Tensor cov, Tensor vectors, Tensor row_stats, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=triton.wasserstein_attention_bwd,
+    cuda=triton.wasserstein_attention_bwd,
     fake=_fake_bwd,
+    options=WassersteinAttentionOptions,
+)
+
+
+def _fake_factors(mean_q, *_):
+    *sizes, head_dim = mean_q.shape
+    columns = 2 if mean_q.dtype == torch.float32 else 4
+    return tuple(mean_q.new_empty(*sizes, 2 * head_dim + columns) for _ in range(2))
+
+
+_FACTORS = "Tensor mean_q, Tensor cov_q, Tensor mean_k, Tensor cov_k, Tensor? seq_lens, bool left_padded"
+wasserstein_factors_fwd = define(
+    f"wasserstein_factors_fwd({_FACTORS}) -> (Tensor, Tensor)",
+    cpu=triton.wasserstein_factors_fwd,
+    cuda=triton.wasserstein_factors_fwd,
+    fake=_fake_factors,
+)
+wasserstein_factors_bwd = define(
+    f"wasserstein_factors_bwd(Tensor dqueries, Tensor dkeys, Tensor queries, Tensor keys, {_FACTORS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=triton.wasserstein_factors_bwd,
+    cuda=triton.wasserstein_factors_bwd,
+    fake=lambda dqueries, dkeys, queries, keys, *tensors: tuple(x.new_empty(x.shape) for x in tensors[:4]),
+)
+
+_VECTOR_ATTENTION = (
+    "Tensor query, Tensor key, Tensor mean_v, Tensor cov_v, Tensor? seq_lens, "
+    "bool causal, bool left_padded, float? scale"
+)
+vector_attention_fwd = define(
+    f"wasserstein_vector_attention_fwd({_VECTOR_ATTENTION}) -> (Tensor, Tensor)",
+    cpu=_vector_attention_fwd,
+    fake=lambda query, key, mean_v, cov_v, *_: (mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape)),
+)
+vector_attention_bwd = define(
+    f"wasserstein_vector_attention_bwd(Tensor dmean, Tensor dcov, {_VECTOR_ATTENTION}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_vector_attention_bwd,
+    fake=lambda dmean, dcov, *tensors: tuple(x.new_empty(x.shape) for x in tensors[:4]),
 )
 
 _PROJECTION = (

@@ -13,14 +13,14 @@ from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention.chunked import Chunk, Mask, multiply
 
 
-def wasserstein_attention_fwd(query, key, mean_v, cov_v, seq_lens, options) -> tuple[Tensor, Tensor]:
+def vector_attention_fwd(query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale) -> tuple[Tensor, Tensor]:
     """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²))."""
     seq_lens = _checked(seq_lens, query)
     mean, cov = (chunked.new_output(x, seq_lens) for x in (mean_v, cov_v))
     inputs, outputs = [x.flatten(0, 1) for x in (query, key, mean_v, cov_v)], [x.flatten(0, 1) for x in (mean, cov)]
-    for chunk, mask in _chunks(query, mean_v, seq_lens, options.causal, options.left_padded):
+    for chunk, mask in _chunks(query, mean_v, seq_lens, causal, left_padded):
         query_chunk, key_chunk, mean_v_chunk, cov_v_chunk = (chunk.load(x, query.dtype) for x in inputs)
-        queries, keys = _operands(query_chunk, key_chunk, options.scale)
+        queries, keys = _operands(query_chunk, key_chunk, scale)
         mean_chunk, cov_chunk = torch.empty_like(mean_v_chunk), torch.empty_like(cov_v_chunk)
         for rows, columns in mask.blocks(query_chunk.shape[1]):
             p = mask.softmax_(torch.bmm(queries[:, rows], keys[:, columns].mT), rows)  # [s, r, c]
@@ -31,13 +31,15 @@ def wasserstein_attention_fwd(query, key, mean_v, cov_v, seq_lens, options) -> t
     return mean, cov
 
 
-def wasserstein_attention_bwd(dmean, dcov, query, key, mean_v, cov_v, seq_lens, options) -> tuple[Tensor, ...]:
+def vector_attention_bwd(
+    dmean, dcov, query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale
+) -> tuple[Tensor, ...]:
     """dquery, dkey, dmean_v, dcov_v."""
     gradients = [chunked.new_output(x, seq_lens) for x in (query, key, mean_v, cov_v)]
     inputs = [x.flatten(0, 1) for x in (dmean, dcov, query, key, mean_v, cov_v)]
     outputs = [x.flatten(0, 1) for x in gradients]
-    for chunk, mask in _chunks(query, mean_v, seq_lens, options.causal, options.left_padded):
-        gradients_chunk = _backward_chunk(*(chunk.load(x, query.dtype) for x in inputs), mask, options.scale)
+    for chunk, mask in _chunks(query, mean_v, seq_lens, causal, left_padded):
+        gradients_chunk = _backward_chunk(*(chunk.load(x, query.dtype) for x in inputs), mask, scale)
         for output, values in zip(outputs, gradients_chunk, strict=True):
             chunk.store(output, values)
     return tuple(gradients)

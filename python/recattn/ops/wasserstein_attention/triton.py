@@ -1,43 +1,95 @@
 """wasserstein_attention by Triton kernels (CUDA, or the interpreter)."""
 
+import functools
+
 import torch
 from torch import Tensor
 
+from recattn.ops._plans import replayed
 from recattn.ops._support import contiguous, launched_dropout
-from recattn.ops.refined_attention.chunked import new_output
 
 
+@functools.cache
+def _kernels():
+    """The Triton kernels, imported at the first call."""
+    from recattn.triton_kernels import wasserstein_attention
+
+    return wasserstein_attention
+
+
+@replayed
 def wasserstein_attention_fwd(
-    query, key, mean_v, cov_v, seq_lens, dropout_seed, options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, cov, and row_max and row_sum of each softmax [2, B, H, N]."""
-    from recattn.triton_kernels.wasserstein_attention.forward import Forward, launch_wasserstein_attention_fwd
-
-    mean, cov = (new_output(x, seq_lens) for x in (mean_v, cov_v))
-    row_stats = new_output(query.new_empty(2, *query.shape[:3], dtype=torch.float32), seq_lens)
-    launch_wasserstein_attention_fwd(
-        Forward(*(x.contiguous() for x in (query, key, mean_v, cov_v)), mean, cov, *row_stats),
-        contiguous(seq_lens),
-        options,
-        dropout=launched_dropout(dropout_seed, options.dropout_p),
-    )
-    return mean, cov, row_stats
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean and cov; for the backward the vectors [2, B, H, N, 2D], and row_max and row_sum [2, B, H, N]."""
+    kernels = _kernels()
+    mean_v, cov_v, (*sizes, head_dim) = mean_v.contiguous(), cov_v.contiguous(), mean_q.shape
+    mean, cov, vectors = torch.empty_like(mean_v), torch.empty_like(cov_v), mean_q.new_empty(2, *sizes, 2 * head_dim)
+    row_stats = mean_q.new_empty(2, *sizes, dtype=torch.float32)
+    forward = kernels.Forward(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, mean, cov, vectors, row_stats)
+    seq_lens, dropout = contiguous(seq_lens), launched_dropout(dropout_seed, options.dropout_p)
+    kernels.launch_wasserstein_attention_vectors(forward, seq_lens, options)
+    kernels.launch_wasserstein_attention_fwd(forward, seq_lens, options, dropout=dropout)
+    return mean, cov, vectors, row_stats
 
 
+@replayed
 def wasserstein_attention_bwd(
-    dmean, dcov, mean, cov, row_stats, query, key, mean_v, cov_v, seq_lens, dropout_seed, options
+    dmean,
+    dcov,
+    mean,
+    cov,
+    vectors,
+    row_stats,
+    mean_q,
+    cov_q,
+    mean_k,
+    cov_k,
+    mean_v,
+    cov_v,
+    seq_lens,
+    dropout_seed,
+    options,
 ) -> tuple[Tensor, ...]:
-    """dquery, dkey, dmean_v, dcov_v."""
-    from recattn.triton_kernels.wasserstein_attention.backward import Forward, launch_wasserstein_attention_bwd
-
-    gradients = tuple(new_output(x, seq_lens) for x in (query, key, mean_v, cov_v))
-    launch_wasserstein_attention_bwd(
-        Forward(*(x.contiguous() for x in (query, key, mean_v, cov_v)), mean, cov, *row_stats),
+    """dmean_q, dcov_q, dmean_k, dcov_k, dmean_v, dcov_v."""
+    kernels = _kernels()
+    inputs = (mean_q, cov_q, mean_k, cov_k, mean_v.contiguous(), cov_v.contiguous())
+    gradients = _empty_gradients(inputs)
+    kernels.launch_wasserstein_attention_bwd(
+        kernels.Forward(*inputs, mean, cov, vectors, row_stats),
         dmean.contiguous(),
         dcov.contiguous(),
-        *gradients,
+        gradients,
         contiguous(seq_lens),
         options,
         dropout=launched_dropout(dropout_seed, options.dropout_p),
     )
     return gradients
+
+
+@replayed
+def wasserstein_factors_fwd(mean_q, cov_q, mean_k, cov_k, seq_lens, left_padded) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products are -‖q - k‖² of the vectors q and k."""
+    kernels = _kernels()
+    *sizes, head_dim = mean_q.shape
+    width = kernels.factors_width(head_dim, mean_q.dtype)
+    queries, keys = mean_q.new_empty(*sizes, width), mean_q.new_empty(*sizes, width)
+    gaussians = (mean_q, cov_q, mean_k, cov_k)
+    kernels.launch_wasserstein_factors_fwd(gaussians, queries, keys, contiguous(seq_lens), left_padded)
+    return queries, keys
+
+
+@replayed
+def wasserstein_factors_bwd(
+    dqueries, dkeys, queries, keys, mean_q, cov_q, mean_k, cov_k, seq_lens, left_padded
+) -> tuple[Tensor, ...]:
+    """dmean_q, dcov_q, dmean_k, dcov_k."""
+    gradients = _empty_gradients((mean_q, cov_q, mean_k, cov_k))
+    tensors = (dqueries.contiguous(), dkeys.contiguous(), queries, keys, cov_q, cov_k)
+    _kernels().launch_wasserstein_factors_bwd(*tensors, gradients, contiguous(seq_lens), left_padded)
+    return gradients
+
+
+def _empty_gradients(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Contiguous."""
+    return tuple([torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape) for x in inputs])
