@@ -2,6 +2,7 @@
 
 python tests/triton/every_launch.py --sequences 70000 --packed 100000    the grids of large batches
 python tests/triton/every_launch.py --compile    compiles each kernel as it is launched
+python tests/triton/every_launch.py --repeats 3    fails where a later call does not launch what the first did
 python tests/triton/every_launch.py --checks    the calls of `python -m recattn check --device cuda` instead
 python tests/triton/every_launch.py --time    prints the CPU time that each call takes of the host instead
 """
@@ -165,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--packed", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checks", action="store_true")
     parser.add_argument("--time", action="store_true")
@@ -176,6 +178,12 @@ def main() -> None:
     for name, call in chosen.items():
         launches.clear()
         call()
+        first = list(launches)
+        for _ in range(options.repeats):
+            launches.clear()
+            call()
+            if launches != first:
+                sys.exit(f"{name} launched {launches}, and {first} the first time")
         made[name] = list(dict.fromkeys(launches))  # a backward may repeat one a thousand times
         if options.time:
             print(f"{host_time.best_us(call, REPEATS):6.0f} µs  {name}", flush=True)

@@ -76,6 +76,12 @@ def test_a_gpu_chooses_the_fused_kernels(launches):
     assert by_choice == by_name
 
 
+def test_repeated_calls_launch_the_same(launches):
+    """Later calls find their kernels, grids and arguments another way than the first."""
+    assert launched(launches("--repeats", "3")) == every_kernel()
+    launches("--checks", "--repeats", "3")
+
+
 def test_every_launch_compiles(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made = run(next(iter(TRITONS)), "--compile")
