@@ -74,6 +74,19 @@ def test_verdicts(measured, verdict):
     assert (verdict or "–") in host.cells(measured)[-1] or measured.reason
 
 
+# Forward, and forward and backward. More launches cost more than most kernels at small sizes.
+MOST_LAUNCHES = {
+    "sink_attention": (2, 5),
+    "sink_attention, packed": (2, 5),
+    "inter_sink_bias": (1, 2),
+    "inter_sink_bias, then sink_attention": (3, 7),
+    "refined_attention": (1, 3),
+    "wasserstein_attention": (2, 4),
+    "lrea_compress": (1, 3),
+    "lrea_attention": (1, 4),
+}
+
+
 def triton_paths() -> list[Path | None]:
     return [None, Path(sys.prefix) / "triton-3.6.0"]
 
@@ -96,5 +109,6 @@ def test_the_program(triton, tmp_path):
     ]
     for row in rows:
         assert row["reason"] is None and row["host_us"] > 0 and row["unit_us"] > 0 and row["device"]
-        assert (row["triton_launches"] is not None and row["triton_launches"] > 0) == (row["path"] == GPU)
+        if row["path"] == GPU:
+            assert 0 < row["triton_launches"] <= MOST_LAUNCHES[row["host_of"]][row["step"] == TRAINING], row
     assert all(row["host_of"] in ran.stdout for row in rows) and "in units of SDPA's smallest call" in ran.stdout
