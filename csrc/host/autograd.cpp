@@ -53,8 +53,13 @@ PyObject* is_traced(PyObject*, PyObject* arguments) {
             return boolean(answer);
         }
     }
-    return boolean(any_tensor(
-        arguments, [](PyObject* tensor) { return is_plain_tensor(tensor) ? has(tensor, torch_objects.is_meta) : 1; }));
+    bool is_first = true;  // the tensors of a call are on one device
+    return boolean(any_tensor(arguments, [&is_first](PyObject* tensor) {
+        if (!is_plain_tensor(tensor)) {
+            return 1;
+        }
+        return std::exchange(is_first, false) ? has(tensor, torch_objects.is_meta) : 0;
+    }));
 }
 
 PyObject* needs_autograd(PyObject*, PyObject* arguments) {

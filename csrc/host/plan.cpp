@@ -77,17 +77,23 @@ class Signature {
     bool add_tensor(PyObject* tensor) {
         const Reference dtype(PyObject_GetAttr(tensor, torch_objects.dtype));
         const Reference axes(dtype ? PyObject_CallMethodNoArgs(tensor, torch_objects.dim) : nullptr);
-        const Reference device(axes ? PyObject_CallMethodNoArgs(tensor, torch_objects.get_device) : nullptr);
-        if (!device) {
+        if (!axes) {
             return false;
         }
         const PyObject* address = dtype.get();  // PyTorch's dtypes live as long as it does
-        const char small[] = {'x', static_cast<char>(PyLong_AsLong(axes.get())),
-                              static_cast<char>(PyLong_AsLong(device.get()))};
-        return add_bytes(small, sizeof small) && add_bytes(&address, sizeof address);
+        const char kind[] = {'x', static_cast<char>(PyLong_AsLong(axes.get()))};
+        return add_bytes(kind, sizeof kind) && add_bytes(&address, sizeof address) &&
+               (std::exchange(has_device_, true) || add_device(tensor));
+    }
+
+    // Of the first tensor: those of a call are on one device.
+    bool add_device(PyObject* tensor) {
+        const Reference device(PyObject_CallMethodNoArgs(tensor, torch_objects.get_device));
+        return device && add_integer(device.get());
     }
 
     std::string text_;
+    bool has_device_ = false;
 };
 
 // The types of recattn.ops._plans.

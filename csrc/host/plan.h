@@ -4,8 +4,8 @@
 
 namespace recattn::host {
 
-// signature(arguments) -> bytes: of tensors dtype, device and number of axes; of other arguments, the fields of tuples
-// too, the value.
+// signature(arguments) -> bytes: of tensors dtype and number of axes, of the first its device; of other arguments, the
+// fields of tuples too, the value.
 PyObject* signature(PyObject*, PyObject* arguments);
 
 // make_plan(types, num_inputs, steps, result) -> plan(arguments) -> result

@@ -11,7 +11,6 @@ Of recomputed rows (`is_recomputed`) that backward has counted nothing: w = p, w
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -312,7 +311,7 @@ def launch_sink_attention_pairs_bwd(
     [2, B, Hq, M] and sink_delta [B, Hq, M] float32, contiguous; packed, q is [T, Hq, D] and so on. Where a sink is
     ignored or not seen, dbias is 0.
     """
-    dbias = torch.empty_like(sinks.bias, dtype=torch.float32, memory_format=torch.contiguous_format)
+    dbias = sink_stats.new_empty(sinks.bias.shape)
     B, M = sinks.positions.shape
     num_heads = NumHeads(q.shape[1], k.shape[1], sinks.bias.shape[1])
     if dbias.numel() == 0 or q.numel() == 0:

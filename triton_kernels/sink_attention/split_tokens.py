@@ -100,11 +100,8 @@ def launch_sink_attention_streams(q: Tensor, sink_positions: Tensor, lengths: Le
     B, M = sink_positions.shape
     N = number_of_tokens(q, lengths)
     shape = (B, N) if lengths.cu_seqlens is None else (N,)
-    streams = Streams(
-        is_sink=q.new_empty(shape, dtype=torch.int8),
-        non_sinks=q.new_empty(shape, dtype=torch.int32),
-        sink_bounds=q.new_empty((B, 2), dtype=torch.int32),
-    )
+    non_sinks = q.new_empty(shape, dtype=torch.int32)
+    streams = Streams(q.new_empty(shape, dtype=torch.int8), non_sinks, non_sinks.new_empty((B, 2)))
     grid = (number_of_tiles(B, N, lengths.cu_seqlens, STREAM_BLOCK, 1),)
     launch(
         sink_attention_streams_kernel, grid,

@@ -151,7 +151,10 @@ def _fits(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_se
         sizes = _PACKED.sizes(q, k, v, cu_seqlens, *sinks) if seq_lens is None else None
     if sizes is None:
         return False
-    Hq, D, Hkv, Dv = (sizes[i] for i in ((1, 3, 4, 5) if cu_seqlens is None else (1, 2, 3, 4)))
+    if cu_seqlens is None:
+        _, Hq, _, D, Hkv, Dv, _ = sizes
+    else:
+        _, Hq, D, Hkv, Dv, _, _ = sizes
     return D > 0 and Hkv > 0 and Dv > 0 and Hq > 0 and Hq % Hkv == 0
 
 

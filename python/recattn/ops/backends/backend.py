@@ -166,8 +166,11 @@ def deterministic() -> bool:
 
 def empty_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised (out, lse) as `forward` returns them: out has q's order of tokens and heads, lse is float32."""
-    rows = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return _empty_like(q, v.shape[-1]), _swap_lse(q.new_empty(rows, dtype=torch.float32))
+    out = _empty_like(q, v.shape[-1])
+    if q.dim() == 4:
+        return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+    tokens, heads = q.shape[:2]
+    return out, q.new_empty_strided((tokens, heads), (1, tokens), dtype=torch.float32)
 
 
 def empty_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +189,8 @@ def _laid_out_like(like: Tensor, x: Tensor) -> Tensor:
 
 
 def _empty_like(like: Tensor, width: int) -> Tensor:
+    if width == like.shape[-1] and like.stride(-1) == 1:
+        return torch.empty_like(like)  # dense, in the order of `like`
     shape = (*like.shape[:-1], width)
     if _heads_inside_tokens(like):
         return like.new_empty(shape[0], shape[2], shape[1], width).transpose(1, 2)

@@ -33,7 +33,7 @@ def unsupported_reasons(
 
     Without q and v: on this type of device. With them: a call with these tensors.
     """
-    not_here = triton_unsupported_reason(device_type)
+    not_here = triton_unsupported_reason(device_type, None if q is None else q.dtype)
     triton = not_here or (None if q is None else _triton_call_reason(q, v))
     no_dropout = "it has no dropout" if dropout_p > 0 else None
     if device_type == "cpu":
@@ -48,7 +48,7 @@ def _triton_call_reason(q: Tensor, v: Tensor) -> str | None:
     widest = max(q.shape[-1], v.shape[-1])
     if widest > MAX_HEAD_DIM:
         return f"its kernels hold head dims up to {MAX_HEAD_DIM}, and q or v has {widest}"
-    return triton_unsupported_reason(q.device.type, q.dtype)
+    return None
 
 
 def _reference(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, _seed, options) -> Tensor:

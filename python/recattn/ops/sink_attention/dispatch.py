@@ -65,8 +65,11 @@ def resolve(
             raise NotImplementedError(f"sink_attention cannot run impl={name!r} here: {reason}")
         return CORRECTION, options.backend
     length = options.max_seqlen or q.shape[0] if packed else q.shape[2]
+    device = _device_name(q.device)
+    if options.impl is None and length <= _SHORT and device not in _measurements():  # the heuristic's choice, sooner
+        return FUSED, None
     shape = Shape(
-        _device_name(q.device),
+        device,
         "float32" if q.dtype == torch.float32 else "bfloat16",  # float16 runs at its speed
         max(q.shape[-1], v.shape[-1]),
         length,
