@@ -8,31 +8,48 @@ import torch
 
 from recattn._options import RefinedAttentionOptions
 from recattn.triton_kernels.common.dropout import Dropout
-from recattn.triton_kernels.refined_attention.config import largest_n
-from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
-from recattn.triton_kernels.refined_attention.short_backward import launch_refined_attention_bwd
+from recattn.triton_kernels.common.launch import host_block_width
+from recattn.triton_kernels.refined_attention import (
+    largest_n,
+    launch_refined_attention_bwd,
+    launch_refined_attention_fwd,
+    launch_weights_bwd,
+    launch_weights_product,
+)
 from tests.compile_table.compilation import ARCHITECTURES, DTYPES, Compilation, meta, name_of, recorded
 
 # "value" asks for no more than these.
 KINDS = ((64, "simple"), (128, "simple"), (32, "additive"), (64, "additive"), (128, "additive"))
+LENGTHS = (32, 50, 100)
 HEADS, NMAX = 4, 200
 
 
 def shipped_configurations() -> Iterator[Compilation]:
     """Head dims and dtypes in use, with every option."""
     for architecture, dtype in itertools.product(ARCHITECTURES, DTYPES):
-        lengths = [N for N in (32, 50, 100) if largest_n(dtype, architecture) >= N]
-        for N, (head_dim, mechanism) in itertools.product(lengths, KINDS):
-            label = f"{name_of(dtype)} {mechanism} D={head_dim} {{BLOCK_M}}x{{BLOCK_N}}"
-            q, w = meta(1, HEADS, N, head_dim, dtype=dtype), meta(NMAX, NMAX, dtype=dtype)
-            dropout = Dropout(meta(1, dtype=torch.int64), 100)
-            tensors = (q, q, q, w, w, None if mechanism == "simple" else w, meta(1, dtype=torch.int64))
-            options = RefinedAttentionOptions(mechanism, "weights", causal=True, left_padded=False, scale=0.125)
-            yield from recorded(
-                label, architecture, partial(launch_refined_attention_fwd, *tensors, options, dropout=dropout)
-            )
-            yield from recorded(
-                f"{label} stage {{STAGE}}",
-                architecture,
-                partial(launch_refined_attention_bwd, q, *tensors, options, dropout=dropout),
-            )
+        for N in (N for N in LENGTHS if largest_n(dtype, architecture) >= N):
+            yield from of_weights(N, dtype, architecture)
+            for head_dim, mechanism in KINDS:
+                yield from of_tokens(N, head_dim, mechanism, dtype, architecture)
+
+
+def of_tokens(N: int, head_dim: int, mechanism: str, dtype: torch.dtype, architecture: int) -> Iterator[Compilation]:
+    label = f"{name_of(dtype)} {mechanism} D={head_dim} {{BLOCK_M}}x{{BLOCK_N}}"
+    q, w_v = meta(1, HEADS, N, head_dim, dtype=dtype), meta(NMAX, NMAX, dtype=dtype)
+    size = host_block_width(N)
+    g = meta(1, size, size, dtype=dtype)
+    dropout = Dropout(meta(1, dtype=torch.int64), 100)
+    inputs = (q, q, q, g, None if mechanism == "simple" else w_v, meta(1, dtype=torch.int64))
+    options = RefinedAttentionOptions(mechanism, "weights", causal=True, left_padded=False, scale=0.125)
+    fwd = partial(launch_refined_attention_fwd, *inputs, options, dropout=dropout)
+    yield from recorded(label, architecture, fwd)
+    bwd = partial(launch_refined_attention_bwd, q, *inputs, options, dropout=dropout)
+    yield from recorded(f"{label} stage {{STAGE}}", architecture, bwd)
+
+
+def of_weights(N: int, dtype: torch.dtype, architecture: int) -> Iterator[Compilation]:
+    w, size = meta(NMAX, NMAX, dtype=dtype), host_block_width(N)
+    label = f"{name_of(dtype)} {size}"
+    yield from recorded(label, architecture, partial(launch_weights_product, w, w, N))
+    sums = meta(1000, 1, size, size)
+    yield from recorded(label, architecture, partial(launch_weights_bwd, w, w, w, sums, sums, N))

@@ -23,6 +23,7 @@ from recattn.triton_kernels.lrea import compress
 from recattn.triton_kernels.lrea.attention import launch_lrea_attention_bwd, launch_lrea_attention_fwd
 from recattn.triton_kernels.refined_attention import projection, short_backward
 from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
+from recattn.triton_kernels.refined_attention.short_weights import launch_weights_product
 from recattn.triton_kernels.sink_attention import (
     Lengths,
     SinkInputs,
@@ -187,8 +188,9 @@ def test_wasserstein_attention(layout):
 def refined_attention_of(w: Tensor):
     def operator(q, k, v, dout) -> dict[str, Tensor]:
         options = RefinedAttentionOptions("additive", "logits", causal=True, left_padded=False, scale=D**-0.5)
-        out = launch_refined_attention_fwd(q, k, v, w, w, w, None, options)
-        gradients = short_backward.launch_refined_attention_bwd(dout, q, k, v, w, w, w, None, options)
+        inputs = (q, k, v, launch_weights_product(w, w, q.shape[2]), w, None, options)
+        out = launch_refined_attention_fwd(*inputs)
+        gradients = short_backward.launch_refined_attention_bwd(dout, *inputs)
         return {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=False))}
 
     return operator

@@ -12,15 +12,22 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+import recattn
 from recattn import reference
 from recattn._options import RefinedAttentionOptions
 from recattn.ops.refined_attention.triton_short import unsupported_reason
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import ARCHITECTURES
+from recattn.triton_kernels.refined_attention import (
+    launch_refined_attention_bwd,
+    launch_refined_attention_fwd,
+    launch_weights_bwd,
+    launch_weights_product,
+    short_backward,
+    short_weights,
+)
 from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig, StageConfig, TileConfig, largest_n
-from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
-from recattn.triton_kernels.refined_attention.short_backward import launch_refined_attention_bwd
 from tests.compile_table.compilation import meta, recorded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,13 +44,22 @@ class Launched(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, options, launch):
-        ctx.arguments, ctx.launch = (q, k, v, w_q, w_k, w_v, seq_lens, options), launch
+        g = launch_weights_product(w_q, w_k, q.shape[2])
+        ctx.weights, ctx.arguments, ctx.launch = (w_q, w_k, w_v), (q, k, v, g, w_v, seq_lens, options), launch
         return launch_refined_attention_fwd(*ctx.arguments, **launch)
 
     @staticmethod
     def backward(ctx, dout):
-        gradients = launch_refined_attention_bwd(dout, *ctx.arguments, **ctx.launch)
-        return *gradients, *([None] * (9 - len(gradients)))
+        grads = launch_refined_attention_bwd(dout, *ctx.arguments, **ctx.launch)
+        dweights = launch_weights_bwd(*ctx.weights, grads.dg, grads.dw_v, dout.shape[2])
+        return grads.dq, grads.dk, grads.dv, *dweights, *([None] * (6 - len(dweights)))
+
+
+@pytest.fixture(autouse=True)
+def several_launches_of_the_backward(monkeypatch):
+    """The interpreter's batches are small."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: 4)
 
 
 def launched(
@@ -188,13 +204,38 @@ def test_incoming_gradient_that_is_expanded():
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("b, n, dv", [(0, 5, 16), (2, 0, 16)])
+@pytest.mark.parametrize("b, n, dv", [(0, 5, 16), (2, 0, 16), (2, 3, 0)])
 def test_nothing_to_do(b, n, dv):
-    inputs = draw("value", b=b, n=n, dv=dv, r=4, n_max=5)
-    for actual, expected in zip(
-        gradients(launched, inputs), gradients(reference.refined_attention, inputs), strict=True
-    ):
+    inputs = draw("value", b=b, n=n, r=4, n_max=5)
+    inputs["v"] = inputs["v"][..., :dv]
+    kernel = functools.partial(recattn.refined_attention, impl="triton")
+    for actual, expected in zip(gradients(kernel, inputs), gradients(reference.refined_attention, inputs), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("per_head", [(), ("w_k",)], ids=str)
+@pytest.mark.parametrize("n", [5, 20])
+def test_more_partial_sums_than_one_launch_adds(n, per_head, monkeypatch):
+    """Sums of dG and dW_v of many programs are reduced in two launches."""
+    monkeypatch.setattr(short_weights, "LOADED", 4 * 16 * 16 if n <= 16 else 4 * 32 * 32)
+    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: 33)
+    check(draw("value", b=11, h=1 if not per_head else 2, n=n, n_max=n + 2, r=7, per_head=per_head))
+
+
+@pytest.mark.parametrize("n_max, r", [(70, 3), (40, 45)])
+def test_matrices_of_several_tiles(n_max, r):
+    """Rows of the gradients beyond N are zero, in tiles of their own too."""
+    check(draw("value", n=35, n_max=n_max, r=r, dtype=torch.float16))
+
+
+def test_infinite_weights_stay_in_the_first_rows():
+    """Rows beyond N of G and of the gradients are zero, not 0 · inf."""
+    w_q, w_k = (torch.full((20, 3), math.inf, device=DEVICE) for _ in range(2))
+    g = launch_weights_product(w_q, w_k, 18)
+    assert not g[:, 18:].any() and not g[..., 18:].any() and g[:, :18, :18].isinf().all()
+    dg = torch.ones(2, 1, 32, 32, device=DEVICE)
+    for dw in launch_weights_bwd(w_q, w_k, None, dg, None, 18):
+        assert not dw[18:].any() and dw[:18].isinf().all()
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -247,18 +288,20 @@ def test_dropout(mechanism, dtype):
 
 
 def signature(B: int, N: int, R: int) -> list:
-    """What the launches of these sizes compile for."""
-    q, w, w_v = (meta(*shape, dtype=torch.bfloat16) for shape in ((B, 8, N, 64), (N + R, R), (N + R, N + R)))
+    """What the launches of these sizes compile for, all of one BLOCK_N."""
+    G = (1, 64, 64)
+    q, w, w_v, g = (meta(*shape, dtype=torch.bfloat16) for shape in ((B, 8, N, 64), (N + R, R), (N + R, N + R), G))
     options = RefinedAttentionOptions("value", "logits", causal=N % 2 == 0, left_padded=False, scale=1 / N)
     config = RefinedAttentionConfig(TileConfig(64, 32, 4), (StageConfig(64, 32, 4),))
-    tensors = (q, q, q, w, w, w_v, None)
+    dg = meta(20 * B, *G)
 
     def launch() -> None:
-        launch_refined_attention_fwd(*tensors, options, config=config)
-        launch_refined_attention_bwd(q, *tensors, options, config=config)
+        launch_weights_product(w, w, N)
+        launch_refined_attention_fwd(q, q, q, g, w_v, None, options, config=config)
+        launch_refined_attention_bwd(q, q, q, q, g, w_v, None, options, config=config)
+        launch_weights_bwd(w, w, w_v, dg, dg, N)
 
-    fwd, *bwd = recorded("", 90, launch)
-    return [(c.kernel, c.signature, c.constexprs) for c in (fwd, bwd[0], bwd[-1])]
+    return [(c.kernel, c.signature, c.constexprs) for c in recorded("", 90, launch)]
 
 
 def test_no_recompile_for_other_sizes():

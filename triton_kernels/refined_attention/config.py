@@ -1,5 +1,6 @@
 """Launch parameters of refined_attention's kernels."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,12 @@ import triton
 from recattn.triton_kernels.common.tiles import block_width
 
 LARGEST_HEAD_DIM = 256
+
+
+@functools.cache
+def num_multiprocessors(device_index: int | None) -> int:
+    """Those of a GPU; for other devices, Hopper's."""
+    return 132 if device_index is None else torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def largest_n(dtype: torch.dtype, architecture: int) -> int:
@@ -41,6 +48,7 @@ class RefinedAttentionConfig(NamedTuple):
     bwd: tuple[StageConfig, ...]
 
     @classmethod
+    @functools.cache
     def heuristic(
         cls, N: int, head_dim: int, dtype: torch.dtype, architecture: int, mechanism: str
     ) -> "RefinedAttentionConfig":
@@ -73,6 +81,7 @@ class RefinedProjectionConfig:
     num_stages: int
 
     @classmethod
+    @functools.cache
     def of_product(cls, E: int, F: int, dtype: torch.dtype, architecture: int) -> "RefinedProjectionConfig":
         if dtype == torch.float32:
             # On sm_100 Triton uses the tensor cores for tiles of 64 rows, in TF32 whatever precision is asked for.
@@ -83,6 +92,7 @@ class RefinedProjectionConfig:
         return cls(64, 64, block_e, min(block_width(F), 128), num_warps=8 if wide else 4, num_stages=2)
 
     @classmethod
+    @functools.cache
     def of_states(cls, E: int, F: int, dtype: torch.dtype, architecture: int) -> "RefinedProjectionConfig":
         if dtype == torch.float32:
             return cls(0, 32, min(block_width(E), 32), min(block_width(F), 64), num_warps=4, num_stages=2)
@@ -90,6 +100,7 @@ class RefinedProjectionConfig:
         return cls(0, 64, min(block_width(E), 64), min(block_width(F), 64), num_warps=4, num_stages=3)
 
 
+@functools.cache
 def segment_length(D: int, P: int) -> int:
     """Positions of a segment, a power of two: work inside segments and work with states are about equal."""
     return max(64, triton.next_power_of_2(2 * D * P // (D + P)))

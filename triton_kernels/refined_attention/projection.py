@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS, architecture_of
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, launch
 from recattn.triton_kernels.common.tiles import bhnd
 from recattn.triton_kernels.refined_attention.config import RefinedProjectionConfig, segment_length
 from recattn.triton_kernels.refined_attention.projection_kernels import (
@@ -73,9 +72,9 @@ def launch_dw(
     P = dx.shape[3]
     groups, heads, size = (1, H, B * H) if shared else (H, 1, B)
     config = RefinedProjectionConfig.of_product(D, P, k.dtype, architecture_of(k))
-    tiles = triton.cdiv(N, config.block_m) * triton.cdiv(P, config.block_f) * groups
-    per_split = triton.cdiv(size, min(size, triton.cdiv(FULL_GRID, max(tiles, 1)))) if size > 0 else 1
-    group = Group(heads, size, per_split, triton.cdiv(size, per_split))
+    tiles = cdiv(N, config.block_m) * cdiv(P, config.block_f) * groups
+    per_split = cdiv(size, min(size, cdiv(FULL_GRID, max(tiles, 1)))) if size > 0 else 1
+    group = Group(heads, size, per_split, cdiv(size, per_split))
     partials = k.new_empty(group.num_splits, groups, N, P, dtype=torch.float32)
     launch_product(k, q, dx, states, partials, mask, scale, reversed=True, summed_over=group)
     total = partials.sum(0)
@@ -98,30 +97,22 @@ def launch_states(b: Tensor, c: Tensor, mask: Mask, *, reversed: bool = False) -
         return None
     states = b.new_empty(B * H, boundaries, E, F)
     config = RefinedProjectionConfig.of_states(E, F, b.dtype, architecture_of(b))
-    grid = (B * H * triton.cdiv(E, config.block_e) * triton.cdiv(F, config.block_f),)
-    with torch.cuda.device_of(b):
-        refined_projection_states_kernel[grid](
-            bhnd(b),
-            bhnd(c),
-            states,
-            mask.seq_lens,
-            num_heads=H,
-            N=N,
-            boundaries=boundaries,
-            left_padded=int(mask.left_padded),
-            E=E,
-            F=F,
-            BLOCK_N=config.block_n,
-            BLOCK_E=config.block_e,
-            BLOCK_F=config.block_f,
-            SEGMENT=segment_length(E, F),
-            CAUSAL=mask.causal,
-            REVERSED=reversed,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+    launch(
+        refined_projection_states_kernel,
+        (B * H * cdiv(E, config.block_e) * cdiv(F, config.block_f),),
+        *(bhnd(b), bhnd(c), states, mask.seq_lens, H, N, boundaries, int(mask.left_padded)),
+        E=E,
+        F=F,
+        BLOCK_N=config.block_n,
+        BLOCK_E=config.block_e,
+        BLOCK_F=config.block_f,
+        SEGMENT=segment_length(E, F),
+        CAUSAL=mask.causal,
+        REVERSED=reversed,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
+    )
     return states
 
 
@@ -143,40 +134,25 @@ def launch_product(
     B, H, N, E = a.shape
     F = c.shape[3]
     config = RefinedProjectionConfig.of_product(E, F, a.dtype, architecture_of(a))
-    num_tiles = triton.cdiv(N, config.block_m)
+    num_tiles = cdiv(N, config.block_m)
     group, groups = (Group(H, B * H, 1, B * H), 1) if summed_over is None else (summed_over, out.shape[1])
-    grid = (num_tiles * triton.cdiv(F, config.block_f) * group.num_splits * groups,)
-    with torch.cuda.device_of(a):
-        refined_projection_product_kernel[grid](
-            bhnd(a),
-            bhnd(b),
-            bhnd(c),
-            states,
-            bhnd(out),
-            mask.seq_lens,
-            *((0, 0) if states is None else states.stride()[2:]),
-            num_heads=H,
-            heads_per_group=group.heads,
-            group_size=group.size,
-            per_split=group.per_split,
-            num_splits=group.num_splits,
-            num_tiles=num_tiles,
-            N=N,
-            boundaries=0 if states is None else states.shape[1],
-            scale=scale,
-            left_padded=int(mask.left_padded),
-            E=E,
-            F=F,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_E=config.block_e,
-            BLOCK_F=config.block_f,
-            SEGMENT=segment_length(E, F),
-            CAUSAL=mask.causal,
-            REVERSED=reversed,
-            SUMMED=summed_over is not None,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+    state_strides, boundaries = ((0, 0), 0) if states is None else (states.stride()[2:], states.shape[1])
+    launch(
+        refined_projection_product_kernel,
+        (num_tiles * cdiv(F, config.block_f) * group.num_splits * groups,),
+        *(bhnd(a), bhnd(b), bhnd(c), states, bhnd(out), mask.seq_lens, *state_strides, H, *group, num_tiles),
+        *(N, boundaries, scale, int(mask.left_padded)),
+        E=E,
+        F=F,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_E=config.block_e,
+        BLOCK_F=config.block_f,
+        SEGMENT=segment_length(E, F),
+        CAUSAL=mask.causal,
+        REVERSED=reversed,
+        SUMMED=summed_over is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
+    )

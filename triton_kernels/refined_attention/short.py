@@ -4,27 +4,26 @@ W_q and W_k come in as one matrix,
 
     Q'K'ᵀ / √R = A G Aᵀ,        G = W_q W_kᵀ / √R,
 
-which saves a product and makes the kernels independent of R.
+which saves a product and makes the kernels independent of R. `short_weights` computes G in a launch of its own: every
+program would otherwise repeat it, and R may be many times N. The backward reads the G of the forward. Both find it at
+BLOCK_N numbers a row.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from recattn._options import RefinedAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS, architecture_of
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
 from recattn.triton_kernels.common.ragged import locate_sequence
 from recattn.triton_kernels.common.softmax import masked_softmax
 from recattn.triton_kernels.common.tiles import (
     Matrix,
     Tokens,
     bhnd,
-    block_width,
     head_rows,
     load_rows,
     load_tokens,
@@ -32,6 +31,7 @@ from recattn.triton_kernels.common.tiles import (
     store_tokens,
 )
 from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig
+from recattn.triton_kernels.refined_attention.short_weights import contiguous_like, matrix_strides
 
 # --- One batch and head ---
 
@@ -259,8 +259,7 @@ def launch_refined_attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
+    g: Tensor,
     w_v: Tensor | None,
     seq_lens: Tensor | None,
     options: RefinedAttentionOptions,
@@ -270,65 +269,36 @@ def launch_refined_attention_fwd(
 ) -> Tensor:
     """out [B, H, N, Dv], zero at padding.
 
-    q, k [B, H, N, D]; v [B, H, N, Dv]; w_q, w_k [Nmax, R] or [H, Nmax, R]; w_v [Nmax, Nmax] or [H, Nmax, Nmax], or
-    None for the simple mechanism; seq_lens [B] or None. `options.scale` is a number.
+    q, k [B, H, N, D]; v [B, H, N, Dv]; g of `launch_weights_product`; w_v [Nmax, Nmax] or [H, Nmax, Nmax], or None for
+    the simple mechanism; seq_lens [B] or None. `options.scale` is a number. No axis is empty.
     """
     B, H, N, D = q.shape
-    out = v.new_empty(v.shape)
+    out = contiguous_like(v)
     tile = (config or choose_config(q, v, options)).fwd
-    g = product_of_weights(w_q, w_k, N)
-    with torch.cuda.device_of(q):
-        refined_attention_fwd_kernel[B * H, triton.cdiv(N, tile.block_m)](
-            bhnd(q),
-            bhnd(k),
-            bhnd(v),
-            out,
-            g,
-            w_v,
-            seq_lens,
-            dropout.seed,
-            head_stride(g),
-            *matrix_strides(w_v),
-            num_heads=H,
-            N=N,
-            scale=options.scale,
-            causal=int(options.causal),
-            left_padded=int(options.left_padded),
-            dropout_threshold=dropout.threshold,
-            HEAD_DIM=D,
-            VALUE_DIM=v.shape[3],
-            FROM_WEIGHTS=options.source == "weights",
-            ADDS_SOURCE=options.mechanism == "additive",
-            BLOCK_M=tile.block_m,
-            BLOCK_N=block_width(N),
-            BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps,
-            num_stages=1,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )
+    launch(
+        refined_attention_fwd_kernel,
+        (B * H, cdiv(N, tile.block_m)),
+        *(bhnd(q), bhnd(k), bhnd(v), out, g, w_v, seq_lens, dropout.seed, head_stride(g), *matrix_strides(w_v)),
+        *(H, N, options.scale, int(options.causal), int(options.left_padded), dropout.threshold),
+        HEAD_DIM=D,
+        VALUE_DIM=v.shape[3],
+        FROM_WEIGHTS=options.source == "weights",
+        ADDS_SOURCE=options.mechanism == "additive",
+        BLOCK_M=tile.block_m,
+        BLOCK_N=host_block_width(N),
+        BLOCK_D=tile.block_d,
+        num_warps=tile.num_warps,
+        num_stages=1,
+        maxnreg=MAX_REGISTERS,
+    )
     return out
 
 
 def choose_config(q: Tensor, v: Tensor, options: RefinedAttentionOptions) -> RefinedAttentionConfig:
-    head_dim = max(q.shape[3], v.shape[3])
-    return RefinedAttentionConfig.heuristic(q.shape[2], head_dim, q.dtype, architecture_of(q), options.mechanism)
+    size, head_dim = host_block_width(q.shape[2]), host_block_width(max(q.shape[3], v.shape[3]))
+    return RefinedAttentionConfig.heuristic(size, head_dim, q.dtype, architecture_of(q), options.mechanism)
 
 
-def product_of_weights(w_q: Tensor, w_k: Tensor, N: int) -> Tensor:
-    """G = W_q W_kᵀ / √R [1 or H, BLOCK_N, BLOCK_N], zero beyond the first N rows and columns."""
-    g = w_q[..., :N, :].float() @ w_k[..., :N, :].float().mT * w_q.shape[-1] ** -0.5
-    padding = block_width(N) - N
-    return F.pad(g.to(w_q.dtype), (0, padding, 0, padding)).view(-1, N + padding, N + padding)
-
-
-def head_stride(w: Tensor) -> int:
+def head_stride(g: Tensor) -> int:
     """The stride from head to head of [H, ...], or of [1, ...], one matrix for all heads."""
-    return w.stride(0) if w.shape[0] > 1 else 0
-
-
-def matrix_strides(w: Tensor | None) -> tuple[int, int, int]:
-    """The strides of [H, N, N], or of [N, N], one matrix for all heads; zeros for None."""
-    if w is None:
-        return 0, 0, 0
-    return w.stride() if w.dim() == 3 else (0, *w.stride())
+    return g.stride(0) if g.shape[0] > 1 else 0

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
-from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION, MAX_REGISTERS
-from recattn.triton_kernels.common.tiles import Matrix, bhnd, block_width, head_rows
-from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, cdiv, host_block_width, launch
+from recattn.triton_kernels.common.tiles import Matrix, bhnd, head_rows
+from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig, num_multiprocessors
 from recattn.triton_kernels.refined_attention.short import (
     Inputs,
     choose_config,
+    contiguous_like,
     head_stride,
     load_batch_head,
     matrix_strides,
-    product_of_weights,
     tokens_at,
 )
 from recattn.triton_kernels.refined_attention.short_gradients import (
@@ -184,76 +184,54 @@ def launch_refined_attention_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
+    g: Tensor,
     w_v: Tensor | None,
     seq_lens: Tensor | None,
     options: RefinedAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
     config: RefinedAttentionConfig | None = None,
-) -> list[Tensor]:
-    """dq, dk, dv, dw_q, dw_k and, where there is w_v, dw_v: of the shapes of what they are gradients of, contiguous."""
+) -> Gradients:
+    """dq, dk and dv, contiguous, and the partial sums of dG and dW_v as `launch_weights_bwd` takes them.
+
+    The arguments are those of the forward. No axis is empty.
+    """
     B, H, N, D = q.shape
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dweights = [w.new_zeros(w.shape) for w in (w_q, w_k, w_v) if w is not None]
-    if B * H * N == 0:
-        return [dq, dk, dv, *dweights]
-    if v.shape[3] == 0:
-        return [dq.zero_(), dk.zero_(), dv, *dweights]
+    dq, dk, dv = contiguous_like(q), contiguous_like(k), contiguous_like(v)
     config = config or choose_config(q, v, options)
-    g = product_of_weights(w_q, w_k, N)
     # Heads with matrices of their own are a group each; else all heads are one.
-    groups = H if any(w.dim() == 3 for w in (w_q, w_k, w_v) if w is not None) else 1
+    groups = H if g.shape[0] > 1 or (w_v is not None and w_v.dim() == 3) else 1
     count = B * H // groups
     per_launch = min(count, pairs_per_launch(q, groups))
-    size = block_width(N)
-    dg, *dw_v = (q.new_empty((per_launch, groups, size, size), dtype=torch.float32) for _ in dweights[1:])
+    size = g.shape[1]
+    dg = torch.empty((per_launch, groups, size, size), dtype=torch.float32, device=q.device)
+    grads = Gradients(dq, dk, dv, dg, None if w_v is None else torch.empty_like(dg))
     workspace = None
     if len(config.bwd) > 1:
-        workspace = q.new_empty((per_launch, groups, len(Workspace._fields), size, size))
-    with torch.cuda.device_of(q):
-        for first_bh in range(0, count, per_launch):
-            for tile in config.bwd:
-                refined_attention_bwd_kernel[min(per_launch, count - first_bh), groups, size // tile.block_m](
-                    bhnd(dout),
-                    bhnd(q),
-                    bhnd(k),
-                    bhnd(v),
-                    Gradients(dq, dk, dv, dg, dw_v[0] if dw_v else None),
-                    workspace,
-                    g,
-                    w_v,
-                    seq_lens,
-                    dropout.seed,
-                    head_stride(g),
-                    *matrix_strides(w_v),
-                    num_heads=H,
-                    N=N,
-                    first_bh=first_bh,
-                    scale=options.scale,
-                    causal=int(options.causal),
-                    left_padded=int(options.left_padded),
-                    dropout_threshold=dropout.threshold,
-                    HEAD_DIM=D,
-                    VALUE_DIM=v.shape[3],
-                    FROM_WEIGHTS=options.source == "weights",
-                    ADDS_SOURCE=options.mechanism == "additive",
-                    BLOCK_M=tile.block_m,
-                    BLOCK_N=size,
-                    BLOCK_D=tile.block_d,
-                    STAGE=tile.stage,
-                    num_warps=tile.num_warps,
-                    num_stages=1,
-                    maxnreg=MAX_REGISTERS,
-                    enable_fp_fusion=ENABLE_FP_FUSION,
-                )
-    dg, *dw_v = (x.sum(0)[..., :N, :N] for x in (dg, *dw_v))
-    factor = w_q.shape[-1] ** -0.5
-    sums = [factor * (dg @ w_k[..., :N, :].float()), factor * (dg.mT @ w_q[..., :N, :].float()), *dw_v]
-    for total, dw in zip(dweights, sums, strict=True):
-        total[..., :N, : dw.shape[-1]] = dw if total.dim() == 3 else dw.sum(0)
-    return [dq, dk, dv, *dweights]
+        squares = (per_launch, groups, len(Workspace._fields), size, size)
+        workspace = torch.empty(squares, dtype=q.dtype, device=q.device)
+    inputs = (bhnd(dout), bhnd(q), bhnd(k), bhnd(v), grads, workspace, g, w_v, seq_lens, dropout.seed)
+    strides = (head_stride(g), *matrix_strides(w_v))
+    flags = (options.scale, int(options.causal), int(options.left_padded), dropout.threshold)
+    for first_bh in range(0, count, per_launch):
+        for tile in config.bwd:
+            launch(
+                refined_attention_bwd_kernel,
+                (min(per_launch, count - first_bh), groups, size // tile.block_m),
+                *(*inputs, *strides, H, N, first_bh, *flags),
+                HEAD_DIM=D,
+                VALUE_DIM=v.shape[3],
+                FROM_WEIGHTS=options.source == "weights",
+                ADDS_SOURCE=options.mechanism == "additive",
+                BLOCK_M=tile.block_m,
+                BLOCK_N=size,
+                BLOCK_D=tile.block_d,
+                STAGE=tile.stage,
+                num_warps=tile.num_warps,
+                num_stages=1,
+                maxnreg=MAX_REGISTERS,
+            )
+    return grads
 
 
 # Batch-heads that a launch of the backward takes per multiprocessor, by BLOCK_N.
@@ -261,11 +239,8 @@ PARTIAL_WAVES = {16: 32, 32: 16, 64: 8, 128: 2}
 
 
 def pairs_per_launch(q: Tensor, groups: int) -> int:
-    """How many batch-heads of a group a launch of the backward takes. Interpreted few, so that there are several.
+    """How many batch-heads of a group a launch of the backward takes.
 
     Each has sums of its own, which should stay in the cache until the next launch adds to them.
     """
-    if q.device.type != "cuda":
-        return 4
-    waves = PARTIAL_WAVES[block_width(q.shape[2])]
-    return triton.cdiv(waves * torch.cuda.get_device_properties(q.device).multi_processor_count, groups)
+    return cdiv(PARTIAL_WAVES[host_block_width(q.shape[2])] * num_multiprocessors(q.device.index), groups)

@@ -36,7 +36,7 @@ def define(
                 args = (*args[:first_option], options(*args[first_option:]))
             results = kernel(*args)
             if num_returns == 1:
-                return results
+                return results[0] if isinstance(results, tuple) else results
             like = _first_tensor(args)
             return tuple(like.new_empty(0) if x is None else x for x in results[:num_returns])
 

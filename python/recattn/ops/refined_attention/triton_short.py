@@ -1,5 +1,7 @@
 """refined_attention of short sequences by Triton kernels, whole in one program."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def unsupported_reason(q: Tensor, v: Tensor, mechanism: str) -> str | None:
     unusable = triton_unsupported_reason(q.device.type, q.dtype)
     if unusable is not None:
         return unusable
-    longest, widest = _limits(q.device.type, q.dtype)
+    longest, widest = _limits(q.device.type, q.device.index, q.dtype)
     dtype = str(q.dtype).removeprefix("torch.")
     if q.shape[2] > longest:
         return f"it holds up to {longest} tokens in {dtype}, and there are {q.shape[2]}"
@@ -32,29 +34,51 @@ def unsupported_reason(q: Tensor, v: Tensor, mechanism: str) -> str | None:
 
 
 @constant_in_graphs
-def _limits(device_type: str, dtype: torch.dtype) -> tuple[int, int]:
+def _limits(device_type: str, device_index: int | None, dtype: torch.dtype) -> tuple[int, int]:
     """The most tokens and the widest head."""
+    return _cached_limits(device_type, device_index, dtype)
+
+
+@functools.cache
+def _cached_limits(device_type: str, device_index: int | None, dtype: torch.dtype) -> tuple[int, int]:
     from recattn.triton_kernels.common.launch import architecture_of
-    from recattn.triton_kernels.refined_attention.config import LARGEST_HEAD_DIM, largest_n
 
-    return largest_n(dtype, architecture_of(torch.empty(0, device=device_type))), LARGEST_HEAD_DIM
+    kernels = triton_kernels()
+    architecture = architecture_of(torch.empty(0, device=torch.device(device_type, device_index)))
+    return kernels.largest_n(dtype, architecture), kernels.LARGEST_HEAD_DIM
 
 
-def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor:
-    from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
+@functools.cache
+def triton_kernels():
+    """The Triton kernels, imported at the first call."""
+    from recattn.triton_kernels import refined_attention
 
+    return refined_attention
+
+
+def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor]:
+    """The output, and G for the backward."""
+    if v.numel() == 0:
+        return v.new_empty(v.shape), w_q.new_empty(0)
+    kernels = triton_kernels()
+    g = kernels.launch_weights_product(w_q, w_k, q.shape[2])
     dropout = launched_dropout(dropout_seed, options.dropout_p)
     seq_lens, options = contiguous(seq_lens), _with_scale(options, q)
-    return launch_refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options, dropout=dropout)
+    return kernels.launch_refined_attention_fwd(q, k, v, g, w_v, seq_lens, options, dropout=dropout), g
 
 
-def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> list[Tensor]:
-    from recattn.triton_kernels.refined_attention.short_backward import launch_refined_attention_bwd
-
+def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g=None) -> list[Tensor]:
+    if v.numel() == 0:
+        return [x.new_zeros(x.shape) for x in (q, k, v, w_q, w_k, w_v) if x is not None]
+    kernels = triton_kernels()
+    if g is None:
+        g = kernels.launch_weights_product(w_q, w_k, q.shape[2])
     dropout = launched_dropout(dropout_seed, options.dropout_p)
     seq_lens, options = contiguous(seq_lens), _with_scale(options, q)
-    return launch_refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options, dropout=dropout)
+    grads = kernels.launch_refined_attention_bwd(dout, q, k, v, g, w_v, seq_lens, options, dropout=dropout)
+    dweights = kernels.launch_weights_bwd(w_q, w_k, w_v, grads.dg, grads.dw_v, q.shape[2])
+    return [grads.dq, grads.dk, grads.dv, *dweights]
 
 
 def _with_scale(options: RefinedAttentionOptions, q: Tensor) -> RefinedAttentionOptions:
-    return options._replace(scale=resolve_scale(options.scale, q.shape[3]))
+    return options._replace(scale=resolve_scale(options.scale, q.shape[3])) if options.scale is None else options
