@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import recattn
 from recattn import reference
+from recattn._options import InterSinkBiasOptions
 from recattn.ops import inter_sink_bias as ops
 from recattn.ops._support import draw_dropout_seed
 from recattn.testing import assert_matches_reference
@@ -299,9 +300,10 @@ def test_any_tile(rows, sinks, monkeypatch):
 def test_no_tensor_of_all_weights():
     inputs = draw(batch=1, heads=8, sinks=128, dim=16, masked=False)
     tensors = (inputs["q_s"], inputs["k_s"], None, None, None)
+    options = InterSinkBiasOptions(1.0, causal=False, dropout_p=0.0, scale=None)
     with LargestTensor() as largest:
-        out = ops.inter_sink_bias_fwd(*tensors, 1.0, False, 0.0, None)
-        ops.inter_sink_bias_bwd(out, *tensors, 1.0, False, 0.0, None)
+        out = ops.inter_sink_bias_fwd(*tensors, options)
+        ops.inter_sink_bias_bwd(out, *tensors, options)
     assert largest.elements <= 128 * 128 < 8 * 128 * 128
 
 
@@ -418,9 +420,9 @@ def test_opcheck(full, dtype):
     seed = torch.tensor([5], device=DEVICE)
     optional = (inputs["sink_mask"], inputs["bias_scale"], seed) if full else (None, None, None)
     arguments = (q_s, inputs["k_s"], *optional, 2.0, full, 0.5 if full else 0.0, None)
-    torch.library.opcheck(ops.inter_sink_bias_fwd, arguments)
+    torch.library.opcheck(torch.ops.recattn.inter_sink_bias_fwd.default, arguments)
     dout = torch.randn(3, 1, 15, 15, device=DEVICE)
-    torch.library.opcheck(ops.inter_sink_bias_bwd, (dout, *arguments))
+    torch.library.opcheck(torch.ops.recattn.inter_sink_bias_bwd.default, (dout, *arguments))
 
 
 @pytest.mark.parametrize("with_tensors", [True, False])

@@ -217,7 +217,7 @@ def test_nothing_to_do(b, n, dv):
 @pytest.mark.parametrize("n", [5, 20])
 def test_more_partial_sums_than_one_launch_adds(n, per_head, monkeypatch):
     """Sums of dG and dW_v of many programs are reduced in two launches."""
-    monkeypatch.setattr(short_weights, "LOADED", 4 * 16 * 16 if n <= 16 else 4 * 32 * 32)
+    monkeypatch.setattr(short_weights, "LOADED", 1024)
     monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: 33)
     check(draw("value", b=11, h=1 if not per_head else 2, n=n, n_max=n + 2, r=7, per_head=per_head))
 
@@ -301,7 +301,8 @@ def signature(B: int, N: int, R: int) -> list:
         launch_refined_attention_bwd(q, q, q, q, g, w_v, None, options, config=config)
         launch_weights_bwd(w, w, w_v, dg, dg, N)
 
-    return [(c.kernel, c.signature, c.constexprs) for c in recorded("", 90, launch)]
+    made = [(c.kernel, c.signature, c.constexprs) for c in recorded("", 90, launch)]
+    return [compiled for i, compiled in enumerate(made) if compiled not in made[:i]]  # the backward is launched often
 
 
 def test_no_recompile_for_other_sizes():

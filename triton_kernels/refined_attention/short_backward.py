@@ -213,7 +213,8 @@ def launch_refined_attention_bwd(
     inputs = (bhnd(dout), bhnd(q), bhnd(k), bhnd(v), grads, workspace, g, w_v, seq_lens, dropout.seed)
     strides = (head_stride(g), *matrix_strides(w_v))
     flags = (options.scale, int(options.causal), int(options.left_padded), dropout.threshold)
-    for first_bh in range(0, count, per_launch):
+    for i in range(int(cdiv(count, per_launch))):
+        first_bh = i * per_launch
         for tile in config.bwd:
             launch(
                 refined_attention_bwd_kernel,

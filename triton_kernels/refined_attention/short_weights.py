@@ -17,8 +17,10 @@ from recattn.triton_kernels.common.tiles import load_rows, offset
 
 # Rows, and columns, of a tile of a matrix.
 TILE = 32
-# A program loads so many entries of the partial sums at once.
-LOADED = 8192
+# Of partial sums, a program of the chain rule loads BLOCK_P times a tile of so many columns at once, LOADED entries.
+# Float32 products hold their operands in registers, so the columns are few.
+BLOCK_K: tl.constexpr = tl.constexpr(16)
+LOADED = 4096
 
 
 @triton.jit(do_not_specialize=["stride_qh", "stride_qn", "stride_kh", "stride_kn", "N", "R"])
@@ -34,12 +36,11 @@ def refined_weights_product_kernel(
     stride_kr,
     N,
     R,
-    factor,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Program (t, h): tile t [BLOCK_M, BLOCK_M] of head h of G = factor · W_q W_kᵀ, zero beyond N rows and columns.
+    """Program (t, h): tile t [BLOCK_M, BLOCK_M] of head h of G = W_q W_kᵀ / √R, zero beyond N rows and columns.
 
     for each BLOCK_R columns of W_q and W_k:
         g += w_q @ w_k.T
@@ -58,7 +59,7 @@ def refined_weights_product_kernel(
         )
         product = tl.dot(q_block, tl.trans(k_block), product, input_precision="ieee")
     # Not the masked product: 0 · inf is NaN.
-    product = tl.where((rows < N)[:, None] & (columns < N)[None, :], factor * product, 0.0)
+    product = tl.where((rows < N)[:, None] & (columns < N)[None, :], product / tl.sqrt(R.to(tl.float32)), 0.0)
     g += offset(head, BLOCK_N * BLOCK_N) + rows[:, None] * BLOCK_N + columns[None, :]
     tl.store(g, product.to(g.dtype.element_ty))
 
@@ -98,14 +99,13 @@ def store_chain_rule(
     N,
     N_max,
     R,
-    factor,
     TRANSPOSED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """A tile of dw = factor · dG @ w, or dG.T @ w, of one of `heads`; of one for all, the sum over the groups."""
+    """A tile of dw = dG @ w / √R, or dG.T @ w / √R, of one of `heads`; of one for all, the sum over the groups."""
     head = tl.program_id(1)
     tiles = tl.cdiv(R, BLOCK_C)
     first_row = tl.program_id(0) // tiles * BLOCK_M
@@ -121,18 +121,18 @@ def store_chain_rule(
         for group in range(first_group, end_group):
             partials = dg + offset(group, BLOCK_N * BLOCK_N)
             w_columns = w + offset(group, stride_wh) + offset(first_column, stride_wr)
-            for start in range(0, N, BLOCK_M):
-                inner = start + tl.arange(0, BLOCK_M)
+            for start in range(0, N, BLOCK_K):
+                inner = start + tl.arange(0, BLOCK_K)
                 if TRANSPOSED:
                     square = tl.trans(
                         sum_partials(partials, stride_sum, num_sums, inner, rows, N, BLOCK_N, BLOCK_P)
-                    )  # [BM, BM]
+                    )  # [BM, BK]
                 else:
                     square = sum_partials(partials, stride_sum, num_sums, rows, inner, N, BLOCK_N, BLOCK_P)
                 w_block = load_rows(w_columns, inner, inner < N, stride_wn, stride_wr, R - first_column, BLOCK_C)
                 product = tl.dot(square, w_block.to(tl.float32), product, input_precision="ieee")
         # Not the masked product: 0 · inf is NaN.
-        product = tl.where((rows < N)[:, None], factor * product, 0.0)
+        product = tl.where((rows < N)[:, None], product / tl.sqrt(R.to(tl.float32)), 0.0)
         store_gradient(dw, product, head, rows, columns, N_max, R)
 
 
@@ -176,7 +176,6 @@ def refined_weights_bwd_kernel(
     N,
     N_max,
     R,
-    factor,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -184,8 +183,8 @@ def refined_weights_bwd_kernel(
 ):
     """Program (t, h, 0): tile t [BLOCK_M, BLOCK_C] of head h of dw_q; (t, h, 1) of dw_k; (t, h, 2) of dw_v.
 
-    dw_q = factor · dg @ w_k        dg    = Σ of num_sums partial sums of the head, or of all groups of heads
-    dw_k = factor · dg.T @ w_q
+    dw_q = dg @ w_k / √R            dg    = Σ of num_sums partial sums of the head, or of all groups of heads
+    dw_k = dg.T @ w_q / √R
     dw_v = Σ likewise
 
     dg and dw_v_sums [num_sums, groups, BLOCK_N, BLOCK_N] float32; the outputs are contiguous, zero beyond N.
@@ -193,13 +192,13 @@ def refined_weights_bwd_kernel(
     if tl.program_id(2) == 0:
         store_chain_rule(
             *(dg, stride_sum, num_sums, groups, q_heads),
-            *(w_k, stride_kh, stride_kn, stride_kr, dw_q, N, N_max, R, factor),
+            *(w_k, stride_kh, stride_kn, stride_kr, dw_q, N, N_max, R),
             *(False, BLOCK_N, BLOCK_M, BLOCK_C, BLOCK_P),
         )
     elif tl.program_id(2) == 1:
         store_chain_rule(
             *(dg, stride_sum, num_sums, groups, k_heads),
-            *(w_q, stride_qh, stride_qn, stride_qr, dw_k, N, N_max, R, factor),
+            *(w_q, stride_qh, stride_qn, stride_qr, dw_k, N, N_max, R),
             *(True, BLOCK_N, BLOCK_M, BLOCK_C, BLOCK_P),
         )
     elif dw_v is not None:
@@ -252,7 +251,7 @@ def launch_weights_product(w_q: Tensor, w_k: Tensor, N: int) -> Tensor:
     launch(
         refined_weights_product_kernel,
         ((size // block_m) ** 2, heads),
-        *(w_q, w_k, g, *matrix_strides(w_q), *matrix_strides(w_k), N, R, R**-0.5),
+        *(w_q, w_k, g, *matrix_strides(w_q), *matrix_strides(w_k), N, R),
         BLOCK_N=size,
         BLOCK_M=block_m,
         BLOCK_R=32 if w_q.dtype == torch.float32 else 64,
@@ -272,7 +271,7 @@ def launch_weights_bwd(
     """
     num_sums, groups, size, _ = dg.shape
     block_m = min(size, TILE)
-    block_p = LOADED // block_m**2
+    block_p = LOADED // (block_m * BLOCK_K.value)
     per_sum = 1
     if num_sums > 2 * block_p:
         per_sum = cdiv(num_sums, block_p)
@@ -287,12 +286,12 @@ def launch_weights_bwd(
         refined_weights_bwd_kernel,
         (tiles, max(q_heads, k_heads, v_heads), 2 if w_v is None else 3),
         *(dg, dw_v_sums, w_q, w_k, dw_q, dw_k, dw_v, *matrix_strides(w_q), *matrix_strides(w_k)),
-        *(per_sum * groups * size * size, num_sums, groups, q_heads, k_heads, v_heads, N, N_max, R, R**-0.5),
+        *(per_sum * groups * size * size, num_sums, groups, q_heads, k_heads, v_heads, N, N_max, R),
         BLOCK_N=size,
         BLOCK_M=block_m,
         BLOCK_C=TILE,
         BLOCK_P=block_p,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
         maxnreg=MAX_REGISTERS,
     )

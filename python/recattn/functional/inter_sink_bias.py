@@ -1,5 +1,7 @@
 """The bias between sink tokens that `sink_attention` takes (CTR-Sink, arXiv 2508.03668)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,18 @@ from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import select
 from recattn._options import InterSinkBiasOptions
-from recattn.functional._autocast import autocast_inputs
+from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.ops import inter_sink_bias as ops
-from recattn.ops._library import distinct
+from recattn.ops._library import apply, distinct
 from recattn.ops._support import draw_dropout_seed
+
+# The usual tensors; what does not fit is checked by `_validate`, which says why.
+_TENSORS = check.Layouts(
+    q_s=(check.FLOATING, "B H M D"),
+    k_s=(check.SAME, "B H M D"),
+    sink_mask=(check.BOOL, "B M"),
+    bias_scale=(check.FLOATING, "[1]"),
+)
 
 
 def inter_sink_bias(
@@ -55,10 +65,12 @@ def inter_sink_bias(
         NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after a kernel
             with dropout.
     """
-    _validate(q_s, k_s, sink_mask, bias_scale, dropout_p)
+    if not _fits(q_s, k_s, sink_mask, bias_scale) or autocast_may_be_on():
+        _validate(q_s, k_s, sink_mask, bias_scale)
+        q_s, k_s = autocast_inputs(q_s, k_s)
+        check.expect_same_dtype("q_s", q_s, k_s=k_s)
+    check.expect_probability("dropout_p", dropout_p)
     check.expect_numbers(scale=scale)
-    q_s, k_s = autocast_inputs(q_s, k_s)
-    check.expect_same_dtype("q_s", q_s, k_s=k_s)
     if isinstance(bias_scale, Tensor):
         bias_scale = bias_scale.reshape(())
     if select("inter_sink_bias", impl, ops.unsupported_reasons(q_s.device.type, q_s)) == "reference":
@@ -68,10 +80,19 @@ def inter_sink_bias(
     factor, bias_scale = (1.0, bias_scale) if isinstance(bias_scale, Tensor) else (float(bias_scale), None)
     seed = draw_dropout_seed(dropout_p, q_s.device)
     options = InterSinkBiasOptions(factor, causal, dropout_p, scale)
-    return ops.InterSinkBiasFunction.apply(*distinct(q_s, k_s), sink_mask, bias_scale, seed, options)
+    return apply(ops.InterSinkBiasFunction, *distinct(q_s, k_s), sink_mask, bias_scale, seed, options)
 
 
-def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):
+def _fits(q_s, k_s, sink_mask, bias_scale) -> bool:
+    """Whether the tensors and bias_scale are right. False: ask `_validate` what is wrong."""
+    is_number = type(bias_scale) in (float, int) and -math.inf < bias_scale < math.inf
+    if q_s is None or k_s is None or bias_scale is None:
+        return False
+    sizes = _TENSORS.sizes(q_s, k_s, sink_mask, None if is_number else bias_scale)
+    return sizes is not None and sizes[1] > 0 and sizes[3] > 0
+
+
+def _validate(q_s, k_s, sink_mask, bias_scale):
     check.expect_tensors(q_s=q_s, k_s=k_s)
     sizes: dict[str, int] = {}
     check.expect_shape(sizes, "q_s", q_s, "B H M D")
@@ -91,7 +112,6 @@ def _validate(q_s, k_s, sink_mask, bias_scale, dropout_p):
     else:
         check.expect(isinstance(bias_scale, int | float), "bias_scale", one_number, type(bias_scale).__name__)
         check.expect_numbers(bias_scale=bias_scale)
-    check.expect_probability("dropout_p", dropout_p)
 
 
 def expect_sink_mask(sizes: dict[str, int], sink_mask: object, like_name: str, like: Tensor) -> None:

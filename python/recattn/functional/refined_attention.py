@@ -87,9 +87,9 @@ def refined_attention(
         "stochastic" also hold A, N × N.
 
         On a GPU Triton kernels compute N ≤ 128 (64 below Hopper, 32 in float32) in one program per batch and head, and
-        save only the inputs. Longer "simple" and "stochastic" with up to 256 columns in w_q take memory linear in N:
-        A W_q, A W_k, the output and one number per row are saved. Everything else runs as chunked PyTorch matmuls in
-        float32, in chunks of 2^25 elements or of the N × N matrices of one batch and head.
+        save the inputs and W_q W_kᵀ. Longer "simple" and "stochastic" with up to 256 columns in w_q take memory linear
+        in N: A W_q, A W_k, the output and one number per row are saved. Everything else runs as chunked PyTorch matmuls
+        in float32, in chunks of 2^25 elements or of the N × N matrices of one batch and head.
 
         Second derivatives (`create_graph=True`) and `torch.func` transforms run the reference, in its time and memory.
 

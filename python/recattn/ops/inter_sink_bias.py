@@ -1,11 +1,14 @@
 """inter_sink_bias by Triton kernels: one launch forward, one backward, which recomputes the softmax."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from recattn import reference
 from recattn._options import InterSinkBiasOptions
 from recattn.ops._library import define, differentiable_again, refuse_dropout
+from recattn.ops._plans import replayed
 from recattn.ops._support import triton_unsupported_reason
 
 # The kernels hold rows of the bias whole.
@@ -45,33 +48,37 @@ class InterSinkBiasFunction(torch.autograd.Function):
         tensors = (q_s, k_s, sink_mask, bias_scale, dropout_seed)
         ctx.save_for_backward(*tensors)
         ctx.options = options
-        return inter_sink_bias_fwd(*tensors, *options)
+        return inter_sink_bias_fwd(*tensors, options)
 
     @staticmethod
     @differentiable_again(_reference)
     def backward(ctx, dout):
-        dq_s, dk_s, dbias_scale = inter_sink_bias_bwd(dout, *ctx.saved_tensors, *ctx.options)
+        dq_s, dk_s, dbias_scale = inter_sink_bias_bwd(dout, *ctx.saved_tensors, ctx.options)
         return dq_s, dk_s, None, dbias_scale if ctx.needs_input_grad[3] else None, None, None
 
 
-def _inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, *options) -> Tensor:
-    from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_fwd
-
+@replayed
+def _inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> Tensor:
     out = _fake_fwd(q_s)
-    launch_inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, out, InterSinkBiasOptions(*options))
+    _kernels().launch_inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, out, options)
     return out
 
 
-def _inter_sink_bias_bwd(
-    dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, *options
-) -> tuple[Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd
-
+@replayed
+def _inter_sink_bias_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> tuple:
     dq_s, dk_s = torch.empty_like(q_s), torch.empty_like(k_s)
     dbias_scale_rows = dout.new_empty(q_s.shape[:3])  # bias_scale's gradient is their sum
     tensors = (q_s, k_s, sink_mask, bias_scale, dropout_seed, dq_s, dk_s, dbias_scale_rows)
-    launch_inter_sink_bias_bwd(dout, *tensors, InterSinkBiasOptions(*options))
-    return dq_s, dk_s, dout.new_empty(0) if bias_scale is None else dbias_scale_rows.sum().to(bias_scale.dtype)
+    _kernels().launch_inter_sink_bias_bwd(dout, *tensors, options)
+    return dq_s, dk_s, None if bias_scale is None else dbias_scale_rows.sum().to(bias_scale.dtype)
+
+
+@functools.cache
+def _kernels():
+    """The Triton kernels, imported at the first call."""
+    from recattn.triton_kernels import inter_sink_bias
+
+    return inter_sink_bias
 
 
 # --- Registration ---
@@ -96,10 +103,12 @@ inter_sink_bias_fwd = define(
     cpu=_inter_sink_bias_fwd,
     cuda=_inter_sink_bias_fwd,
     fake=_fake_fwd,
+    options=InterSinkBiasOptions,
 )
 inter_sink_bias_bwd = define(
     f"inter_sink_bias_bwd(Tensor dout, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     cpu=_inter_sink_bias_bwd,
     cuda=_inter_sink_bias_bwd,
     fake=_fake_bwd,
+    options=InterSinkBiasOptions,
 )

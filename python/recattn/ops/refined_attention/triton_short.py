@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions
+from recattn.ops._plans import replayed
 from recattn.ops._support import (
     constant_in_graphs,
     contiguous,
@@ -56,10 +57,21 @@ def triton_kernels():
     return refined_attention
 
 
-def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor]:
+def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor | None]:
     """The output, and G for the backward."""
     if v.numel() == 0:
-        return v.new_empty(v.shape), w_q.new_empty(0)
+        return v.new_empty(v.shape), None
+    return _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
+
+
+def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g=None) -> list[Tensor]:
+    if v.numel() == 0:
+        return [x.new_zeros(x.shape) for x in (q, k, v, w_q, w_k, w_v) if x is not None]
+    return _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g)
+
+
+@replayed
+def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor]:
     kernels = triton_kernels()
     g = kernels.launch_weights_product(w_q, w_k, q.shape[2])
     dropout = launched_dropout(dropout_seed, options.dropout_p)
@@ -67,9 +79,8 @@ def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, option
     return kernels.launch_refined_attention_fwd(q, k, v, g, w_v, seq_lens, options, dropout=dropout), g
 
 
-def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g=None) -> list[Tensor]:
-    if v.numel() == 0:
-        return [x.new_zeros(x.shape) for x in (q, k, v, w_q, w_k, w_v) if x is not None]
+@replayed
+def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g) -> list[Tensor]:
     kernels = triton_kernels()
     if g is None:
         g = kernels.launch_weights_product(w_q, w_k, q.shape[2])
