@@ -122,9 +122,6 @@ ACCEPTED = (
     ),
     Accepted("spills", r"^sink_attention_pairs_bwd_kernel sm_90 bfloat16 D=128 corrects 64x16x64 ", OLDER, FEW_BYTES),
     Accepted("spills", r"^sink_attention_correction_fwd_kernel sm_(80|100) bfloat16 D=64 ", OLDER, FEW_BYTES),
-    Accepted(
-        "spills", r"^wasserstein_attention_bwd_dkdv_kernel sm_100 float32 W=64 Dv=32 32x32 warps", OLDER, FEW_BYTES
-    ),
 )
 
 
