@@ -28,6 +28,7 @@ import triton.language as tl
 
 from recattn.triton_kernels import inter_sink_bias as kernels
 from recattn.triton_kernels.common.dropout import dropout_weights
+from recattn.triton_kernels.common.tiles import block_width
 
 ROOT = Path(__file__).parents[2]
 GRADS = ["q_s", "k_s", "bias_scale"]
@@ -289,7 +290,7 @@ def test_any_tile(rows, sinks, monkeypatch):
     """Several iterations of the backward accumulate dK in memory."""
     fwd = kernels.InterSinkBiasFwdConfig(rows, block_k=16, num_warps=4, num_stages=1)
     bwd = kernels.InterSinkBiasBwdConfig(
-        min(rows, kernels.block_width(sinks)), block_k=32, block_d=16, num_warps=8, num_stages=1
+        min(rows, block_width(sinks)), block_k=32, block_d=16, num_warps=8, num_stages=1
     )
     monkeypatch.setattr(kernels.InterSinkBiasFwdConfig, "heuristic", lambda *_: fwd)
     monkeypatch.setattr(kernels.InterSinkBiasBwdConfig, "heuristic", lambda *_: bwd)

@@ -132,7 +132,7 @@ def sink_attention(
             scale=scale,
             return_lse=return_lse,
         )
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     options = SinkAttentionOptions(causal, padding_side == "left", scale, dropout_p, max_seqlen, impl, backend)
     tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
     seed = draw_dropout_seed(dropout_p, q.device)

@@ -112,6 +112,7 @@ def wasserstein_attention(
             dropout_p=dropout_p,
             scale=scale,
         )
+    scale = None if scale is None else float(scale)
     options = WassersteinAttentionOptions(source, causal, padding_side == "left", scale, dropout_p, chosen)
     seed = draw_dropout_seed(dropout_p, mean_q.device)
     gaussians = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)

@@ -120,6 +120,8 @@ def differentiable_again(reference: Callable) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def differentiable_backward(ctx, *douts):
+            if douts[0] is None:  # no gradient, where forward wants no zeros in its place
+                return (None,) * len(ctx.needs_input_grad)
             if not torch.is_grad_enabled():  # also while torch.compile traces a backward
                 return backward(ctx, *douts)
             return *_reference_gradients(ctx, reference, douts), None
