@@ -56,7 +56,7 @@ class AttentionConfig(NamedTuple):
 TILES = {
     "half": {
         64: AttentionConfig.of((64, 64, 4, 3), (64, 64, 4, 3), (64, 128, 8, 3)),
-        128: AttentionConfig.of((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+        128: AttentionConfig.of((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
         256: AttentionConfig.of((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     },
     "single": {
