@@ -25,7 +25,7 @@ BATCH_SECONDS = 0.003  # of the calls whose mean is one repeat
 ROUNDS, REPEATS = 3, 10
 # Lengths that no call has had: each block of them is one repeat.
 NEW_LENGTHS, BLOCK = range(40, 120), 10
-REPEATED_LENGTH = 79
+KNOWN_LENGTH = 79
 SEEN_LENGTHS = (32, 33)  # so that Triton has compiled for lengths that are a multiple of 16, and that are not
 
 
@@ -230,7 +230,7 @@ class HostCost:
     torch_launches: int | None = None  # PyTorch operators that launch a kernel on a GPU
     host_us: float | None = None
     unit_us: float | None = None
-    new_length_ratio: float | None = None  # time of a call with a length that is new, over that of a repeated call
+    new_length_ratio: float | None = None  # time of a call with a new length, over that of a known one
     reason: str | None = None  # why it failed
 
     @property
@@ -298,8 +298,7 @@ def measure_calls(
                 dry_driver.expect_valid(case.op, launches)
                 cost = replace(cost, triton_launches=len(launches), torch_launches=count_torch_launches(call))
             if case.ragged:
-                ratio = new_length_us(call_of) / best_us(call_of(REPEATED_LENGTH), repeats)
-                cost = replace(cost, new_length_ratio=ratio)
+                cost = replace(cost, new_length_ratio=compare_new_lengths(call_of, repeats))
     except Exception as error:  # the other operators are still measured
         cost = replace(cost, reason=f"{type(error).__name__}: {error}".partition("\n")[0])
     return cost, call
@@ -320,13 +319,14 @@ def best_us(call: Callable[[], object], repeats: int) -> float:
     return 1e6 * min(_seconds([call] * count) / count for _ in range(repeats))
 
 
-def new_length_us(call_of: Callable[[int], Callable[[], object]]) -> float:
-    """Microseconds of a call whose length has not come before: the least of the blocks' means."""
+def compare_new_lengths(call_of: Callable[[int], Callable[[], object]], repeats: int) -> float:
+    """Time of a call whose length has not come before, over that of a known length; each has tensors of its own."""
     for length in SEEN_LENGTHS:
         call_of(length)()
     calls = [call_of(length) for length in NEW_LENGTHS]
-    blocks = [calls[start : start + BLOCK] for start in range(0, len(calls), BLOCK)]
-    return 1e6 * min(_seconds(block) / len(block) for block in blocks)
+    new = min(_seconds(calls[start : start + BLOCK]) for start in range(0, len(calls), BLOCK))
+    known = [call_of(KNOWN_LENGTH) for _ in range(BLOCK)]
+    return new / min(_seconds(known) for _ in range(max(repeats, 2)))
 
 
 def _seconds(calls: Sequence[Callable[[], object]]) -> float:

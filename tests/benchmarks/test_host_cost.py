@@ -80,7 +80,7 @@ MOST_LAUNCHES = {
     "sink_attention, packed": (2, 5),
     "inter_sink_bias": (1, 2),
     "inter_sink_bias, then sink_attention": (3, 7),
-    "refined_attention": (1, 3),
+    "refined_attention": (2, 4),
     "wasserstein_attention": (2, 4),
     "lrea_compress": (1, 3),
     "lrea_attention": (1, 4),
