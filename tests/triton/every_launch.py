@@ -96,8 +96,8 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
     many_sinks = {name: leaf(B, 1, 65, 16, dtype=torch.float32) for name in sinks}
     options = {"sink_mask": torch.ones(B, 3, dtype=torch.bool), "bias_scale": leaf(1)}
 
-    def refined(N: int, matrices: int = 2, **options) -> dict[str, Tensor]:
-        inputs = {name: leaf(B, 1, N, 16, **options) for name in "qkv"}
+    def refined(N: int, matrices: int = 2, sequences: int = B, **options) -> dict[str, Tensor]:
+        inputs = {name: leaf(sequences, 1, N, 16, **options) for name in "qkv"}
         return inputs | {f"w_{name}": leaf(N, N, **options) for name in "qkv"[:matrices]}
 
     names = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
@@ -125,6 +125,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
         "refined_attention, additive": lambda: train(
             refined_attention, refined(20, 3), mechanism="additive", **seed_and_padding
         ),
+        "refined_attention of many sequences": lambda: train(refined_attention, refined(2, sequences=40)),
         "refined_attention in three launches": lambda: train(
             refined_attention, refined(100, 3), mechanism="value", source="weights"
         ),
