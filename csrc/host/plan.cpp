@@ -106,9 +106,7 @@ struct Node {
     enum class Kind { kObject, kSlot, kPointer, kInteger, kTuple, kList } kind = Kind::kObject;
     Reference object;  // of a tuple its type
     size_t slot = 0;
-    bool aligned = false;
     Expression expression;
-    char integer_kind = '?';  // of Triton: 1, d(ivisible by 16), - neither; ? not specialized on, or not in a launch
     std::vector<Node> fields;
 
     bool read(PyObject* value, const Types& types);
@@ -119,14 +117,11 @@ bool Node::read(PyObject* value, const Types& types) {
     if (type == types.slot || type == types.pointer) {
         kind = type == types.slot ? Kind::kSlot : Kind::kPointer;
         slot = static_cast<size_t>(PyLong_AsSsize_t(PyTuple_GET_ITEM(value, 0)));
-        aligned = kind == Kind::kPointer && PyTuple_GET_ITEM(value, 1) == Py_True;
         return !PyErr_Occurred();
     }
     if (type == types.integer) {
         kind = Kind::kInteger;
-        const char* text = PyUnicode_AsUTF8(PyTuple_GET_ITEM(value, 1));
-        integer_kind = text == nullptr ? '?' : text[0];
-        return text != nullptr && expression.read(PyTuple_GET_ITEM(value, 0), types.expression);
+        return expression.read(PyTuple_GET_ITEM(value, 0), types.expression);
     }
     if (!PyTuple_Check(value) && !PyList_Check(value)) {
         object = Reference(new_reference(value));
@@ -144,11 +139,12 @@ bool Node::read(PyObject* value, const Types& types) {
 }
 
 struct Step {
-    enum class Kind { kGuard, kCall, kLaunch } kind = Kind::kGuard;
+    enum class Kind { kGuard, kAligned, kCall, kLaunch } kind = Kind::kGuard;
     // A guard
     Expression a, b;
-    char relation = '=';  // or < for less
+    char relation = '=';  // or < for less, or of a launch's integer what Triton knows of it: 1 d - ?
     bool outcome = true;
+    size_t slot = 0;  // of a guard of its alignment
     // A call's function, or a launch's run
     Reference callable;
     Reference keywords;  // names, a tuple
@@ -188,6 +184,12 @@ bool Step::read(PyObject* value, const Types& types) {
     }
     if (name[0] == 'g') {
         return read_guard(value, types);
+    }
+    if (name[0] == 'a') {
+        kind = Kind::kAligned;
+        slot = static_cast<size_t>(PyLong_AsSsize_t(PyTuple_GET_ITEM(value, 1)));
+        outcome = PyTuple_GET_ITEM(value, 2) == Py_True;
+        return !PyErr_Occurred();
     }
     callable = Reference(new_reference(PyTuple_GET_ITEM(value, 1)));
     if (name[0] == 'c') {
@@ -233,10 +235,7 @@ class Replay {
     // NotImplemented where the plan does not hold.
     PyObject* run(const CurrentStream& stream) {
         for (const Step& step : plan_.steps) {
-            const bool done = step.kind == Step::Kind::kGuard  ? check(step)
-                              : step.kind == Step::Kind::kCall ? call(step)
-                                                               : launch(step, stream);
-            if (!done) {
+            if (!run(step, stream)) {
                 return PyErr_Occurred() ? nullptr : new_reference(Py_NotImplemented);
             }
         }
@@ -248,12 +247,39 @@ class Replay {
   private:
     // The steps are false with an exception set, or without one where the plan does not hold.
 
+    bool run(const Step& step, const CurrentStream& stream) {
+        switch (step.kind) {
+            case Step::Kind::kGuard:
+                return check(step);
+            case Step::Kind::kAligned:
+                return check_alignment(step);
+            case Step::Kind::kCall:
+                return call(step);
+            default:
+                return launch(step, stream);
+        }
+    }
+
     bool check(const Step& step) {
         long long a = 0, b = 0;
         if (!step.a.evaluate(slots_, a) || !step.b.evaluate(slots_, b)) {
             return false;
         }
-        return (step.relation == '=' ? a == b : a < b) == step.outcome;
+        switch (step.relation) {
+            case '=':
+                return (a == b) == step.outcome;
+            case '<':
+                return (a < b) == step.outcome;
+            case '?':
+                return a == static_cast<int32_t>(a);
+            default:
+                return a == static_cast<int32_t>(a) && step.relation == (a == 1 ? '1' : a % 16 == 0 ? 'd' : '-');
+        }
+    }
+
+    bool check_alignment(const Step& step) {
+        PyObject* pointer = slots_[step.slot].pointer();
+        return pointer != nullptr && (PyLong_AsUnsignedLongLongMask(pointer) % 16 == 0) == step.outcome;
     }
 
     bool call(const Step& step) {
@@ -321,7 +347,7 @@ class Replay {
         return true;
     }
 
-    // A new reference; null with an exception set, or without one where the plan does not hold.
+    // A new reference; null with an exception set.
     PyObject* build(const Node& node) {
         switch (node.kind) {
             case Node::Kind::kObject:
@@ -341,20 +367,12 @@ class Replay {
 
     PyObject* pointer(const Node& node) {
         PyObject* pointer = slots_[node.slot].pointer();
-        if (pointer == nullptr || (PyLong_AsUnsignedLongLongMask(pointer) % 16 == 0) != node.aligned) {
-            return nullptr;
-        }
-        return new_reference(pointer);
+        return pointer == nullptr ? nullptr : new_reference(pointer);
     }
 
     PyObject* integer(const Node& node) {
         long long value = 0;
-        if (!node.expression.evaluate(slots_, value)) {
-            return nullptr;
-        }
-        const char kind = value == 1 ? '1' : value % 16 == 0 ? 'd' : '-';
-        const bool holds = node.integer_kind == '?' || node.integer_kind == kind;
-        return holds && value == static_cast<int32_t>(value) ? PyLong_FromLongLong(value) : nullptr;
+        return node.expression.evaluate(slots_, value) ? PyLong_FromLongLong(value) : nullptr;
     }
 
     PyObject* tuple(const Node& node) {
@@ -431,7 +449,9 @@ void delete_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPoi
 void move_guards_first(Plan& plan) {
     const long num_inputs = static_cast<long>(plan.num_inputs);
     std::stable_partition(plan.steps.begin(), plan.steps.end(), [num_inputs](const Step& step) {
-        return step.kind == Step::Kind::kGuard && std::max(step.a.last_slot(), step.b.last_slot()) < num_inputs;
+        const long last = step.kind == Step::Kind::kAligned ? static_cast<long>(step.slot)
+                                                            : std::max(step.a.last_slot(), step.b.last_slot());
+        return (step.kind == Step::Kind::kGuard || step.kind == Step::Kind::kAligned) && last < num_inputs;
     });
 }
 

@@ -14,12 +14,15 @@ PyObject* signature(PyObject*, PyObject* arguments);
 // profiler's hooks or another device want the function itself. What it has launched by then is of no consequence.
 //
 // Slots are the tensors of the arguments, in order, then the results of the calls. Steps are, each a tuple:
-//   "guard", expression, relation, expression, outcome     a comparison that the function made
+//   "guard", expression, relation, expression, outcome     a comparison that the function made: = or <; or, of an
+//                                                          integer in a launch, what Triton knows of it: it is 1,
+//                                                          d(ivisible by 16), - neither; of all, ? that it is an int32
+//   "aligned", slot, outcome                               whether its data are aligned to 16 bytes
 //   "call", function, arguments, keywords                  a call of PyTorch, whose results become slots
 //   "launch", run, function, packed_metadata, grid, arguments
 // `types` are those of recattn.ops._plans that stand for what a replay finds out: Slot(index) for a tensor,
-// Pointer(index, aligned) for its data in a launch, Expression(operation, a, b) for an integer made of sizes and
-// strides, Integer(expression, kind) for one in a launch, of which Triton knows the kind.
+// Pointer(index) for its data in a launch, Expression(operation, a, b) made of sizes and strides, Integer(expression)
+// for its value.
 PyObject* make_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace recattn::host

@@ -65,7 +65,6 @@ class Pointer(NamedTuple):
     """A tensor's data in a launch."""
 
     slot: int
-    aligned: bool  # to 16 bytes
 
 
 class Expression(NamedTuple):
@@ -77,10 +76,9 @@ class Expression(NamedTuple):
 
 
 class Integer(NamedTuple):
-    """An integer of a call or launch."""
+    """The value of an expression, in a call or launch."""
 
     expression: Expression
-    kind: str  # what Triton knows of it: 1, d(ivisible by 16), - neither; ? is not specialized on
 
 
 class _Plans:
@@ -160,11 +158,13 @@ class _Recorder(TorchFunctionMode):
         self.kept.append(tensor)
 
     def guard(self, a: object, relation: str, b: object, outcome: bool) -> bool:
-        guard = ("guard", _expression(a, self), relation, _expression(b, self), outcome)
+        self._add_guard(("guard", _expression(a, self), relation, _expression(b, self), outcome))
+        return outcome
+
+    def _add_guard(self, guard: tuple) -> None:
         if guard not in self.guards:
             self.guards.add(guard)
             self.steps.append(guard)
-        return outcome
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -225,12 +225,13 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, tuple):
             return tuple(self._launched(field, True) for field in value)
         if isinstance(value, Tensor):
-            return Pointer(self._slot(value), value.data_ptr() % 16 == 0)
+            slot = self._slot(value)
+            self._add_guard(("aligned", slot, value.data_ptr() % 16 == 0))
+            return Pointer(slot)
         if _is_traced_by(self, value):
-            if not -(2**31) <= value.plain < 2**31:
-                self.replayable = False
-            kind = "1" if value.plain == 1 else "d" if value.plain % 16 == 0 else "-"
-            return Integer(value.expression, kind if specialized else "?")
+            known = "1" if value.plain == 1 else "d" if value.plain % 16 == 0 else "-"
+            self.guard(value, known if specialized else "?", 0, True)
+            return Integer(value.expression)
         return _plain(value)
 
     def _template(self, value: object) -> object:
@@ -241,7 +242,7 @@ class _Recorder(TorchFunctionMode):
             return _rebuilt(value, [self._template(field) for field in value])
         if isinstance(value, Tensor):
             return Slot(self._slot(value))
-        return Integer(value.expression, "?") if _is_traced_by(self, value) else _plain(value)
+        return Integer(value.expression) if _is_traced_by(self, value) else _plain(value)
 
     def _slot(self, tensor: Tensor) -> int:
         slot = self.slots.get(id(tensor))
