@@ -62,6 +62,9 @@ bool Expression::evaluate_symbol(Slot& slot, long long& result) const {
         return false;
     }
     result = 1;
+    if (axis_ >= PyTuple_GET_SIZE(tuple) && operation_ != 'n') {
+        return false;
+    }
     const Py_ssize_t first = operation_ == 'n' ? 0 : axis_;
     const Py_ssize_t end = operation_ == 'n' ? PyTuple_GET_SIZE(tuple) : axis_ + 1;
     for (Py_ssize_t i = first; i < end; ++i) {
@@ -109,13 +112,6 @@ bool Expression::evaluate(std::vector<Slot>& slots, long long& result) const {
             result = a << b;
     }
     return true;
-}
-
-long Expression::last_slot() const {
-    if (!a_) {
-        return operation_ == 'c' ? -1 : static_cast<long>(slot_);
-    }
-    return std::max(a_->last_slot(), b_->last_slot());
 }
 
 }  // namespace recattn::host

@@ -10,7 +10,7 @@ namespace recattn::host {
 // A tensor of a replay, and its shape and strides once they are asked for.
 class Slot {
   public:
-    explicit Slot(PyObject* tensor) : tensor_(tensor) {}
+    explicit Slot(PyObject* tensor = nullptr) : tensor_(tensor) {}
 
     PyObject* tensor() const { return tensor_.get(); }
 
@@ -29,11 +29,8 @@ class Expression {
     // Of an Expression(operation, a, b), or of an integer. False with an exception set.
     bool read(PyObject* value, PyObject* expression_type);
 
-    // False with an exception set.
+    // False with an exception set, or without one where a tensor has no such axis.
     bool evaluate(std::vector<Slot>& slots, long long& result) const;
-
-    // The highest slot that it reads, -1 for none.
-    long last_slot() const;
 
   private:
     bool evaluate_symbol(Slot& slot, long long& result) const;

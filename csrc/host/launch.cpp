@@ -258,24 +258,6 @@ PyObject* launch(Launcher& launcher, const Call& call) {
     return compiled;
 }
 
-// Tells the recorder of this thread, if there is one, of a launch: kernel, compiled, grid, arguments and constants.
-bool record(const Launcher& launcher, const Call& call, PyObject* compiled) {
-    if (!launcher.recorder || launcher.recording_thread != PyThread_get_thread_ident()) {
-        return true;
-    }
-    const auto kernel = launcher.kernels.find(call.kernel());
-    const Py_ssize_t num_constants = kernel == launcher.kernels.end() ? 0 : kernel->second.num_constants;
-    const Py_ssize_t count = call.num_arguments + num_constants;
-    const Reference arguments(PyTuple_New(count));
-    for (Py_ssize_t i = 0; arguments && i < count; ++i) {
-        PyTuple_SET_ITEM(arguments.get(), i, new_reference(call.values[2 + i]));
-    }
-    const Reference result(arguments ? PyObject_CallFunctionObjArgs(launcher.recorder.get(), call.kernel(), compiled,
-                                                                    call.grid(), arguments.get(), nullptr)
-                                     : nullptr);
-    return static_cast<bool>(result);
-}
-
 Launcher* launcher_of(PyObject* capsule) { return static_cast<Launcher*>(PyCapsule_GetPointer(capsule, "launcher")); }
 
 PyObject* call_launch(PyObject* capsule, PyObject* const* values, Py_ssize_t count, PyObject* keywords) {
@@ -287,12 +269,10 @@ PyObject* call_launch(PyObject* capsule, PyObject* const* values, Py_ssize_t cou
         PyErr_SetString(PyExc_TypeError, "launch takes a kernel, a grid, and the kernel's arguments");
         return nullptr;
     }
-    const Call call{values, count - 2, keywords};
-    const Reference compiled(launch(*launcher, call));
-    if (!compiled || !record(*launcher, call, compiled.get())) {
-        return nullptr;
+    if (launcher->recorder && launcher->recording_thread == PyThread_get_thread_ident()) {
+        return PyObject_Vectorcall(launcher->recorder.get(), values, static_cast<size_t>(count), keywords);
     }
-    Py_RETURN_NONE;
+    return launch(*launcher, Call{values, count - 2, keywords});
 }
 
 PyMethodDef launch_method = {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_launch)),

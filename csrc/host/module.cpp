@@ -4,6 +4,7 @@
 #include "host/layouts.h"
 #include "host/plan.h"
 #include "host/python.h"
+#include "host/signature.h"
 #include "host/torch_objects.h"
 
 namespace recattn::host {
@@ -75,7 +76,7 @@ PyMethodDef methods[] = {
     {"is_isolated", is_isolated, METH_NOARGS, "csrc/host/autograd.h"},
     {"make_launch", as_method(make_launch), METH_FASTCALL, "csrc/host/launch.h"},
     {"set_recorder", as_method(set_recorder), METH_FASTCALL, "csrc/host/launch.h"},
-    {"signature", signature, METH_O, "csrc/host/plan.h"},
+    {"signature", signature, METH_O, "csrc/host/signature.h"},
     {"make_plan", as_method(make_plan), METH_FASTCALL, "csrc/host/plan.h"},
     {nullptr, nullptr, 0, nullptr},
 };

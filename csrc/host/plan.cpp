@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "host/expression.h"
@@ -14,87 +13,6 @@
 namespace recattn::host {
 
 namespace {
-
-class Signature {
-  public:
-    Signature() { text_.reserve(512); }
-
-    bool add(PyObject* value) {
-        if (value == Py_None) {
-            text_ += 'n';
-            return true;
-        }
-        if (PyBool_Check(value)) {
-            text_ += value == Py_True ? 't' : 'f';
-            return true;
-        }
-        if (PyLong_Check(value)) {
-            text_ += 'i';
-            return add_integer(value);
-        }
-        if (PyFloat_Check(value)) {
-            const double number = PyFloat_AS_DOUBLE(value);
-            text_ += '.';
-            return add_bytes(&number, sizeof number);
-        }
-        if (PyTuple_Check(value)) {
-            return add_tuple(value);
-        }
-        return PyUnicode_Check(value) ? add_string(value) : add_tensor(value);
-    }
-
-    PyObject* bytes() const { return PyBytes_FromStringAndSize(text_.data(), static_cast<Py_ssize_t>(text_.size())); }
-
-  private:
-    bool add_bytes(const void* data, size_t size) {
-        text_.append(static_cast<const char*>(data), size);
-        return true;
-    }
-
-    bool add_integer(PyObject* value) {
-        const long long number = PyLong_AsLongLong(value);
-        return (number != -1 || !PyErr_Occurred()) && add_bytes(&number, sizeof number);
-    }
-
-    bool add_tuple(PyObject* tuple) {
-        text_ += '(';
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
-            if (!add(PyTuple_GET_ITEM(tuple, i))) {
-                return false;
-            }
-        }
-        text_ += ')';
-        return true;
-    }
-
-    bool add_string(PyObject* value) {
-        Py_ssize_t size = 0;
-        const char* text = PyUnicode_AsUTF8AndSize(value, &size);
-        text_ += 's';
-        return text != nullptr && add_bytes(&size, sizeof size) && add_bytes(text, static_cast<size_t>(size));
-    }
-
-    bool add_tensor(PyObject* tensor) {
-        const Reference dtype(PyObject_GetAttr(tensor, torch_objects.dtype));
-        const Reference axes(dtype ? PyObject_CallMethodNoArgs(tensor, torch_objects.dim) : nullptr);
-        if (!axes) {
-            return false;
-        }
-        const PyObject* address = dtype.get();  // PyTorch's dtypes live as long as it does
-        const char kind[] = {'x', static_cast<char>(PyLong_AsLong(axes.get()))};
-        return add_bytes(kind, sizeof kind) && add_bytes(&address, sizeof address) &&
-               (std::exchange(has_device_, true) || add_device(tensor));
-    }
-
-    // Of the first tensor: those of a call are on one device.
-    bool add_device(PyObject* tensor) {
-        const Reference device(PyObject_CallMethodNoArgs(tensor, torch_objects.get_device));
-        return device && add_integer(device.get());
-    }
-
-    std::string text_;
-    bool has_device_ = false;
-};
 
 // The types of recattn.ops._plans.
 struct Types {
@@ -144,7 +62,7 @@ struct Step {
     Expression a, b;
     char relation = '=';  // or < for less, or of a launch's integer what Triton knows of it: 1 d - ?
     bool outcome = true;
-    size_t slot = 0;  // of a guard of its alignment
+    size_t slot = 0;  // whose alignment is guarded, or of a call's first result
     // A call's function, or a launch's run
     Reference callable;
     Reference keywords;  // names, a tuple
@@ -187,7 +105,7 @@ bool Step::read(PyObject* value, const Types& types) {
     }
     if (name[0] == 'a') {
         kind = Kind::kAligned;
-        slot = static_cast<size_t>(PyLong_AsSsize_t(PyTuple_GET_ITEM(value, 1)));
+        slot = static_cast<size_t>(PyLong_AsSsize_t(PyTuple_GetItem(PyTuple_GET_ITEM(value, 1), 0)));
         outcome = PyTuple_GET_ITEM(value, 2) == Py_True;
         return !PyErr_Occurred();
     }
@@ -195,6 +113,7 @@ bool Step::read(PyObject* value, const Types& types) {
     if (name[0] == 'c') {
         kind = Kind::kCall;
         keywords = Reference(new_reference(PyTuple_GET_ITEM(value, 3)));
+        slot = static_cast<size_t>(PyLong_AsSsize_t(PyTuple_GET_ITEM(value, 4)));
         return read_nodes(PyTuple_GET_ITEM(value, 2), types, arguments);
     }
     kind = Kind::kLaunch;
@@ -212,6 +131,7 @@ bool Step::read(PyObject* value, const Types& types) {
 
 struct Plan {
     size_t num_inputs = 0;
+    size_t num_slots = 0;
     std::vector<Step> steps;
     Node result;
 };
@@ -219,7 +139,7 @@ struct Plan {
 // One call of a plan.
 class Replay {
   public:
-    explicit Replay(const Plan& plan) : plan_(plan) { slots_.reserve(32); }
+    explicit Replay(const Plan& plan) : plan_(plan), slots_(plan.num_slots) {}
 
     // The tensors of the arguments, in order.
     void add_inputs(PyObject* value) {
@@ -227,8 +147,8 @@ class Replay {
             for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
                 add_inputs(PyTuple_GET_ITEM(value, i));
             }
-        } else if (is_plain_tensor(value)) {
-            slots_.emplace_back(new_reference(value));
+        } else if (is_plain_tensor(value) && num_inputs_++ < plan_.num_inputs) {
+            slots_[num_inputs_ - 1] = Slot(new_reference(value));
         }
     }
 
@@ -242,7 +162,7 @@ class Replay {
         return build(plan_.result);
     }
 
-    bool has_inputs() const { return slots_.size() == plan_.num_inputs; }
+    bool has_inputs() const { return num_inputs_ == plan_.num_inputs; }
 
   private:
     // The steps are false with an exception set, or without one where the plan does not hold.
@@ -294,12 +214,17 @@ class Replay {
         if (!result) {
             return false;
         }
-        if (PyTuple_Check(result.get()) || PyList_Check(result.get())) {
-            for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(result.get()); ++i) {
-                slots_.emplace_back(new_reference(PySequence_Fast_GET_ITEM(result.get(), i)));
-            }
-        } else {
-            slots_.emplace_back(result.release());
+        if (!PyTuple_Check(result.get()) && !PyList_Check(result.get())) {
+            slots_[step.slot] = Slot(result.release());
+            return true;
+        }
+        const size_t size = static_cast<size_t>(PySequence_Fast_GET_SIZE(result.get()));
+        if (step.slot + size > slots_.size()) {  // as many results as a size says, and it is another now
+            return false;
+        }
+        for (size_t i = 0; i < size; ++i) {
+            PyObject* item = PySequence_Fast_GET_ITEM(result.get(), static_cast<Py_ssize_t>(i));
+            slots_[step.slot + i] = Slot(new_reference(item));
         }
         return true;
     }
@@ -347,7 +272,7 @@ class Replay {
         return true;
     }
 
-    // A new reference; null with an exception set.
+    // A new reference; null with an exception set, or without one where the plan does not hold.
     PyObject* build(const Node& node) {
         switch (node.kind) {
             case Node::Kind::kObject:
@@ -411,6 +336,7 @@ class Replay {
 
     const Plan& plan_;
     std::vector<Slot> slots_;
+    size_t num_inputs_ = 0;
     Values values_;
 };
 
@@ -445,43 +371,28 @@ PyMethodDef plan_method = {"plan", call_plan, METH_O, "plan(arguments) -> result
 
 void delete_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, "plan")); }
 
-// Guards of inputs alone come first: where they fail, nothing is launched.
-void move_guards_first(Plan& plan) {
-    const long num_inputs = static_cast<long>(plan.num_inputs);
-    std::stable_partition(plan.steps.begin(), plan.steps.end(), [num_inputs](const Step& step) {
-        const long last = step.kind == Step::Kind::kAligned ? static_cast<long>(step.slot)
-                                                            : std::max(step.a.last_slot(), step.b.last_slot());
-        return (step.kind == Step::Kind::kGuard || step.kind == Step::Kind::kAligned) && last < num_inputs;
-    });
-}
-
 }  // namespace
 
-PyObject* signature(PyObject*, PyObject* arguments) {
-    Signature signature;
-    return signature.add(arguments) ? signature.bytes() : nullptr;
-}
-
 PyObject* make_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    if (count != 4 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 4 ||
-        !PyTuple_Check(arguments[2])) {
-        PyErr_SetString(PyExc_TypeError, "make_plan takes four types, num_inputs, steps and result");
+    if (count != 5 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 4 ||
+        !PyTuple_Check(arguments[3])) {
+        PyErr_SetString(PyExc_TypeError, "make_plan takes four types, num_inputs, num_slots, steps and result");
         return nullptr;
     }
     const Types types{PyTuple_GET_ITEM(arguments[0], 0), PyTuple_GET_ITEM(arguments[0], 1),
                       PyTuple_GET_ITEM(arguments[0], 2), PyTuple_GET_ITEM(arguments[0], 3)};
     auto plan = std::make_unique<Plan>();
     plan->num_inputs = static_cast<size_t>(PyLong_AsSsize_t(arguments[1]));
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[2]); ++i) {
+    plan->num_slots = static_cast<size_t>(PyLong_AsSsize_t(arguments[2]));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[3]); ++i) {
         plan->steps.emplace_back();
-        if (!plan->steps.back().read(PyTuple_GET_ITEM(arguments[2], i), types)) {
+        if (!plan->steps.back().read(PyTuple_GET_ITEM(arguments[3], i), types)) {
             return nullptr;
         }
     }
-    if (!plan->result.read(arguments[3], types) || PyErr_Occurred()) {
+    if (!plan->result.read(arguments[4], types) || PyErr_Occurred()) {
         return nullptr;
     }
-    move_guards_first(*plan);
     const Reference capsule(PyCapsule_New(plan.get(), "plan", delete_plan));
     if (!capsule) {
         return nullptr;

@@ -4,11 +4,7 @@
 
 namespace recattn::host {
 
-// signature(arguments) -> bytes: of tensors dtype and number of axes, of the first its device; of other arguments, the
-// fields of tuples too, the value.
-PyObject* signature(PyObject*, PyObject* arguments);
-
-// make_plan(types, num_inputs, steps, result) -> plan(arguments) -> result
+// make_plan(types, num_inputs, num_slots, steps, result) -> plan(arguments) -> result
 //
 // The plan returns NotImplemented where it does not hold: a guard fails, a launch would need another compiled kernel, a
 // profiler's hooks or another device want the function itself. What it has launched by then is of no consequence.
@@ -17,8 +13,8 @@ PyObject* signature(PyObject*, PyObject* arguments);
 //   "guard", expression, relation, expression, outcome     a comparison that the function made: = or <; or, of an
 //                                                          integer in a launch, what Triton knows of it: it is 1,
 //                                                          d(ivisible by 16), - neither; of all, ? that it is an int32
-//   "aligned", slot, outcome                               whether its data are aligned to 16 bytes
-//   "call", function, arguments, keywords                  a call of PyTorch, whose results become slots
+//   "aligned", pointer, outcome                             whether its data are aligned to 16 bytes
+//   "call", function, arguments, keywords, slot            a call of PyTorch, whose results become slots from this on
 //   "launch", run, function, packed_metadata, grid, arguments
 // `types` are those of recattn.ops._plans that stand for what a replay finds out: Slot(index) for a tensor,
 // Pointer(index) for its data in a launch, Expression(operation, a, b) made of sizes and strides, Integer(expression)

@@ -3,15 +3,20 @@
 python tests/triton/replays.py search    the compiled kernel that `launch` finds is the one that Triton finds
 python tests/triton/replays.py sizes     calls replayed for other sizes launch what the functions launch
 python tests/triton/replays.py hooks     a profiler's hooks hear of every launch
+python tests/triton/replays.py threads    many threads record and replay at once
+python tests/triton/replays.py memory    neither tensors nor traced sizes are kept
 """
 
+import collections
 import ctypes
+import gc
 import importlib
 import os
 import pkgutil
 import random
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -25,6 +30,7 @@ from triton import knobs
 
 import recattn.ops
 from benchmarks.harness import dry_driver, host_time
+from recattn.ops._plans import Traced
 from recattn.triton_kernels.common.launch import launch
 from recattn.triton_kernels.common.tiles import bhnd
 
@@ -98,7 +104,7 @@ def replayed_functions() -> list[Callable]:
 
 
 def launched(case: host_time.Case, sizes: host_time.Sizes, length: int, layout: Callable[[Tensor], Tensor]) -> tuple:
-    """A call's launches, with names for pointers, and of each result its layout and which pointer of which launch it is.
+    """A call's launches, with names for pointers, its results' layouts, and which pointer of which launch each is.
 
     Each launch writes numbers to the memory of its pointers: a result has that of the last.
     """
@@ -114,10 +120,9 @@ def launched(case: host_time.Case, sizes: host_time.Sizes, length: int, layout: 
     named |= {x.data_ptr(): f"dout{i}" for i, x in enumerate(call.douts)}
     launches = [(kernel.name, args[:3], args[9:]) for kernel, args in RUNS]
     results = (*outs, *gradients)
-    # PyTorch makes the others, of what the launches wrote; a single number may look like either.
-    written = [ctypes.c_int32.from_address(x.data_ptr()).value if x.numel() > 1 else None for x in results]
-    written = [number if number in range(1000, 1000 * (len(RUNS) + 1)) else None for number in written]
-    return by_name(launches, named), list(zip([(x.shape, x.stride(), x.dtype) for x in results], written, strict=True))
+    written = [ctypes.c_int32.from_address(x.data_ptr()).value if x.numel() > 1 else 0 for x in results]
+    layouts = [(x.shape, x.stride(), x.dtype) for x in results]
+    return by_name(launches, named), layouts, [number if number < 1000 * (len(RUNS) + 1) else 0 for number in written]
 
 
 def relaid(x: object, layout: Callable[[Tensor], Tensor]) -> object:
@@ -168,9 +173,15 @@ def test_sizes() -> None:
             recorded = sum(len(plans.plans) for function in functions for plans in function.known.values())
             sizes, length, layout = drawn[i % len(drawn)]
             got = launched(case, sizes, length, layout)
-            for of_replay, of_function in zip(got, expected[i % len(drawn)], strict=True):
+            *got, written = got
+            *wanted, expected_written = expected[i % len(drawn)]
+            assert [name for name, *_ in got[0]] == [name for name, *_ in wanted[0]], (case.op, sizes, length, layout)
+            for of_replay, of_function in zip(got, wanted, strict=True):
                 different = [pair for pair in zip(of_replay, of_function, strict=True) if pair[0] != pair[1]]
                 assert not different, (case.op, sizes, length, layout, different)
+            for of_replay, of_function in zip(written, expected_written, strict=True):
+                # PyTorch makes the other results, of what the launches wrote.
+                assert of_replay == of_function or min(of_replay, of_function) < 1000, (case.op, sizes, length)
             now = sum(len(plans.plans) for function in functions for plans in function.known.values())
             replays += now == recorded
     assert replays > len(cases) * len(drawn) // 2
@@ -196,6 +207,49 @@ def test_hooks() -> None:
     assert len(RUNS) == 15 and all(args[6:9] == (None, None, None) for _, args in RUNS[10:])
 
 
+# --- Threads ---
+
+
+def test_threads() -> None:
+    case = host_time.CASES[0]
+    calls = [case.make(case.sizes, length).in_direction(host_time.FORWARD, case.impl) for length in range(8, 72)]
+
+    def run(seed: int) -> None:
+        order = random.Random(seed)
+        with torch.no_grad():
+            for _ in range(300):
+                order.choice(calls)()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(8)))
+    kernels = collections.Counter(kernel.name for kernel, _ in RUNS)
+    assert kernels == {"sink_attention_streams_kernel": 2400, "sink_attention_fwd_kernel": 2400}
+
+
+# --- Memory ---
+
+
+def test_memory() -> None:
+    cases = [case for case in host_time.CASES if case.path == host_time.GPU]
+    for case in cases:
+        call = case.make(case.sizes, 32)
+        for direction in case.directions:
+            for _ in range(3):
+                call.in_direction(direction, case.impl)()
+            RUNS.clear()
+            tensors = [x for x in call.arguments.values() if isinstance(x, Tensor)]
+            before = [sys.getrefcount(x) for x in tensors]
+            for _ in range(100):
+                call.in_direction(direction, case.impl)()
+            RUNS.clear()
+            assert [sys.getrefcount(x) for x in tensors] == before, case.op
+        del call, tensors
+    gc.collect()
+    assert not [x for x in gc.get_objects() if isinstance(x, Traced)]
+
+
 if __name__ == "__main__":
     install()
-    {"search": test_search, "sizes": test_sizes, "hooks": test_hooks}[sys.argv[1]]()
+    tests = {"search": test_search, "sizes": test_sizes, "hooks": test_hooks}
+    tests |= {"threads": test_threads, "memory": test_memory}
+    tests[sys.argv[1]]()

@@ -95,7 +95,7 @@ class _Plans:
             return function(*args)
         recorder = _Recorder()
         try:
-            _native.set_recorder(launch, recorder.add_launch)
+            _native.set_recorder(launch, recorder.launch)
             with recorder:
                 results = function(*recorder.take_inputs(args))
         finally:
@@ -183,9 +183,9 @@ class _Recorder(TorchFunctionMode):
     def _sizes(self, name: str, x: Tensor, axis: int | None = None) -> object:
         slot = self.slots[id(x)]
         if name == "numel":
-            return Traced.of(x.numel(), Expression("n", slot, 0), self)
+            return Traced(x.numel(), Expression("n", slot, 0), self)
         values, letter = (x.stride(), "t") if name == "stride" else (tuple(x.shape), "s")
-        traced = tuple(Traced.of(value, Expression(letter, slot, i), self) for i, value in enumerate(values))
+        traced = tuple(Traced(value, Expression(letter, slot, i), self) for i, value in enumerate(values))
         if name == "is_contiguous":
             strides = self._sizes("stride", x)
             for value in (*traced, *strides):
@@ -199,24 +199,25 @@ class _Recorder(TorchFunctionMode):
             self.replayable = False
             return
         arguments = tuple(self._template(value) for value in (*args, *kwargs.values()))
-        self.steps.append(("call", func, arguments, tuple(kwargs)))
+        self.steps.append(("call", func, arguments, tuple(kwargs), self.num_slots))
         for x in results:
             self._add_slot(x)
 
-    def add_launch(self, kernel, compiled: tuple | None, grid: tuple[int, ...], arguments: tuple) -> None:
-        from recattn.triton_kernels.common.launch import describe
+    def launch(self, kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
+        """Takes the place of `launch`."""
+        from recattn.triton_kernels.common.launch import describe, launch
 
-        if compiled is None or callable(grid):
-            self.replayable = False
-            return
+        constants = {name: _guarded(value) for name, value in constants.items()}
         with torch._C.DisableTorchFunction():
+            _native.set_recorder(launch, None)
+            compiled = launch(kernel, _plain(grid), *_plain(arguments), **constants)
+            _native.set_recorder(launch, self.launch)
+            if compiled is None or callable(grid):
+                self.replayable = False
+                return
             specialized, num_constants = describe(kernel)
-            first_constant = len(arguments) - num_constants
-            launched = [self._launched(x, specialized[i]) for i, x in enumerate(arguments[:first_constant])]
-            launched += [_plain(x) for x in arguments[first_constant:]]
-            for x in arguments[first_constant:]:
-                if isinstance(x, Traced):
-                    int(x)  # a guard
+            launched = [self._launched(x, special) for x, special in zip(arguments, specialized, strict=False)]
+            launched += list(constants.values())[:num_constants]
             axes = tuple(self._template(axis) for axis in grid)
         self.steps.append(("launch", *compiled, axes, tuple(launched)))
 
@@ -226,7 +227,7 @@ class _Recorder(TorchFunctionMode):
             return tuple(self._launched(field, True) for field in value)
         if isinstance(value, Tensor):
             slot = self._slot(value)
-            self._add_guard(("aligned", slot, value.data_ptr() % 16 == 0))
+            self._add_guard(("aligned", Pointer(slot), value.data_ptr() % 16 == 0))
             return Pointer(slot)
         if _is_traced_by(self, value):
             known = "1" if value.plain == 1 else "d" if value.plain % 16 == 0 else "-"
@@ -257,7 +258,31 @@ class _Recorder(TorchFunctionMode):
         if not self.replayable:
             return None
         types = (Slot, Pointer, Expression, Integer)
-        return _native.make_plan(types, self.num_inputs, tuple(self.steps), template)
+        return _native.make_plan(types, self.num_inputs, self.num_slots, self._ordered_steps(), template)
+
+    def _ordered_steps(self) -> tuple[tuple, ...]:
+        """The steps, first the guards and allocations that nothing else must precede: then a guard fails in time."""
+        guards, allocations, others = [], [], []
+        early = set(range(self.num_inputs))
+        for step in self.steps:
+            slots = _slots_of(step[1:])
+            if step[0] != "call" and step[0] != "launch" and slots <= early:
+                (guards if max(slots, default=-1) < self.num_inputs else allocations).append(step)
+            elif step[0] == "call" and _name(step[1]) in _ALLOCATES and slots <= early:
+                allocations.append(step)
+                early.add(step[-1])
+            else:
+                others.append(step)
+        return (*guards, *allocations, *others)
+
+
+def _slots_of(value: object) -> set[int]:
+    """The slots that a step reads."""
+    if isinstance(value, Slot | Pointer):
+        return {value[0]}
+    if isinstance(value, Expression) and value.operation in "stn":
+        return {value.a}
+    return {slot for field in value for slot in _slots_of(field)} if isinstance(value, list | tuple) else set()
 
 
 def _name(func: Callable) -> str:
@@ -288,6 +313,7 @@ _CONSTANT = {
     *("dtype", "device", "layout", "is_cuda", "is_meta", "requires_grad", "get_device", "data_ptr"),
     *("dim", "ndim", "element_size", "itemsize", "is_floating_point", "is_nested", "is_sparse"),
 }
+_ALLOCATES = {"new_empty", "new_empty_strided", "empty_like", "empty", "empty_strided"}
 _SIZES = {"shape", "size", "stride", "numel", "is_contiguous"}
 _READS_ELEMENTS = {"item", "tolist", "__bool__", "__int__", "__index__", "__float__", "__len__", "nonzero"}
 
@@ -295,31 +321,27 @@ _READS_ELEMENTS = {"item", "tolist", "__bool__", "__int__", "__index__", "__floa
 # --- Sizes as symbols ---
 
 
-class Traced(int):
+class Traced:
     """A size or stride, or an integer made of them, while the function that asked for it is recorded.
 
-    Arithmetic keeps the expression. A comparison, and every other use that Python lets a class see, becomes a guard.
+    Arithmetic keeps the expression. A comparison becomes a guard, and so does every use as a number: no `int`, or
+    Python would use the number unseen, as in `0.5 / size`.
     """
 
-    expression: Expression
-    recorder: _Recorder
+    __slots__ = ("__weakref__", "expression", "plain", "recorder")
 
-    @classmethod
-    def of(cls, value: int, expression: Expression, recorder: _Recorder) -> "Traced":
-        traced = cls(value)
-        traced.expression, traced.recorder = expression, recorder
-        return traced
+    def __init__(self, plain: int, expression: Expression, recorder: _Recorder):
+        self.plain, self.expression, self.recorder = plain, expression, recorder
 
-    @property
-    def plain(self) -> int:
-        return int.__int__(self)
-
-    def bit_length(self) -> int:
+    def bit_length(self) -> object:
         return _traced_result(self.plain.bit_length(), "b", self, 0)
+
+    def __repr__(self) -> str:
+        return repr(self.plain)
 
 
 def _is_traced_by(recorder: _Recorder | None, value: object) -> bool:
-    """A traced integer may outlive its recorder, in a cache: then it is a number as any other."""
+    """Without a recorder, or by another one, a traced integer is a number as any other."""
     return recorder is not None and isinstance(value, Traced) and value.recorder is recorder
 
 
@@ -334,12 +356,12 @@ def _expression(value: object, recorder: _Recorder) -> object:
     return value.expression if _is_traced_by(recorder, value) else _plain(value)
 
 
-def _traced_result(result: int, operation: str, a: object, b: object) -> int:
+def _traced_result(result: int, operation: str, a: object, b: object) -> object:
     recorder = _recorder_of(a, b)
     if recorder is None:
         return result
     expression = Expression(operation, _expression(a, recorder), _expression(b, recorder))
-    return Traced.of(result, expression, recorder)
+    return Traced(result, expression, recorder)
 
 
 def _guarded(value: object) -> object:
@@ -350,28 +372,28 @@ def _guarded(value: object) -> object:
     return _plain(value)
 
 
-def _arithmetic(name: str, operation: str) -> tuple[Callable, Callable]:
-    compute = getattr(operator, name)
+def _is_integer(value: object) -> bool:
+    return type(value) in (int, bool, Traced)
 
+
+def _arithmetic(compute: Callable, operation: str) -> tuple[Callable, Callable]:
     def forward(self, other):
-        if type(other) not in (int, bool, Traced):
-            return getattr(int, f"__{name.strip('_')}__")(_guarded(self), other)
+        if not _is_integer(other):
+            return compute(_guarded(self), other)
         return _traced_result(compute(self.plain, _plain(other)), operation, self, other)
 
     def reflected(self, other):
-        if type(other) not in (int, bool, Traced):
-            return getattr(int, f"__r{name.strip('_')}__")(_guarded(self), other)
+        if not _is_integer(other):
+            return compute(other, _guarded(self))
         return _traced_result(compute(_plain(other), self.plain), operation, other, self)
 
     return forward, reflected
 
 
-def _comparison(name: str, relation: str, swapped: bool, negated: bool) -> Callable:
-    compute = getattr(operator, name)
-
+def _comparison(compute: Callable, relation: str, swapped: bool, negated: bool) -> Callable:
     def compare(self, other):
-        if type(other) not in (int, bool, Traced):
-            return getattr(int, f"__{name}__")(_guarded(self), other)
+        if not _is_integer(other):
+            return compute(_guarded(self), other)
         outcome = compute(self.plain, _plain(other))
         recorder = _recorder_of(self, other)
         if recorder is not None:
@@ -382,21 +404,13 @@ def _comparison(name: str, relation: str, swapped: bool, negated: bool) -> Calla
     return compare
 
 
-def _concrete(name: str) -> Callable:
-    compute = getattr(int, name)
-    return lambda self, *others: compute(_guarded(self), *map(_guarded, others))
-
-
-def _negated(self):
-    return _traced_result(-self.plain, "-", 0, self)
-
-
 def _define_operators() -> None:
-    for name, operation in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "/"), ("mod", "%"), ("lshift", "<")):
-        forward, reflected = _arithmetic(name, operation)
+    arithmetic = {"add": "+", "sub": "-", "mul": "*", "floordiv": "/", "mod": "%", "lshift": "<"}
+    for name, operation in arithmetic.items():
+        forward, reflected = _arithmetic(getattr(operator, name), operation)
         setattr(Traced, f"__{name}__", forward)
         setattr(Traced, f"__r{name}__", reflected)
-    Traced.__neg__ = _negated
+    Traced.__neg__ = lambda self: _traced_result(-self.plain, "-", 0, self)
     comparisons = {
         "eq": ("=", False, False),
         "ne": ("=", False, True),
@@ -405,13 +419,15 @@ def _define_operators() -> None:
         "le": ("<", True, True),
         "ge": ("<", False, True),
     }
-    for name, (relation, swapped, negated) in comparisons.items():
-        setattr(Traced, f"__{name}__", _comparison(name, relation, swapped, negated))
-    for name in ("truediv", "rshift", "and", "or", "xor", "pow", "divmod"):
-        setattr(Traced, f"__{name}__", _concrete(f"__{name}__"))
-        setattr(Traced, f"__r{name}__", _concrete(f"__r{name}__"))
-    for name in ("bool", "hash", "int", "float", "abs", "invert", "pos", "round", "trunc", "floor", "ceil"):
-        setattr(Traced, f"__{name}__", _concrete(f"__{name}__"))
+    for name, meaning in comparisons.items():
+        setattr(Traced, f"__{name}__", _comparison(getattr(operator, name), *meaning))
+    # Anything else is done with the number.
+    for name in ("truediv", "pow", "and_", "or_", "xor", "rshift"):
+        compute, dunder = getattr(operator, name), name.strip("_")
+        setattr(Traced, f"__{dunder}__", lambda self, other, compute=compute: compute(_guarded(self), _guarded(other)))
+        setattr(Traced, f"__r{dunder}__", lambda self, other, compute=compute: compute(_guarded(other), _guarded(self)))
+    for name, compute in (("bool", bool), ("hash", hash), ("int", int), ("index", int), ("float", float), ("abs", abs)):
+        setattr(Traced, f"__{name}__", lambda self, compute=compute: compute(_guarded(self)))
 
 
 _define_operators()
