@@ -144,6 +144,8 @@ def sink_attention(
 
 def _fits(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens) -> bool:
     """Whether the tensors are right. False: ask `_validate` what is wrong."""
+    if q is None or k is None or v is None or sink_positions is None or inter_sink_bias is None:
+        return False  # to `sizes` any tensor may be absent
     sinks = (sink_positions, inter_sink_bias, sink_logits)
     if cu_seqlens is None:
         sizes = _DENSE.sizes(q, k, v, *sinks, seq_lens)
