@@ -73,6 +73,14 @@ bool Expression::evaluate_symbol(Slot& slot, long long& result) const {
     return true;
 }
 
+PyObject* Expression::integer(std::vector<Slot>& slots) const {
+    if (operation_ != 's' && operation_ != 't') {
+        return nullptr;
+    }
+    PyObject* tuple = operation_ == 't' ? slots[slot_].stride() : slots[slot_].shape();
+    return tuple != nullptr && axis_ < PyTuple_GET_SIZE(tuple) ? PyTuple_GET_ITEM(tuple, axis_) : nullptr;
+}
+
 bool Expression::evaluate(std::vector<Slot>& slots, long long& result) const {
     if (operation_ == 'c') {
         result = constant_;

@@ -32,6 +32,10 @@ class Expression {
     // False with an exception set, or without one where a tensor has no such axis.
     bool evaluate(std::vector<Slot>& slots, long long& result) const;
 
+    // A size or stride as the Python integer that it is, borrowed; null where the expression is more than that, and
+    // where `evaluate` is false.
+    PyObject* integer(std::vector<Slot>& slots) const;
+
   private:
     bool evaluate_symbol(Slot& slot, long long& result) const;
 

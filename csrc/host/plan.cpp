@@ -296,6 +296,10 @@ class Replay {
     }
 
     PyObject* integer(const Node& node) {
+        PyObject* symbol = node.expression.integer(slots_);
+        if (symbol != nullptr) {
+            return new_reference(symbol);
+        }
         long long value = 0;
         return node.expression.evaluate(slots_, value) ? PyLong_FromLongLong(value) : nullptr;
     }
