@@ -29,10 +29,13 @@ class Reader {
         sizes_.fill(kUnset);
     }
 
-    void skip() {
+    // False where the tensor may not be absent.
+    bool skip() {
+        const bool optional_tensor = (next_[1] & 2) != 0;
         next_ += 2;
         const int axes = *next_++;
         next_ += 2 * axes;
+        return optional_tensor;
     }
 
     bool fits(PyObject* tensor) {
@@ -144,9 +147,7 @@ PyObject* sizes(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     }
     Reader reader(PyBytes_AS_STRING(arguments[0]));
     for (Py_ssize_t i = 1; i < count; ++i) {
-        if (arguments[i] == Py_None) {
-            reader.skip();
-        } else if (!reader.fits(arguments[i])) {
+        if (!(arguments[i] == Py_None ? reader.skip() : reader.fits(arguments[i]))) {
             PyErr_Clear();
             Py_RETURN_NONE;
         }

@@ -8,7 +8,7 @@ namespace recattn::host {
 // A tensor fits if it is a plain dense tensor, or None, on the device of the first, of its layout's dtypes and shape.
 // `layouts` is written by recattn._check.Layouts: the number of symbols, then for each tensor
 //   a letter for its dtypes: F floating, S that of the first tensor, I int32 or int64, B bool
-//   a byte of flags: 1 for a first axis that may be missing
+//   a byte of flags: 1 for a first axis that may be missing, 2 for a tensor that may be absent
 //   the number of axes, and for each axis a kind and an operand:
 //     s symbol       its size, which the first axis of that symbol sets
 //     n number       that number

@@ -21,12 +21,13 @@ class Layouts:
     """The tensors of a call, to be checked in a microsecond: Layouts(q=(FLOATING, "B H N D"), k=(SAME, "B H M D")).
 
     Layouts are as in `expect_shape`; an alternative is "1|X" with a symbol X of an earlier axis, "[X]" is a first axis
-    that may be missing, and "X+1" sets X. Dtypes are FLOATING, INTEGER, BOOL or SAME.
+    that may be missing, and "X+1" sets X. A tensor whose layout ends in "?" may be absent: None. Dtypes are FLOATING,
+    INTEGER, BOOL or SAME.
     """
 
     def __init__(self, **layouts: tuple[object, str]):
         self.symbols: list[str] = []
-        tensors = b"".join(self._encode(dtypes, layout.split()) for dtypes, layout in layouts.values())
+        tensors = b"".join(self._encode(dtypes, layout) for dtypes, layout in layouts.values())
         self._encoded = bytes([len(self.symbols)]) + tensors
 
     def sizes(self, *tensors: Tensor | None) -> tuple[int, ...] | None:
@@ -36,11 +37,12 @@ class Layouts:
         """
         return None if torch.compiler.is_compiling() else _native.sizes(self._encoded, *tensors)
 
-    def _encode(self, dtypes: object, axes: list[str]) -> bytes:
+    def _encode(self, dtypes: object, layout: str) -> bytes:
         letter = {FLOATING: b"F", SAME: b"S", INTEGER: b"I", BOOL: b"B"}[dtypes]
-        optional = axes[0].startswith("[")
+        axes = layout.rstrip("?").split()
+        flags = axes[0].startswith("[") + 2 * layout.endswith("?")
         encoded = b"".join(self._encode_axis(axis.strip("[]")) for axis in axes)
-        return letter + bytes([optional, len(axes)]) + encoded
+        return letter + bytes([flags, len(axes)]) + encoded
 
     def _encode_axis(self, axis: str) -> bytes:
         if axis.isdigit():

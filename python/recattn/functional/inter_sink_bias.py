@@ -18,8 +18,8 @@ from recattn.ops._support import draw_dropout_seed
 _TENSORS = check.Layouts(
     q_s=(check.FLOATING, "B H M D"),
     k_s=(check.SAME, "B H M D"),
-    sink_mask=(check.BOOL, "B M"),
-    bias_scale=(check.FLOATING, "[1]"),
+    sink_mask=(check.BOOL, "B M?"),
+    bias_scale=(check.FLOATING, "[1]?"),
 )
 
 
@@ -86,7 +86,7 @@ def inter_sink_bias(
 def _fits(q_s, k_s, sink_mask, bias_scale) -> bool:
     """Whether the tensors and bias_scale are right. False: ask `_validate` what is wrong."""
     is_number = type(bias_scale) in (float, int) and -math.inf < bias_scale < math.inf
-    if q_s is None or k_s is None or bias_scale is None:
+    if bias_scale is None:
         return False
     sizes = _TENSORS.sizes(q_s, k_s, sink_mask, None if is_number else bias_scale)
     return sizes is not None and sizes[1] > 0 and sizes[3] > 0

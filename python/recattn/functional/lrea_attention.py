@@ -16,13 +16,13 @@ from recattn.ops._library import apply, distinct
 INT8_MAX = 127
 # The tensors of a call; what does not fit is checked by a `_validate_...`, which says why.
 _HISTORIES = check.Layouts(
-    behaviors=(check.FLOATING, "U L d"), w_comp=(check.SAME, "Lmax r"), seq_lens=(check.INTEGER, "U")
+    behaviors=(check.FLOATING, "U L d"), w_comp=(check.SAME, "Lmax r"), seq_lens=(check.INTEGER, "U?")
 )
 _ITEMS = check.Layouts(
     behaviors=(check.FLOATING, "I d"),
     item_ids=(check.INTEGER, "U L"),
     w_comp=(check.SAME, "Lmax r"),
-    seq_lens=(check.INTEGER, "U"),
+    seq_lens=(check.INTEGER, "U?"),
 )
 _RESTORED = check.Layouts(
     targets=(check.FLOATING, "T H d"),
@@ -30,7 +30,7 @@ _RESTORED = check.Layouts(
     values=(check.SAME, "U H r dv"),
     w_decomp=(check.SAME, "r Lmax"),
     target_offsets=(check.INTEGER, "U+1"),
-    seq_lens=(check.INTEGER, "U"),
+    seq_lens=(check.INTEGER, "U?"),
 )
 
 
@@ -448,8 +448,6 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
 
 def _compress_fits(behaviors, w_comp, item_ids, seq_lens) -> bool:
     """Whether the tensors are right. False: ask `_validate_compress` what is wrong."""
-    if behaviors is None or w_comp is None:
-        return False
     if item_ids is None:
         sizes = _HISTORIES.sizes(behaviors, w_comp, seq_lens)  # U, L, d, Lmax, r
         return sizes is not None and sizes[3] >= sizes[1]
@@ -477,8 +475,6 @@ def _validate_compress(behaviors, w_comp, item_ids, seq_lens) -> None:
 
 def _attention_fits(targets, keys, values, w_decomp, target_offsets, seq_lens) -> bool:
     """Whether the tensors are right. False: ask `_validate_attention` what is wrong."""
-    if targets is None or keys is None or values is None or w_decomp is None or target_offsets is None:
-        return False
     sizes = _RESTORED.sizes(targets, keys, values, w_decomp, target_offsets, seq_lens)
     return sizes is not None and sizes[2] > 0  # d
 

@@ -19,8 +19,8 @@ _TENSORS = check.Layouts(
     v=(check.SAME, "B H N Dv"),
     w_q=(check.SAME, "[H] Nmax R"),
     w_k=(check.SAME, "[H] Nmax R"),
-    w_v=(check.SAME, "[H] Nmax Nmax"),
-    seq_lens=(check.INTEGER, "B"),
+    w_v=(check.SAME, "[H] Nmax Nmax?"),
+    seq_lens=(check.INTEGER, "B?"),
 )
 
 
@@ -142,8 +142,6 @@ def _validate_options(mechanism, source, padding_side, dropout_p, scale) -> None
 
 def _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens) -> bool:
     """Whether the tensors are right. False: ask `_validate` what is wrong."""
-    if q is None or k is None or v is None or w_q is None or w_k is None:
-        return False
     if (w_v is not None) != (mechanism in ("value", "additive")):
         return False
     sizes = _TENSORS.sizes(q, k, v, w_q, w_k, w_v, seq_lens)

@@ -17,13 +17,13 @@ from recattn.ops.backends import BACKENDS
 
 # The tensors of a dense and of a packed call; what does not fit is checked by `_validate`, which says why.
 _TENSORS = {"sink_positions": (check.INTEGER, "B M"), "inter_sink_bias": (check.FLOATING, "B 1|Hq M M")}
-_TENSORS |= {"sink_logits": (check.FLOATING, "Hq")}
+_TENSORS |= {"sink_logits": (check.FLOATING, "Hq?")}
 _DENSE = check.Layouts(
     q=(check.FLOATING, "B Hq N D"),
     k=(check.SAME, "B Hkv N D"),
     v=(check.SAME, "B Hkv N Dv"),
     **_TENSORS,
-    seq_lens=(check.INTEGER, "B"),
+    seq_lens=(check.INTEGER, "B?"),
 )
 _PACKED = check.Layouts(
     q=(check.FLOATING, "T Hq D"),
@@ -144,8 +144,6 @@ def sink_attention(
 
 def _fits(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens) -> bool:
     """Whether the tensors are right. False: ask `_validate` what is wrong."""
-    if q is None or k is None or v is None or sink_positions is None or inter_sink_bias is None:
-        return False  # to `sizes` any tensor may be absent
     sinks = (sink_positions, inter_sink_bias, sink_logits)
     if cu_seqlens is None:
         sizes = _DENSE.sizes(q, k, v, *sinks, seq_lens)

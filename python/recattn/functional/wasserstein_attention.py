@@ -19,8 +19,8 @@ _TENSORS = check.Layouts(
     mean_q=(check.FLOATING, "B H N D"),
     **{name: (check.SAME, "B H N D") for name in _GAUSSIANS[1:4]},
     **{name: (check.SAME, "B H N Dv") for name in _GAUSSIANS[4:]},
-    **{name: (check.SAME, "[H] Nmax 2R") for name in ("w_q", "w_k")},
-    seq_lens=(check.INTEGER, "B"),
+    **{name: (check.SAME, "[H] Nmax 2R?") for name in ("w_q", "w_k")},
+    seq_lens=(check.INTEGER, "B?"),
 )
 
 
@@ -124,10 +124,7 @@ def wasserstein_attention(
 def _fits(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens) -> bool:
     """Whether the tensors are right. False: ask `_validated` what is wrong."""
     sizes = _TENSORS.sizes(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens)
-    # To `sizes` any tensor may be absent.
-    if sizes is None or mean_q is None or cov_q is None or mean_k is None or cov_k is None:
-        return False
-    if mean_v is None or cov_v is None or (w_q is None) != (w_k is None):
+    if sizes is None or (w_q is None) != (w_k is None):
         return False
     _, _, N, D, _, n_max, columns = sizes
     return D > 0 and (w_q is None or (n_max >= N and columns > 0 and columns % 2 == 0))
