@@ -7,13 +7,15 @@ from partial sums of dG and dW_v. One launch before, one or two after. They read
 latency: tiles are small, so that there are more programs.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.tiles import load_rows, offset
+from recattn.triton_kernels.common.tiles import Matrix, load_rows, offset
 
 # Rows, and columns, of a tile of a matrix.
 TILE = 32
@@ -64,16 +66,25 @@ def refined_weights_product_kernel(
     tl.store(g, product.to(g.dtype.element_ty))
 
 
+class Partials(NamedTuple):
+    """Partial sums [count, groups, BLOCK_N, BLOCK_N] float32 in memory."""
+
+    base: tl.tensor
+    stride: tl.tensor
+    count: tl.tensor
+
+
 @triton.jit
-def sum_partials(partials, stride, count, rows, columns, N, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
-    """[rows, columns] of the sum of `count` matrices [BLOCK_N, BLOCK_N], BLOCK_P at a time; zero beyond N."""
+def sum_partials(partials, group, rows, columns, N, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """[rows, columns] of the sum of Partials of a group, BLOCK_P at a time; zero beyond N."""
     inside = (rows < N)[None, :, None] & (columns < N)[None, None, :]
-    addresses = partials + rows[None, :, None] * BLOCK_N + columns[None, None, :]
+    base = partials.base + offset(group, BLOCK_N * BLOCK_N)
+    addresses = base + rows[None, :, None] * BLOCK_N + columns[None, None, :]
     total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    for first in range(0, count, BLOCK_P):
+    for first in range(0, partials.count, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        block = tl.load(addresses + offset(p, stride)[:, None, None], mask=(p < count)[:, None, None] & inside, other=0)
-        total += tl.sum(block, 0)
+        there = (p < partials.count)[:, None, None] & inside
+        total += tl.sum(tl.load(addresses + offset(p, partials.stride)[:, None, None], mask=there, other=0), 0)
     return total
 
 
@@ -87,14 +98,10 @@ def store_gradient(dw, gradient, head, rows, columns, N_max, width):
 @triton.jit
 def store_chain_rule(
     dg,
-    stride_sum,
-    num_sums,
     groups,
     heads,
     w,
     stride_wh,
-    stride_wn,
-    stride_wr,
     dw,
     N,
     N_max,
@@ -105,7 +112,10 @@ def store_chain_rule(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """A tile of dw = dG @ w / √R, or dG.T @ w / √R, of one of `heads`; of one for all, the sum over the groups."""
+    """A tile of dw = dG @ w / √R, or dG.T @ w / √R, of one of `heads`; of one for all, the sum over the groups.
+
+    dg is Partials and w a Matrix, that of head 0.
+    """
     head = tl.program_id(1)
     tiles = tl.cdiv(R, BLOCK_C)
     first_row = tl.program_id(0) // tiles * BLOCK_M
@@ -119,17 +129,16 @@ def store_chain_rule(
         end_group = tl.where(first_row < N, end_group, first_group)
         product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for group in range(first_group, end_group):
-            partials = dg + offset(group, BLOCK_N * BLOCK_N)
-            w_columns = w + offset(group, stride_wh) + offset(first_column, stride_wr)
+            w_columns = w.base + offset(group, stride_wh) + offset(first_column, w.column_stride)
             for start in range(0, N, BLOCK_K):
                 inner = start + tl.arange(0, BLOCK_K)
                 if TRANSPOSED:
-                    square = tl.trans(
-                        sum_partials(partials, stride_sum, num_sums, inner, rows, N, BLOCK_N, BLOCK_P)
-                    )  # [BM, BK]
+                    square = tl.trans(sum_partials(dg, group, inner, rows, N, BLOCK_N, BLOCK_P))  # [BM, BK]
                 else:
-                    square = sum_partials(partials, stride_sum, num_sums, rows, inner, N, BLOCK_N, BLOCK_P)
-                w_block = load_rows(w_columns, inner, inner < N, stride_wn, stride_wr, R - first_column, BLOCK_C)
+                    square = sum_partials(dg, group, rows, inner, N, BLOCK_N, BLOCK_P)
+                w_block = load_rows(
+                    w_columns, inner, inner < N, w.row_stride, w.column_stride, R - first_column, BLOCK_C
+                )
                 product = tl.dot(square, w_block.to(tl.float32), product, input_precision="ieee")
         # Not the masked product: 0 · inf is NaN.
         product = tl.where((rows < N)[:, None], product / tl.sqrt(R.to(tl.float32)), 0.0)
@@ -189,17 +198,16 @@ def refined_weights_bwd_kernel(
 
     dg and dw_v_sums [num_sums, groups, BLOCK_N, BLOCK_N] float32; the outputs are contiguous, zero beyond N.
     """
+    sums = Partials(dg, stride_sum, num_sums)
     if tl.program_id(2) == 0:
+        w = Matrix(w_k, stride_kn, stride_kr)
         store_chain_rule(
-            *(dg, stride_sum, num_sums, groups, q_heads),
-            *(w_k, stride_kh, stride_kn, stride_kr, dw_q, N, N_max, R),
-            *(False, BLOCK_N, BLOCK_M, BLOCK_C, BLOCK_P),
+            sums, groups, q_heads, w, stride_kh, dw_q, N, N_max, R, False, BLOCK_N, BLOCK_M, BLOCK_C, BLOCK_P
         )
     elif tl.program_id(2) == 1:
+        w = Matrix(w_q, stride_qn, stride_qr)
         store_chain_rule(
-            *(dg, stride_sum, num_sums, groups, k_heads),
-            *(w_q, stride_qh, stride_qn, stride_qr, dw_k, N, N_max, R),
-            *(True, BLOCK_N, BLOCK_M, BLOCK_C, BLOCK_P),
+            sums, groups, k_heads, w, stride_qh, dw_k, N, N_max, R, True, BLOCK_N, BLOCK_M, BLOCK_C, BLOCK_P
         )
     elif dw_v is not None:
         head = tl.program_id(1)
@@ -211,8 +219,9 @@ def refined_weights_bwd_kernel(
             end_group = tl.where(v_heads > 1, head + 1, groups)
             total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
             for group in range(first_group, end_group):
-                partials = dw_v_sums + offset(group, BLOCK_N * BLOCK_N)
-                total += sum_partials(partials, stride_sum, num_sums, rows, columns, N, BLOCK_N, BLOCK_P)
+                total += sum_partials(
+                    Partials(dw_v_sums, stride_sum, num_sums), group, rows, columns, N, BLOCK_N, BLOCK_P
+                )
             store_gradient(dw_v, total, head, rows, columns, N_max, N_max)
 
 
