@@ -136,7 +136,9 @@ def sink_attention(
     options = SinkAttentionOptions(causal, padding_side == "left", scale, dropout_p, max_seqlen, impl, backend)
     tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
     seed = draw_dropout_seed(dropout_p, q.device)
-    out, lse = apply(ops.SinkAttentionFunction, *distinct(q, k, v), *tensors, seed, options)
+    if q is k or k is v or q is v:
+        q, k, v = distinct(q, k, v)
+    out, lse = apply(ops.SinkAttentionFunction, q, k, v, *tensors, seed, options)
     if not return_lse:
         return out
     return out, lse.t() if cu_seqlens is not None else lse

@@ -98,21 +98,20 @@ class SinkAttentionFunction(torch.autograd.Function):
 
 def _runs_on_cpu(q: Tensor, options: SinkAttentionOptions) -> bool:
     """Whether PyTorch's CPU attention is corrected. Any other choice on a CPU is for Triton's interpreter."""
-    return q.device.type == "cpu" and options.impl in (None, CORRECTION) and options.backend is None
+    return q.is_cpu and options.impl in (None, CORRECTION) and options.backend is None
 
 
 def _fwd(q, k, v, *tensors_and_options, keeps_streams=False):
-    *tensors, dropout_seed, options = tensors_and_options
-    if _runs_on_cpu(q, options):
-        return on_cpu.sink_attention_fwd(q, k, v, *tensors, options)
-    return by_triton.sink_attention_fwd(q, k, v, by_triton.Context(*tensors, dropout_seed, options), keeps_streams)
+    context = by_triton.Context(*tensors_and_options)
+    if _runs_on_cpu(q, context.options):
+        return on_cpu.sink_attention_fwd(q, k, v, *context.without_dropout)
+    return by_triton.sink_attention_fwd(q, k, v, context, keeps_streams)
 
 
 def _bwd(dout, q, k, v, out, lse, sink_stats, *tensors_and_options, streams=None):
-    *tensors, dropout_seed, options = tensors_and_options
-    if _runs_on_cpu(q, options):
-        return on_cpu.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, *tensors, options)
-    context = by_triton.Context(*tensors, dropout_seed, options)
+    context = by_triton.Context(*tensors_and_options)
+    if _runs_on_cpu(q, context.options):
+        return on_cpu.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, *context.without_dropout)
     return by_triton.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, context, streams)
 
 
