@@ -5,6 +5,7 @@ python tests/triton/replays.py sizes     calls replayed for other sizes launch w
 python tests/triton/replays.py hooks     a profiler's hooks hear of every launch
 python tests/triton/replays.py threads    many threads record and replay at once
 python tests/triton/replays.py memory    neither tensors nor traced sizes are kept
+python tests/triton/replays.py without    everything goes on without recattn._host
 """
 
 import collections
@@ -21,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.pop("TRITON_INTERPRET", None)
+if sys.argv[1:] == ["without"]:
+    sys.modules["recattn._host"] = None
 
 import torch
 import triton
@@ -28,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+import recattn
 import recattn.ops
 from benchmarks.harness import dry_driver, host_time
 from recattn.ops._plans import Traced
@@ -248,8 +252,25 @@ def test_memory() -> None:
     assert not [x for x in gc.get_objects() if isinstance(x, Traced)]
 
 
+# --- Without the extension ---
+
+
+def test_without() -> None:
+    assert not replayed_functions()
+    for case in [case for case in host_time.CASES if case.path == host_time.GPU]:
+        RUNS.clear()
+        call = case.make(case.sizes, 16)
+        for _ in range(2):
+            call.in_direction(case.directions[-1], case.impl)()
+        assert RUNS, case.op
+    try:
+        recattn.sink_attention(torch.zeros(2, 3, 4), *[torch.zeros(2, 1, 3, 4)] * 4)
+    except ValueError as error:
+        assert str(error) == "q must be [B, Hq, N, D] = [B, Hq, N, D], got [2, 3, 4]", error
+
+
 if __name__ == "__main__":
     install()
     tests = {"search": test_search, "sizes": test_sizes, "hooks": test_hooks}
-    tests |= {"threads": test_threads, "memory": test_memory}
+    tests |= {"threads": test_threads, "memory": test_memory, "without": test_without}
     tests[sys.argv[1]]()

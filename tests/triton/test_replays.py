@@ -15,7 +15,7 @@ TRITONS = {importlib.metadata.version("triton"): None, "3.6.0": Path(sys.prefix)
 
 
 @pytest.mark.parametrize("triton", TRITONS)
-@pytest.mark.parametrize("test", ["search", "sizes", "hooks", "threads", "memory"])
+@pytest.mark.parametrize("test", ["search", "sizes", "hooks", "threads", "memory", "without"])
 def test_by_triton(test, triton):
     """In another process, because here kernels are interpreted."""
     pytest.importorskip("recattn._host")
