@@ -356,19 +356,19 @@ long first_device(PyObject* value) {
 PyObject* call_plan(PyObject* capsule, PyObject* arguments) {
     const auto* plan = static_cast<Plan*>(PyCapsule_GetPointer(capsule, "plan"));
     if (plan == nullptr || has_launch_hooks()) {
-        return plan == nullptr ? nullptr : new_reference(Py_NotImplemented);
+        return plan == nullptr ? nullptr : new_reference(Py_Ellipsis);
     }
     const CurrentStream stream;
     const long device = stream ? first_device(arguments) : -1;
     if (PyErr_Occurred()) {
         return nullptr;
     }
+    if (device >= 0 && device != stream.device()) {
+        return new_reference(Py_Ellipsis);
+    }
     Replay replay(*plan);
     replay.add_inputs(arguments);
-    if ((device >= 0 && device != stream.device()) || !replay.has_inputs()) {
-        return new_reference(Py_NotImplemented);
-    }
-    return replay.run(stream);
+    return replay.has_inputs() ? replay.run(stream) : new_reference(Py_NotImplemented);
 }
 
 PyMethodDef plan_method = {"plan", call_plan, METH_O, "plan(arguments) -> result: csrc/host/plan.h"};

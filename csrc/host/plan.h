@@ -6,8 +6,9 @@ namespace recattn::host {
 
 // make_plan(types, num_inputs, num_slots, steps, result) -> plan(arguments) -> result
 //
-// The plan returns NotImplemented where it does not hold: a guard fails, a launch would need another compiled kernel, a
-// profiler's hooks or another device want the function itself. What it has launched by then is of no consequence.
+// The plan returns NotImplemented where it does not hold: a guard fails, or a launch would need another compiled
+// kernel. What it has called by then is of no consequence. It returns ... where now the function itself must run: a
+// profiler's hooks are to hear of its launches, or its tensors are not on the current device.
 //
 // Slots are the tensors of the arguments, in order, then the results of the calls. Steps are, each a tuple:
 //   "guard", expression, relation, expression, outcome     a comparison that the function made: = or <; or, of an

@@ -249,7 +249,7 @@ def test_memory() -> None:
             assert [sys.getrefcount(x) for x in tensors] == before, case.op
         del call, tensors
     gc.collect()
-    assert not [x for x in gc.get_objects() if isinstance(x, Traced)]
+    assert not [x for x in gc.get_objects() if type(x) is Traced]
 
 
 # --- Without the extension ---

@@ -33,6 +33,8 @@ def replayed(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def replaying(*args):
+        if _Recorder.is_active_here():  # a part of what is recorded
+            return function(*args)
         key = _native.signature(args)
         plans = known.get(key)
         if plans is None:
@@ -42,6 +44,8 @@ def replayed(function: Callable) -> Callable:
             return function(*args)
         for plan in plans.plans:
             results = plan(args)
+            if results is ...:
+                return function(*args)
             if results is not NotImplemented:
                 return results
         if len(plans.plans) < MOST_PLANS and plans.replayable:
@@ -135,6 +139,11 @@ class _Recorder(TorchFunctionMode):
 
     def end(self) -> None:
         _Recorder.active = None
+
+    @classmethod
+    def is_active_here(cls) -> bool:
+        """Whether this thread records."""
+        return cls.active is not None and cls.active.thread == threading.get_ident()
 
     def take_inputs(self, value: object) -> object:
         """The arguments, each tensor as an alias of its own: one that is given twice counts as two."""
@@ -346,9 +355,9 @@ def _is_traced_by(recorder: _Recorder | None, value: object) -> bool:
 
 
 def _recorder_of(*values: object) -> _Recorder | None:
-    recorder = _Recorder.active
-    if recorder is None or recorder.thread != threading.get_ident():
+    if not _Recorder.is_active_here():
         return None
+    recorder = _Recorder.active
     return recorder if any(_is_traced_by(recorder, value) for value in values) else None
 
 
