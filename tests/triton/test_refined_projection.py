@@ -167,8 +167,10 @@ def test_memory_is_linear_in_the_positions():
 def test_opcheck(per_head):
     lengths = torch.tensor([20, 7], device=DEVICE) if per_head else None
     arguments = (*draw(h=2, n=20, n_max=22, per_head=per_head).values(), lengths, per_head, per_head, None)
-    torch.library.opcheck(refined_projection_fwd, arguments)
-    torch.library.opcheck(refined_projection_bwd, (torch.randn(2, 2, 20, 24, device=DEVICE), *arguments))
+    operators = torch.ops.recattn
+    torch.library.opcheck(operators.refined_projection_fwd.default, arguments)
+    dx = torch.randn(2, 2, 20, 24, device=DEVICE)
+    torch.library.opcheck(operators.refined_projection_bwd.default, (dx, *arguments))
 
 
 def signatures(b: int, n: int) -> list:
