@@ -132,6 +132,7 @@ bool Step::read(PyObject* value, const Types& types) {
 struct Plan {
     size_t num_inputs = 0;
     size_t num_slots = 0;
+    bool launches = false;
     std::vector<Step> steps;
     Node result;
 };
@@ -153,7 +154,7 @@ class Replay {
     }
 
     // NotImplemented where the plan does not hold.
-    PyObject* run(const CurrentStream& stream) {
+    PyObject* run(const CurrentStream* stream) {
         for (const Step& step : plan_.steps) {
             if (!run(step, stream)) {
                 return PyErr_Occurred() ? nullptr : new_reference(Py_NotImplemented);
@@ -167,7 +168,7 @@ class Replay {
   private:
     // The steps are false with an exception set, or without one where the plan does not hold.
 
-    bool run(const Step& step, const CurrentStream& stream) {
+    bool run(const Step& step, const CurrentStream* stream) {
         switch (step.kind) {
             case Step::Kind::kGuard:
                 return check(step);
@@ -176,7 +177,7 @@ class Replay {
             case Step::Kind::kCall:
                 return call(step);
             default:
-                return launch(step, stream);
+                return launch(step, *stream);
         }
     }
 
@@ -358,17 +359,20 @@ PyObject* call_plan(PyObject* capsule, PyObject* arguments) {
     if (plan == nullptr || has_launch_hooks()) {
         return plan == nullptr ? nullptr : new_reference(Py_Ellipsis);
     }
+    Replay replay(*plan);
+    replay.add_inputs(arguments);
+    if (!replay.has_inputs()) {
+        return new_reference(Py_NotImplemented);
+    }
+    if (!plan->launches) {  // of an empty batch: there may be no driver
+        return replay.run(nullptr);
+    }
     const CurrentStream stream;
     const long device = stream ? first_device(arguments) : -1;
     if (PyErr_Occurred()) {
         return nullptr;
     }
-    if (device >= 0 && device != stream.device()) {
-        return new_reference(Py_Ellipsis);
-    }
-    Replay replay(*plan);
-    replay.add_inputs(arguments);
-    return replay.has_inputs() ? replay.run(stream) : new_reference(Py_NotImplemented);
+    return device < 0 || device == stream.device() ? replay.run(&stream) : new_reference(Py_Ellipsis);
 }
 
 PyMethodDef plan_method = {"plan", call_plan, METH_O, "plan(arguments) -> result: csrc/host/plan.h"};
@@ -394,6 +398,8 @@ PyObject* make_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
             return nullptr;
         }
     }
+    plan->launches = std::any_of(plan->steps.begin(), plan->steps.end(),
+                                 [](const Step& step) { return step.kind == Step::Kind::kLaunch; });
     if (!plan->result.read(arguments[4], types) || PyErr_Occurred()) {
         return nullptr;
     }

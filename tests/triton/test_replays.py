@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import recattn
+from tests.helpers.interpreted import DEVICE
 
 pytest.importorskip("triton")
 
@@ -24,3 +28,13 @@ def test_by_triton(test, triton):
     path = {"PYTHONPATH": str(TRITONS[triton])} if TRITONS[triton] else {}
     run = subprocess.run([sys.executable, SCRIPT, test], capture_output=True, text=True, env=os.environ | path)
     assert run.returncode == 0, run.stderr
+
+
+def test_empty_batches_are_replayed():
+    """Without a launch, and so without a driver to ask."""
+    for _ in range(3):
+        q = torch.zeros(2, 1, 0, 16, device=DEVICE, requires_grad=True)
+        positions, bias = torch.full((2, 3), -1, device=DEVICE), torch.zeros(2, 1, 3, 3, device=DEVICE)
+        out = recattn.sink_attention(q, q, q, positions, bias, impl="triton")
+        assert out.shape == q.shape and torch.autograd.grad(out, q, out)[0].shape == q.shape
+        assert recattn.inter_sink_bias(q, q, impl="triton").shape == (2, 1, 0, 0)
