@@ -77,12 +77,15 @@ PyObject* needs_autograd(PyObject*, PyObject* arguments) {
     return boolean(answer);
 }
 
-PyObject* is_isolated(PyObject*, PyObject*) {
-    int answer = ask(torch_objects.is_grad_enabled);
-    if (answer == 0) {
-        answer = ask(torch_objects.is_any_autocast_enabled);
+PyObject* is_direct(PyObject* module, PyObject* arguments) {
+    for (PyObject* function : {torch_objects.is_grad_enabled, torch_objects.is_any_autocast_enabled}) {
+        const int answer = ask(function);
+        if (answer != 0) {
+            return answer < 0 ? nullptr : PyBool_FromLong(0);
+        }
     }
-    return answer < 0 ? nullptr : PyBool_FromLong(answer == 0);
+    const Reference traced(is_traced(module, arguments));
+    return traced ? PyBool_FromLong(traced.get() == Py_False) : nullptr;
 }
 
 }  // namespace recattn::host

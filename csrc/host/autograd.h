@@ -11,7 +11,7 @@ PyObject* is_traced(PyObject*, PyObject* arguments);
 // requires a gradient, or a transform of torch.func or forward mode is active.
 PyObject* needs_autograd(PyObject*, PyObject* arguments);
 
-// is_isolated() -> bool: grad mode and autocast are off.
-PyObject* is_isolated(PyObject*, PyObject*);
+// is_direct(arguments) -> bool: grad mode and autocast are off, and nothing is traced: a kernel may be called itself.
+PyObject* is_direct(PyObject*, PyObject* arguments);
 
 }  // namespace recattn::host

@@ -73,7 +73,7 @@ PyMethodDef methods[] = {
     {"sizes", as_method(sizes), METH_FASTCALL, "csrc/host/layouts.h"},
     {"is_traced", is_traced, METH_O, "csrc/host/autograd.h"},
     {"needs_autograd", needs_autograd, METH_O, "csrc/host/autograd.h"},
-    {"is_isolated", is_isolated, METH_NOARGS, "csrc/host/autograd.h"},
+    {"is_direct", is_direct, METH_O, "csrc/host/autograd.h"},
     {"make_launch", as_method(make_launch), METH_FASTCALL, "csrc/host/launch.h"},
     {"set_recorder", as_method(set_recorder), METH_FASTCALL, "csrc/host/launch.h"},
     {"signature", signature, METH_O, "csrc/host/signature.h"},

@@ -5,7 +5,7 @@ from torch import Tensor
 
 try:
     from recattn._host import (
-        is_isolated,
+        is_direct,
         is_traced,
         make_launch,
         make_plan,
@@ -30,8 +30,8 @@ except ImportError:  # not compiled: the functions that others can do without ar
             return True
         return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
-    def is_isolated() -> bool:
-        return not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled()
+    def is_direct(args: tuple) -> bool:
+        return not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled() and not is_traced(args)
 
     def sizes(layouts: bytes, *tensors: Tensor | None) -> None:
         """Nothing is known of the tensors: the caller checks them."""
@@ -39,7 +39,7 @@ except ImportError:  # not compiled: the functions that others can do without ar
     make_launch = make_plan = set_recorder = signature = None
 
 __all__ = [
-    "is_isolated",
+    "is_direct",
     "is_traced",
     "make_launch",
     "make_plan",

@@ -46,11 +46,11 @@ def define(
     if cuda is not None:
         _LIBRARY.impl(name, registered(_isolated(cuda)), "CUDA")
     torch.library.register_fake(f"recattn::{name}", registered(fake), lib=_LIBRARY)
-    kernels = {"cpu": cpu, "cuda": cuda}
 
     def call(*args, **hints):
-        if not is_traced(*args) and _native.is_isolated():
-            kernel = kernels.get(_first_tensor(args).device.type)
+        if not torch.compiler.is_compiling() and _native.is_direct(args):
+            first = _first_tensor(args)
+            kernel = cuda if first.is_cuda else cpu if first.is_cpu else None
             if kernel is not None:
                 return kernel(*args, **hints)
         return operator(*args) if options is None else operator(*args[:-1], *args[-1])
@@ -65,7 +65,7 @@ def is_traced(*args: object) -> bool:
 
 def apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args), without autograd's several microseconds where no argument needs a gradient."""
-    if is_traced(*args) or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _native.is_traced(args) or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if _native.needs_autograd(args):
         return super(torch.autograd.Function, function).apply(*args)  # without the checks for torch.func
