@@ -103,7 +103,14 @@ def sink_attention(
     tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
     if not _fits(q, k, v, *tensors):
         _validate(q, k, v, *tensors)
-    _validate_options(padding_side, dropout_p, scale, max_seqlen, cu_seqlens)
+    if (
+        padding_side != "right"
+        or type(dropout_p) is not float
+        or dropout_p != 0
+        or scale is not None
+        or max_seqlen is not None
+    ):
+        _validate_options(padding_side, dropout_p, scale, max_seqlen, cu_seqlens)
     reasons = ops.unsupported_reasons(q.device.type, q, v, padded=seq_lens is not None, dropout_p=dropout_p)
     impl, backend = parse_implementation(impl)
     chosen = select("sink_attention", impl, reasons)

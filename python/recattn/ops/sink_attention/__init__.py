@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recattn import reference
 from recattn._options import SinkAttentionOptions
-from recattn.ops._library import define, differentiable_again, refuse_dropout
+from recattn.ops._library import define, differentiable_again, is_traced, refuse_dropout
 from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.sink_attention import cpu as on_cpu
 from recattn.ops.sink_attention import triton as by_triton
@@ -87,7 +87,9 @@ class SinkAttentionFunction(torch.autograd.Function):
     @differentiable_again(_reference)
     def backward(ctx, dout, _dlse):
         q, k, v, *tensors, out, lse, sink_stats = ctx.saved_tensors
-        dq, dk, dv, dbias, dsink_logits = sink_attention_bwd(
+        # A forward that kept its streams was called past the operator.
+        bwd = sink_attention_bwd if ctx.streams is None or is_traced(dout) else _bwd
+        dq, dk, dv, dbias, dsink_logits = bwd(
             dout, q, k, v, out, lse, sink_stats, *tensors, ctx.options, streams=ctx.streams
         )
         return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, None, None, None, None

@@ -69,7 +69,8 @@ def sink_attention_bwd(
         dq, dk, dv, dbias = _fused_bwd(dout, q, k, v, out, lse, sink_stats, c, streams)
     else:
         dq, dk, dv, dbias = _correction_bwd(dout, q, k, v, out, lse, sink_stats, c, backend)
-    return dq, dk, dv, dbias.to(c.inter_sink_bias.dtype), _dsink_logits(dout, out, lse, c)
+    dsink_logits = None if c.sink_logits is None else _dsink_logits(dout, out, lse, c)
+    return dq, dk, dv, dbias.to(c.inter_sink_bias.dtype), dsink_logits
 
 
 def empty_fwd(q: Tensor, v: Tensor, sink_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,10 +184,8 @@ def _per_row(sink_logits: Tensor, lse: Tensor) -> Tensor:
     return logits[:, None] if lse.dim() == 3 else logits
 
 
-def _dsink_logits(dout: Tensor, out: Tensor, lse: Tensor, c: Context) -> Tensor | None:
+def _dsink_logits(dout: Tensor, out: Tensor, lse: Tensor, c: Context) -> Tensor:
     """-Σ exp(sink_logit - lse) · dO·O over the rows of each head."""
-    if c.sink_logits is None:
-        return None
     rows = (dout.float() * out).sum(-1) * (_per_row(c.sink_logits, lse) - lse).exp()
     if c.seq_lens is not None:  # padding sees no key
         rows = rows.masked_fill(lse.isneginf(), 0)
