@@ -189,6 +189,9 @@ def test_sizes() -> None:
             now = sum(len(plans.plans) for function in functions for plans in function.known.values())
             replays += now == recorded
     assert replays > len(cases) * len(drawn) // 2
+    # None is kept, as in a cache of what depends on a size.
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is Traced]
 
 
 # --- Hooks ---

@@ -7,6 +7,7 @@ compiler: sizes, lengths, flags, and strides made of them. The list does not rea
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -83,6 +84,24 @@ def launch_by_triton(kernel, grid: tuple[int, ...] | Callable, *arguments, **con
 launch = launch_by_triton
 if _native.make_launch is not None:
     launch = _native.make_launch(describe, launch_by_triton, knobs.runtime, driver)
+
+
+def cached(function: Callable) -> Callable:
+    """functools.cache for functions of sizes: a size of a function that is recorded (ops/_plans.py) is no int there.
+
+    It counts as its number, so that the cache keeps plain numbers, and becomes a guard.
+    """
+    kept = functools.cache(function)
+
+    @functools.wraps(function)
+    def of_numbers(*args, **kwargs):
+        return kept(*map(_number, args), **{name: _number(value) for name, value in kwargs.items()})
+
+    return of_numbers
+
+
+def _number(value: object) -> object:
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 
 def cdiv(x: int, y: int) -> int:

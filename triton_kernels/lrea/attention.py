@@ -4,14 +4,21 @@ The forward is one launch, the backward three; sorting users adds one to the for
 split W's columns, and add up the splits in a launch of their own.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recattn.triton_kernels.common.launch import TileConfig, cdiv, host_block_width, launch, num_splits, reduce_splits
+from recattn.triton_kernels.common.launch import (
+    TileConfig,
+    cached,
+    cdiv,
+    host_block_width,
+    launch,
+    num_splits,
+    reduce_splits,
+)
 from recattn.triton_kernels.common.tiles import bhnd
 from recattn.triton_kernels.lrea.core import lrea_columns_kernel, lrea_rows_kernel
 from recattn.triton_kernels.lrea.jagged import (
@@ -68,7 +75,7 @@ TILES = {
 }
 
 
-@functools.cache
+@cached
 def heuristic(rank: int, dtype: torch.dtype) -> AttentionConfig:
     tiles = TILES["single" if dtype == torch.float32 else "half"]
     return tiles[min(limit for limit in tiles if limit >= rank)]

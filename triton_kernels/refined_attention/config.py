@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from recattn.triton_kernels.common.launch import cached
 from recattn.triton_kernels.common.tiles import block_width
 
 LARGEST_HEAD_DIM = 256
@@ -48,7 +49,7 @@ class RefinedAttentionConfig(NamedTuple):
     bwd: tuple[StageConfig, ...]
 
     @classmethod
-    @functools.cache
+    @cached
     def heuristic(
         cls, N: int, head_dim: int, dtype: torch.dtype, architecture: int, mechanism: str
     ) -> "RefinedAttentionConfig":
@@ -81,7 +82,7 @@ class RefinedProjectionConfig:
     num_stages: int
 
     @classmethod
-    @functools.cache
+    @cached
     def of_product(cls, E: int, F: int, dtype: torch.dtype, architecture: int) -> "RefinedProjectionConfig":
         if dtype == torch.float32:
             # On sm_100 Triton uses the tensor cores for tiles of 64 rows, in TF32 whatever precision is asked for.
@@ -92,7 +93,7 @@ class RefinedProjectionConfig:
         return cls(64, 64, block_e, min(block_width(F), 128), num_warps=8 if wide else 4, num_stages=2)
 
     @classmethod
-    @functools.cache
+    @cached
     def of_states(cls, E: int, F: int, dtype: torch.dtype, architecture: int) -> "RefinedProjectionConfig":
         if dtype == torch.float32:
             return cls(0, 32, min(block_width(E), 32), min(block_width(F), 64), num_warps=4, num_stages=2)
@@ -100,7 +101,7 @@ class RefinedProjectionConfig:
         return cls(0, 64, min(block_width(E), 64), min(block_width(F), 64), num_warps=4, num_stages=3)
 
 
-@functools.cache
+@cached
 def segment_length(D: int, P: int) -> int:
     """Positions of a segment, a power of two: work inside segments and work with states are about equal."""
     return max(64, triton.next_power_of_2(2 * D * P // (D + P)))

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from recattn.triton_kernels.common.dropout import Dropout
-from recattn.triton_kernels.common.launch import architecture_of
+from recattn.triton_kernels.common.launch import architecture_of, cached
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SinkAttentionConfig(NamedTuple):
     bwd_dkdv: TileConfig
 
     @classmethod
-    @functools.cache
+    @cached
     def heuristic(
         cls, head_dim: int, dtype: torch.dtype, architecture: int, *, dropout: bool = False
     ) -> "SinkAttentionConfig":
@@ -79,7 +79,7 @@ class PairsConfig:
     num_stages: int
 
     @classmethod
-    @functools.cache
+    @cached
     def heuristic(cls, head_dim: int, dtype: torch.dtype, architecture: int) -> "PairsConfig":
         """The largest tiles that do not spill registers."""
         if dtype == torch.float32:
@@ -103,7 +103,7 @@ class CorrectionConfig:
     num_stages: int
 
     @classmethod
-    @functools.cache
+    @cached
     def heuristic(cls, head_dim: int, dtype: torch.dtype) -> "CorrectionConfig":
         if dtype == torch.float32:
             # Without tensor cores a dot product holds its operands in registers.

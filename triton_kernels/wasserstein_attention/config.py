@@ -1,11 +1,10 @@
 """Launch parameters of wasserstein_attention's kernels."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 
-from recattn.triton_kernels.common.launch import MAX_REGISTERS, TileConfig
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, TileConfig, cached
 from recattn.triton_kernels.common.tiles import block_width
 
 
@@ -37,7 +36,7 @@ VECTORS_TILE = 8192
 VECTORS_OPTIONS = {"num_warps": 8, "maxnreg": MAX_REGISTERS}
 
 
-@functools.cache
+@cached
 def launch_constants(head_dim: int, value_dim: int, dtype: torch.dtype, refined: bool) -> Constants:
     config = WassersteinAttentionConfig.heuristic(2 * head_dim, value_dim, dtype)
     blocks = {"BLOCK_W": block_width(2 * head_dim), "BLOCK_DV": block_width(value_dim)}
