@@ -65,11 +65,11 @@ def resolve(
             raise NotImplementedError(f"sink_attention cannot run impl={name!r} here: {reason}")
         return CORRECTION, options.backend
     length = options.max_seqlen or q.shape[0] if packed else q.shape[2]
-    device = _device_name(q.device)
-    if options.impl is None and length <= _SHORT and device not in _measurements():  # the heuristic's choice, sooner
-        return FUSED, None
+    measured = _measurements()
+    if options.impl is None and length <= _SHORT and (not measured or _device_name(q.device) not in measured):
+        return FUSED, None  # the heuristic's choice, sooner
     shape = Shape(
-        device,
+        _device_name(q.device),
         "float32" if q.dtype == torch.float32 else "bfloat16",  # float16 runs at its speed
         max(q.shape[-1], v.shape[-1]),
         length,
