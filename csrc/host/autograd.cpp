@@ -63,10 +63,7 @@ PyObject* is_traced(PyObject*, PyObject* arguments) {
 }
 
 PyObject* needs_autograd(PyObject*, PyObject* arguments) {
-    int answer = ask(torch_objects.has_func_transforms);
-    if (answer == 0) {
-        answer = is_forward_mode();
-    }
+    int answer = is_forward_mode();
     if (answer != 0) {
         return boolean(answer);
     }

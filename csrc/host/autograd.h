@@ -8,7 +8,7 @@ namespace recattn::host {
 PyObject* is_traced(PyObject*, PyObject* arguments);
 
 // needs_autograd(arguments) -> bool: an autograd.Function must be applied: grad mode is on and a tensor among them
-// requires a gradient, or a transform of torch.func or forward mode is active.
+// requires a gradient, or forward mode is active. (Transforms of torch.func are not asked.)
 PyObject* needs_autograd(PyObject*, PyObject* arguments);
 
 // is_direct(arguments) -> bool: grad mode and autocast are off, and nothing is traced: a kernel may be called itself.

@@ -45,7 +45,6 @@ bool find_torch_objects() {
         .num_dispatch_modes = PyObject_GetAttrString(core.get(), "_len_torch_dispatch_stack"),
         .is_profiled = PyObject_GetAttrString(core_autograd.get(), "_profiler_enabled"),
         .tracing_state = PyObject_GetAttrString(core.get(), "_get_tracing_state"),
-        .has_func_transforms = PyObject_GetAttrString(core.get(), "_are_functorch_transforms_active"),
         .is_grad_enabled = PyObject_GetAttrString(torch.get(), "is_grad_enabled"),
         .is_any_autocast_enabled = PyObject_GetAttrString(core.get(), "_is_any_autocast_enabled"),
         .forward_ad = PyImport_ImportModule("torch.autograd.forward_ad"),

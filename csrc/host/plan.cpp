@@ -284,10 +284,8 @@ class Replay {
                 return pointer(node);
             case Node::Kind::kInteger:
                 return integer(node);
-            case Node::Kind::kTuple:
-                return tuple(node);
             default:
-                return list(node);
+                return sequence(node);
         }
     }
 
@@ -305,10 +303,11 @@ class Replay {
         return node.expression.evaluate(slots_, value) ? PyLong_FromLongLong(value) : nullptr;
     }
 
-    PyObject* tuple(const Node& node) {
+    PyObject* sequence(const Node& node) {
         auto* type = reinterpret_cast<PyTypeObject*>(node.object.get());
         const Py_ssize_t size = static_cast<Py_ssize_t>(node.fields.size());
-        Reference tuple(type == &PyTuple_Type ? PyTuple_New(size) : type->tp_alloc(type, size));
+        const bool is_plain = type == &PyTuple_Type || node.kind == Node::Kind::kList;
+        Reference tuple(is_plain ? PyTuple_New(size) : type->tp_alloc(type, size));
         for (Py_ssize_t i = 0; tuple && i < size; ++i) {
             PyObject* field = build(node.fields[static_cast<size_t>(i)]);
             if (field == nullptr) {
@@ -316,20 +315,7 @@ class Replay {
             }
             PyTuple_SET_ITEM(tuple.get(), i, field);
         }
-        return tuple.release();
-    }
-
-    PyObject* list(const Node& node) {
-        const Py_ssize_t size = static_cast<Py_ssize_t>(node.fields.size());
-        Reference list(PyList_New(size));
-        for (Py_ssize_t i = 0; list && i < size; ++i) {
-            PyObject* field = build(node.fields[static_cast<size_t>(i)]);
-            if (field == nullptr) {
-                return nullptr;
-            }
-            PyList_SET_ITEM(list.get(), i, field);
-        }
-        return list.release();
+        return tuple && node.kind == Node::Kind::kList ? PySequence_List(tuple.get()) : tuple.release();
     }
 
     // Of one step after the other, so that memory is allocated once.

@@ -16,7 +16,6 @@ struct TorchObjects {
     PyObject* num_dispatch_modes;  // functions without arguments
     PyObject* is_profiled;
     PyObject* tracing_state;
-    PyObject* has_func_transforms;
     PyObject* is_grad_enabled;
     PyObject* is_any_autocast_enabled;
     PyObject* forward_ad;     // a module

@@ -26,9 +26,8 @@ except ImportError:  # not compiled: the functions that others can do without ar
         )
 
     def needs_autograd(args: tuple) -> bool:
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-            return True
-        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        needs_gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        return torch.autograd.forward_ad._current_level >= 0 or needs_gradient
 
     def is_direct(args: tuple) -> bool:
         return not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled() and not is_traced(args)

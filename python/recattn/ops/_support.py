@@ -1,6 +1,7 @@
 """What the operators share: whether Triton runs here, dropout, layouts."""
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 
@@ -52,17 +53,16 @@ def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 def launched_dropout(seed: Tensor | None, dropout_p: float):
     """Seed and threshold of dropout as the kernels take them; the threshold counts in steps of 1/65536."""
-    dropout = _triton_dropout()
+    dropout = triton_kernels("common.dropout")
     if seed is None:
         return dropout.NO_DROPOUT
     return dropout.Dropout(seed, min(round(dropout_p * 65536), 65535))
 
 
 @functools.cache
-def _triton_dropout():
-    from recattn.triton_kernels.common import dropout
-
-    return dropout
+def triton_kernels(name: str):
+    """The module recattn.triton_kernels.NAME, which needs Triton: imported at the first call."""
+    return importlib.import_module(f"recattn.triton_kernels.{name}")
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:

@@ -1,7 +1,5 @@
 """inter_sink_bias by Triton kernels: one launch forward, one backward, which recomputes the softmax."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,7 @@ from recattn import reference
 from recattn._options import InterSinkBiasOptions
 from recattn.ops._library import define, differentiable_again, refuse_dropout
 from recattn.ops._plans import replayed
-from recattn.ops._support import triton_unsupported_reason
+from recattn.ops._support import triton_kernels, triton_unsupported_reason
 
 # The kernels hold rows of the bias whole.
 _MAX_SINKS = 128
@@ -60,7 +58,9 @@ class InterSinkBiasFunction(torch.autograd.Function):
 @replayed
 def _inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> Tensor:
     out = _fake_fwd(q_s)
-    _kernels().launch_inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, out, options)
+    triton_kernels("inter_sink_bias").launch_inter_sink_bias_fwd(
+        q_s, k_s, sink_mask, bias_scale, dropout_seed, out, options
+    )
     return out
 
 
@@ -69,16 +69,8 @@ def _inter_sink_bias_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, op
     dq_s, dk_s = torch.empty_like(q_s), torch.empty_like(k_s)
     dbias_scale_rows = dout.new_empty(q_s.shape[:3])  # bias_scale's gradient is their sum
     tensors = (q_s, k_s, sink_mask, bias_scale, dropout_seed, dq_s, dk_s, dbias_scale_rows)
-    _kernels().launch_inter_sink_bias_bwd(dout, *tensors, options)
+    triton_kernels("inter_sink_bias").launch_inter_sink_bias_bwd(dout, *tensors, options)
     return dq_s, dk_s, None if bias_scale is None else dbias_scale_rows.sum().to(bias_scale.dtype)
-
-
-@functools.cache
-def _kernels():
-    """The Triton kernels, imported at the first call."""
-    from recattn.triton_kernels import inter_sink_bias
-
-    return inter_sink_bias
 
 
 # --- Registration ---

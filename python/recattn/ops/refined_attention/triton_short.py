@@ -12,6 +12,7 @@ from recattn.ops._support import (
     contiguous,
     launched_dropout,
     resolve_scale,
+    triton_kernels,
     triton_unsupported_reason,
 )
 
@@ -44,17 +45,9 @@ def _limits(device_type: str, device_index: int | None, dtype: torch.dtype) -> t
 def _cached_limits(device_type: str, device_index: int | None, dtype: torch.dtype) -> tuple[int, int]:
     from recattn.triton_kernels.common.launch import architecture_of
 
-    kernels = triton_kernels()
+    kernels = triton_kernels("refined_attention")
     architecture = architecture_of(torch.empty(0, device=torch.device(device_type, device_index)))
     return kernels.largest_n(dtype, architecture), kernels.LARGEST_HEAD_DIM
-
-
-@functools.cache
-def triton_kernels():
-    """The Triton kernels, imported at the first call."""
-    from recattn.triton_kernels import refined_attention
-
-    return refined_attention
 
 
 def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor | None]:
@@ -72,7 +65,7 @@ def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, 
 
 @replayed
 def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor]:
-    kernels = triton_kernels()
+    kernels = triton_kernels("refined_attention")
     g = kernels.launch_weights_product(w_q, w_k, q.shape[2])
     dropout = launched_dropout(dropout_seed, options.dropout_p)
     seq_lens, options = contiguous(seq_lens), _with_scale(options, q)
@@ -81,7 +74,7 @@ def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tenso
 
 @replayed
 def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g) -> list[Tensor]:
-    kernels = triton_kernels()
+    kernels = triton_kernels("refined_attention")
     if g is None:
         g = kernels.launch_weights_product(w_q, w_k, q.shape[2])
     dropout = launched_dropout(dropout_seed, options.dropout_p)

@@ -3,7 +3,6 @@
 Both return the same three tensors, so that either is one operator to its callers.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
 from recattn.ops._plans import replayed
-from recattn.ops._support import launched_dropout
+from recattn.ops._support import launched_dropout, triton_kernels
 from recattn.ops.backends import BACKENDS, AttentionBackend, empty_backward, empty_forward
 from recattn.ops.sink_attention.dispatch import FUSED, resolve
 
@@ -88,7 +87,7 @@ empty_bwd = empty_backward
 
 @replayed
 def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, keeps_streams: bool) -> tuple:
-    kernels = _kernels()
+    kernels = triton_kernels("sink_attention")
     out, lse = empty_forward(q, v)
     sink_stats = lse.new_empty(2, c.sink_positions.shape[0], q.shape[1], c.sink_positions.shape[1])
     if not keeps_streams:  # the kernel writes nothing for a sink that is ignored
@@ -107,7 +106,7 @@ def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, keeps_streams: bool)
 
 @replayed
 def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context, streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _kernels()
+    kernels = triton_kernels("sink_attention")
     dq, dk, dv = empty_bwd(q, k, v)
     if c.seq_lens is not None:
         for gradient in (dq, dk, dv):
@@ -127,17 +126,9 @@ def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context, streams) -> tupl
     return dq, dk, dv, dbias
 
 
-@functools.cache
-def _kernels():
-    """The Triton kernels, imported at the first call."""
-    from recattn.triton_kernels import sink_attention
-
-    return sink_attention
-
-
 def _sinks_and_lengths(c: Context):
     """A call's SinkInputs and Lengths, as the launchers take them."""
-    kernels = _kernels()
+    kernels = triton_kernels("sink_attention")
     sinks = kernels.SinkInputs(c.sink_positions, c.inter_sink_bias, c.sink_logits)
     return sinks, kernels.as_lengths(c.seq_lens, c.cu_seqlens)
 
@@ -154,7 +145,7 @@ def _correction_fwd(
         logits = _per_row(c.sink_logits, lse)
         out *= torch.sigmoid(lse - logits).unsqueeze(-1)
         torch.logaddexp(lse, logits, out=lse)
-    sink_stats = _kernels().launch_sink_attention_correction_fwd(
+    sink_stats = triton_kernels("sink_attention").launch_sink_attention_correction_fwd(
         q, k, v, out, lse, *_sinks_and_lengths(c), options=c.options
     )
     return out, lse, sink_stats
@@ -165,11 +156,11 @@ def _correction_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sinks, lengths = _sinks_and_lengths(c)
     backend_lse = lse.clone()
-    sink_delta = _kernels().launch_sink_attention_correction_delta(
+    sink_delta = triton_kernels("sink_attention").launch_sink_attention_correction_delta(
         out, dout, c.sink_positions, sink_stats, backend_lse, lengths, left_padded=c.options.left_padded
     )
     dq, dk, dv = backend.backward(dout, q, k, v, out, backend_lse, **c.backend_options)
-    dbias = _kernels().launch_sink_attention_pairs_bwd(
+    dbias = triton_kernels("sink_attention").launch_sink_attention_pairs_bwd(
         *(q, k, v, dout, sink_stats, sink_delta, (dq, dk, dv), sinks, lengths), options=c.options, corrects=True
     )
     return dq, dk, dv, dbias

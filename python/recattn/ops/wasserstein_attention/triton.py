@@ -1,20 +1,10 @@
 """wasserstein_attention by Triton kernels (CUDA, or the interpreter)."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from recattn.ops._plans import replayed
-from recattn.ops._support import contiguous, launched_dropout
-
-
-@functools.cache
-def _kernels():
-    """The Triton kernels, imported at the first call."""
-    from recattn.triton_kernels import wasserstein_attention
-
-    return wasserstein_attention
+from recattn.ops._support import contiguous, launched_dropout, triton_kernels
 
 
 @replayed
@@ -22,7 +12,7 @@ def wasserstein_attention_fwd(
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mean and cov; for the backward the vectors [2, B, H, N, 2D], and row_max and row_sum [2, B, H, N]."""
-    kernels = _kernels()
+    kernels = triton_kernels("wasserstein_attention")
     mean_v, cov_v, (*sizes, head_dim) = mean_v.contiguous(), cov_v.contiguous(), mean_q.shape
     mean, cov, vectors = torch.empty_like(mean_v), torch.empty_like(cov_v), mean_q.new_empty(2, *sizes, 2 * head_dim)
     row_stats = mean_q.new_empty(2, *sizes, dtype=torch.float32)
@@ -52,7 +42,7 @@ def wasserstein_attention_bwd(
     options,
 ) -> tuple[Tensor, ...]:
     """dmean_q, dcov_q, dmean_k, dcov_k, dmean_v, dcov_v."""
-    kernels = _kernels()
+    kernels = triton_kernels("wasserstein_attention")
     inputs = (mean_q, cov_q, mean_k, cov_k, mean_v.contiguous(), cov_v.contiguous())
     gradients = _empty_gradients(inputs)
     kernels.launch_wasserstein_attention_bwd(
@@ -70,7 +60,7 @@ def wasserstein_attention_bwd(
 @replayed
 def wasserstein_factors_fwd(mean_q, cov_q, mean_k, cov_k, seq_lens, left_padded) -> tuple[Tensor, Tensor]:
     """Queries and keys whose products are -‖q - k‖² of the vectors q and k."""
-    kernels = _kernels()
+    kernels = triton_kernels("wasserstein_attention")
     *sizes, head_dim = mean_q.shape
     width = kernels.factors_width(head_dim, mean_q.dtype)
     queries, keys = mean_q.new_empty(*sizes, width), mean_q.new_empty(*sizes, width)
@@ -86,7 +76,9 @@ def wasserstein_factors_bwd(
     """dmean_q, dcov_q, dmean_k, dcov_k."""
     gradients = _empty_gradients((mean_q, cov_q, mean_k, cov_k))
     tensors = (dqueries.contiguous(), dkeys.contiguous(), queries, keys, cov_q, cov_k)
-    _kernels().launch_wasserstein_factors_bwd(*tensors, gradients, contiguous(seq_lens), left_padded)
+    triton_kernels("wasserstein_attention").launch_wasserstein_factors_bwd(
+        *tensors, gradients, contiguous(seq_lens), left_padded
+    )
     return gradients
 
 
