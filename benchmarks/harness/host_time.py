@@ -84,6 +84,11 @@ def sink_attention(s: Sizes, length: int) -> Call:
     return Call(recattn.sink_attention, tensors, ("q", "k", "v", "inter_sink_bias"), gradients(tensors["v"]))
 
 
+def padded_sink_attention(s: Sizes, length: int) -> Call:
+    dense = sink_attention(s, length)
+    return dense._replace(arguments={**dense.arguments, "seq_lens": torch.arange(s.batch) % 2 + length - 1})
+
+
 def packed_sink_attention(s: Sizes, length: int) -> Call:
     dense = sink_attention(s, length).arguments
     offsets = torch.arange(s.batch + 1) * length
@@ -179,6 +184,7 @@ class Case:
 
 CASES = (
     Case("sink_attention", GPU, sink_attention, ragged=True),
+    Case("sink_attention, padded", GPU, padded_sink_attention, ragged=True),
     Case("sink_attention, packed", GPU, packed_sink_attention, ragged=True),
     Case("inter_sink_bias", GPU, inter_sink_bias, "triton", ragged=True),
     Case("inter_sink_bias, then sink_attention", GPU, bias_and_attention, "triton"),
@@ -187,6 +193,7 @@ CASES = (
     Case("lrea_compress", GPU, lrea_compress, "triton", ragged=True),
     Case("lrea_attention", GPU, lrea_attention, "triton", ragged=True),
     Case("sink_attention", CPU, sink_attention),
+    Case("sink_attention, padded", CPU, padded_sink_attention),
     Case("sink_attention, packed", CPU, packed_sink_attention),
     Case("inter_sink_bias", CPU, inter_sink_bias),
     Case("inter_sink_bias, then sink_attention", CPU, bias_and_attention),
@@ -205,6 +212,7 @@ GOALS: dict[tuple[str, str], dict[str, HostGoal]] = {
         (GPU, op): _BY_DIRECTION
         for op in (
             "sink_attention",
+            "sink_attention, padded",
             "sink_attention, packed",
             "inter_sink_bias",
             "refined_attention",

@@ -14,10 +14,10 @@ STYLES = {"met": "green", "missed": "red", "failed": "red"}
 
 def legend(costs: Sequence[HostCost]) -> str:
     return (
-        "launches: Triton's; PyTorch's: kernels that PyTorch's own operators launch on a GPU. host µs: CPU time of the "
-        f"thread, the minimum over repeats. × SDPA: in units of SDPA's smallest call here, {costs[0].unit_us:.1f} µs. "
-        "new N: a call with a length that has not come before, relative to one of a known length "
-        f"(goal: ≤ {NEW_LENGTH_RATIO:g})."
+        "launches: Triton's; PyTorch's: kernels of PyTorch's own operators that a call launches on a GPU under the "
+        "profiler. host µs: CPU time of the thread, the minimum over repeats. × SDPA: in units of SDPA's smallest call "
+        f"here, {costs[0].unit_us:.1f} µs. new N: a call with a length that has not come before, relative to one of a "
+        f"known length (goal: ≤ {NEW_LENGTH_RATIO:g})."
     )
 
 

@@ -50,9 +50,10 @@ def tensors(dtype: torch.dtype, head_dim: int, bias_heads: int):
 def fused(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Compilation]:
     q, kv, lse, stats, sinks = tensors(dtype, head_dim, 1)
     streams = Streams(meta(B, N, dtype=torch.int8), meta(B, N, dtype=torch.int32), meta(B, 2, dtype=torch.int32))
-    for dropout in (NO_DROPOUT, Dropout(meta(1, dtype=torch.int64), 6554)):
-        label = f"{name_of(dtype)} D={head_dim} {{BLOCK_M}}x{{BLOCK_N}}" + " dropout" * (dropout is not NO_DROPOUT)
-        rest = (sinks, Lengths(None, None), streams, dropout)
+    of_training = Lengths(meta(B, dtype=torch.int64), None), Dropout(meta(1, dtype=torch.int64), 6554)
+    for kind, (lengths, dropout) in (("", (Lengths(None, None), NO_DROPOUT)), (" dropout padded", of_training)):
+        label = f"{name_of(dtype)} D={head_dim} {{BLOCK_M}}x{{BLOCK_N}}{kind}"
+        rest = (sinks, lengths, streams, dropout)
         forward, backward = (q, kv, kv, q, lse, stats), (q, kv, kv, q, q, lse, stats, (q, kv, kv))
         yield from recorded(label, architecture, launch_sink_attention_fwd, *forward, *rest, options=OPTIONS)
         yield from recorded(label, architecture, launch_sink_attention_bwd, *backward, *rest, options=OPTIONS)

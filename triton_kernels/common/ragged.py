@@ -38,6 +38,13 @@ def locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded):
     return start, length, first_position
 
 
+@triton.jit
+def padding_tokens(block, start, length, N, BLOCK: tl.constexpr):
+    """The padding in a block of the N axis as Tokens."""
+    positions = block * BLOCK + tl.arange(0, BLOCK) - start
+    return Tokens(positions, ((positions < 0) | (positions >= length)) & (positions < N - start))
+
+
 class Sinks(NamedTuple):
     """The sinks of a sequence in memory; see `load_sink_positions`."""
 

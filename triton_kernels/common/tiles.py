@@ -88,6 +88,15 @@ def store_tokens(x, values, tokens, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constex
 
 
 @triton.jit
+def store_zeros(x, tokens, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Zeros in the given tokens of a Matrix of WIDTH columns, BLOCK_WIDTH columns at a time."""
+    zeros = tl.zeros([tokens.positions.shape[0], BLOCK_WIDTH], tl.float32)
+    for first in range(0, WIDTH, BLOCK_WIDTH):
+        base, width = x.base + offset(first, x.column_stride), WIDTH - first
+        store_rows(base, zeros, tokens.positions, tokens.valid, x.row_stride, x.column_stride, width, BLOCK_WIDTH)
+
+
+@triton.jit
 def load_bias(bias, row_sinks, key_sinks, visible):
     """[rows, keys] of a Matrix that holds the bias between sinks; 0 where a row does not see the key."""
     addresses = bias.base + offset(row_sinks[:, None], bias.row_stride) + offset(key_sinks[None, :], bias.column_stride)

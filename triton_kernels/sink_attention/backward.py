@@ -15,9 +15,18 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import launch
-from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence
+from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence, padding_tokens
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
-from recattn.triton_kernels.common.tiles import Matrix, Tokens, bhnd, block_width, head_rows, load_tokens, store_tokens
+from recattn.triton_kernels.common.tiles import (
+    Matrix,
+    Tokens,
+    bhnd,
+    block_width,
+    head_rows,
+    load_tokens,
+    store_tokens,
+    store_zeros,
+)
 from recattn.triton_kernels.sink_attention.common import (
     DO_NOT_SPECIALIZE,
     HeadDropout,
@@ -124,10 +133,15 @@ def sink_attention_bwd_dq_kernel(
     is_sink_tile, index, rows, first_sink, end_sink = query_tile(
         tile, sinks, streams.non_sinks + token, streams.sink_bounds + 2 * batch, BLOCK_M
     )
-    if tl.max(rows.valid.to(tl.int32), 0) == 0:
-        return
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
+    if lengths.seq_lens is not None:  # constexpr  # noqa: SIM102
+        if length < N:
+            padding = padding_tokens(tile, start, length, N, BLOCK_M)
+            # 16 columns at a time take fewest registers.
+            store_zeros(head_rows(dq, batch, head, start), padding, HEAD_DIM, 16)
+    if tl.max(rows.valid.to(tl.int32), 0) == 0:
+        return
     kv_head = head // group_size
     q = head_rows(q, batch, head, start)
     k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
@@ -201,12 +215,18 @@ def sink_attention_bwd_dkdv_kernel(
     """
     batch, block = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_N, 1)
     start, length, _ = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
-    first_key = block * BLOCK_N
-    if first_key >= length:
-        return
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
     kv_head = tl.program_id(1).to(tl.int64)
+    if lengths.seq_lens is not None:  # constexpr  # noqa: SIM102
+        if length < N:
+            padding = padding_tokens(block, start, length, N, BLOCK_N)
+            # 16 columns at a time take no registers from the loop.
+            store_zeros(head_rows(dk, batch, kv_head, start), padding, HEAD_DIM, 16)
+            store_zeros(head_rows(dv, batch, kv_head, start), padding, V_HEAD_DIM, 16)
+    first_key = block * BLOCK_N
+    if first_key >= length:
+        return
     k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
     dk, dv = head_rows(dk, batch, kv_head, start), head_rows(dv, batch, kv_head, start)
     is_sink += first_token(batch, N, start, lengths.cu_seqlens)
@@ -268,7 +288,7 @@ def launch_sink_attention_bwd(
     options: SinkAttentionOptions,
     config: SinkAttentionConfig | None = None,
 ) -> Tensor:
-    """Write grads = dq, dk, dv: dq whole, dk and dv without what sink keys get from sink queries.
+    """Write grads = dq, dk, dv: dq whole, dk and dv without what sink keys get from sink queries; 0 at padding.
 
     Returns delta = Σ dO·O of the sink rows, [B, Hq, M] float32. Shapes are those of `launch_sink_attention_fwd`.
     """

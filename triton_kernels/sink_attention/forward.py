@@ -11,9 +11,17 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import launch
-from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence
+from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence, padding_tokens
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
-from recattn.triton_kernels.common.tiles import Matrix, bhnd, block_width, head_rows, load_tokens, store_tokens
+from recattn.triton_kernels.common.tiles import (
+    Matrix,
+    bhnd,
+    block_width,
+    head_rows,
+    load_tokens,
+    store_tokens,
+    store_zeros,
+)
 from recattn.triton_kernels.sink_attention.common import (
     DO_NOT_SPECIALIZE,
     HeadDropout,
@@ -125,10 +133,18 @@ def sink_attention_fwd_kernel(
     is_sink_tile, index, rows, first_sink, end_sink = query_tile(
         tile, sinks, streams.non_sinks + token, streams.sink_bounds + 2 * batch, BLOCK_M
     )
-    if tl.max(rows.valid.to(tl.int32), 0) == 0:
-        return
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
+    if lengths.seq_lens is not None:  # constexpr  # noqa: SIM102
+        if length < N:
+            padding = padding_tokens(tile, start, length, N, BLOCK_M)
+            # 64 columns at a time, and int32 for lse, which is contiguous, take fewest registers.
+            store_zeros(head_rows(out, batch, head, start), padding, V_HEAD_DIM, 64)
+            lse_of_first = row_stats.lse + batch * stride_lse_b + head * stride_lse_h + start * row_stats.stride_n
+            padded_lse = lse_of_first + padding.positions.to(tl.int32) * row_stats.stride_n
+            tl.store(padded_lse, -float("inf"), mask=padding.valid)
+    if tl.max(rows.valid.to(tl.int32), 0) == 0:
+        return
     kv_head = head // group_size
     q = head_rows(q, batch, head, start)
     k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
@@ -208,7 +224,7 @@ def launch_sink_attention_fwd(
 
     q [B, Hq, N, D]; k [B, Hkv, N, D]; v [B, Hkv, N, Dv]; out [B, Hq, N, Dv]; lse [B, Hq, N] float32, natural logarithm;
     sink_stats [2, B, Hq, M] float32, contiguous: row_max and row_sum of each sink row, whose probabilities are
-    exp(qk + β - row_max) / |row_sum|. Packed: [T, H, ...] and cu_seqlens. Padding is not written.
+    exp(qk + β - row_max) / |row_sum|. Packed: [T, H, ...] and cu_seqlens. At padding out is 0 and lse -inf.
     """
     if q.numel() == 0:
         return

@@ -3,7 +3,6 @@
 Both return the same three tensors, so that either is one operator to its callers.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -92,9 +91,6 @@ def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, keeps_streams: bool)
     sink_stats = lse.new_empty(2, c.sink_positions.shape[0], q.shape[1], c.sink_positions.shape[1])
     if not keeps_streams:  # the kernel writes nothing for a sink that is ignored
         sink_stats.zero_()
-    if c.seq_lens is not None:  # the kernel writes no padding
-        out.zero_()
-        lse.fill_(-math.inf)
     sinks, lengths = _sinks_and_lengths(c)
     streams = kernels.launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
     dropout = launched_dropout(c.dropout_seed, c.options.dropout_p)
@@ -108,9 +104,6 @@ def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, keeps_streams: bool)
 def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context, streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = triton_kernels("sink_attention")
     dq, dk, dv = empty_bwd(q, k, v)
-    if c.seq_lens is not None:
-        for gradient in (dq, dk, dv):
-            gradient.zero_()
     sinks, lengths = _sinks_and_lengths(c)
     if streams is None:
         streams = kernels.launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
