@@ -65,7 +65,7 @@ def is_traced(*args: object) -> bool:
 
 def apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args), without autograd's several microseconds where no argument needs a gradient."""
-    if torch.compiler.is_compiling() or _native.is_traced(args) or torch._C._are_functorch_transforms_active():
+    if is_traced(*args) or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if _native.needs_autograd(args):
         return super(torch.autograd.Function, function).apply(*args)  # without the checks for torch.func
