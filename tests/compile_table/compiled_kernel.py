@@ -12,6 +12,18 @@ from pathlib import Path
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z]\w*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+# HGMMA.64x128x16, by four warps together; HMMA.16816, by one.
+_SHAPE = re.compile(r"\.(?:(\d+)x(\d+)x(\d+)|(16)(8)(4|8|16|32))\b")
+_BITS = re.compile(r"\.(64|128)\b")
+_MATRICES = re.compile(r"\.MT?88\.(2|4)\b")
+
+# Units of a processor that take an instruction of a warp more than a clock, or that are shared by all of its warps.
+FMA = ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "IMAD")
+ALU = ("FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "SEL", "ISETP", "IADD3", "VIADD", "VIMNMX", "VIADDMNMX", "IABS")
+ALU += ("LOP3", "PLOP3", "SHF", "PRMT", "LEA", "SGXT", "P2R", "R2P", "F2FP", "I2FP")
+MUFU = ("MUFU", "F2F", "F2I", "I2F")
+SHARED = ("LDS", "LDSM", "STS", "STSM", "ATOMS", "SHFL")
+LOADS = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")
 
 Row = dict[str, int | list[str]]
 
@@ -23,6 +35,7 @@ def measure(compilation: object) -> Row:
     code = instructions(cuobjdump("-sass", compiled.asm["cubin"]))
     loop = main_loop(code)
     in_loop = Counter(i.opcode for i in loop)
+    counts = {"": uses(code), "loop_": uses(loop)}
     return {
         "registers": int(used["REG"]),
         "spilled_bytes": int(used["STACK"]) + int(used["LOCAL"]),
@@ -37,6 +50,21 @@ def measure(compilation: object) -> Row:
         "loop_fmul": in_loop["FMUL"] + in_loop["FMUL2"],
         "loop_isetp": in_loop["ISETP"],
         "loop_fsel": in_loop["FSEL"],
+        "instructions": len(code),
+        "loop_wgmma": in_loop["HGMMA"],
+        **{f"{where}{unit}": count for where, used in counts.items() for unit, count in used.items()},
+    }
+
+
+def uses(code: Sequence["Instruction"]) -> dict[str, int]:
+    """What one warp that runs each of these instructions once asks of a processor's units."""
+    return {
+        "flops": sum(i.flops for i in code),
+        "mufu": sum(i.opcode in MUFU for i in code),
+        "fma": sum(i.opcode in FMA for i in code),
+        "alu": sum(i.opcode in ALU for i in code),
+        "shared": sum(i.shared_accesses for i in code),
+        "loads": sum(i.opcode in LOADS for i in code),
     }
 
 
@@ -102,17 +130,36 @@ def advisories(ptxas: str) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of SASS. `target` is the address that a branch jumps to."""
+    """A line of SASS. `modifiers` follow the opcode: ".E.128". `target` is the address that a branch jumps to."""
 
     address: int
     predicated: bool
     opcode: str
+    modifiers: str
     target: int | None
 
     @property
     def on_tensor_cores(self) -> bool:
         """HMMA; HGMMA on sm_90; UTCHMMA on sm_100. HFMA2.MMA has the opcode HFMA2 and does not count."""
         return self.opcode.endswith("MMA")
+
+    @property
+    def flops(self) -> int:
+        """Of one warp on tensor cores, a quarter of an HGMMA's. 0 for UTCHMMA: its shape is in no modifier."""
+        shape = _SHAPE.match(self.modifiers) if self.on_tensor_cores else None
+        if shape is None:
+            return 0
+        m, n, k = (int(size) for size in shape.groups() if size)
+        return 2 * m * n * k // (1 if shape[4] else 4)
+
+    @property
+    def shared_accesses(self) -> int:
+        """Clocks of shared memory, 128 bytes each, without bank conflicts. Shuffles take its way too."""
+        if self.opcode not in SHARED:
+            return 0
+        if self.opcode in ("LDSM", "STSM"):
+            return int(found[1]) if (found := _MATRICES.search(self.modifiers)) else 1
+        return int(found[1]) // 32 if (found := _BITS.search(self.modifiers)) else 1
 
 
 def instructions(sass: str) -> list[Instruction]:
@@ -121,6 +168,7 @@ def instructions(sass: str) -> list[Instruction]:
             address=int(address, 16),
             predicated=bool(predicate),
             opcode=opcode,
+            modifiers=operands.split()[0] if operands.startswith(".") else "",
             target=int(found[1], 16) if opcode == "BRA" and (found := _TARGET.search(operands)) else None,
         )
         for address, predicate, opcode, operands in _LINE.findall(sass)

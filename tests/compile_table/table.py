@@ -21,6 +21,13 @@ serialized       codes by which ptxas says that each wgmma waits for the one bef
 advisories       ptxas' other codes: C7519 if it adds a warpgroup.arrive
 mma              tensor core instructions: HMMA, HGMMA (sm_90), UTCHMMA (sm_100)
 loop_*           instructions of the main loop (`compiled_kernel.main_loop`): all, on tensor cores, FMUL, ISETP, FSEL
+instructions     all of the kernel
+loop_wgmma       HGMMA in the main loop
+The rest is for one warp that runs every instruction once, in the kernel and (loop_*) in its main loop:
+flops            on tensor cores, by the shapes in the SASS; an HGMMA's are its four warps'; unknown (0) on sm_100
+mufu, fma, alu   instructions of the units of special functions, of FP32 (with IMAD), and of integers and comparisons
+shared           clocks of shared memory, 128 bytes each, with shuffles and without bank conflicts
+loads            from global memory, asynchronous ones too
 
 A module of this folder adds configurations by its `shipped_configurations()`, which yields a
 `compilation.Compilation` for each.

@@ -83,6 +83,50 @@ def test_instructions_on_tensor_cores(opcode, on_tensor_cores):
     assert instruction.on_tensor_cores == on_tensor_cores
 
 
+@pytest.mark.parametrize(
+    ("opcode", "flops"),
+    [
+        ("HGMMA.64x128x16.F32.BF16", 2 * 64 * 128 * 16 // 4),
+        ("HGMMA.64x8x8.F32.TF32", 2 * 64 * 8 * 8 // 4),
+        ("HMMA.16816.F32.BF16", 2 * 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 2 * 16 * 8 * 8),
+        ("IMMA.16832.S8.S8", 2 * 16 * 8 * 32),
+        ("UTCHMMA", 0),
+        ("FFMA", 0),
+    ],
+)
+def test_flops_of_a_warp(opcode, flops):
+    (instruction,) = compiled_kernel.instructions(f"        /*0010*/         {opcode} R24, R25, R26 ;   /* 0x0 */")
+    assert instruction.flops == flops
+
+
+@pytest.mark.parametrize(
+    ("opcode", "accesses"),
+    [
+        ("LDS R2, [R3]", 1),
+        ("LDS.U8 R2, [R3]", 1),
+        ("LDS.64 R2, [R3]", 2),
+        ("STS.128 [R3+0x64], R4", 4),
+        ("LDSM.16.M88.4 R4, [R3]", 4),
+        ("LDSM.16.MT88.2 R4, [R3]", 2),
+        ("STSM.16.M88 [R3], R4", 1),
+        ("SHFL.BFLY PT, R2, R3, 0x2, 0x1f", 1),
+        ("LDG.E.128 R4, desc[UR6][R2.64]", 0),
+    ],
+)
+def test_accesses_of_shared_memory(opcode, accesses):
+    (instruction,) = compiled_kernel.instructions(f"        /*0010*/         {opcode} ;   /* 0x0 */")
+    assert instruction.shared_accesses == accesses
+
+
+def test_uses_of_a_processor():
+    code = compiled_kernel.instructions(SASS.replace("HFMA2.MMA R5", "MUFU.EX2 R5"))
+    flops = 2 * 64 * 64 * 16 // 4
+    assert compiled_kernel.uses(code) == {"flops": 5 * flops, "mufu": 1, "fma": 2, "alu": 1, "shared": 0, "loads": 1}
+    loop = compiled_kernel.uses(compiled_kernel.main_loop(code))
+    assert loop == {"flops": 2 * flops, "mufu": 1, "fma": 0, "alu": 0, "shared": 0, "loads": 1}
+
+
 LOG = """
 ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma \
 instructions defining accumulator registers of a wgmma between start and end of the pipeline stage in 'a_kernel'
