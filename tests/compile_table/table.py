@@ -92,12 +92,6 @@ ACCEPTED = (
         "Something writes an accumulator between its wgmma, and only with dropout. What, is not known yet.",
     ),
     Accepted(
-        "C7515",
-        r"^wasserstein_attention_(fwd|bwd_dq)_kernel sm_90 bfloat16 ",
-        EITHER,
-        "Something writes an accumulator between its wgmma. What, is not known yet.",
-    ),
-    Accepted(
         "C7514",
         r"^refined_projection_product_kernel sm_90 bfloat16 D=256 512x256 ",
         EITHER,

@@ -17,6 +17,7 @@ from recattn.triton_kernels.wasserstein_attention.shared import (
     DO_NOT_SPECIALIZE,
     Forward,
     dot_of_rows,
+    end_of_keys,
     is_visible,
     load_tile,
     qk_block,
@@ -135,8 +136,7 @@ def wasserstein_attention_bwd_dq_kernel(
     dropout = Dropout(dropout_seed, dropout_threshold)
     acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     ds_sum = tl.zeros([BLOCK_M], tl.float32)  # 0 but for rounding
-    end = tl.where(causal != 0, tl.minimum(seq.length, (tile + 1) * BLOCK_M), seq.length)
-    end = tl.where(tile * BLOCK_M < seq.length, end, 0)
+    end = end_of_keys(seq, tile, causal, BLOCK_M)
     for first_key in range(0, end, BLOCK_N):
         key_positions = first_key + tl.arange(0, BLOCK_N)
         k_tile = load_tile(key, seq, key_positions, WIDTH, BLOCK_W)  # [BN, W]

@@ -12,6 +12,7 @@ from recattn.triton_kernels.wasserstein_attention.config import launch_constants
 from recattn.triton_kernels.wasserstein_attention.shared import (
     DO_NOT_SPECIALIZE,
     Forward,
+    end_of_keys,
     is_visible,
     load_tile,
     qk_block,
@@ -67,8 +68,7 @@ def wasserstein_attention_fwd_kernel(
     cov_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    end = tl.where(causal != 0, tl.minimum(seq.length, (tile + 1) * BLOCK_M), seq.length)
-    end = tl.where(tile * BLOCK_M < seq.length, end, 0)
+    end = end_of_keys(seq, tile, causal, BLOCK_M)
     for first_key in range(0, end, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
         k_tile = load_tile(key, seq, keys, WIDTH, BLOCK_W)  # [BN, W]

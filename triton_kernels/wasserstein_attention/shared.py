@@ -98,6 +98,17 @@ def is_visible(rows, keys, length, causal):
 
 
 @triton.jit
+def end_of_keys(seq, tile, causal, BLOCK_M: tl.constexpr):
+    """The end of the keys that the `tile`-th BLOCK_M queries visit; 1 where there are no queries.
+
+    With a loop that may run no round, ptxas would serialize every wgmma: the accumulators' zeros would join them before
+    the wait after the loop.
+    """
+    end = tl.where(causal != 0, tl.minimum(seq.length, (tile + 1) * BLOCK_M), seq.length)
+    return tl.maximum(tl.where(tile * BLOCK_M < seq.length, end, 1), 1)
+
+
+@triton.jit
 def qk_block(q_tile, k_tile, scale):
     """-scale · ‖q - k‖² up to the query's own term."""
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
