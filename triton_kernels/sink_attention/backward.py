@@ -165,24 +165,25 @@ def sink_attention_bwd_dq_kernel(
     SUM: tl.constexpr = tl.float64 if out_tile.dtype == tl.float32 else tl.float32
     delta = tl.sum(dout_tile.to(SUM) * out_tile.to(SUM), 1).to(tl.float32)  # [BM]
     tl.store(row_stats.delta + lse_rows, delta, mask=rows.valid)
-    lse = scaled_lse(tl.load(row_stats.lse + lse_rows, mask=rows.valid, other=float("inf")), q_tile)
-    row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+    lse = tl.load(row_stats.lse + lse_rows, mask=rows.valid, other=float("inf"))
+    of_sinks = rows.valid & is_sink_tile
+    tl.store(row_stats.sink_delta + bh * M + index, delta, mask=of_sinks)
+    sink_stats = row_stats.sink_stats + bh * M + index
+    lse = scaled_lse(tl.where(is_sink_tile, tl.load(sink_stats, mask=of_sinks, other=float("inf")), lse), q_tile)
+    row_sum = tl.abs(tl.load(sink_stats + B.to(tl.int64) * num_q_heads * M, mask=of_sinks, other=1.0))
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if is_sink_tile:
-        tl.store(row_stats.sink_delta + bh * M + index, delta, mask=rows.valid)
-        sink_stats = row_stats.sink_stats + bh * M + index
-        lse = tl.load(sink_stats, mask=rows.valid, other=float("inf")) * log2e_scale(q_tile)
-        row_sum = tl.abs(tl.load(sink_stats + B.to(tl.int64) * num_q_heads * M, mask=rows.valid, other=1.0))
-        for first in range(first_sink // BLOCK_S * BLOCK_S, end_sink, BLOCK_S):
-            key_sinks = first + tl.arange(0, BLOCK_S)  # [BS]
-            key_tokens = load_sinks(sinks, key_sinks)
-            k_tile = load_tokens(k, key_tokens, HEAD_DIM, BLOCK_D)
-            v_tile = load_tokens(v, key_tokens, V_HEAD_DIM, BLOCK_DV)
-            qk, bias_tile = sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_tokens.positions, bias)
-            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-            lse_less_bias = lse[:, None] - bias_tile  # qk + β - lse: the difference of two large numbers first
-            _, ds = p_and_ds(qk, lse_less_bias, dp, delta[:, None], q_tile, dropout, PER_SINK, index, first, False)
-            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    first_sink = first_sink // BLOCK_S * BLOCK_S
+    # Not inside `if is_sink_tile`: ptxas would serialize every wgmma of the kernel.
+    for first in range(first_sink, tl.where(is_sink_tile, end_sink, first_sink), BLOCK_S):
+        key_sinks = first + tl.arange(0, BLOCK_S)  # [BS]
+        key_tokens = load_sinks(sinks, key_sinks)
+        k_tile = load_tokens(k, key_tokens, HEAD_DIM, BLOCK_D)
+        v_tile = load_tokens(v, key_tokens, V_HEAD_DIM, BLOCK_DV)
+        qk, bias_tile = sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_tokens.positions, bias)
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+        lse_less_bias = lse[:, None] - bias_tile  # qk + β - lse: the difference of two large numbers first
+        _, ds = p_and_ds(qk, lse_less_bias, dp, delta[:, None], q_tile, dropout, PER_SINK, index, first, False)
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     for MASKED in tl.static_range(2):
         acc = attn_bwd_dq_inner(
             acc, q_tile, dout_tile, lse, delta, queries, keys,

@@ -163,16 +163,17 @@ def sink_attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    if is_sink_tile:
-        for first in range(first_sink // BLOCK_S * BLOCK_S, end_sink, BLOCK_S):
-            key_sinks = first + tl.arange(0, BLOCK_S)  # [BS]
-            key_tokens = load_sinks(sinks, key_sinks)
-            k_tile = load_tokens(k, key_tokens, HEAD_DIM, BLOCK_D)
-            qk, bias_tile = sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_tokens.positions, bias)
-            v_tile = load_tokens(v, key_tokens, V_HEAD_DIM, BLOCK_DV)
-            acc, row_max, row_sum = softmax_step(
-                acc, row_max, row_sum, qk, bias_tile, v_tile, dropout, PER_SINK, index, first, True
-            )
+    first_sink = first_sink // BLOCK_S * BLOCK_S
+    # Not inside `if is_sink_tile`: ptxas would serialize every wgmma of the kernel.
+    for first in range(first_sink, tl.where(is_sink_tile, end_sink, first_sink), BLOCK_S):
+        key_sinks = first + tl.arange(0, BLOCK_S)  # [BS]
+        key_tokens = load_sinks(sinks, key_sinks)
+        k_tile = load_tokens(k, key_tokens, HEAD_DIM, BLOCK_D)
+        qk, bias_tile = sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_tokens.positions, bias)
+        v_tile = load_tokens(v, key_tokens, V_HEAD_DIM, BLOCK_DV)
+        acc, row_max, row_sum = softmax_step(
+            acc, row_max, row_sum, qk, bias_tile, v_tile, dropout, PER_SINK, index, first, True
+        )
     for MASKED in tl.static_range(2):
         acc, row_max, row_sum = attn_fwd_inner(
             acc, row_max, row_sum, q_tile, queries, keys,
