@@ -14,8 +14,8 @@ from benchmarks.harness.goals import NOT_MEASURED, Goal, Outcome
 from benchmarks.harness.host_time import HostCost
 from benchmarks.harness.records import TIMED, Record, Row, dtype_name
 from benchmarks.harness.registry import BACKWARD, DTYPES, FORWARD, TRAINING, Operator
-from benchmarks.harness.workloads import CUDA, Workload
-from benchmarks.report import cost_model, host, reasons, table
+from benchmarks.harness.workloads import Workload
+from benchmarks.report import cost_model, devices, host, predicted, reasons, table
 
 OURS = "recattn"
 MARKS = "<!-- python -m benchmarks.plot writes what follows -->", "<!-- until here -->"
@@ -59,9 +59,9 @@ class Machine:
     def rows(self) -> Iterator[Row]:
         return (row for contest in self.contests.values() for row, _ in contest.values())
 
-    def device(self, row: Row) -> cost_model.Device:
+    def device(self, row: Row) -> devices.Device:
         """The device for the cost model, with the ceilings measured for that row."""
-        return cost_model.Device(
+        return devices.measured(
             self.name, self.type, Ceilings(**{**row.ceilings, "tflops": {self.dtype: row.ceilings["tflops"]}})
         )
 
@@ -283,9 +283,9 @@ def predictions(operators: dict[str, Operator], machine: Machine) -> Iterator[Pr
                 row = machine.row(operator.name, workload.name, direction)
                 if row is None or not row.ceilings:  # records from before every row had its ceilings
                     continue
-                predicted = cost_model.predict(operator, workload, direction, machine.device(row), machine.dtype)
-                if predicted is not None:
-                    yield Prediction(row, predicted)
+                time = cost_model.predict(operator, workload, direction, machine.device(row), machine.dtype)
+                if time is not None:
+                    yield Prediction(row, time)
 
 
 def model_table(operators: dict[str, Operator], machine: Machine) -> str:
@@ -304,22 +304,6 @@ def model_table(operators: dict[str, Operator], machine: Machine) -> str:
     columns = ("operator", "workload", "direction", "measured ms", "predicted ms", "ratio", "why")
     why = "".join(f"{number}. {reason}\n" for number, reason in enumerate(given, 1))
     return f"{markdown(columns, rows)}\n{why}"
-
-
-def gpu_predictions_table(operators: dict[str, Operator]) -> str:
-    """Predicted times of the workloads meant for a GPU, in bfloat16."""
-    rows = []
-    for operator in operators.values():
-        for workload in operator.workloads:
-            if workload.devices != CUDA or workload.tier == "full":
-                continue
-            for direction in operator.directions(operator.implementations[OURS], torch.device("cuda")):
-                times = [
-                    cost_model.predict(operator, workload, direction, gpu, torch.bfloat16) for gpu in cost_model.GPUS
-                ]
-                if None not in times:
-                    rows.append((operator.name, workload.name, direction, *map(table.significant, times)))
-    return markdown(("operator", "workload", "direction", *(f"{gpu.name} ms" for gpu in cost_model.GPUS)), rows)
 
 
 # --- The pages ---
@@ -359,9 +343,7 @@ def results_page(
         # Figures and times of the last machine of a type. Older machines appear in the summary and the goals.
         parts += [_machine_section(operators, machine, images.get(kind, [])) for machine in own[:1]]
     parts += [_host_section(*host_costs)] if host_costs[0] else []
-    parts.append(
-        f"## Predicted times on GPUs\n\nFrom the cost model, in bfloat16.\n\n{gpu_predictions_table(operators)}"
-    )
+    parts.append(_predicted_section(operators, next((machine for machine in measured if machine.type == "cuda"), None)))
     return "\n".join(parts)
 
 
@@ -402,8 +384,8 @@ def _machine_section(operators: dict[str, Operator], machine: Machine, images: I
         parts += [f"### {operator.name}\n\nMilliseconds, {dtype_name(machine.dtype)}.\n\n{times}"] if times else []
     missing = not_timed(machine)
     parts += ["### Not timed\n\n" + "\n".join(missing) + "\n"] if missing else []
-    predicted = model_table(operators, machine)
-    parts += [f"### Measured against the cost model\n\n{cost_model.__doc__}\n{predicted}"] if predicted else []
+    model = model_table(operators, machine)
+    parts += [f"### Measured against the cost model\n\n{cost_model.__doc__}\n{model}"] if model else []
     return "\n".join(parts)
 
 
@@ -414,6 +396,11 @@ def _host_section(costs: Sequence[HostCost], run: dict[str, object]) -> str:
         f"for Hopper, with launches that do nothing (B = 2, H = 4, N = 16, D = 64, bfloat16; on the CPU B = H = 1, N = "
         f"2, float32).\n\n{host.legend(costs)}\n\n{markdown(host.COLUMNS, map(host.cells, costs))}"
     )
+
+
+def _predicted_section(operators: dict[str, Operator], gpu: Machine | None) -> str:
+    rows = markdown(*predicted.lines(operators, gpu))
+    return f"## Predicted times on GPUs\n\n{predicted.introduction(gpu)}\n{rows}"
 
 
 def _has_gpu(measured: Sequence[Machine]) -> bool:

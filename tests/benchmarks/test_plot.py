@@ -4,13 +4,14 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from benchmarks import plot
 from benchmarks.harness import records
 from benchmarks.harness.goals import Outcome
 from benchmarks.harness.records import Record, Row
 from benchmarks.harness.registry import FORWARD, TRAINING, load_operators
-from benchmarks.report import cost_model, markdown, reasons
+from benchmarks.report import cost_model, devices, markdown, predicted, reasons
 
 OPERATORS = load_operators()
 RECORDS = records.read([plot.RECORDS])
@@ -240,6 +241,46 @@ def test_a_prediction_that_parts_has_a_reason_beside_it(monkeypatch):
     assert "| 2.00 | 1 |" in text and text.endswith("1. a reason\n")
     near = markdown.machines([cuda_record(p50_ms=1.2 * prediction.milliseconds)])[0]
     assert "a reason" not in markdown.model_table(OPERATORS, near)
+
+
+def predicted_cells(gpu) -> dict[tuple[str, str, str], list[str]]:
+    columns, rows = predicted.lines(OPERATORS, gpu)
+    assert all(len(row) == len(columns) for row in rows)
+    return {tuple(row[:3]): row[3:] for row in rows}
+
+
+def test_the_first_measured_gpu_corrects_the_predictions():
+    """Of its kind, with the median ratio over the workloads; the fastest backend counts."""
+
+    def record(impl: str, workload: str, factor: float) -> Record:
+        known = {w.name: w for w in OPERATORS["sink_attention"].workloads}
+        of_h200 = devices.measured("H200", "cuda", next(gpu for gpu in devices.GPUS if gpu.name == "H200").ceilings)
+        call = OPERATORS["sink_attention"], known[workload], FORWARD, of_h200, torch.bfloat16
+        time = cost_model.predict(*call, impl.partition(":")[0])
+        ceilings = of_h200.ceilings.of(torch.bfloat16)
+        return cuda_record(impl=impl, workload=workload, direction=FORWARD, p50_ms=factor * time, ceilings=ceilings)
+
+    names = ("gpu_1k_d64", "gpu_2k_d128", "gpu_4k_d64")
+    fused = [record("recattn triton", name, factor) for name, factor in zip(names, (1.5, 2.0, 4.0), strict=True)]
+    slow, fast = (record(f"recattn correction:{name}", names[0], f) for name, f in (("efficient", 9.0), ("cuDNN", 0.5)))
+    (gpu,) = markdown.machines([*fused, slow, fast])
+    before, after = predicted_cells(None), predicted_cells(gpu)
+    assert after.keys() == before.keys()
+    h200 = 1
+
+    def ms(cells: list[str]) -> float:
+        return float(cells[h200].split()[0])
+
+    for key, cells in after.items():
+        name, workload, direction = key
+        factor, ratio = 1.0, "–"
+        if (name, direction) == ("sink_attention, triton", FORWARD):
+            factor, ratio = 2.0, dict(zip(names, ("1.50", "2.00", "4.00"), strict=True)).get(workload, "–")
+        elif (name, direction) == ("sink_attention, correction", FORWARD):
+            factor, ratio = 0.5, "0.50" if workload == names[0] else "–"
+        assert ms(cells) == pytest.approx(factor * ms(before[key]), rel=0.02)
+        assert cells[-1] == ratio
+    assert "corrected" in predicted.introduction(gpu) and "corrected" not in predicted.introduction()
 
 
 def test_records_hold_what_was_measured():

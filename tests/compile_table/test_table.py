@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import instructions
+from benchmarks.tools import counts
 from tests.compile_table import table
 
 pytest.importorskip("triton")
@@ -237,6 +239,11 @@ def test_sees_serialized_products_and_the_main_loop(tmp_path):
         "sm_90 guarded": (["C7515"], 12, 8, 0),
         "sm_100 scaled": ([], 20, 8, 16),
     }
+
+
+def test_the_cost_model_counts_what_the_table_says():
+    written = counts.counts(json.loads(counts.TABLE.read_text()))
+    assert instructions.COUNTS.read_text() == written, "run python -m benchmarks.tools.counts"
 
 
 def row(registers: int, spilled_bytes: int = 0, serialized: Sequence[str] = ()) -> table.Row:

@@ -1,0 +1,139 @@
+"""What recattn's operators compute and move on a CPU, as stages. On a GPU `gpu_models` has their kernels' launches."""
+
+import torch
+
+from benchmarks.harness.registry import FORWARD
+from benchmarks.operators.lrea_attention import absorbed_cost, compress_cost, compress_items_cost
+from benchmarks.operators.refined_attention import cost as refined_cost
+from benchmarks.operators.wasserstein_attention import cost as wasserstein_cost
+from benchmarks.report.stages import Stage, bytes_of, computed, lengths_of, models, softmaxes_of, visible
+
+# --- sink_attention ---
+
+
+# Keys that PyTorch's attention processes at a time. Hidden keys in a block are computed too.
+KEY_BLOCK = 512
+
+
+@models("sink_attention", "cpu")
+def sink_attention_on_a_cpu(workload, inputs, direction, device):
+    return corrected_attention(workload, inputs, direction, KEY_BLOCK)
+
+
+def corrected_attention(workload, inputs, direction, key_block) -> list[Stage]:
+    """An unbiased attention, then the correction at the sinks."""
+    q, k = inputs["q"], inputs["k"]
+    sinks = (inputs["sink_positions"] >= 0).sum(1)
+    share = float(sinks.sum() / lengths_of(workload, inputs).sum())
+    sink_pairs = workload.heads * visible(sinks, workload.causal)
+    lse = 4 * q.numel() / workload.dim
+    bias = bytes_of(inputs, "inter_sink_bias")
+    unbiased = unbiased_attention(workload, inputs, direction, key_block)
+    if direction == FORWARD:
+        moved = 3 * q.nbytes + 2 * k.nbytes + 2 * lse
+        return [unbiased, Stage(4 * workload.dim * sink_pairs, share * moved + bias, 2 * sink_pairs)]
+    moved = 4 * q.nbytes + 4 * k.nbytes + lse
+    correction = Stage(10 * workload.dim * sink_pairs, share * moved + 2 * bias, 2 * sink_pairs, launches=2)
+    return [unbiased, correction]
+
+
+def unbiased_attention(workload, inputs, direction, key_block) -> Stage:
+    q, k, lengths = inputs["q"], inputs["k"], lengths_of(workload, inputs)
+    pairs = workload.heads * (computed(lengths, key_block) if workload.causal else visible(lengths, False))
+    lse = 4 * q.numel() / workload.dim
+    if direction == FORWARD:
+        return Stage(4 * workload.dim * pairs, 2 * q.nbytes + 2 * k.nbytes + lse, pairs)
+    return Stage(10 * workload.dim * pairs, 4 * q.nbytes + 4 * k.nbytes + lse, pairs, launches=3)
+
+
+# --- refined_attention ---
+
+
+@models("refined_attention", "cpu")
+def refined_attention_on_a_cpu(workload, inputs, direction, device):
+    """The fewest matmuls. The backward recomputes the forward and has two matmuls for each of it."""
+    forward = refined_cost(workload, inputs, FORWARD)
+    elements = softmaxes_of(workload) * workload.heads * visible(lengths_of(workload, inputs), causal=True)
+    if direction == FORWARD:
+        return [Stage(forward.flops, forward.bytes, elements)]
+    return [Stage(3 * forward.flops, 2 * forward.bytes, elements)]
+
+
+# --- wasserstein_attention ---
+
+
+@models("wasserstein_attention", "cpu")
+def wasserstein_attention(workload, inputs, direction, device):
+    """The backward has five matmuls for the forward's two, as in any attention."""
+    forward = wasserstein_cost(workload, inputs, FORWARD)
+    pairs = workload.heads * visible(lengths_of(workload, inputs), causal=True)
+    if direction == FORWARD:
+        return [Stage(forward.flops, forward.bytes, pairs, launches=2)]
+    return [Stage(2.5 * forward.flops, 2 * forward.bytes, pairs, launches=2)]
+
+
+# --- lrea_attention ---
+
+
+@models("lrea_absorbed_attention", "cpu")
+def lrea_absorbed_attention(workload, inputs, direction, device):
+    return [Stage(*absorbed_cost(workload, inputs, direction))]
+
+
+@models("lrea_compress", "cpu")
+def lrea_compress(workload, inputs, direction, device):
+    """The backward has a matmul for each gradient, and writes that of the behaviours including padding."""
+    forward = compress_cost(workload, inputs, FORWARD)
+    if direction == FORWARD:
+        return [Stage(*forward)]
+    return [Stage(2 * forward.flops, forward.bytes + inputs["behaviors"].nbytes, launches=2)]
+
+
+@models("lrea_compress_items", "cpu")
+def lrea_compress_items(workload, inputs, direction, device):
+    return [Stage(*compress_items_cost(workload, inputs, direction))]
+
+
+@models("lrea_attention", "cpu")
+def lrea_attention(workload, inputs, direction, device):
+    """Matmuls of each user's targets and state, with the middle factor between; its backward has five for its two."""
+    targets, keys, w_decomp = (inputs[name] for name in ("targets", "keys", "w_decomp"))
+    rank = workload.rank
+    scored = float((inputs["target_offsets"].diff() * inputs["seq_lens"]).sum())
+    scores = targets.nbytes / workload.dim * rank
+    ragged = Stage(2 * rank * targets.numel(), targets.nbytes + keys.nbytes + scores)
+    if direction == FORWARD:
+        return [ragged, Stage(4 * rank * scored, 2 * scores + w_decomp.nbytes), ragged]
+    both = Stage(2 * ragged.flops, 2 * ragged.bytes, launches=2)
+    return [both, Stage(10 * rank * scored, 4 * scores + 2 * w_decomp.nbytes, launches=2), both]
+
+
+# --- inter_sink_bias ---
+
+
+@models("inter_sink_bias", "cpu")
+def inter_sink_bias(workload, inputs, direction, device):
+    q = inputs["q_s"]  # [B, H, M, d]
+    elements = q.numel() / q.shape[-1] * q.shape[-2]
+    bias = elements / q.shape[1] * q.element_size()
+    if direction == FORWARD:
+        return [Stage(2 * q.shape[-1] * elements, 2 * q.nbytes + bias, elements)]
+    return [Stage(6 * q.shape[-1] * elements, 4 * q.nbytes + bias, elements)]
+
+
+# --- A layer of BERT ---
+
+
+@models("bert_layer", "cpu")
+def bert_layer(workload, inputs, direction, device):
+    """Eight matmuls (12 · hidden size² per token), two normalisations, and attention with its bias."""
+    hidden = inputs["hidden"]
+    tokens, size = workload.batch * workload.length, workload.heads * workload.dim
+    heads = {name: torch.empty(1, dtype=hidden.dtype, device="meta").expand(hidden.shape) for name in ("q", "k", "v")}
+    bias = hidden.new_empty(workload.batch, 1, workload.sinks, workload.sinks)
+    attention = {**heads, "sink_positions": inputs["sink_positions"], "inter_sink_bias": bias}
+    passes = 1 if direction == FORWARD else 2
+    # Activations in hidden sizes: the matmuls read 9 and write 9; the operations between them move 16.
+    products = Stage(passes * 24 * tokens * size**2, passes * 18 * hidden.nbytes, launches=passes * 6)
+    between = Stage(0, passes * 16 * hidden.nbytes, launches=passes * 4)
+    return [products, between, *corrected_attention(workload, attention, direction, key_block=1)]
