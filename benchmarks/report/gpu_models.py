@@ -1,4 +1,4 @@
-"""What recattn's operators launch on a GPU in bfloat16: kernels, blocks, FLOPs in whole tiles, and bytes.
+"""What recattn's operators launch on a GPU in bfloat16: kernels, blocks, rounds of their main loops, and bytes.
 
 Tensors that one launch writes and the next reads within a chunk that fits the second-level cache do not count as bytes.
 """
@@ -29,13 +29,13 @@ def width_of(size: int) -> int:
     return max(16, 2 ** math.ceil(math.log2(size)))
 
 
-def tiled_pairs(rows: int, keys: int, block_m: int, block_n: int, causal: bool) -> float:
-    """(row, key) pairs of a kernel whose tiles of rows visit blocks of keys. The rows lie evenly among the keys."""
+def rounds_of(rows: int, keys: int, block_m: int, block_n: int, causal: bool) -> int:
+    """Blocks of keys that the tiles of some rows visit. The rows lie evenly among the keys."""
     tiles = cdiv(rows, block_m)
     if not causal:
-        return block_m * tiles * block_n * cdiv(keys, block_n)
+        return tiles * cdiv(keys, block_n)
     lasts = (min(keys, cdiv(keys * (i + 1) * block_m, rows)) for i in range(tiles))
-    return block_m * sum(block_n * cdiv(last, block_n) for last in lasts)
+    return sum(cdiv(last, block_n) for last in lasts)
 
 
 # --- sink_attention ---
@@ -56,50 +56,55 @@ def fused_sink_attention(workload, inputs, direction, device) -> list[Launch]:
     sequences, architecture = sequences_of(workload, inputs), device.architecture
     lse = 4 * q.numel() / dim
 
-    def rows_launch(name: str, products: int, bytes: float) -> Launch:
+    def rows_launch(name: str, bytes: float) -> Launch:
         kernel = find(name, architecture, D=dim)
         block_m, block_n = kernel.tile
-        blocks = pairs = 0.0
+        blocks = rounds = 0.0
         for (n, m), count in sequences.items():
             blocks += count * (cdiv(m, block_m) + cdiv(n - m, block_m))
-            pairs += count * (tiled_pairs(m, n, block_m, block_n, causal) if m else 0)
-            pairs += count * (tiled_pairs(m, m, block_m, 16, causal) if m else 0)
-            pairs += count * (tiled_pairs(n - m, n, block_m, block_n, causal) if n > m else 0)
-        return Launch(kernel, heads * blocks, bytes, 2 * products * kernel.sizes["D"] * heads * pairs)
+            if m:
+                rounds += count * rounds_of(m, n, block_m, block_n, causal)
+                rounds += count * rounds_of(m, m, block_m, 16, causal) * 16 / block_n
+            if n > m:
+                rounds += count * rounds_of(n - m, n, block_m, block_n, causal)
+        return Launch(kernel, heads * blocks, bytes, heads * rounds)
 
     bias = bytes_of(inputs, "inter_sink_bias")
     if direction == FORWARD:
         tokens = q.numel() / (heads * dim)
-        kernel = find("sink_attention_streams_kernel", architecture)
-        streams = Launch(kernel, cdiv(tokens, 1024), 5 * tokens)
-        return [streams, rows_launch("sink_attention_fwd_kernel", 2, 2 * q.nbytes + 2 * k.nbytes + lse + bias)]
-    dq = rows_launch("sink_attention_bwd_dq_kernel", 3, 4 * q.nbytes + 2 * k.nbytes + 2 * lse + bias)
+        blocks = cdiv(tokens, 1024)
+        streams = Launch(find("sink_attention_streams_kernel", architecture), blocks, 5 * tokens, blocks)
+        return [streams, rows_launch("sink_attention_fwd_kernel", 2 * q.nbytes + 2 * k.nbytes + lse + bias)]
+    dq = rows_launch("sink_attention_bwd_dq_kernel", 4 * q.nbytes + 2 * k.nbytes + 2 * lse + bias)
     kernel = find("sink_attention_bwd_dkdv_kernel", architecture, D=dim)
     block_m, block_n = kernel.tile
-    pairs = sum(c * tiled_pairs(n, n, block_n, block_m, causal) for (n, _), c in sequences.items())
+    rounds = heads * sum(c * rounds_of(n, n, block_n, block_m, causal) for (n, _), c in sequences.items())
     blocks = workload.kv_heads * sum(c * cdiv(n, block_n) for (n, _), c in sequences.items())
-    flops = 8 * kernel.sizes["D"] * heads * pairs
-    dkdv = Launch(kernel, blocks, 2 * q.nbytes + 4 * k.nbytes + 2 * lse, flops)
+    dkdv = Launch(kernel, blocks, 2 * q.nbytes + 4 * k.nbytes + 2 * lse, rounds)
     return [dq, dkdv, *sink_pairs(workload, inputs, device, corrects=False)]
 
 
 def sink_pairs(workload, inputs, device, corrects: bool) -> list[Launch]:
-    """Gradients of the pairs of sinks: dK and dV; dβ; and where an unbiased attention is corrected dQ."""
+    """Gradients of the pairs of sinks: dK and dV; dβ; and where an unbiased attention is corrected dQ.
+
+    They have 4, 2 and 3 products. The main loop is that of dK and dV.
+    """
     kernel = find("sink_attention_pairs_bwd_kernel", device.architecture, D=workload.dim)
     block_m, block_n = kernel.tile
-    programs = products = 0.0
-    for (_, m), count in sequences_of(workload, inputs).items():
+    programs = rounds = 0.0
+    sequences = sequences_of(workload, inputs)
+    for (_, m), count in sequences.items():
         if m:
             rows, keys = cdiv(m, block_m), cdiv(m, block_n)
             programs += count * (workload.kv_heads * keys + (workload.heads * rows if corrects else 0) + rows * keys)
-            pairs = tiled_pairs(m, m, block_m, block_n, workload.causal)
-            products += count * workload.heads * pairs * (4 + 2 + (3 if corrects else 0))
+            each = workload.heads * rounds_of(m, m, block_m, block_n, workload.causal)
+            rounds += count * each * (4 + 2 + (3 if corrects else 0)) / 4
     if not programs:
         return []
     q, k = inputs["q"], inputs["k"]
-    share = sum(m * count for (_, m), count in sequences_of(workload, inputs).items()) * workload.dim * workload.heads
-    moved = share / q.numel() * ((3 if corrects else 2) * q.nbytes + 4 * k.nbytes)
-    return [Launch(kernel, programs, moved + 2 * bytes_of(inputs, "inter_sink_bias"), 2 * workload.dim * products)]
+    share = sum(m * count for (_, m), count in sequences.items()) * workload.dim * workload.heads / q.numel()
+    moved = share * ((3 if corrects else 2) * q.nbytes + 4 * k.nbytes) + 2 * bytes_of(inputs, "inter_sink_bias")
+    return [Launch(kernel, programs, moved, rounds)]
 
 
 @models("sink_attention", "cuda", "recattn correction")
@@ -115,15 +120,15 @@ def corrected_sink_attention(workload, inputs, direction, device) -> list[Stage 
     if direction == FORWARD:
         kernel = find("sink_attention_correction_fwd_kernel", device.architecture, D=dim)
         block_m, block_n = kernel.tile
-        pairs = sum(c * tiled_pairs(m, m, block_m, block_n, workload.causal) for (_, m), c in sequences.items() if m)
+        rounds = sum(c * rounds_of(m, m, block_m, block_n, workload.causal) for (_, m), c in sequences.items() if m)
         blocks = heads * sum(c * cdiv(m, block_m) for (_, m), c in sequences.items())
         moved = share * (3 * q.nbytes + 2 * k.nbytes + 2 * lse) + bytes_of(inputs, "inter_sink_bias")
-        return [unbiased, Launch(kernel, blocks, moved, 4 * dim * heads * pairs)]
+        return [unbiased, Launch(kernel, blocks, moved, heads * rounds)]
     delta = find("sink_attention_correction_delta_kernel", device.architecture, D=dim)
     blocks = heads * sum(c * cdiv(m, 16) for (_, m), c in sequences.items())
     copied = Stage(0, 2 * lse)
     correction = sink_pairs(workload, inputs, device, corrects=True)
-    return [copied, Launch(delta, blocks, 2 * share * q.nbytes), unbiased, *correction]
+    return [copied, Launch(delta, blocks, 2 * share * q.nbytes, blocks), unbiased, *correction]
 
 
 @models("sink_attention", "cuda")
@@ -148,10 +153,11 @@ def plain_attention(workload, lengths: Tensor, widths: tuple[int, int], directio
     def launch(name: str, products: tuple[int, int], bytes: float, by_key: bool = False) -> Launch:
         kernel = find(name, device.architecture, D=max(qk, v))
         block_m, block_n = reversed(kernel.tile) if by_key else kernel.tile
-        pairs = sum(c * tiled_pairs(n, n, block_m, block_n, True) for n, c in sequences.items() if n)
+        rounds = sum(c * rounds_of(n, n, block_m, block_n, True) for n, c in sequences.items() if n)
         blocks = sum(c * cdiv(n, block_m) for n, c in sequences.items())
-        flops = 2 * heads * pairs * (products[0] * width_of(qk) + products[1] * width_of(v))
-        return Launch(kernel, heads * blocks, bytes, flops)
+        # The table's kernels have values as wide as keys.
+        narrower = (products[0] * width_of(qk) + products[1] * width_of(v)) / (sum(products) * kernel.sizes["D"])
+        return Launch(kernel, heads * blocks, bytes, narrower * heads * rounds)
 
     if direction == FORWARD:
         return [launch("sink_attention_fwd_kernel", (1, 1), rows * (4 * qk + 4 * v + 4))]
@@ -170,29 +176,27 @@ def refined_attention(workload, inputs, direction, device) -> list[Stage | Launc
     return long_refined_attention(workload, inputs, direction, device)
 
 
-def rounds_of(kernel: Kernel, rounds: int) -> int:
-    """Of the loop over the head dim. A main loop with half the products is not that loop, but the code outside any."""
-    return rounds if kernel.counts["loop_flops"] < kernel.counts["flops"] / 2 else 1
-
-
 def short_refined_attention(workload, inputs, direction, device) -> list[Launch]:
-    """A program for each block of rows of a batch and head, which holds all of its scores."""
+    """A program for each block of rows of a batch and head, which holds all of its scores.
+
+    The main loop is one of those over the head dim. One with half the products is the code outside loops.
+    """
     q, n, architecture = inputs["q"], workload.length, device.architecture
     mechanism = "simple" if workload.mechanism == "simple" else "additive"
     bhs = len(q) * workload.heads
     sizes = {"BLOCK_N": min(n, 128), "D": workload.dim}
-    rounds = cdiv(workload.dim, 32)
     weights = bytes_of(inputs, "w_q", "w_k", "w_v")
 
     def launch(kernel: Kernel, bytes: float, launches: int = 1) -> Launch:
         blocks = bhs * cdiv(n, kernel.tile[0])
-        return Launch(kernel, blocks, bytes, None, rounds_of(kernel, rounds), launches)
+        again = cdiv(workload.dim, 32) - 1 if kernel.held > 2 else 0
+        return Launch(kernel, blocks, bytes, blocks * (kernel.held + again), launches)
 
     if direction == FORWARD:
-        product = find("refined_weights_product_kernel", architecture)
+        product, tiles = find("refined_weights_product_kernel", architecture), cdiv(width_of(n), 32) ** 2
         kernel = find("refined_attention_fwd_kernel", architecture, mechanism, **sizes)
         return [
-            Launch(product, cdiv(width_of(n), 32) ** 2, weights, None, cdiv(inputs["w_q"].shape[1], 64)),
+            Launch(product, tiles, weights, tiles * cdiv(inputs["w_q"].shape[1], 64)),
             launch(kernel, 4 * q.nbytes),
         ]
     per_launch = {16: 32, 32: 16, 64: 8, 128: 2}[width_of(min(n, 128))] * device.processors
@@ -201,7 +205,7 @@ def short_refined_attention(workload, inputs, direction, device) -> list[Launch]
     launches = [launch(kernel, 7 * q.nbytes / len(stages), chunks) for kernel in stages]
     partials = min(bhs, per_launch) * square * (2 if "w_v" in inputs else 1)
     reduce, weights_bwd = (find(f"refined_weights_{name}_kernel", architecture) for name in ("reduce", "bwd"))
-    return [*launches, Launch(reduce, 128, partials), Launch(weights_bwd, 16, 3 * weights)]
+    return [*launches, Launch(reduce, 128, partials, 128), Launch(weights_bwd, 16, 3 * weights, 16)]
 
 
 def stages_of(mechanism: str, architecture: int, sizes: dict[str, int]) -> list[Kernel]:
@@ -234,20 +238,22 @@ def projected(workload, lengths: Tensor, dim: int, columns: int, direction, devi
     rows = heads * float(lengths.sum())
     segment = max(64, 2 ** math.ceil(math.log2(2 * dim * columns / (dim + columns))))
     segments = [min(segment, n - start) for n in lengths.tolist() for start in range(0, n, segment)]
-    within = heads * sum(count * tiled_pairs(n, n, 64, 64, True) for n, count in Counter(segments).items())
+    within = heads * sum(count * rounds_of(n, n, 64, 64, True) for n, count in Counter(segments).items())
     kept = 2 * heads * (len(segments) - len(lengths)) * dim * columns  # bytes of the states
 
     def states(read: int, *words: str) -> Launch:
         kernel = find("refined_projection_states_kernel", architecture, *words, BLOCK_M=dim, BLOCK_N=columns)
         blocks = heads * len(lengths) * cdiv(dim, 64) * cdiv(columns, 64)
-        return Launch(kernel, blocks, 2 * rows * read + kept, 2 * rows * dim * columns)
+        return Launch(kernel, blocks, 2 * rows * read + kept, blocks * cdiv(rows / (heads * len(lengths)), 64))
 
     def product(e: int, f: int, *words: str) -> Launch:
         """Of rows a, b and c of e, e and f columns; [W_q | W_k] is the one that all batches share."""
         kernel = find("refined_projection_product_kernel", architecture, *words, BLOCK_M=e, BLOCK_N=f)
         tiles = cdiv(f, 128)
-        flops = 2 * (tiles * e + f) * within + 2 * rows * e * f
-        return Launch(kernel, cdiv(rows, 64) * tiles, 2 * rows * (2 * dim + columns) + kept, flops)
+        wider = (e + min(f, 128)) / sum(kernel.tile)
+        return Launch(
+            kernel, cdiv(rows, 64) * tiles, 2 * rows * (2 * dim + columns) + kept, wider * tiles * (within + rows / 64)
+        )
 
     if direction == FORWARD:
         return [states(dim), product(dim, columns)]
@@ -269,27 +275,26 @@ def wasserstein_attention(workload, inputs, direction, device) -> list[Stage | L
     vectors = one / dim * width
     words = () if rank is None else ("refined",)
 
-    def attention(name: str, products: tuple[int, int], bytes: float, by_key: bool = False) -> Launch:
+    def attention(name: str, bytes: float, by_key: bool = False) -> Launch:
         kernel = find(f"wasserstein_attention_{name}_kernel", architecture, W=width, Dv=dim)
         block_m, block_n = reversed(kernel.tile) if by_key else kernel.tile
-        pairs = heads * sum(tiled_pairs(int(m), int(m), block_m, block_n, True) for m in lengths.tolist() if m)
-        flops = 2 * pairs * (products[0] * width_of(width) + products[1] * width_of(dim))
-        return Launch(kernel, bhs * cdiv(n, block_m), bytes, flops)
+        rounds = heads * sum(rounds_of(m, m, block_m, block_n, True) for m in lengths.tolist() if m)
+        return Launch(kernel, bhs * cdiv(n, block_m), bytes, rounds)
 
     def vectors_launch() -> Launch:
         kernel = find("wasserstein_attention_vectors_kernel", architecture, *words, W=width)
         tokens = 8192 // width_of(width // 2)
-        return Launch(kernel, 2 * bhs, 4 * vectors, None, cdiv(n, tokens))
+        return Launch(kernel, 2 * bhs, 4 * vectors, 2 * bhs * cdiv(n, tokens))
 
-    forward = [vectors_launch(), attention("fwd", (1, 2), 2 * vectors + 4 * one)]
+    forward = [vectors_launch(), attention("fwd", 2 * vectors + 4 * one)]
     backward = [
-        attention("bwd_dq", (2, 2), 3 * vectors + 7 * one),
-        attention("bwd_dkdv", (2, 4), 3 * vectors + 8 * one, by_key=True),
+        attention("bwd_dq", 3 * vectors + 7 * one),
+        attention("bwd_dkdv", 3 * vectors + 8 * one, by_key=True),
     ]
     if rank is not None:
         factors = find(f"wasserstein_factors_{'fwd' if direction == FORWARD else 'bwd'}_kernel", architecture, W=width)
         moved = (8 if direction == FORWARD else 14) * one
-        prepared = Launch(factors, bhs, moved, None, 1)
+        prepared = Launch(factors, bhs, moved, bhs)
         projection = projected(workload, lengths, 2 * dim + 4, 4 * rank, direction, device)
         return [prepared, *projection, *forward] if direction == FORWARD else [*backward, *projection, prepared]
     return forward if direction == FORWARD else backward
@@ -313,29 +318,28 @@ def lrea_attention(workload, inputs, direction, device) -> list[Stage | Launch]:
     is_sorted = rows * columns * workload.rank >= max(2**28, 16 * users**2)
     way = "fwd" if direction == FORWARD else "bwd"
 
-    def rows_launch(products: int, bytes: float) -> Launch:
+    def rows_launch(bytes: float) -> Launch:
         kernel = find("lrea_rows_kernel", architecture, way, r=rank)
-        flops = 2 * rank * (products * max(scored, kernel.tile[0] * columns) + 2 * rows * dim)
-        blocks = cdiv(rows, kernel.tile[0])
-        splits = max(1, min(264 // blocks, columns // kernel.tile[1] // 4)) if blocks < 132 else 1
-        return Launch(kernel, blocks * splits, bytes + w_decomp.nbytes, flops)
+        block_m, block_n = kernel.tile
+        blocks = cdiv(rows, block_m)
+        splits = max(1, min(264 // blocks, columns // block_n // 4)) if blocks < 132 else 1
+        rounds = max(scored / rows, columns if not is_sorted else 0) / block_n * blocks
+        return Launch(kernel, blocks * splits, bytes + w_decomp.nbytes, rounds)
 
+    moved = 2 * targets.nbytes + 2 * keys.nbytes + x + y
     if direction == FORWARD:
-        sort = find("lrea_sort_users_kernel", architecture)
-        sorting = [Launch(sort, cdiv(users + 2, 32), 8.0 * users, None, cdiv(users, 128))] if is_sorted else []
-        return [*sorting, rows_launch(3, 2 * targets.nbytes + 2 * keys.nbytes + x + y)]
+        sort, blocks = find("lrea_sort_users_kernel", architecture), cdiv(users + 2, 32)
+        sorting = [Launch(sort, blocks, 8.0 * users, blocks * cdiv(users, 128))] if is_sorted else []
+        return [*sorting, rows_launch(moved)]
     kernel = find("lrea_columns_kernel", architecture, r=rank)
-    blocks = cdiv(columns, kernel.tile[1])
-    splits = max(1, min(264 // blocks, cdiv(rows, kernel.tile[0]) // 4))
-    by_columns = Launch(kernel, blocks * splits, x + y + 2 * w_decomp.nbytes, 2 * rank * 5 * scored)
+    block_m, block_n = kernel.tile
+    blocks = cdiv(columns, block_n)
+    splits = max(1, min(264 // blocks, cdiv(rows, block_m) // 4))
+    by_columns = Launch(kernel, blocks * splits, x + y + 2 * w_decomp.nbytes, blocks * cdiv(scored / columns, block_m))
     kernel = find("lrea_user_gradients_kernel", architecture, r=rank)
-    by_user = Launch(
-        kernel,
-        users * cdiv(rank, 64) * cdiv(dim, 64),
-        2 * targets.nbytes + 2 * y + 2 * keys.nbytes,
-        4 * rank * dim * max(rows, 32 * users),
-    )
-    return [rows_launch(4, 2 * targets.nbytes + 2 * keys.nbytes + x + 2 * y), by_columns, by_user]
+    blocks = users * cdiv(rank, 64) * cdiv(dim, 64)
+    by_user = Launch(kernel, blocks, 2 * targets.nbytes + 2 * y + 2 * keys.nbytes, blocks * cdiv(rows / users, 32))
+    return [rows_launch(moved + y), by_columns, by_user]
 
 
 @models("lrea_absorbed_attention", "cuda")
@@ -354,8 +358,9 @@ def lrea_compress(workload, inputs, direction, device) -> list[Stage | Launch]:
     events, longest = float(inputs["seq_lens"].sum()), inputs["w_comp"].shape[0]
     blocks = cdiv(longest, kernel.tile[0])
     splits = max(1, min(264 // blocks, workload.batch // 4))
-    flops = 2 * width_of(workload.rank) * width_of(workload.dim) * events
-    return [Stage(flops, 2 * inputs["behaviors"].nbytes), Launch(kernel, blocks * splits, cost.bytes, flops)]
+    flops = 2 * workload.rank * workload.dim * events
+    by_behaviors = Stage(flops, 2 * inputs["behaviors"].nbytes)
+    return [by_behaviors, Launch(kernel, blocks * splits, cost.bytes, events / kernel.tile[0])]
 
 
 @models("lrea_compress_items", "cuda")
@@ -365,10 +370,9 @@ def lrea_compress_items(workload, inputs, direction, device) -> list[Launch]:
 
 def compression(workload, inputs, bytes: float, device) -> Launch:
     kernel = find("lrea_compress_fwd_kernel", device.architecture, r=workload.rank)
-    events = 64 * sum(cdiv(n, 64) for n in inputs["seq_lens"].tolist())
     splits = max(1, min(264 // workload.batch, int(inputs["seq_lens"].max()) // 256))
-    flops = 2 * width_of(workload.rank) * width_of(workload.dim) * events
-    return Launch(kernel, workload.batch * splits, bytes, flops)
+    rounds = sum(cdiv(n, 64) for n in inputs["seq_lens"].tolist())
+    return Launch(kernel, workload.batch * splits, bytes, rounds)
 
 
 # --- inter_sink_bias ---
@@ -377,17 +381,15 @@ def compression(workload, inputs, bytes: float, device) -> Launch:
 @models("inter_sink_bias", "cuda")
 def inter_sink_bias(workload, inputs, direction, device) -> list[Launch]:
     """Forward: a program for 16 rows of a sequence, all heads. Backward: one for a sequence and head."""
-    q, m, dim = inputs["q_s"], workload.sinks, width_of(workload.dim)
+    q, m = inputs["q_s"], workload.sinks
     bias = 4 * workload.batch * m**2
     if direction == FORWARD:
         kernel = find("inter_sink_bias_fwd_kernel", device.architecture, BLOCK_N=width_of(m), D=workload.dim)
-        block_m, block_n = kernel.tile
-        blocks = workload.batch * cdiv(m, block_m)
-        return [Launch(kernel, blocks, 2 * q.nbytes + bias, 2 * dim * block_m * block_n * blocks * workload.heads)]
+        blocks = workload.batch * cdiv(m, kernel.tile[0])
+        return [Launch(kernel, blocks, 2 * q.nbytes + bias, blocks * workload.heads)]
     kernel = find("inter_sink_bias_bwd_kernel", device.architecture, BLOCK_N=width_of(m), D=workload.dim)
-    block_m, block_n = kernel.tile
     blocks = workload.batch * workload.heads
-    return [Launch(kernel, blocks, 4 * q.nbytes + bias, 6 * dim * block_n * block_m * cdiv(m, block_m) * blocks)]
+    return [Launch(kernel, blocks, 4 * q.nbytes + bias, blocks * cdiv(m, kernel.tile[0]))]
 
 
 # --- A layer of BERT ---

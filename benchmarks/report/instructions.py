@@ -1,19 +1,21 @@
 """How long a compiled kernel takes, from its instruction counts.
 
 `benchmarks.tools.counts` takes the counts from the compile table: for every kernel configuration and architecture, what
-one warp asks of a processor's units in the whole kernel (W) and in its main loop (L). A launch runs each instruction
-once and the main loop as often as its matrix products need:
+one warp asks of a processor's units in the whole kernel (W) and in its main loop (L). The blocks of a launch run each
+instruction once, and the main loop as often as the launch has tiles to multiply:
 
-    executed = warps · (W + rounds · L)         rounds = (FLOPs of a warp - W's FLOPs) / L's FLOPs
+    executed = warps · (blocks · W + (rounds - blocks · h) · L)       h = FLOPs of W / FLOPs of L
     t        = t_launch + max(unevenness · (t_mma + max_u t_u), bytes / copy rate)
-    t_mma    = FLOPs / matmul rate
+    t_mma    = executed FLOPs / matmul rate
     t_u      = executed_u · clocks_u / (4 · processors · clock rate)
 
-FLOPs are those of whole tiles. On Hopper mma.sync reaches 62% of the matmul rate, and each wgmma that ptxas serialized
-is taken to wait for 32 clocks. clocks_u are those of a quarter of a processor for an instruction of a warp: 1 to issue
-any, 8 for special functions, 2 for integers and comparisons, 1 for FP32 (2 on Ampere), 4 for 128 bytes of shared
-memory. Tensor cores and the rest do not overlap: that is what the fastest published attentions reach. Unevenness is the
-most blocks of a processor over the average. Latency, bank conflicts and the second-level cache are left out.
+h counts the rounds that the code holds: the loops with and without masks, and what is before them. Where the warps of a
+block repeat each other's products, as in tiles of few rows, the executed FLOPs are more than the equation's. On Hopper
+mma.sync reaches 62% of the matmul rate, and each wgmma that ptxas serialized is taken to wait for 32 clocks. clocks_u
+are those of a quarter of a processor for an instruction of a warp: 1 to issue any, 8 for special functions, 2 for
+integers and comparisons, 1 for FP32 (2 on Ampere), 4 for 128 bytes of shared memory. Tensor cores and the rest do not
+overlap: that is what the fastest published attentions reach. Unevenness is the most blocks of a processor over the
+average. Latency, bank conflicts and the second-level cache are left out.
 """
 
 import json
@@ -69,6 +71,11 @@ class Kernel:
         return cls(kernel, int(architecture.removeprefix("sm_")), words, sizes, sizes["warps"], counts)
 
     @property
+    def held(self) -> float:
+        """Rounds of the main loop that the code holds, by their products."""
+        return self.counts["flops"] / self.counts["loop_flops"] if self.counts["loop_flops"] else 1.0
+
+    @property
     def tile(self) -> tuple[int, int]:
         return self.sizes["BLOCK_M"], self.sizes["BLOCK_N"]
 
@@ -97,30 +104,21 @@ def find(name: str, architecture: int, *words: str, **sizes: int) -> Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """`launches` launches of a kernel, with `blocks`, `bytes` and `flops` in all.
-
-    flops: on tensor cores, in whole tiles. None: the main loop runs `rounds` times in each block.
-    """
+    """`launches` launches of a kernel, with `blocks`, `bytes` and `rounds` of the main loop in all."""
 
     kernel: Kernel
     blocks: float
     bytes: float
-    flops: float | None = None
-    rounds: float = 1.0
+    rounds: float
     launches: int = 1
 
     def executed(self) -> dict[str, float]:
-        """By all warps together."""
-        counts, warps = self.kernel.counts, self.blocks * self.kernel.warps
-        loop_flops, more = counts["loop_flops"], self.rounds - 1
-        if self.flops is not None and loop_flops and warps:
-            # Never less than the loop alone: the code may have loops that this launch does not enter.
-            more = (self.flops / warps - counts["flops"]) / loop_flops
-        units = ("mma", "flops", *UNITS)
-        least = 0.0 if self.flops is None or not loop_flops else self.flops / loop_flops
+        """By all warps. Never less than the rounds alone: the code may have loops that this launch does not enter."""
+        counts, more = self.kernel.counts, self.rounds - self.blocks * self.kernel.held
+        whole_and_loop = {unit: (counts[unit], counts[f"loop_{unit}"]) for unit in ("mma", "flops", *UNITS)}
         return {
-            unit: max(warps * (counts[unit] + more * counts[f"loop_{unit}"]), least * counts[f"loop_{unit}"])
-            for unit in units
+            unit: self.kernel.warps * max(self.blocks * whole + more * loop, self.rounds * loop)
+            for unit, (whole, loop) in whole_and_loop.items()
         }
 
     def milliseconds(self, device: Device, dtype: torch.dtype) -> float:

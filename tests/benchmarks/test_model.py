@@ -14,7 +14,7 @@ from benchmarks.harness.workloads import CPU, CUDA, Draw, SinkWorkload
 from benchmarks.operators.sink_attention import SINK_ATTENTION
 from benchmarks.report import cost_model, devices, reasons
 from benchmarks.report.cpu_models import sink_attention_on_a_cpu
-from benchmarks.report.gpu_models import tiled_pairs
+from benchmarks.report.gpu_models import rounds_of
 from benchmarks.report.instructions import Kernel, Launch, find
 from benchmarks.report.stages import Stage, computed
 
@@ -60,20 +60,24 @@ def test_reads_a_configuration():
     assert found.words == {"bfloat16", "simple", "stage"}
 
 
-def test_every_instruction_runs_once_and_the_loop_as_often_as_its_products_need():
-    launch = Launch(kernel(), blocks=2, bytes=0, flops=8 * 5000)  # 5 rounds of each of 8 warps, 2 of them in the code
-    assert launch.executed() == {unit: 8 * (ALL[unit] + 3 * LOOP[unit]) for unit in ALL}
-    by_rounds = Launch(kernel(), blocks=2, bytes=0, rounds=4)
-    assert by_rounds.executed() == launch.executed()
+def test_every_instruction_runs_once_and_the_loop_as_often_as_it_has_rounds():
+    """The code holds two rounds of the loop, by its products."""
+    launch = Launch(kernel(), blocks=2, bytes=0, rounds=10)
+    assert launch.executed() == {unit: 4 * (2 * ALL[unit] + 6 * LOOP[unit]) for unit in ALL}
 
 
 def test_no_less_is_executed_than_the_loop():
-    small = Launch(kernel(instructions=100), blocks=2, bytes=0, flops=8 * 1000)
-    assert small.executed()["instructions"] == 8 * LOOP["instructions"]
+    short = Launch(kernel(instructions=100), blocks=2, bytes=0, rounds=2)
+    assert short.executed()["instructions"] == 8 * LOOP["instructions"]
+
+
+def test_without_products_the_code_holds_one_round():
+    launch = Launch(kernel(flops=0, loop_flops=0), blocks=2, bytes=0, rounds=10)
+    assert launch.executed()["mufu"] == 4 * (2 * ALL["mufu"] + 8 * LOOP["mufu"])
 
 
 def test_the_time_of_a_launch():
-    launch = Launch(kernel(), blocks=2, bytes=1e6, flops=8 * 5000)
+    launch = Launch(kernel(), blocks=2, bytes=1e6, rounds=10)
     executed = launch.executed()
     quarters = 4 * 4e9 / 16 / 1e3  # clocks in a millisecond
     parts = launch.parts(SIMPLE, torch.bfloat16)
@@ -91,7 +95,7 @@ def test_the_time_of_a_launch():
 
 def test_what_slows_the_products_of_a_launch():
     def products(device=SIMPLE, **counts: int) -> float:
-        return Launch(kernel(**counts), 2, 0, 8 * 5000).parts(device, torch.bfloat16)["tensor cores"]
+        return Launch(kernel(**counts), 2, 0, 10).parts(device, torch.bfloat16)["tensor cores"]
 
     assert products(loop_wgmma=0) == pytest.approx(products() / 0.62)
     assert products(replace(SIMPLE, architecture=80), loop_wgmma=0) == pytest.approx(products())
@@ -110,7 +114,7 @@ def test_what_slows_the_products_of_a_launch():
 )
 def test_the_busiest_unit(unit, count, clocks, ampere):
     names = {"mufu": "special functions", "alu": "integers", "fma": "FP32", "shared": "shared memory"}
-    launch = Launch(kernel(**{unit: count}), 2, 0, 8 * 2000)
+    launch = Launch(kernel(**{unit: count}), 2, 0, 4)
     for device, each in ((SIMPLE, clocks), (replace(SIMPLE, architecture=80), ampere)):
         parts = launch.parts(device, torch.bfloat16)
         assert parts[names[unit]] == pytest.approx(each * 8 * count / 1e6)
@@ -127,11 +131,11 @@ def test_finds_the_configuration_that_suffices():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_counts_the_pairs_of_tiles(causal):
+def test_counts_the_rounds_of_tiles(causal):
     rows, keys, block_m, block_n = 7, 21, 2, 4
     spread = [(i + 1) * keys / rows for i in range(8)]
     lasts = [min(keys, spread[2 * i + 1]) if causal else keys for i in range(4)]
-    assert tiled_pairs(rows, keys, block_m, block_n, causal) == sum(2 * 4 * math.ceil(last / 4) for last in lasts)
+    assert rounds_of(rows, keys, block_m, block_n, causal) == sum(math.ceil(last / 4) for last in lasts)
 
 
 def test_a_measured_gpu_is_known_by_its_name():
