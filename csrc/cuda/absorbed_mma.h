@@ -36,7 +36,14 @@ constexpr int kSlab = kSlabGroups * kGroup;  // columns of q that are loaded ahe
 constexpr int kStagingLanes = 8;             // threads that stage one row
 constexpr int kStagingRows = kThreads / kStagingLanes;
 
-// A state in shared memory: keys [kRank, key_stride], values [kRank, value_stride], scales [kRank].
+// What lies before the state in shared memory: its scales, and the tile, which would take registers meanwhile.
+template <int kRank>
+struct alignas(16) Header {
+    float2 scales[kRank];
+    Tile tile;
+};
+
+// A state in shared memory, behind the header: keys [kRank, key_stride], values [kRank, value_stride].
 template <int kRank>
 struct Layout {
     int width, key_stride, value_stride;  // in elements of two bytes
@@ -47,8 +54,9 @@ struct Layout {
         : width(((query_dim > value_dim ? query_dim : value_dim) + kGroup - 1) / kGroup * kGroup),
           key_stride(width / 64 * 64 + 32),
           value_stride(width + 8) {}
-    __host__ __device__ int scales_offset() const { return kRank * (key_stride + value_stride) * 2; }
-    __host__ __device__ int bytes() const { return scales_offset() + kRank * static_cast<int>(sizeof(float2)); }
+    __host__ __device__ int bytes() const {
+        return static_cast<int>(sizeof(Header<kRank>)) + kRank * (key_stride + value_stride) * 2;
+    }
 };
 
 // Eight numbers of a state. widen() converts them to half precision, exactly also for int8.
@@ -172,12 +180,19 @@ __device__ void add_scores(const Slab& slab, const T* keys, int stride, int widt
     for (int i = 0; i < kSlabGroups; ++i) {
         if (i * kGroup >= width) break;
         const uint4 low = slab.low[i], high = slab.high[i];
+        uint4 key[kRank / 8];
 #pragma unroll
         for (int n = 0; n < kRank / 8; ++n) {
             const int row = n * 8 + lane / 4, column = i * kGroup + lane % 4 * kPiece;
-            const uint4 key = *reinterpret_cast<const uint4*>(keys + row * stride + column);
-            multiply_add<T>(scores[n], {low.x, high.x, low.y, high.y}, key.x, key.y);
-            multiply_add<T>(scores[n], {low.z, high.z, low.w, high.w}, key.z, key.w);
+            key[n] = *reinterpret_cast<const uint4*>(keys + row * stride + column);
+        }
+#pragma unroll
+        for (int n = 0; n < kRank / 8; ++n) {
+            multiply_add<T>(scores[n], {low.x, high.x, low.y, high.y}, key[n].x, key[n].y);
+        }
+#pragma unroll
+        for (int n = 0; n < kRank / 8; ++n) {
+            multiply_add<T>(scores[n], {low.z, high.z, low.w, high.w}, key[n].z, key[n].w);
         }
     }
 }
@@ -234,35 +249,38 @@ __device__ void store_piece(const float (&acc)[4][4], int i, float scale, T* out
 }
 
 template <class T, class State, int kRank>
-__global__ void __launch_bounds__(kThreads, kRank <= 32 ? 3 : 2) absorbed_attention_kernel(const Operands<T> op) {
+__global__ void __launch_bounds__(kThreads, kRank <= 32 ? 4 : 2) absorbed_attention_kernel(const Operands<T> op) {
     constexpr bool kScaled = std::is_same_v<State, int8_t>;
     RECATTN_DYNAMIC_SHARED_MEMORY(uint4, shared);
-    check_users(op);
-    store_unowned_rows(op, 0, op.value_dim);
-    const Tile tile = find_tile(op);
+    const Block block = block_of(op);
+    check_users(op, block);
+    store_unowned_rows(op, block);
+    const Tile tile = find_tile(op, block);
     if (tile.rows == 0) return;
-    const int head = blockIdx.y, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const int head = tile.head, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const Layout<kRank> layout(op.query_dim, op.value_dim);
-    T* keys = reinterpret_cast<T*>(shared);
+    auto* header = reinterpret_cast<Header<kRank>*>(shared);
+    T* keys = reinterpret_cast<T*>(header + 1);
     T* values = keys + kRank * layout.key_stride;
-    float2* scales = reinterpret_cast<float2*>(reinterpret_cast<char*>(shared) + layout.scales_offset());
+    if (threadIdx.x == 0) header->tile = tile;
 
     const int row = warp * kRowsPerWarp + lane / 4, high_row = row + kRowsPerWarp / 2;
     const T* low_target = target_of(op, tile, row, lane % 4 == 0);
     const T* high_target = target_of(op, tile, high_row, lane % 4 == 0);
-    if (tile.slot < 0) return store_zeros(op, tile.first, tile.rows, 0, op.value_dim);
+    if (tile.slot < 0) return store_zeros(op, tile.first, tile.rows, head);
     Slab slab(low_target, high_target, 0, op.query_dim);  // loads while the state is staged
     float scale = 1.f;
     if constexpr (kScaled) {
         Scales<kRank> of_user(op.keys, op.values, tile.slot, head, op.rank);
         stage<State>(op, layout, tile.slot, head, keys, values);
         scale = of_user.normalize();
-        of_user.store(scales);
+        of_user.store(header->scales);
     } else {
         stage<State>(op, layout, tile.slot, head, keys, values);
     }
     __syncthreads();
-    if (warp * kRowsPerWarp >= tile.rows) return;
+    const int rows = header->tile.rows;
+    if (warp * kRowsPerWarp >= rows) return;
 
     float scores[kRank / 8][4] = {};
 #pragma unroll 1
@@ -271,17 +289,17 @@ __global__ void __launch_bounds__(kThreads, kRank <= 32 ? 3 : 2) absorbed_attent
         if (column + kSlab < op.query_dim) slab = Slab(low_target, high_target, column + kSlab, op.query_dim);
     }
     uint32_t weights[kRank / 16][4];
-    apply_leaky_relu<T, kScaled, kRank>(op.negative_slope, scales, scores, weights);
+    apply_leaky_relu<T, kScaled, kRank>(op.negative_slope, header->scales, scores, weights);
     const int64_t out_row = op.heads * op.value_dim;
-    T* out = op.out + (tile.first + row) * out_row + head * op.value_dim;
+    T* out = op.out + (header->tile.first + row) * out_row + header->tile.head * op.value_dim;
 #pragma unroll 1
     for (int column = 0; column < op.value_dim; column += kGroup) {
         float acc[4][4] = {};
         multiply_values<T, kRank>(weights, values + column, layout.value_stride, acc);
         const int mine = column + lane % 4 * kPiece;
         const bool inside = mine < op.value_dim;
-        if (inside && row < tile.rows) store_piece(acc, 0, scale, out + mine);
-        if (inside && high_row < tile.rows) store_piece(acc, 2, scale, out + kRowsPerWarp / 2 * out_row + mine);
+        if (inside && row < rows) store_piece(acc, 0, scale, out + mine);
+        if (inside && high_row < rows) store_piece(acc, 2, scale, out + kRowsPerWarp / 2 * out_row + mine);
     }
 }
 

@@ -46,10 +46,22 @@ struct Operands {
     float negative_slope;
 };
 
-// Rows first .. first+rows of the output, all of one user. slot = -1 if the user's slot is out of range.
+// What a block computes: one tile of one head. Heads lie next to each other in the grid, so that the blocks that run at
+// a time share rows of memory.
+struct Block {
+    int tile, head;
+};
+
+template <class T>
+__device__ Block block_of(const Operands<T>& op) {
+    const auto heads = static_cast<unsigned>(op.heads);
+    return {static_cast<int>(blockIdx.x / heads), static_cast<int>(blockIdx.x % heads)};
+}
+
+// Rows first .. first+rows of the output, all of one user, and the head. slot = -1 if the user's slot is out of range.
 struct Tile {
     int64_t first, slot;
-    int rows;
+    int rows, head;
 };
 
 __device__ inline bool is_row(int64_t index, int64_t table_size) {
@@ -65,9 +77,9 @@ __device__ void report_invalid(const Operands<T>& op) {
 
 // Each block checks one range of users; the blocks of the first head together check all.
 template <class T>
-__device__ void check_users(const Operands<T>& op) {
-    const int64_t user = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (user >= op.users || blockIdx.y > 0 || blockIdx.z > 0) return;
+__device__ void check_users(const Operands<T>& op, Block block) {
+    const int64_t user = static_cast<int64_t>(block.tile) * blockDim.x + threadIdx.x;
+    if (user >= op.users || block.head > 0) return;
     const int64_t begin = op.offsets[user], end = op.offsets[user + 1];
     if (begin > end || (user == 0 && begin != 0) || (user == op.users - 1 && end != op.rows)) report_invalid(op);
     if (!is_row(op.slots[user], op.table_size)) report_invalid(op);
@@ -82,27 +94,29 @@ __device__ int64_t offset_of(const Operands<T>& op, int64_t user) {
 // The last user whose tiles begin at or before `tile`; a search with 32 probes at a time. For invalid (descending)
 // offsets several users may qualify. The one found never decreases from tile to tile, so every row gets a tile.
 template <class T>
-__device__ int64_t find_user(const Operands<T>& op, int64_t tile) {
-    int64_t low = 0, high = op.users;
+__device__ int find_user(const Operands<T>& op, int tile) {
+    unsigned low = 0, high = static_cast<unsigned>(op.users);  // a tile has a number of 31 bits, and so has a user
     while (high - low > 1) {
-        const int64_t step = (high - low + kLanes - 1) / kLanes;
-        const int lane = threadIdx.x % kLanes;
-        const int64_t probe = low + lane * step;
-        const bool before = lane == 0 || (probe < high && (offset_of(op, probe) >> op.log2_tile_rows) + probe <= tile);
+        const unsigned step = (high - low + kLanes - 1) / kLanes;
+        const unsigned lane = threadIdx.x % kLanes, probe = low + lane * step;
+        const bool before =
+            lane == 0 || (probe < high && static_cast<unsigned>(offset_of(op, probe) >> op.log2_tile_rows) + probe <=
+                                              static_cast<unsigned>(tile));
         low += (kLanes - 1 - __clz(__ballot_sync(0xffffffff, before))) * step;
         high = min(high, low + step);
     }
-    return low;
+    return static_cast<int>(low);
 }
 
 template <class T>
-__device__ Tile find_tile(const Operands<T>& op) {
-    const int64_t user = find_user(op, blockIdx.x);
-    const int64_t begin = offset_of(op, user), end = offset_of(op, user + 1), slot = op.slots[user];
-    const int64_t first = begin + ((blockIdx.x - user - (begin >> op.log2_tile_rows)) << op.log2_tile_rows);
-    if (first < begin || first >= end) return {first, 0, 0};
+__device__ Tile find_tile(const Operands<T>& op, Block block) {
+    const int user = find_user(op, block.tile);
+    const int64_t begin = offset_of(op, user), end = offset_of(op, user + 1);
+    const int64_t first = begin + ((block.tile - user - (begin >> op.log2_tile_rows)) << op.log2_tile_rows);
+    if (first < begin || first >= end) return {first, 0, 0, block.head};
+    const int64_t slot = op.slots[user];
     return {first, is_row(slot, op.table_size) ? slot : -1,
-            static_cast<int>(min(end - first, static_cast<int64_t>(1) << op.log2_tile_rows))};
+            static_cast<int>(min(end - first, static_cast<int64_t>(1) << op.log2_tile_rows)), block.head};
 }
 
 // Address of the target of a tile's row (rows beyond the tile: its last row); null if the item id is out of range.
@@ -112,31 +126,31 @@ __device__ const T* target_of(const Operands<T>& op, const Tile& tile, int row, 
     if (op.item_ids.data != nullptr) {
         target = op.item_ids[target];
         if (!is_row(target, op.items)) {
-            if (reports && row < tile.rows && blockIdx.y == 0 && blockIdx.z == 0) report_invalid(op);
+            if (reports && row < tile.rows && tile.head == 0) report_invalid(op);
             return nullptr;
         }
     }
-    return op.targets + target * op.target_row + blockIdx.y * op.target_head;
+    return op.targets + target * op.target_row + tile.head * op.target_head;
 }
 
-// Stores zeros in some columns of this block's head.
+// Stores zeros in some rows of one head.
 template <class T>
-__device__ void store_zeros(const Operands<T>& op, int64_t first_row, int64_t rows, int first_column, int columns) {
-    T* out = op.out + (first_row * op.heads + blockIdx.y) * op.value_dim + first_column;
+__device__ void store_zeros(const Operands<T>& op, int64_t first_row, int64_t rows, int head) {
+    T* out = op.out + (first_row * op.heads + head) * op.value_dim;
 #pragma unroll 1
     for (int64_t row = 0; row < rows; ++row, out += op.heads * op.value_dim) {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < columns; i += blockDim.x) store(0.f, out + i);
+        for (int i = threadIdx.x; i < op.value_dim; i += blockDim.x) store(0.f, out + i);
     }
 }
 
 // Stores zeros in the rows before the first user's and after the last user's, which are in no tile.
 template <class T>
-__device__ void store_unowned_rows(const Operands<T>& op, int first_column, int columns) {
-    if (op.invalid == nullptr || blockIdx.x > 0) return;
+__device__ void store_unowned_rows(const Operands<T>& op, Block block) {
+    if (op.invalid == nullptr || block.tile > 0) return;
     const int64_t begin = offset_of(op, 0), end = offset_of(op, op.users);
-    store_zeros(op, 0, begin, first_column, columns);
-    store_zeros(op, end, op.rows - end, first_column, columns);
+    store_zeros(op, 0, begin, block.head);
+    store_zeros(op, end, op.rows - end, block.head);
 }
 
 __device__ inline float leaky_relu(float x, float negative_slope) { return x > 0.f ? x : x * negative_slope; }

@@ -15,7 +15,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMaxBlocks = 65535;  // limit of a grid along y and z
+constexpr int64_t kMaxWidth = 65535;  // so that no count of columns exceeds an int
 
 // Checks first, because calling an operator costs about as much as launching a kernel.
 Tensor make_contiguous(const Tensor& tensor) {
@@ -35,21 +35,27 @@ StateTable table(const Tensor& state, const OptionalTensor& scales) {
     return table;
 }
 
-// Whether the last axis can be read in aligned pieces of kPiece elements.
-bool is_readable_in_pieces(const Tensor& tensor) {
+// Whether the last axis can be read in aligned pieces of so many numbers.
+bool is_readable_in_pieces(const Tensor& tensor, int piece) {
     const int64_t last = tensor.dim() - 1;
-    if (tensor.size(last) % mma::kPiece != 0 || tensor.stride(last) != 1) return false;
+    if (tensor.size(last) % piece != 0 || tensor.stride(last) != 1) return false;
     for (int64_t axis = 0; axis < last; ++axis) {
-        if (tensor.size(axis) > 1 && tensor.stride(axis) % mma::kPiece != 0) return false;
+        if (tensor.size(axis) > 1 && tensor.stride(axis) % piece != 0) return false;
     }
     const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    return address % (mma::kPiece * tensor.element_size()) == 0;
+    return address % (piece * tensor.element_size()) == 0;
 }
 
-bool fits_tensor_cores(const Tensor& targets, const Tensor& keys, const Tensor& values, const AbsorbedSizes& sizes) {
-    return sizes.rank > 0 && sizes.query_dim > 0 && sizes.rank <= mma::kMaxRank &&
-           std::max(sizes.query_dim, sizes.value_dim) <= mma::kMaxWidth && is_readable_in_pieces(targets) &&
-           is_readable_in_pieces(keys) && is_readable_in_pieces(values);
+Access access_of(const Tensor& targets, const Tensor& keys, const Tensor& values, const AbsorbedSizes& sizes) {
+    const auto in_pieces = [&](int piece) {
+        return is_readable_in_pieces(targets, piece) && is_readable_in_pieces(keys, piece) &&
+               is_readable_in_pieces(values, piece);
+    };
+    if (sizes.rank > 0 && sizes.query_dim > 0 && sizes.rank <= mma::kMaxRank &&
+        std::max(sizes.query_dim, sizes.value_dim) <= mma::kMaxWidth && in_pieces(mma::kPiece)) {
+        return Access::kTensorCores;
+    }
+    return in_pieces(fma::kQuad) ? Access::kQuads : Access::kNumbers;
 }
 
 void expect_on_device(const char* name, const Tensor& tensor, const Tensor& targets) {
@@ -71,9 +77,8 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
     if (key_scales) expect_on_device("key_scales", *key_scales, targets);
     if (value_scales) expect_on_device("value_scales", *value_scales, targets);
     if (invalid) expect_on_device("invalid", *invalid, targets);
-    expect(sizes.heads <= kMaxBlocks, "targets must have at most ", kMaxBlocks, " heads, got ", sizes.heads);
-    expect(std::max({sizes.rank, sizes.query_dim, sizes.value_dim}) <= kMaxBlocks, "rank and widths must be at most ",
-           kMaxBlocks, ", got r = ", sizes.rank, ", d = ", sizes.query_dim, ", dv = ", sizes.value_dim);
+    expect(std::max({sizes.rank, sizes.query_dim, sizes.value_dim}) <= kMaxWidth, "rank and widths must be at most ",
+           kMaxWidth, ", got r = ", sizes.rank, ", d = ", sizes.query_dim, ", dv = ", sizes.value_dim);
     const DeviceGuard guard(targets.get_device_index());
     const Tensor out = torch::stable::new_empty(targets, {sizes.rows, sizes.heads, sizes.value_dim});
     if (out.numel() == 0) return out;
@@ -103,7 +108,7 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
                              .query_dim = static_cast<int>(sizes.query_dim),
                              .value_dim = static_cast<int>(sizes.value_dim),
                              .negative_slope = static_cast<float>(negative_slope)};
-        launch_absorbed_attention(op, fits_tensor_cores(targets, state_keys, state_values, sizes), stream);
+        launch_absorbed_attention(op, access_of(targets, state_keys, state_values, sizes), stream);
     };
     switch (targets.scalar_type()) {
         case ScalarType::Float:

@@ -12,15 +12,22 @@ import pytest
 from tests.helpers.emulated_cuda import CSRC, altered, compile_program
 
 KERNELS = ("absorbed_fma.h", "absorbed_mma.h")
-BARRIER = "    __syncthreads();\n"
-BARRIERS = [(name, i) for name in KERNELS for i in range((CSRC / "cuda" / name).read_text().count(BARRIER))]
+BARRIERS = [
+    (name, barrier, i)
+    for name in KERNELS
+    for barrier in ("__syncthreads();", "__syncwarp();")
+    for i in range((CSRC / "cuda" / name).read_text().count(barrier))
+]
 # For each file of csrc/cuda: the name of a mistake, what the file says, and the mistake in its place.
 MISTAKES = {
     "absorbed_fma.h": (
-        ("elements outside a tile", "m < rows && n < columns ? at(m, n) : 0.f", "at(m, n)"),
-        ("rows outside a tile", "if (row < tile.rows && column < columns) store", "if (column < columns) store"),
-        ("columns outside the output", "if (row < tile.rows && column < columns) store", "if (row < tile.rows) store"),
-        ("scales of another row", "* scales[m * table.scale_row]", "* scales[0]"),
+        ("rows outside", "if (column < columns && begin >= 0)", "if (column < columns)"),
+        ("columns outside", "if (column < columns && begin >= 0)", "if (begin >= 0)"),
+        ("rows outside a tile", "if (first_row + m + i * kRowLanes < tile.rows) {", "if (true) {"),
+        ("columns outside the output", "if (column < columns) store_quad", "if (true) store_quad"),
+        ("numbers outside the output", "if (column + l < columns) store", "if (true) store"),
+        ("scales of another row", "scales[m * table.scale_row]", "scales[0]"),
+        ("scores of another row of lanes", "lane / 16 * 2, n", "lane / 16, n"),
     ),
     "absorbed_mma.h": (
         ("state rows outside", "row < rank && column < width", "column < width"),
@@ -29,7 +36,7 @@ MISTAKES = {
         ("low rows outside a tile", "if (inside && row < tile.rows)", "if (inside)"),
         ("high rows outside a tile", "if (inside && high_row < tile.rows)", "if (inside)"),
         ("output columns outside", "const bool inside = mine < op.value_dim", "const bool inside = true"),
-        ("too little shared memory", "return scales_offset() + kRank", "return scales_offset() - 8 + kRank"),
+        ("too little shared memory", "sizeof(Header<kRank>)) + kRank", "sizeof(Header<kRank>)) - 32 + kRank"),
         ("scales outside", "mine[i] = k < rank ?", "mine[i] = true ?"),
         ("halves swapped", "0x5410", "0x1054"),
     ),
@@ -38,7 +45,7 @@ MISTAKES = {
         ("item ids unchecked", "if (!is_row(target, op.items)) {", "if (false) {"),
         ("offsets outside", "max(int64_t{0}, min(op.offsets[user], op.rows))", "op.offsets[user]"),
         ("rows of no user", "    store_zeros(op, end, op.rows - end, first_column, columns);\n", ""),
-        ("users outside", "user >= op.users || blockIdx.y", "blockIdx.y"),
+        ("users outside", "user >= op.users || block.head > 0", "block.head > 0"),
         ("the wrong user", "+ probe <= tile", "+ probe < tile"),
     ),
 }
@@ -61,9 +68,9 @@ def test_no_two_threads_of_a_kernel_race(tmp_path):
     assert code == 0 and said == "right\n", said
 
 
-@pytest.mark.parametrize("name, occurrence", BARRIERS)
-def test_a_missing_barrier_is_a_race(name, occurrence, tmp_path):
-    csrc = altered(tmp_path, name, BARRIER, "", occurrence)
+@pytest.mark.parametrize("name, barrier, occurrence", BARRIERS)
+def test_a_missing_barrier_is_a_race(name, barrier, occurrence, tmp_path):
+    csrc = altered(tmp_path, name, barrier, ";", occurrence)
     code, said = outcome(compile_program("stress.cpp", tmp_path, sanitizer="thread", csrc=csrc))
     # Or a pointer is read before it is written.
     assert code != 0 and re.search("ThreadSanitizer: (data race|SEGV)", said), said

@@ -190,11 +190,17 @@ def test_refuses_another_device():
 
 def test_refuses():
     inputs = draw(heads=1)
-    with pytest.raises(ValueError, match="must have at most 65535 heads, got 65536"):
-        tables = {name: x.expand(-1, 65536, *x.shape[2:]) for name, x in inputs.items() if x.dim() > 1}
-        attend(**{**inputs, **tables})
+    with pytest.raises(ValueError, match="rank and widths must be at most 65535, got r = 8, d = 16, dv = 65536"):
+        attend(**{**inputs, "state_values": inputs["state_values"][..., :1].expand(-1, -1, -1, 65536)})
     with pytest.raises(ValueError, match="targets must be float32 or bfloat16 or float16, got float64"):
         attend(**{name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_heads_than_a_grid_is_high(dtype):
+    inputs = draw((1, 2), heads=1, rank=2, dim=8, value_dim=8, dtype=dtype)
+    wide = {name: x.expand(-1, 65537, *x.shape[2:]) if x.dim() > 1 else x for name, x in inputs.items()}
+    assert (attend(**wide) == attend(**inputs)).all()
 
 
 def test_no_candidates():

@@ -24,6 +24,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -43,6 +46,7 @@ inline dim3 block_size;
 
 // In a kernel. What takes a place waits for the whole warp (or block) and throws if its threads wait at several.
 void synchronize(Place);
+void synchronize_warp(Place);
 void expect_all_lanes(unsigned mask);
 uint32_t ballot(bool, Place);
 float shuffle(float, int from_lane, Place);
@@ -68,6 +72,8 @@ void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
 #define blockDim (emulation::block_size)
 
 inline void __syncthreads(emulation::Place place = emulation::Place::current()) { emulation::synchronize(place); }
+
+inline void __syncwarp(emulation::Place place = emulation::Place::current()) { emulation::synchronize_warp(place); }
 
 inline uint32_t __ballot_sync(unsigned mask, bool holds, emulation::Place place = emulation::Place::current()) {
     emulation::expect_all_lanes(mask);

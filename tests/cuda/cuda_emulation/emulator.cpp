@@ -189,6 +189,10 @@ void synchronize(Place place) {
     meet(block, "__syncthreads", place, nullptr, [](Thread*) {});
 }
 
+void synchronize_warp(Place place) {
+    meet(warp_of_current(), "__syncwarp", place, nullptr, [](Thread*) {});
+}
+
 int lane() { return rank_of(current) % kLanes; }
 
 void expect_all_lanes(unsigned mask) {

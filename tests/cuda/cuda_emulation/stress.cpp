@@ -111,10 +111,12 @@ void serve(const Sizes& sizes, const std::vector<int>& counts, Indices kind) {
                          .query_dim = query_dim,
                          .value_dim = value_dim,
                          .negative_slope = 0.1f};
-    const bool in_pieces =
-        gap == 1 && query_dim > 0 && query_dim % 8 == 0 && value_dim % 8 == 0 && rank <= recattn::mma::kMaxRank;
+    const auto in_pieces = [&](int piece) { return gap == 1 && query_dim % piece == 0 && value_dim % piece == 0; };
+    const auto access = in_pieces(8) && query_dim > 0 && rank <= recattn::mma::kMaxRank ? recattn::Access::kTensorCores
+                        : in_pieces(4)                                                  ? recattn::Access::kQuads
+                                                                                        : recattn::Access::kNumbers;
     try {
-        recattn::launch_absorbed_attention(op, in_pieces, nullptr);
+        recattn::launch_absorbed_attention(op, access, nullptr);
         if (kind == Indices::kWildUncounted) fail("an index out of range did not stop the kernel");
     } catch (const std::runtime_error& error) {
         if (kind != Indices::kWildUncounted || std::string(error.what()).find("trap") == std::string::npos) throw;
@@ -154,11 +156,12 @@ void serve(const Sizes& sizes, const std::vector<int>& counts, Indices kind) {
 template <class T>
 void serve_all() {
     const std::vector<int> counts{1, 0, 17, 130, 0, 33};
-    for (const Sizes& sizes :
-         {Sizes{.rank = 7, .query_dim = 65, .value_dim = 3},
-          Sizes{.rank = 33, .query_dim = 8, .value_dim = 129, .gap = 3},
-          Sizes{.rank = 40, .query_dim = 0, .value_dim = 5}, Sizes{.rank = 16, .query_dim = 8, .value_dim = 40},
-          Sizes{32, 64, 72}, Sizes{.rank = 35, .query_dim = 104, .value_dim = 32, .heads = 1}}) {
+    for (const Sizes& sizes : {Sizes{.rank = 7, .query_dim = 65, .value_dim = 3},
+                               Sizes{.rank = 33, .query_dim = 8, .value_dim = 129, .gap = 3},
+                               Sizes{.rank = 40, .query_dim = 0, .value_dim = 5},
+                               Sizes{.rank = 37, .query_dim = 36, .value_dim = 68, .heads = 3},
+                               Sizes{.rank = 16, .query_dim = 8, .value_dim = 40}, Sizes{32, 64, 72},
+                               Sizes{.rank = 35, .query_dim = 104, .value_dim = 32, .heads = 1}}) {
         for (Indices kind : {Indices::kRight, Indices::kWild, Indices::kWild, Indices::kWildUncounted}) {
             serve<T, T>(sizes, counts, kind);
             serve<T, int8_t>(sizes, counts, kind);
