@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recattn.reference
 from recattn.serving import StateTable
@@ -354,6 +355,87 @@ def test_does_not_shrink():
     table = make_table(4)
     with pytest.raises(ValueError, match="capacity must be at least 4, got 3"):
         table.grow(3)
+
+
+# Without waiting for a device
+
+
+class Copies(TorchDispatchMode):
+    """Tensors that are copied, and whether the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            is_copy = func is torch.ops.aten.copy_.default
+            non_blocking = args[2] if is_copy and len(args) > 2 else kwargs.get("non_blocking", False)
+            self.made.append((args[is_copy].data_ptr(), non_blocking))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_slots_go_to_a_device_from_pinned_memory_without_waiting(given, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
+    table = make_table(device="meta")
+    out = torch.empty(2, dtype=torch.int64, device="meta") if given else None
+    with Copies() as copies, table.request(ids(1, 2), out=out) as request:
+        assert request.slots.device.type == "meta" and (request.slots is out or not given)
+    assert len(pinned) == 1 and pinned[0].tolist() == [4, 4]
+    assert copies.made == [(pinned[0].data_ptr(), True)]
+
+
+def test_slots_can_be_written_to_a_given_tensor():
+    table = make_table()
+    table.put(ids(1, 2), *stamped([1, 2]))
+    out = torch.full((3,), -1)
+    with table.request(ids(2, 9, 1), out=out) as request:
+        assert request.slots is out and stamps_of(request) == [2, 0, 1]
+    targets, offsets = torch.randn(3, H, D), torch.tensor([0, 1, 2, 3])
+    with table.request(ids(1, 1, 2), out=out) as request:
+        assert request.attend(targets, offsets).equal(table.attend(targets, ids(1, 1, 2), offsets))
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ([0, 0], "out must be a torch.Tensor, got list"),
+        (torch.zeros(3, dtype=torch.int64), r"out must be \[U\] = \[2\], got \[3\]"),
+        (torch.zeros(2, dtype=torch.int32), "out must be int64, got int32"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "out must be on cpu, got meta"),
+    ],
+)
+def test_refuses_to_write_slots(out, message):
+    table = make_table(1)
+    table.put(ids(1), *stamped([1]))
+    with pytest.raises(ValueError, match=message), table.request(ids(1, 1), out=out):
+        pass
+    table.put(ids(2), *stamped([2]))  # no row is pinned
+
+
+@pytest.mark.gpu
+def test_a_request_does_not_wait_for_a_gpu_and_a_graph_reads_its_slots():
+    keys, values = random_states(3)
+    table = make_table(3, device="cuda")
+    table.put(ids(1, 2, 3), keys, values)
+    targets, offsets = torch.randn(3, H, D, device="cuda"), torch.tensor([0, 1, 2, 3], device="cuda")
+    slots = torch.empty(3, dtype=torch.int64, device="cuda")
+    expected = table.attend(targets, ids(3, 9, 1), offsets)
+    graph = torch.cuda.CUDAGraph()
+    with table.request(ids(1, 2, 3), out=slots) as request, torch.cuda.graph(graph):
+        out = request.attend(targets, offsets)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert table.attend(targets, ids(3, 9, 1), offsets).shape == expected.shape
+        with table.request(ids(3, 9, 1), out=slots):
+            graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.equal(expected)
 
 
 @pytest.mark.gpu

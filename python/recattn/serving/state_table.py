@@ -42,10 +42,14 @@ class Request:
         tables: keys, values and, for int8 states, key_scales and value_scales: arguments of `lrea_absorbed_attention`.
     """
 
-    def __init__(self, tables: Tables, rows: Tensor) -> None:
+    def __init__(self, tables: Tables, rows: Tensor, out: Tensor | None) -> None:
         self.tables = tables
         self.found = rows >= 0
-        self.slots = rows.where(self.found, len(tables.keys) - 1).to(tables.keys.device)
+        slots = rows.where(self.found, len(tables.keys) - 1)
+        if out is None:
+            self.slots = _to_device(slots, tables.keys.device)
+        else:
+            self.slots = out.copy_(_pinned(slots, out.device), non_blocking=True)
         self._ended = False
 
     def attend(
@@ -194,19 +198,38 @@ class StateTable:
         return missing
 
     @contextmanager
-    def request(self, user_ids: Tensor) -> Iterator[Request]:
+    def request(self, user_ids: Tensor, *, out: Tensor | None = None) -> Iterator[Request]:
         """Pin the rows of users while a request reads them:
 
             with table.request(user_ids) as request:
                 scores = request.attend(targets, target_offsets)
 
+        On CUDA nothing here waits for the device. A CUDA graph reads its slots from one place: `out`. Capture it anew
+        after `grow`.
+
+            slots = torch.empty(users, dtype=torch.int64, device=table.device)
+            with table.request(user_ids, out=slots) as request, torch.cuda.graph(graph):
+                scores = request.attend(targets, target_offsets)
+            with table.request(other_ids, out=slots):
+                graph.replay()
+
         Args:
             user_ids: [U] int64 or int32 on the CPU; a user may appear twice.
+            out: [U] int64 on the table's device, to be filled and used as the request's `slots`.
+
+        Raises:
+            ValueError: `out` has another shape, dtype or device.
         """
-        rows = self._slot_map.acquire(_user_ids(user_ids))
+        ids = _user_ids(user_ids)
+        if out is not None:
+            expect_tensors(out=out)
+            expect_shape({"U": len(ids)}, "out", out, "U")
+            expect_dtype("out", out, (torch.int64,))
+            expect(out.device == self.device, "out", f"on {self.device}", out.device)
+        rows = self._slot_map.acquire(ids)
         try:
             # Read self._tables after pinning: if `grow` ran in between, only its new tables are sure to have the rows.
-            request = Request(self._tables, torch.from_numpy(rows))
+            request = Request(self._tables, torch.from_numpy(rows), out)
             try:
                 yield request
             finally:
@@ -389,13 +412,22 @@ class StateTable:
             if np.count_nonzero(last) < len(rows):
                 states = {name: state[torch.from_numpy(last).to(state.device)] for name, state in states.items()}
                 rows = rows[last]
-            index = torch.from_numpy(rows).to(self.device)
+            index = _to_device(torch.from_numpy(rows), self.device)
             for name, state in states.items():
                 _write_rows(getattr(self._tables, name), index, state)
         except BaseException:
             self._slot_map.abandon(rows)
             raise
         self._slot_map.publish(rows)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host, to be copied to a device without waiting: PyTorch reuses pinned memory after the copy."""
+    return tensor if device.type == "cpu" else tensor.pin_memory()
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return _pinned(tensor, device).to(device, non_blocking=True)
 
 
 def _write_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
