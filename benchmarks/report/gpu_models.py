@@ -179,7 +179,7 @@ def refined_attention(workload, inputs, direction, device) -> list[Stage | Launc
 def short_refined_attention(workload, inputs, direction, device) -> list[Launch]:
     """A program for each block of rows of a batch and head, which holds all of its scores.
 
-    The main loop is one of those over the head dim. One with half the products is the code outside loops.
+    Its loops are over the head dim, and alike; where the compiler has unrolled them, the main loop is the code itself.
     """
     q, n, architecture = inputs["q"], workload.length, device.architecture
     mechanism = "simple" if workload.mechanism == "simple" else "additive"
@@ -187,9 +187,9 @@ def short_refined_attention(workload, inputs, direction, device) -> list[Launch]
     sizes = {"BLOCK_N": min(n, 128), "D": workload.dim}
     weights = bytes_of(inputs, "w_q", "w_k", "w_v")
 
-    def launch(kernel: Kernel, bytes: float, launches: int = 1) -> Launch:
+    def launch(kernel: Kernel, loops: int, bytes: float, launches: int = 1) -> Launch:
         blocks = bhs * cdiv(n, kernel.tile[0])
-        again = cdiv(workload.dim, 32) - 1 if kernel.held > 2 else 0
+        again = loops * (cdiv(workload.dim, 32) - 1) if kernel.held > 2 else 0
         return Launch(kernel, blocks, bytes, blocks * (kernel.held + again), launches)
 
     if direction == FORWARD:
@@ -197,29 +197,25 @@ def short_refined_attention(workload, inputs, direction, device) -> list[Launch]
         kernel = find("refined_attention_fwd_kernel", architecture, mechanism, **sizes)
         return [
             Launch(product, tiles, weights, tiles * cdiv(inputs["w_q"].shape[1], 64)),
-            launch(kernel, 4 * q.nbytes),
+            launch(kernel, 2 if kernel.tile[0] == kernel.tile[1] else 3, 4 * q.nbytes),
         ]
+    # As refined_attention.short_backward.PARTIAL_WAVES.
     per_launch = {16: 32, 32: 16, 64: 8, 128: 2}[width_of(min(n, 128))] * device.processors
     chunks, square = cdiv(bhs, per_launch), 4 * width_of(n) ** 2
     stages = stages_of(mechanism, architecture, sizes)
-    launches = [launch(kernel, 7 * q.nbytes / len(stages), chunks) for kernel in stages]
+    launches = [launch(kernel, loops, 7 * q.nbytes / len(stages), chunks) for kernel, loops in stages]
     partials = min(bhs, per_launch) * square * (2 if "w_v" in inputs else 1)
     reduce, weights_bwd = (find(f"refined_weights_{name}_kernel", architecture) for name in ("reduce", "bwd"))
     return [*launches, Launch(reduce, 128, partials, 128), Launch(weights_bwd, 16, 3 * weights, 16)]
 
 
-def stages_of(mechanism: str, architecture: int, sizes: dict[str, int]) -> list[Kernel]:
-    """The launches of a backward: one, or three."""
-    fitting = {
-        stage: find("refined_attention_bwd_kernel", architecture, mechanism, "stage", stage=stage, **sizes)
-        for stage in range(4)
-    }
-    whole = fitting[0]
-    return (
-        [whole]
-        if whole.sizes["stage"] == 0 and whole.tile[1] >= sizes["BLOCK_N"]
-        else [fitting[stage] for stage in (1, 2, 3)]
-    )
+def stages_of(mechanism: str, architecture: int, sizes: dict[str, int]) -> list[tuple[Kernel, int]]:
+    """The launches of a backward, stage 0 or the other three, and the loops of each over the head dim."""
+    name = "refined_attention_bwd_kernel"
+    found = [find(name, architecture, mechanism, "stage", stage=stage, **sizes) for stage in range(4)]
+    whole = found[0].sizes["stage"] == 0 and found[0].tile[1] >= sizes["BLOCK_N"]
+    stages = list(zip(found, (5, 3, 2, 1), strict=True))
+    return stages[:1] if whole else stages[1:]
 
 
 def long_refined_attention(workload, inputs, direction, device) -> list[Launch]:
@@ -255,12 +251,14 @@ def projected(workload, lengths: Tensor, dim: int, columns: int, direction, devi
             kernel, cdiv(rows, 64) * tiles, 2 * rows * (2 * dim + columns) + kept, wider * tiles * (within + rows / 64)
         )
 
+    by_queries, by_keys = [], []
+    if workload.length > segment:
+        by_queries, by_keys = [states(dim)], [states(dim + columns, "reversed")]
     if direction == FORWARD:
-        return [states(dim), product(dim, columns)]
+        return [*by_queries, product(dim, columns)]
     last = product(dim, columns, "reversed", "summed")
     sums = Stage(0, 8 * 4 * workload.length * columns)  # of dW's partial sums
-    by_queries, by_keys = states(dim), states(dim + columns, "reversed")
-    return [by_queries, product(columns, dim), by_keys, product(columns, dim, "reversed"), last, sums]
+    return [*by_queries, product(columns, dim), *by_keys, product(columns, dim, "reversed"), last, sums]
 
 
 # --- wasserstein_attention ---
@@ -292,8 +290,8 @@ def wasserstein_attention(workload, inputs, direction, device) -> list[Stage | L
         attention("bwd_dkdv", 3 * vectors + 8 * one, by_key=True),
     ]
     if rank is not None:
-        factors = find(f"wasserstein_factors_{'fwd' if direction == FORWARD else 'bwd'}_kernel", architecture, W=width)
-        moved = (8 if direction == FORWARD else 14) * one
+        way, moved = ("fwd", 8 * one) if direction == FORWARD else ("bwd", 14 * one)
+        factors = find(f"wasserstein_factors_{way}_kernel", architecture, W=2 * dim)
         prepared = Launch(factors, bhs, moved, bhs)
         projection = projected(workload, lengths, 2 * dim + 4, 4 * rank, direction, device)
         return [prepared, *projection, *forward] if direction == FORWARD else [*backward, *projection, prepared]
@@ -323,7 +321,7 @@ def lrea_attention(workload, inputs, direction, device) -> list[Stage | Launch]:
         block_m, block_n = kernel.tile
         blocks = cdiv(rows, block_m)
         splits = max(1, min(264 // blocks, columns // block_n // 4)) if blocks < 132 else 1
-        rounds = max(scored / rows, columns if not is_sorted else 0) / block_n * blocks
+        rounds = blocks * (scored / rows if is_sorted else columns) / block_n
         return Launch(kernel, blocks * splits, bytes + w_decomp.nbytes, rounds)
 
     moved = 2 * targets.nbytes + 2 * keys.nbytes + x + y
