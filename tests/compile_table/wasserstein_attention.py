@@ -13,16 +13,22 @@ from recattn.triton_kernels.wasserstein_attention import (
     factors_width,
     launch_wasserstein_attention_bwd,
     launch_wasserstein_attention_fwd,
+    launch_wasserstein_attention_short_bwd,
+    launch_wasserstein_attention_short_fwd,
     launch_wasserstein_attention_vectors,
     launch_wasserstein_factors_bwd,
     launch_wasserstein_factors_fwd,
 )
+from recattn.triton_kernels.wasserstein_attention.config import LARGEST_SHORT_HEAD_DIM
 from tests.compile_table.compilation import ARCHITECTURES, DTYPES, Compilation, meta, name_of, recorded
 
 SHAPE = BATCH, HEADS, LENGTH = 2, 8, 500
 # Of the vectors, twice the head dim, and of the values: STOSA's heads of 16 to 128, and R = 100.
 WIDTHS = ((32, 16), (64, 32), (128, 64), (256, 128), (200, 16))
 REFINED_WIDTH = 64
+# One of each tile; STOSA's heads.
+SHORT_LENGTHS = (16, 32, 64, 128)
+SHORT_HEAD_DIMS = (16, 32, 64)
 OPTIONS = WassersteinAttentionOptions("logits", causal=True, left_padded=False, scale=0.125)
 
 
@@ -54,3 +60,21 @@ def shipped_configurations() -> Iterator[Compilation]:
             yield from recorded(label, architecture, launch, seq_lens, options, dropout=dropout)
             launch = partial(launch_wasserstein_attention_bwd, forward, v, v, gradients)
             yield from recorded(label, architecture, launch, seq_lens, options, dropout=dropout)
+    yield from short_configurations()
+
+
+def short_configurations() -> Iterator[Compilation]:
+    seq_lens, seed = meta(BATCH, dtype=torch.int64), meta(1, dtype=torch.int64)
+    kinds = {"": (OPTIONS, NO_DROPOUT), " dropout": (OPTIONS, Dropout(seed, 6554))}
+    kinds[" refined"] = (OPTIONS._replace(refined=True), NO_DROPOUT)
+    for architecture, length, head_dim in itertools.product(ARCHITECTURES, SHORT_LENGTHS, SHORT_HEAD_DIMS):
+        x = meta(BATCH, HEADS, length, head_dim, dtype=torch.bfloat16)
+        for kind, (options, dropout) in kinds.items():
+            largest = LARGEST_SHORT_HEAD_DIM[architecture]
+            if head_dim > largest[0 if length <= 64 else 2 if kind == " dropout" else 1]:
+                continue
+            label = f"bfloat16 N={length} D={head_dim}{kind}"
+            tensors = ([x] * 6, x, x, seq_lens, options)
+            yield from recorded(label, architecture, launch_wasserstein_attention_short_fwd, *tensors, dropout=dropout)
+            tensors = (x, x, [x] * 6, [x] * 6, seq_lens, options)
+            yield from recorded(label, architecture, launch_wasserstein_attention_short_bwd, *tensors, dropout=dropout)

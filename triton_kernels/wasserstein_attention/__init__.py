@@ -1,4 +1,5 @@
-"""wasserstein_attention: a kernel that makes vectors, one flash attention kernel forward and two backward.
+"""wasserstein_attention: a kernel that makes vectors, one flash attention kernel forward and two backward; of short
+sequences in half precision (short.py) one kernel forward and one backward, which make the vectors themselves.
 
 The distance of two Gaussians with diagonal covariances is the distance of the vectors [μ, √Σ].
 
@@ -19,6 +20,7 @@ With REFINED, cov_q and cov_k are x of Σ = elu(x) + 1, and √Σ - 1 takes the 
 """
 
 from recattn.triton_kernels.wasserstein_attention.backward import launch_wasserstein_attention_bwd
+from recattn.triton_kernels.wasserstein_attention.config import is_short
 from recattn.triton_kernels.wasserstein_attention.factors import (
     factors_width,
     launch_wasserstein_factors_bwd,
@@ -26,13 +28,20 @@ from recattn.triton_kernels.wasserstein_attention.factors import (
 )
 from recattn.triton_kernels.wasserstein_attention.forward import launch_wasserstein_attention_fwd
 from recattn.triton_kernels.wasserstein_attention.shared import Forward
+from recattn.triton_kernels.wasserstein_attention.short import (
+    launch_wasserstein_attention_short_bwd,
+    launch_wasserstein_attention_short_fwd,
+)
 from recattn.triton_kernels.wasserstein_attention.vectors import launch_wasserstein_attention_vectors
 
 __all__ = [
     "Forward",
     "factors_width",
+    "is_short",
     "launch_wasserstein_attention_bwd",
     "launch_wasserstein_attention_fwd",
+    "launch_wasserstein_attention_short_bwd",
+    "launch_wasserstein_attention_short_fwd",
     "launch_wasserstein_attention_vectors",
     "launch_wasserstein_factors_bwd",
     "launch_wasserstein_factors_fwd",

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from recattn.triton_kernels.common.launch import MAX_REGISTERS, TileConfig, cached
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, TileConfig, architecture_of, cached
 from recattn.triton_kernels.common.tiles import block_width
 
 
@@ -48,6 +49,44 @@ def launch_constants(head_dim: int, value_dim: int, dtype: torch.dtype, refined:
     block_d = block_width(head_dim)
     tile = {"BLOCK_D": block_d, "BLOCK_N": VECTORS_TILE // block_d}
     return Constants({"REFINED": refined, "HEAD_DIM": head_dim, **tile, **VECTORS_OPTIONS}, fwd, *bwd)
+
+
+# The widest head of which a program of the short kernels holds all tokens without spilling, by architecture: of up to
+# 64 tokens, of up to 128, and of up to 128 with dropout.
+LARGEST_SHORT_HEAD_DIM = {80: (32, 0, 0), 90: (64, 64, 32), 100: (64, 32, 0)}
+
+
+def is_short(mean_q: Tensor, mean_v: Tensor, has_dropout: bool) -> bool:
+    """Whether the kernels of short sequences serve a call. Float32 matmuls would need too many registers."""
+    N, widest = mean_q.shape[2], max(mean_q.shape[3], mean_v.shape[3])
+    if mean_q.dtype == torch.float32 or N > 128:
+        return False
+    limits = LARGEST_SHORT_HEAD_DIM[architecture_of(mean_q)]
+    return widest <= limits[0 if N <= 64 else 2 if has_dropout else 1]
+
+
+class ShortConstants(NamedTuple):
+    """The constants and launch options of the kernels of short sequences."""
+
+    fwd: dict[str, object]
+    bwd: dict[str, object]
+
+
+@cached
+def short_constants(
+    block_n: int, head_dim: int, value_dim: int, refined: bool, has_dropout: bool, architecture: int
+) -> ShortConstants:
+    block_d, block_dv = block_width(head_dim), block_width(value_dim)
+    blocks = {"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_N": block_n}
+    constants = {"HEAD_DIM": head_dim, "V_HEAD_DIM": value_dim, **blocks, "REFINED": refined}
+    constants |= {"num_warps": block_n // 16, "num_stages": 1, "maxnreg": MAX_REGISTERS}
+    # Where they suffice, 128 registers let one more program run beside the others.
+    limited, widest = {"maxnreg": 128}, max(block_d, block_dv)
+    may_limit = architecture == 90 and not has_dropout
+    return ShortConstants(
+        constants | (limited if may_limit and block_n == 128 and widest <= 32 else {}),
+        constants | (limited if may_limit and block_n == 64 and widest <= 16 else {}),
+    )
 
 
 def _config(*tiles: tuple[int, ...]) -> WassersteinAttentionConfig:

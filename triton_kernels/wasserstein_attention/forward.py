@@ -82,10 +82,12 @@ def wasserstein_attention_fwd_kernel(
         if dropout_seed is not None:
             p *= dropout_weights(tl.load(dropout_seed), bh, PER_TOKEN, rows, first_key, dropout_threshold, BLOCK_N)
         mean_tile = load_tile(mean_v, seq, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
-        mean_acc = tl.dot(p.to(mean_tile.dtype), mean_tile, mean_acc * row_scale[:, None], input_precision="ieee")
-        cov_tile = load_tile(cov_v, seq, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
-        squares, row_scale = p * p, row_scale * row_scale
-        cov_acc = tl.dot(squares.to(cov_tile.dtype), cov_tile, cov_acc * row_scale[:, None], input_precision="ieee")
+        cov_tile = load_tile(cov_v, seq, keys, V_HEAD_DIM, BLOCK_DV)
+        # Both operands and accumulators before either product: nothing is left to write while one is in flight.
+        weights, squares = p.to(mean_tile.dtype), (p * p).to(cov_tile.dtype)
+        mean_acc, cov_acc = mean_acc * row_scale[:, None], cov_acc * (row_scale * row_scale)[:, None]
+        mean_acc = tl.dot(weights, mean_tile, mean_acc, input_precision="ieee")
+        cov_acc = tl.dot(squares, cov_tile, cov_acc, input_precision="ieee")
         row_max = new_row_max
     inv_row_sum = 1 / tl.where(rows < seq.length, row_sum, 1.0)
     store_tile(mean, mean_acc * inv_row_sum[:, None], seq, rows, V_HEAD_DIM, BLOCK_DV)

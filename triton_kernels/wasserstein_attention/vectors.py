@@ -16,27 +16,39 @@ SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def standard_deviations(x, REFINED: tl.constexpr):
+def square_root(x, EXACT: tl.constexpr):
+    """Rounded to nearest, or in two instructions instead of ten."""
+    return tl.sqrt_rn(x) if EXACT else tl.sqrt(x)
+
+
+@triton.jit
+def inverse_root(x, EXACT: tl.constexpr):
+    """1 / `square_root`, in one instruction unless it is exact."""
+    return 1 / tl.sqrt_rn(x) if EXACT else tl.rsqrt(x)
+
+
+@triton.jit
+def standard_deviations(x, REFINED: tl.constexpr, EXACT: tl.constexpr):
     """√x; REFINED: √Σ - 1 of Σ = elu(x) + 1, which changes no distance and loses no digits near x = 0."""
     if REFINED:
         half, positive = tl.minimum(x, 0.0) / 2, tl.maximum(x, 0.0)
         negative = tl.where(half > -0.5, expm1_series(half), tl.exp(half) - 1)
-        std = tl.where(x > 0, positive / (tl.sqrt_rn(1 + positive) + 1), negative)
+        std = tl.where(x > 0, positive / (square_root(1 + positive, EXACT) + 1), negative)
         std = tl.where(x == x, std, x)  # NaN, which minimum and maximum drop
     else:
-        std = tl.sqrt_rn(tl.where(x < SMALLEST_NORMAL, SMALLEST_NORMAL, x))
+        std = square_root(tl.where(x < SMALLEST_NORMAL, SMALLEST_NORMAL, x), EXACT)
     return std
 
 
 @triton.jit
-def standard_deviations_backward(dstd, x, REFINED: tl.constexpr):
+def standard_deviations_backward(dstd, x, REFINED: tl.constexpr, EXACT: tl.constexpr):
     """The gradient of x from that of `standard_deviations(x)`."""
     if REFINED:
-        slope = tl.where(x > 0, 1 / tl.sqrt_rn(1 + tl.maximum(x, 0.0)), tl.exp(tl.minimum(x, 0.0) / 2))
+        slope = tl.where(x > 0, inverse_root(1 + tl.maximum(x, 0.0), EXACT), tl.exp(tl.minimum(x, 0.0) / 2))
         dx = dstd * (0.5 * slope)
     else:
         is_small = x < SMALLEST_NORMAL
-        dx = tl.where(is_small, 0.0, dstd / (2 * tl.sqrt_rn(tl.where(is_small, 1.0, x))))
+        dx = tl.where(is_small, 0.0, 0.5 * dstd * inverse_root(tl.where(is_small, 1.0, x), EXACT))
     return dx
 
 
@@ -54,7 +66,18 @@ def load_columns(
     """[BLOCK_N, BLOCK_D] in float32, of Σ as standard deviations. What is past the sequence's end or D is near 0."""
     tokens = first + tl.arange(0, BLOCK_N)
     tile = load_tokens(x, Tokens(tokens, tokens < seq.length), HEAD_DIM, BLOCK_D).to(tl.float32)
-    return standard_deviations(tile, REFINED) if IS_COV else tile
+    EXACT: tl.constexpr = x.base.dtype.element_ty == tl.float32
+    return standard_deviations(tile, REFINED, EXACT) if IS_COV else tile
+
+
+@triton.jit
+def finite_mean(total, seq):
+    """[1, BLOCK_D], the sum of the rows over the length of the sequence.
+
+    Any finite offset is right. NaN or infinity would carry over from one key to queries that do not see it.
+    """
+    mean = tl.sum(total, 0) / tl.maximum(seq.length, 1)
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)[None, :]
 
 
 @triton.jit
@@ -71,9 +94,7 @@ def mean_of_columns(
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(0, seq.length, BLOCK_N):
         total += load_columns(x, first, seq, IS_COV, REFINED, HEAD_DIM, BLOCK_D, BLOCK_N)
-    mean = tl.sum(total, 0) / tl.maximum(seq.length, 1)
-    # Any finite offset is right. NaN or infinity would carry over from one key to queries that do not see it.
-    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)[None, :]
+    return finite_mean(total, seq)
 
 
 @triton.jit
@@ -158,7 +179,8 @@ def store_gradients(
     x = tl.load(addresses, mask=valid & in_cov, other=1.0).to(tl.float32)
     dmean += seq.first * HEAD_DIM
     store_rows(dmean, tl.where(valid, dvectors, 0.0), rows, stored, HEAD_DIM, 1, HEAD_DIM, BLOCK_W)
-    dx = tl.where(valid, standard_deviations_backward(dvectors, x, REFINED), 0.0)
+    EXACT: tl.constexpr = dcov.dtype.element_ty == tl.float32
+    dx = tl.where(valid, standard_deviations_backward(dvectors, x, REFINED, EXACT), 0.0)
     addresses = dcov + seq.first * HEAD_DIM + offset(rows[:, None], HEAD_DIM) + columns[None, :]
     tl.store(addresses, dx.to(dcov.dtype.element_ty), mask=stored[:, None] & in_cov)
 

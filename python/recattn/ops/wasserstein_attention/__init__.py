@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.ops._library import apply, define, differentiable_again, refuse_dropout
-from recattn.ops._support import resolve_scale, triton_unsupported_reason
+from recattn.ops._support import resolve_scale, triton_kernels, triton_unsupported_reason
 from recattn.ops.refined_attention.triton_long import project, projection_reference
 from recattn.ops.sink_attention import MAX_HEAD_DIM
 from recattn.ops.wasserstein_attention import cpu, triton
@@ -255,10 +255,13 @@ def _projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, sc
     return cpu.projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, scale)
 
 
-def _fake_fwd(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, *_):
+def _fake_fwd(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, *_):
     *sizes, head_dim = mean_q.shape
+    outs = mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape)
+    if triton_kernels("wasserstein_attention").is_short(mean_q, mean_v, dropout_seed is not None):
+        return *outs, mean_q.new_empty(0), mean_q.new_empty(0, dtype=torch.float32)
     vectors, row_stats = mean_q.new_empty(2, *sizes, 2 * head_dim), mean_q.new_empty(2, *sizes, dtype=torch.float32)
-    return mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape), vectors, row_stats
+    return *outs, vectors, row_stats
 
 
 def _fake_bwd(dmean, dcov, mean, cov, vectors, row_stats, *tensors):

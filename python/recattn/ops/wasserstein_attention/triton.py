@@ -11,13 +11,21 @@ from recattn.ops._support import contiguous, launched_dropout, triton_kernels
 def wasserstein_attention_fwd(
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean and cov; for the backward the vectors [2, B, H, N, 2D], and row_max and row_sum [2, B, H, N]."""
+    """mean and cov; for the backward the vectors [2, B, H, N, 2D], and row_max and row_sum [2, B, H, N].
+
+    The backward of short sequences needs neither of the latter: they are empty.
+    """
     kernels = triton_kernels("wasserstein_attention")
-    mean_v, cov_v, (*sizes, head_dim) = mean_v.contiguous(), cov_v.contiguous(), mean_q.shape
-    mean, cov, vectors = torch.empty_like(mean_v), torch.empty_like(cov_v), mean_q.new_empty(2, *sizes, 2 * head_dim)
-    row_stats = mean_q.new_empty(2, *sizes, dtype=torch.float32)
-    forward = kernels.Forward(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, mean, cov, vectors, row_stats)
+    *sizes, head_dim = mean_q.shape
+    mean, cov = mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape)
     seq_lens, dropout = contiguous(seq_lens), launched_dropout(dropout_seed, options.dropout_p)
+    if kernels.is_short(mean_q, mean_v, dropout.seed is not None):
+        inputs = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
+        kernels.launch_wasserstein_attention_short_fwd(inputs, mean, cov, seq_lens, options, dropout=dropout)
+        return mean, cov, mean_q.new_empty(0), mean_q.new_empty(0, dtype=torch.float32)
+    vectors, row_stats = mean_q.new_empty(2, *sizes, 2 * head_dim), mean_q.new_empty(2, *sizes, dtype=torch.float32)
+    inputs = (mean_q, cov_q, mean_k, cov_k, mean_v.contiguous(), cov_v.contiguous())
+    forward = kernels.Forward(*inputs, mean, cov, vectors, row_stats)
     kernels.launch_wasserstein_attention_vectors(forward, seq_lens, options)
     kernels.launch_wasserstein_attention_fwd(forward, seq_lens, options, dropout=dropout)
     return mean, cov, vectors, row_stats
@@ -43,17 +51,18 @@ def wasserstein_attention_bwd(
 ) -> tuple[Tensor, ...]:
     """dmean_q, dcov_q, dmean_k, dcov_k, dmean_v, dcov_v."""
     kernels = triton_kernels("wasserstein_attention")
-    inputs = (mean_q, cov_q, mean_k, cov_k, mean_v.contiguous(), cov_v.contiguous())
+    inputs = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
     gradients = _empty_gradients(inputs)
-    kernels.launch_wasserstein_attention_bwd(
-        kernels.Forward(*inputs, mean, cov, vectors, row_stats),
-        dmean.contiguous(),
-        dcov.contiguous(),
-        gradients,
-        contiguous(seq_lens),
-        options,
-        dropout=launched_dropout(dropout_seed, options.dropout_p),
-    )
+    seq_lens, dropout = contiguous(seq_lens), launched_dropout(dropout_seed, options.dropout_p)
+    if kernels.is_short(mean_q, mean_v, dropout.seed is not None):
+        kernels.launch_wasserstein_attention_short_bwd(
+            dmean, dcov, inputs, gradients, seq_lens, options, dropout=dropout
+        )
+        return gradients
+    inputs = (*inputs[:4], mean_v.contiguous(), cov_v.contiguous())
+    forward = kernels.Forward(*inputs, mean, cov, vectors, row_stats)
+    douts = dmean.contiguous(), dcov.contiguous()
+    kernels.launch_wasserstein_attention_bwd(forward, *douts, gradients, seq_lens, options, dropout=dropout)
     return gradients
 
 
