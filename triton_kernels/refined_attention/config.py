@@ -87,8 +87,8 @@ class RefinedProjectionConfig:
         if dtype == torch.float32:
             # On sm_100 Triton uses the tensor cores for tiles of 64 rows, in TF32 whatever precision is asked for.
             return cls(32, 32, min(block_width(E), 32), min(block_width(F), 64), num_warps=8, num_stages=2)
-        # Components beyond 128 are visited a few at a time.
-        block_e = block_width(E) if E <= 128 else 64
+        # Components beyond 128 are visited a few at a time: in four steps at most. In eight ptxas serializes wgmma.
+        block_e = block_width(E) if E <= 128 else 128 if E > 256 and architecture == 90 else 64
         wide = architecture == 80 and max(E, F) > 128
         return cls(64, 64, block_e, min(block_width(F), 128), num_warps=8 if wide else 4, num_stages=2)
 

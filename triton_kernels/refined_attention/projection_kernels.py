@@ -272,7 +272,7 @@ def refined_projection_product_kernel(
     num_members = tl.minimum(per_split, group_size - first_member)
     if states is not None:
         states = Matrix(states, stride_se, stride_sf)
-        for i in range(0, num_members):
+        for i in range(0, num_members if SUMMED else 1):
             batch = (first_member + i) // heads_per_group
             head = group + (first_member + i) % heads_per_group
             span = token_span(batch, N, seq_lens, left_padded)
