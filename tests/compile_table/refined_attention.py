@@ -36,10 +36,10 @@ def shipped_configurations() -> Iterator[Compilation]:
 def of_tokens(N: int, head_dim: int, mechanism: str, dtype: torch.dtype, architecture: int) -> Iterator[Compilation]:
     label = f"{name_of(dtype)} {mechanism} D={head_dim} {{BLOCK_M}}x{{BLOCK_N}}"
     q, w_v = meta(1, HEADS, N, head_dim, dtype=dtype), meta(NMAX, NMAX, dtype=dtype)
-    size = host_block_width(N)
-    g = meta(1, size, size, dtype=dtype)
+    size, w_v = host_block_width(N), None if mechanism == "simple" else w_v
+    squares = meta(1 if w_v is None else 2, size, size, dtype=dtype)
     dropout = Dropout(meta(1, dtype=torch.int64), 100)
-    inputs = (q, q, q, g, None if mechanism == "simple" else w_v, meta(1, dtype=torch.int64))
+    inputs = (q, q, q, squares, w_v, meta(1, dtype=torch.int64))
     options = RefinedAttentionOptions(mechanism, "weights", causal=True, left_padded=False, scale=0.125)
     fwd = partial(launch_refined_attention_fwd, *inputs, options, dropout=dropout)
     yield from recorded(label, architecture, fwd)
@@ -50,6 +50,6 @@ def of_tokens(N: int, head_dim: int, mechanism: str, dtype: torch.dtype, archite
 def of_weights(N: int, dtype: torch.dtype, architecture: int) -> Iterator[Compilation]:
     w, size = meta(NMAX, NMAX, dtype=dtype), host_block_width(N)
     label = f"{name_of(dtype)} {size}"
-    yield from recorded(label, architecture, partial(launch_weights_product, w, w, N))
+    yield from recorded(label, architecture, partial(launch_weights_product, w, w, w, N))
     sums = meta(1000, 1, size, size)
     yield from recorded(label, architecture, partial(launch_weights_bwd, w, w, w, sums, sums, N))

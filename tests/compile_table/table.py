@@ -92,18 +92,6 @@ ACCEPTED = (
         "Something writes an accumulator between its wgmma, and only with dropout. What, is not known yet.",
     ),
     Accepted(
-        "C7514",
-        r"^refined_projection_product_kernel sm_90 bfloat16 D=256 512x256 ",
-        EITHER,
-        "Something reads an accumulator between its wgmma, in the largest tile alone. What, is not known yet.",
-    ),
-    Accepted(
-        "spills",
-        r"^refined_attention_bwd_kernel sm_90 bfloat16 additive D=32 64x128 stage 1 ",
-        ("3.7.1",),
-        "8 bytes a thread, at the limit of 255 registers. Other orders of its arguments change nothing.",
-    ),
-    Accepted(
         "spills",
         r"^sink_attention_bwd_dq_kernel sm_90 float32 D=256 32x32 warps",
         OLDER,

@@ -203,8 +203,8 @@ def refined_attention_of(w: Tensor):
     def operator(q, k, v, dout) -> dict[str, Tensor]:
         options = RefinedAttentionOptions("additive", "logits", causal=True, left_padded=False, scale=D**-0.5)
         # As launch_weights_product, of which not all programs are interpreted here.
-        g = (w.float() @ w.float().T / w.shape[1] ** 0.5).to(w.dtype)[None]
-        inputs = (q, k, v, g, w, None, options)
+        g = (w.float() @ w.float().T / w.shape[1] ** 0.5).to(w.dtype)
+        inputs = (q, k, v, torch.stack([g, w]), w, None, options)
         out = launch_refined_attention_fwd(*inputs)
         gradients = short_backward.launch_refined_attention_bwd(dout, *inputs)
         return {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=False))}

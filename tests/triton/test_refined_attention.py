@@ -44,8 +44,8 @@ class Launched(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, options, launch):
-        g = launch_weights_product(w_q, w_k, q.shape[2])
-        ctx.weights, ctx.arguments, ctx.launch = (w_q, w_k, w_v), (q, k, v, g, w_v, seq_lens, options), launch
+        squares = launch_weights_product(w_q, w_k, w_v, q.shape[2])
+        ctx.weights, ctx.arguments, ctx.launch = (w_q, w_k, w_v), (q, k, v, squares, w_v, seq_lens, options), launch
         return launch_refined_attention_fwd(*ctx.arguments, **launch)
 
     @staticmethod
@@ -231,7 +231,7 @@ def test_matrices_of_several_tiles(n_max, r):
 def test_infinite_weights_stay_in_the_first_rows():
     """Rows beyond N of G and of the gradients are zero, not 0 · inf."""
     w_q, w_k = (torch.full((20, 3), math.inf, device=DEVICE) for _ in range(2))
-    g = launch_weights_product(w_q, w_k, 18)
+    g = launch_weights_product(w_q, w_k, None, 18)
     assert not g[:, 18:].any() and not g[..., 18:].any() and g[:, :18, :18].isinf().all()
     dg = torch.ones(2, 1, 32, 32, device=DEVICE)
     for dw in launch_weights_bwd(w_q, w_k, None, dg, None, 18):
@@ -289,16 +289,16 @@ def test_dropout(mechanism, dtype):
 
 def signature(B: int, N: int, R: int) -> list:
     """What the launches of these sizes compile for, all of one BLOCK_N."""
-    G = (1, 64, 64)
-    q, w, w_v, g = (meta(*shape, dtype=torch.bfloat16) for shape in ((B, 8, N, 64), (N + R, R), (N + R, N + R), G))
+    shapes = ((B, 8, N, 64), (N + R, R), (N + R, N + R), (2, 64, 64))
+    q, w, w_v, squares = (meta(*shape, dtype=torch.bfloat16) for shape in shapes)
     options = RefinedAttentionOptions("value", "logits", causal=N % 2 == 0, left_padded=False, scale=1 / N)
     config = RefinedAttentionConfig(TileConfig(64, 32, 4), (StageConfig(64, 32, 4),))
-    dg = meta(20 * B, *G)
+    dg = meta(20 * B, 1, 64, 64)
 
     def launch() -> None:
-        launch_weights_product(w, w, N)
-        launch_refined_attention_fwd(q, q, q, g, w_v, None, options, config=config)
-        launch_refined_attention_bwd(q, q, q, q, g, w_v, None, options, config=config)
+        launch_weights_product(w, w, w_v, N)
+        launch_refined_attention_fwd(q, q, q, squares, w_v, None, options, config=config)
+        launch_refined_attention_bwd(q, q, q, q, squares, w_v, None, options, config=config)
         launch_weights_bwd(w, w, w_v, dg, dg, N)
 
     made = [(c.kernel, c.signature, c.constexprs) for c in recorded("", 90, launch)]

@@ -31,9 +31,11 @@ def masked_softmax(qk, visible, row_valid=None):
     qk = tl.where(visible, qk, -float("inf"))
     row_max = tl.max(qk, 1)
     row_max_safe = tl.where(row_max != -float("inf") if row_valid is None else row_valid, row_max, 0.0)
-    p = tl.exp(qk - row_max_safe[:, None])
+    # exp2 of one fused multiply-add; what rounding takes from the maximum of a row is a factor of the whole row.
+    p = tl.exp2(qk * LOG2E - (row_max_safe * LOG2E)[:, None])
     row_sum = tl.sum(p, 1)
-    return p / tl.where(row_sum != 0.0 if row_valid is None else row_valid, row_sum, 1.0)[:, None]  # NaN stays
+    # A division for each row, not for each entry. NaN stays.
+    return p * (1.0 / tl.where(row_sum != 0.0 if row_valid is None else row_valid, row_sum, 1.0))[:, None]
 
 
 @triton.jit

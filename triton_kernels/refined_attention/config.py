@@ -63,11 +63,9 @@ class RefinedAttentionConfig(NamedTuple):
             return cls(TileConfig(64, block_d, 8), (first, *(StageConfig(64, block_d, 8, stage) for stage in (2, 3))))
         warps = size // 16
         fwd = TileConfig(size, block_d, warps)
-        if mechanism == "simple":
-            return cls(fwd, (StageConfig(size, block_d, warps),))
-        if size == 64 and architecture < 90:
+        if size == 64 and architecture < 90 and mechanism != "simple":
             return cls(fwd, tuple(StageConfig(32, block_d, 4, stage) for stage in (1, 2, 3)))
-        return cls(fwd, (StageConfig(size, block_d, 2 * warps),))
+        return cls(fwd, (StageConfig(size, block_d, warps),))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ W_q and W_k come in as one matrix,
     Q'K'ᵀ / √R = A G Aᵀ,        G = W_q W_kᵀ / √R,
 
 which saves a product and makes the kernels independent of R. `short_weights` computes G in a launch of its own: every
-program would otherwise repeat it, and R may be many times N. The backward reads the G of the forward. Both find it at
-BLOCK_N numbers a row.
+program would otherwise repeat it, and R may be many times N. That launch also copies W_v. Both become contiguous
+[BLOCK_N, BLOCK_N] with zeros beyond N, so that no load of them needs a mask: the squares. The backward reads those of
+the forward.
 """
 
 from typing import NamedTuple
@@ -25,13 +26,12 @@ from recattn.triton_kernels.common.tiles import (
     Tokens,
     bhnd,
     head_rows,
-    load_rows,
     load_tokens,
     offset,
     store_tokens,
 )
 from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig
-from recattn.triton_kernels.refined_attention.short_weights import contiguous_like, matrix_strides
+from recattn.triton_kernels.refined_attention.short_weights import contiguous_like, heads_of
 
 # --- One batch and head ---
 
@@ -46,18 +46,32 @@ class BatchHead(NamedTuple):
     causal: tl.tensor
 
 
+class Squares(NamedTuple):
+    """G and W_v of all heads in memory, contiguous [BLOCK_N, BLOCK_N] each. `squares_of` makes one."""
+
+    g: tl.tensor
+    w_v: tl.tensor | None  # the same address; None for the simple mechanism
+    first_w_v: tl.tensor
+    stride_gh: tl.tensor  # 0 where all heads share one
+    stride_wh: tl.tensor
+
+
 class Inputs(NamedTuple):
     """The matrices of a batch and head in memory."""
 
     q: Matrix  # [N, D]
     k: Matrix
     v: Matrix  # [N, Dv]
-    g: Matrix  # [BLOCK_N, BLOCK_N], zero beyond N
-    w_v: Matrix | None  # [N, N]; None for the simple mechanism
+    g: tl.tensor  # contiguous [BLOCK_N, BLOCK_N], zero beyond N
+    w_v: tl.tensor | None  # likewise; None for the simple mechanism
 
 
 class Refined(NamedTuple):
-    """A block of rows of A, refined. Triton 3.5 and 3.6 return no None in a tuple: an unused field holds A."""
+    """A block of rows of A, refined. Triton 3.5 and 3.6 return no None in a tuple: an unused field holds A.
+
+    `a_rows` and `p_inner` are float32 where the block is all rows: converted back, a tile in half precision would be a
+    register an entry. A smaller block has the larger tiles of all rows beside it, and these in half precision.
+    """
 
     a: tl.tensor  # all rows of A
     a_rows: tl.tensor  # the block
@@ -93,8 +107,10 @@ def positions_at(bh, positions):
 @triton.jit
 def visible_keys(bh, rows, keys):
     """[rows, keys], True where a row sees a key."""
-    past = (bh.causal == 0) | (keys.positions[None, :] <= rows.positions[:, None])
-    return rows.valid[:, None] & keys.valid[None, :] & past
+    end = tl.where(bh.causal != 0, rows.positions + 1, bh.end)
+    count = tl.where(rows.valid, end - bh.first, 0)
+    # One comparison an entry: unsigned, a key before the first token is beyond every count.
+    return (keys.positions - bh.first).to(tl.uint32)[None, :] < count.to(tl.uint32)[:, None]
 
 
 @triton.jit
@@ -104,10 +120,10 @@ def columns_from(x, start):
 
 
 @triton.jit
-def load_square(bh, x, BLOCK_N: tl.constexpr):
-    """The first N rows and columns of a Matrix."""
-    rows = positions_at(bh, tl.arange(0, BLOCK_N))
-    return load_rows(x.base, rows.positions, rows.valid, x.row_stride, x.column_stride, bh.N, BLOCK_N)
+def load_square(x, BLOCK_N: tl.constexpr):
+    """A contiguous [BLOCK_N, BLOCK_N]."""
+    i = tl.arange(0, BLOCK_N)
+    return tl.load(x + (i[:, None] * BLOCK_N + i[None, :]))
 
 
 @triton.jit
@@ -131,18 +147,14 @@ def store_product(out, rows, p, x, keys, scale, WIDTH: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def source_rows(bh, rows, keys, q, k, scale, HEAD_DIM: tl.constexpr, FROM_WEIGHTS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of A: scale · Q Kᵀ, or with FROM_WEIGHTS its softmax; 0 where a row does not see a key."""
+    """Rows of A in float32: scale · Q Kᵀ, or with FROM_WEIGHTS its softmax; 0 where a row does not see a key."""
     logits = tl.zeros([rows.positions.shape[0], keys.positions.shape[0]], tl.float32)
     for start in range(0, HEAD_DIM, BLOCK_D):
         q_block = load_tokens(columns_from(q, start), rows, HEAD_DIM - start, BLOCK_D)
         k_block = load_tokens(columns_from(k, start), keys, HEAD_DIM - start, BLOCK_D)
         logits = dot(q_block, tl.trans(k_block), logits)
-    logits *= scale
-    if FROM_WEIGHTS:
-        a = masked_softmax(logits, visible_keys(bh, rows, keys))
-    else:
-        a = tl.where(visible_keys(bh, rows, keys), logits, 0.0)
-    return a.to(q.base.dtype.element_ty)
+    visible = visible_keys(bh, rows, keys)
+    return masked_softmax(logits * scale, visible) if FROM_WEIGHTS else scale * tl.where(visible, logits, 0.0)
 
 
 @triton.jit
@@ -164,20 +176,22 @@ def refine_rows(
     P = softmax(mask(M))
     """
     BLOCK_N: tl.constexpr = keys.positions.shape[0]
-    a = source_rows(bh, keys, keys, x.q, x.k, scale, HEAD_DIM, FROM_WEIGHTS, BLOCK_D)
-    a_rows = a
+    a_rows = source_rows(bh, keys, keys, x.q, x.k, scale, HEAD_DIM, FROM_WEIGHTS, BLOCK_D)
+    a = a_rows.to(x.q.base.dtype.element_ty)
     if rows.positions.shape[0] < BLOCK_N:
-        a_rows = source_rows(bh, rows, keys, x.q, x.k, scale, HEAD_DIM, FROM_WEIGHTS, BLOCK_D)
+        a_rows = source_rows(bh, rows, keys, x.q, x.k, scale, HEAD_DIM, FROM_WEIGHTS, BLOCK_D).to(a.dtype)
     v_refined = a
-    p_inner = a
+    p_inner = a_rows
     if x.w_v is not None:
-        v_refined = dot(a, load_square(bh, x.w_v, BLOCK_N)).to(a.dtype)
+        v_refined = dot(a, load_square(x.w_v, BLOCK_N)).to(a.dtype)
     visible = visible_keys(bh, rows, keys)
-    q_refined = dot(a_rows, load_square(bh, x.g, BLOCK_N)).to(a.dtype)
+    q_refined = dot(a_rows.to(a.dtype), load_square(x.g, BLOCK_N)).to(a.dtype)
     m = dot(q_refined, tl.trans(a))
     if x.w_v is not None:
-        p_inner = masked_softmax(m, visible).to(a.dtype)
-        m = dot(p_inner, v_refined)
+        p_inner = masked_softmax(m, visible)
+        if rows.positions.shape[0] < BLOCK_N:
+            p_inner = p_inner.to(a.dtype)
+        m = dot(p_inner.to(a.dtype), v_refined)
     if ADDS_SOURCE:
         m += a_rows
     p = masked_softmax(m, visible)
@@ -200,22 +214,15 @@ def after_dropout(p, dropout):
 # --- Forward ---
 
 
-@triton.jit(
-    do_not_specialize=["stride_wh", "stride_wn", "num_heads", "N", "causal", "left_padded", "dropout_threshold"]
-)
+@triton.jit(do_not_specialize=["num_heads", "N", "causal", "left_padded", "dropout_threshold"])
 def refined_attention_fwd_kernel(
     q,
     k,
     v,
     out,
-    g,
-    w_v,
+    squares,
     seq_lens,
     dropout_seed,
-    stride_gh,
-    stride_wh,
-    stride_wn,
-    stride_wk,
     num_heads,
     N,
     scale,
@@ -243,9 +250,10 @@ def refined_attention_fwd_kernel(
     positions = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tokens_at(bh, positions)
     keys = tokens_at(bh, tl.arange(0, BLOCK_N))
+    w_v = squares.w_v
     if w_v is not None:
-        w_v = Matrix(w_v + head * stride_wh, stride_wn, stride_wk)
-    g = Matrix(g + head * stride_gh, BLOCK_N, 1)
+        w_v += squares.first_w_v + head * squares.stride_wh
+    g = squares.g + head * squares.stride_gh
     x = Inputs(head_rows(q, batch, head, 0), head_rows(k, batch, head, 0), head_rows(v, batch, head, 0), g, w_v)
     dropout = Dropout(dropout_seed, dropout_threshold)
 
@@ -259,7 +267,7 @@ def launch_refined_attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    squares: Tensor,
     w_v: Tensor | None,
     seq_lens: Tensor | None,
     options: RefinedAttentionOptions,
@@ -269,8 +277,8 @@ def launch_refined_attention_fwd(
 ) -> Tensor:
     """out [B, H, N, Dv], zero at padding.
 
-    q, k [B, H, N, D]; v [B, H, N, Dv]; g of `launch_weights_product`; w_v [Nmax, Nmax] or [H, Nmax, Nmax], or None for
-    the simple mechanism; seq_lens [B] or None. `options.scale` is a number. No axis is empty.
+    q, k [B, H, N, D]; v [B, H, N, Dv]; the squares of `launch_weights_product`; w_v [Nmax, Nmax] or [H, Nmax, Nmax], or
+    None for the simple mechanism; seq_lens [B] or None. `options.scale` is a number. No axis is empty.
     """
     B, H, N, D = q.shape
     out = contiguous_like(v)
@@ -278,7 +286,7 @@ def launch_refined_attention_fwd(
     launch(
         refined_attention_fwd_kernel,
         (B * H, cdiv(N, tile.block_m)),
-        *(bhnd(q), bhnd(k), bhnd(v), out, g, w_v, seq_lens, dropout.seed, head_stride(g), *matrix_strides(w_v)),
+        *(bhnd(q), bhnd(k), bhnd(v), out, squares_of(squares, w_v), seq_lens, dropout.seed),
         *(H, N, options.scale, int(options.causal), int(options.left_padded), dropout.threshold),
         HEAD_DIM=D,
         VALUE_DIM=v.shape[3],
@@ -299,6 +307,9 @@ def choose_config(q: Tensor, v: Tensor, options: RefinedAttentionOptions) -> Ref
     return RefinedAttentionConfig.heuristic(size, head_dim, q.dtype, architecture_of(q), options.mechanism)
 
 
-def head_stride(g: Tensor) -> int:
-    """The stride from head to head of [H, ...], or of [1, ...], one matrix for all heads."""
-    return g.stride(0) if g.shape[0] > 1 else 0
+def squares_of(squares: Tensor, w_v: Tensor | None) -> Squares:
+    """The tensor of `launch_weights_product` as a kernel argument."""
+    v_heads = 0 if w_v is None else heads_of(w_v)
+    g_heads, size = squares.shape[0] - v_heads, squares.shape[1] * squares.shape[1]
+    strides = (size if g_heads > 1 else 0, size if v_heads > 1 else 0)
+    return Squares(squares, None if w_v is None else squares, g_heads * size, *strides)

@@ -13,15 +13,14 @@ from torch import Tensor
 from recattn._options import RefinedAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.tiles import Matrix, bhnd, head_rows
+from recattn.triton_kernels.common.tiles import bhnd, head_rows
 from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig, num_multiprocessors
 from recattn.triton_kernels.refined_attention.short import (
     Inputs,
     choose_config,
     contiguous_like,
-    head_stride,
     load_batch_head,
-    matrix_strides,
+    squares_of,
     tokens_at,
 )
 from recattn.triton_kernels.refined_attention.short_gradients import (
@@ -44,8 +43,6 @@ TO_K: tl.constexpr = tl.constexpr(3)  # dK, dG and dW_v
 
 @triton.jit(
     do_not_specialize=[
-        "stride_wh",
-        "stride_wn",
         "num_heads",
         "N",
         "first_bh",
@@ -61,14 +58,9 @@ def refined_attention_bwd_kernel(
     v,
     grads,
     workspace,
-    g,
-    w_v,
+    squares,
     seq_lens,
     dropout_seed,
-    stride_gh,
-    stride_wh,
-    stride_wn,
-    stride_wk,
     num_heads,
     N,
     first_bh,
@@ -112,10 +104,11 @@ def refined_attention_bwd_kernel(
     dout = head_rows(dout, batch, head, 0)
     dw_v = grads.dw_v
     partial = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)  # which sum
+    w_v = squares.w_v
     if w_v is not None:
-        w_v = Matrix(w_v + head * stride_wh, stride_wn, stride_wk)
+        w_v += squares.first_w_v + head * squares.stride_wh
         dw_v += partial * (BLOCK_N * BLOCK_N)
-    g = Matrix(g + head * stride_gh, BLOCK_N, 1)
+    g = squares.g + head * squares.stride_gh
     x = Inputs(head_rows(q, batch, head, 0), head_rows(k, batch, head, 0), head_rows(v, batch, head, 0), g, w_v)
     grads = Gradients(grads.dq, grads.dk, grads.dv, grads.dg + partial * (BLOCK_N * BLOCK_N), dw_v)
     dropout = Dropout(dropout_seed, dropout_threshold)
@@ -184,7 +177,7 @@ def launch_refined_attention_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    squares: Tensor,
     w_v: Tensor | None,
     seq_lens: Tensor | None,
     options: RefinedAttentionOptions,
@@ -200,18 +193,17 @@ def launch_refined_attention_bwd(
     dq, dk, dv = contiguous_like(q), contiguous_like(k), contiguous_like(v)
     config = config or choose_config(q, v, options)
     # Heads with matrices of their own are a group each; else all heads are one.
-    groups = H if g.shape[0] > 1 or (w_v is not None and w_v.dim() == 3) else 1
+    groups = H if squares.shape[0] > (1 if w_v is None else 2) else 1
     count = B * H // groups
     per_launch = min(count, pairs_per_launch(q, groups))
-    size = g.shape[1]
+    size = squares.shape[1]
     dg = torch.empty((per_launch, groups, size, size), dtype=torch.float32, device=q.device)
     grads = Gradients(dq, dk, dv, dg, None if w_v is None else torch.empty_like(dg))
     workspace = None
     if len(config.bwd) > 1:
-        squares = (per_launch, groups, len(Workspace._fields), size, size)
-        workspace = torch.empty(squares, dtype=q.dtype, device=q.device)
-    inputs = (bhnd(dout), bhnd(q), bhnd(k), bhnd(v), grads, workspace, g, w_v, seq_lens, dropout.seed)
-    strides = (head_stride(g), *matrix_strides(w_v))
+        shape = (per_launch, groups, len(Workspace._fields), size, size)
+        workspace = torch.empty(shape, dtype=q.dtype, device=q.device)
+    inputs = (bhnd(dout), bhnd(q), bhnd(k), bhnd(v), grads, workspace, squares_of(squares, w_v))
     flags = (options.scale, int(options.causal), int(options.left_padded), dropout.threshold)
     for i in range(int(cdiv(count, per_launch))):
         first_bh = i * per_launch
@@ -219,7 +211,7 @@ def launch_refined_attention_bwd(
             launch(
                 refined_attention_bwd_kernel,
                 (min(per_launch, count - first_bh), groups, size // tile.block_m),
-                *(*inputs, *strides, H, N, first_bh, *flags),
+                *(*inputs, seq_lens, dropout.seed, H, N, first_bh, *flags),
                 HEAD_DIM=D,
                 VALUE_DIM=v.shape[3],
                 FROM_WEIGHTS=options.source == "weights",

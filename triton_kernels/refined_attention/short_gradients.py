@@ -63,14 +63,6 @@ class Square(NamedTuple):
     columns: tl.tensor  # this program's columns, transposed
 
 
-class Score(NamedTuple):
-    """Gradients of the two softmaxes, of a block of rows."""
-
-    p: tl.tensor  # after dropout
-    dm: tl.tensor
-    ds: tl.tensor
-
-
 @triton.jit
 def workspace_of(base, index, BLOCK_N: tl.constexpr):
     SIZE: tl.constexpr = BLOCK_N * BLOCK_N
@@ -92,9 +84,8 @@ def add_to_partial(addresses, product, accumulates):
 
 
 @triton.jit
-def score_gradients(refined, dout, x, rows, keys, dropout, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dM and dS of a block of rows, and P after dropout."""
-    dtype: tl.constexpr = refined.a.dtype
+def mixed_gradient(refined, dout, x, rows, keys, dropout, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """P after dropout, and dM, of a block of rows, float32."""
     dp = tl.zeros([rows.positions.shape[0], keys.positions.shape[0]], tl.float32)
     for start in range(0, VALUE_DIM, BLOCK_D):
         dout_block = load_tokens(columns_from(dout, start), rows, VALUE_DIM - start, BLOCK_D)
@@ -102,32 +93,45 @@ def score_gradients(refined, dout, x, rows, keys, dropout, VALUE_DIM: tl.constex
         dp = dot(dout_block, tl.trans(v_block), dp)
     p = after_dropout(refined.p, dropout)
     p_dp = p * dp
-    dm = (p_dp - tl.abs(refined.p) * tl.sum(p_dp, 1)[:, None]).to(dtype)
-    ds = dm
-    if x.w_v is not None:
-        dp_inner = dot(dm, tl.trans(refined.v_refined))
-        ds = softmax_backward(refined.p_inner.to(tl.float32), dp_inner).to(dtype)
-    return Score(p.to(dtype), dm, ds)
+    return p, p_dp - tl.abs(refined.p) * tl.sum(p_dp, 1)[:, None]
 
 
 @triton.jit
-def source_gradient(bh, ds_t, q_refined, dq_refined, dv_refined, x, BLOCK_N: tl.constexpr):
+def scores_gradient(refined, dm, x):
+    """dS of a block of rows."""
+    dtype: tl.constexpr = refined.a.dtype
+    ds = dm
+    if x.w_v is not None:
+        ds = softmax_backward(refined.p_inner.to(tl.float32), dot(dm.to(dtype), tl.trans(refined.v_refined)))
+    return ds.to(dtype)
+
+
+@triton.jit
+def source_gradient(ds_t, q_refined, dq_refined, dv_refined, x, BLOCK_N: tl.constexpr):
     """dA = dSᵀ Q₁ + dQ₁ Gᵀ + dV₁ W_vᵀ of a block of rows."""
     da = dot(ds_t, q_refined)
-    da = dot(dq_refined, tl.trans(load_square(bh, x.g, BLOCK_N)), da)
+    da = dot(dq_refined, tl.trans(load_square(x.g, BLOCK_N)), da)
     if x.w_v is not None:
-        da = dot(dv_refined, tl.trans(load_square(bh, x.w_v, BLOCK_N)), da)
+        da = dot(dv_refined, tl.trans(load_square(x.w_v, BLOCK_N)), da)
     return da
 
 
 @triton.jit
-def logits_gradient(bh, rows, keys, a_rows, da, FROM_WEIGHTS: tl.constexpr):
+def reread(x, acc=None):
+    """x [BLOCK_N, BLOCK_N] in float32, plus acc.
+
+    The products have left x in shared memory. From there it comes back through the tensor cores, which are idle; kept
+    in registers it would spill.
+    """
+    i = tl.arange(0, x.shape[0])
+    return dot((i[:, None] == i[None, :]).to(x.dtype), x, acc)
+
+
+@triton.jit
+def logits_gradient(bh, rows, keys, a_rows, da, scale, FROM_WEIGHTS: tl.constexpr):
     """dL of a block of rows."""
-    if FROM_WEIGHTS:
-        dlogits = softmax_backward(a_rows.to(tl.float32), da)
-    else:
-        dlogits = tl.where(visible_keys(bh, rows, keys), da, 0.0)
-    return dlogits.to(a_rows.dtype)
+    zero = 0.0 * scale  # a constant 0 would have the compiler select after rounding, which it then does entry by entry
+    return softmax_backward(a_rows, da) if FROM_WEIGHTS else tl.where(visible_keys(bh, rows, keys), da, zero)
 
 
 # --- The launches ---
@@ -152,21 +156,27 @@ def bwd_at_once(
     BLOCK_D: tl.constexpr,
 ):
     """All gradients, from all rows."""
+    dtype: tl.constexpr = x.q.base.dtype.element_ty
     stored = positions_at(bh, rows.positions)
     refined = refine_rows(bh, rows, keys, x, scale, dropout, HEAD_DIM, FROM_WEIGHTS, ADDS_SOURCE, BLOCK_D)
-    score = score_gradients(refined, dout, x, rows, keys, dropout, VALUE_DIM, BLOCK_D)
+    # In this order the fewest tiles are in registers at once.
+    p, dm = mixed_gradient(refined, dout, x, rows, keys, dropout, VALUE_DIM, BLOCK_D)
     dv = contiguous_rows(bh, grads.dv, VALUE_DIM)
-    store_product(dv, stored, tl.trans(score.p), dout, keys, None, VALUE_DIM, BLOCK_D)
+    store_product(dv, stored, tl.trans(p.to(dtype)), dout, keys, None, VALUE_DIM, BLOCK_D)
     dv_refined = None
     if x.w_v is not None:
-        dv_refined = dot(tl.trans(refined.p_inner), score.dm).to(refined.a.dtype)
+        dv_refined = dot(tl.trans(refined.p_inner.to(dtype)), dm.to(dtype)).to(dtype)
         add_to_partial(grads.dw_v + at.rows, dot(tl.trans(refined.a), dv_refined), accumulates)
-    dq_refined = dot(score.ds, refined.a).to(refined.a.dtype)
+    ds = scores_gradient(refined, dm, x)
+    dq_refined = dot(ds, refined.a).to(dtype)
     add_to_partial(grads.dg + at.rows, dot(tl.trans(refined.a), dq_refined), accumulates)
-    da = source_gradient(bh, tl.trans(score.ds), refined.q_refined, dq_refined, dv_refined, x, keys.positions.shape[0])
+    da = source_gradient(tl.trans(ds), refined.q_refined, dq_refined, dv_refined, x, keys.positions.shape[0])
+    a_rows = refined.a_rows
+    if dtype != tl.float32:
+        a_rows = reread(refined.a)
     if ADDS_SOURCE:
-        da += score.dm
-    dlogits = logits_gradient(bh, rows, keys, refined.a, da, FROM_WEIGHTS)
+        da = reread(dm.to(dtype), da) if FROM_WEIGHTS and dtype != tl.float32 else da + dm
+    dlogits = logits_gradient(bh, rows, keys, a_rows, da, scale, FROM_WEIGHTS).to(dtype)
     # The scale comes last: it might take gradients out of half precision.
     dq, dk = contiguous_rows(bh, grads.dq, HEAD_DIM), contiguous_rows(bh, grads.dk, HEAD_DIM)
     store_product(dq, stored, dlogits, x.k, keys, scale, HEAD_DIM, BLOCK_D)
@@ -192,15 +202,16 @@ def bwd_to_scores(
 ):
     """The first launch of three: the forward again, dM and dS, of a block of rows."""
     refined = refine_rows(bh, rows, keys, x, scale, dropout, HEAD_DIM, FROM_WEIGHTS, ADDS_SOURCE, BLOCK_D)
-    tl.store(workspace.a + at.rows, refined.a_rows)
+    dtype: tl.constexpr = x.q.base.dtype.element_ty
+    tl.store(workspace.a + at.rows, refined.a_rows.to(dtype))
     tl.store(workspace.q_refined + at.rows, refined.q_refined)
     if x.w_v is not None:
-        tl.store(workspace.p_inner + at.rows, refined.p_inner)
-    score = score_gradients(refined, dout, x, rows, keys, dropout, VALUE_DIM, BLOCK_D)
-    tl.store(workspace.p + at.rows, score.p)
-    tl.store(workspace.ds + at.rows, score.ds)
+        tl.store(workspace.p_inner + at.rows, refined.p_inner.to(dtype))
+    p, dm = mixed_gradient(refined, dout, x, rows, keys, dropout, VALUE_DIM, BLOCK_D)
+    tl.store(workspace.p + at.rows, p.to(dtype))
     if x.w_v is not None:
-        tl.store(workspace.dm + at.rows, score.dm)
+        tl.store(workspace.dm + at.rows, dm.to(dtype))
+    tl.store(workspace.ds + at.rows, scores_gradient(refined, dm, x))
 
 
 @triton.jit
@@ -232,10 +243,11 @@ def bwd_to_q(
     dq_refined = dot(tl.load(workspace.ds + at.rows), tl.load(workspace.a + at.all)).to(dtype)
     tl.store(workspace.dq_refined + at.rows, dq_refined)
     ds_t, q_refined = tl.load(workspace.ds + at.columns), tl.load(workspace.q_refined + at.all)
-    da = source_gradient(bh, ds_t, q_refined, dq_refined, dv_refined, x, keys.positions.shape[0])
+    da = source_gradient(ds_t, q_refined, dq_refined, dv_refined, x, keys.positions.shape[0])
     if ADDS_SOURCE:
         da += tl.load(workspace.dm + at.rows)
-    dlogits = logits_gradient(bh, rows, keys, tl.load(workspace.a + at.rows), da, FROM_WEIGHTS)
+    a_rows = tl.load(workspace.a + at.rows).to(tl.float32)
+    dlogits = logits_gradient(bh, rows, keys, a_rows, da, scale, FROM_WEIGHTS).to(dtype)
     dq = contiguous_rows(bh, grads.dq, HEAD_DIM)
     store_product(dq, stored, dlogits, x.k, keys, scale, HEAD_DIM, BLOCK_D)
     tl.store(workspace.dlogits + at.rows, dlogits)

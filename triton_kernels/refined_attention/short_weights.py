@@ -1,6 +1,6 @@
 """refined_attention of short sequences: what happens to its matrices before and after the kernels of `short`.
 
-    G    = W_q W_kᵀ / √R                                   [heads, BLOCK_N, BLOCK_N], read by the forward and backward
+    G    = W_q W_kᵀ / √R       and W_v                     [., BLOCK_N, BLOCK_N], read by the forward and backward
     dW_q = Σ dG W_k / √R        dW_k = Σ dGᵀ W_q / √R      dW_v = Σ dW_v
 
 from partial sums of dG and dW_v. One launch before, one or two after. They read kilobytes, and what limits them is
@@ -25,45 +25,64 @@ BLOCK_K: tl.constexpr = tl.constexpr(16)
 LOADED = 4096
 
 
-@triton.jit(do_not_specialize=["stride_qh", "stride_qn", "stride_kh", "stride_kn", "N", "R"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_qh", "stride_qn", "stride_kh", "stride_kn", "stride_vh", "stride_vn"),
+        *("g_heads", "N", "R"),
+    ]
+)
 def refined_weights_product_kernel(
     w_q,
     w_k,
-    g,
+    w_v,
+    squares,
     stride_qh,
     stride_qn,
     stride_qr,
     stride_kh,
     stride_kn,
     stride_kr,
+    stride_vh,
+    stride_vn,
+    stride_vk,
+    g_heads,
     N,
     R,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Program (t, h): tile t [BLOCK_M, BLOCK_M] of head h of G = W_q W_kᵀ / √R, zero beyond N rows and columns.
+    """Program (t, h): tile t [BLOCK_M, BLOCK_M] of square h, zero beyond N rows and columns.
 
-    for each BLOCK_R columns of W_q and W_k:
-        g += w_q @ w_k.T
+    The first g_heads squares are those of G = W_q W_kᵀ / √R, the others W_v:
+        for each BLOCK_R columns of W_q and W_k:
+            g += w_q @ w_k.T
     """
     TILES: tl.constexpr = BLOCK_N // BLOCK_M
-    head = tl.program_id(1)
+    square = tl.program_id(1)
     rows = tl.program_id(0) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    w_q += offset(head, stride_qh)
-    w_k += offset(head, stride_kh)
-    product = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    for start in range(0, R, BLOCK_R):
-        q_block = load_rows(w_q + offset(start, stride_qr), rows, rows < N, stride_qn, stride_qr, R - start, BLOCK_R)
-        k_block = load_rows(
-            w_k + offset(start, stride_kr), columns, columns < N, stride_kn, stride_kr, R - start, BLOCK_R
-        )
-        product = tl.dot(q_block, tl.trans(k_block), product, input_precision="ieee")
-    # Not the masked product: 0 · inf is NaN.
-    product = tl.where((rows < N)[:, None] & (columns < N)[None, :], product / tl.sqrt(R.to(tl.float32)), 0.0)
-    g += offset(head, BLOCK_N * BLOCK_N) + rows[:, None] * BLOCK_N + columns[None, :]
-    tl.store(g, product.to(g.dtype.element_ty))
+    addresses = squares + offset(square, BLOCK_N * BLOCK_N) + rows[:, None] * BLOCK_N + columns[None, :]
+    if square < g_heads:
+        w_q += offset(square, stride_qh)
+        w_k += offset(square, stride_kh)
+        product = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+        for start in range(0, R, BLOCK_R):
+            q_block = load_rows(
+                w_q + offset(start, stride_qr), rows, rows < N, stride_qn, stride_qr, R - start, BLOCK_R
+            )
+            k_block = load_rows(
+                w_k + offset(start, stride_kr), columns, columns < N, stride_kn, stride_kr, R - start, BLOCK_R
+            )
+            product = tl.dot(q_block, tl.trans(k_block), product, input_precision="ieee")
+        # Not the masked product: 0 · inf is NaN.
+        inside = (rows < N)[:, None] & (columns < N)[None, :]
+        product = tl.where(inside, product / tl.sqrt(R.to(tl.float32)), 0.0)
+        tl.store(addresses, product.to(squares.dtype.element_ty))
+    elif w_v is not None:
+        first_column = tl.program_id(0) % TILES * BLOCK_M
+        w_v += offset(square - g_heads, stride_vh) + offset(first_column, stride_vk)
+        tl.store(addresses, load_rows(w_v, rows, rows < N, stride_vn, stride_vk, N - first_column, BLOCK_M))
 
 
 class Partials(NamedTuple):
@@ -248,19 +267,20 @@ def refined_weights_reduce_kernel(
     tl.store(partials + offset(first, size) + entries, total)
 
 
-def launch_weights_product(w_q: Tensor, w_k: Tensor, N: int) -> Tensor:
-    """G = W_q W_kᵀ / √R [1 or H, BLOCK_N, BLOCK_N], zero beyond the first N rows and columns.
+def launch_weights_product(w_q: Tensor, w_k: Tensor, w_v: Tensor | None, N: int) -> Tensor:
+    """G = W_q W_kᵀ / √R [1 or H, BLOCK_N, BLOCK_N] and behind it W_v likewise, zero beyond N rows and columns.
 
-    w_q, w_k [Nmax, R] or [H, Nmax, R], any strides.
+    w_q, w_k [Nmax, R] or [H, Nmax, R] and w_v [Nmax, Nmax] or [H, Nmax, Nmax] or None, any strides.
     """
-    heads = w_q.shape[0] if w_q.dim() == 3 else w_k.shape[0] if w_k.dim() == 3 else 1
+    g_heads, v_heads = max(heads_of(w_q), heads_of(w_k)), 0 if w_v is None else heads_of(w_v)
     size, R = host_block_width(N), w_q.shape[-1]
-    g = torch.empty((heads, size, size), dtype=w_q.dtype, device=w_q.device)
+    squares = torch.empty((g_heads + v_heads, size, size), dtype=w_q.dtype, device=w_q.device)
     block_m = min(size, TILE)
     launch(
         refined_weights_product_kernel,
-        ((size // block_m) ** 2, heads),
-        *(w_q, w_k, g, *matrix_strides(w_q), *matrix_strides(w_k), N, R),
+        ((size // block_m) ** 2, g_heads + v_heads),
+        *(w_q, w_k, w_v, squares, *matrix_strides(w_q), *matrix_strides(w_k), *matrix_strides(w_v)),
+        *(g_heads, N, R),
         BLOCK_N=size,
         BLOCK_M=block_m,
         BLOCK_R=32 if w_q.dtype == torch.float32 else 64,
@@ -268,7 +288,7 @@ def launch_weights_product(w_q: Tensor, w_k: Tensor, N: int) -> Tensor:
         num_stages=2,
         maxnreg=MAX_REGISTERS,
     )
-    return g
+    return squares
 
 
 def launch_weights_bwd(

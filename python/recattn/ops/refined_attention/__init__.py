@@ -84,29 +84,33 @@ class RefinedAttentionFunction(torch.autograd.Function):
     def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options):
         tensors = (q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed)
         out = refined_attention_fwd(*tensors, options)
-        out, g = out if isinstance(out, tuple) else (out, None)
+        out, squares = out if isinstance(out, tuple) else (out, None)
         ctx.save_for_backward(*tensors)
-        ctx.options, ctx.g = options, g
+        ctx.options, ctx.squares = options, squares
         return out
 
     @staticmethod
     @differentiable_again(_reference)
     def backward(ctx, dout):
-        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *ctx.saved_tensors, ctx.options, g=ctx.g)
+        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(
+            dout, *ctx.saved_tensors, ctx.options, squares=ctx.squares
+        )
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None
 
 
 def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor | tuple[Tensor, Tensor]:
-    """The output; the Triton kernels also return G, for the backward."""
+    """The output; the Triton kernels also return G and W_v as they read them, for the backward."""
     if options.impl == "triton":
         return triton_short.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
     module = cpu if q.device.type == "cpu" else chunked
     return module.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
 
 
-def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g=None) -> list[Tensor]:
+def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares=None) -> list[Tensor]:
     if options.impl == "triton":
-        return triton_short.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g)
+        return triton_short.refined_attention_bwd(
+            dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares
+        )
     module = cpu if q.device.type == "cpu" else chunked
     return module.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options)
 

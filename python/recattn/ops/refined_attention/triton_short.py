@@ -51,35 +51,35 @@ def _cached_limits(device_type: str, device_index: int | None, dtype: torch.dtyp
 
 
 def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor | None]:
-    """The output, and G for the backward."""
+    """The output, and the squares for the backward."""
     if v.numel() == 0:
         return v.new_empty(v.shape), None
     return _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
 
 
-def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g=None) -> list[Tensor]:
+def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares=None) -> list[Tensor]:
     if v.numel() == 0:
         return [x.new_zeros(x.shape) for x in (q, k, v, w_q, w_k, w_v) if x is not None]
-    return _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g)
+    return _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares)
 
 
 @replayed
 def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor]:
     kernels = triton_kernels("refined_attention")
-    g = kernels.launch_weights_product(w_q, w_k, q.shape[2])
+    squares = kernels.launch_weights_product(w_q, w_k, w_v, q.shape[2])
     dropout = launched_dropout(dropout_seed, options.dropout_p)
     seq_lens, options = contiguous(seq_lens), _with_scale(options, q)
-    return kernels.launch_refined_attention_fwd(q, k, v, g, w_v, seq_lens, options, dropout=dropout), g
+    return kernels.launch_refined_attention_fwd(q, k, v, squares, w_v, seq_lens, options, dropout=dropout), squares
 
 
 @replayed
-def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, g) -> list[Tensor]:
+def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares) -> list[Tensor]:
     kernels = triton_kernels("refined_attention")
-    if g is None:
-        g = kernels.launch_weights_product(w_q, w_k, q.shape[2])
+    if squares is None:
+        squares = kernels.launch_weights_product(w_q, w_k, w_v, q.shape[2])
     dropout = launched_dropout(dropout_seed, options.dropout_p)
     seq_lens, options = contiguous(seq_lens), _with_scale(options, q)
-    grads = kernels.launch_refined_attention_bwd(dout, q, k, v, g, w_v, seq_lens, options, dropout=dropout)
+    grads = kernels.launch_refined_attention_bwd(dout, q, k, v, squares, w_v, seq_lens, options, dropout=dropout)
     dweights = kernels.launch_weights_bwd(w_q, w_k, w_v, grads.dg, grads.dw_v, q.shape[2])
     return [grads.dq, grads.dk, grads.dv, *dweights]
 
