@@ -16,8 +16,8 @@ TARGETS, FEW_TARGETS, HEADS, TARGET_USERS = 8192, 128, 2, 128
 
 
 def shipped_configurations() -> Iterator[Compilation]:
-    """Ranks of 32 to 128, heads of 64, histories of one length and of many, and item ids."""
-    ranks = ((torch.bfloat16, 32), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64))
+    """Ranks of 32 to 256, heads of 64, histories of one length and of many, and item ids."""
+    ranks = (*((torch.bfloat16, rank) for rank in (32, 64, 128, 256)), (torch.float32, 64))
     for architecture, (dtype, rank) in itertools.product(ARCHITECTURES, ranks):
         yield from attention(architecture, dtype, rank, "sorted")
     for architecture in ARCHITECTURES:

@@ -130,8 +130,8 @@ def lrea_rows_kernel(
     out = out_scale · y out_matrices                                      [BLOCK_M, OUT_WIDTH]
 
     x [parts, T, H, r], where part 1 is its rounding error, dy [T, H, r] and y [splits, T, H, r] are in the order of
-    positions. W's rows are w_units · W_UNIT apart, and
-    zero from column L on. Without `out`, each split of y is stored and that is all.
+    positions. W's rows are w_units · W_UNIT apart, and zero from column L on. Without `out`, each split of y is stored,
+    and that is all.
     """
     head = (tl.program_id(0) % H).to(tl.int64)
     block = tl.num_programs(0) // H - 1 - tl.program_id(0) // H  # the longest first
@@ -143,40 +143,43 @@ def lrea_rows_kernel(
     else:
         tile = load_tile(jagged, positions, T)
     valid = positions < T
-    z = multiply_by_user(
-        tile,
-        order_of(jagged, T),
-        U,
-        Matrix(lhs.ptr + head * lhs.stride_h, lhs.stride_n, lhs.stride_d),
-        tile.targets,
-        lhs_matrices.ptr + head * lhs_matrices.stride_h,
-        lhs_matrices.stride_b,
-        lhs_matrices.stride_d,
-        lhs_matrices.stride_n,
-        LHS_WIDTH,
-        RANK,
-        BLOCK_D,
-        BLOCK_R,
-        SORTED,
-    )
-    z *= lhs_scale
     # Where the rows of a tile [T, H, r] of one head begin.
     first = head * RANK
     stride_t = H * RANK
     part = tl.cast(T, tl.int64) * stride_t
+    BLOCK_Z: tl.constexpr = BLOCK_R if BLOCK_R < 128 else 128  # more ranks at a time would spill
+    for first_rank in range(0, RANK, BLOCK_Z):
+        z = lhs_scale * multiply_by_user(
+            tile,
+            order_of(jagged, T),
+            U,
+            Matrix(lhs.ptr + head * lhs.stride_h, lhs.stride_n, lhs.stride_d),
+            tile.targets,
+            lhs_matrices.ptr + head * lhs_matrices.stride_h + offset(first_rank, lhs_matrices.stride_n),
+            lhs_matrices.stride_b,
+            lhs_matrices.stride_d,
+            lhs_matrices.stride_n,
+            LHS_WIDTH,
+            RANK - first_rank,
+            BLOCK_D,
+            BLOCK_Z,
+            SORTED,
+        )
+        begin = first + first_rank
+        if dy is None:
+            rounded = z.to(w.dtype.element_ty)
+            store_rows(x + begin, rounded, positions, valid, stride_t, 1, RANK - first_rank, BLOCK_Z)
+            if rounded.dtype != tl.float32:
+                x_error = z - rounded.to(tl.float32)
+                store_rows(x + part + begin, x_error, positions, valid, stride_t, 1, RANK - first_rank, BLOCK_Z)
+        else:
+            store_rows(dy + begin, z, positions, valid, stride_t, 1, RANK - first_rank, BLOCK_Z)
+    tl.debug_barrier()  # loaded, they take fewer registers in the loops
+    x_tile = load_rows(x + first, positions, valid, stride_t, 1, RANK, BLOCK_R)
     x_error_tile = None
     dy_tile = None
-    if dy is None:
-        x_tile = z.to(w.dtype.element_ty)
-        store_rows(x + first, x_tile, positions, valid, stride_t, 1, RANK, BLOCK_R)
-        if x_tile.dtype != tl.float32:
-            x_error = z - x_tile.to(tl.float32)
-            store_rows(x + part + first, x_error, positions, valid, stride_t, 1, RANK, BLOCK_R)
-    else:
-        store_rows(dy + first, z, positions, valid, stride_t, 1, RANK, BLOCK_R)
-        tl.debug_barrier()  # loaded, it takes fewer registers in the loops
+    if dy is not None:
         dy_tile = load_rows(dy + first, positions, valid, stride_t, 1, RANK, BLOCK_R)
-        x_tile = load_rows(x + first, positions, valid, stride_t, 1, RANK, BLOCK_R)
         if x_tile.dtype != tl.float32:
             x_error_tile = load_rows(x + part + first, positions, valid, stride_t, 1, RANK, BLOCK_R)
 
@@ -191,42 +194,27 @@ def lrea_rows_kernel(
         first_masked += tl.cdiv(tl.maximum(whole_blocks - first_block, 0), splits) * splits
     masked_from, step = first_masked * BLOCK_N, splits * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for column in range(first_block * BLOCK_N, tl.minimum(masked_from, end), step):
-        acc = add_columns(
-            acc,
-            x_tile,
-            x_error_tile,
-            dy_tile,
-            w,
-            w_units * W_UNIT,
-            column,
-            L,
-            tile.lengths,
-            negative_slope,
-            RANK,
-            BLOCK_N,
-            W_UNIT,
-            False,
-            RAGGED,
-        )
-    for column in range(masked_from, end, step):
-        acc = add_columns(
-            acc,
-            x_tile,
-            x_error_tile,
-            dy_tile,
-            w,
-            w_units * W_UNIT,
-            column,
-            L,
-            tile.lengths,
-            negative_slope,
-            RANK,
-            BLOCK_N,
-            W_UNIT,
-            True,
-            RAGGED,
-        )
+    for masked in tl.static_range(2):
+        start = masked_from if masked else first_block * BLOCK_N
+        stop = end if masked else tl.minimum(masked_from, end)
+        for column in range(start, stop, step):
+            acc = add_columns(
+                acc,
+                x_tile,
+                x_error_tile,
+                dy_tile,
+                w,
+                w_units * W_UNIT,
+                column,
+                L,
+                tile.lengths,
+                negative_slope,
+                RANK,
+                BLOCK_N,
+                W_UNIT,
+                masked,
+                RAGGED,
+            )
     store_rows(y + tl.program_id(1) * part + first, acc, positions, valid, stride_t, 1, RANK, BLOCK_R)
     if out is not None:
         tl.debug_barrier()  # y is read by other threads than those that stored it
