@@ -111,10 +111,9 @@ __device__ int find_user(const Operands<T>& op, int tile) {
 template <class T>
 __device__ Tile find_tile(const Operands<T>& op, Block block) {
     const int user = find_user(op, block.tile);
-    const int64_t begin = offset_of(op, user), end = offset_of(op, user + 1);
+    const int64_t begin = offset_of(op, user), end = offset_of(op, user + 1), slot = op.slots[user];
     const int64_t first = begin + ((block.tile - user - (begin >> op.log2_tile_rows)) << op.log2_tile_rows);
     if (first < begin || first >= end) return {first, 0, 0, block.head};
-    const int64_t slot = op.slots[user];
     return {first, is_row(slot, op.table_size) ? slot : -1,
             static_cast<int>(min(end - first, static_cast<int64_t>(1) << op.log2_tile_rows)), block.head};
 }
