@@ -86,12 +86,6 @@ ACCEPTED = (
         "The loop over sinks stands inside `if is_sink_tile`; as a loop of zero rounds it is not serialized.",
     ),
     Accepted(
-        "C7515",
-        r"^sink_attention_bwd_dkdv_kernel sm_90 bfloat16 .* dropout ",
-        EITHER,
-        "Something writes an accumulator between its wgmma, and only with dropout. What, is not known yet.",
-    ),
-    Accepted(
         "spills",
         r"^sink_attention_bwd_dq_kernel sm_90 float32 D=256 32x32 warps",
         OLDER,
@@ -103,10 +97,6 @@ ACCEPTED = (
     ),
     Accepted("spills", r"^sink_attention_fwd_kernel sm_90 float32 D=32 64x32 warps", OLDER, FEW_BYTES),
     Accepted("spills", r"^sink_attention_fwd_kernel sm_100 bfloat16 D=64 128x64 warps", OLDER, FEW_BYTES),
-    Accepted("spills", r"^sink_attention_bwd_dkdv_kernel sm_80 float32 D=64 32x32 warps", OLDER, FEW_BYTES),
-    Accepted(
-        "spills", r"^sink_attention_bwd_dkdv_kernel sm_90 bfloat16 D=(128 64x64|256 32x64) warps", OLDER, FEW_BYTES
-    ),
     Accepted(
         "spills",
         r"^sink_attention_fwd_kernel sm_80 (bfloat16 D=64 128x64|float32 D=256 32x32) dropout padded ",
@@ -120,17 +110,8 @@ ACCEPTED = (
         "spills", r"^sink_attention_bwd_dq_kernel sm_90 bfloat16 D=128 128x64 dropout padded ", EITHER, FEW_PADDED_BYTES
     ),
     Accepted(
-        "spills", r"^sink_attention_bwd_dkdv_kernel sm_80 bfloat16 D=128 64x64 dropout padded ", OLDER, FEW_PADDED_BYTES
-    ),
-    Accepted(
         "spills",
         r"^sink_attention_fwd_kernel sm_90 float32 D=128 16x16 dropout padded ",
-        ("3.7.1",),
-        FEW_PADDED_BYTES,
-    ),
-    Accepted(
-        "spills",
-        r"^sink_attention_bwd_dkdv_kernel sm_80 float32 D=128 32x32 dropout padded ",
         ("3.7.1",),
         FEW_PADDED_BYTES,
     ),

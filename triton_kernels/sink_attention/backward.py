@@ -3,11 +3,11 @@
     p  = exp(qk + β - lse)         ds = p * (dout @ v.T - delta)       delta = sum(dout * out)
     dq = scale * ds @ k            dk = scale * ds.T @ q               dv = p.T @ dout
 
-The first kernel makes dq and delta, the second dk and dv. What sink keys get from sink queries in dk and dv, and the
-gradient of β, come from sink_pairs.py. β is added in the loop over the sinks of `sink_attention_bwd_dq_kernel`.
+The first kernel makes dq and what the second takes of each row: lse and delta. The second makes dk and dv. What sink
+keys get from sink queries in dk and dv, and the gradient of β, come from sink_pairs.py. β is added in the loop over the
+sinks of `sink_attention_bwd_dq_kernel`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +24,7 @@ from recattn.triton_kernels.common.tiles import (
     block_width,
     head_rows,
     load_tokens,
+    offset,
     store_tokens,
     store_zeros,
 )
@@ -35,6 +36,7 @@ from recattn.triton_kernels.sink_attention.common import (
     QueryTile,
     RowStats,
     SinkInputs,
+    first_row_of,
     first_token,
     key_range,
     load_block,
@@ -57,7 +59,7 @@ from recattn.triton_kernels.sink_attention.split_tokens import Streams, number_o
 
 
 @triton.jit
-def p_and_ds(qk, lse, dp, delta, operand, dropout, philox_stream, rows, first_column, TRANSPOSED: tl.constexpr):
+def p_and_ds(qk, lse, dp, delta, operand, dropout, philox_stream, rows, first_column):
     """p with dropout, and ds, of one tile; both 0 in rows of lse = +inf.
 
     lse has the shape of a row or column of the tile; where a bias is taken off it, that of the tile.
@@ -65,12 +67,9 @@ def p_and_ds(qk, lse, dp, delta, operand, dropout, philox_stream, rows, first_co
     p = exp_scaled(qk - lse, operand)
     dropped_p = p
     if dropout.seed is not None:
-        BLOCK_N: tl.constexpr = p.shape[0] if TRANSPOSED else p.shape[1]
         factors = dropout_weights(
-            tl.load(dropout.seed), dropout.bh, philox_stream, rows, first_column, dropout.threshold, BLOCK_N
+            tl.load(dropout.seed), dropout.bh, philox_stream, rows, first_column, dropout.threshold, p.shape[1]
         )
-        if TRANSPOSED:
-            factors = tl.trans(factors)
         dropped_p *= factors
         dp *= factors
     return dropped_p, p * (dp - delta)
@@ -99,7 +98,7 @@ def attn_bwd_dq_inner(
         v_tile = load_block(keys.v, first, offsets, valid, V_HEAD_DIM, dout_tile.shape[1], MASKED)
         qk = qk_block(q_tile, k_tile, qk_scale, first, queries, keys, MASKED)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-        _, ds = p_and_ds(qk, lse[:, None], dp, delta[:, None], q_tile, dropout, PER_TOKEN, rows, first, False)
+        _, ds = p_and_ds(qk, lse[:, None], dp, delta[:, None], q_tile, dropout, PER_TOKEN, rows, first)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
     return dq
 
@@ -164,12 +163,17 @@ def sink_attention_bwd_dq_kernel(
     # sink_pairs.py sums dout · v of float32 in float64. So is delta: in a row with one key the two are equal.
     SUM: tl.constexpr = tl.float64 if out_tile.dtype == tl.float32 else tl.float32
     delta = tl.sum(dout_tile.to(SUM) * out_tile.to(SUM), 1).to(tl.float32)  # [BM]
-    tl.store(row_stats.delta + lse_rows, delta, mask=rows.valid)
-    lse = tl.load(row_stats.lse + lse_rows, mask=rows.valid, other=float("inf"))
+    lse = scaled_lse(tl.load(row_stats.lse + lse_rows, mask=rows.valid, other=float("inf")), q_tile)
+    saved = first_row_of(batch, head, num_q_heads, N, start, lengths.cu_seqlens) + rows.positions
+    saved = row_stats.lse_and_delta + saved * 4
+    tl.store(saved, lse, mask=rows.valid)
+    tl.store(saved + 1, tl.where(is_sink_tile, float("inf"), lse), mask=rows.valid)
+    tl.store(saved + 2, delta, mask=rows.valid)
     of_sinks = rows.valid & is_sink_tile
     tl.store(row_stats.sink_delta + bh * M + index, delta, mask=of_sinks)
     sink_stats = row_stats.sink_stats + bh * M + index
-    lse = scaled_lse(tl.where(is_sink_tile, tl.load(sink_stats, mask=of_sinks, other=float("inf")), lse), q_tile)
+    row_max = tl.load(sink_stats, mask=of_sinks, other=float("inf"))
+    lse = tl.where(is_sink_tile, scaled_lse(row_max, q_tile), lse)
     row_sum = tl.abs(tl.load(sink_stats + B.to(tl.int64) * num_q_heads * M, mask=of_sinks, other=1.0))
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first_sink = first_sink // BLOCK_S * BLOCK_S
@@ -182,7 +186,7 @@ def sink_attention_bwd_dq_kernel(
         qk, bias_tile = sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_tokens.positions, bias)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         lse_less_bias = lse[:, None] - bias_tile  # qk + β - lse: the difference of two large numbers first
-        _, ds = p_and_ds(qk, lse_less_bias, dp, delta[:, None], q_tile, dropout, PER_SINK, index, first, False)
+        _, ds = p_and_ds(qk, lse_less_bias, dp, delta[:, None], q_tile, dropout, PER_SINK, index, first)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     for MASKED in tl.static_range(2):
         acc = attn_bwd_dq_inner(
@@ -197,13 +201,27 @@ def sink_attention_bwd_dq_kernel(
 # --- dK and dV ---
 
 
+@triton.jit
+def block_offsets(x, offsets, BLOCK_WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """[offsets, BLOCK_WIDTH]: where the elements of a block of a BHND's rows lie. int32, or int64 with WIDE."""
+    matrix = Matrix(x.ptr, x.stride_n, x.stride_d)
+    if WIDE:
+        matrix = wide_strides(matrix)
+    return offsets[:, None] * matrix.row_stride + tl.arange(0, BLOCK_WIDTH)[None, :] * matrix.column_stride
+
+
+@triton.jit
+def step_of(rows, heads, x):
+    """How far apart in memory two rows of a BHND are."""
+    return offset(rows, x.stride_n) + offset(heads, x.stride_h)
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def sink_attention_bwd_dkdv_kernel(
-    row_stats, is_sink, lengths, dropout_seed,
+    lse_and_delta, is_sink, lengths, dropout_seed,
     q, k, v, dout, dk, dv,  # BHND; behind the pointers, where Triton 3.6 spills least
-    stride_lse_b, stride_lse_h,
     B, num_q_heads, group_size, N, scale, causal, left_padded, dropout_threshold,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one (batch, key head), all their queries in memory order.
 
@@ -212,7 +230,8 @@ def sink_attention_bwd_dkdv_kernel(
     dv += p @ dout                           [BLOCK_N, Dv]
     dk += scale * ds @ q                     [BLOCK_N, D]
 
-    One loop runs over the query heads that share the key head and over their blocks of queries.
+    A loop runs over the query heads that share the key head and over their blocks of queries: first over those on the
+    diagonal of a causal mask, then over those that see all the keys.
     """
     batch, block = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_N, 1)
     start, length, _ = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
@@ -229,44 +248,79 @@ def sink_attention_bwd_dkdv_kernel(
     if first_key >= length:
         return
     k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
-    dk, dv = head_rows(dk, batch, kv_head, start), head_rows(dv, batch, kv_head, start)
-    is_sink += first_token(batch, N, start, lengths.cu_seqlens)
 
     positions = first_key + tl.arange(0, BLOCK_N)
     keys = Tokens(positions, positions < length)
-    key_is_sink = tl.load(is_sink + positions, mask=keys.valid, other=0)
+    is_sink += first_token(batch, N, start, lengths.cu_seqlens)
+    key_is_sink = (tl.load(is_sink + positions, mask=keys.valid, other=0) != 0)[:, None]
     k_tile = load_tokens(k, keys, HEAD_DIM, BLOCK_D)  # [BN, D]
     qk_scale = scale * log2e_scale(k_tile)
     v_tile = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
+    offsets = tl.arange(0, BLOCK_M)
+    q_offsets, dout_offsets = block_offsets(q, offsets, BLOCK_D, WIDE), block_offsets(dout, offsets, BLOCK_DV, WIDE)
+    stats_offsets = offsets[:, None] * 4 + tl.arange(0, 4)[None, :]
+    q_mask, dout_mask = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM, tl.arange(0, BLOCK_DV)[None, :] < V_HEAD_DIM
     first_row = tl.where(causal != 0, first_key // BLOCK_M * BLOCK_M, 0)
-    num_blocks = tl.cdiv(length - first_row, BLOCK_M)
-    # [BN] the first row that sees each key
-    first_seeing = tl.where(keys.valid, tl.where(causal != 0, positions, 0), length)
+    diagonal_end = tl.where(causal != 0, tl.minimum(first_row + max(BLOCK_M, BLOCK_N), length), 0)
+    head = kv_head * group_size
+    q_block = head_rows(q, batch, head, start + first_row).base
+    dout_block = head_rows(dout, batch, head, start + first_row).base
+    stats_block = lse_and_delta + (first_row_of(batch, head, num_q_heads, N, start, lengths.cu_seqlens) + first_row) * 4
+    bh = (batch * num_q_heads + head).to(tl.int32)
+    heads = 0  # that are done
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    # One loop, so that the loads of the next head's first block are pipelined too.
-    for step in range(0, group_size * num_blocks):
-        head = kv_head * group_size + step // num_blocks
-        offsets = first_row + step % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
-        rows = Tokens(offsets, offsets < length)
-        q_tile = load_tokens(head_rows(q, batch, head, start), rows, HEAD_DIM, BLOCK_D)  # [BM, D]
-        dout_tile = load_tokens(head_rows(dout, batch, head, start), rows, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
-        lse_rows = batch * stride_lse_b + head * stride_lse_h + (start + offsets) * row_stats.stride_n
-        # Rows past the end get lse = +inf, so that their p is 0.
-        lse = scaled_lse(tl.load(row_stats.lse + lse_rows, mask=rows.valid, other=float("inf")), q_tile)
-        delta = tl.load(row_stats.delta + lse_rows, mask=rows.valid, other=0.0)
-        row_is_sink = tl.load(is_sink + offsets, mask=rows.valid, other=0)
-        # Where query and key are both sinks, sink_pairs.py adds to dk and dv: it knows the bias.
-        visible = (first_seeing[:, None] <= offsets[None, :]) & (key_is_sink[:, None] + row_is_sink[None, :] < 2)
-        qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * qk_scale
-        qk = tl.where(visible, qk, -float("inf"))  # [BN, BM]
-        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-        dropout = HeadDropout(dropout_seed, (batch * num_q_heads + head).to(tl.int32), dropout_threshold)
-        p, ds = p_and_ds(qk, lse[None, :], dp, delta[None, :], q_tile, dropout, PER_TOKEN, offsets, first_key, True)
-        dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
-        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
-    store_tokens(dk, dk_acc * scale, keys, HEAD_DIM, BLOCK_D)
-    store_tokens(dv, dv_acc, keys, V_HEAD_DIM, BLOCK_DV)
+    first = first_row
+    for UNMASKED in tl.static_range(2):
+        first_of_head = diagonal_end if UNMASKED else first_row
+        end = length if UNMASKED else diagonal_end
+        if UNMASKED:  # back to the first head
+            q_block += step_of(diagonal_end - first_row, -heads, q)
+            dout_block += step_of(diagonal_end - first_row, -heads, dout)
+            stats_block += offset(diagonal_end - first_row, 4) - offset(heads, N) * 4
+            heads = 0
+        first = first_of_head
+        # One loop for all heads, so that the loads of the next head's first block are pipelined too.
+        for _ in range(0, group_size * tl.cdiv(end - first_of_head, BLOCK_M)):
+            # Rows past the end are zeros in q, dout and delta, so that they add nothing.
+            valid = (first + offsets < length)[:, None]
+            q_tile = tl.load(q_block + q_offsets, mask=valid & q_mask, other=0.0)  # [BM, D]
+            dout_tile = tl.load(dout_block + dout_offsets, mask=valid & dout_mask, other=0.0)  # [BM, Dv]
+            # Four numbers a row in one load: Triton 3.6 would make three loads of one in the layout of qk.
+            stats = tl.load(stats_block + stats_offsets, mask=valid, other=0.0)
+            even, odd = tl.split(tl.reshape(stats, (BLOCK_M, 2, 2)))
+            lse, delta = tl.split(even)
+            lse_of_non_sinks, _ = tl.split(odd)
+            # Where query and key are both sinks, sink_pairs.py adds to dk and dv: it knows the bias.
+            lse = tl.where(key_is_sink, lse_of_non_sinks[None, :], lse[None, :])  # [BN, BM]
+            if not UNMASKED:
+                lse = tl.where((positions - first)[:, None] <= offsets[None, :], lse, float("inf"))
+            qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BN, BM]
+            p = exp_scaled(qk * qk_scale - lse, q_tile)
+            dropped_p = p
+            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+            if dropout_seed is not None:
+                seed, rows = tl.load(dropout_seed), first + offsets
+                factors = dropout_weights(seed, bh + heads, PER_TOKEN, rows, first_key, dropout_threshold, BLOCK_N)
+                factors = tl.trans(factors)
+                dropped_p *= factors
+                dp *= factors
+            ds = p * (dp - delta[None, :])
+            dv_acc = tl.dot(dropped_p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+            # To the next block, or to the first of the next head.
+            last = first + BLOCK_M >= end
+            next_first = tl.where(last, first_of_head, first + BLOCK_M)
+            q_block += step_of(next_first - first, last.to(tl.int32), q)
+            dout_block += step_of(next_first - first, last.to(tl.int32), dout)
+            stats_block += offset(next_first - first, 4) + offset(last.to(tl.int32), N) * 4
+            heads += last.to(tl.int32)
+            first = next_first
+    # `first` is back at diagonal_end: kept through the loops, the addresses of dk and dv would take registers.
+    positions = first_key + (first - diagonal_end) + tl.arange(0, BLOCK_N)
+    keys = Tokens(positions, positions < length)
+    store_tokens(head_rows(dk, batch, kv_head, start), dk_acc * scale, keys, HEAD_DIM, BLOCK_D)
+    store_tokens(head_rows(dv, batch, kv_head, start), dv_acc, keys, V_HEAD_DIM, BLOCK_DV)
 
 
 # --- Launcher ---
@@ -303,7 +357,7 @@ def launch_sink_attention_bwd(
     head_dim, v_head_dim = k.shape[-1], v.shape[-1]
     q, k, v, out, dout, dq, dk, dv = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out, dout, *grads))
     stride_b, stride_h, stride_n = row_strides(lse, lengths)
-    delta = torch.empty_like(lse)
+    lse_and_delta = lse.new_empty(*lse.shape, 4)
     sink_tensors, sink_strides = sinks.as_arguments()
     group_size, causal, left_padded = num_q_heads // num_kv_heads, int(options.causal), int(options.left_padded)
 
@@ -320,7 +374,7 @@ def launch_sink_attention_bwd(
     launch(
         kernel, grid,
         q, k, v, out, dout, dq,
-        RowStats(lse, stride_n, delta, sink_stats, sink_delta), sink_tensors, streams, lengths, dropout.seed,
+        RowStats(lse, stride_n, lse_and_delta, sink_stats, sink_delta), sink_tensors, streams, lengths, dropout.seed,
         stride_b, stride_h, *sink_strides,
         B, num_q_heads, group_size, N, M, options.scale, causal, left_padded, dropout.threshold,
         HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(k, v), **warps,
@@ -333,10 +387,9 @@ def launch_sink_attention_bwd(
         kernel, grid, blocks, warps = autotuned(kernel, "bwd_dkdv", kind), key_grid, {}, {}
     launch(
         kernel, grid,
-        RowStats(lse, stride_n, delta, None, None), streams.is_sink, lengths, dropout.seed,
+        lse_and_delta, streams.is_sink, lengths, dropout.seed,
         q, k, v, dout, dk, dv,
-        stride_b, stride_h,
         B, num_q_heads, group_size, N, options.scale, causal, left_padded, dropout.threshold,
-        HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, **warps,
+        HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(q, dout), **warps,
     )  # fmt: skip
     return sink_delta

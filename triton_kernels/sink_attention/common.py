@@ -65,8 +65,9 @@ class RowStats(NamedTuple):
     """What is known of each query row, float32, as one kernel argument."""
 
     lse: Tensor  # [B, Hq, N] log-sum-exp
-    stride_n: int  # of lse and delta
-    delta: Tensor | None  # [B, Hq, N] sum of dO · O, strided as lse
+    stride_n: int  # of lse
+    # [B, Hq, N, 4], packed [Hq, T, 4], from dQ for dK and dV: `scaled_lse`; the same, +inf for sinks; sum of dO · O; -
+    lse_and_delta: Tensor | None
     sink_stats: Tensor | None  # [2, B, Hq, M] row_max and row_sum of the sink rows
     sink_delta: Tensor | None  # [B, Hq, M] delta of the sink rows
 
@@ -122,6 +123,12 @@ class Keys(NamedTuple):
 def first_token(batch, N, start, cu_seqlens):
     """Where a sequence begins in a contiguous tensor [B, N], or packed [T]."""
     return batch * N + start if cu_seqlens is None else start
+
+
+@triton.jit
+def first_row_of(batch, head, num_q_heads, N, start, cu_seqlens):
+    """Where the rows of a sequence and head begin in a contiguous tensor [B, Hq, N], or packed [Hq, T]."""
+    return (batch * num_q_heads + head) * N + start if cu_seqlens is None else head * N + start
 
 
 @triton.jit
