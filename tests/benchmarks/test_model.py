@@ -152,14 +152,18 @@ def test_a_measured_gpu_is_known_by_its_name():
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim, published", [(64, (420, 476)), (128, (579, 638))])
-def test_attention_on_an_h100_is_near_flash_attention_3(dim, published, causal):
-    """TFLOP/s of the forward at 4,096 tokens, causal and not, as published by its authors."""
+@pytest.mark.parametrize("implementation, least", [("recattn", 0.8), ("recattn triton", 0.5)])
+def test_attention_on_an_h100_is_near_flash_attention_3(implementation, least, dim, published, causal):
+    """TFLOP/s of the forward at 4,096 tokens, causal and not, as published by its authors.
+
+    By FLOPs, for recattn corrects a flash attention; and by the instructions of recattn's own kernel.
+    """
     shape = {"heads": 2048 // dim, "kv_heads": 2048 // dim, "length": 4096, "dim": dim, "sinks": 0, "causal": causal}
     workload = SinkWorkload(name="", batch=4, **shape)
-    milliseconds = cost_model.predict(SINK_ATTENTION, workload, FORWARD, H100, torch.bfloat16)
+    milliseconds = cost_model.predict(SINK_ATTENTION, workload, FORWARD, H100, torch.bfloat16, implementation)
     inputs = cost_model.shapes(SINK_ATTENTION.inputs, workload, torch.bfloat16)
     tflops = SINK_ATTENTION.cost(workload, inputs, FORWARD).flops / milliseconds / 1e9
-    assert 1 / (1 + cost_model.TOLERANCE) < tflops / published[not causal] < 1 + cost_model.TOLERANCE
+    assert least < tflops / published[not causal] < 1 + cost_model.TOLERANCE
 
 
 def test_without_sinks_it_is_the_arithmetic_of_attention():
