@@ -75,12 +75,13 @@ def fused_sink_attention(workload, inputs, direction, device) -> list[Launch]:
         blocks = cdiv(tokens, 1024)
         streams = Launch(find("sink_attention_streams_kernel", architecture), blocks, 5 * tokens, blocks)
         return [streams, rows_launch("sink_attention_fwd_kernel", 2 * q.nbytes + 2 * k.nbytes + lse + bias)]
-    dq = rows_launch("sink_attention_bwd_dq_kernel", 4 * q.nbytes + 2 * k.nbytes + 2 * lse + bias)
+    # dQ's launch leaves four float32 of each row for the other.
+    dq = rows_launch("sink_attention_bwd_dq_kernel", 4 * q.nbytes + 2 * k.nbytes + 5 * lse + bias)
     kernel = find("sink_attention_bwd_dkdv_kernel", architecture, D=dim)
     block_m, block_n = kernel.tile
     rounds = heads * sum(c * rounds_of(n, n, block_n, block_m, causal) for (n, _), c in sequences.items())
     blocks = workload.kv_heads * sum(c * cdiv(n, block_n) for (n, _), c in sequences.items())
-    dkdv = Launch(kernel, blocks, 2 * q.nbytes + 4 * k.nbytes + 2 * lse, rounds)
+    dkdv = Launch(kernel, blocks, 2 * q.nbytes + 4 * k.nbytes + 4 * lse, rounds)
     return [dq, dkdv, *sink_pairs(workload, inputs, device, corrects=False)]
 
 
@@ -161,8 +162,8 @@ def plain_attention(workload, lengths: Tensor, widths: tuple[int, int], directio
 
     if direction == FORWARD:
         return [launch("sink_attention_fwd_kernel", (1, 1), rows * (4 * qk + 4 * v + 4))]
-    dq = launch("sink_attention_bwd_dq_kernel", (2, 1), rows * (6 * qk + 6 * v + 8))
-    return [dq, launch("sink_attention_bwd_dkdv_kernel", (2, 2), rows * (6 * qk + 6 * v + 8), by_key=True)]
+    dq = launch("sink_attention_bwd_dq_kernel", (2, 1), rows * (6 * qk + 6 * v + 20))
+    return [dq, launch("sink_attention_bwd_dkdv_kernel", (2, 2), rows * (6 * qk + 6 * v + 16), by_key=True)]
 
 
 # --- refined_attention ---
@@ -263,6 +264,9 @@ def projected(workload, lengths: Tensor, dim: int, columns: int, direction, devi
 
 # --- wasserstein_attention ---
 
+# The longest sequence and the widest head of which a program holds all tokens, by architecture.
+SHORT = {80: (64, 32), 90: (128, 64)}
+
 
 @models("wasserstein_attention", "cuda")
 def wasserstein_attention(workload, inputs, direction, device) -> list[Stage | Launch]:
@@ -270,6 +274,9 @@ def wasserstein_attention(workload, inputs, direction, device) -> list[Stage | L
     dim, heads, n, one = workload.dim, workload.heads, workload.length, inputs["mean_q"].nbytes
     bhs, rank = len(lengths) * heads, inputs["w_q"].shape[1] // 2 if "w_q" in inputs else None
     width = 2 * (dim if rank is None else rank)
+    longest, widest = SHORT[architecture]
+    if n <= longest and width <= 2 * widest:
+        return [short_wasserstein_attention(bhs, n, dim, one, direction, device)]
     vectors = one / dim * width
     words = () if rank is None else ("refined",)
 
@@ -296,6 +303,13 @@ def wasserstein_attention(workload, inputs, direction, device) -> list[Stage | L
         projection = projected(workload, lengths, 2 * dim + 4, 4 * rank, direction, device)
         return [prepared, *projection, *forward] if direction == FORWARD else [*backward, *projection, prepared]
     return forward if direction == FORWARD else backward
+
+
+def short_wasserstein_attention(bhs: int, n: int, dim: int, one: float, direction, device) -> Launch:
+    """A program for a batch and head, without loops."""
+    way, tensors = ("fwd", 8) if direction == FORWARD else ("bwd", 14)
+    kernel = find(f"wasserstein_attention_short_{way}_kernel", device.architecture, N=n, D=dim)
+    return Launch(kernel, bhs, tensors * one, bhs * kernel.held)
 
 
 # --- lrea_attention ---
