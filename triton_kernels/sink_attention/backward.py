@@ -93,9 +93,8 @@ def attn_bwd_dq_inner(
     offsets = tl.arange(0, BLOCK_N)
     rows = queries.tokens.positions
     for first in range(start, end, BLOCK_N):
-        valid = first + offsets < keys.length
-        k_tile = load_block(keys.k, first, offsets, valid, HEAD_DIM, q_tile.shape[1], MASKED)
-        v_tile = load_block(keys.v, first, offsets, valid, V_HEAD_DIM, dout_tile.shape[1], MASKED)
+        k_tile = load_block(keys.k, first, offsets, keys.length, HEAD_DIM, q_tile.shape[1], MASKED)
+        v_tile = load_block(keys.v, first, offsets, keys.length, V_HEAD_DIM, dout_tile.shape[1], MASKED)
         qk = qk_block(q_tile, k_tile, qk_scale, first, queries, keys, MASKED)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         _, ds = p_and_ds(qk, lse[:, None], dp, delta[:, None], q_tile, dropout, PER_TOKEN, rows, first)
@@ -129,8 +128,9 @@ def sink_attention_bwd_dq_kernel(
     token = first_token(batch, N, start, lengths.cu_seqlens)
     positions = sink_tensors.positions + batch * stride_positions_b
     sinks = Sinks(positions, sink_tensors.stride_m, M, first_position, length)
-    is_sink_tile, index, rows, first_sink, end_sink = query_tile(
-        tile, sinks, streams.non_sinks + token, streams.sink_bounds + 2 * batch, BLOCK_M
+    non_sinks, sink_bounds = streams.non_sinks + token, streams.sink_bounds + 2 * batch
+    is_sink_tile, index, rows, first_row, first_sink, end_sink = query_tile(
+        tile, sinks, non_sinks, sink_bounds, BLOCK_M
     )
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
@@ -139,7 +139,7 @@ def sink_attention_bwd_dq_kernel(
             padding = padding_tokens(tile, start, length, N, BLOCK_M)
             # 16 columns at a time take fewest registers.
             store_zeros(head_rows(dq, batch, head, start), padding, HEAD_DIM, 16)
-    if tl.max(rows.valid.to(tl.int32), 0) == 0:
+    if first_row < 0:
         return
     kv_head = head // group_size
     q = head_rows(q, batch, head, start)
@@ -154,7 +154,7 @@ def sink_attention_bwd_dq_kernel(
     dropout = HeadDropout(dropout_seed, bh.to(tl.int32), dropout_threshold)
     lse_rows = batch * stride_lse_b + head * stride_lse_h + (start + rows.positions) * row_stats.stride_n
 
-    last_key, first_masked, end = key_range(rows, is_sink_tile, causal, length, BLOCK_N)
+    last_key, first_masked, end = key_range(rows, first_row, is_sink_tile, causal, length, BLOCK_N)
     queries = QueryTile(is_sink_tile, index, rows, last_key)
     q_tile = load_tokens(q, rows, HEAD_DIM, BLOCK_D)  # [BM, D]
     qk_scale = scale * log2e_scale(q_tile)
@@ -176,9 +176,9 @@ def sink_attention_bwd_dq_kernel(
     lse = tl.where(is_sink_tile, scaled_lse(row_max, q_tile), lse)
     row_sum = tl.abs(tl.load(sink_stats + B.to(tl.int64) * num_q_heads * M, mask=of_sinks, other=1.0))
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first_sink = first_sink // BLOCK_S * BLOCK_S
+    first_block = first_sink // BLOCK_S * BLOCK_S
     # Not inside `if is_sink_tile`: ptxas would serialize every wgmma of the kernel.
-    for first in range(first_sink, tl.where(is_sink_tile, end_sink, first_sink), BLOCK_S):
+    for first in range(first_block, tl.where(is_sink_tile, end_sink, first_block), BLOCK_S):
         key_sinks = first + tl.arange(0, BLOCK_S)  # [BS]
         key_tokens = load_sinks(sinks, key_sinks)
         k_tile = load_tokens(k, key_tokens, HEAD_DIM, BLOCK_D)
@@ -195,6 +195,8 @@ def sink_attention_bwd_dq_kernel(
             qk_scale, dropout, HEAD_DIM, V_HEAD_DIM, BLOCK_N, MASKED,
         )  # fmt: skip
     acc *= (scale / row_sum)[:, None]
+    # Loaded again: kept through the loops, the rows would take registers.
+    _, _, rows, _, _, _ = query_tile(tile, sinks, non_sinks, sink_bounds, BLOCK_M)
     store_tokens(dq, acc, rows, HEAD_DIM, BLOCK_D)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recattn.triton_kernels.common.ragged import load_sinks
 from recattn.triton_kernels.common.softmax import log2e_scale
-from recattn.triton_kernels.common.tiles import BHND, Matrix, Tokens, load_bias, load_tokens, offset
+from recattn.triton_kernels.common.tiles import BHND, Matrix, Tokens, load_bias, offset
 
 # Integers that change with B, N and M, or from call to call: their values must not compile a kernel anew. They are
 # arguments of their own, for Triton specializes every integer of a tuple.
@@ -133,7 +133,8 @@ def first_row_of(batch, head, num_q_heads, N, start, cu_seqlens):
 
 @triton.jit
 def query_tile(tile, sinks, non_sinks, sink_bounds, BLOCK_M: tl.constexpr):
-    """The queries of one tile: (is_sink_tile, index and tokens as in `QueryTile`, first sink, end of the sinks).
+    """The queries of one tile: (is_sink_tile, index and tokens as in `QueryTile`, first row, first sink, end of the
+    sinks). The first row is the position of the first query, 0 in a tile of sinks, -1 in a tile without queries.
 
     Tiles of sinks come first. Those of the other tokens follow from the last to the first: where the mask is causal,
     the longest run first.
@@ -144,7 +145,11 @@ def query_tile(tile, sinks, non_sinks, sink_bounds, BLOCK_M: tl.constexpr):
     sink_tiles = tl.cdiv(num_sinks, BLOCK_M)
     is_sink_tile = tile < sink_tiles
     tile_of_stream = tl.where(is_sink_tile, tile, sink_tiles + tl.cdiv(num_non_sinks, BLOCK_M) - 1 - tile)
-    index = tile_of_stream * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile_of_stream * BLOCK_M
+    has_non_sinks = (is_sink_tile == 0) & (first >= 0) & (first < num_non_sinks)
+    # Loaded, for where a loop starts at the result of a reduction Triton 3.7 does not pipeline it.
+    first_row = tl.load(non_sinks + first, mask=has_non_sinks, other=tl.where(is_sink_tile, 0, -1))
+    index = first + tl.arange(0, BLOCK_M)
     if is_sink_tile:
         valid = index < num_sinks
         index += first_sink
@@ -152,18 +157,17 @@ def query_tile(tile, sinks, non_sinks, sink_bounds, BLOCK_M: tl.constexpr):
     else:
         valid = (index >= 0) & (index < num_non_sinks)
         positions = tl.load(non_sinks + index, mask=valid, other=0)
-    return is_sink_tile, index, Tokens(positions, valid), first_sink, first_sink + num_sinks
+    return is_sink_tile, index, Tokens(positions, valid), first_row, first_sink, first_sink + num_sinks
 
 
 @triton.jit
-def key_range(rows, is_sink_tile, causal, length, BLOCK_N: tl.constexpr):
+def key_range(rows, first_row, is_sink_tile, causal, length, BLOCK_N: tl.constexpr):
     """The keys that a query tile sees: (last key of each row, first block that needs a mask, end of the last block)."""
     last_key = tl.where(rows.valid, tl.where(causal != 0, rows.positions, length - 1), -1)
     end = tl.max(last_key, 0) + 1
     # Rows that are not valid may see anything: they are not stored.
-    seen_by_all = tl.min(tl.where(rows.valid, last_key, length - 1), 0) + 1
-    first_masked = tl.where(is_sink_tile, 0, seen_by_all // BLOCK_N * BLOCK_N)
-    return last_key, tl.minimum(first_masked, end), end
+    seen_by_all = tl.where(causal != 0, first_row + 1, length)
+    return last_key, tl.where(is_sink_tile, 0, seen_by_all // BLOCK_N * BLOCK_N), end
 
 
 @triton.jit
@@ -173,14 +177,16 @@ def wide_strides(x):
 
 
 @triton.jit
-def load_block(x, first, offsets, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """Rows first + offsets of a Matrix; without MASKED all are valid."""
+def load_block(x, first, offsets, length, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first + offsets of a Matrix. With MASKED the last row stands for those past the end, which weigh nothing."""
+    if MASKED:
+        offsets = tl.minimum(offsets, length - 1 - first)
+    columns = tl.arange(0, BLOCK_WIDTH)
     base = x.base + offset(first, x.row_stride)
-    if MASKED or WIDTH != BLOCK_WIDTH:
-        block = load_tokens(Matrix(base, x.row_stride, x.column_stride), Tokens(offsets, valid), WIDTH, BLOCK_WIDTH)
-    else:
-        block = tl.load(base + offsets[:, None] * x.row_stride + tl.arange(0, BLOCK_WIDTH)[None, :] * x.column_stride)
-    return block
+    addresses = base + offsets[:, None] * x.row_stride + columns[None, :] * x.column_stride
+    if WIDTH == BLOCK_WIDTH:
+        return tl.load(addresses)
+    return tl.load(addresses, mask=columns[None, :] < WIDTH, other=0.0)
 
 
 @triton.jit

@@ -67,7 +67,7 @@ def correction_update(acc, row_max, row_sum, suppressed, qk, bias, v_tile):
 @triton.jit
 def online_softmax_update(acc, row_max, row_sum, qk, bias, v_tile):
     """Add a block of keys to softmax(qk + β) @ v = acc / row_sum."""
-    p, row_scale, row_max, row_sum = softmax_block(row_max, row_sum, qk, bias, qk, True)
+    p, row_scale, row_max, row_sum = softmax_block(row_max, row_sum, qk, 1.0, bias, qk, True)
     acc = acc * row_scale[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
     return acc, row_max, row_sum
 

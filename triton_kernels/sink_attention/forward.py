@@ -53,30 +53,33 @@ from recattn.triton_kernels.sink_attention.split_tokens import Streams, number_o
 
 
 @triton.jit
-def softmax_block(row_max, row_sum, qk, bias, operand, MASKED: tl.constexpr):
-    """One block of keys of an online softmax(qk + β): (p, row_scale, row_max, row_sum). Without β, bias is None.
+def softmax_block(row_max, row_sum, qk, qk_scale, bias, operand, MASKED: tl.constexpr):
+    """One block of keys of an online softmax(qk_scale * qk + β): (p, row_scale, row_max, row_sum). qk_scale > 0.
+    Without β, bias is None.
 
     row_sum and the accumulator are scaled by exp(-row_max); row_scale brings the accumulator to the new row_max.
     """
-    new_row_max = tl.maximum(row_max, tl.max(qk if bias is None else qk + bias, 1))
+    # Without β the scale follows the maximum, to the same bits: one FFMA is all that p takes before its exponential.
+    block_max = tl.max(qk, 1) * qk_scale if bias is None else tl.max(qk * qk_scale + bias, 1)
+    new_row_max = tl.maximum(row_max, block_max)
     row_max_safe = new_row_max
     if MASKED:  # before a row's first key its maximum is -inf, and -inf minus itself NaN
         row_max_safe = tl.where(new_row_max == -float("inf"), 0.0, new_row_max)
     if bias is None:
-        p = exp_scaled(qk - row_max_safe[:, None], operand)
+        p = exp_scaled(qk * qk_scale - row_max_safe[:, None], operand)
     else:
         # β is added here: exp(qk + β - row_max). A large β is close to row_max, so their difference comes first: exact.
-        p = exp_scaled(qk + (bias - row_max_safe[:, None]), operand)
+        p = exp_scaled(qk * qk_scale + (bias - row_max_safe[:, None]), operand)
     row_scale = exp_scaled(row_max - row_max_safe, operand)
     return p, row_scale, new_row_max, row_sum * row_scale + tl.sum(p, 1)
 
 
 @triton.jit
 def softmax_step(
-    acc, row_max, row_sum, qk, bias, v_tile, dropout, philox_stream, rows, first_column, MASKED: tl.constexpr
+    acc, row_max, row_sum, qk, qk_scale, bias, v_tile, dropout, philox_stream, rows, first_column, MASKED: tl.constexpr
 ):
-    """Add a block of keys to softmax(qk + β) @ v = acc / row_sum."""
-    p, row_scale, row_max, row_sum = softmax_block(row_max, row_sum, qk, bias, v_tile, MASKED)
+    """Add a block of keys to softmax(qk_scale * qk + β) @ v = acc / row_sum. qk_scale > 0."""
+    p, row_scale, row_max, row_sum = softmax_block(row_max, row_sum, qk, qk_scale, bias, v_tile, MASKED)
     if dropout.seed is not None:
         p *= dropout_weights(
             tl.load(dropout.seed), dropout.bh, philox_stream, rows, first_column, dropout.threshold, p.shape[1]
@@ -88,18 +91,19 @@ def softmax_step(
 @triton.jit
 def attn_fwd_inner(
     acc, row_max, row_sum, q_tile, queries, keys, start, end, qk_scale, dropout,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys start..end, in memory order, without bias. A sink tile leaves the sinks out."""
     offsets = tl.arange(0, BLOCK_N)
     rows = queries.tokens.positions
     for first in range(start, end, BLOCK_N):
-        valid = first + offsets < keys.length
-        k_tile = load_block(keys.k, first, offsets, valid, HEAD_DIM, q_tile.shape[1], MASKED)
-        qk = qk_block(q_tile, k_tile, qk_scale, first, queries, keys, MASKED)
-        v_tile = load_block(keys.v, first, offsets, valid, V_HEAD_DIM, acc.shape[1], MASKED)
+        k_tile = load_block(keys.k, first, offsets, keys.length, HEAD_DIM, q_tile.shape[1], MASKED)
+        qk = qk_block(q_tile, k_tile, 1.0 if POSITIVE_SCALE else qk_scale, first, queries, keys, MASKED)
+        v_tile = load_block(keys.v, first, offsets, keys.length, V_HEAD_DIM, acc.shape[1], MASKED)
         acc, row_max, row_sum = softmax_step(
-            acc, row_max, row_sum, qk, None, v_tile, dropout, PER_TOKEN, rows, first, MASKED
+            *(acc, row_max, row_sum, qk, qk_scale if POSITIVE_SCALE else 1.0, None, v_tile),
+            *(dropout, PER_TOKEN, rows, first, MASKED),
         )
     return acc, row_max, row_sum
 
@@ -112,6 +116,7 @@ def sink_attention_fwd_kernel(
     B, num_q_heads, group_size, N, M, scale, causal, left_padded, dropout_threshold,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one (batch, head), all their keys.
 
@@ -121,7 +126,8 @@ def sink_attention_fwd_kernel(
 
     The queries of a tile are all sinks or all non-sinks, so that the bias of a tile is dense. A sink tile visits the
     sinks, BLOCK_S at a time and with bias, then all other keys. Any other tile visits all keys without bias. q, k, v
-    and out are BHND; WIDE marks a k or v whose tiles need int64 offsets.
+    and out are BHND; WIDE marks a k or v whose tiles need int64 offsets, POSITIVE_SCALE a
+    scale > 0, which need not precede the maximum of a row.
     """
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_M, 2)
     start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
@@ -130,8 +136,9 @@ def sink_attention_fwd_kernel(
     token = first_token(batch, N, start, lengths.cu_seqlens)
     positions = sink_tensors.positions + batch * stride_positions_b
     sinks = Sinks(positions, sink_tensors.stride_m, M, first_position, length)
-    is_sink_tile, index, rows, first_sink, end_sink = query_tile(
-        tile, sinks, streams.non_sinks + token, streams.sink_bounds + 2 * batch, BLOCK_M
+    non_sinks, sink_bounds = streams.non_sinks + token, streams.sink_bounds + 2 * batch
+    is_sink_tile, index, rows, first_row, first_sink, end_sink = query_tile(
+        tile, sinks, non_sinks, sink_bounds, BLOCK_M
     )
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
@@ -143,7 +150,7 @@ def sink_attention_fwd_kernel(
             lse_of_first = row_stats.lse + batch * stride_lse_b + head * stride_lse_h + start * row_stats.stride_n
             padded_lse = lse_of_first + padding.positions.to(tl.int32) * row_stats.stride_n
             tl.store(padded_lse, -float("inf"), mask=padding.valid)
-    if tl.max(rows.valid.to(tl.int32), 0) == 0:
+    if first_row < 0:
         return
     kv_head = head // group_size
     q = head_rows(q, batch, head, start)
@@ -156,29 +163,29 @@ def sink_attention_fwd_kernel(
     bias = Matrix(bias, stride_bias_m, sink_tensors.stride_n)
     dropout = HeadDropout(dropout_seed, bh.to(tl.int32), dropout_threshold)
 
-    last_key, first_masked, end = key_range(rows, is_sink_tile, causal, length, BLOCK_N)
+    last_key, first_masked, end = key_range(rows, first_row, is_sink_tile, causal, length, BLOCK_N)
     queries = QueryTile(is_sink_tile, index, rows, last_key)
     q_tile = load_tokens(q, rows, HEAD_DIM, BLOCK_D)  # [BM, D]
     qk_scale = scale * log2e_scale(q_tile)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    first_sink = first_sink // BLOCK_S * BLOCK_S
+    first_block = first_sink // BLOCK_S * BLOCK_S
     # Not inside `if is_sink_tile`: ptxas would serialize every wgmma of the kernel.
-    for first in range(first_sink, tl.where(is_sink_tile, end_sink, first_sink), BLOCK_S):
+    for first in range(first_block, tl.where(is_sink_tile, end_sink, first_block), BLOCK_S):
         key_sinks = first + tl.arange(0, BLOCK_S)  # [BS]
         key_tokens = load_sinks(sinks, key_sinks)
         k_tile = load_tokens(k, key_tokens, HEAD_DIM, BLOCK_D)
         qk, bias_tile = sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_tokens.positions, bias)
         v_tile = load_tokens(v, key_tokens, V_HEAD_DIM, BLOCK_DV)
         acc, row_max, row_sum = softmax_step(
-            acc, row_max, row_sum, qk, bias_tile, v_tile, dropout, PER_SINK, index, first, True
+            acc, row_max, row_sum, qk, 1.0, bias_tile, v_tile, dropout, PER_SINK, index, first, True
         )
     for MASKED in tl.static_range(2):
         acc, row_max, row_sum = attn_fwd_inner(
             acc, row_max, row_sum, q_tile, queries, keys,
             first_masked if MASKED else tl.zeros_like(end), end if MASKED else first_masked,
-            qk_scale, dropout, HEAD_DIM, V_HEAD_DIM, BLOCK_N, MASKED,
+            qk_scale, dropout, HEAD_DIM, V_HEAD_DIM, BLOCK_N, POSITIVE_SCALE, MASKED,
         )  # fmt: skip
 
     if sink_tensors.logits is not None:  # one more term of the softmax, without a value
@@ -192,6 +199,8 @@ def sink_attention_fwd_kernel(
     # A row whose keys all have a bias of -inf: out = 0, lse = -inf.
     empty = row_sum == 0
     row_sum = tl.where(empty, 1.0, row_sum)
+    # Loaded again: kept through the loops, the rows would take registers.
+    is_sink_tile, index, rows, _, _, _ = query_tile(tile, sinks, non_sinks, sink_bounds, BLOCK_M)
     store_tokens(out, acc / row_sum[:, None], rows, V_HEAD_DIM, BLOCK_DV)
     row_max = row_max / log2e_scale(q_tile)
     lse = row_stats.lse + batch * stride_lse_b + head * stride_lse_h + start * row_stats.stride_n
@@ -251,5 +260,6 @@ def launch_sink_attention_fwd(
         stride_b, stride_h, *sink_strides,
         B, num_q_heads, num_q_heads // num_kv_heads, N, M,
         options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
-        HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(k, v), **warps,
+        HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(k, v),
+        POSITIVE_SCALE=options.scale > 0, **warps,
     )  # fmt: skip
