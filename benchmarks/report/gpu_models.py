@@ -239,15 +239,16 @@ def projected(workload, lengths: Tensor, dim: int, columns: int, direction, devi
     kept = 2 * heads * (len(segments) - len(lengths)) * dim * columns  # bytes of the states
 
     def states(read: int, *words: str) -> Launch:
-        kernel = find("refined_projection_states_kernel", architecture, *words, BLOCK_M=dim, BLOCK_N=columns)
+        sizes = {"BLOCK_M": min(dim, 64), "BLOCK_N": min(columns, 64)}
+        kernel = find("refined_projection_states_kernel", architecture, *words, **sizes)
         blocks = heads * len(lengths) * cdiv(dim, 64) * cdiv(columns, 64)
         return Launch(kernel, blocks, 2 * rows * read + kept, blocks * cdiv(rows / (heads * len(lengths)), 64))
 
     def product(e: int, f: int, *words: str) -> Launch:
         """Of rows a, b and c of e, e and f columns; [W_q | W_k] is the one that all batches share."""
-        kernel = find("refined_projection_product_kernel", architecture, *words, BLOCK_M=e, BLOCK_N=f)
-        tiles = cdiv(f, 128)
-        wider = (e + min(f, 128)) / sum(kernel.tile)
+        block_f, tiles = min(f, 128), cdiv(f, 128)
+        kernel = find("refined_projection_product_kernel", architecture, *words, BLOCK_M=e, BLOCK_N=block_f)
+        wider = (e + block_f) / (kernel.tile[0] + min(kernel.tile[1], 128))
         return Launch(
             kernel, cdiv(rows, 64) * tiles, 2 * rows * (2 * dim + columns) + kept, wider * tiles * (within + rows / 64)
         )
