@@ -45,6 +45,11 @@ def of_tokens(N: int, head_dim: int, mechanism: str, dtype: torch.dtype, archite
     yield from recorded(label, architecture, fwd)
     bwd = partial(launch_refined_attention_bwd, q, *inputs, options, dropout=dropout)
     yield from recorded(f"{label} stage {{STAGE}}", architecture, bwd)
+    if size == 128 and mechanism == "simple" and head_dim == 64:  # without dropout in one launch
+        for source in ("logits", "weights"):
+            of_source = options._replace(source=source)
+            bwd = partial(launch_refined_attention_bwd, q, *inputs, of_source)
+            yield from recorded(f"{label} stage {{STAGE}} {source} no dropout", architecture, bwd)
 
 
 def of_weights(N: int, dtype: torch.dtype, architecture: int) -> Iterator[Compilation]:

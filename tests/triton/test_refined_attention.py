@@ -146,6 +146,14 @@ def test_blocks_of_rows(mechanism, source, causal, side):
     assert_matches_reference(kernel, reference.refined_attention, inputs, grads=grads)
 
 
+@pytest.mark.parametrize("source, causal, side", [("logits", True, "left"), ("weights", False, "right")])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_more_than_64_tokens(mechanism, source, causal, side):
+    """All rows in one program, and with "simple" a backward of one launch."""
+    inputs = draw(mechanism, b=3, h=2, n=70, d=32, dv=20, dtype=torch.float16)
+    check({**inputs, "source": source, "causal": causal, "seq_lens": lengths(70, 0, 41), "padding_side": side})
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d, dv, r", [(7, 13, 3), (64, 32, 90), (20, 256, 256)])
 def test_dimensions(d, dv, r, dtype):

@@ -51,7 +51,7 @@ class RefinedAttentionConfig(NamedTuple):
     @classmethod
     @cached
     def heuristic(
-        cls, N: int, head_dim: int, dtype: torch.dtype, architecture: int, mechanism: str
+        cls, N: int, head_dim: int, dtype: torch.dtype, architecture: int, mechanism: str, drops: bool = False
     ) -> "RefinedAttentionConfig":
         """The fewest warps and launches that do not spill."""
         size, block_d = block_width(N), min(32, block_width(head_dim))
@@ -59,8 +59,12 @@ class RefinedAttentionConfig(NamedTuple):
             warps = 4 if size == 16 else 8
             return cls(TileConfig(size, 16, warps), (StageConfig(size, 16, warps),))
         if size > 64:
+            # On Hopper all rows fit: A is computed once, and the backward of "simple" may need no workspace.
+            fwd = TileConfig(128 if architecture == 90 else 64, block_d, 8)
+            if architecture == 90 and mechanism == "simple" and head_dim in (32, 64) and not drops:
+                return cls(fwd, (StageConfig(128, 32 if head_dim == 64 else 16, 8),))
             first = StageConfig(64 if head_dim > 16 else 32, 16, 8, 1)
-            return cls(TileConfig(64, block_d, 8), (first, *(StageConfig(64, block_d, 8, stage) for stage in (2, 3))))
+            return cls(fwd, (first, *(StageConfig(64, block_d, 8, stage) for stage in (2, 3))))
         warps = size // 16
         fwd = TileConfig(size, block_d, warps)
         if size == 64 and architecture < 90 and mechanism != "simple":

@@ -282,7 +282,7 @@ def launch_refined_attention_fwd(
     """
     B, H, N, D = q.shape
     out = contiguous_like(v)
-    tile = (config or choose_config(q, v, options)).fwd
+    tile = (config or choose_config(q, v, options, dropout)).fwd
     launch(
         refined_attention_fwd_kernel,
         (B * H, cdiv(N, tile.block_m)),
@@ -302,9 +302,10 @@ def launch_refined_attention_fwd(
     return out
 
 
-def choose_config(q: Tensor, v: Tensor, options: RefinedAttentionOptions) -> RefinedAttentionConfig:
-    size, head_dim = host_block_width(q.shape[2]), host_block_width(max(q.shape[3], v.shape[3]))
-    return RefinedAttentionConfig.heuristic(size, head_dim, q.dtype, architecture_of(q), options.mechanism)
+def choose_config(q: Tensor, v: Tensor, options: RefinedAttentionOptions, dropout: Dropout) -> RefinedAttentionConfig:
+    size, head_dim = host_block_width(q.shape[2]), max(q.shape[3], v.shape[3])
+    kind = (options.mechanism, dropout.seed is not None)
+    return RefinedAttentionConfig.heuristic(size, head_dim, q.dtype, architecture_of(q), *kind)
 
 
 def squares_of(squares: Tensor, w_v: Tensor | None) -> Squares:

@@ -93,7 +93,9 @@ def refined_attention_bwd_kernel(
     head = (tl.program_id(1) * heads + index % heads).to(tl.int64)
     bh = load_batch_head(batch, head, num_heads, N, seq_lens, left_padded, causal)
     columns = tl.arange(0, BLOCK_N)
-    row_positions = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_positions = tl.arange(0, BLOCK_M)
+    if BLOCK_M < BLOCK_N:
+        row_positions += tl.program_id(2) * BLOCK_M
     keys = tokens_at(bh, columns)
     rows = tokens_at(bh, row_positions)
     at = Square(
@@ -102,15 +104,11 @@ def refined_attention_bwd_kernel(
         row_positions[:, None] + columns[None, :] * BLOCK_N,
     )
     dout = head_rows(dout, batch, head, 0)
-    dw_v = grads.dw_v
-    partial = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)  # which sum
     w_v = squares.w_v
     if w_v is not None:
         w_v += squares.first_w_v + head * squares.stride_wh
-        dw_v += partial * (BLOCK_N * BLOCK_N)
     g = squares.g + head * squares.stride_gh
     x = Inputs(head_rows(q, batch, head, 0), head_rows(k, batch, head, 0), head_rows(v, batch, head, 0), g, w_v)
-    grads = Gradients(grads.dq, grads.dk, grads.dv, grads.dg + partial * (BLOCK_N * BLOCK_N), dw_v)
     dropout = Dropout(dropout_seed, dropout_threshold)
     accumulates = first_bh > 0
 
@@ -133,7 +131,7 @@ def refined_attention_bwd_kernel(
             BLOCK_D,
         )
     else:
-        workspace = workspace_of(workspace, partial, BLOCK_N)
+        workspace = workspace_of(workspace, BLOCK_N)
     if STAGE == TO_SCORES:
         bwd_to_scores(
             bh,
@@ -191,7 +189,7 @@ def launch_refined_attention_bwd(
     """
     B, H, N, D = q.shape
     dq, dk, dv = contiguous_like(q), contiguous_like(k), contiguous_like(v)
-    config = config or choose_config(q, v, options)
+    config = config or choose_config(q, v, options, dropout)
     # Heads with matrices of their own are a group each; else all heads are one.
     groups = H if squares.shape[0] > (1 if w_v is None else 2) else 1
     count = B * H // groups

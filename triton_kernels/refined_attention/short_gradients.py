@@ -64,20 +64,29 @@ class Square(NamedTuple):
 
 
 @triton.jit
-def workspace_of(base, index, BLOCK_N: tl.constexpr):
+def workspace_of(base, BLOCK_N: tl.constexpr):
     SIZE: tl.constexpr = BLOCK_N * BLOCK_N
-    x = base + index * (9 * SIZE)
+    x = base + partial_index() * (9 * SIZE)
     return Workspace(
         x, x + SIZE, x + 2 * SIZE, x + 3 * SIZE, x + 4 * SIZE, x + 5 * SIZE, x + 6 * SIZE, x + 7 * SIZE, x + 8 * SIZE
     )
 
 
 @triton.jit
-def add_to_partial(addresses, product, accumulates):
-    """Add to a sum that only this program of the launch reads and writes."""
+def partial_index():
+    """Which partial sum, and which workspace, this program has. Computed where it is used: it would take registers."""
+    return (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+
+
+@triton.jit
+def add_to_partial(partials, at, a_t, x, accumulates):
+    """Add a_t @ x to rows of a sum that only this program of the launch reads and writes."""
+    BLOCK_N: tl.constexpr = x.shape[1]
+    addresses = partials + partial_index() * (BLOCK_N * BLOCK_N) + at.rows
+    total = tl.zeros([a_t.shape[0], BLOCK_N], tl.float32)
     if accumulates:
-        product += tl.load(addresses)
-    tl.store(addresses, product)
+        total = tl.load(addresses)
+    tl.store(addresses, dot(a_t, x, total))
 
 
 # --- The equations ---
@@ -166,10 +175,10 @@ def bwd_at_once(
     dv_refined = None
     if x.w_v is not None:
         dv_refined = dot(tl.trans(refined.p_inner.to(dtype)), dm.to(dtype)).to(dtype)
-        add_to_partial(grads.dw_v + at.rows, dot(tl.trans(refined.a), dv_refined), accumulates)
+        add_to_partial(grads.dw_v, at, tl.trans(refined.a), dv_refined, accumulates)
     ds = scores_gradient(refined, dm, x)
     dq_refined = dot(ds, refined.a).to(dtype)
-    add_to_partial(grads.dg + at.rows, dot(tl.trans(refined.a), dq_refined), accumulates)
+    add_to_partial(grads.dg, at, tl.trans(refined.a), dq_refined, accumulates)
     da = source_gradient(tl.trans(ds), refined.q_refined, dq_refined, dv_refined, x, keys.positions.shape[0])
     a_rows = refined.a_rows
     if dtype != tl.float32:
@@ -262,6 +271,6 @@ def bwd_to_k(
     dlogits_t = tl.load(workspace.dlogits + at.columns)
     store_product(dk, positions_at(bh, rows.positions), dlogits_t, x.q, keys, scale, HEAD_DIM, BLOCK_D)
     a_t = tl.load(workspace.a + at.columns)
-    add_to_partial(grads.dg + at.rows, dot(a_t, tl.load(workspace.dq_refined + at.all)), accumulates)
+    add_to_partial(grads.dg, at, a_t, tl.load(workspace.dq_refined + at.all), accumulates)
     if x.w_v is not None:
-        add_to_partial(grads.dw_v + at.rows, dot(a_t, tl.load(workspace.dv_refined + at.all)), accumulates)
+        add_to_partial(grads.dw_v, at, a_t, tl.load(workspace.dv_refined + at.all), accumulates)
