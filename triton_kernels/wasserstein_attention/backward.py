@@ -18,7 +18,7 @@ from recattn.triton_kernels.wasserstein_attention.shared import (
     Forward,
     dot_of_rows,
     end_of_keys,
-    is_visible,
+    last_key_of,
     load_tile,
     qk_block,
     second_half,
@@ -33,6 +33,7 @@ class Rows(NamedTuple):
     """A block of queries in the backward."""
 
     positions: tl.tensor  # [BM]
+    last_key: tl.tensor
     q: tl.tensor  # [BM, W]
     dmean: tl.tensor  # [BM, Dv]
     dcov: tl.tensor
@@ -51,21 +52,20 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def p_and_ds(rows, keys, visible, scale, bh, dropout):
+def p_and_ds(rows, keys, scale, bh, dropout):
     """p after dropout and ds, [BM, BN], of a block of queries and a block of keys."""
+    BLOCK_N: tl.constexpr = keys.k.shape[0]
     qk = qk_block(rows.q, keys.k, scale)
     p = exp_scaled(qk - rows.row_max[:, None], rows.q) * rows.inv_row_sum[:, None]
-    p = tl.where(visible, p, 0.0)
+    p = tl.where((keys.first + tl.arange(0, BLOCK_N))[None, :] <= rows.last_key[:, None], p, 0.0)
     p_dropped = p
     if dropout.seed is not None:
-        BLOCK_N: tl.constexpr = keys.k.shape[0]
         seed = tl.load(dropout.seed)
-        keep = dropout_weights(seed, bh, PER_TOKEN, rows.positions, keys.first, dropout.threshold, BLOCK_N)
-        p_dropped = p * keep
+        p_dropped *= dropout_weights(seed, bh, PER_TOKEN, rows.positions, keys.first, dropout.threshold, BLOCK_N)
     dp = 2 * p_dropped * tl.dot(rows.dcov, tl.trans(keys.cov_v), input_precision="ieee")
-    dp += tl.dot(rows.dmean, tl.trans(keys.mean_v), input_precision="ieee")
-    if dropout.seed is not None:
-        dp *= keep
+    dp = tl.dot(rows.dmean, tl.trans(keys.mean_v), dp, input_precision="ieee")
+    if dropout.seed is not None:  # p times the weights of the dropout is p_dropped
+        return p_dropped, p_dropped * dp - p * rows.delta[:, None]
     return p_dropped, p * (dp - rows.delta[:, None])
 
 
@@ -131,7 +131,8 @@ def wasserstein_attention_bwd_dq_kernel(
     tl.store(delta + seq.first + row_positions, row_delta, mask=row_valid)
     row_max, inv_row_sum = load_row_stats(row_stats, seq, row_positions)
     q_tile = load_tile(vectors, seq, row_positions, WIDTH, BLOCK_W)  # [BM, W]
-    rows = Rows(row_positions, q_tile, dmean_tile, dcov_tile, row_max, inv_row_sum, row_delta)
+    last_key = last_key_of(row_positions, seq.length, causal)
+    rows = Rows(row_positions, last_key, q_tile, dmean_tile, dcov_tile, row_max, inv_row_sum, row_delta)
     qk_scale = scale * log2e_scale(q_tile)
     dropout = Dropout(dropout_seed, dropout_threshold)
     acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
@@ -143,8 +144,7 @@ def wasserstein_attention_bwd_dq_kernel(
         mean_v_tile = load_tile(mean_v, seq, key_positions, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
         cov_v_tile = load_tile(cov_v, seq, key_positions, V_HEAD_DIM, BLOCK_DV)
         keys = Keys(first_key, k_tile, mean_v_tile, cov_v_tile)
-        visible = is_visible(row_positions[:, None], key_positions[None, :], seq.length, causal)
-        _, ds = p_and_ds(rows, keys, visible, qk_scale, bh, dropout)
+        _, ds = p_and_ds(rows, keys, qk_scale, bh, dropout)
         ds = ds.to(k_tile.dtype)
         acc = tl.dot(ds, k_tile, acc, input_precision="ieee")
         ds_sum += tl.sum(ds.to(tl.float32), 1)
@@ -207,7 +207,8 @@ def wasserstein_attention_bwd_dkdv_kernel(
     dmean_v_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dcov_v_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     first_row = tl.where(causal != 0, first_key // BLOCK_M * BLOCK_M, 0)
-    steps = tl.where(first_key < seq.length, tl.cdiv(seq.length - first_row, BLOCK_M), 0)
+    # At least one step, for the reason of `end_of_keys`.
+    steps = tl.maximum(tl.cdiv(seq.length - first_row, BLOCK_M), 1)
     for step in range(0, steps):
         row_positions = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
         row_valid = row_positions < seq.length
@@ -216,14 +217,13 @@ def wasserstein_attention_bwd_dkdv_kernel(
         row_delta = tl.load(delta + seq.first + row_positions, mask=row_valid, other=0.0)
         dmean_tile = load_tile(dmean, seq, row_positions, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
         dcov_tile = load_tile(dcov, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
-        rows = Rows(row_positions, q_tile, dmean_tile, dcov_tile, row_max, inv_row_sum, row_delta)
-        visible = is_visible(row_positions[:, None], key_positions[None, :], seq.length, causal) & row_valid[:, None]
-        p, ds = p_and_ds(rows, keys, visible, qk_scale, bh, dropout)
-        squares = tl.trans((p * p).to(dcov_tile.dtype))
-        dcov_v_acc = tl.dot(squares, dcov_tile, dcov_v_acc, input_precision="ieee")
-        p = tl.trans(p.to(dmean_tile.dtype))
-        dmean_v_acc = tl.dot(p, dmean_tile, dmean_v_acc, input_precision="ieee")
-        ds = ds.to(q_tile.dtype)
+        last_key = last_key_of(row_positions, seq.length, causal)
+        rows = Rows(row_positions, last_key, q_tile, dmean_tile, dcov_tile, row_max, inv_row_sum, row_delta)
+        p, ds = p_and_ds(rows, keys, qk_scale, bh, dropout)
+        # All operands before the first product: nothing is left to write while one is in flight.
+        squares, p, ds = (p * p).to(dcov_tile.dtype), p.to(dmean_tile.dtype), ds.to(q_tile.dtype)
+        dcov_v_acc = tl.dot(tl.trans(squares), dcov_tile, dcov_v_acc, input_precision="ieee")
+        dmean_v_acc = tl.dot(tl.trans(p), dmean_tile, dmean_v_acc, input_precision="ieee")
         dk_acc = tl.dot(tl.trans(ds), q_tile, dk_acc, input_precision="ieee")
         ds_sum += tl.sum(ds.to(tl.float32), 0)
     dk_acc = 2 * scale * (dk_acc - ds_sum[:, None] * k_tile)

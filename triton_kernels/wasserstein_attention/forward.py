@@ -13,7 +13,7 @@ from recattn.triton_kernels.wasserstein_attention.shared import (
     DO_NOT_SPECIALIZE,
     Forward,
     end_of_keys,
-    is_visible,
+    last_key_of,
     load_tile,
     qk_block,
     second_half,
@@ -68,13 +68,14 @@ def wasserstein_attention_fwd_kernel(
     cov_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    last_key = last_key_of(rows, seq.length, causal)
     end = end_of_keys(seq, tile, causal, BLOCK_M)
     for first_key in range(0, end, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
         k_tile = load_tile(key, seq, keys, WIDTH, BLOCK_W)  # [BN, W]
         qk = qk_block(q_tile, k_tile, scale)  # [BM, BN]
-        qk = tl.where(is_visible(rows[:, None], keys[None, :], seq.length, causal), qk, -float("inf"))
-        # Every row sees the first key, so from the first block on this is finite.
+        qk = tl.where(keys[None, :] <= last_key[:, None], qk, -float("inf"))
+        # Every row of the sequence sees the first key, so from the first block on this is finite.
         new_row_max = tl.maximum(row_max, tl.max(qk, 1))
         p = exp_scaled(qk - new_row_max[:, None], q_tile)
         row_scale = exp_scaled(row_max - new_row_max, q_tile)

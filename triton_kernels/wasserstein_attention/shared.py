@@ -93,8 +93,9 @@ def dot_of_rows(a_tile, b_tile):
 
 
 @triton.jit
-def is_visible(rows, keys, length, causal):
-    return (keys < length) & ((causal == 0) | (keys <= rows))
+def last_key_of(rows, length, causal):
+    """The last key that each row sees; -1 for rows past the end."""
+    return tl.where(rows < length, tl.where(causal != 0, rows, length - 1), -1)
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def end_of_keys(seq, tile, causal, BLOCK_M: tl.constexpr):
 def qk_block(q_tile, k_tile, scale):
     """-scale · ‖q - k‖² up to the query's own term."""
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    return scale * (2 * products - squared_norms(k_tile)[None, :])
+    return products * (2 * scale) - (squared_norms(k_tile) * scale)[None, :]
 
 
 # Arguments that change with N, B and H, or from call to call.
