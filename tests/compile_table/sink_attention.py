@@ -10,7 +10,6 @@ from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 from recattn.triton_kernels.sink_attention import (
     CorrectionConfig,
     Lengths,
-    PairsConfig,
     SinkInputs,
     Streams,
     launch_sink_attention_bwd,
@@ -62,10 +61,10 @@ def fused(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Comp
 def pairs(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Compilation]:
     q, kv, _, stats, sinks = tensors(dtype, head_dim, HQ)
     lengths, seed = Lengths(meta(B, dtype=torch.int64), None), meta(1, dtype=torch.int64)
-    block_k = PairsConfig.heuristic(head_dim, dtype, architecture).block_k
-    for corrects, dropout in ((True, NO_DROPOUT), (False, Dropout(seed, 6554))):
+    kinds = (("corrects", True, NO_DROPOUT), ("fused", False, NO_DROPOUT), ("dropout", False, Dropout(seed, 6554)))
+    for kind, corrects, dropout in kinds:
         yield from recorded(
-            f"{name_of(dtype)} D={head_dim} {'corrects' if corrects else 'dropout'} {{BLOCK_M}}x{{BLOCK_N}}x{block_k}",
+            f"{name_of(dtype)} D={head_dim} {kind} {{BLOCK_M}}x{{BLOCK_N}}",
             architecture,
             launch_sink_attention_pairs_bwd,
             *(q, kv, kv, q, stats, meta(B, HQ, M), (q, kv, kv), sinks, lengths, dropout),

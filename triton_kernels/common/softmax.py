@@ -1,5 +1,7 @@
 """Softmax over a row's keys, whole or block by block."""
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -45,18 +47,27 @@ def softmax_backward(p, dp):
 
 
 @triton.jit
-def exp_increase(qk, bias, row_max):
-    """exp(qk + bias - row_max) - exp(qk - row_max): what the bias adds to a weight."""
-    unbiased = tl.exp(qk - row_max)
-    # A large bias is close to row_max: their difference is exact, where qk + bias would round. The difference of two
-    # exponentials would lose a small bias.
-    return tl.where(tl.abs(bias) < 0.5, unbiased * expm1_series(bias), tl.exp(qk + (bias - row_max)) - unbiased)
+def exp_biased(qk, bias, row_max, x):
+    """exp(qk + bias - row_max). qk has been multiplied by `log2e_scale(x)`, bias and row_max have not."""
+    # A large bias is close to row_max: their difference is exact, where qk + bias would round.
+    return exp_scaled(qk + (bias - row_max) * log2e_scale(x), x)
+
+
+@triton.jit
+def exp_increase(qk, bias, row_max, x):
+    """exp(qk + bias - row_max) - exp(qk - row_max): what the bias adds to a weight. Arguments as of `exp_biased`."""
+    unbiased = exp_scaled(qk - row_max * log2e_scale(x), x)
+    increase = exp_biased(qk, bias, row_max, x) - unbiased
+    # The difference of two exponentials loses a small bias: of no weight where the weights are of half precision.
+    if x.dtype == tl.float32:
+        increase = tl.where(tl.abs(bias) < 0.5, unbiased * expm1_series(bias), increase)
+    return increase
 
 
 @triton.jit
 def expm1_series(x):
     """expm1(x) for |x| < 0.5 to float32 accuracy: eight terms of the Taylor series."""
-    series = 1.0 + x * (1.0 / 8)
-    for n in tl.static_range(7, 1, -1):
-        series = 1.0 + x * (1.0 / n) * series
+    series = 1.0 / 40320  # 1 / 8!
+    for n in tl.static_range(7, 0, -1):
+        series = series * x + 1.0 / math.factorial(n)
     return x * series

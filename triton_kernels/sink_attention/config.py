@@ -70,7 +70,10 @@ def kind_of(dtype: torch.dtype, dropout: bool) -> str:
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Launch parameters of the sink pairs' backward: sink rows and keys a tile, head components a dot product."""
+    """Launch parameters of the sink pairs' backward: sink rows and keys a tile.
+
+    block_k: head components a dot product, in float32; half precision takes all at once.
+    """
 
     block_m: int
     block_n: int
@@ -80,16 +83,20 @@ class PairsConfig:
 
     @classmethod
     @cached
-    def heuristic(cls, head_dim: int, dtype: torch.dtype, architecture: int) -> "PairsConfig":
+    def heuristic(cls, head_dim: int, dtype: torch.dtype, architecture: int, *, dropout: bool = False) -> "PairsConfig":
         """The largest tiles that do not spill registers."""
-        if dtype == torch.float32:
+        if dtype == torch.float32 or head_dim > 128:
             # Without tensor cores a dot product holds its operands in registers.
-            return cls(16, 16, block_k=16, num_warps=8, num_stages=1)
-        if head_dim <= 128:
-            # 64 rows spill with more than 64 components on sm_100, and with 33 to 64 of them on sm_80.
-            spills = head_dim > 64 if architecture >= 100 else architecture < 90 and 32 < head_dim <= 64
-            return cls(32 if spills else 64, 16, block_k=64, num_warps=4, num_stages=1)
-        return cls(16 if architecture < 90 else 64, 16, block_k=64, num_warps=8, num_stages=1)
+            rows = 32 if dtype != torch.float32 and architecture == 90 and not dropout else 16
+            return cls(rows, 16, block_k=16, num_warps=8, num_stages=1)
+        if head_dim > 64 and (architecture < 90 or (dropout and architecture >= 100)):
+            return cls(32, 16, block_k=16, num_warps=8, num_stages=2)
+        if architecture < 90:
+            return cls(32 if head_dim > 32 else 64, 16, block_k=16, num_warps=4, num_stages=2)
+        if dropout or (head_dim > 64 and architecture >= 100):
+            return cls(64, 16, block_k=16, num_warps=4, num_stages=2)
+        keys = 64 if architecture == 90 and 32 < head_dim <= 64 else 32
+        return cls(64, keys, block_k=16, num_warps=4, num_stages=2)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def correction_update(acc, row_max, row_sum, suppressed, qk, bias, v_tile):
     new_row_max = tl.maximum(row_max, tl.max(qk + bias, 1))
     row_scale = tl.exp(row_max - new_row_max)
     # β is added here: exp(qk + β - row_max) - exp(qk - row_max).
-    increase = exp_increase(qk, bias, new_row_max[:, None])
+    increase = exp_increase(qk, bias, new_row_max[:, None], qk)
     acc = acc * row_scale[:, None] + tl.dot(increase.to(v_tile.dtype), v_tile, input_precision="ieee")
     suppressed = suppressed * row_scale + tl.sum(tl.maximum(-increase, 0.0), 1)
     return acc, new_row_max, row_sum * row_scale + tl.sum(increase, 1), suppressed

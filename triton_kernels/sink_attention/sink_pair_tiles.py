@@ -7,8 +7,16 @@ import triton.language as tl
 
 from recattn.triton_kernels.common.dropout import PER_SINK, dropout_weights
 from recattn.triton_kernels.common.ragged import Sinks, is_sink, load_sinks
-from recattn.triton_kernels.common.softmax import exp_increase
-from recattn.triton_kernels.common.tiles import Matrix, Tokens, dot_tokens, load_bias, load_tokens, store_tokens
+from recattn.triton_kernels.common.softmax import exp_biased, exp_increase, log2e_scale
+from recattn.triton_kernels.common.tiles import (
+    Matrix,
+    Tokens,
+    block_width,
+    dot_tokens,
+    load_tokens,
+    offset,
+    store_tokens,
+)
 from recattn.triton_kernels.sink_attention.common import is_recomputed
 
 
@@ -57,13 +65,31 @@ class Sequence(NamedTuple):
 class SinkRows(NamedTuple):
     """A block of sinks as queries of one head."""
 
+    first: tl.tensor
     sinks: tl.tensor
     positions: tl.tensor
     valid: tl.tensor
     last_key: tl.tensor  # the last key that each row sees
+    last_sink: tl.tensor  # and the last sink, where none before it is ignored
     row_max: tl.tensor
-    row_sum: tl.tensor
+    row_weight: tl.tensor  # 1 / row_sum
+    recomputed: tl.tensor
     delta: tl.tensor
+    q: Matrix
+    dout: Matrix
+    q_tile: tl.tensor
+    dout_tile: tl.tensor
+
+
+class KeyTile(NamedTuple):
+    """A block of tokens as keys of one key head."""
+
+    positions: tl.tensor
+    valid: tl.tensor
+    k: Matrix
+    v: Matrix
+    k_tile: tl.tensor
+    v_tile: tl.tensor
 
 
 @triton.jit
@@ -85,26 +111,43 @@ def add_tokens(x, values, tokens, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 
 
 @triton.jit
-def load_sink_rows(sequence, head, first_row, BLOCK_M: tl.constexpr):
+def load_sink_rows(sequence, head, first_row, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
     sinks, stats = sequence.sinks, sequence.stats
     indices = first_row + tl.arange(0, BLOCK_M)
     tokens = load_sinks(sinks, indices)
     # One comparison with the last key covers the causal mask, padding and ignored sinks.
     last_key = tl.where(sequence.causal != 0, tokens.positions, sinks.length - 1)
     offsets = tl.cast(head, tl.int64) * sinks.count + indices
+    row_sum = tl.load(stats.row_sum + offsets, mask=tokens.valid, other=1.0)
+    q, dout = one_head(sequence.q, head), one_head(sequence.dout, head)
     return SinkRows(
+        first_row,
         indices,
         tokens.positions,
         tokens.valid,
         tl.where(tokens.valid, last_key, -1),
+        tl.where(tokens.valid, tl.where(sequence.causal != 0, indices, sinks.count - 1), -1),
         tl.load(stats.row_max + offsets, mask=tokens.valid, other=0.0),
-        tl.load(stats.row_sum + offsets, mask=tokens.valid, other=1.0),
+        1.0 / tl.abs(row_sum),
+        is_recomputed(row_sum),
         tl.load(stats.delta + offsets, mask=tokens.valid, other=0.0),
+        q,
+        dout,
+        load_tokens(q, tokens, HEAD_DIM, block_width(HEAD_DIM)),
+        load_tokens(dout, tokens, V_HEAD_DIM, block_width(V_HEAD_DIM)),
     )
 
 
 @triton.jit
-def load_non_sink_keys(sequence, first_key, BLOCK_N: tl.constexpr):
+def load_keys(sequence, kv_head, tokens, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr):
+    k, v = one_head(sequence.k, kv_head), one_head(sequence.v, kv_head)
+    k_tile = load_tokens(k, tokens, HEAD_DIM, block_width(HEAD_DIM))
+    v_tile = load_tokens(v, tokens, V_HEAD_DIM, block_width(V_HEAD_DIM))
+    return KeyTile(tokens.positions, tokens.valid, k, v, k_tile, v_tile)
+
+
+@triton.jit
+def non_sinks(sequence, first_key, BLOCK_N: tl.constexpr):
     """A block of the sequence's tokens; only non-sinks are valid."""
     positions = first_key + tl.arange(0, BLOCK_N)
     sinks = is_sink(sequence.sinks, positions, sequence.search_steps)
@@ -114,55 +157,75 @@ def load_non_sink_keys(sequence, first_key, BLOCK_N: tl.constexpr):
 @triton.jit
 def last_key_of_recomputed(rows):
     """The last key that each recomputed row sees; -1 for other rows."""
-    return tl.where(is_recomputed(rows.row_sum), rows.last_key, -1)
+    return tl.where(rows.recomputed, rows.last_key, -1)
 
 
 @triton.jit
-def masked_qk(sequence, head, rows, keys, visible, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """scale * q @ k.T, -inf where a row does not see the key."""
-    q, k = one_head(sequence.q, head), one_head(sequence.k, head // sequence.group_size)
-    return tl.where(visible, sequence.scale * dot_tokens(q, rows, k, keys, HEAD_DIM, BLOCK_K), -float("inf"))
+def products(a, a_tokens, a_tile, b, b_tokens, b_tile, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """a @ b.T of two tiles. Float32 is summed in float64, BLOCK_K columns at a time: see `dot_tokens`."""
+    if a_tile.dtype == tl.float32:
+        result = dot_tokens(a, a_tokens, b, b_tokens, WIDTH, BLOCK_K)
+    else:
+        result = tl.dot(a_tile, tl.trans(b_tile))
+    return result
 
 
 @triton.jit
-def probabilities(qk, bias, rows):
-    # A large bias is close to row_max: their difference is exact, where qk + bias would round.
-    p = tl.exp(qk + (bias - rows.row_max[:, None])) / tl.abs(rows.row_sum)[:, None]
-    # |qk| of 1e8 and more rounds by more than 1, and not as it did in row_max. NaN stays.
-    return tl.where(p > 1.0, 1.0, p)
+def scaled_qk(sequence, rows, keys, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """scale * q @ k.T, times `log2e_scale`."""
+    qk = products(rows.q, rows, rows.q_tile, keys.k, keys, keys.k_tile, HEAD_DIM, BLOCK_K)
+    return qk * (sequence.scale * log2e_scale(rows.q_tile))
 
 
 @triton.jit
-def dp_less_delta(sequence, head, rows, keys, dropout, V_HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+def dp_less_delta(rows, keys, dropout, V_HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
     """dp - delta. `dropout` are the dropout weights of the tile."""
-    dout, v = one_head(sequence.dout, head), one_head(sequence.v, head // sequence.group_size)
-    return dropout * dot_tokens(dout, rows, v, keys, V_HEAD_DIM, BLOCK_K) - rows.delta[:, None]
+    dp = products(rows.dout, rows, rows.dout_tile, keys.v, keys, keys.v_tile, V_HEAD_DIM, BLOCK_K)
+    return dropout * dp - rows.delta[:, None]
+
+
+@triton.jit
+def visible_weights(exponentials, visible, rows):
+    """Exponentials divided by row_sum; 0 where a row does not see the key."""
+    # |qk| of 1e8 and more rounds by more than 1, and not as it did in row_max: hence the limit, which keeps NaN.
+    w = tl.minimum(exponentials * rows.row_weight[:, None], 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(visible, w, 0.0)
+
+
+@triton.jit
+def load_pair_bias(sequence, head, first_row, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] bias of the sinks from first_row on with those from first_key on; beyond M it is anything."""
+    bias, last_sink = one_head(sequence.bias, head), sequence.sinks.count - 1
+    first = bias.base + offset(first_row, bias.row_stride) + offset(first_key, bias.column_stride)
+    rows = tl.minimum(tl.arange(0, BLOCK_M), last_sink - first_row)
+    keys = tl.arange(0, BLOCK_N)
+    addresses = (first + offset(rows, bias.row_stride))[:, None] + offset(keys, bias.column_stride)[None, :]
+    return tl.load(addresses, mask=(keys <= last_sink - first_key)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def sink_pair_weights(
-    sequence, head, rows, first_key, keys,
+    sequence, head, rows, first_key, keys, visible,
     CORRECTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """p and w of the pairs with the sinks from first_key on, and their dropout weights."""
-    key_sinks = first_key + tl.arange(0, BLOCK_N)
-    visible = keys.positions[None, :] <= rows.last_key[:, None]
-    qk = masked_qk(sequence, head, rows, keys, visible, HEAD_DIM, BLOCK_K)
-    bias = load_bias(one_head(sequence.bias, head), rows.sinks, key_sinks, visible)
-    p = probabilities(qk, bias, rows)
-    w = p
+    """w of the pairs with the sinks from first_key on, without CORRECTS p, and their dropout weights."""
+    bias = load_pair_bias(sequence, head, rows.first, first_key, rows.sinks.shape[0], BLOCK_N)
+    qk = scaled_qk(sequence, rows, keys, HEAD_DIM, BLOCK_K)
+    exponentials = exp_biased(qk, bias, rows.row_max[:, None], rows.q_tile)
     if CORRECTS:
-        increase = exp_increase(qk, bias, rows.row_max[:, None]) / tl.abs(rows.row_sum)[:, None]
-        w = tl.where(is_recomputed(rows.row_sum)[:, None], p, increase)
+        increase = exp_increase(qk, bias, rows.row_max[:, None], rows.q_tile)
+        exponentials = tl.where(rows.recomputed[:, None], exponentials, increase)
+    w = visible_weights(exponentials, visible, rows)
     dropout = 1.0
     if sequence.dropout.seed is not None:
         seed, bh = tl.load(sequence.dropout.seed), (sequence.dropout.first_bh + head).to(tl.int32)
         dropout = dropout_weights(seed, bh, PER_SINK, rows.sinks, first_key, sequence.dropout.threshold, BLOCK_N)
-    return p, w, dropout
+    return w, dropout
 
 
 @triton.jit
-def non_sink_pair_weights(sequence, head, rows, keys, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+def non_sink_pair_weights(sequence, rows, keys, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
     """w of the pairs with keys that are not sinks: p in recomputed rows, 0 in others."""
+    qk = scaled_qk(sequence, rows, keys, HEAD_DIM, BLOCK_K)
     visible = keys.valid[None, :] & (keys.positions[None, :] <= last_key_of_recomputed(rows)[:, None])
-    return probabilities(masked_qk(sequence, head, rows, keys, visible, HEAD_DIM, BLOCK_K), 0.0, rows)
+    return visible_weights(exp_biased(qk, 0.0, rows.row_max[:, None], rows.q_tile), visible, rows)

@@ -19,7 +19,7 @@ from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
 from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence
-from recattn.triton_kernels.common.tiles import bhnd, block_width, load_tokens, store_rows
+from recattn.triton_kernels.common.tiles import bhnd, block_width, store_rows
 from recattn.triton_kernels.sink_attention.common import (
     DO_NOT_SPECIALIZE,
     Lengths,
@@ -36,9 +36,10 @@ from recattn.triton_kernels.sink_attention.sink_pair_tiles import (
     add_tokens,
     dp_less_delta,
     last_key_of_recomputed,
-    load_non_sink_keys,
+    load_keys,
     load_sink_rows,
     non_sink_pair_weights,
+    non_sinks,
     one_head,
     sequence_heads,
     sink_pair_weights,
@@ -57,16 +58,11 @@ class NumHeads(NamedTuple):
 
 
 @triton.jit
-def key_gradients_update(
-    dk, dv, sequence, head, rows, keys, w, dropout,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def key_gradients_update(dk, dv, rows, keys, w, dropout, V_HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
     """dv += w.T @ dout and dk += ds.T @ q of one block of rows. dk is still to be scaled."""
-    ds = dp_less_delta(sequence, head, rows, keys, dropout, V_HEAD_DIM, BLOCK_K)
-    dout = load_tokens(one_head(sequence.dout, head), rows, V_HEAD_DIM, dv.shape[1])
-    dv = tl.dot(tl.trans((dropout * w).to(dout.dtype)), dout, dv, input_precision="ieee")
-    q = load_tokens(one_head(sequence.q, head), rows, HEAD_DIM, dk.shape[1])
-    dk = tl.dot(tl.trans((w * ds).to(q.dtype)), q, dk, input_precision="ieee")
+    ds = w * dp_less_delta(rows, keys, dropout, V_HEAD_DIM, BLOCK_K)
+    dv = tl.dot(tl.trans((dropout * w).to(rows.dout_tile.dtype)), rows.dout_tile, dv, input_precision="ieee")
+    dk = tl.dot(tl.trans(ds.to(rows.q_tile.dtype)), rows.q_tile, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -78,20 +74,25 @@ def add_sink_key_gradients(
     """Add to dK and dV of the sinks from first_key on what sink rows give them."""
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
-    keys = load_sinks(sequence.sinks, first_key + tl.arange(0, BLOCK_N))
+    tokens = load_sinks(sequence.sinks, first_key + tl.arange(0, BLOCK_N))
+    keys = load_keys(sequence, kv_head, tokens, HEAD_DIM, V_HEAD_DIM)
     first_row = tl.where(sequence.causal != 0, first_key // BLOCK_M * BLOCK_M, 0)
     end_row = tl.where(tl.max(keys.valid.to(tl.int32), 0) > 0, sequence.sinks.count, 0)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for head in range(kv_head * sequence.group_size, (kv_head + 1) * sequence.group_size):
-        for row in range(first_row, end_row, BLOCK_M):
-            rows = load_sink_rows(sequence, head, row, BLOCK_M)
-            _, w, dropout = sink_pair_weights(
-                sequence, head, rows, first_key, keys, CORRECTS, HEAD_DIM, BLOCK_N, BLOCK_K
-            )
-            dk_tile, dv_tile = key_gradients_update(
-                dk_tile, dv_tile, sequence, head, rows, keys, w, dropout, HEAD_DIM, V_HEAD_DIM, BLOCK_K
-            )
+    # One loop over heads and rows: nested, it would keep what an inner loop starts with in registers.
+    head, row = kv_head * sequence.group_size, first_row
+    for _ in range(0, sequence.group_size * tl.cdiv(end_row - first_row, BLOCK_M)):
+        rows = load_sink_rows(sequence, head, row, HEAD_DIM, V_HEAD_DIM, BLOCK_M)
+        # What an ignored key gets here is not stored, so that its index alone can tell who sees it.
+        visible = (first_key + tl.arange(0, BLOCK_N))[None, :] <= rows.last_sink[:, None]
+        w, dropout = sink_pair_weights(
+            sequence, head, rows, first_key, keys, visible, CORRECTS, HEAD_DIM, BLOCK_N, BLOCK_K
+        )
+        dk_tile, dv_tile = key_gradients_update(dk_tile, dv_tile, rows, keys, w, dropout, V_HEAD_DIM, BLOCK_K)
+        row += BLOCK_M
+        head += (row >= end_row).to(tl.int32)
+        row = tl.where(row >= end_row, first_row, row)
     add_tokens(one_head(dk, kv_head), sequence.scale * dk_tile, keys, HEAD_DIM, BLOCK_D)
     add_tokens(one_head(dv, kv_head), dv_tile, keys, V_HEAD_DIM, BLOCK_DV)
 
@@ -104,28 +105,29 @@ def add_non_sink_key_gradients(
     """Add to dK and dV of the non-sinks from token first_key on what recomputed rows give them."""
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
-    keys = load_non_sink_keys(sequence, first_key, BLOCK_N)
+    keys = load_keys(sequence, kv_head, non_sinks(sequence, first_key, BLOCK_N), HEAD_DIM, V_HEAD_DIM)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for head in range(kv_head * sequence.group_size, (kv_head + 1) * sequence.group_size):
         for row in range(0, sequence.sinks.count, BLOCK_M):
-            rows = load_sink_rows(sequence, head, row, BLOCK_M)
+            rows = load_sink_rows(sequence, head, row, HEAD_DIM, V_HEAD_DIM, BLOCK_M)
             if tl.max(last_key_of_recomputed(rows), 0) >= first_key:
-                w = non_sink_pair_weights(sequence, head, rows, keys, HEAD_DIM, BLOCK_K)
-                dk_tile, dv_tile = key_gradients_update(
-                    dk_tile, dv_tile, sequence, head, rows, keys, w, 1.0, HEAD_DIM, V_HEAD_DIM, BLOCK_K
-                )
+                w = non_sink_pair_weights(sequence, rows, keys, HEAD_DIM, BLOCK_K)
+                dk_tile, dv_tile = key_gradients_update(dk_tile, dv_tile, rows, keys, w, 1.0, V_HEAD_DIM, BLOCK_K)
     add_tokens(one_head(dk, kv_head), sequence.scale * dk_tile, keys, HEAD_DIM, BLOCK_D)
     add_tokens(one_head(dv, kv_head), dv_tile, keys, V_HEAD_DIM, BLOCK_DV)
 
 
 @triton.jit
-def any_recomputed(sequence, kv_head, BLOCK_M: tl.constexpr):
+def any_recomputed(sequence, kv_head):
     """Whether a sink row was recomputed in any of the heads that share a key head."""
-    recomputed = tl.zeros([BLOCK_M], tl.int32)
-    for head in range(kv_head * sequence.group_size, (kv_head + 1) * sequence.group_size):
-        for row in range(0, sequence.sinks.count, BLOCK_M):
-            recomputed |= is_recomputed(load_sink_rows(sequence, head, row, BLOCK_M).row_sum).to(tl.int32)
+    BLOCK: tl.constexpr = 1024
+    row_sums = sequence.group_size * sequence.sinks.count  # contiguous
+    first = sequence.stats.row_sum + tl.cast(kv_head, tl.int64) * row_sums
+    recomputed = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, row_sums, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        recomputed |= is_recomputed(tl.load(first + index, mask=index < row_sums, other=0.0)).to(tl.int32)
     return tl.max(recomputed, 0) > 0
 
 
@@ -133,13 +135,10 @@ def any_recomputed(sequence, kv_head, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def query_gradients_update(
-    dq, sequence, head, rows, keys, w, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def query_gradients_update(dq, rows, keys, w, V_HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
     """dq += ds @ k of one block of keys. dq is still to be scaled."""
-    ds = dp_less_delta(sequence, head, rows, keys, 1.0, V_HEAD_DIM, BLOCK_K)
-    k = load_tokens(one_head(sequence.k, head // sequence.group_size), keys, HEAD_DIM, dq.shape[1])
-    return tl.dot((w * ds).to(k.dtype), k, dq, input_precision="ieee")
+    ds = w * dp_less_delta(rows, keys, 1.0, V_HEAD_DIM, BLOCK_K)
+    return tl.dot(ds.to(keys.k_tile.dtype), keys.k_tile, dq, input_precision="ieee")
 
 
 @triton.jit
@@ -150,16 +149,19 @@ def add_query_gradients(
     """Add to dQ of the sink rows from first_row on: over the sinks, and in recomputed rows over the non-sinks too."""
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     M = sequence.sinks.count
-    rows = load_sink_rows(sequence, head, first_row, BLOCK_M)
+    kv_head = head // sequence.group_size
+    rows = load_sink_rows(sequence, head, first_row, HEAD_DIM, V_HEAD_DIM, BLOCK_M)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first_key in range(0, tl.where(sequence.causal != 0, tl.minimum(M, first_row + BLOCK_M), M), BLOCK_N):
-        keys = load_sinks(sequence.sinks, first_key + tl.arange(0, BLOCK_N))
-        _, w, _ = sink_pair_weights(sequence, head, rows, first_key, keys, True, HEAD_DIM, BLOCK_N, BLOCK_K)
-        dq_tile = query_gradients_update(dq_tile, sequence, head, rows, keys, w, HEAD_DIM, V_HEAD_DIM, BLOCK_K)
+        tokens = load_sinks(sequence.sinks, first_key + tl.arange(0, BLOCK_N))
+        keys = load_keys(sequence, kv_head, tokens, HEAD_DIM, V_HEAD_DIM)
+        visible = keys.positions[None, :] <= rows.last_key[:, None]
+        w, _ = sink_pair_weights(sequence, head, rows, first_key, keys, visible, True, HEAD_DIM, BLOCK_N, BLOCK_K)
+        dq_tile = query_gradients_update(dq_tile, rows, keys, w, V_HEAD_DIM, BLOCK_K)
     for first_key in range(0, tl.max(last_key_of_recomputed(rows), 0) + 1, BLOCK_N):
-        keys = load_non_sink_keys(sequence, first_key, BLOCK_N)
-        w = non_sink_pair_weights(sequence, head, rows, keys, HEAD_DIM, BLOCK_K)
-        dq_tile = query_gradients_update(dq_tile, sequence, head, rows, keys, w, HEAD_DIM, V_HEAD_DIM, BLOCK_K)
+        keys = load_keys(sequence, kv_head, non_sinks(sequence, first_key, BLOCK_N), HEAD_DIM, V_HEAD_DIM)
+        w = non_sink_pair_weights(sequence, rows, keys, HEAD_DIM, BLOCK_K)
+        dq_tile = query_gradients_update(dq_tile, rows, keys, w, V_HEAD_DIM, BLOCK_K)
     add_tokens(one_head(dq, head), sequence.scale * dq_tile, rows, HEAD_DIM, BLOCK_D)
 
 
@@ -174,13 +176,17 @@ def store_bias_gradients(
 ):  # fmt: skip
     """One tile of dβ, summed over the heads that share the bias; 0 where no row sees the key."""
     M = sequence.sinks.count
-    keys = load_sinks(sequence.sinks, first_key + tl.arange(0, BLOCK_N))
+    tokens = load_sinks(sequence.sinks, first_key + tl.arange(0, BLOCK_N))
     dbias_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     hidden = (sequence.causal != 0) & (first_key >= first_row + BLOCK_M)
     for head in range(first_head, first_head + tl.where(hidden, 0, num_heads)):
-        rows = load_sink_rows(sequence, head, first_row, BLOCK_M)
-        p, _, dropout = sink_pair_weights(sequence, head, rows, first_key, keys, False, HEAD_DIM, BLOCK_N, BLOCK_K)
-        dbias_tile += p * dp_less_delta(sequence, head, rows, keys, dropout, V_HEAD_DIM, BLOCK_K)
+        rows = load_sink_rows(sequence, head, first_row, HEAD_DIM, V_HEAD_DIM, BLOCK_M)
+        keys = load_keys(sequence, head // sequence.group_size, tokens, HEAD_DIM, V_HEAD_DIM)
+        visible = keys.positions[None, :] <= rows.last_key[:, None]
+        p, dropout = sink_pair_weights(
+            sequence, head, rows, first_key, keys, visible, False, HEAD_DIM, BLOCK_N, BLOCK_K
+        )
+        dbias_tile += p * dp_less_delta(rows, keys, dropout, V_HEAD_DIM, BLOCK_K)
     row_sinks = first_row + tl.arange(0, BLOCK_M)
     store_rows(dbias + first_key, dbias_tile, row_sinks, row_sinks < M, M, 1, M - first_key, BLOCK_N)
 
@@ -190,19 +196,20 @@ def store_bias_gradients(
 
 @triton.jit
 def programs_of_sequence(M, num_heads, CORRECTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How a sequence's programs are numbered: (end of key programs, end of query programs, end of bias programs).
+    """How a sequence's programs are numbered: (end of bias programs, end of key programs, end of query programs).
 
+    bias programs    num_heads.bias * row_blocks * key_blocks   one tile [BLOCK_M, BLOCK_N] of dβ
     key programs     num_heads.kv * key_blocks                  dK and dV of BLOCK_N sinks of one key head
     query programs   num_heads.q * row_blocks, if CORRECTS      dQ of BLOCK_M sinks of one query head
-    bias programs    num_heads.bias * row_blocks * key_blocks   one tile [BLOCK_M, BLOCK_N] of dβ
 
-    `number_of_programs` is the last on the host. Within a kind the block is the fastest index, then the head.
+    Those of a shared bias take longest, so they come first. `number_of_programs` is the last end on the host. Within a
+    kind the block is the fastest index, then the head.
     """
     row_blocks, key_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(M, BLOCK_N)
-    key_programs = num_heads.kv * key_blocks
+    bias_programs = num_heads.bias * row_blocks * key_blocks
     query_programs = num_heads.q * row_blocks if CORRECTS else 0
-    end_of_queries = key_programs + query_programs
-    return key_programs, end_of_queries, end_of_queries + num_heads.bias * row_blocks * key_blocks
+    end_of_keys = bias_programs + num_heads.kv * key_blocks
+    return bias_programs, end_of_keys, end_of_keys + query_programs
 
 
 def number_of_programs(M: int, num_heads: NumHeads, corrects: bool, config: PairsConfig) -> int:
@@ -231,7 +238,7 @@ def sink_attention_pairs_bwd_kernel(
     In recomputed rows the loops go over all keys. `programs_of_sequence` says which program does what.
     """
     row_blocks, key_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(M, BLOCK_N)
-    end_of_keys, end_of_queries, programs = programs_of_sequence(M, num_heads, CORRECTS, BLOCK_M, BLOCK_N)
+    end_of_bias, end_of_keys, programs = programs_of_sequence(M, num_heads, CORRECTS, BLOCK_M, BLOCK_N)
     batch = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
 
@@ -257,32 +264,32 @@ def sink_attention_pairs_bwd_kernel(
     dk, dv = sequence_heads(dk, batch, start), sequence_heads(dv, batch, start)
     if CORRECTS:
         dq = sequence_heads(dq, batch, start)
-    if program < end_of_keys:
-        kv_head, block = program // key_blocks, program % key_blocks
-        add_sink_key_gradients(
-            sequence, dk, dv, kv_head, block * BLOCK_N, CORRECTS, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-        if CORRECTS:  # constexpr  # noqa: SIM102
-            if any_recomputed(sequence, kv_head, BLOCK_M):
-                for first_key in range(block * BLOCK_N, length, key_blocks * BLOCK_N):
-                    add_non_sink_key_gradients(
-                        sequence, dk, dv, kv_head, first_key, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_K
-                    )
-    elif program < end_of_queries:
-        if CORRECTS:
-            query_program = program - end_of_keys
-            head, block = query_program // row_blocks, query_program % row_blocks
-            add_query_gradients(sequence, dq, head, block * BLOCK_M, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_K)
-    else:
-        tile = program - end_of_queries
-        bias_head = tile // (row_blocks * key_blocks)
+    if program < end_of_bias:
+        bias_head, tile = program // (row_blocks * key_blocks), program % (row_blocks * key_blocks)
         group_size = num_heads.q // num_heads.bias
-        first_row, first_key = tile // key_blocks % row_blocks * BLOCK_M, tile % key_blocks * BLOCK_N
         dbias += (batch * num_heads.bias + bias_head) * M * M
         store_bias_gradients(
-            sequence, dbias, bias_head * group_size, group_size, first_row, first_key,
-            HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_K,
+            sequence, dbias, bias_head * group_size, group_size, tile // key_blocks * BLOCK_M,
+            tile % key_blocks * BLOCK_N, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+    elif program < end_of_keys:
+        # One round: outside of a loop the assembler would wait for each wgmma of the loop within.
+        for this in range(program, tl.minimum(program + 1, end_of_keys)):
+            key_program = this - end_of_bias
+            tl.assume(key_program >= 0)  # or registers spill
+            kv_head, block = key_program // key_blocks, key_program % key_blocks
+            add_sink_key_gradients(
+                sequence, dk, dv, kv_head, block * BLOCK_N, CORRECTS, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+            if CORRECTS:  # constexpr  # noqa: SIM102
+                if any_recomputed(sequence, kv_head):
+                    for first_key in range(block * BLOCK_N, length, key_blocks * BLOCK_N):
+                        add_non_sink_key_gradients(
+                            sequence, dk, dv, kv_head, first_key, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_K
+                        )
+    elif CORRECTS:
+        head, block = (program - end_of_keys) // row_blocks, (program - end_of_keys) % row_blocks
+        add_query_gradients(sequence, dq, head, block * BLOCK_M, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 def launch_sink_attention_pairs_bwd(
@@ -318,7 +325,8 @@ def launch_sink_attention_pairs_bwd(
         return dbias.zero_()
     head_dim, v_head_dim = q.shape[-1], v.shape[-1]
     widest = max(head_dim, v_head_dim)
-    config = config or PairsConfig.heuristic(widest, q.dtype, architecture_of(q))
+    if config is None:
+        config = PairsConfig.heuristic(widest, q.dtype, architecture_of(q), dropout=dropout.seed is not None)
     N = number_of_tokens(q, lengths)
     dq, dk, dv = grads
     q, k, v, dout, dk, dv = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, dout, dk, dv))
