@@ -79,17 +79,10 @@ FEW_BYTES = "8 to 64 bytes a thread, which 3.7.1 keeps in registers"
 FEW_PADDED_BYTES = "8 to 32 bytes a thread at the limit of registers, with seq_lens and dropout together alone"
 # An entry that no configuration needs any more fails the check.
 ACCEPTED = (
-    Accepted(
-        "spills",
-        r"^sink_attention_bwd_dq_kernel sm_90 float32 D=256 32x32 warps",
-        OLDER,
-        "3,208 bytes a thread: the tile fits only under 3.7.1. A smaller one has to be measured on a GPU first.",
-    ),
     Accepted("spills", r"^sink_attention_fwd_kernel sm_80 float32 D=64 16x16 dropout ", OLDER, FEW_BYTES),
     Accepted(
         "spills", r"^sink_attention_fwd_kernel sm_80 bfloat16 D=(128 128x32|256 64x32 dropout) ", OLDER, FEW_BYTES
     ),
-    Accepted("spills", r"^sink_attention_fwd_kernel sm_90 float32 D=32 64x32 warps", OLDER, FEW_BYTES),
     Accepted("spills", r"^sink_attention_fwd_kernel sm_100 bfloat16 D=64 128x64 warps", OLDER, FEW_BYTES),
     Accepted(
         "spills",
