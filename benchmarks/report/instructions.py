@@ -87,9 +87,9 @@ def kernels(path: Path = COUNTS) -> tuple[Kernel, ...]:
 
 
 def find(name: str, architecture: int, *words: str, **sizes: int) -> Kernel:
-    """The configuration of a kernel with these words and the fewest others, and with the least sizes that suffice.
+    """The configuration of a kernel with these words, with the least sizes that suffice and the fewest other words.
 
-    Where none suffices, the largest. Raises LookupError if there is none.
+    Where no size suffices, the largest. Raises LookupError if there is none.
     """
     found = [k for k in kernels() if (k.name, k.architecture) == (name, architecture) and k.words.issuperset(words)]
     if not found:
@@ -97,7 +97,7 @@ def find(name: str, architecture: int, *words: str, **sizes: int) -> Kernel:
 
     def misfit(kernel: Kernel) -> tuple:
         short = [max(wanted - kernel.sizes[size], 0) for size, wanted in sizes.items()]
-        return len(kernel.words), short, [kernel.sizes[size] for size in sizes]
+        return short, [kernel.sizes[size] for size in sizes], len(kernel.words)
 
     return min(found, key=misfit)
 
