@@ -71,7 +71,7 @@ def short_configurations() -> Iterator[Compilation]:
         x = meta(BATCH, HEADS, length, head_dim, dtype=torch.bfloat16)
         for kind, (options, dropout) in kinds.items():
             largest = LARGEST_SHORT_HEAD_DIM[architecture]
-            if head_dim > largest[0 if length <= 64 else 2 if kind == " dropout" else 1]:
+            if head_dim > largest[0 if length <= 64 else 2 if kind else 1]:
                 continue
             label = f"bfloat16 N={length} D={head_dim}{kind}"
             tensors = ([x] * 6, x, x, seq_lens, options)

@@ -52,17 +52,17 @@ def launch_constants(head_dim: int, value_dim: int, dtype: torch.dtype, refined:
 
 
 # The widest head of which a program of the short kernels holds all tokens without spilling, by architecture: of up to
-# 64 tokens, of up to 128, and of up to 128 with dropout.
+# 64 tokens, of up to 128, and of up to 128 with dropout or a refinement (`has_more`).
 LARGEST_SHORT_HEAD_DIM = {80: (32, 0, 0), 90: (64, 64, 32), 100: (64, 32, 0)}
 
 
-def is_short(mean_q: Tensor, mean_v: Tensor, has_dropout: bool) -> bool:
+def is_short(mean_q: Tensor, mean_v: Tensor, has_more: bool) -> bool:
     """Whether the kernels of short sequences serve a call. Float32 matmuls would need too many registers."""
     N, widest = mean_q.shape[2], max(mean_q.shape[3], mean_v.shape[3])
     if mean_q.dtype == torch.float32 or N > 128:
         return False
     limits = LARGEST_SHORT_HEAD_DIM[architecture_of(mean_q)]
-    return widest <= limits[0 if N <= 64 else 2 if has_dropout else 1]
+    return widest <= limits[0 if N <= 64 else 2 if has_more else 1]
 
 
 class ShortConstants(NamedTuple):

@@ -255,10 +255,10 @@ def _projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, sc
     return cpu.projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, scale)
 
 
-def _fake_fwd(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, *_):
+def _fake_fwd(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, *options):
     *sizes, head_dim = mean_q.shape
     outs = mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape)
-    if triton_kernels("wasserstein_attention").is_short(mean_q, mean_v, dropout_seed is not None):
+    if triton_kernels("wasserstein_attention").is_short(mean_q, mean_v, options[-1] or dropout_seed is not None):
         return *outs, mean_q.new_empty(0), mean_q.new_empty(0, dtype=torch.float32)
     vectors, row_stats = mean_q.new_empty(2, *sizes, 2 * head_dim), mean_q.new_empty(2, *sizes, dtype=torch.float32)
     return *outs, vectors, row_stats

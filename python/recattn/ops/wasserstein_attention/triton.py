@@ -19,7 +19,7 @@ def wasserstein_attention_fwd(
     *sizes, head_dim = mean_q.shape
     mean, cov = mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape)
     seq_lens, dropout = contiguous(seq_lens), launched_dropout(dropout_seed, options.dropout_p)
-    if kernels.is_short(mean_q, mean_v, dropout.seed is not None):
+    if kernels.is_short(mean_q, mean_v, options.refined or dropout.seed is not None):
         inputs = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
         kernels.launch_wasserstein_attention_short_fwd(inputs, mean, cov, seq_lens, options, dropout=dropout)
         return mean, cov, mean_q.new_empty(0), mean_q.new_empty(0, dtype=torch.float32)
@@ -54,7 +54,7 @@ def wasserstein_attention_bwd(
     inputs = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
     gradients = _empty_gradients(inputs)
     seq_lens, dropout = contiguous(seq_lens), launched_dropout(dropout_seed, options.dropout_p)
-    if kernels.is_short(mean_q, mean_v, dropout.seed is not None):
+    if kernels.is_short(mean_q, mean_v, options.refined or dropout.seed is not None):
         kernels.launch_wasserstein_attention_short_bwd(
             dmean, dcov, inputs, gradients, seq_lens, options, dropout=dropout
         )
