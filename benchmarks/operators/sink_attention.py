@@ -308,7 +308,7 @@ def official_bias(inter_sink_bias: Tensor, sink_positions: Tensor, length: int) 
 SINK_ATTENTION.add_compiled(COMPILED, eager, applies=padded, prepare=pad, restore=unpad, tier="full", cpu_tier=None)
 
 
-def prepare_flex(inputs: Inputs) -> Inputs:
+def prepare_flex(inputs: Inputs, block_rows: int = 128) -> Inputs:
     """[B, H, N, D]; packed sequences become one, with a block mask that separates them.
 
     `sink_of` [B, N] is the index of the sink at a token; at other tokens it is that of the sink before. `is_sink` tells
@@ -320,7 +320,7 @@ def prepare_flex(inputs: Inputs) -> Inputs:
     if "cu_seqlens" in inputs:
         q, k, v = (x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v))
         starts, lengths = inputs["cu_seqlens"][:-1].long(), inputs["cu_seqlens"].diff()
-        sequence_of = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)  # [T]
+        sequence_of = torch.arange(len(lengths), device=q.device, dtype=torch.int32).repeat_interleave(lengths)  # [T]
         real = positions >= 0
         positions = (positions + starts[:, None])[real].unsqueeze(0)
         before = (real.sum(1).cumsum(0) - real.sum(1))[sequence_of]  # number of sinks in earlier sequences
@@ -333,7 +333,8 @@ def prepare_flex(inputs: Inputs) -> Inputs:
         return own & (i >= j) if causal else own
 
     unmasked = sequence_of is None and not causal
-    block_mask = None if unmasked else create_block_mask(visible, None, None, length, length, device=q.device)
+    where = {"device": q.device, "BLOCK_SIZE": (block_rows, 128)}
+    block_mask = None if unmasked else create_block_mask(visible, None, None, length, length, **where)
     bias = inputs["inter_sink_bias"]
     own = {"sequence_of": sequence_of, "sink_of": sink_of, "is_sink": is_sink, "block_mask": block_mask}
     return {"q": q, "k": k, "v": v, "inter_sink_bias": bias, **own}
@@ -352,15 +353,18 @@ def restore_flex(output: Tensor, inputs: Inputs) -> Tensor:
     devices=CUDA,
     compiled=True,
 )
-def flex(q, k, v, inter_sink_bias, sequence_of, sink_of, is_sink, block_mask):
+def flex(q, k, v, inter_sink_bias, sequence_of, sink_of, is_sink, block_mask, **options):
     bias = inter_sink_bias.float()  # so that its gradient accumulates in float32
 
     def add_bias(score, b, h, i, j):
         sequence = b if sequence_of is None else sequence_of[i]
         return score + torch.where(is_sink[b, i] & is_sink[b, j], bias[sequence, 0, sink_of[b, i], sink_of[b, j]], 0)
 
-    grouped = q.shape[1] != k.shape[1]
-    return compiled(flex_attention)(q, k, v, score_mod=add_bias, block_mask=block_mask, enable_gqa=grouped)
+    return unbiased_flex(q, k, v, block_mask, score_mod=add_bias, **options)
+
+
+def unbiased_flex(q, k, v, block_mask, **options):
+    return compiled(flex_attention)(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], **options)
 
 
 def without_bias(q, k, v, sink_positions, inter_sink_bias, **options):
@@ -471,6 +475,46 @@ for version, module in {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_at
         devices=CUDA,
         **UNBIASED_OPTIONS,
     )(partial(flash_attention, module))
+
+
+# FlexAttention on FlashAttention 4's kernels. They take float16 and bfloat16.
+FLASH = {"kernel_options": {"BACKEND": "FLASH"}}
+
+
+def no_flex_flash(workload: SinkWorkload, device: torch.device) -> str | None:
+    reason = missing("flash_attn.cute")(workload, device)
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    # On 8.x they take no score_mod, on 12.x no block mask.
+    return None if major in (9, 10, 11) else f"it needs compute capability 9.x, 10.x or 11.x, got {major}.{minor}"
+
+
+def prepare_flex_flash(inputs: Inputs) -> Inputs:
+    """As `prepare_flex`, but Blackwell's kernels take two tiles of 128 rows at a time."""
+    device = inputs["q"].device
+    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    return prepare_flex(inputs, 256 if blackwell else 128)
+
+
+FLASH_OPTIONS = {
+    "prepare": prepare_flex_flash,
+    "restore": restore_flex,
+    "unsupported_reason": no_flex_flash,
+    "devices": CUDA,
+    "compiled": True,
+}
+SINK_ATTENTION.implementation(
+    f"{FLEX} FLASH",
+    applies=lambda workload: workload.sinks > 0,
+    forward_only=lambda device: True,  # it gives captured tensors, here the bias, no gradient
+    **FLASH_OPTIONS,
+)(partial(flex, **FLASH))
+
+
+@SINK_ATTENTION.implementation(f"unbiased {FLEX} FLASH", **FLASH_OPTIONS, **UNBIASED_OPTIONS)
+def unbiased_flex_flash(q, k, v, block_mask, **others):
+    return unbiased_flex(q, k, v, block_mask, **FLASH)
 
 
 def prepare_xformers(inputs: Inputs) -> Inputs:

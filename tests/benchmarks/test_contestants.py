@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.data import movielens
 from benchmarks.harness import correctness
-from benchmarks.harness.registry import FORWARD, TRAINING, load_operators
+from benchmarks.harness.registry import BACKWARD, FORWARD, TRAINING, load_operators
 from benchmarks.harness.workloads import Draw, LreaWorkload, RefinedWorkload, SinkWorkload
 from benchmarks.operators import lrea_attention, sink_attention
 from tests.helpers.suite_runs import CPU
@@ -56,6 +56,7 @@ def test_tampered_data_is_refused(tmp_path, monkeypatch):
 # The real operators
 
 
+FLEX = ("FlexAttention", "FlexAttention FLASH", "unbiased FlexAttention FLASH")
 OF_HISTORIES = {"tokens_per_behavior": 4, "histories": True}
 SMALL = {
     "bert_layer": (SinkWorkload(name="even", batch=2, heads=2, kv_heads=2, length=20, dim=8, sinks=5),),
@@ -111,17 +112,57 @@ def test_every_contestant_passes_the_gate(operator, workload, name, histories):
     assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
 
 
+@pytest.mark.parametrize("name", FLEX)
 @pytest.mark.parametrize("workload", SMALL["sink_attention"], ids=lambda workload: workload.name)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_computes_the_same(workload, histories, monkeypatch):
+def test_flex_attention_computes_the_same(workload, name, histories, monkeypatch):
     """Uncompiled, so that it needs no GPU."""
     monkeypatch.setattr(sink_attention, "compiled", lambda function: function)
-    implementation = sink_attention.SINK_ATTENTION.implementations["FlexAttention"]
+    implementation = sink_attention.SINK_ATTENTION.implementations[name]
     if not implementation.applies(workload):
         pytest.skip("it captures no empty tensor")
     inputs = sink_attention.draw_inputs(workload, Draw(0, torch.float32, CPU, histories))
     errors = correctness.Gate(sink_attention.SINK_ATTENTION, inputs).check(implementation, (FORWARD,))
     assert correctness.passes(implementation, errors), "\n".join(map(str, errors))
+
+
+@pytest.mark.parametrize("name", FLEX)
+def test_flex_attention_asks_for_the_kernels_of_its_name(name, histories, monkeypatch):
+    asked = []
+
+    def spy(q, k, v, kernel_options=None, score_mod=None, **others):
+        asked.append((kernel_options, score_mod is not None))
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(sink_attention, "compiled", lambda function: spy)
+    operator = sink_attention.SINK_ATTENTION
+    implementation = operator.implementations[name]
+    inputs = operator.inputs(SMALL["sink_attention"][0], Draw(0, torch.float32, CPU, histories))
+    implementation.run(**implementation.prepare(inputs))
+    flash, biased = "FLASH" in name, "unbiased" not in name
+    assert asked == [({"BACKEND": "FLASH"} if flash else None, biased)]
+    # FlashAttention 4 gives a captured bias no gradient.
+    directions = operator.directions(implementation, torch.device("cuda"))
+    assert directions == ((FORWARD,) if flash and biased else (FORWARD, BACKWARD, TRAINING))
+
+
+@pytest.mark.parametrize("name", FLEX[1:])
+def test_flex_attention_says_what_its_flash_kernels_need(name, histories, monkeypatch):
+    implementation, workload = sink_attention.SINK_ATTENTION.implementations[name], SMALL["sink_attention"][1]
+    cuda = torch.device("cuda")
+    assert implementation.unsupported_reason(workload, CPU) == "it needs a CUDA device"
+    assert "flash_attn.cute cannot be imported" in implementation.unsupported_reason(workload, cuda)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    for capability, wanted in {(8, 0): "got 8.0", (9, 0): None, (10, 0): None, (12, 0): "got 12.0"}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        reason = implementation.unsupported_reason(workload, cuda)
+        assert reason is wanted or reason.endswith(wanted)
+
+
+def test_block_masks_for_flash_kernels_have_their_tiles(histories):
+    inputs = sink_attention.draw_inputs(SMALL["sink_attention"][1], Draw(0, torch.float32, CPU, histories))
+    assert sink_attention.prepare_flex_flash(inputs)["block_mask"].BLOCK_SIZE == (128, 128)
+    assert sink_attention.prepare_flex(inputs, 256)["block_mask"].BLOCK_SIZE == (256, 128)
 
 
 @pytest.mark.parametrize(
