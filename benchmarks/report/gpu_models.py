@@ -90,7 +90,8 @@ def sink_pairs(workload, inputs, device, corrects: bool) -> list[Launch]:
 
     They have 4, 2 and 3 products. The main loop is that of dK and dV.
     """
-    kernel = find("sink_attention_pairs_bwd_kernel", device.architecture, D=workload.dim)
+    kind = "corrects" if corrects else "fused"
+    kernel = find("sink_attention_pairs_bwd_kernel", device.architecture, kind, D=workload.dim)
     block_m, block_n = kernel.tile
     programs = rounds = 0.0
     sequences = sequences_of(workload, inputs)
