@@ -6,6 +6,7 @@ checks what that takes for granted. PyTorch's operators keep their own schemas, 
 
 import math
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from types import ModuleType
 
@@ -131,6 +132,25 @@ def test_other_value_dim(name, operators):
     for layout in ("heads first", "tokens first"):
         tensors, _ = draw(layout, (2, 33), dims=(16, 24))
         check(BACKENDS[name], *tensors, causal=False, scale=0.3)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "sliced", "packed"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_adapter_reads_its_inputs_where_they_lie(name, layout):
+    """Even a dout in another order than q is not copied before its adapter."""
+    read = []
+
+    def bwd(dout, q, k, v, out, lse, options):
+        read.extend((dout, q, k, v, out))
+        return tuple(map(torch.empty_like, (q, k, v)))
+
+    (q, k, v), options = draw(layout, (5, 0, 33) if layout == "packed" else (2, 33), grouped(name), dims=(16, 16))
+    out, lse = empty_forward(q, v)
+    *batch, outer, inner, dim = out.shape
+    for dout in (torch.randn(out.shape), torch.randn(*batch, inner, outer, dim).transpose(-3, -2)):
+        read.clear()
+        replace(BACKENDS[name], bwd=bwd).backward(dout, q, k, v, out, lse, causal=True, scale=0.3, **options)
+        assert [x.data_ptr() for x in read] == [x.data_ptr() for x in (dout, q, k, v, out)]
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -44,6 +44,7 @@ def _flash_fwd(q: Tensor, k: Tensor, v: Tensor, options: BackendOptions) -> tupl
 def _flash_bwd(dout, q, k, v, out, lse, options: BackendOptions) -> tuple[Tensor, Tensor, Tensor]:
     lengths = (options.cu_seqlens, options.cu_seqlens, options.max_seqlen, options.max_seqlen)
     unused = _unused_random_state(q)
+    # PyTorch itself copies dout and out that are not contiguous with the tokens first.
     return torch.ops.aten._flash_attention_backward(
         dout, q, k, v, out, lse, *lengths, 0.0, options.causal, unused, unused, scale=options.scale
     )
@@ -173,7 +174,7 @@ def _efficient_bwd(dout, q, k, v, out, lse, options: BackendOptions) -> tuple[Te
     unused = _unused_random_state(q)
     lengths = (options.cu_seqlens, options.cu_seqlens, longest, longest)
     *grads, _ = torch.ops.aten._efficient_attention_backward(
-        # It assumes that the tokens of `out` are contiguous.
+        # It assumes that the tokens of `out` are contiguous, and copies a dout that is not.
         *(dout, q, k, v, None, out.contiguous()),
         *lengths,
         *(lse, 0.0, unused, unused, int(options.causal), False),
