@@ -116,8 +116,8 @@ class CorrectionConfig:
             # Without tensor cores a dot product holds its operands in registers.
             return cls(16, 32, block_k=16, num_warps=8, num_stages=1)
         if head_dim <= 64:
-            return cls(64, 32, block_k=64, num_warps=4, num_stages=2)
-        return cls(64, 32 if head_dim <= 128 else 16, block_k=64, num_warps=8, num_stages=1)
+            return cls(64, 32, block_k=16, num_warps=4, num_stages=2)
+        return cls(64, 32 if head_dim <= 128 else 16, block_k=16, num_warps=8, num_stages=1)
 
 
 # --- Autotuning ---

@@ -15,13 +15,12 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, cdiv, host_block_width, launch
 from recattn.triton_kernels.common.ragged import Sinks, is_sink, load_sinks, locate_sequence
-from recattn.triton_kernels.common.softmax import exp_increase
+from recattn.triton_kernels.common.softmax import exp_increase, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
     Tokens,
     bhnd,
     block_width,
-    dot_tokens,
     head_rows,
     load_bias,
     load_tokens,
@@ -38,6 +37,7 @@ from recattn.triton_kernels.sink_attention.common import (
 )
 from recattn.triton_kernels.sink_attention.config import CorrectionConfig
 from recattn.triton_kernels.sink_attention.forward import softmax_block
+from recattn.triton_kernels.sink_attention.sink_pair_tiles import products
 
 # Sink rows and warps of a program that prepares the backward.
 DELTA_BLOCK, DELTA_WARPS = 16, 4
@@ -52,14 +52,14 @@ LARGEST_LSE: tl.constexpr = tl.constexpr(2.0**19)
 def correction_update(acc, row_max, row_sum, suppressed, qk, bias, v_tile):
     """Add the bias to one block of keys that acc / row_sum already contains without it.
 
-    suppressed sums what the bias takes away from row_sum. All three are scaled by exp(-row_max). Where a row does not
-    see a key, qk is -inf and the bias 0.
+    suppressed sums what the bias takes away from row_sum. All three are scaled by exp(-row_max). qk has been multiplied
+    by `log2e_scale(v_tile)`; where a row does not see a key, it is -inf and the bias 0.
     """
-    new_row_max = tl.maximum(row_max, tl.max(qk + bias, 1))
+    new_row_max = tl.maximum(row_max, tl.max(qk * (1.0 / log2e_scale(v_tile)) + bias, 1))
     row_scale = tl.exp(row_max - new_row_max)
     # β is added here: exp(qk + β - row_max) - exp(qk - row_max).
-    increase = exp_increase(qk, bias, new_row_max[:, None], qk)
-    acc = acc * row_scale[:, None] + tl.dot(increase.to(v_tile.dtype), v_tile, input_precision="ieee")
+    increase = exp_increase(qk, bias, new_row_max[:, None], v_tile)
+    acc = tl.dot(increase.to(v_tile.dtype), v_tile, acc * row_scale[:, None], input_precision="ieee")
     suppressed = suppressed * row_scale + tl.sum(tl.maximum(-increase, 0.0), 1)
     return acc, new_row_max, row_sum * row_scale + tl.sum(increase, 1), suppressed
 
@@ -68,20 +68,21 @@ def correction_update(acc, row_max, row_sum, suppressed, qk, bias, v_tile):
 def online_softmax_update(acc, row_max, row_sum, qk, bias, v_tile):
     """Add a block of keys to softmax(qk + β) @ v = acc / row_sum."""
     p, row_scale, row_max, row_sum = softmax_block(row_max, row_sum, qk, 1.0, bias, qk, True)
-    acc = acc * row_scale[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * row_scale[:, None], input_precision="ieee")
     return acc, row_max, row_sum
 
 
 @triton.jit
-def sink_keys(q, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
+def sink_keys(q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """qk [BM, BN] with the sinks from first_key on, their bias [BM, BN], and their v [BN, Dv]."""
+    """scale * qk [BM, BN] with the sinks from first_key on, their bias [BM, BN], and their v [BN, Dv]."""
     key_sinks = first_key + tl.arange(0, BLOCK_N)
     keys = load_sinks(sinks, key_sinks)
     visible = keys.positions[None, :] <= last_key[:, None]
-    qk = scale * dot_tokens(q, rows, k, keys, HEAD_DIM, BLOCK_K)
+    k_tile = load_tokens(k, keys, HEAD_DIM, q_tile.shape[1])
+    qk = scale * products(q, rows, q_tile, k, keys, k_tile, HEAD_DIM, BLOCK_K)
     qk = tl.where(visible, qk, -float("inf"))
     bias_tile = load_bias(bias, row_sinks, key_sinks, visible)
     return qk, bias_tile, load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)
@@ -131,13 +132,14 @@ def sink_attention_correction_fwd_kernel(
     row_max_rows = sink_stats + bh * M + row_sinks
     row_sum_rows = row_max_rows + num_bh * M
 
+    q_tile = load_tokens(q, rows, HEAD_DIM, block_width(HEAD_DIM))
     acc = load_tokens(out, rows, V_HEAD_DIM, BLOCK_DV).to(tl.float32)  # [BM, Dv]
     row_max = tl.load(lse_rows, mask=rows.valid, other=0.0)  # [BM]
     row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
     suppressed = tl.where(tl.abs(row_max) > LARGEST_LSE, float("inf"), 0.0)  # such a row is recomputed
     for first_key in range(0, end_sink, BLOCK_N):
         qk, bias_tile, v_tile = sink_keys(
-            q, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
+            q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale * log2e_scale(q_tile),
             HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc, row_max, row_sum, suppressed = correction_update(acc, row_max, row_sum, suppressed, qk, bias_tile, v_tile)
@@ -165,7 +167,7 @@ def sink_attention_correction_fwd_kernel(
         row_sum += 1.0
     for first_key in range(0, end_sink, BLOCK_N):
         qk, bias_tile, v_tile = sink_keys(
-            q, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
+            q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
             HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc, row_max, row_sum = online_softmax_update(acc, row_max, row_sum, qk, bias_tile, v_tile)
@@ -173,7 +175,8 @@ def sink_attention_correction_fwd_kernel(
         positions = first_key + tl.arange(0, BLOCK_N)
         keys = Tokens(positions, positions < length)
         visible = (positions[None, :] <= last_key[:, None]) & (is_sink(sinks, positions, search_steps) == 0)[None, :]
-        qk = scale * dot_tokens(q, rows, k, keys, HEAD_DIM, BLOCK_K)
+        k_tile = load_tokens(k, keys, HEAD_DIM, block_width(HEAD_DIM))
+        qk = scale * products(q, rows, q_tile, k, keys, k_tile, HEAD_DIM, BLOCK_K)
         qk = tl.where(visible, qk, -float("inf"))  # [BM, BN]
         v_tile = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
         acc, row_max, row_sum = online_softmax_update(acc, row_max, row_sum, qk, 0.0, v_tile)
