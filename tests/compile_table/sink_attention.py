@@ -77,7 +77,7 @@ def correction(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator
     q, kv, lse, stats, sinks = tensors(dtype, head_dim, HQ)
     lengths = Lengths(meta(B, dtype=torch.int64), None)
     label = f"{name_of(dtype)} D={head_dim}"
-    block_k = CorrectionConfig.heuristic(head_dim, dtype).block_k
+    block_k = CorrectionConfig.heuristic(head_dim, dtype, architecture).block_k
     yield from recorded(
         f"{label} {{BLOCK_M}}x{{BLOCK_N}}x{block_k}",
         architecture,

@@ -108,7 +108,6 @@ ACCEPTED = (
         OLDER,
         "128 and 136 bytes a thread, which 3.7.1 keeps in registers",
     ),
-    Accepted("spills", r"^sink_attention_correction_fwd_kernel sm_(80|100) bfloat16 D=64 ", OLDER, FEW_BYTES),
 )
 
 

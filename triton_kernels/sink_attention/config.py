@@ -101,7 +101,10 @@ class PairsConfig:
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    """Launch parameters of the correction: sink rows a program, keys an iteration, head components a dot product."""
+    """Launch parameters of the correction: sink rows a program, keys an iteration.
+
+    block_k: head components a dot product, in float32; half precision takes all at once.
+    """
 
     block_m: int
     block_n: int
@@ -111,12 +114,17 @@ class CorrectionConfig:
 
     @classmethod
     @cached
-    def heuristic(cls, head_dim: int, dtype: torch.dtype) -> "CorrectionConfig":
+    def heuristic(cls, head_dim: int, dtype: torch.dtype, architecture: int) -> "CorrectionConfig":
+        """The largest tiles that do not spill registers."""
         if dtype == torch.float32:
             # Without tensor cores a dot product holds its operands in registers.
             return cls(16, 32, block_k=16, num_warps=8, num_stages=1)
-        if head_dim <= 64:
+        if head_dim <= 64 or (head_dim <= 128 and architecture == 90):
             return cls(64, 32, block_k=16, num_warps=4, num_stages=2)
+        if architecture < 90:
+            return cls(32, 32, block_k=16, num_warps=4 if head_dim <= 128 else 8, num_stages=2)
+        if architecture == 90:
+            return cls(64, 32, block_k=16, num_warps=8, num_stages=2)
         return cls(64, 32 if head_dim <= 128 else 16, block_k=16, num_warps=8, num_stages=1)
 
 

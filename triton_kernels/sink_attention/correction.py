@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
-from recattn.triton_kernels.common.launch import MAX_REGISTERS, cdiv, host_block_width, launch
+from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
 from recattn.triton_kernels.common.ragged import Sinks, is_sink, load_sinks, locate_sequence
 from recattn.triton_kernels.common.softmax import exp_increase, log2e_scale
 from recattn.triton_kernels.common.tiles import (
@@ -220,7 +220,7 @@ def launch_sink_attention_correction_fwd(
     sink_stats = out.new_zeros((2, B, num_q_heads, M), dtype=torch.float32)
     if sinks.positions.numel() == 0 or out.numel() == 0:
         return sink_stats
-    config = config or CorrectionConfig.heuristic(max(head_dim, v_head_dim), q.dtype)
+    config = config or CorrectionConfig.heuristic(max(head_dim, v_head_dim), q.dtype, architecture_of(q))
     N = number_of_tokens(q, lengths)
     q, k, v, out = (bhnd(x, lengths.cu_seqlens) for x in (q, k, v, out))
     sink_tensors, sink_strides = sinks.as_arguments()
