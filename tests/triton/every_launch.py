@@ -101,7 +101,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
         return inputs | {f"w_{name}": leaf(N, N, **options) for name in "qkv"[:matrices]}
 
     names = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
-    gaussians = {name: leaf(B, 1, 2, 8) for name in names}
+    gaussians, long_gaussians = ({name: leaf(B, 1, N, 8) for name in names} for N in (2, 129))
     matrices = {"w_q": leaf(2, 2), "w_k": leaf(2, 2)}
 
     histories = {"behaviors": leaf(B, 3, 16), "w_comp": leaf(3, 16)}
@@ -131,6 +131,9 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
         ),
         "refined_attention of long sequences": lambda: train(refined_attention, refined(129)),
         "wasserstein_attention": lambda: train(wasserstein_attention, gaussians, **seed_and_padding),
+        "wasserstein_attention of long sequences": lambda: train(
+            wasserstein_attention, long_gaussians, **seed_and_padding
+        ),
         "wasserstein_attention, refined": lambda: train(wasserstein_attention, gaussians | matrices),
         "lrea_compress": lambda: train(lrea_compress, histories, seq_lens=lengths),
         "lrea_compress by item id": lambda: lrea_compress(**table),
