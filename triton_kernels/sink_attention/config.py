@@ -87,8 +87,10 @@ class PairsConfig:
         """The largest tiles that do not spill registers."""
         if dtype == torch.float32 or head_dim > 128:
             # Without tensor cores a dot product holds its operands in registers.
-            rows = 32 if dtype != torch.float32 and architecture == 90 and not dropout else 16
-            return cls(rows, 16, block_k=16, num_warps=8, num_stages=1)
+            half = dtype != torch.float32
+            rows = 32 if half and architecture == 90 and not dropout else 16
+            warps = 4 if half and architecture >= 90 and dropout else 8
+            return cls(rows, 16, block_k=16, num_warps=warps, num_stages=1)
         if head_dim > 64 and (architecture < 90 or (dropout and architecture >= 100)):
             return cls(32, 16, block_k=16, num_warps=8, num_stages=2)
         if architecture < 90:

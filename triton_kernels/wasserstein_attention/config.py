@@ -83,9 +83,10 @@ def short_constants(
     # Where they suffice, 128 registers let one more program run beside the others.
     limited, widest = {"maxnreg": 128}, max(block_d, block_dv)
     may_limit = architecture == 90 and not has_dropout
+    more_warps = {"num_warps": block_n // 8} if refined and block_n == 32 and widest > 32 else {}
     return ShortConstants(
         constants | (limited if may_limit and block_n == 128 and widest <= 32 else {}),
-        constants | (limited if may_limit and block_n == 64 and widest <= 16 else {}),
+        constants | (limited if may_limit and block_n == 64 and widest <= 16 else {}) | more_warps,
     )
 
 
