@@ -74,40 +74,35 @@ class Accepted:
     why: str
 
 
-OLDER, EITHER = ("3.6.0",), ("3.6.0", "3.7.1")
-FEW_BYTES = "8 to 64 bytes a thread, which 3.7.1 keeps in registers"
-FEW_PADDED_BYTES = "8 to 32 bytes a thread at the limit of registers, with seq_lens and dropout together alone"
+OLDER, NEWER, EITHER = ("3.6.0",), ("3.7.1",), ("3.6.0", "3.7.1")
+FEW_BYTES = "8 to 24 bytes a thread, which the other Triton keeps in registers"
+FEW_PADDED_BYTES = "8 to 40 bytes a thread, with seq_lens and dropout together alone"
 # An entry that no configuration needs any more fails the check.
 ACCEPTED = (
-    Accepted("spills", r"^sink_attention_fwd_kernel sm_80 float32 D=64 16x16 dropout ", OLDER, FEW_BYTES),
-    Accepted(
-        "spills", r"^sink_attention_fwd_kernel sm_80 bfloat16 D=(128 128x32|256 64x32 dropout) ", OLDER, FEW_BYTES
-    ),
-    Accepted("spills", r"^sink_attention_fwd_kernel sm_100 bfloat16 D=64 128x64 warps", OLDER, FEW_BYTES),
     Accepted(
         "spills",
-        r"^sink_attention_fwd_kernel sm_80 (bfloat16 D=64 128x64|float32 D=256 32x32) dropout padded ",
+        r"^sink_attention_bwd_dq_kernel sm_90 float32 D=(32 32x32|64 32x16) dropout padded ",
         EITHER,
         FEW_PADDED_BYTES,
     ),
+    Accepted("spills", r"^sink_attention_fwd_kernel sm_90 float32 D=32 32x32 dropout padded ", NEWER, FEW_PADDED_BYTES),
     Accepted(
-        "spills", r"^sink_attention_bwd_dq_kernel sm_80 float32 D=128 16x16 dropout padded ", EITHER, FEW_PADDED_BYTES
+        "spills", r"^sink_attention_fwd_kernel sm_100 float32 D=256 16x16 dropout padded ", NEWER, FEW_PADDED_BYTES
     ),
     Accepted(
-        "spills",
-        r"^sink_attention_fwd_kernel sm_90 float32 D=128 16x16 dropout padded ",
-        ("3.7.1",),
-        FEW_PADDED_BYTES,
+        "spills", r"^sink_attention_bwd_dq_kernel sm_100 float32 D=32 32x32 dropout padded ", OLDER, FEW_PADDED_BYTES
     ),
     Accepted(
-        "spills", r"^sink_attention_fwd_kernel sm_100 float32 D=128 16x16 dropout padded ", OLDER, FEW_PADDED_BYTES
+        "spills", r"^sink_attention_bwd_dkdv_kernel sm_100 bfloat16 D=32 64x64 dropout padded ", OLDER, FEW_PADDED_BYTES
     ),
-    Accepted(
-        "spills",
-        r"^sink_attention_fwd_kernel sm_(90|100) float32 D=256 16x16 dropout padded ",
-        OLDER,
-        "128 and 136 bytes a thread, which 3.7.1 keeps in registers",
-    ),
+    Accepted("spills", r"^sink_attention_fwd_kernel sm_80 float32 D=256 32x32 warps", OLDER, FEW_BYTES),
+    Accepted("spills", r"^sink_attention_fwd_kernel sm_100 bfloat16 D=32 128x64 warps", NEWER, FEW_BYTES),
+    Accepted("spills", r"^sink_attention_fwd_kernel sm_100 bfloat16 D=64 128x64 warps", OLDER, FEW_BYTES),
+    Accepted("spills", r"^sink_attention_bwd_dq_kernel sm_100 bfloat16 D=256 64x32 ", OLDER, FEW_BYTES),
+    Accepted("spills", r"^sink_attention_pairs_bwd_kernel sm_100 bfloat16 D=256 dropout ", NEWER, FEW_BYTES),
+    Accepted("spills", r"^wasserstein_attention_bwd_dq_kernel sm_80 bfloat16 W=128 .* dropout ", OLDER, FEW_BYTES),
+    Accepted("spills", r"^wasserstein_attention_fwd_kernel sm_80 bfloat16 W=256 .* dropout ", OLDER, FEW_BYTES),
+    Accepted("spills", r"^wasserstein_attention_fwd_kernel sm_100 float32 W=64 .* dropout ", NEWER, FEW_BYTES),
 )
 
 
