@@ -74,8 +74,7 @@ def online_softmax_update(acc, row_max, row_sum, qk, bias, v_tile):
 
 @triton.jit
 def sink_keys(q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """scale * qk [BM, BN] with the sinks from first_key on, their bias [BM, BN], and their v [BN, Dv]."""
     key_sinks = first_key + tl.arange(0, BLOCK_N)
@@ -85,7 +84,7 @@ def sink_keys(q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key
     qk = scale * products(q, rows, q_tile, k, keys, k_tile, HEAD_DIM, BLOCK_K)
     qk = tl.where(visible, qk, -float("inf"))
     bias_tile = load_bias(bias, row_sinks, key_sinks, visible)
-    return qk, bias_tile, load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)
+    return qk, bias_tile, load_tokens(v, keys, V_HEAD_DIM, block_width(V_HEAD_DIM))
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -140,7 +139,7 @@ def sink_attention_correction_fwd_kernel(
     for first_key in range(0, end_sink, BLOCK_N):
         qk, bias_tile, v_tile = sink_keys(
             q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale * log2e_scale(q_tile),
-            HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_N, BLOCK_K,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc, row_max, row_sum, suppressed = correction_update(acc, row_max, row_sum, suppressed, qk, bias_tile, v_tile)
 
@@ -168,7 +167,7 @@ def sink_attention_correction_fwd_kernel(
     for first_key in range(0, end_sink, BLOCK_N):
         qk, bias_tile, v_tile = sink_keys(
             q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
-            HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_N, BLOCK_K,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc, row_max, row_sum = online_softmax_update(acc, row_max, row_sum, qk, bias_tile, v_tile)
     for first_key in range(0, tl.max(last_key, 0) + 1, BLOCK_N):
