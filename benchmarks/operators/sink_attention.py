@@ -344,6 +344,17 @@ def restore_flex(output: Tensor, inputs: Inputs) -> Tensor:
     return output[0].transpose(0, 1) if "cu_seqlens" in inputs else output
 
 
+def flex_with_bias(attention, q, k, v, inter_sink_bias, sequence_of, sink_of, is_sink, block_mask, **options):
+    bias = inter_sink_bias.float()  # so that its gradient accumulates in float32
+
+    def add_bias(score, b, h, i, j):
+        sequence = b if sequence_of is None else sequence_of[i]
+        return score + torch.where(is_sink[b, i] & is_sink[b, j], bias[sequence, 0, sink_of[b, i], sink_of[b, j]], 0)
+
+    grouped = q.shape[1] != k.shape[1]
+    return attention(q, k, v, score_mod=add_bias, block_mask=block_mask, enable_gqa=grouped, **options)
+
+
 @SINK_ATTENTION.implementation(
     FLEX,
     applies=lambda workload: workload.sinks > 0,  # FlexAttention cannot capture an empty tensor
@@ -353,18 +364,8 @@ def restore_flex(output: Tensor, inputs: Inputs) -> Tensor:
     devices=CUDA,
     compiled=True,
 )
-def flex(q, k, v, inter_sink_bias, sequence_of, sink_of, is_sink, block_mask, **options):
-    bias = inter_sink_bias.float()  # so that its gradient accumulates in float32
-
-    def add_bias(score, b, h, i, j):
-        sequence = b if sequence_of is None else sequence_of[i]
-        return score + torch.where(is_sink[b, i] & is_sink[b, j], bias[sequence, 0, sink_of[b, i], sink_of[b, j]], 0)
-
-    return unbiased_flex(q, k, v, block_mask, score_mod=add_bias, **options)
-
-
-def unbiased_flex(q, k, v, block_mask, **options):
-    return compiled(flex_attention)(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], **options)
+def flex(**inputs):
+    return flex_with_bias(compiled(flex_attention), **inputs)
 
 
 def without_bias(q, k, v, sink_positions, inter_sink_bias, **options):
@@ -504,17 +505,21 @@ FLASH_OPTIONS = {
     "devices": CUDA,
     "compiled": True,
 }
-SINK_ATTENTION.implementation(
+
+
+@SINK_ATTENTION.implementation(
     f"{FLEX} FLASH",
     applies=lambda workload: workload.sinks > 0,
     forward_only=lambda device: True,  # it gives captured tensors, here the bias, no gradient
     **FLASH_OPTIONS,
-)(partial(flex, **FLASH))
+)
+def flex_flash(**inputs):
+    return flex_with_bias(compiled(flex_attention), **inputs, **FLASH)
 
 
 @SINK_ATTENTION.implementation(f"unbiased {FLEX} FLASH", **FLASH_OPTIONS, **UNBIASED_OPTIONS)
 def unbiased_flex_flash(q, k, v, block_mask, **others):
-    return unbiased_flex(q, k, v, block_mask, **FLASH)
+    return compiled(flex_attention)(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], **FLASH)
 
 
 def prepare_xformers(inputs: Inputs) -> Inputs:
