@@ -14,20 +14,10 @@
 #include "cpu/common.h"
 #include "cpu/refined_weights.h"
 #include "cpu/simd/isa.h"
+#include "cpu/tokens.h"
 
 namespace recattn {
 namespace {
-
-// A tensor [B, H, N, columns] whose last axis is contiguous.
-template <class T>
-struct Tokens {
-    T* data;
-    int64_t batch_stride, head_stride, row_stride;
-
-    T* at(int64_t batch, int64_t head, int64_t position) const {
-        return data + batch * batch_stride + head * head_stride + position * row_stride;
-    }
-};
 
 template <class T>
 struct RefinedAttention {
@@ -200,16 +190,6 @@ Weights checked_weights(const Tensor& q, const Tensor& k, const Tensor& v, const
     std::optional<WeightMatrix> values;
     if (w_v) values.emplace(*w_v, n);
     return {{w_q, rank}, {w_k, rank}, values, per_head ? heads : 1, n};
-}
-
-template <class T>
-Tokens<const T> tokens(const Tensor& t) {
-    return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-template <class T>
-Tokens<T> mutable_tokens(const Tensor& t) {
-    return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // Checked inputs of the forward and the backward, as the kernels read them.
