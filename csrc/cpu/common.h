@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -82,6 +83,8 @@ inline Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
     return Tensor(tensor);
 }
 
+inline Tensor new_contiguous(const Tensor& tensor) { return new_empty(tensor.sizes(), tensor.scalar_type()); }
+
 inline Tensor with_contiguous_rows(const Tensor& tensor) {
     return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
@@ -102,6 +105,16 @@ inline void expect_lengths(const char* name, const std::vector<int64_t>& lengths
         expect(lengths[i] >= 0 && lengths[i] <= longest, name, " must be between 0 and ", longest, ", got ", lengths[i],
                " at index [", i, "]");
     }
+}
+
+// The lengths of a batch, read once; without seq_lens all are `longest`.
+inline std::vector<int64_t> checked_lengths(const std::optional<Tensor>& seq_lens, int64_t batch, int64_t longest) {
+    if (!seq_lens) return std::vector<int64_t>(batch, longest);
+    expect_shape("seq_lens", *seq_lens, {{"B", batch}});
+    expect_integer("seq_lens", *seq_lens);
+    auto lengths = to_vector(*seq_lens);
+    expect_lengths("seq_lens", lengths, longest);
+    return lengths;
 }
 
 inline void expect_offsets(const char* name, const std::vector<int64_t>& offsets, int64_t total) {

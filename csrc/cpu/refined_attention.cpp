@@ -12,6 +12,7 @@
 
 #include "common/check.h"
 #include "cpu/common.h"
+#include "cpu/groups.h"
 #include "cpu/refined_weights.h"
 #include "cpu/simd/isa.h"
 #include "cpu/tokens.h"
@@ -31,39 +32,6 @@ struct RefinedAttention {
 
     // Width of queries and keys for `tokens` tokens; if folded, keys are the rows of A.
     int64_t rank(int64_t tokens) const { return folded ? tokens : r; }
-};
-
-// Splits all (batch, head) indices into groups of about equal cost. The groups do not depend on the number of threads.
-class Groups {
-  public:
-    Groups(const std::vector<int64_t>& lengths, int64_t heads, int64_t columns) {
-        const int64_t batch_heads = static_cast<int64_t>(lengths.size()) * heads;
-        std::vector<int64_t> costs{0};  // running sum of multiply-adds
-        for (const int64_t length : lengths) {
-            for (int64_t head = 0; head < heads; ++head) costs.push_back(costs.back() + length * length * columns + 1);
-        }
-        const int64_t wanted = std::clamp<int64_t>(batch_heads / kBatchHeadsPerGroup, kMinGroups, kMaxGroups);
-        const int64_t count = std::clamp<int64_t>(batch_heads, 1, wanted);
-        for (int64_t group = 0; group <= count; ++group) {
-            const double cost = static_cast<double>(costs.back()) * group / count;
-            starts_.push_back(std::lower_bound(costs.begin(), costs.end() - 1, cost) - costs.begin());
-        }
-        cost_ = costs.back() / count;
-    }
-
-    int64_t count() const { return static_cast<int64_t>(starts_.size()) - 1; }
-    int64_t start(int64_t group) const { return starts_[group]; }
-
-    template <class Function>
-    void parallel_for(const Function& function) const {
-        torch::stable::parallel_for(0, count(), grain(cost_), function);
-    }
-
-  private:
-    // Each group has its own sum of dW; few groups keep that memory below that of the tokens.
-    static constexpr int64_t kBatchHeadsPerGroup = 8, kMinGroups = 16, kMaxGroups = 64;
-    std::vector<int64_t> starts_;
-    int64_t cost_;
 };
 
 // Row stride of the gradients that `unfold` computes in float64.
@@ -151,23 +119,6 @@ struct Options {
     std::optional<double> scale;
 };
 
-std::vector<int64_t> checked_lengths(const std::optional<Tensor>& seq_lens, int64_t batch, int64_t longest) {
-    if (!seq_lens) return std::vector<int64_t>(batch, longest);
-    expect_shape("seq_lens", *seq_lens, {{"B", batch}});
-    expect_integer("seq_lens", *seq_lens);
-    auto lengths = to_vector(*seq_lens);
-    expect_lengths("seq_lens", lengths, longest);
-    return lengths;
-}
-
-void expect_matrix(const char* name, const Tensor& w, int64_t heads, Axis rows, Axis columns) {
-    if (w.dim() == 3) {
-        expect_shape(name, w, {{"H", heads}, rows, columns});
-    } else {
-        expect_shape(name, w, {rows, columns});
-    }
-}
-
 Weights checked_weights(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
                         const std::optional<Tensor>& w_v) {
     expect_shape("q", q, {{"B"}, {"H"}, {"N"}, {"D"}});
@@ -241,8 +192,6 @@ RefinedAttention<T> make_arguments(Inputs& inputs) {
             .left_padded = options.left_padded,
             .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(dim))))};
 }
-
-Tensor new_contiguous(const Tensor& tensor) { return new_empty(tensor.sizes(), tensor.scalar_type()); }
 
 Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q,
                                    const Tensor& w_k, const std::optional<Tensor>& w_v,

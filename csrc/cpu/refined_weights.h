@@ -36,6 +36,14 @@ struct WeightMatrix {
     }
 };
 
+inline void expect_matrix(const char* name, const Tensor& w, int64_t heads, Axis rows, Axis columns) {
+    if (w.dim() == 3) {
+        expect_shape(name, w, {{"H", heads}, rows, columns});
+    } else {
+        expect_shape(name, w, {rows, columns});
+    }
+}
+
 // The matrices of a call.
 struct Weights {
     WeightMatrix w_q, w_k;
