@@ -1,6 +1,10 @@
 // Dropout of attention weights: the mask of triton_kernels/common/dropout.py.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <optional>

@@ -5,12 +5,14 @@
 //   RECATTN_INLINE         the same, and always inlined
 //   RECATTN_VECTOR_BYTES   width of a register
 //   RECATTN_TILE_ROWS, RECATTN_TILE_VECTORS   register tile of a matrix product
+//   RECATTN_HAS_AVX512     the registers have 64 bytes and AVX-512's instructions
 //   RECATTN_HAS_BF16       AVX512-BF16 and VNNI; only compiled if RECATTN_WITH_BF16 is defined
 
 #define RECATTN_INLINE RECATTN_TARGET __attribute__((always_inline)) inline
 
 #if defined(__x86_64__)
 
+#define RECATTN_HAS_AVX512 1
 #define RECATTN_VECTOR_BYTES 64
 #define RECATTN_TILE_ROWS 6
 #define RECATTN_TILE_VECTORS 4
@@ -28,6 +30,7 @@
 #include RECATTN_KERNELS
 #undef RECATTN_ISA
 #undef RECATTN_TARGET
+#undef RECATTN_HAS_AVX512
 #undef RECATTN_VECTOR_BYTES
 #undef RECATTN_TILE_ROWS
 #undef RECATTN_TILE_VECTORS
