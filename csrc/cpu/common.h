@@ -66,8 +66,17 @@ void dispatch_dtype(const char* name, const Tensor& tensor, const Function& func
     expect(false, name, " must be ", names, ", got ", dtype_name(dtype));
 }
 
-// A contiguous tensor, uninitialised. Without the look-up of an operator by its name, which torch::stable::new_empty
-// does.
+// An uninitialised tensor. Without the look-up of an operator by its name, which torch::stable::new_empty does.
+inline Tensor new_empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, const int64_t* strides,
+                                ScalarType dtype) {
+    const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    AtenTensorHandle tensor;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, code, aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
+}
+
+// A contiguous one.
 inline Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     std::array<int64_t, 8> strides{};
     const int64_t dim = sizes.size();
@@ -76,11 +85,7 @@ inline Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
         strides[axis] = stride;
         stride *= std::max<int64_t>(1, sizes[axis]);
     }
-    const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    AtenTensorHandle tensor;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dim, sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &tensor));
-    return Tensor(tensor);
+    return new_empty_strided(sizes, strides.data(), dtype);
 }
 
 inline Tensor new_contiguous(const Tensor& tensor) { return new_empty(tensor.sizes(), tensor.scalar_type()); }

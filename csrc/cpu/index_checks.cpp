@@ -1,5 +1,7 @@
 // Checks of index values on a CPU. Each reads the tensor once and returns the copy that it checked, so that another
 // thread of the caller cannot change it afterwards. Messages are worded as in python/recattn/_check.py.
+#include "cpu/index_checks.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -105,7 +107,7 @@ Tensor checked_sink_positions(const Tensor& sink_positions, std::optional<int64_
     const std::string name = "sink_positions";
     expect_shape(name.c_str(), sink_positions, {{"B"}, {"M"}});
     expect(seq_len.has_value() != cu_seqlens.has_value(), "sink_positions need either seq_len or cu_seqlens");
-    const int64_t batch = sink_positions.size(0), count = std::max<int64_t>(1, sink_positions.size(1));
+    const int64_t batch = sink_positions.size(0), count = sink_positions.size(1);
     std::vector<int64_t> offsets;
     if (cu_seqlens) {
         expect_shape("cu_seqlens", *cu_seqlens, {{"B+1", batch + 1}});
@@ -113,18 +115,8 @@ Tensor checked_sink_positions(const Tensor& sink_positions, std::optional<int64_
         offsets = to_vector(*cu_seqlens);
     }
     const auto limit = [&](int64_t b) { return seq_len ? *seq_len : offsets[b + 1] - offsets[b]; };
-    return check_copy(name, sink_positions, [&](const auto& copy) {
-        const auto is_below = [&](int64_t i, int64_t position) { return position < limit(i / count); };
-        expect_all(name, copy, is_below, "below the sequence length ",
-                   seq_len ? std::to_string(*seq_len) : "of each sequence");
-        const auto is_position = [](int64_t, int64_t position) { return position >= -1; };
-        expect_all(name, copy, is_position, "token positions, or -1 for padding");
-        const auto ascends = [&](int64_t i, int64_t position) {
-            const int64_t previous = i % count == 0 ? -1 : copy.data[i - 1];
-            return i % count == 0 || position == -1 || (position > previous && previous >= 0);
-        };
-        expect_all(name, copy, ascends, "strictly ascending, padded with -1 at the end");
-    });
+    return check_copy(name, sink_positions,
+                      [&](const auto& copy) { expect_sink_positions(copy.data, batch, count, seq_len, limit); });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {

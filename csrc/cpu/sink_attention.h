@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "cpu/dropout.h"
 #include "cpu/tokens.h"
@@ -17,20 +16,34 @@ struct Sequence {
     int64_t first_sink, num_sinks;
 };
 
-// One call, forward or backward. Group: Hq / Hkv query heads that share one key head.
+// One call, forward or backward. Group: heads / kv_heads query heads that share one key head. Padding of the results is
+// theirs to write too: the kernels write every token of out, lse, dq, dk and dv.
 template <class T>
 struct SinkAttention {
     Tokens<const T> q, k, v, out, dout;
     Tokens<T> new_out, dq, dk, dv;
     Tokens<float> lse;          // columns = 1: written by the forward, read by the backward
     const Sequence* sequences;  // [num_sequences]
-    const float* bias;          // [B, bias_heads, M, M]
-    float* dbias;               // [B, heads, M, M]
+    const float* bias;          // [num_sequences, bias_heads, M, M]
     const float* sink_logits;   // [heads], or null
+    float* dbias;               // [num_sequences, heads, M, M], zeroed
+    float* dsink_logits;        // [num_sequences, heads], zeroed: added up by the caller
     int64_t num_sequences, n, heads, kv_heads, dim, value_dim, bias_heads, num_sinks;
-    bool causal;
+    bool packed, causal;  // packed: there is no padding
     float scale;
     Dropout dropout;
+
+    int64_t group() const { return heads / kv_heads; }
+    const float* bias_of(const Sequence& sequence, int64_t head) const {
+        return bias +
+               ((sequence.index * bias_heads + (bias_heads == 1 ? 0 : head)) * num_sinks + sequence.first_sink) *
+                   num_sinks +
+               sequence.first_sink;
+    }
 };
+
+// Computes dq, dk, dv, dbias and dsink_logits (sink_attention_bwd.cpp).
+template <class T>
+void sink_backward(const SinkAttention<T>& op);
 
 }  // namespace recattn
