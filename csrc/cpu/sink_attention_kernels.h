@@ -9,8 +9,9 @@
 // lies in memory, the softmax runs down the columns without sums across lanes, and a panel stays in the L1 cache from
 // its scores to its product with v.
 
-#include "cpu/simd/dropout.h"
 #include "cpu/simd/matmul.h"
+// It needs matmul.h.
+#include "cpu/simd/dropout.h"
 #include "cpu/simd/softmax.h"
 
 namespace recattn::RECATTN_ISA {
