@@ -1,13 +1,155 @@
-// Backward of the CPU operator sink_attention.
-#include "common/check.h"
+// Backward of the CPU operator sink_attention: its tasks. The equations are in sink_attention_bwd_kernels.h.
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
 #include "cpu/common.h"
+#include "cpu/simd/isa.h"
 #include "cpu/sink_attention.h"
+
+namespace recattn {
+namespace {
+
+constexpr int64_t kTile = 64;  // queries and keys of a tile
+
+// Keys of one (sequence, key head) against queries of the heads that share it. A long sequence is split into blocks
+// and its tasks into steps: in step s, key block j meets query block (j + s) mod blocks. So the tasks of a step write
+// to different tokens, and the terms of a gradient are added up in one order.
+struct KeyTask {
+    const Sequence* sequence;
+    int64_t kv_head, step, first_query, last_query, first_key, last_key;
+    bool ends_queries, ends_keys;  // no later step has these queries, these keys
+    int64_t sums;                  // offset of dq, dk and dv in float32 if steps add up another dtype, else -1
+
+    int64_t cost() const { return (last_query - first_query) * (last_key - first_key); }
+};
+
+// Columns of sums: whole registers of any instruction set.
+int64_t sum_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
+
+template <class T>
+struct SinkBackward {
+    const SinkAttention<T>& op;
+    Tokens<float> delta;  // columns = 1
+    float* sums;          // of the sequences that are split
+    int64_t longest;      // sequence
+    int64_t thread_sums;  // size of dq in float32 of the largest sequence that is not split, 0 if T is float32
+
+    int64_t sum_of_dq(const KeyTask& task, int64_t head) const {
+        return (head - task.kv_head * op.group()) * task.sequence->length * sum_columns(op.dim);
+    }
+    int64_t sum_of_dk(const KeyTask& task) const { return op.group() * task.sequence->length * sum_columns(op.dim); }
+    int64_t sum_of_dv(const KeyTask& task) const {
+        return (op.group() + 1) * task.sequence->length * sum_columns(op.dim);
+    }
+};
+
+// The tasks of all sequences, step by step, in each step those that cost most first. They do not depend on the number
+// of threads.
+struct KeyTasks {
+    std::vector<KeyTask> tasks;
+    int64_t sums = 0, longest = 0, thread_sums = 0;
+
+    template <class T>
+    explicit KeyTasks(const SinkAttention<T>& op) {
+        int64_t cost = 1;
+        for (int64_t s = 0; s < op.num_sequences; ++s) {
+            const int64_t length = op.sequences[s].length;
+            cost += length * length * op.kv_heads;
+            longest = std::max(longest, length);
+        }
+        for (int64_t s = 0; s < op.num_sequences; ++s) {
+            const Sequence& sequence = op.sequences[s];
+            const int64_t length = sequence.length;
+            const int64_t wanted = (kMinTasks * length * length + cost - 1) / cost;
+            const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, length / kMinBlock));
+            const int64_t block = std::max<int64_t>(1, ((length + splits - 1) / splits + kTile - 1) / kTile) * kTile;
+            const int64_t blocks = std::max<int64_t>(1, (length + block - 1) / block);
+            const bool has_sums = !std::is_same_v<T, float>;
+            const int64_t dq_size = op.group() * length * sum_columns(op.dim);
+            if (has_sums && blocks == 1) thread_sums = std::max(thread_sums, dq_size);
+            for (int64_t kv_head = 0; kv_head < op.kv_heads; ++kv_head) {
+                add(sequence, kv_head, block, blocks, op.causal, has_sums && blocks > 1 ? sums : -1);
+                if (has_sums && blocks > 1) {
+                    sums += dq_size + length * (sum_columns(op.dim) + sum_columns(op.value_dim));
+                }
+            }
+        }
+        const auto is_before = [](const KeyTask& a, const KeyTask& b) {
+            return a.step != b.step ? a.step < b.step : a.cost() > b.cost();
+        };
+        if (!std::is_sorted(tasks.begin(), tasks.end(), is_before)) {
+            std::stable_sort(tasks.begin(), tasks.end(), is_before);
+        }
+    }
+
+  private:
+    static constexpr int64_t kMinTasks = 64, kMinBlock = 128;  // wanted in a step; tokens
+
+    void add(const Sequence& sequence, int64_t kv_head, int64_t block, int64_t blocks, bool causal, int64_t offset) {
+        const int64_t length = sequence.length;
+        for (int64_t step = 0; step < blocks; ++step) {
+            for (int64_t j = 0; j < blocks; ++j) {
+                const int64_t i = (j + step) % blocks;
+                if (causal && i < j) continue;
+                tasks.push_back({.sequence = &sequence,
+                                 .kv_head = kv_head,
+                                 .step = step,
+                                 .first_query = i * block,
+                                 .last_query = std::min(length, (i + 1) * block),
+                                 .first_key = j * block,
+                                 .last_key = std::min(length, (j + 1) * block),
+                                 .ends_queries = step == (causal ? i : blocks - 1),
+                                 .ends_keys = step == blocks - 1 - (causal ? j : 0),
+                                 .sums = offset});
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace recattn
+
+#define RECATTN_KERNELS "cpu/sink_attention_bwd_kernels.h"
+#include "cpu/simd/foreach_isa.h"
 
 namespace recattn {
 
 template <class T>
-void sink_backward(const SinkAttention<T>&) {
-    expect(false, "sink_attention_cpu_bwd is not implemented yet");
+void sink_backward(const SinkAttention<T>& op) {
+    const KeyTasks plan(op);
+    const int64_t num_tasks = static_cast<int64_t>(plan.tasks.size());
+    const auto sums = std::make_unique_for_overwrite<float[]>(plan.sums);
+    int64_t rows = op.n * op.heads;
+    for (int64_t s = 0; s < op.num_sequences && !op.packed; ++s) {
+        rows = std::max(rows, (op.sequences[s].batch + 1) * op.n * op.heads);
+    }
+    const auto deltas = std::make_unique_for_overwrite<float[]>(rows);
+    const SinkBackward<T> backward{.op = op,
+                                   .delta = {deltas.get(), op.packed ? 0 : op.heads * op.n, op.n, 1},
+                                   .sums = sums.get(),
+                                   .longest = plan.longest,
+                                   .thread_sums = plan.thread_sums};
+    const auto kernel = RECATTN_PICK(sink_backward_tasks<T>);
+    for (int64_t begin = 0, end; begin < num_tasks; begin = end) {
+        int64_t cost = 0;
+        for (end = begin; end < num_tasks && plan.tasks[end].step == plan.tasks[begin].step; ++end) {
+            cost += plan.tasks[end].cost() * op.group() * (3 * op.dim + 2 * op.value_dim);
+        }
+        std::atomic<int64_t> next{begin};
+        const int64_t threads = std::clamp<int64_t>(cost / kMultiplyAddsPerThread, 1, torch::stable::get_num_threads());
+        torch::stable::parallel_for(0, threads, 1,
+                                    [&](int64_t, int64_t) { kernel(backward, plan.tasks.data(), end, next); });
+    }
+    if (op.sink_logits != nullptr) {
+        const auto dsink_logits = RECATTN_PICK(sink_logit_gradients<T>);
+        torch::stable::parallel_for(0, op.num_sequences * op.heads, grain(8 * op.n),
+                                    [&](int64_t begin, int64_t end) { dsink_logits(backward, begin, end); });
+    }
 }
 
 template void sink_backward(const SinkAttention<float>&);

@@ -1,0 +1,391 @@
+// Gradients of sink_attention in float32, for one instruction set (see foreach_isa.h).
+//
+//   s  = scale * q k^T + bias at the pairs of sinks           [queries, keys]
+//   p  = exp(s - lse)
+//   dp = dout v^T
+//   ds = p * (dp - delta),  delta = sum(dout * out)           with dropout z: p * (z * dp - delta)
+//   dv = (z * p)^T dout,  dk = scale * ds^T q,  dq = ds (scale * k),  dbias = ds at the pairs of sinks
+//
+// A tile is kTile queries by kTile keys; its matrices stay in the core's L2 cache, each operand of a product in L1.
+
+#include "cpu/simd/dropout.h"
+#include "cpu/simd/matmul.h"
+#include "cpu/simd/matmul_triangular.h"
+#include "cpu/simd/softmax.h"
+
+namespace recattn::RECATTN_ISA {
+
+// --- Products of a tile ---
+
+// As multiply_tile, for any number of rows.
+template <int M, int V>
+RECATTN_INLINE void multiply_panel(Lhs<float> lhs, Rhs<float> rhs, Out<float> out, int64_t rows, int64_t depth) {
+    for (; rows >= M; rows -= M, lhs.data += M * lhs.row_stride, out.data += M * out.row_stride) {
+        multiply_tile<M, V>(lhs, rhs, out, depth);
+    }
+    if constexpr (M > 1) multiply_panel<M == 6 ? 4 : M / 2, V>(lhs, rhs, out, rows, depth);
+}
+
+// out (+)= lhs rhs, one panel of V registers of columns after another: a panel of rhs stays in the L1 cache.
+template <int V>
+RECATTN_TARGET void multiply_panels(Lhs<float> lhs, Rhs<float> rhs, Out<float> out, Sizes size) {
+    constexpr int64_t step = V * Vector<float>::lanes;
+    for (; size.columns >= step; size.columns -= step, rhs.data += step, out.data += step) {
+        multiply_panel<RECATTN_TILE_ROWS, V>(lhs, rhs, out, size.rows, size.depth);
+    }
+    if constexpr (V > 1) multiply_panels<V - 1>(lhs, rhs, out, size);
+}
+
+// out (+)= lhs rhs in whole registers, its sum in blocks of kSumBlock terms. Triangles are those of a causal tile on
+// the diagonal.
+RECATTN_TARGET inline void multiply(Lhs<float> lhs, Rhs<float> rhs, Out<float> out, Sizes size, Triangles triangles) {
+    if (triangles.lhs != Triangle::full || triangles.out != Triangle::full) {
+        multiply_triangular(lhs, rhs, out, size, triangles);
+        return;
+    }
+    size.columns = round_up_to_lanes<float>(size.columns);
+    for_each_sum_block(lhs, rhs, out, size.depth,
+                       [=](Lhs<float> lhs_block, Rhs<float> rhs_block, Out<float> sum, int64_t terms) RECATTN_TARGET {
+                           multiply_panels<RECATTN_TILE_VECTORS>(lhs_block, rhs_block, sum,
+                                                                 {size.rows, terms, size.columns});
+                       });
+}
+
+// --- Rows ---
+
+// scale * in, zeros up to whole registers. Rows of `out` are row_stride apart.
+template <class T>
+RECATTN_TARGET void copy_scaled(const T* in, int64_t in_row_stride, int64_t rows, int64_t columns, float scale,
+                                float* out, int64_t row_stride) {
+    for (int64_t i = 0; i < rows; ++i, in += in_row_stride, out += row_stride) {
+        for (int64_t n = 0; n < columns; ++n) out[n] = scale * static_cast<float>(in[n]);
+        std::fill(out + columns, out + row_stride, 0.0f);
+    }
+}
+
+// out (+)= scale * in.
+template <class T>
+RECATTN_TARGET void store_rows(const float* in, int64_t in_row_stride, int64_t rows, int64_t columns, float scale,
+                               bool accumulate, T* out, int64_t row_stride) {
+    for (int64_t i = 0; i < rows; ++i, in += in_row_stride, out += row_stride) {
+        if (accumulate) {
+            for (int64_t n = 0; n < columns; ++n) out[n] = static_cast<T>(static_cast<float>(out[n]) + scale * in[n]);
+        } else {
+            for (int64_t n = 0; n < columns; ++n) out[n] = static_cast<T>(scale * in[n]);
+        }
+    }
+}
+
+template <class T>
+RECATTN_INLINE Floats load_floats(const T* in) {
+    if constexpr (std::is_same_v<T, float>) {
+        return load(in);
+    } else {
+        float values[Vector<float>::lanes];
+        for (int64_t i = 0; i < Vector<float>::lanes; ++i) values[i] = static_cast<float>(in[i]);
+        return load(values);
+    }
+}
+
+template <class T>
+RECATTN_INLINE float dot(const T* a, const T* b, int64_t size) {
+    constexpr int64_t lanes = Vector<float>::lanes;
+    Floats sums{};
+    int64_t n = 0;
+    for (; n + lanes <= size; n += lanes) sums += load_floats(a + n) * load_floats(b + n);
+    float sum = sum_of_lanes(sums);
+    for (; n < size; ++n) sum += static_cast<float>(a[n]) * static_cast<float>(b[n]);
+    return sum;
+}
+
+// --- One thread's buffers ---
+
+struct BackwardBuffers {
+    int64_t tile, dim, value_dim, tile_stride;  // in whole registers
+    Scratch<float> memory;
+    float *k_t, *v_t, *k, *q, *dout, *p, *ds, *dq, *dk, *dv, *z, *sums;
+
+    template <class T>
+    RECATTN_TARGET explicit BackwardBuffers(const SinkBackward<T>& backward)
+        : tile(round_up_to_lanes<float>(std::min(kTile, backward.longest))),
+          dim(round_up_to_lanes<float>(backward.op.dim)),
+          value_dim(round_up_to_lanes<float>(backward.op.value_dim)),
+          tile_stride(tile + 16),  // so that the rows of a column lie in different sets of the L1 cache
+          memory(tile * (5 * dim + 3 * value_dim + 2 * tile_stride) + kDropoutRow + backward.thread_sums) {
+        float* next = memory.data();
+        const auto take = [&](int64_t size) RECATTN_TARGET { return std::exchange(next, next + size); };
+        k_t = take(tile * dim);
+        v_t = take(tile * value_dim);
+        k = take(tile * dim);
+        q = take(tile * dim);
+        dout = take(tile * value_dim);
+        p = take(tile * tile_stride);
+        ds = take(tile * tile_stride);
+        dq = take(tile * dim);
+        dk = take(tile * dim);
+        dv = take(tile * value_dim);
+        z = take(kDropoutRow);
+        sums = take(backward.thread_sums);
+    }
+
+  private:
+    static constexpr int64_t kDropoutRow = kTile + 8 * Vector<float>::lanes;
+};
+
+// --- One task ---
+
+template <class T>
+class BackwardTask {
+  public:
+    RECATTN_TARGET BackwardTask(const SinkBackward<T>& backward, const KeyTask& task, BackwardBuffers& buffers)
+        : backward_(backward),
+          op_(backward.op),
+          task_(task),
+          sequence_(*task.sequence),
+          b_(buffers),
+          sums_(task.sums < 0 ? buffers.sums : backward.sums + task.sums) {}
+
+    RECATTN_TARGET void run() const {
+        if (task_.step == 0 && task_.first_key == 0) write_padding();
+        for (int64_t key = task_.first_key; key < task_.last_key; key += kTile) add_keys(key);
+    }
+
+  private:
+    static constexpr bool kIsFloat = std::is_same_v<T, float>;
+    using Range = std::pair<int64_t, int64_t>;
+
+    RECATTN_TARGET void write_padding() const {
+        if (op_.packed || sequence_.length == op_.n) return;
+        const auto clear = [&](const Tokens<T>& tensor, int64_t head, int64_t columns) RECATTN_TARGET {
+            for (int64_t i = 0; i < op_.n; ++i) {
+                if (i == sequence_.start) i += sequence_.length;
+                if (i == op_.n) break;
+                T* row = tensor.at(sequence_.batch, head, i);
+                std::fill(row, row + columns, T(0));
+            }
+        };
+        for (int64_t g = 0; g < op_.group(); ++g) clear(op_.dq, task_.kv_head * op_.group() + g, op_.dim);
+        clear(op_.dk, task_.kv_head, op_.dim);
+        clear(op_.dv, task_.kv_head, op_.value_dim);
+    }
+
+    // The keys from `first` on, against the queries of the task.
+    RECATTN_TARGET void add_keys(int64_t first) const {
+        const int64_t keys = std::min(kTile, task_.last_key - first), head = task_.kv_head;
+        copy_scaled(op_.k.at(sequence_.batch, head, sequence_.start + first), op_.k.row_stride, keys, op_.dim,
+                    op_.scale, b_.k, b_.dim);
+        transpose(Lhs<float>{b_.k, b_.dim, 1}, keys, op_.dim, b_.k_t, b_.tile);
+        transpose(as_lhs(rows_of(op_.v, head, first, keys, op_.value_dim, b_.dv)), keys, op_.value_dim, b_.v_t,
+                  b_.tile);
+        const Range sinks = sinks_in(first, keys);
+        const int64_t first_query = op_.causal ? std::max(task_.first_query, first) : task_.first_query;
+        bool is_first = true;
+        for (int64_t g = 0; g < op_.group(); ++g) {
+            for (int64_t query = first_query; query < task_.last_query; query += kTile) {
+                add_tile(head * op_.group() + g, query, first, keys, sinks, is_first);
+                is_first = false;
+            }
+        }
+        store_keys(op_.dk, b_.dk, b_.dim, first, keys, op_.dim, op_.scale, backward_.sum_of_dk(task_));
+        store_keys(op_.dv, b_.dv, b_.value_dim, first, keys, op_.value_dim, 1, backward_.sum_of_dv(task_));
+    }
+
+    // Adds `scale * gradient` of the keys from `first` on.
+    RECATTN_TARGET void store_keys(const Tokens<T>& tensor, const float* gradient, int64_t row_stride, int64_t first,
+                                   int64_t keys, int64_t columns, float scale, int64_t sum) const {
+        T* out = tensor.at(sequence_.batch, task_.kv_head, sequence_.start + first);
+        const bool accumulate = task_.step > 0;
+        if (kIsFloat || task_.sums < 0) {
+            store_rows(gradient, row_stride, keys, columns, scale, accumulate, out, tensor.row_stride);
+            return;
+        }
+        const int64_t width = sum_columns(columns);
+        float* rows = sums_ + sum + first * width;
+        store_rows(gradient, row_stride, keys, columns, scale, accumulate, rows, width);
+        if (task_.ends_keys) store_rows(rows, width, keys, columns, 1, false, out, tensor.row_stride);
+    }
+
+    // One tile: adds to dq, b.dk and b.dv, and writes its part of dbias. The first tile of the keys starts dk and dv.
+    RECATTN_TARGET void add_tile(int64_t head, int64_t query, int64_t key, int64_t keys, Range key_sinks,
+                                 bool starts_keys) const {
+        const int64_t rows = std::min(kTile, task_.last_query - query);
+        const bool starts_queries = task_.step == 0 && key == task_.first_key;
+        if (starts_queries) compute_delta(head, query, rows);
+        const Rhs<float> q = rows_of(op_.q, head, query, rows, op_.dim, b_.q);
+        const Rhs<float> dout = rows_of(op_.dout, head, query, rows, op_.value_dim, b_.dout);
+        const bool diagonal = op_.causal && query == key;
+        const Triangle lower = diagonal ? Triangle::lower : Triangle::full,
+                       upper = diagonal ? Triangle::upper : Triangle::full;
+
+        multiply(as_lhs(q), {b_.k_t, b_.tile}, {b_.p, b_.tile_stride, false}, {rows, op_.dim, keys}, {.out = lower});
+        multiply(as_lhs(dout), {b_.v_t, b_.tile}, {b_.ds, b_.tile_stride, false}, {rows, op_.value_dim, keys},
+                 {.out = lower});
+        const Range query_sinks = key_sinks.first < key_sinks.second ? sinks_in(query, rows) : key_sinks;
+        const float* bias = op_.bias_of(sequence_, head);
+        for_each_sink_pair(query, key, query_sinks, key_sinks,
+                           [&](int64_t entry, int64_t pair) RECATTN_TARGET { b_.p[entry] += bias[pair]; });
+        if (op_.dropout) {
+            compute_p_and_ds<true>(head, query, key, rows, keys);
+        } else {
+            compute_p_and_ds<false>(head, query, key, rows, keys);
+        }
+        float* dbias = op_.dbias + (bias_matrix(head) + sequence_.first_sink) * op_.num_sinks + sequence_.first_sink;
+        for_each_sink_pair(query, key, query_sinks, key_sinks,
+                           [&](int64_t entry, int64_t pair) RECATTN_TARGET { dbias[pair] = b_.ds[entry]; });
+
+        const Lhs<float> p_t{b_.p, 1, b_.tile_stride}, ds_t{b_.ds, 1, b_.tile_stride};
+        multiply(p_t, dout, {b_.dv, b_.value_dim, !starts_keys}, {keys, rows, b_.value_dim}, {.lhs = upper});
+        multiply(ds_t, q, {b_.dk, b_.dim, !starts_keys}, {keys, rows, b_.dim}, {.lhs = upper});
+        const int64_t keys_end = op_.causal ? std::min(task_.last_key, query + rows) : task_.last_key;
+        add_dq(head, query, rows, key, keys, lower, starts_queries, task_.ends_queries && key + kTile >= keys_end);
+    }
+
+    RECATTN_TARGET void add_dq(int64_t head, int64_t query, int64_t rows, int64_t key, int64_t keys, Triangle lower,
+                               bool starts, bool ends) const {
+        const Lhs<float> ds{b_.ds, b_.tile_stride, 1};
+        const Rhs<float> k{b_.k, b_.dim};
+        const Sizes size{rows, keys, b_.dim};
+        T* dq = op_.dq.at(sequence_.batch, head, sequence_.start + query);
+        if constexpr (kIsFloat) {
+            if (b_.dim == op_.dim) {
+                multiply(ds, k, {dq, op_.dq.row_stride, !starts}, size, {.lhs = lower});
+            } else {
+                multiply(ds, k, {b_.dq, b_.dim, false}, size, {.lhs = lower});
+                store_rows(b_.dq, b_.dim, rows, op_.dim, 1, !starts, dq, op_.dq.row_stride);
+            }
+        } else {
+            const int64_t width = sum_columns(op_.dim);
+            float* sum = sums_ + backward_.sum_of_dq(task_, head) + query * width;
+            multiply(ds, k, {sum, width, !starts}, size, {.lhs = lower});
+            if (ends) store_rows(sum, width, rows, op_.dim, 1, false, dq, op_.dq.row_stride);
+        }
+    }
+
+    // Rows of a head as an Rhs: in place if they are float32, contiguous and whole registers.
+    RECATTN_TARGET Rhs<float> rows_of(const Tokens<const T>& tensor, int64_t head, int64_t first, int64_t rows,
+                                      int64_t columns, float* scratch) const {
+        const T* data = tensor.at(sequence_.batch, head, sequence_.start + first);
+        const int64_t width = round_up_to_lanes<float>(columns);
+        if constexpr (kIsFloat) {
+            if (columns == width && tensor.row_stride == columns) return {data, columns};
+        }
+        copy_scaled(data, tensor.row_stride, rows, columns, 1, scratch, width);
+        return {scratch, width};
+    }
+
+    RECATTN_INLINE static Lhs<float> as_lhs(Rhs<float> rows) { return {rows.data, rows.row_stride, 1}; }
+
+    RECATTN_TARGET int64_t bias_matrix(int64_t head) const {
+        return (sequence_.index * op_.heads + head) * op_.num_sinks;
+    }
+
+    // The sinks among positions first .. first + count - 1, as a range of sequence.sinks.
+    RECATTN_TARGET Range sinks_in(int64_t first, int64_t count) const {
+        const int64_t *begin = sequence_.sinks, *end = begin + sequence_.num_sinks;
+        const int64_t* low = std::lower_bound(begin, end, first);
+        return {low - begin, std::lower_bound(low, end, first + count) - begin};
+    }
+
+    // Calls function(entry of the tile, entry of the bias) for each pair of sinks of a tile.
+    template <class Function>
+    RECATTN_INLINE void for_each_sink_pair(int64_t query, int64_t key, Range queries, Range keys,
+                                           const Function& function) const {
+        const int64_t* sinks = sequence_.sinks;
+        for (int64_t i = queries.first; i < queries.second; ++i) {
+            const int64_t row = (sinks[i] - query) * b_.tile_stride - key;
+            for (int64_t j = keys.first; j < keys.second; ++j) function(row + sinks[j], i * op_.num_sinks + j);
+        }
+    }
+
+    RECATTN_TARGET void compute_delta(int64_t head, int64_t query, int64_t rows) const {
+        const int64_t first = sequence_.start + query;
+        for (int64_t i = first; i < first + rows; ++i) {
+            *backward_.delta.at(sequence_.batch, head, i) =
+                dot(op_.dout.at(sequence_.batch, head, i), op_.out.at(sequence_.batch, head, i), op_.value_dim);
+        }
+    }
+
+    // p and ds from s and dp, in their place. Zeros at keys that a query does not see.
+    template <bool kDropout>
+    RECATTN_TARGET void compute_p_and_ds(int64_t head, int64_t query, int64_t key, int64_t rows, int64_t keys) const {
+        constexpr int64_t lanes = Vector<float>::lanes;
+        constexpr float infinity = std::numeric_limits<float>::infinity();
+        const int64_t columns = round_up_to_lanes<float>(keys);
+        for (int64_t i = 0; i < rows; ++i) {
+            float *p = b_.p + i * b_.tile_stride, *ds = b_.ds + i * b_.tile_stride;
+            const int64_t position = sequence_.start + query + i;
+            float lse = *op_.lse.at(sequence_.batch, head, position);
+            if (lse == -infinity) lse = infinity;  // the row sees no key
+            const float delta = *backward_.delta.at(sequence_.batch, head, position);
+            const int64_t visible = op_.causal ? std::min(keys, query + i - key + 1) : keys;
+            if constexpr (kDropout) {
+                dropout_row(op_.dropout, static_cast<uint32_t>(sequence_.index * op_.heads + head), kPerToken,
+                            static_cast<uint32_t>(query + i), key, columns, b_.z);
+            }
+            int64_t j = 0;
+            const auto step = [&](auto is_last) RECATTN_TARGET {
+                Floats x = exp_nonpositive(load(p + j) - lse);
+                if constexpr (is_last) x = first_lanes(x, visible - j, 0);
+                if constexpr (kDropout) {
+                    const Floats z = load(b_.z + j);
+                    store(p + j, x * z);
+                    store(ds + j, x * (load(ds + j) * z - delta));
+                } else {
+                    store(p + j, x);
+                    store(ds + j, x * (load(ds + j) - delta));
+                }
+            };
+            for (; j + lanes <= visible; j += lanes) step(std::false_type{});
+            if (j < visible) {
+                step(std::true_type{});
+                j += lanes;
+            }
+            if (j < columns) {
+                std::fill(p + j, p + columns, 0.0f);
+                std::fill(ds + j, ds + columns, 0.0f);
+            }
+        }
+    }
+
+    const SinkBackward<T>& backward_;
+    const SinkAttention<T>& op_;
+    const KeyTask& task_;
+    const Sequence& sequence_;
+    BackwardBuffers& b_;
+    float* sums_;
+};
+
+// Tasks next, next + 1, ... until none is left before `end`.
+template <class T>
+RECATTN_TARGET void sink_backward_tasks(const SinkBackward<T>& backward, const KeyTask* tasks, int64_t end,
+                                        std::atomic<int64_t>& next) {
+    BackwardBuffers buffers(backward);
+    for (int64_t i = next++; i < end; i = next++) BackwardTask<T>(backward, tasks[i], buffers).run();
+}
+
+// dsink_logits = -sum of p(sink) * delta over the queries, of the (sequence, head) indices begin..end.
+template <class T>
+RECATTN_TARGET void sink_logit_gradients(const SinkBackward<T>& backward, int64_t begin, int64_t end) {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    const SinkAttention<T>& op = backward.op;
+    constexpr int64_t lanes = Vector<float>::lanes;
+    for (int64_t index = begin; index < end; ++index) {
+        const Sequence& sequence = op.sequences[index / op.heads];
+        const int64_t head = index % op.heads;
+        Floats sum{};
+        for (int64_t i = 0; i < sequence.length; i += lanes) {
+            float lse[lanes], delta[lanes] = {};
+            std::fill(lse, lse + lanes, infinity);
+            for (int64_t lane = 0; lane < std::min(lanes, sequence.length - i); ++lane) {
+                const int64_t position = sequence.start + i + lane;
+                const float of_row = *op.lse.at(sequence.batch, head, position);
+                if (of_row > -infinity) lse[lane] = of_row;
+                delta[lane] = *backward.delta.at(sequence.batch, head, position);
+            }
+            sum += exp_nonpositive(op.sink_logits[head] - load(lse)) * load(delta);
+        }
+        op.dsink_logits[sequence.index * op.heads + head] = -sum_of_lanes(sum);
+    }
+}
+
+}  // namespace recattn::RECATTN_ISA
