@@ -222,7 +222,13 @@ GOALS: dict[tuple[str, str], dict[str, HostGoal]] = {
     (GPU, "lrea_attention"): {TRAINING: HostGoal(12.0)},
     **{
         (CPU, op): {FORWARD: HostGoal(1.5)}
-        for op in ("refined_attention", "lrea_compress", "lrea_attention", "lrea_absorbed_attention")
+        for op in (
+            "inter_sink_bias",
+            "refined_attention",
+            "lrea_compress",
+            "lrea_attention",
+            "lrea_absorbed_attention",
+        )
     },
 }
 

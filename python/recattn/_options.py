@@ -24,12 +24,13 @@ class SinkAttentionOptions(NamedTuple):
 
 
 class InterSinkBiasOptions(NamedTuple):
-    """Options of inter_sink_bias."""
+    """Options of inter_sink_bias. `impl`: "cpu" runs the C++ kernels, anything else the Triton kernels."""
 
     factor: float  # multiplies the bias; bias_scale itself where that is a number
     causal: bool
     dropout_p: float
     scale: float | None  # None for 1/√D: computed outside the operator, torch.compile would fix it in the graph
+    impl: str | None = None
 
 
 class LreaAttentionOptions(NamedTuple):

@@ -1,4 +1,4 @@
-"""inter_sink_bias: the reference against a formula written apart from it, the Triton kernels against the reference."""
+"""inter_sink_bias: the reference against a formula written apart from it, the kernels against the reference."""
 
 import functools
 import math
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import recattn
 from recattn import reference
+from recattn._extension import MISSING
 from recattn._options import InterSinkBiasOptions
 from recattn.ops import inter_sink_bias as ops
 from recattn.ops._support import draw_dropout_seed
@@ -35,6 +36,10 @@ GRADS = ["q_s", "k_s", "bias_scale"]
 # The gradients that have an error distribution; that of bias_scale is one number, and has its own tests.
 ARRAYS = ["q_s", "k_s"]
 by_triton = functools.partial(recattn.inter_sink_bias, impl="triton")
+COMPILED = pytest.param(
+    "cpu", marks=pytest.mark.skipif(DEVICE != "cpu" or "cpu" in MISSING, reason="needs C++ kernels")
+)
+KERNELS = ["triton", COMPILED]  # more of the C++ kernels: tests/cpu/test_inter_sink_bias.py
 
 
 def draw(batch=3, heads=2, sinks=15, dim=16, dtype=torch.float32, masked=True) -> dict[str, Tensor | None]:
@@ -151,12 +156,14 @@ def draw_with_scales(batch: int, **shape) -> dict[str, Tensor]:
     return {**draw(batch, **shape), "bias_scale": torch.linspace(-10, 10, batch, device=DEVICE)}
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("sinks, heads", [(1, 2), (20, 2), (49, 1)])
-def test_gradient_of_bias_scale(sinks, heads, causal, dtype):
+def test_gradient_of_bias_scale(sinks, heads, causal, dtype, impl):
     inputs = {**draw_with_scales(8, sinks=sinks, heads=heads, dtype=dtype), "causal": causal}
-    assert_matches_reference(*map(one_by_one, (by_triton, reference.inter_sink_bias)), inputs, grads=GRADS)
+    kernel = functools.partial(recattn.inter_sink_bias, impl=impl)
+    assert_matches_reference(*map(one_by_one, (kernel, reference.inter_sink_bias)), inputs, grads=GRADS)
 
 
 def test_gradient_of_bias_scale_sums_over_the_batch():
@@ -177,7 +184,7 @@ def test_forms_of_bias_scale(dtype, shape):
     torch.testing.assert_close(out, by_triton(**{**inputs, "bias_scale": 2}), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_masked_sinks_may_hold_anything(impl, causal):
     function = functools.partial(recattn.inter_sink_bias, causal=causal, impl=impl)
@@ -191,7 +198,7 @@ def test_masked_sinks_may_hold_anything(impl, causal):
     assert all((gradient.masked_select(masked) == 0).all() for gradient in (dq_s, dk_s))
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 def test_gradients_that_come_in_at_masked_sinks_go_nowhere(impl):
     inputs = {**draw(batch=4, sinks=20), "causal": True, "impl": impl}
     leaves = {name: inputs[name].requires_grad_() for name in GRADS}
@@ -205,7 +212,7 @@ def test_gradients_that_come_in_at_masked_sinks_go_nowhere(impl):
     assert_identical(*results)
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 def test_causal_rows_do_not_depend_on_later_sinks(impl):
     inputs = draw(sinks=20, masked=False)
     later = {name: inputs[name].clone() for name in ("q_s", "k_s")}
@@ -229,7 +236,7 @@ def test_result_does_not_depend_on_the_batch(causal):
     assert (padded[1, 0, 40:] == 0).all() and (padded[1, 0, :, 40:] == 0).all()
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 @pytest.mark.parametrize("batch, sinks", [(0, 5), (2, 0), (0, 0)])
 def test_empty(batch, sinks, impl):
     inputs = draw(batch=batch, sinks=sinks)
@@ -238,7 +245,7 @@ def test_empty(batch, sinks, impl):
     assert gradients[0].shape == inputs["q_s"].shape and gradients[2] == 0
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 def test_no_sink_counts(impl):
     inputs = draw()
     inputs["sink_mask"] = torch.zeros_like(inputs["sink_mask"])
@@ -330,21 +337,24 @@ def explicit_dropout(q_s, k_s, dropout_p, **inputs) -> Tensor:
     return (torch.cat(heads, dim=1) * keep[:, :, :M, :M]).mean(1, keepdim=True)
 
 
-def seeded_dropout(**inputs) -> Tensor:
+def seeded_dropout(impl="triton", **inputs) -> Tensor:
     torch.manual_seed(7)
-    return by_triton(**inputs)
+    return recattn.inter_sink_bias(**inputs, impl=impl)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sinks", [15, 49])
-def test_dropout_drops_the_same_weights_in_the_backward(sinks, dtype):
+@pytest.mark.parametrize("sinks", [15, 49, 100])
+def test_dropout_drops_the_same_weights_in_the_backward(sinks, dtype, impl):
     inputs = {**draw(sinks=sinks, dtype=dtype), "causal": True, "dropout_p": 0.3}
-    assert_matches_reference(seeded_dropout, explicit_dropout, inputs, grads=ARRAYS)
+    assert_matches_reference(functools.partial(seeded_dropout, impl), explicit_dropout, inputs, grads=ARRAYS)
 
 
-def test_dropout_and_the_gradient_of_bias_scale():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_dropout_and_the_gradient_of_bias_scale(impl):
     inputs = {**draw_with_scales(8, heads=1), "dropout_p": 0.3}
-    assert_matches_reference(*map(one_by_one, (seeded_dropout, explicit_dropout)), inputs, grads=GRADS)
+    functions = functools.partial(seeded_dropout, impl), explicit_dropout
+    assert_matches_reference(*map(one_by_one, functions), inputs, grads=GRADS)
 
 
 def test_dropout_keeps_the_mean():
@@ -395,7 +405,7 @@ def test_dropout_of_the_reference_keeps_the_mean():
 # --- Autocast, torch.compile, registration ---
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 def test_autocast(impl):
     function = functools.partial(recattn.inter_sink_bias, impl=impl)
     inputs = draw(sinks=20)
@@ -471,6 +481,7 @@ def test_compiles_under_autocast():
 
 SPECIALIZATIONS = """
 import torch
+from recattn._extension import MISSING
 from recattn._options import InterSinkBiasOptions
 from recattn.triton_kernels import inter_sink_bias as kernels
 from tests.compile_table.compilation import meta, recorded
@@ -524,7 +535,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input(message, impl):
     inputs = {name: x.cpu() for name, x in draw().items()}
@@ -544,7 +555,7 @@ def test_calls_that_the_kernels_do_not_serve(inputs, reason):
     inputs = draw(**inputs)
     with pytest.raises(NotImplementedError, match=f"cannot run impl='triton' here: {reason}"):
         by_triton(**inputs)
-    torch.testing.assert_close(recattn.inter_sink_bias(**inputs), reference.inter_sink_bias(**inputs), rtol=0, atol=0)
+    torch.testing.assert_close(recattn.inter_sink_bias(**inputs), reference.inter_sink_bias(**inputs))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels are not interpreted here")
@@ -553,7 +564,7 @@ def test_bfloat16_is_not_interpreted():
         by_triton(**draw(dtype=torch.bfloat16))
 
 
-def test_without_the_interpreter_a_cpu_has_only_the_reference(monkeypatch):
+def test_without_the_interpreter_a_cpu_has_no_triton(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert ops.unsupported_reasons("cuda")["triton"] is None and ops.unsupported_reasons("cpu")["reference"] is None
     inputs = {name: x.cpu() for name, x in draw().items()}

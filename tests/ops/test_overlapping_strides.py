@@ -55,6 +55,7 @@ def lrea_compress(q, k, v, **options):
         (refined_attention, "triton"),
         pytest.param(wasserstein_attention, "cpu", marks=ON_CPU),
         (wasserstein_attention, "triton"),
+        pytest.param(inter_sink_bias, "cpu", marks=ON_CPU),
         (inter_sink_bias, "triton"),
         pytest.param(lrea_attention, "cpu", marks=ON_CPU),
         (lrea_attention, "triton"),

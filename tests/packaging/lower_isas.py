@@ -16,6 +16,7 @@ import recattn  # noqa: F401 (registers the operators)
 LIMITS = ("RECATTN_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 ISAS = {"baseline": ("baseline", "default", "SSE4_2", "SSE41"), "avx2": ("avx2", "avx2", "AVX2", "AVX2")}
 TESTS = (
+    "cpu/test_inter_sink_bias.py",
     "cpu/test_lrea_attention.py",
     "cpu/test_refined_attention.py",
     "nn/test_inter_sink_bias.py",

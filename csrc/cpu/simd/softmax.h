@@ -101,8 +101,8 @@ RECATTN_INLINE void softmax_row(float* row, int64_t count, int64_t columns, floa
 }
 
 // ds = scale * p * (dp - delta) with delta = sum(p * dp), in place of dp. Only the first `count` entries of p differ
-// from zero.
-RECATTN_INLINE void softmax_backward_row(float* dp, const float* p, int64_t count, int64_t columns, float scale) {
+// from zero. Returns delta.
+RECATTN_INLINE float softmax_backward_row(float* dp, const float* p, int64_t count, int64_t columns, float scale) {
     constexpr int64_t lanes = Vector<float>::lanes;
     Floats deltas{};
     for (int64_t j = 0; j < columns; j += lanes) {
@@ -112,6 +112,7 @@ RECATTN_INLINE void softmax_backward_row(float* dp, const float* p, int64_t coun
     }
     const float delta = sum_of_lanes(deltas);
     for (int64_t j = 0; j < columns; j += lanes) store(dp + j, load(p + j) * (load(dp + j) - delta) * scale);
+    return delta;
 }
 
 }  // namespace recattn::RECATTN_ISA

@@ -51,8 +51,8 @@ def inter_sink_bias(
         causal: sink i sees the sinks j ≤ i.
         dropout_p: probability of dropping an attention weight.
         scale: multiplies the scores, 1/√D by default.
-        impl: None chooses the fastest. "triton" (on CUDA devices, M ≤ 128) or "reference" selects; there is no silent
-            fallback.
+        impl: None chooses the fastest. "triton" (on CUDA devices, M ≤ 128), "cpu" (C++) or "reference" selects; there
+            is no silent fallback.
 
     Returns:
         [B, 1, M, M], float32 (float64 for float64 inputs): one bias for all heads of the attention.
@@ -73,13 +73,14 @@ def inter_sink_bias(
     check.expect_numbers(scale=scale)
     if isinstance(bias_scale, Tensor):
         bias_scale = bias_scale.reshape(())
-    if select("inter_sink_bias", impl, ops.unsupported_reasons(q_s.device.type, q_s)) == "reference":
+    impl = select("inter_sink_bias", impl, ops.unsupported_reasons(q_s.device.type, q_s))
+    if impl == "reference":
         return reference.inter_sink_bias(
             q_s, k_s, sink_mask=sink_mask, bias_scale=bias_scale, causal=causal, dropout_p=dropout_p, scale=scale
         )
     factor, bias_scale = (1.0, bias_scale) if isinstance(bias_scale, Tensor) else (float(bias_scale), None)
     seed = draw_dropout_seed(dropout_p, q_s.device)
-    options = InterSinkBiasOptions(factor, causal, dropout_p, scale)
+    options = InterSinkBiasOptions(factor, causal, dropout_p, scale, impl)
     return apply(ops.InterSinkBiasFunction, *distinct(q_s, k_s), sink_mask, bias_scale, seed, options)
 
 

@@ -1,15 +1,20 @@
-"""inter_sink_bias by Triton kernels: one launch forward, one backward, which recomputes the softmax."""
+"""inter_sink_bias: Triton kernels, one launch forward and one backward; on a CPU C++ (csrc/cpu/inter_sink_bias.cpp).
+
+The backward recomputes the softmax.
+"""
 
 import torch
 from torch import Tensor
 
 from recattn import reference
+from recattn._extension import MISSING
 from recattn._options import InterSinkBiasOptions
 from recattn.ops._library import define, differentiable_again, refuse_dropout
 from recattn.ops._plans import replayed
 from recattn.ops._support import triton_kernels, triton_unsupported_reason
 
-# The kernels hold rows of the bias whole.
+_OPS = torch.ops.recattn
+# The Triton kernels hold rows of the bias whole.
 _MAX_SINKS = 128
 
 
@@ -18,15 +23,15 @@ def unsupported_reasons(device_type: str, q_s: Tensor | None = None) -> dict[str
 
     Without q_s: on this type of device. With it: a call with this tensor.
     """
-    triton = triton_unsupported_reason(device_type) or (None if q_s is None else _triton_call_reason(q_s))
+    float64 = None if q_s is None or q_s.dtype != torch.float64 else "it computes in float32, and q_s is float64"
+    triton = triton_unsupported_reason(device_type) or float64 or (None if q_s is None else _triton_call_reason(q_s))
     if device_type == "cpu":  # where Triton kernels are interpreted
-        return {"reference": None, "triton": triton}
-    return {"triton": triton, "reference": None}
+        return {"cpu": MISSING.get("cpu") or float64, "reference": None, "triton": triton}
+    cpu = f"its kernels are for a CPU, and the tensors are on {device_type}"
+    return {"triton": triton, "reference": None, "cpu": cpu}
 
 
 def _triton_call_reason(q_s: Tensor) -> str | None:
-    if q_s.dtype == torch.float64:
-        return "it computes in float32, and q_s is float64"
     if q_s.shape[2] > _MAX_SINKS:
         return f"it serves at most {_MAX_SINKS} sinks, and there are {q_s.shape[2]}"
     return triton_unsupported_reason(q_s.device.type, q_s.dtype)
@@ -55,8 +60,28 @@ class InterSinkBiasFunction(torch.autograd.Function):
         return dq_s, dk_s, None, dbias_scale if ctx.needs_input_grad[3] else None, None, None
 
 
+def _fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> Tensor:
+    if options.impl == "cpu":
+        return _OPS.inter_sink_bias_cpu_fwd.default(q_s, k_s, sink_mask, bias_scale, dropout_seed, *options[:-1])
+    return _triton_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options)
+
+
+def _bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> tuple:
+    if options.impl != "cpu":
+        return _triton_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options)
+    dq_s, dk_s = _like(q_s), _like(k_s)
+    tensors = (dout, q_s, k_s, sink_mask, bias_scale, dropout_seed)
+    return dq_s, dk_s, _OPS.inter_sink_bias_cpu_bwd.default(*tensors, *options[:-1], dq_s, dk_s)
+
+
+def _like(x: Tensor) -> Tensor:
+    """A new tensor in x's memory layout, or contiguous if the layout's rows are not."""
+    like = torch.empty_like(x)
+    return like if like.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 @replayed
-def _inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> Tensor:
+def _triton_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> Tensor:
     out = _fake_fwd(q_s)
     triton_kernels("inter_sink_bias").launch_inter_sink_bias_fwd(
         q_s, k_s, sink_mask, bias_scale, dropout_seed, out, options
@@ -65,7 +90,7 @@ def _inter_sink_bias_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options)
 
 
 @replayed
-def _inter_sink_bias_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> tuple:
+def _triton_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> tuple:
     dq_s, dk_s = torch.empty_like(q_s), torch.empty_like(k_s)
     dbias_scale_rows = dout.new_empty(q_s.shape[:3])  # bias_scale's gradient is their sum
     tensors = (q_s, k_s, sink_mask, bias_scale, dropout_seed, dq_s, dk_s, dbias_scale_rows)
@@ -81,26 +106,27 @@ def _fake_fwd(q_s, *_):
     return q_s.new_empty(batch, 1, sinks, sinks, dtype=torch.float32)
 
 
-def _fake_bwd(dout, q_s, k_s, sink_mask, bias_scale, *_):
+def _fake_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options):
     dbias_scale = dout.new_empty(0) if bias_scale is None else torch.empty_like(bias_scale)
-    return torch.empty_like(q_s), torch.empty_like(k_s), dbias_scale
+    like = _like if options.impl == "cpu" else torch.empty_like
+    return like(q_s), like(k_s), dbias_scale
 
 
 _ARGUMENTS = (
     "Tensor q_s, Tensor k_s, Tensor? sink_mask, Tensor? bias_scale, Tensor? dropout_seed, "
-    "float factor, bool causal, float dropout_p, float? scale"
+    "float factor, bool causal, float dropout_p, float? scale, str? impl=None"
 )
 inter_sink_bias_fwd = define(
     f"inter_sink_bias_fwd({_ARGUMENTS}) -> Tensor",
-    cpu=_inter_sink_bias_fwd,
-    cuda=_inter_sink_bias_fwd,
+    cpu=_fwd,
+    cuda=_triton_fwd,
     fake=_fake_fwd,
     options=InterSinkBiasOptions,
 )
 inter_sink_bias_bwd = define(
     f"inter_sink_bias_bwd(Tensor dout, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    cpu=_inter_sink_bias_bwd,
-    cuda=_inter_sink_bias_bwd,
+    cpu=_bwd,
+    cuda=_triton_bwd,
     fake=_fake_bwd,
     options=InterSinkBiasOptions,
 )
