@@ -6,6 +6,7 @@
 // time are multiplied. Register tiles: RECATTN_TILE_ROWS rows by RECATTN_TILE_VECTORS registers. An element E is a
 // number, or two 16-bit numbers (matmul_16bit.h).
 
+#include "cpu/simd/leaky_relu.h"
 #include "cpu/simd/matmul.h"
 #if RECATTN_HAS_BF16
 #include "cpu/simd/matmul_16bit.h"
@@ -61,10 +62,12 @@ RECATTN_INLINE Lhs<E> load_targets(AttendScratch<E>& scratch, const Rows<T>& tar
 // scores = leaky_relu(scores), in place. For quantised states leaky_relu(scores * key_scales) * value_scales.
 template <bool kQuantized, class A>
 RECATTN_INLINE void activate_row(A* scores, int64_t rank, A slope, const A* key_scales, const A* value_scales) {
-    for (int64_t k = 0; k < rank; ++k) {
-        const A score = kQuantized ? scores[k] * key_scales[k] : scores[k];
-        const A weight = score > A(0) ? score : score * slope;
-        scores[k] = kQuantized ? weight * value_scales[k] : weight;
+    using Vec = typename Vector<A>::type;
+    for (int64_t k = 0; k < rank; k += Vector<A>::lanes) {
+        Vec* score = reinterpret_cast<Vec*>(scores + k);
+        const Vec x = kQuantized ? *score * *reinterpret_cast<const Vec*>(key_scales + k) : *score;
+        const Vec weight = leaky_relu(x, slope);
+        *score = kQuantized ? weight * *reinterpret_cast<const Vec*>(value_scales + k) : weight;
     }
 }
 

@@ -15,6 +15,7 @@
 // kinds of task: every kGroups-th row block, with its own sum of dW; then a range of users and heads, for dkeys and
 // dvalues.
 
+#include "cpu/simd/leaky_relu.h"
 #include "cpu/simd/matmul.h"
 
 namespace recattn::RECATTN_ISA {
@@ -131,8 +132,9 @@ RECATTN_TARGET void middle_factor(const RestoredAttention<T>& op, RestoredScratc
     for (int64_t c = 0; c < lengths[0]; c += kBlockColumns) {
         multiply<RECATTN_TILE_ROWS>(Lhs<A>{z, width, 1}, Rhs<A>{op.w + c, op.w_row_stride},
                                     {scores, kBlockColumns, false}, count, op.rank, kBlockColumns);
-        for (int64_t i = 0; i < count * kBlockColumns; ++i) {
-            scores[i] = scores[i] > A(0) ? scores[i] : scores[i] * slope;
+        for (int64_t i = 0; i < count * kBlockColumns; i += Vector<A>::lanes) {
+            auto* score = reinterpret_cast<typename Vector<A>::type*>(scores + i);
+            *score = leaky_relu(*score, slope);
         }
         mask_columns(scores, lengths, count, c);
         multiply<RECATTN_TILE_ROWS>(Lhs<A>{scores, kBlockColumns, 1}, Rhs<A>{op.w_transposed + c * width, width},
