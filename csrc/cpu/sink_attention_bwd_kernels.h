@@ -8,9 +8,10 @@
 //
 // A tile is kTile queries by kTile keys; its matrices stay in the core's L2 cache, each operand of a product in L1.
 
-#include "cpu/simd/dropout.h"
 #include "cpu/simd/matmul.h"
 #include "cpu/simd/matmul_triangular.h"
+// It needs matmul.h.
+#include "cpu/simd/dropout.h"
 #include "cpu/simd/softmax.h"
 
 namespace recattn::RECATTN_ISA {
