@@ -37,22 +37,14 @@ struct SinkBackward {
     Tokens<float> delta;  // columns = 1
     float* sums;          // of the sequences that are split
     int64_t longest;      // sequence
-    int64_t thread_sums;  // size of dq in float32 of the largest sequence that is not split, 0 if T is float32
-
-    int64_t sum_of_dq(const KeyTask& task, int64_t head) const {
-        return (head - task.kv_head * op.group()) * task.sequence->length * sum_columns(op.dim);
-    }
-    int64_t sum_of_dk(const KeyTask& task) const { return op.group() * task.sequence->length * sum_columns(op.dim); }
-    int64_t sum_of_dv(const KeyTask& task) const {
-        return (op.group() + 1) * task.sequence->length * sum_columns(op.dim);
-    }
+    int64_t max_dq_rows;  // of a task
 };
 
 // The tasks of all sequences, step by step, in each step those that cost most first. They do not depend on the number
 // of threads.
 struct KeyTasks {
     std::vector<KeyTask> tasks;
-    int64_t sums = 0, longest = 0, thread_sums = 0;
+    int64_t sums = 0, longest = 0, max_dq_rows = 0;
 
     template <class T>
     explicit KeyTasks(const SinkAttention<T>& op) {
@@ -69,13 +61,12 @@ struct KeyTasks {
             const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, length / kMinBlock));
             const int64_t block = std::max<int64_t>(1, ((length + splits - 1) / splits + kTile - 1) / kTile) * kTile;
             const int64_t blocks = std::max<int64_t>(1, (length + block - 1) / block);
-            const bool has_sums = !std::is_same_v<T, float>;
-            const int64_t dq_size = op.group() * length * sum_columns(op.dim);
-            if (has_sums && blocks == 1) thread_sums = std::max(thread_sums, dq_size);
+            const bool has_sums = blocks > 1 && !std::is_same_v<T, float>;
+            max_dq_rows = std::max(max_dq_rows, op.group() * std::min(block, length));
             for (int64_t kv_head = 0; kv_head < op.kv_heads; ++kv_head) {
-                add(sequence, kv_head, block, blocks, op.causal, has_sums && blocks > 1 ? sums : -1);
-                if (has_sums && blocks > 1) {
-                    sums += dq_size + length * (sum_columns(op.dim) + sum_columns(op.value_dim));
+                add(sequence, kv_head, block, blocks, op.causal, has_sums ? sums : -1);
+                if (has_sums) {
+                    sums += length * ((op.group() + 1) * sum_columns(op.dim) + sum_columns(op.value_dim));
                 }
             }
         }
@@ -133,7 +124,7 @@ void sink_backward(const SinkAttention<T>& op) {
                                    .delta = {deltas.get(), op.packed ? 0 : op.heads * op.n, op.n, 1},
                                    .sums = sums.get(),
                                    .longest = plan.longest,
-                                   .thread_sums = plan.thread_sums};
+                                   .max_dq_rows = plan.max_dq_rows};
     const auto kernel = RECATTN_PICK(sink_backward_tasks<T>);
     for (int64_t begin = 0, end; begin < num_tasks; begin = end) {
         int64_t cost = 0;

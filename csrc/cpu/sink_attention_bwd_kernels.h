@@ -9,6 +9,8 @@
 // A tile is kTile queries by kTile keys; its matrices stay in the core's L2 cache, each operand of a product in L1.
 
 #include "cpu/simd/matmul.h"
+// They need matmul.h.
+#include "cpu/simd/dropout.h"
 #include "cpu/simd/matmul_triangular.h"
 // It needs matmul.h.
 #include "cpu/simd/dropout.h"
@@ -104,7 +106,7 @@ RECATTN_INLINE float dot(const T* a, const T* b, int64_t size) {
 struct BackwardBuffers {
     int64_t tile, dim, value_dim, tile_stride;  // in whole registers
     Scratch<float> memory;
-    float *k_t, *v_t, *k, *q, *dout, *p, *ds, *dq, *dk, *dv, *z, *sums;
+    float *k_t, *v_t, *k, *q, *dout, *p, *ds, *dk, *dv, *z, *dq;
 
     template <class T>
     RECATTN_TARGET explicit BackwardBuffers(const SinkBackward<T>& backward)
@@ -112,7 +114,7 @@ struct BackwardBuffers {
           dim(round_up_to_lanes<float>(backward.op.dim)),
           value_dim(round_up_to_lanes<float>(backward.op.value_dim)),
           tile_stride(tile + 16),  // so that the rows of a column lie in different sets of the L1 cache
-          memory(tile * (5 * dim + 3 * value_dim + 2 * tile_stride) + kDropoutRow + backward.thread_sums) {
+          memory(tile * (4 * dim + 3 * value_dim + 2 * tile_stride) + kDropoutRow + backward.max_dq_rows * dim) {
         float* next = memory.data();
         const auto take = [&](int64_t size) RECATTN_TARGET { return std::exchange(next, next + size); };
         k_t = take(tile * dim);
@@ -122,11 +124,10 @@ struct BackwardBuffers {
         dout = take(tile * value_dim);
         p = take(tile * tile_stride);
         ds = take(tile * tile_stride);
-        dq = take(tile * dim);
         dk = take(tile * dim);
         dv = take(tile * value_dim);
         z = take(kDropoutRow);
-        sums = take(backward.thread_sums);
+        dq = take(backward.max_dq_rows * dim);
     }
 
   private:
@@ -139,16 +140,15 @@ template <class T>
 class BackwardTask {
   public:
     RECATTN_TARGET BackwardTask(const SinkBackward<T>& backward, const KeyTask& task, BackwardBuffers& buffers)
-        : backward_(backward),
-          op_(backward.op),
-          task_(task),
-          sequence_(*task.sequence),
-          b_(buffers),
-          sums_(task.sums < 0 ? buffers.sums : backward.sums + task.sums) {}
+        : backward_(backward), op_(backward.op), task_(task), sequence_(*task.sequence), b_(buffers) {}
 
     RECATTN_TARGET void run() const {
         if (task_.step == 0 && task_.first_key == 0) write_padding();
         for (int64_t key = task_.first_key; key < task_.last_key; key += kTile) add_keys(key);
+        for (int64_t g = 0; g < op_.group(); ++g) {
+            store_gradient(op_.dq, task_.kv_head * op_.group() + g, task_.first_query, num_queries(), op_.dim,
+                           task_.ends_queries, g, {dq_rows(g, task_.first_query), b_.dim, 1});
+        }
     }
 
   private:
@@ -183,35 +183,50 @@ class BackwardTask {
         bool is_first = true;
         for (int64_t g = 0; g < op_.group(); ++g) {
             for (int64_t query = first_query; query < task_.last_query; query += kTile) {
-                add_tile(head * op_.group() + g, query, first, keys, sinks, is_first);
+                add_tile(g, query, first, keys, sinks, is_first);
                 is_first = false;
             }
         }
-        store_keys(op_.dk, b_.dk, b_.dim, first, keys, op_.dim, op_.scale, backward_.sum_of_dk(task_));
-        store_keys(op_.dv, b_.dv, b_.value_dim, first, keys, op_.value_dim, 1, backward_.sum_of_dv(task_));
+        store_gradient(op_.dk, head, first, keys, op_.dim, task_.ends_keys, op_.group(), {b_.dk, b_.dim, op_.scale});
+        store_gradient(op_.dv, head, first, keys, op_.value_dim, task_.ends_keys, op_.group() + 1,
+                       {b_.dv, b_.value_dim, 1});
     }
 
-    // Adds `scale * gradient` of the keys from `first` on.
-    RECATTN_TARGET void store_keys(const Tokens<T>& tensor, const float* gradient, int64_t row_stride, int64_t first,
-                                   int64_t keys, int64_t columns, float scale, int64_t sum) const {
-        T* out = tensor.at(sequence_.batch, task_.kv_head, sequence_.start + first);
+    struct Gradient {
+        const float* data;
+        int64_t row_stride;
+        float scale;
+    };
+
+    // Adds the gradient of `count` tokens to `tensor`: in float32, in the part `part` of the sums, until the task that
+    // ends the sum. The parts are dq of each head, dk and dv.
+    RECATTN_TARGET void store_gradient(const Tokens<T>& tensor, int64_t head, int64_t first, int64_t count,
+                                       int64_t columns, bool ends, int64_t part, Gradient gradient) const {
+        T* out = tensor.at(sequence_.batch, head, sequence_.start + first);
         const bool accumulate = task_.step > 0;
-        if (kIsFloat || task_.sums < 0) {
-            store_rows(gradient, row_stride, keys, columns, scale, accumulate, out, tensor.row_stride);
+        if (task_.sums < 0) {
+            store_rows(gradient.data, gradient.row_stride, count, columns, gradient.scale, accumulate, out,
+                       tensor.row_stride);
             return;
         }
         const int64_t width = sum_columns(columns);
-        float* rows = sums_ + sum + first * width;
-        store_rows(gradient, row_stride, keys, columns, scale, accumulate, rows, width);
-        if (task_.ends_keys) store_rows(rows, width, keys, columns, 1, false, out, tensor.row_stride);
+        float* sum = backward_.sums + task_.sums + part * sequence_.length * sum_columns(op_.dim) + first * width;
+        store_rows(gradient.data, gradient.row_stride, count, columns, gradient.scale, accumulate, sum, width);
+        if (ends) store_rows(sum, width, count, columns, 1, false, out, tensor.row_stride);
     }
 
-    // One tile: adds to dq, b.dk and b.dv, and writes its part of dbias. The first tile of the keys starts dk and dv.
-    RECATTN_TARGET void add_tile(int64_t head, int64_t query, int64_t key, int64_t keys, Range key_sinks,
+    RECATTN_TARGET int64_t num_queries() const { return task_.last_query - task_.first_query; }
+    RECATTN_TARGET float* dq_rows(int64_t g, int64_t query) const {
+        return b_.dq + (g * num_queries() + query - task_.first_query) * b_.dim;
+    }
+
+    // One tile of the g-th head: adds to dq, dk and dv, and writes its part of dbias. The first tile of the keys starts
+    // dk and dv, that of the queries dq.
+    RECATTN_TARGET void add_tile(int64_t g, int64_t query, int64_t key, int64_t keys, Range key_sinks,
                                  bool starts_keys) const {
-        const int64_t rows = std::min(kTile, task_.last_query - query);
-        const bool starts_queries = task_.step == 0 && key == task_.first_key;
-        if (starts_queries) compute_delta(head, query, rows);
+        const int64_t head = task_.kv_head * op_.group() + g, rows = std::min(kTile, task_.last_query - query);
+        const bool starts_queries = key == task_.first_key;
+        if (task_.step == 0 && starts_queries) compute_delta(head, query, rows);
         const Rhs<float> q = rows_of(op_.q, head, query, rows, op_.dim, b_.q);
         const Rhs<float> dout = rows_of(op_.dout, head, query, rows, op_.value_dim, b_.dout);
         const bool diagonal = op_.causal && query == key;
@@ -230,36 +245,16 @@ class BackwardTask {
         } else {
             compute_p_and_ds<false>(head, query, key, rows, keys);
         }
-        float* dbias = op_.dbias + (bias_matrix(head) + sequence_.first_sink) * op_.num_sinks + sequence_.first_sink;
+        const int64_t matrix = (sequence_.index * op_.heads + head) * op_.num_sinks;
+        float* dbias = op_.dbias + (matrix + sequence_.first_sink) * op_.num_sinks + sequence_.first_sink;
         for_each_sink_pair(query, key, query_sinks, key_sinks,
                            [&](int64_t entry, int64_t pair) RECATTN_TARGET { dbias[pair] = b_.ds[entry]; });
 
         const Lhs<float> p_t{b_.p, 1, b_.tile_stride}, ds_t{b_.ds, 1, b_.tile_stride};
         multiply(p_t, dout, {b_.dv, b_.value_dim, !starts_keys}, {keys, rows, b_.value_dim}, {.lhs = upper});
         multiply(ds_t, q, {b_.dk, b_.dim, !starts_keys}, {keys, rows, b_.dim}, {.lhs = upper});
-        const int64_t keys_end = op_.causal ? std::min(task_.last_key, query + rows) : task_.last_key;
-        add_dq(head, query, rows, key, keys, lower, starts_queries, task_.ends_queries && key + kTile >= keys_end);
-    }
-
-    RECATTN_TARGET void add_dq(int64_t head, int64_t query, int64_t rows, int64_t key, int64_t keys, Triangle lower,
-                               bool starts, bool ends) const {
-        const Lhs<float> ds{b_.ds, b_.tile_stride, 1};
-        const Rhs<float> k{b_.k, b_.dim};
-        const Sizes size{rows, keys, b_.dim};
-        T* dq = op_.dq.at(sequence_.batch, head, sequence_.start + query);
-        if constexpr (kIsFloat) {
-            if (b_.dim == op_.dim) {
-                multiply(ds, k, {dq, op_.dq.row_stride, !starts}, size, {.lhs = lower});
-            } else {
-                multiply(ds, k, {b_.dq, b_.dim, false}, size, {.lhs = lower});
-                store_rows(b_.dq, b_.dim, rows, op_.dim, 1, !starts, dq, op_.dq.row_stride);
-            }
-        } else {
-            const int64_t width = sum_columns(op_.dim);
-            float* sum = sums_ + backward_.sum_of_dq(task_, head) + query * width;
-            multiply(ds, k, {sum, width, !starts}, size, {.lhs = lower});
-            if (ends) store_rows(sum, width, rows, op_.dim, 1, false, dq, op_.dq.row_stride);
-        }
+        multiply(Lhs<float>{b_.ds, b_.tile_stride, 1}, {b_.k, b_.dim}, {dq_rows(g, query), b_.dim, !starts_queries},
+                 {rows, keys, b_.dim}, {.lhs = lower});
     }
 
     // Rows of a head as an Rhs: in place if they are float32, contiguous and whole registers.
@@ -275,10 +270,6 @@ class BackwardTask {
     }
 
     RECATTN_INLINE static Lhs<float> as_lhs(Rhs<float> rows) { return {rows.data, rows.row_stride, 1}; }
-
-    RECATTN_TARGET int64_t bias_matrix(int64_t head) const {
-        return (sequence_.index * op_.heads + head) * op_.num_sinks;
-    }
 
     // The sinks among positions first .. first + count - 1, as a range of sequence.sinks.
     RECATTN_TARGET Range sinks_in(int64_t first, int64_t count) const {
@@ -353,7 +344,6 @@ class BackwardTask {
     const KeyTask& task_;
     const Sequence& sequence_;
     BackwardBuffers& b_;
-    float* sums_;
 };
 
 // Tasks next, next + 1, ... until none is left before `end`.
