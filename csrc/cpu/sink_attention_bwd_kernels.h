@@ -12,8 +12,6 @@
 // They need matmul.h.
 #include "cpu/simd/dropout.h"
 #include "cpu/simd/matmul_triangular.h"
-// It needs matmul.h.
-#include "cpu/simd/dropout.h"
 #include "cpu/simd/softmax.h"
 
 namespace recattn::RECATTN_ISA {
