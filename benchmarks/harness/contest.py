@@ -12,7 +12,7 @@ from benchmarks.data.movielens import Histories
 from benchmarks.harness import timing
 from benchmarks.harness.ceilings import Ceilings
 from benchmarks.harness.correctness import Error, Gate, gradients, passes
-from benchmarks.harness.goals import Goal, Measured, Outcome
+from benchmarks.harness.goals import Goal, Measured, NeverSlowerGoal, Outcome
 from benchmarks.harness.memory import peak_memory
 from benchmarks.harness.records import FAILED, NOT_RUN, REFUSED, Row, dtype_name
 from benchmarks.harness.registry import BACKWARD, FORWARD, Implementation, Inputs, Operator
@@ -132,7 +132,14 @@ class Contest:
             calls,
             self.settings.clock,
             self.settings.seconds,
-            judged={name for goal in self._goals(direction) for name in (goal.implementation, *goal.against)},
+            judged={
+                name
+                for goal in self._goals(direction)
+                for name in (goal.implementation, *(() if isinstance(goal, NeverSlowerGoal) else goal.against))
+            },
+            rivals={
+                name for goal in self._goals(direction) if isinstance(goal, NeverSlowerGoal) for name in goal.against
+            },
             progress=lambda done: self.settings.progress(f"{direction}: timing", done),
         )
 

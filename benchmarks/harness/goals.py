@@ -1,5 +1,6 @@
 """Goals: what an implementation must reach against the best of several others, and whether it did."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,6 +8,9 @@ from typing import NamedTuple
 from benchmarks.harness import timing
 
 NOT_MEASURED = "not measured"
+# What the C++ kernels may use of a processor, as they name it, and as it is written in tables.
+CAPABILITIES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 with BF16"}
+AVX2, AVX512 = ("avx2",), ("avx512", "avx512_bf16")
 
 
 class Measured(NamedTuple):
@@ -51,7 +55,8 @@ class Outcome:
 class Goal:
     """A goal against the best of the measured implementations in `against`; an absolute one if that is empty.
 
-    A goal belongs to one type of device and to that device's default dtype. Subclasses word and judge it.
+    A goal belongs to one type of device and to that device's default dtype. `capabilities`: of the CPU, where it does
+    not hold for all of them. Subclasses word and judge it.
     """
 
     workload: str
@@ -59,6 +64,10 @@ class Goal:
     against: tuple[str, ...] = ()
     implementation: str = "recattn"
     device: str = "cpu"
+    capabilities: tuple[str, ...] = ()
+
+    def holds_at(self, capability: str | None) -> bool:
+        return not self.capabilities or capability in self.capabilities
 
     @property
     def opponents(self) -> str:
@@ -86,12 +95,15 @@ class TimeGoal(Goal):
 
     @property
     def wording(self) -> Wording:
-        if self.time_ratio >= 1:
+        speed = 1 / self.time_ratio
+        if speed <= 1 or not math.isclose(speed, round(speed, 2)):  # 0.95 is no round speedup
             target, comparison, quantity = f"≤ {self.time_ratio:.2f}×", "the time of", "time vs"
         else:
-            target, comparison, quantity = f"≥ {1 / self.time_ratio:.1f}×", "as fast as", "speedup over"
-        sentence = f"{self.direction} {target} {comparison} {self.opponents}"
-        return Wording(sentence, f"{quantity} {self.opponents}", target)
+            digits = 1 if math.isclose(speed, round(speed, 1)) else 2
+            target, comparison, quantity = f"≥ {speed:.{digits}f}×", "as fast as", "speedup over"
+        where = f" at {CAPABILITIES[self.capabilities[0]]}" if self.capabilities else ""
+        sentence = f"{self.direction} {target} {comparison} {self.opponents}{where}"
+        return Wording(sentence, f"{quantity} {self.opponents}", f"{target}{where}")
 
     def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
         # One opponent for the whole run: the one with the worst ratio. The fastest of each round would be a minimum
@@ -101,6 +113,24 @@ class TimeGoal(Goal):
         ratio, spread = ratios[best]
         verdict = timing.verdict(ratio, spread, own.samples.waiting, self.time_ratio)
         return Outcome(str(self), verdict, best, ratio, timing.finite(spread))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeverSlowerGoal(TimeGoal):
+    """Time ≤ that of the fastest in `against`: all PyTorch formulations of the same result."""
+
+    time_ratio: float = 1.0
+
+    @property
+    def opponents(self) -> str:
+        return "the best PyTorch formulation"
+
+    def judge(self, own: Measured, others: Mapping[str, Measured]) -> Outcome:
+        # Only the fastest is timed in as many rounds as recattn.
+        rounds = len(own.samples.times)
+        fully = {name: other for name, other in others.items() if len(other.samples.times) == rounds}
+        best = min(fully, key=lambda name: fully[name].samples.percentile(50))
+        return super().judge(own, {best: fully[best]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +159,8 @@ class MemoryGoal(Goal):
 
     @property
     def wording(self) -> Wording:
-        share = "1" if self.memory_ratio == 1 else f"1/{1 / self.memory_ratio:.0f}"
-        amount = "" if self.memory_ratio == 1 else f"{share} of "
+        share = f"{self.memory_ratio:g}" if self.memory_ratio >= 1 else f"1/{1 / self.memory_ratio:.0f}"
+        amount = "" if self.memory_ratio == 1 else f"{share}× " if self.memory_ratio > 1 else f"{share} of "
         sentence = f"{self.direction} ≤ {amount}the memory of {self.opponents}"
         return Wording(sentence, f"memory vs {self.opponents}", f"≤ {share}")
 

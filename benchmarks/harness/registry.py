@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 import benchmarks.operators
 from benchmarks.harness.compiled import compiled
-from benchmarks.harness.goals import Goal
+from benchmarks.harness.goals import Goal, NeverSlowerGoal
 from benchmarks.harness.workloads import Draw, Workload
+from recattn._environment import cpu_capability
 
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
 # The directions measured by default. On a CPU the backward alone adds little to the other two.
@@ -112,7 +113,33 @@ class Operator:
     def goals_of(self, workload: Workload, device: torch.device, dtype: torch.dtype) -> list[Goal]:
         if dtype != DTYPES[device.type]:
             return []
-        return [goal for goal in self.goals if (goal.workload, goal.device) == (workload.name, device.type)]
+        return [
+            goal
+            for goal in self.goals
+            if (goal.workload, goal.device) == (workload.name, device.type) and goal.holds_at(cpu_capability())
+        ]
+
+    def with_goals_of_all_workloads(self) -> "Operator":
+        """The operator, on a CPU never slower than the best PyTorch formulation: a goal for each of its workloads."""
+        cpu = torch.device("cpu")
+        goals = [
+            NeverSlowerGoal(workload=workload.name, direction=direction, against=peers)
+            for workload in self.workloads
+            if "cpu" in workload.devices and workload.tier != "quick"
+            for direction in DIRECTIONS["cpu"]
+            if (
+                peers := tuple(
+                    name
+                    for name, i in self.implementations.items()
+                    if not i.ours
+                    and i.reference is None
+                    and "cpu" in i.devices
+                    and i.applies(workload)
+                    and direction in self.directions(i, cpu)
+                )
+            )
+        ]
+        return replace(self, goals=(*self.goals, *goals))
 
 
 def _why_not_run(
@@ -134,4 +161,4 @@ def load_operators() -> dict[str, Operator]:
     """Import every file of benchmarks/operators, which registers it. By name, whatever was imported before."""
     for module in pkgutil.iter_modules(benchmarks.operators.__path__):
         importlib.import_module(f"benchmarks.operators.{module.name}")
-    return dict(sorted(OPERATORS.items()))
+    return {name: operator.with_goals_of_all_workloads() for name, operator in sorted(OPERATORS.items())}

@@ -105,9 +105,11 @@ def measure(
     clock: Callable[[Callable[[], object]], float],
     seconds: float,
     judged: Collection[str] = (),
+    rivals: Collection[str] = (),
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Samples]:
-    """Time each call for about `seconds` in all; calls in `judged` get as many rounds as a verdict needs.
+    """Time each call for about `seconds` in all. As many rounds as a verdict needs get the calls in `judged`, and the
+    fastest of those in `rivals`: the fastest when the time is up.
 
     Each entry of `calls` takes a turn number, which selects a set of inputs, and returns the function to time. Turns
     are counted over all entries, so that none finds its inputs in the cache of the one before.
@@ -124,6 +126,10 @@ def measure(
     try:
         waited, start, done = seconds_waited(), time.perf_counter(), 0.0
         for finished in range(MAX_ROUNDS):
+            if rivals and finished >= FEW_ROUNDS and done >= 1:
+                timed = [name for name in rivals if name in times]
+                fastest = sorted(timed, key=lambda name: percentile(times[name], 50))[:1]
+                judged, rivals = {*judged, *fastest}, ()
             names = contestants_of_round(list(calls), judged, finished, done)
             if not names:
                 break

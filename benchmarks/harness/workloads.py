@@ -31,7 +31,9 @@ class Workload:
 
     @property
     def gate(self) -> "Workload":
-        return replace(self, batch=self.gate_batch or self.batch)
+        return replace(
+            self, batch=self.gate_batch or self.batch, **({"dropout_p": 0.0} if "dropout_p" in self.shape else {})
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class SinkWorkload(Workload):
     ragged: bool = False
     others: int | None = None
     tokens_per_behavior: int | None = None
+    dropout_p: float = 0.0  # of attention weights; checked without it
 
     @property
     def packed(self) -> bool:
@@ -126,6 +129,7 @@ SINK = (
     sink_workload("tiny", 2, 4, 64, 7, kv_heads=2, dim=16, tier="quick"),
     sink_workload("headline", 4, 8, 1024, 100, gate_batch=1, devices=CPU),
     # CTR-Sink's encoder (RoBERTa, 4 layers of 8 heads) and its decoder (Qwen2-0.5B: 14 heads on 2).
+    sink_workload("dropout", 4, 8, 512, 49, dropout_p=0.1, gate_batch=1, devices=CPU),
     sink_workload("ctr_sink", 8, 8, 512, 49, gate_batch=2, devices=CPU),
     sink_workload("ctr_sink_decoder", 4, 14, 512, 49, kv_heads=2, causal=True, gate_batch=1),
     sink_workload("movielens", 16, 4, 512, 128, tokens_per_behavior=4, histories=True, gate_batch=4),
@@ -144,6 +148,8 @@ SINK = (
     gpu_sink_workload("gpu_zipf_causal", 2048, 2048, 64, 205, batch=64, ragged=True, causal=True),
     gpu_sink_workload("gpu_many_short", 64, 64, 64, 6, batch=2048, ragged=True, causal=True, gate_batch=64),
     gpu_sink_workload("gpu_memory", 65536, 8192, 64, 800, gate_batch=1),
+    sink_workload("b32_n64", 32, 4, 64, 8, gate_batch=4, tier="full", devices=CPU),
+    sink_workload("b32_n128", 32, 4, 128, 12, gate_batch=4, tier="full", devices=CPU),
     *sink_sweep("n", 4096, (128, 256, 512, 1024, 2048, 4096), CPU),
     *sink_sweep("gpu_n", 32768, (128, 512, 2048, 8192, 16384), CUDA),
     # From no sinks to nothing but sinks.
@@ -170,6 +176,7 @@ SINK = (
 INTER_SINK_BIAS = (
     sink_workload("tiny", 2, 4, 64, 7, dim=16, tier="quick"),
     sink_workload("ctr_sink_bias", 64, 8, 512, 49),
+    sink_workload("small", 8, 4, 128, 12, dim=32, tier="full", devices=CPU),
     gpu_sink_workload("gpu_ctr_sink_bias", 2**18, 512, 64, 49, heads=8),
 )
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import recattn
-from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, register
+from benchmarks.harness.goals import TimeGoal
+from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import INTER_SINK_BIAS, Draw, SinkWorkload
 from recattn import reference
 from recattn.ops.inter_sink_bias import unsupported_reasons
@@ -44,6 +45,11 @@ BIAS = register(
     cost,
     grads=("q_s", "k_s"),
     workloads=INTER_SINK_BIAS,
+    goals=tuple(
+        TimeGoal(workload=workload, direction=direction, against=(EAGER, COMPILED), time_ratio=1 / 1.5)
+        for workload in ("ctr_sink_bias", "small")
+        for direction in (FORWARD, TRAINING)
+    ),
 )
 BIAS.add_recattn(recattn.inter_sink_bias, unsupported_reasons)
 

@@ -101,6 +101,16 @@ REFINED_ATTENTION = register(
     goals=(
         TimeGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), time_ratio=1 / 1.5),
         MemoryGoal(workload="sasrec", direction=TRAINING, against=(EAGER,), memory_ratio=1 / 2),
+        *(
+            TimeGoal(
+                workload=f"sasrec_stochastic_{source}",
+                direction=direction,
+                against=(EAGER, COMPILED),
+                time_ratio=1 / 2,
+            )
+            for source in ("logits", "weights")
+            for direction in (FORWARD, TRAINING)
+        ),
         *gpu_goals(),
     ),
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import recattn
-from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, Cost, Inputs, register
+from benchmarks.harness.goals import TimeGoal
+from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import WASSERSTEIN, Draw, RefinedWorkload
 from benchmarks.operators.refined_attention import deviation, distances, gaussians, masked_softmax, visible_pairs
 from recattn import reference
@@ -60,6 +61,17 @@ WASSERSTEIN_ATTENTION = register(
     cost,
     grads=(*GAUSSIANS, "w_q", "w_k"),
     workloads=WASSERSTEIN,
+    goals=tuple(
+        TimeGoal(
+            workload=workload.name,
+            direction=direction,
+            against=(EAGER, COMPILED),
+            time_ratio=1 / 1.5 if workload.mechanism == "plain" else 1 / 2,
+        )
+        for workload in WASSERSTEIN
+        if "cpu" in workload.devices and workload.tier != "quick"
+        for direction in (FORWARD, TRAINING)
+    ),
 )
 WASSERSTEIN_ATTENTION.add_recattn(
     lambda **inputs: side_by_side(recattn.wasserstein_attention(**inputs)), unsupported_reasons

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from benchmarks.harness.records import TIMED, Record
 from benchmarks.harness.registry import Operator
+from benchmarks.report import table as tables
 
 THRESHOLD = 0.10
 # Growth below this is the rounding of an allocator.
@@ -39,7 +40,8 @@ def key_of(record: Record) -> Key:
     """What two rows must have in common to be compared."""
     row, run = record
     shape = tuple(sorted((name, value) for name, value in row.shape.items() if value not in (None, False)))
-    return run["device"], run["threads"], row.op, row.workload, shape, row.dtype, row.impl, row.direction
+    machine = run["device"], run["threads"], run.get("cpu_capability")
+    return *machine, row.op, row.workload, shape, row.dtype, row.impl, row.direction
 
 
 def compare(
@@ -54,7 +56,7 @@ def compare(
     before, after = ({key_of(record): record for record in records} for records in (old, new))
     common = [key for key in before if key in after]
     if not common:
-        machines = [sorted({f"{r.run['device']}, {r.run['threads']} threads" for r in rows}) for rows in (old, new)]
+        machines = [sorted({tables.machine_name(r.run) for r in rows}) for rows in (old, new)]
         raise ValueError(f"no row in common: the old record is of {machines[0]}, the new one of {machines[1]}")
     return [_change(before[key], after[key], operators, threshold) for key in common]
 

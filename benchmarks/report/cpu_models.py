@@ -11,33 +11,16 @@ from benchmarks.report.stages import Stage, bytes_of, computed, lengths_of, mode
 # --- sink_attention ---
 
 
-# Keys that PyTorch's attention processes at a time. Hidden keys in a block are computed too.
-KEY_BLOCK = 512
-
-
 @models("sink_attention", "cpu")
 def sink_attention_on_a_cpu(workload, inputs, direction, device):
-    return corrected_attention(workload, inputs, direction, KEY_BLOCK)
-
-
-def corrected_attention(workload, inputs, direction, key_block) -> list[Stage]:
-    """An unbiased attention, then the correction at the sinks."""
-    q, k = inputs["q"], inputs["k"]
-    sinks = (inputs["sink_positions"] >= 0).sum(1)
-    share = float(sinks.sum() / lengths_of(workload, inputs).sum())
-    sink_pairs = workload.heads * visible(sinks, workload.causal)
-    lse = 4 * q.numel() / workload.dim
-    bias = bytes_of(inputs, "inter_sink_bias")
-    unbiased = unbiased_attention(workload, inputs, direction, key_block)
-    if direction == FORWARD:
-        moved = 3 * q.nbytes + 2 * k.nbytes + 2 * lse
-        return [unbiased, Stage(4 * workload.dim * sink_pairs, share * moved + bias, 2 * sink_pairs)]
-    moved = 4 * q.nbytes + 4 * k.nbytes + lse
-    correction = Stage(10 * workload.dim * sink_pairs, share * moved + 2 * bias, 2 * sink_pairs, launches=2)
-    return [unbiased, correction]
+    """One pass, over the visible pairs: tiles on the diagonal are multiplied as triangles."""
+    unbiased, bias = unbiased_attention(workload, inputs, direction, key_block=1), bytes_of(inputs, "inter_sink_bias")
+    moved = unbiased.bytes + (bias if direction == FORWARD else 2 * bias)
+    return [Stage(unbiased.flops, moved, unbiased.softmaxes)]
 
 
 def unbiased_attention(workload, inputs, direction, key_block) -> Stage:
+    """`key_block`: keys that are processed at a time. A causal attention computes the hidden ones among them, too."""
     q, k, lengths = inputs["q"], inputs["k"], lengths_of(workload, inputs)
     pairs = workload.heads * (computed(lengths, key_block) if workload.causal else visible(lengths, False))
     lse = 4 * q.numel() / workload.dim
@@ -64,12 +47,12 @@ def refined_attention_on_a_cpu(workload, inputs, direction, device):
 
 @models("wasserstein_attention", "cpu")
 def wasserstein_attention(workload, inputs, direction, device):
-    """The backward has five matmuls for the forward's two, as in any attention."""
+    """The backward has five matmuls for the forward's two, as in any attention; refined, it is that of a refinement."""
     forward = wasserstein_cost(workload, inputs, FORWARD)
     pairs = workload.heads * visible(lengths_of(workload, inputs), causal=True)
     if direction == FORWARD:
-        return [Stage(forward.flops, forward.bytes, pairs, launches=2)]
-    return [Stage(2.5 * forward.flops, 2 * forward.bytes, pairs, launches=2)]
+        return [Stage(forward.flops, forward.bytes, pairs)]
+    return [Stage((3 if "w_q" in inputs else 2.5) * forward.flops, 2 * forward.bytes, pairs)]
 
 
 # --- lrea_attention ---
@@ -113,12 +96,14 @@ def lrea_attention(workload, inputs, direction, device):
 
 @models("inter_sink_bias", "cpu")
 def inter_sink_bias(workload, inputs, direction, device):
-    q = inputs["q_s"]  # [B, H, M, d]
-    elements = q.numel() / q.shape[-1] * q.shape[-2]
-    bias = elements / q.shape[1] * q.element_size()
+    """Over the valid sinks. The backward repeats the forward's matmul and has two more."""
+    q, sinks = inputs["q_s"], inputs["sink_mask"].sum(1)  # [B, H, M, d]
+    elements = workload.heads * visible(sinks, workload.causal)
+    read = 2 * q.nbytes * float(sinks.sum() / inputs["sink_mask"].numel())
+    bias = workload.batch * workload.sinks**2 * 4
     if direction == FORWARD:
-        return [Stage(2 * q.shape[-1] * elements, 2 * q.nbytes + bias, elements)]
-    return [Stage(6 * q.shape[-1] * elements, 4 * q.nbytes + bias, elements)]
+        return [Stage(2 * workload.dim * elements, read + bias, elements)]
+    return [Stage(6 * workload.dim * elements, read + 2 * q.nbytes + bias, elements)]
 
 
 # --- A layer of BERT ---
@@ -136,4 +121,4 @@ def bert_layer(workload, inputs, direction, device):
     # Activations in hidden sizes: the matmuls read 9 and write 9; the operations between them move 16.
     products = Stage(passes * 24 * tokens * size**2, passes * 18 * hidden.nbytes, launches=passes * 6)
     between = Stage(0, passes * 16 * hidden.nbytes, launches=passes * 4)
-    return [products, between, *corrected_attention(workload, attention, direction, key_block=1)]
+    return [products, between, *sink_attention_on_a_cpu(workload, attention, direction, device)]

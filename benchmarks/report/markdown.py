@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.harness.ceilings import Ceilings
-from benchmarks.harness.goals import NOT_MEASURED, Goal, Outcome
+from benchmarks.harness.goals import NOT_MEASURED, Goal, NeverSlowerGoal, Outcome
 from benchmarks.harness.host_time import HostCost
 from benchmarks.harness.records import TIMED, Record, Row, dtype_name
 from benchmarks.harness.registry import BACKWARD, DTYPES, FORWARD, TRAINING, Operator
@@ -48,6 +48,11 @@ class Machine:
         return _title(self.name)
 
     @property
+    def capability(self) -> str | None:
+        """The instruction set of a CPU; None where the record is older than that field."""
+        return self.run.get("cpu_capability")
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.type]
 
@@ -74,7 +79,7 @@ def machines(records: Iterable[Record]) -> list[Machine]:
         kind = "cuda" if run.get("cuda") else "cpu"
         if row.dtype != dtype_name(DTYPES[kind]):
             continue
-        name = run["device"] if kind == "cuda" else f"{run['device']}, {run['threads']} threads"
+        name = run["device"] if kind == "cuda" else table.machine_name(run)
         machine = found.setdefault(name, Machine(name, kind))
         machine.run = run
         contest = machine.contests.setdefault((row.op, row.workload, row.direction), {})
@@ -141,13 +146,23 @@ def _median_and_range(ratios: Sequence[float]) -> str:
 
 
 def goals_tables(operators: dict[str, Operator], measured: Sequence[Machine], kind: str) -> str:
-    """Every goal for that type of device. Workloads with the same goals share a table; a column is a goal."""
+    """Every goal for that type of device but `NeverSlowerGoal`, which `slower_section` is about.
+
+    Workloads with the same goals share a table; a column is a goal.
+    """
     own = [machine for machine in measured if machine.type == kind] or [None]
+    capabilities = {machine.capability if machine else None for machine in own}
     newest, tables = own[0], []
     for operator in operators.values():
         by_goals: dict[tuple[str, ...], dict[str, list[Goal]]] = {}
         for workload in operator.workloads:
-            goals = [goal for goal in operator.goals if (goal.workload, goal.device) == (workload.name, kind)]
+            goals = [
+                goal
+                for goal in operator.goals
+                if (goal.workload, goal.device) == (workload.name, kind)
+                and not isinstance(goal, NeverSlowerGoal)
+                and any(map(goal.holds_at, capabilities))
+            ]
             if goals:
                 by_goals.setdefault(tuple(map(_heading_of_goal, goals)), {})[workload.name] = goals
         for columns, workloads in by_goals.items():
@@ -182,6 +197,67 @@ def result(outcome: Outcome, row: Row) -> str:
     spread = "" if outcome.spread is None else f" ± {outcome.spread:.0%}"
     verdict = "" if outcome.verdict == "met" else f" ({outcome.verdict})"
     return f"{table.measured(outcome, row)}{spread}{verdict}"
+
+
+# --- Slower than PyTorch ---
+
+
+def never_slower(operators: dict[str, Operator], machine: Machine) -> Iterator[tuple[Row, Outcome]]:
+    """The rows that were held against the best PyTorch formulation, with what came out."""
+    for operator in operators.values():
+        for goal in operator.goals:
+            row = machine.row(operator.name, goal.workload, goal.direction)
+            if row is not None and isinstance(goal, NeverSlowerGoal):
+                outcomes = (outcome for outcome in row.goals if outcome.goal == str(goal))
+                yield from ((row, outcome) for outcome in outcomes if outcome.verdict != NOT_MEASURED)
+
+
+def slower(operators: dict[str, Operator], machine: Machine) -> list[tuple[Row, Outcome]]:
+    """Those that were slower, or not measured well enough to say; the slowest first."""
+    found = [(row, o) for row, o in never_slower(operators, machine) if o.verdict != "met" and not _is_faster(o)]
+    return sorted(found, key=lambda each: -(each[1].time_ratio or 0))
+
+
+def _is_faster(outcome: Outcome) -> bool:
+    return outcome.time_ratio is not None and outcome.time_ratio <= 1
+
+
+def slower_section(operators: dict[str, Operator], measured: Sequence[Machine]) -> str:
+    """Every workload on which recattn is slower than the best PyTorch formulation."""
+    parts = [
+        "## Slower than PyTorch\n\nOn each CPU, workload and direction recattn is compared with the fastest PyTorch "
+        "formulation of the same result: eager, torch.compile, SDPA with a dense mask.\n"
+    ]
+    for machine in measured:
+        held = list(never_slower(operators, machine))
+        if not held:
+            continue
+        rows = [
+            (row.op, row.workload, SHORT[row.direction], result(outcome, row))
+            for row, outcome in slower(operators, machine)
+        ]
+        total = f"{machine.title}: slower on {len(rows) or 'none'} of {len(held)}.\n"
+        columns = ("operator", "workload", "pass", "time vs the best PyTorch formulation")
+        parts += [total, markdown(columns, rows)] if rows else [total]
+    return "\n".join(parts if len(parts) > 1 else [*parts, "No record holds that comparison yet.\n"])
+
+
+def slower_sentence(operators: dict[str, Operator], measured: Sequence[Machine]) -> str:
+    """Where recattn is slower than PyTorch on the last CPUs measured, in a line each; nothing where nowhere."""
+    lines = []
+    for machine in measured:
+        found = [
+            f"{row.op} {row.workload} {SHORT[row.direction]}"
+            + (f" {outcome.time_ratio:.2f}×" if outcome.time_ratio else "")
+            for row, outcome in slower(operators, machine)
+        ]
+        if found:
+            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+            lines.append(
+                f"\nSlower than the best PyTorch formulation on {machine.title}: {', '.join(found[:MOST_NAMED])}{more} "
+                "([all](benchmarks/RESULTS.md#slower-than-pytorch)).\n"
+            )
+    return "".join(lines)
 
 
 # --- Times ---
@@ -340,6 +416,7 @@ def results_page(
     for kind, title in {"cpu": "CPU", "cuda": "GPU"}.items():
         own = [machine for machine in measured if machine.type == kind]
         parts.append(_goals_section(operators, measured, kind, title))
+        parts += [slower_section(operators, own)] if kind == "cpu" else []
         # Figures and times of the last machine of a type. Older machines appear in the summary and the goals.
         parts += [_machine_section(operators, machine, images.get(kind, [])) for machine in own[:1]]
     parts += [_host_section(*host_costs)] if host_costs[0] else []
@@ -418,7 +495,8 @@ def readme_block(
     no_gpu = "" if _has_gpu(measured) else "\nNo GPU has run the suite yet.\n"
     costs, run = host_costs
     cost = f"\n{host.sentence(costs, _title(run['device']))}\n" if costs else ""
-    return f"\n{figures}\n{_conditions(measured)}\n\n{summary_table(operators, measured)}{no_gpu}{cost}\n"
+    slow = slower_sentence(operators, measured)
+    return f"\n{figures}\n{_conditions(measured)}\n\n{summary_table(operators, measured)}{slow}{no_gpu}{cost}\n"
 
 
 def with_block(readme: str, block: str) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.harness.correctness import PEER_ALLOWANCE
-from benchmarks.harness.goals import NOT_MEASURED, Outcome
+from benchmarks.harness.goals import CAPABILITIES, NOT_MEASURED, Outcome
 from benchmarks.harness.records import NOT_RUN, TIMED, Row
 from benchmarks.harness.registry import BACKWARD, FORWARD, TRAINING, Operator
 from benchmarks.harness.timing import MAX_SPREAD, MAX_WAITING
@@ -97,10 +97,16 @@ def with_implementation(goal: str, implementation: str) -> str:
     return goal if implementation == "recattn" else f"{implementation}: {goal}"
 
 
+def machine_name(run: Mapping[str, object]) -> str:
+    """A CPU that measured with fewer instructions than it has is another machine. Old records do not say which."""
+    used = CAPABILITIES.get(run.get("cpu_capability"))
+    return f"{run['device']}{f' ({used})' if used else ''}, {run['threads']} threads"
+
+
 def print_heading(console: Console, common: Mapping[str, object]) -> None:
     commit = f"{(common['commit'] or 'no commit')[:10]}{' with changes' if common['dirty'] else ''}"
     console.print(
-        f"{common['device']}, {common['threads']} threads; torch {common['torch']}, triton {common['triton']}, "
+        f"{machine_name(common)}; torch {common['torch']}, triton {common['triton']}, "
         f"Python {common['python']}; {commit}",
         highlight=False,
     )
@@ -128,7 +134,7 @@ def measured(outcome: Outcome, row: Row) -> str:
         value = f"{outcome.memory_ratio:.2g}×"
     else:
         value = f"{outcome.time_ratio:.2f}×" if "≤" in outcome.goal else f"{1 / outcome.time_ratio:.2f}×"
-    return f"{value} ({outcome.against})" if "the best of" in outcome.goal else value
+    return f"{value} ({outcome.against})" if "the best " in outcome.goal else value
 
 
 def _time(row: Row | None) -> Text:

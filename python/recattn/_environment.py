@@ -28,6 +28,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "device": device_name(device),
         "compute_capability": None if capability is None else "{}.{}".format(*capability),
         "threads": torch.get_num_threads(),
+        "cpu_capability": cpu_capability(),
         "platform": platform.platform(),
     }
 
@@ -38,6 +39,11 @@ def device_name(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def cpu_capability() -> str | None:
+    """The instruction set that the C++ kernels use; None without them."""
+    return torch.ops.recattn.cpu_capability() if hasattr(torch.ops.recattn, "cpu_capability") else None
 
 
 def installed(package: str) -> str | None:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import plot
 from benchmarks.harness import records
-from benchmarks.harness.goals import Outcome
+from benchmarks.harness.goals import NeverSlowerGoal, Outcome
 from benchmarks.harness.records import Record, Row
 from benchmarks.harness.registry import FORWARD, TRAINING, load_operators
 from benchmarks.report import cost_model, devices, markdown, predicted, reasons
@@ -79,7 +79,13 @@ def test_the_readme_is_left_as_it_is_around_the_marks(elsewhere):
 
 
 def goals_of(kind: str):
-    return [(operator, goal) for operator in OPERATORS.values() for goal in operator.goals if goal.device == kind]
+    capabilities = {machine.capability for machine in markdown.machines(RECORDS) if machine.type == kind} or {None}
+    return [
+        (operator, goal)
+        for operator in OPERATORS.values()
+        for goal in operator.goals
+        if goal.device == kind and not isinstance(goal, NeverSlowerGoal) and any(map(goal.holds_at, capabilities))
+    ]
 
 
 def goal_cells(text: str) -> dict[tuple[str, str, str], list[str]]:
@@ -287,3 +293,61 @@ def test_records_hold_what_was_measured():
     for row, run in RECORDS:
         assert run["commit"] and json.dumps(asdict(row), allow_nan=False)
         assert row.status != records.TIMED or 0 < row.p10_ms <= row.p50_ms <= row.p90_ms
+
+
+# --- Slower than PyTorch ---
+
+
+def held_records(ratios: dict[str, float | None], capability: str = "avx2", started: str = "2027") -> list[Record]:
+    """inter_sink_bias on a CPU, by direction: its time over that of the best PyTorch formulation."""
+    operator = OPERATORS["inter_sink_bias"]
+    run = dict(RECORDS[0].run) | {"device": "EPYC", "cpu_capability": capability, "started": started}
+    found = []
+    for direction, ratio in ratios.items():
+        (goal,) = (
+            goal
+            for goal in operator.goals
+            if isinstance(goal, NeverSlowerGoal) and (goal.workload, goal.direction) == ("ctr_sink_bias", direction)
+        )
+        verdict = "no verdict" if ratio is None else "met" if ratio <= 1 else "missed"
+        outcome = Outcome(str(goal), verdict, "eager", ratio, None if ratio is None else 0.01)
+        shape = next(w for w in operator.workloads if w.name == goal.workload).shape
+        row = Row(
+            op="inter_sink_bias",
+            workload=goal.workload,
+            shape=shape,
+            dtype="float32",
+            impl="recattn",
+            direction=direction,
+            data="drawn",
+            p50_ms=1.0,
+            goals=[outcome],
+        )
+        found.append(Record(row, run))
+    return found
+
+
+def test_what_is_slower_than_pytorch_is_listed():
+    slow = markdown.machines(held_records({FORWARD: 1.25, TRAINING: 0.5}))
+    section = markdown.slower_section(OPERATORS, slow)
+    assert "EPYC (AVX2), 2 threads: slower on 1 of 2." in section
+    assert "| inter_sink_bias | ctr_sink_bias | fwd | 1.25× (eager) ± 1% (missed) |" in section
+    assert "fwd + bwd" not in section
+    assert "inter_sink_bias ctr_sink_bias fwd 1.25×" in markdown.slower_sentence(OPERATORS, slow)
+    unclear = markdown.machines(held_records({FORWARD: None, TRAINING: 0.5}))
+    assert "slower on 1 of 2" in markdown.slower_section(OPERATORS, unclear)
+
+
+def test_nothing_is_said_where_nothing_is_slower():
+    fast = markdown.machines(held_records({FORWARD: 0.9, TRAINING: 0.5}))
+    assert "slower on none of 2." in markdown.slower_section(OPERATORS, fast)
+    assert markdown.slower_sentence(OPERATORS, fast) == ""
+    assert "No record holds that comparison yet." in markdown.slower_section(OPERATORS, [])
+
+
+def test_capabilities_of_a_cpu_are_machines_of_their_own():
+    rows = held_records({FORWARD: 0.9}) + held_records({FORWARD: 0.8}, "avx512_bf16", "2028")
+    assert [machine.title for machine in markdown.machines(rows)] == [
+        "EPYC (AVX-512 with BF16), 2 threads",
+        "EPYC (AVX2), 2 threads",
+    ]

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from benchmarks.harness.goals import (
     LatencyGoal,
     Measured,
     MemoryGoal,
+    NeverSlowerGoal,
     Outcome,
     TimeGoal,
 )
 from benchmarks.harness.registry import BACKWARD, FORWARD, TRAINING
 from benchmarks.report import markdown, table
+from recattn._environment import cpu_capability
 from tests.helpers.suite_runs import CPU, measured, run_all
 
 # Timing
@@ -165,6 +168,47 @@ def test_the_best_is_one_opponent_for_all_rounds():
     outcome = goal.judge(own, {"a": a, "b": b})
     assert outcome.against == "b" and outcome.verdict == "no verdict"
     assert outcome.time_ratio < 1
+
+
+def test_never_slower_is_against_the_fastest_formulation():
+    goal = NeverSlowerGoal(workload="", direction=FORWARD, against=("a", "b", "c"))
+    assert str(goal) == "forward ≤ 1.00× the time of the best PyTorch formulation"
+    # The fastest has as many rounds as recattn; another stopped earlier.
+    others = {"a": measured(2.0, 2.0), "b": measured(0.9, 0.9), "c": Measured(timing.Samples((0.5,) * 6), 0)}
+    outcome = goal.judge(measured(1.0, 1.0), others)
+    assert (outcome.verdict, outcome.against) == ("missed", "b") and outcome.time_ratio == pytest.approx(1 / 0.9)
+    assert goal.judge(measured(0.8, 0.8), others).verdict == "met"
+
+
+def test_only_the_fastest_rival_is_timed_for_a_verdict(monkeypatch):
+    monkeypatch.setattr(timing, "PATIENCE", math.inf)
+    ticks = {"recattn": 0.001, "slow": 0.003, "fast": 0.002}
+    calls = {name: lambda turn, seconds=seconds: lambda: time.sleep(seconds) for name, seconds in ticks.items()}
+    taken = timing.measure(calls, timing.CpuClock(), 0.01, judged=("recattn",), rivals=("slow", "fast", "absent"))
+    rounds = {name: len(samples.rounds) for name, samples in taken.items()}
+    assert rounds == {"recattn": timing.JUDGED_ROUNDS, "fast": timing.JUDGED_ROUNDS, "slow": timing.FEW_ROUNDS}
+
+
+def test_goals_may_hold_at_some_capabilities(product):
+    workload, options = product.workloads[0], {"workload": "small", "direction": FORWARD, "against": ("eager",)}
+    here, elsewhere = ((cpu_capability(),), ("none",))
+    goals = [TimeGoal(**options, time_ratio=1 / 1.3, capabilities=names) for names in (here, elsewhere)]
+    product = replace(product, goals=tuple(goals))
+    assert product.goals_of(workload, CPU, torch.float32) == goals[:1]
+    named = TimeGoal(**options, time_ratio=1 / 1.3, capabilities=("avx2",))
+    assert str(named) == "forward ≥ 1.3× as fast as eager at AVX2" and named.wording.target == "≥ 1.3× at AVX2"
+    assert str(replace(named, time_ratio=0.85)) == "forward ≤ 0.85× the time of eager at AVX2"
+
+
+def test_every_workload_of_a_cpu_has_a_goal(product):
+    product.implementation("ours", ours=True)(lambda x, w: x @ w)
+    product.implementation("limit", reference=lambda x, w: x)(lambda x, w: x)
+    product.implementation("on a GPU", devices=("cuda",))(lambda x, w: x)
+    goals = product.with_goals_of_all_workloads().goals[len(product.goals) :]
+    assert [(goal.workload, goal.direction, goal.against) for goal in goals] == [
+        ("small", FORWARD, ("eager",)),
+        ("small", TRAINING, ("eager",)),
+    ]
 
 
 def test_an_extra_memory_goal_is_against_the_leanest():
