@@ -1,13 +1,13 @@
-// sink_attention in float32, for one instruction set (see foreach_isa.h).
+// The forward of sink_attention in float32, for one instruction set (see foreach_isa.h).
 //
-//   qk  = scale * q k^T                  masked; in units of log 2, so that exp is exp2
+//   qk  = scale * q k^T                  masked; in units of log 2
 //   qk += bias[sink(i), sink(j)]         only where query i and key j are both sinks
 //   out = softmax(qk) v                  online: row_max, row_sum, acc
 //
-// One task: a block of queries of the heads that share a key head, and all keys that they see, block by block. Queries
-// come in panels of kPanelRows, which are the columns of transposed scores: qk^T[j, i] = k[j] q[i]. So k is read as it
-// lies in memory, the softmax runs down the columns without sums across lanes, and a panel stays in the L1 cache from
-// its scores to its product with v.
+// One task: a block of queries of the heads that share a key head, and all keys that they see, kBlockKeys at a time.
+// Queries come in panels of a few registers, the columns of transposed scores: qk_t[j, i] = k[j] q[i]. So keys are read
+// as they lie in memory, the softmax runs down the columns without sums across lanes, and the scores of a panel stay in
+// the L1 cache until their product with v.
 
 #include "cpu/simd/matmul.h"
 // It needs matmul.h.
@@ -18,49 +18,49 @@ namespace recattn::RECATTN_ISA {
 
 constexpr int kPanelVectors = 3;
 constexpr int64_t kPanelRows = kPanelVectors * Vector<float>::lanes;
-constexpr int kTileKeys = RECATTN_TILE_VECTORS == 4 ? 8 : 4;  // by kPanelVectors registers: a tile of qk^T
 constexpr int64_t kBlockKeys = 64;
+// Keys in a register tile of qk_t that is `vectors` registers wide.
+constexpr int tile_keys(int vectors) { return (RECATTN_TILE_VECTORS == 4 ? 24 : 12) / vectors; }
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-
-// 2^x for x <= 0, within 1 unit in the last place; 0 below 2^-127. NaN stays NaN.
-// 2^x = 2^k 2^r with integer k, |r| <= 1/2.
-RECATTN_INLINE Floats exp2_nonpositive(Floats x) {
-    constexpr float round = 12582912.0f;  // 1.5 · 2^23: its sum with x holds k in the lowest bits
-    x = -127.0f > x ? Floats{} - 127.0f : x;
-    const Floats shifted = x + round;
-    const Floats r = x - (shifted - round);
-    Floats p = 0.00015345812f + Floats{};  // minimax polynomial of relative error 2^-29
-    p = p * r + 0.0013399931f;
-    p = p * r + 0.009618489f;
-    p = p * r + 0.055503286f;
-    p = p * r + 0.24022646f;
-    p = p * r + 0.69314718f;
-    p = p * r + 1.0f;
-    const Integers exponent = (reinterpret_cast<Integers>(shifted) + 127) << 23;
-    return p * reinterpret_cast<Floats>(exponent);
-}
-
-// log x for positive, normal x; NaN stays NaN.
+// log(x) for positive, normal x. NaN stays NaN.
 RECATTN_INLINE Floats log_positive(Floats x) {
     const Integers bits = reinterpret_cast<Integers>(x);
-    const Integers exponent = (bits - 0x3f3504f3) >> 23;  // x = 2^exponent m, m in [sqrt(1/2), sqrt(2))
+    const Integers exponent = (bits - 0x3f3504f3) >> 23;  // x = 2^exponent m with m in [sqrt(1/2), sqrt(2))
     const Floats m = reinterpret_cast<Floats>(bits - (exponent << 23));
     const Floats t = (m - 1.0f) / (m + 1.0f), t2 = t * t;
-    const Floats series = (((t2 / 9.0f + 1.0f / 7) * t2 + 0.2f) * t2 + 1.0f / 3) * t2 + 1.0f;
-    const Floats log_x = __builtin_convertvector(exponent, Floats) * kLn2 + 2.0f * t * series;
-    return x == x ? log_x : x;
+    const Floats atanh = ((((t2 * (1.0f / 9) + 1.0f / 7) * t2 + 0.2f) * t2 + 1.0f / 3) * t2 + 1.0f) * t;
+    return x == x ? __builtin_convertvector(exponent, Floats) * kLn2 + 2.0f * atanh : x;
 }
 
-// --- One task ---
+// qk_t = k q_t: `count` rows of V registers.
+template <int V, int M = tile_keys(V)>
+RECATTN_INLINE void multiply_keys(Lhs<float> k, Rhs<float> q_t, Out<float> qk_t, int64_t count, int64_t dim) {
+    for (; count >= M; count -= M, k.data += M * k.row_stride, qk_t.data += M * qk_t.row_stride) {
+        for_each_sum_block(k, q_t, qk_t, dim,
+                           [](Lhs<float> lhs, Rhs<float> rhs, Out<float> out, int64_t terms)
+                               RECATTN_TARGET { multiply_tile<M, V>(lhs, rhs, out, terms); });
+    }
+    if constexpr (M > 1) multiply_keys<V, (M > 4 ? 4 : M / 2)>(k, q_t, qk_t, count, dim);
+}
 
+// acc (+)= p v with p transposed, p_t[j, i]. Rows are rounded up to whole lanes.
+template <int M = RECATTN_TILE_ROWS>
+RECATTN_INLINE void multiply_values(Lhs<float> p, Rhs<float> v, Out<float> acc, int64_t rows, int64_t count,
+                                    int64_t columns) {
+    for (; rows >= M; rows -= M, p.data += M * p.row_stride, acc.data += M * acc.row_stride) {
+        multiply_columns<M, RECATTN_TILE_VECTORS>(p, v, acc, count, columns);
+    }
+    if constexpr (M > 2) multiply_values<M - 2>(p, v, acc, rows + (rows & 1), count, columns);
+}
+
+// Computes tasks, one after another, in its scratch memory.
 template <class T>
 class Forward {
   public:
     RECATTN_TARGET Forward(const SinkAttention<T>& op, int64_t max_rows)
         : op_(op),
           width_(round_up_to_lanes<float>(op.value_dim)),
-          max_rows_((max_rows + kPanelRows - 1) / kPanelRows * kPanelRows),
+          max_rows_(round_up_to_lanes<float>(max_rows)),
           q_t_(max_rows_ * op.dim),
           acc_(max_rows_ * width_),
           row_max_(max_rows_),
@@ -73,32 +73,72 @@ class Forward {
           values_(kBlockKeys * width_) {}
 
     RECATTN_TARGET void run(const QueryBlock& task) {
+        task_ = task;
+        if (task.first == 0) write_padding();
+        if (task.count == 0) return;
+        load_rows();
+        for_each_panel([&](const auto& panel) RECATTN_TARGET { load_queries(panel); });
         const Sequence& sequence = *task.sequence;
-        if (task.first == 0) write_padding(task);
-        rows_ = op_.group() * task.count;
-        if (rows_ == 0) return;
-        load_queries(task);
         const int64_t end = op_.causal ? task.first + task.count : sequence.length;
-        int64_t first_sink = 0, last_sink = 0;
-        for (int64_t first = 0; first < end; first += kBlockKeys) {
-            const int64_t count = std::min(kBlockKeys, end - first);
-            while (first_sink < sequence.num_sinks && sequence.sinks[first_sink] < first) ++first_sink;
-            last_sink = std::max(first_sink, last_sink);
-            while (last_sink < sequence.num_sinks && sequence.sinks[last_sink] < first + count) ++last_sink;
-            add_keys(task, first, count, first_sink, last_sink);
+        const int64_t *sink = sequence.sinks, *last_sink = sink + sequence.num_sinks;
+        for (Keys keys{}; keys.first < end; keys.first += kBlockKeys) {
+            keys.count = std::min(kBlockKeys, end - keys.first);
+            keys.first_sink = std::lower_bound(sink, last_sink, keys.first);
+            keys.last_sink = sink = std::lower_bound(keys.first_sink, last_sink, keys.first + keys.count);
+            const int64_t position = sequence.start + keys.first;
+            keys.k = as_lhs(op_.k.at(sequence.batch, task.kv_head, position), op_.k.row_stride, keys.count, op_.dim,
+                            keys_.data());
+            keys.v = as_rhs(op_.v.at(sequence.batch, task.kv_head, position), op_.v.row_stride, keys.count,
+                            op_.value_dim, values_.data());
+            for_each_panel([&](const auto& panel) RECATTN_TARGET { add_keys(panel, keys); });
         }
-        store_rows(task);
+        store_rows();
     }
 
   private:
     static constexpr int64_t lanes = Vector<float>::lanes;
+    static constexpr float kMaxLag = 8;
     static constexpr float infinity = std::numeric_limits<float>::infinity();
 
-    RECATTN_TARGET void write_padding(const QueryBlock& task) const {
-        const Sequence& sequence = *task.sequence;
+    // Row g * count + i of a task is query first + i of head g of the group. Rows of a panel: `row` and after.
+    template <int V>
+    struct Panel {
+        static constexpr int vectors = V;
+        static constexpr int64_t width = V * lanes;
+        int64_t row, rows;
+    };
+
+    // Keys first .. first + count - 1 of the sequence, and the sinks among them.
+    struct Keys {
+        int64_t first, count;
+        const int64_t *first_sink, *last_sink;
+        Lhs<float> k;
+        Rhs<float> v;
+    };
+
+    // Panels of three registers; the last two of two, rather than three and one.
+    template <class Function>
+    RECATTN_INLINE void for_each_panel(const Function& function) {
+        for (int64_t row = 0, rows = op_.group() * task_.count; row < rows;) {
+            const int64_t left = rows - row;
+            if (left > 4 * lanes || (left > 2 * lanes && left <= 3 * lanes)) {
+                function(Panel<3>{row, std::min(left, 3 * lanes)});
+                row += 3 * lanes;
+            } else if (left > lanes) {
+                function(Panel<2>{row, std::min(left, 2 * lanes)});
+                row += 2 * lanes;
+            } else {
+                function(Panel<1>{row, left});
+                row += lanes;
+            }
+        }
+    }
+
+    RECATTN_TARGET void write_padding() const {
+        const Sequence& sequence = *task_.sequence;
         if (op_.packed || sequence.length == op_.n) return;
         for (int64_t g = 0; g < op_.group(); ++g) {
-            const int64_t head = task.kv_head * op_.group() + g;
+            const int64_t head = task_.kv_head * op_.group() + g;
             for (int64_t i = 0; i < op_.n; ++i) {
                 if (i >= sequence.start && i < sequence.start + sequence.length) continue;
                 T* row = op_.new_out.at(sequence.batch, head, i);
@@ -108,168 +148,226 @@ class Forward {
         }
     }
 
-    // Fills q_t and the tables of the rows.
-    RECATTN_TARGET void load_queries(const QueryBlock& task) {
-        const Sequence& sequence = *task.sequence;
-        const float scale = op_.scale * kLog2e;
+    // Tables of the rows; rows that fill up a register repeat the last.
+    RECATTN_TARGET void load_rows() {
+        const Sequence& sequence = *task_.sequence;
+        const int64_t *first_sink = sequence.sinks, *last_sink = first_sink + sequence.num_sinks;
         int64_t row = 0;
         for (int64_t g = 0; g < op_.group(); ++g) {
-            const int64_t head = task.kv_head * op_.group() + g;
+            const int64_t head = task_.kv_head * op_.group() + g;
             const float logit = op_.sink_logits ? op_.sink_logits[head] * kLog2e : -infinity;
-            const int64_t* sink = std::lower_bound(sequence.sinks, sequence.sinks + sequence.num_sinks, task.first);
-            for (int64_t i = 0; i < task.count; ++i, ++row) {
-                const bool is_sink = sink < sequence.sinks + sequence.num_sinks && *sink == task.first + i;
-                positions_.data()[row] = static_cast<int32_t>(task.first + i);
-                sinks_.data()[row] = is_sink ? static_cast<int32_t>(sink - sequence.sinks) : -1;
-                heads_.data()[row] = static_cast<int32_t>(head);
-                sink += is_sink;
-                row_max_.data()[row] = logit;
-                row_sum_.data()[row] = logit == -infinity ? 0 : 1 + (logit - logit);  // NaN for +inf, as its softmax is
+            const float row_sum = logit == -infinity ? 0 : 1 + (logit - logit);  // +inf gives NaN, as softmax does
+            for (int64_t i = 0; i < task_.count; ++i) {
+                positions_.data()[row + i] = static_cast<int32_t>(task_.first + i);
+                sinks_.data()[row + i] = -1;
+                heads_.data()[row + i] = static_cast<int32_t>(head);
+                row_max_.data()[row + i] = logit;
+                row_sum_.data()[row + i] = row_sum;
             }
+            const int64_t* sink = std::lower_bound(first_sink, last_sink, task_.first);
+            for (; sink < last_sink && *sink < task_.first + task_.count; ++sink) {
+                sinks_.data()[row + *sink - task_.first] = static_cast<int32_t>(sink - first_sink);
+            }
+            row += task_.count;
         }
-        for (; row % kPanelRows != 0; ++row) {
-            positions_.data()[row] = positions_.data()[rows_ - 1];
+        for (; row % lanes != 0; ++row) {
+            positions_.data()[row] = positions_.data()[row - 1];
             sinks_.data()[row] = -1;
-            heads_.data()[row] = heads_.data()[rows_ - 1];
-            row_max_.data()[row] = -infinity;
-            row_sum_.data()[row] = 0;
-        }
-        std::fill_n(acc_.data(), row * width_, 0.0f);
-        for (int64_t r = 0; r < row; ++r) {
-            float* out = q_t_.data() + r / kPanelRows * kPanelRows * op_.dim + r % kPanelRows;
-            const T* q =
-                r < rows_ ? op_.q.at(sequence.batch, heads_.data()[r], sequence.start + positions_.data()[r]) : nullptr;
-            for (int64_t d = 0; d < op_.dim; ++d) out[d * kPanelRows] = q ? static_cast<float>(q[d]) * scale : 0.0f;
+            heads_.data()[row] = heads_.data()[row - 1];
+            row_max_.data()[row] = row_max_.data()[row - 1];
+            row_sum_.data()[row] = row_sum_.data()[row - 1];
         }
     }
 
-    // Keys first .. first + count - 1, of which first_sink .. last_sink - 1 are the sinks.
-    RECATTN_TARGET void add_keys(const QueryBlock& task, int64_t first, int64_t count, int64_t first_sink,
-                                 int64_t last_sink) {
-        const Sequence& sequence = *task.sequence;
-        const int64_t position = sequence.start + first;
-        const Lhs<float> k =
-            as_lhs(op_.k.at(sequence.batch, task.kv_head, position), op_.k.row_stride, count, op_.dim, keys_.data());
-        const Rhs<float> v = as_rhs(op_.v.at(sequence.batch, task.kv_head, position), op_.v.row_stride, count,
-                                    op_.value_dim, values_.data());
-        for (int64_t row = 0; row < rows_; row += kPanelRows) {
-            const int64_t panel_rows = std::min(kPanelRows, rows_ - row);
-            int64_t visible = count;
-            if (op_.causal) {
-                int64_t last = 0;
-                for (int64_t r = row; r < row + panel_rows; ++r) last = std::max<int64_t>(last, positions_.data()[r]);
-                visible = std::min(count, last + 1 - first);
+    // q_t [D, width]: the panel's queries as columns, multiplied by the scale.
+    template <int V>
+    RECATTN_TARGET void load_queries(Panel<V> panel) {
+        const Sequence& sequence = *task_.sequence;
+        const float scale = op_.scale * kLog2e;
+        for (int64_t v = 0; v < panel.width; v += lanes) {
+            const T* rows[lanes];
+            for (int64_t m = 0; m < lanes; ++m) {
+                const int64_t row = panel.row + v + m;
+                rows[m] = op_.q.at(sequence.batch, heads_.data()[row], sequence.start + positions_.data()[row]);
             }
-            if (visible <= 0) continue;
-            float* qk_t = qk_t_.data();
-            multiply_keys<kTileKeys>(k, {q_t_.data() + row * op_.dim, kPanelRows}, {qk_t, kPanelRows, false}, visible,
-                                     op_.dim);
-            if (last_sink > first_sink) add_bias(task, row, first, visible, first_sink, last_sink);
-            if (op_.causal) mask(row, first, visible);
-            softmax(row, visible);
-            if (op_.dropout) drop(task, row, first, visible);
-            float* acc = acc_.data() + row * width_;
-            for_each_sum_block(Lhs<float>{qk_t, 1, kPanelRows}, v, Out<float>{acc, width_, true}, visible,
-                               [&](Lhs<float> lhs, Rhs<float> rhs, Out<float> out, int64_t terms) RECATTN_TARGET {
-                                   multiply<RECATTN_TILE_ROWS>(lhs, rhs, out, kPanelRows, terms, width_);
-                               });
+            float* out = q_t_.data() + panel.row * op_.dim + v;
+            if (op_.dim < lanes) {
+                for (int64_t d = 0; d < op_.dim; ++d) {
+                    for (int64_t m = 0; m < lanes; ++m) {
+                        out[d * panel.width + m] = static_cast<float>(rows[m][d]) * scale;
+                    }
+                }
+                continue;
+            }
+            for (int64_t d = 0; d < op_.dim; d += lanes) {
+                const int64_t first = std::min(d, op_.dim - lanes);  // the last block overlaps the one before
+                const auto row = [&](int m) RECATTN_TARGET __attribute__((always_inline)) {
+                    Floats values;
+                    for (int i = 0; i < lanes; ++i) values[i] = static_cast<float>(rows[m][first + i]);
+                    return values * scale;
+                };
+                transpose_registers(row, out + first * panel.width, panel.width);
+            }
         }
     }
 
-    template <int M>
-    RECATTN_TARGET static void multiply_keys(Lhs<float> k, Rhs<float> q_t, Out<float> qk_t, int64_t count,
-                                             int64_t dim) {
-        for (; count >= M; count -= M, k.data += M * k.row_stride, qk_t.data += M * qk_t.row_stride) {
-            for_each_sum_block(k, q_t, qk_t, dim,
-                               [](Lhs<float> lhs, Rhs<float> rhs, Out<float> out, int64_t terms)
-                                   RECATTN_TARGET { multiply_tile<M, kPanelVectors>(lhs, rhs, out, terms); });
+    template <int V>
+    RECATTN_TARGET void add_keys(Panel<V> panel, const Keys& keys) {
+        int64_t count = keys.count;
+        if (op_.causal) {
+            const auto [first, last] =
+                std::minmax_element(positions_.data() + panel.row, positions_.data() + panel.row + panel.rows);
+            count = std::min(count, *last + 1 - keys.first);
+            if (count <= 0) return;
+            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, op_.dim);
+            add_bias(panel, keys, count);
+            if (keys.first + count - 1 > *first) mask(panel, keys, count);
+        } else {
+            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, op_.dim);
+            add_bias(panel, keys, count);
         }
-        if constexpr (M > 1) multiply_keys<M / 2>(k, q_t, qk_t, count, dim);
+        softmax(panel, keys, count);
+        if (op_.dropout) drop(panel, keys, count);
+        // Every panel sees the first block, which overwrites acc.
+        for_each_sum_block(Lhs<float>{qk_t_.data(), 1, panel.width}, keys.v,
+                           Out<float>{acc_.data() + panel.row * width_, width_, keys.first > 0}, count,
+                           [&](Lhs<float> p, Rhs<float> v, Out<float> acc, int64_t terms)
+                               RECATTN_TARGET { multiply_values(p, v, acc, panel.rows, terms, width_); });
     }
 
-    RECATTN_TARGET void add_bias(const QueryBlock& task, int64_t row, int64_t first, int64_t count, int64_t first_sink,
-                                 int64_t last_sink) {
-        const Sequence& sequence = *task.sequence;
-        for (int64_t r = 0; r < kPanelRows; ++r) {
-            const int64_t sink = sinks_.data()[row + r];
+    template <int V>
+    RECATTN_INLINE Rhs<float> q_t(Panel<V> panel) const {
+        return {q_t_.data() + panel.row * op_.dim, panel.width};
+    }
+
+    template <int V>
+    RECATTN_INLINE Out<float> qk_t(Panel<V> panel) {
+        return {qk_t_.data(), panel.width, false};
+    }
+
+    template <int V>
+    RECATTN_TARGET void add_bias(Panel<V> panel, const Keys& keys, int64_t count) {
+        if (keys.first_sink == keys.last_sink) return;
+        for (int64_t r = 0; r < panel.rows; ++r) {
+            const int64_t sink = sinks_.data()[panel.row + r];
             if (sink < 0) continue;
-            const float* bias = op_.bias_of(sequence, heads_.data()[row + r]) + sink * op_.num_sinks;
-            for (int64_t s = first_sink; s < last_sink && sequence.sinks[s] < first + count; ++s) {
-                qk_t_.data()[(sequence.sinks[s] - first) * kPanelRows + r] += bias[s] * kLog2e;
+            const float* bias = op_.bias_of(*task_.sequence, heads_.data()[panel.row + r]) + sink * op_.num_sinks;
+            float* column = qk_t_.data() + r;
+            for (const int64_t* j = keys.first_sink; j < keys.last_sink && *j < keys.first + count; ++j) {
+                column[(*j - keys.first) * panel.width] += bias[j - task_.sequence->sinks] * kLog2e;
             }
         }
     }
 
-    RECATTN_TARGET void mask(int64_t row, int64_t first, int64_t count) {
-        for (int64_t v = 0; v < kPanelRows; v += lanes) {
+    template <int V>
+    RECATTN_TARGET void mask(Panel<V> panel, const Keys& keys, int64_t count) {
+        using Positions = Vector<int32_t>::type;
+        for (int64_t v = 0; v < panel.width; v += lanes) {
+            const auto positions = *reinterpret_cast<const Positions*>(positions_.data() + panel.row + v);
             for (int64_t j = 0; j < count; ++j) {
-                float* qk_t = qk_t_.data() + j * kPanelRows + v;
-                for (int64_t lane = 0; lane < lanes; ++lane) {
-                    if (first + j > positions_.data()[row + v + lane]) qk_t[lane] = -infinity;
+                float* qk_t = qk_t_.data() + j * panel.width + v;
+                store(qk_t, positions < static_cast<int32_t>(keys.first + j) ? Floats{} - infinity : load(qk_t));
+            }
+        }
+    }
+
+    // p in place of qk. row_max stays as it is until a score exceeds it by more than kMaxLag, so that acc is rarely
+    // multiplied by a change of scale.
+    template <int V>
+    RECATTN_TARGET void softmax(Panel<V> panel, const Keys& keys, int64_t count) {
+        float *qk_t = qk_t_.data(), *row_max = row_max_.data() + panel.row, *row_sum = row_sum_.data() + panel.row;
+        Floats maxes[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) maxes[v] = Floats{} - infinity;
+        for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                const Floats x = load(qk_t + j * panel.width + v * lanes);
+                maxes[v] = maxes[v] > x ? maxes[v] : x;
+            }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            const Floats old_max = load(row_max + v * lanes);
+            const Floats new_max = maxes[v] > old_max + kMaxLag ? maxes[v] : old_max;
+            const Floats max = new_max == -infinity ? Floats{} : new_max;  // no key yet
+            Floats sum = load(row_sum + v * lanes), sums{};
+            if (any(new_max > old_max)) {
+                store(row_max + v * lanes, new_max);
+                const Floats change = exp2_of(old_max - max);
+                sum *= change;
+                if (keys.first > 0) multiply_rows(panel.row + v * lanes, change);
+            }
+            float* p = qk_t + v * lanes;
+            int64_t j = 0;
+            for (; j + 1 < count; j += 2, p += 2 * panel.width) {
+                const Floats first = exp2_of(load(p) - max), second = exp2_of(load(p + panel.width) - max);
+                store(p, first);
+                store(p + panel.width, second);
+                sum += first;
+                sums += second;
+            }
+            if (j < count) {
+                const Floats last = exp2_of(load(p) - max);
+                store(p, last);
+                sum += last;
+            }
+            store(row_sum + v * lanes, sum + sums);
+        }
+    }
+
+    RECATTN_TARGET void multiply_rows(int64_t row, Floats factors) {
+        for (int64_t m = 0; m < lanes; ++m) {
+            if (factors[m] == 1) continue;
+            float* acc = acc_.data() + (row + m) * width_;
+            for (int64_t d = 0; d < width_; d += lanes) store(acc + d, load(acc + d) * factors[m]);
+        }
+    }
+
+    template <int V>
+    RECATTN_TARGET void drop(Panel<V> panel, const Keys& keys, int64_t count) {
+        alignas(64) float weights[lanes * kBlockKeys], transposed[lanes * lanes];
+        for (int64_t v = 0; v < panel.width; v += lanes) {
+            for (int64_t m = 0; m < lanes; ++m) {
+                const int64_t row = panel.row + v + m;
+                const uint32_t bh = static_cast<uint32_t>(task_.sequence->index * op_.heads + heads_.data()[row]);
+                dropout_row(op_.dropout, bh, kPerToken, positions_.data()[row], keys.first, kBlockKeys,
+                            weights + m * kBlockKeys);
+            }
+            for (int64_t j = 0; j < count; j += lanes) {
+                transpose_block(weights + j, kBlockKeys, lanes, transposed, lanes);
+                for (int64_t i = 0; i < std::min(lanes, count - j); ++i) {
+                    float* p = qk_t_.data() + (j + i) * panel.width + v;
+                    store(p, load(p) * load(transposed + i * lanes));
                 }
             }
         }
     }
 
-    // p in place of qk. Updates row_max and row_sum, and multiplies acc by the change of scale.
-    RECATTN_TARGET void softmax(int64_t row, int64_t count) {
-        for (int64_t v = 0; v < kPanelRows; v += lanes) {
-            float *qk_t = qk_t_.data() + v, *row_max = row_max_.data() + row + v, *row_sum = row_sum_.data() + row + v;
-            const Floats old_max = load(row_max);
-            Floats new_max = old_max;
-            for (int64_t j = 0; j < count; ++j) {
-                const Floats x = load(qk_t + j * kPanelRows);
-                new_max = new_max > x ? new_max : x;
-            }
-            store(row_max, new_max);
-            const Floats safe_max = new_max == -infinity ? Floats{} : new_max;
-            const Floats change = exp2_nonpositive(old_max - safe_max);
-            Floats sum = load(row_sum) * change;
-            Floats sums{};
-            for (int64_t j = 0; j < count; ++j) {
-                const Floats p = exp2_nonpositive(load(qk_t + j * kPanelRows) - safe_max);
-                store(qk_t + j * kPanelRows, p);
-                sums += p;
-            }
-            store(row_sum, sum + sums);
-            for (int64_t lane = 0; lane < lanes; ++lane) {
-                if (change[lane] == 1) continue;
-                float* acc = acc_.data() + (row + v + lane) * width_;
-                for (int64_t d = 0; d < width_; d += lanes) store(acc + d, load(acc + d) * change[lane]);
-            }
+    RECATTN_TARGET void store_rows() {
+        const Sequence& sequence = *task_.sequence;
+        const int64_t rows = op_.group() * task_.count;
+        for (int64_t row = 0; row < rows; row += lanes) {
+            const Floats sum = load(row_sum_.data() + row);
+            const Floats lse = load(row_max_.data() + row) * kLn2 + log_positive(sum);
+            store(row_max_.data() + row, sum == 0.0f ? Floats{} - infinity : lse);
+            store(row_sum_.data() + row, sum == 0.0f ? Floats{} : 1.0f / sum);
         }
-    }
-
-    RECATTN_TARGET void drop(const QueryBlock& task, int64_t row, int64_t first, int64_t count) {
-        alignas(64) float weights[kBlockKeys + 16 * lanes];
-        for (int64_t r = 0; r < std::min(kPanelRows, rows_ - row); ++r) {
-            const uint32_t bh = static_cast<uint32_t>(task.sequence->index * op_.heads + heads_.data()[row + r]);
-            dropout_row(op_.dropout, bh, kPerToken, positions_.data()[row + r], first, count, weights);
-            for (int64_t j = 0; j < count; ++j) qk_t_.data()[j * kPanelRows + r] *= weights[j];
-        }
-    }
-
-    RECATTN_TARGET void store_rows(const QueryBlock& task) {
-        const Sequence& sequence = *task.sequence;
-        for (int64_t v = 0; v < rows_; v += lanes) {
-            const Floats sum = load(row_sum_.data() + v);
-            const Floats lse = load(row_max_.data() + v) * kLn2 + log_positive(sum);
-            store(row_max_.data() + v, sum == 0.0f ? Floats{} - infinity : lse);
-            store(row_sum_.data() + v, sum == 0.0f ? Floats{} : 1.0f / sum);
-        }
-        for (int64_t r = 0; r < rows_; ++r) {
-            const int64_t head = heads_.data()[r], position = sequence.start + positions_.data()[r];
-            *op_.lse.at(sequence.batch, head, position) = row_max_.data()[r];
-            const float *acc = acc_.data() + r * width_, inverse = row_sum_.data()[r];
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t head = heads_.data()[row], position = sequence.start + positions_.data()[row];
+            *op_.lse.at(sequence.batch, head, position) = row_max_.data()[row];
+            const float *acc = acc_.data() + row * width_, inverse = row_sum_.data()[row];
             T* out = op_.new_out.at(sequence.batch, head, position);
             for (int64_t d = 0; d < op_.value_dim; ++d) out[d] = static_cast<T>(acc[d] * inverse);
         }
     }
 
     const SinkAttention<T>& op_;
-    int64_t width_, max_rows_, rows_ = 0;
-    Scratch<float> q_t_, acc_, row_max_, row_sum_;
-    Scratch<int32_t> positions_, sinks_, heads_;
+    QueryBlock task_{};
+    int64_t width_, max_rows_;
+    Scratch<float> q_t_, acc_;                    // panels of q_t [D, width]; acc [rows, width_]
+    Scratch<float> row_max_, row_sum_;            // [rows]
+    Scratch<int32_t> positions_, sinks_, heads_;  // [rows]; sinks: index of the sink in the sequence, or -1
     Scratch<float> qk_t_, keys_, values_;
 };
 

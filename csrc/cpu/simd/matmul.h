@@ -138,15 +138,15 @@ RECATTN_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, kLane...>
 #endif
 }
 
-// out[n, m] = in[m, n] for one block: at most `lanes` rows, exactly `lanes` columns. Writes zeros for missing rows.
-template <class E>
-RECATTN_INLINE void transpose_block(const E* in, int64_t in_row_stride, int64_t rows, E* out, int64_t out_row_stride) {
+// out[n, m] = row(m)[n] for one block of `lanes` rows and columns: row(m) is a register.
+template <class E, class Row>
+RECATTN_INLINE void transpose_registers(const Row& row, E* out, int64_t out_row_stride) {
     using Vec = typename Vector<E>::type;
     constexpr int lanes = Vector<E>::lanes;
     using Lanes = std::make_integer_sequence<int, lanes>;
     Vec block[lanes], shuffled[lanes];
 #pragma GCC unroll 16
-    for (int m = 0; m < lanes; ++m) block[m] = m < rows ? *reinterpret_cast<const Vec*>(in + m * in_row_stride) : Vec{};
+    for (int m = 0; m < lanes; ++m) block[m] = row(m);
 #pragma GCC unroll 4
     for (int distance = 1; distance < lanes; distance *= 2) {  // each round exchanges one bit of m and n
 #pragma GCC unroll 8
@@ -159,6 +159,16 @@ RECATTN_INLINE void transpose_block(const E* in, int64_t in_row_stride, int64_t 
     }
 #pragma GCC unroll 16
     for (int n = 0; n < lanes; ++n) *reinterpret_cast<Vec*>(out + n * out_row_stride) = block[n];
+}
+
+// out[n, m] = in[m, n] for one block: at most `lanes` rows, exactly `lanes` columns. Writes zeros for missing rows.
+template <class E>
+RECATTN_INLINE void transpose_block(const E* in, int64_t in_row_stride, int64_t rows, E* out, int64_t out_row_stride) {
+    using Vec = typename Vector<E>::type;
+    const auto row = [=](int m) RECATTN_TARGET __attribute__((always_inline)) {
+        return m < rows ? *reinterpret_cast<const Vec*>(in + m * in_row_stride) : Vec{};
+    };
+    transpose_registers(row, out, out_row_stride);
 }
 
 // out[n, m] = in[m, n]. Rows of `out` are written in whole registers.

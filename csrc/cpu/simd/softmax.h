@@ -5,6 +5,10 @@
 //
 // A row is read and written in whole registers. Needs matmul.h. No include guard.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace recattn::RECATTN_ISA {
 
 using Floats = Vector<float>::type;
@@ -53,21 +57,30 @@ RECATTN_INLINE float max_of_lanes(Floats values) {
     }
 }
 
-// exp(x) for x <= 0, within 2 units in the last place; 0 where the result would be subnormal.
-// exp(x) = 2^k exp(r) with x = k ln 2 + r, |r| <= ln 2 / 2.
-RECATTN_INLINE Floats exp_nonpositive(Floats x) {
-    constexpr float round = 12582912.0f;  // 1.5 · 2^23: adding and subtracting it rounds to an integer
-    const Floats k = (x * 1.44269504f + round) - round;
-    const Floats r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-    Floats p = 1.0f / 5040 + Floats{};  // Taylor series; the terms left out are below 0.1 units in the last place
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * (r * r) + r + 1.0f;
-    const Integers exponent = (__builtin_convertvector(k, Integers) + 127) << 23;
-    return x < -87.3f ? Floats{} : p * reinterpret_cast<Floats>(exponent);
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+RECATTN_INLINE bool any(Integers mask) { return max_of_lanes(mask ? Floats{} + 1.0f : Floats{}) > 0; }
+
+// The larger of both; the second if one is NaN.
+RECATTN_INLINE Floats max_or_second(Floats a, Floats b) {
+#if defined(__x86_64__) && RECATTN_VECTOR_BYTES == 32  // GCC compares and blends where `a` is a constant
+    return reinterpret_cast<Floats>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// 2^x for x <= 100, within 1 unit in the last place; 0 below 2^-126. NaN stays NaN.
+// 2^x = 2^k 2^r with an integer k and |r| <= 1/2.
+RECATTN_INLINE Floats exp2_of(Floats x) {
+    constexpr float round = 12582912.0f + 127;  // 1.5 · 2^23: the lowest bits of its sum with x hold k + 127
+    x = max_or_second(Floats{} - 127.0f, x);
+    const Floats shifted = x + round;
+    const Floats r = x - (shifted - round), r2 = r * r;
+    // Minimax polynomial of a relative error below 2^-28, in an order that leaves few steps one after another.
+    const Floats last = (r * 1.5345812e-4f + 1.3399931e-3f) * r + 9.6184891e-3f;
+    const Floats p = (last * r2 + (r * 5.5503286e-2f + 2.4022646e-1f)) * r2 + (r * 6.9314718e-1f + 1.0f);
+    return p * reinterpret_cast<Floats>(reinterpret_cast<Integers>(shifted) << 23);
 }
 
 // Multiplies the first `count` entries by `scale`; zeros up to `columns`.
@@ -77,20 +90,20 @@ RECATTN_INLINE void scale_row(float* row, int64_t count, int64_t columns, float 
     }
 }
 
-// p = softmax(scale * qk) of the first `count` entries, in place; zeros up to `columns`.
+// p = softmax(scale * qk) of the first `count` entries, in place; zeros up to `columns`. In units of log 2.
 RECATTN_INLINE void softmax_row(float* row, int64_t count, int64_t columns, float scale) {
     constexpr int64_t lanes = Vector<float>::lanes;
     constexpr float infinity = std::numeric_limits<float>::infinity();
     Floats row_maxes = Floats{} - infinity;
     for (int64_t j = 0; j < count; j += lanes) {
-        const Floats x = first_lanes(load(row + j) * scale, count - j, -infinity);
+        const Floats x = first_lanes(load(row + j) * (scale * kLog2e), count - j, -infinity);
         store(row + j, x);
         row_maxes = x > row_maxes ? x : row_maxes;
     }
     const float row_max = max_of_lanes(row_maxes);
     Floats row_sums{};
     for (int64_t j = 0; j < count; j += lanes) {
-        const Floats x = exp_nonpositive(load(row + j) - row_max);
+        const Floats x = exp2_of(load(row + j) - row_max);
         store(row + j, x);
         row_sums += x;
     }
