@@ -83,6 +83,9 @@ RECATTN_INLINE Floats exp2_of(Floats x) {
     return p * reinterpret_cast<Floats>(reinterpret_cast<Integers>(shifted) << 23);
 }
 
+// exp(x) for x <= 0, or little more: 2^y is exact to the last place, y = x log2(e) is rounded.
+RECATTN_INLINE Floats exp_nonpositive(Floats x) { return exp2_of(x * kLog2e); }
+
 // Multiplies the first `count` entries by `scale`; zeros up to `columns`.
 RECATTN_INLINE void scale_row(float* row, int64_t count, int64_t columns, float scale) {
     for (int64_t j = 0; j < columns; j += Vector<float>::lanes) {
