@@ -21,7 +21,6 @@
 #include "cpu/simd/isa.h"
 
 namespace recattn {
-namespace {
 
 // One task of the forward: the queries first .. first + count - 1 of the heads that share a key head.
 struct QueryBlock {
@@ -29,7 +28,6 @@ struct QueryBlock {
     int64_t kv_head, first, count;
 };
 
-}  // namespace
 }  // namespace recattn
 
 #define RECATTN_KERNELS "cpu/sink_attention_kernels.h"

@@ -16,12 +16,8 @@ struct Sequence {
     int64_t first_sink, num_sinks;
 };
 
-// One call, forward or backward. Group: heads / kv_heads query heads that share one key head. Padding of the results is
-// theirs to write too: the kernels write every token of out, lse, dq, dk and dv.
-template <class T>
-struct SinkAttention {
-    Tokens<const T> q, k, v, out, dout;
-    Tokens<T> new_out, dq, dk, dv;
+// What does not depend on the dtype of the tokens. Group: heads / kv_heads query heads that share one key head.
+struct SinkOptions {
     Tokens<float> lse;          // columns = 1: written by the forward, read by the backward
     const Sequence* sequences;  // [num_sequences]
     const float* bias;          // [num_sequences, bias_heads, M, M]
@@ -40,6 +36,14 @@ struct SinkAttention {
                    num_sinks +
                sequence.first_sink;
     }
+};
+
+// One call, forward or backward. Padding of the results is theirs to write too: the kernels write every token of out,
+// lse, dq, dk and dv.
+template <class T>
+struct SinkAttention : SinkOptions {
+    Tokens<const T> q, k, v, out, dout;
+    Tokens<T> new_out, dq, dk, dv;
 };
 
 // Computes dq, dk, dv, dbias and dsink_logits (sink_attention_bwd.cpp).

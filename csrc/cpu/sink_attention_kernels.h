@@ -53,51 +53,23 @@ RECATTN_INLINE void multiply_values(Lhs<float> p, Rhs<float> v, Out<float> acc, 
     if constexpr (M > 2) multiply_values<M - 2>(p, v, acc, rows + (rows & 1), count, columns);
 }
 
-// Computes tasks, one after another, in its scratch memory.
-template <class T>
-class Forward {
+// The queries of a task and their online softmax, in float32.
+class Panels {
   public:
-    RECATTN_TARGET Forward(const SinkAttention<T>& op, int64_t max_rows)
-        : op_(op),
-          width_(round_up_to_lanes<float>(op.value_dim)),
-          max_rows_(round_up_to_lanes<float>(max_rows)),
-          q_t_(max_rows_ * op.dim),
-          acc_(max_rows_ * width_),
-          row_max_(max_rows_),
-          row_sum_(max_rows_),
-          positions_(max_rows_),
-          sinks_(max_rows_),
-          heads_(max_rows_),
-          qk_t_(kBlockKeys * kPanelRows),
-          keys_(kBlockKeys * op.dim),
-          values_(kBlockKeys * width_) {}
+    RECATTN_TARGET Panels(const SinkOptions& op, int64_t max_rows)
+        : width_(round_up_to_lanes<float>(op.value_dim)),
+          q_t_(round_up_to_lanes<float>(max_rows) * op.dim),
+          acc_(round_up_to_lanes<float>(max_rows) * width_),
+          row_max_(round_up_to_lanes<float>(max_rows)),
+          row_sum_(round_up_to_lanes<float>(max_rows)),
+          positions_(round_up_to_lanes<float>(max_rows)),
+          sinks_(round_up_to_lanes<float>(max_rows)),
+          heads_(round_up_to_lanes<float>(max_rows)),
+          options_(op),
+          qk_t_(kBlockKeys * kPanelRows) {}
 
-    RECATTN_TARGET void run(const QueryBlock& task) {
-        task_ = task;
-        if (task.first == 0) write_padding();
-        if (task.count == 0) return;
-        load_rows();
-        for_each_panel([&](const auto& panel) RECATTN_TARGET { load_queries(panel); });
-        const Sequence& sequence = *task.sequence;
-        const int64_t end = op_.causal ? task.first + task.count : sequence.length;
-        const int64_t *sink = sequence.sinks, *last_sink = sink + sequence.num_sinks;
-        for (Keys keys{}; keys.first < end; keys.first += kBlockKeys) {
-            keys.count = std::min(kBlockKeys, end - keys.first);
-            keys.first_sink = std::lower_bound(sink, last_sink, keys.first);
-            keys.last_sink = sink = std::lower_bound(keys.first_sink, last_sink, keys.first + keys.count);
-            const int64_t position = sequence.start + keys.first;
-            keys.k = as_lhs(op_.k.at(sequence.batch, task.kv_head, position), op_.k.row_stride, keys.count, op_.dim,
-                            keys_.data());
-            keys.v = as_rhs(op_.v.at(sequence.batch, task.kv_head, position), op_.v.row_stride, keys.count,
-                            op_.value_dim, values_.data());
-            for_each_panel([&](const auto& panel) RECATTN_TARGET { add_keys(panel, keys); });
-        }
-        store_rows();
-    }
-
-  private:
+  protected:
     static constexpr int64_t lanes = Vector<float>::lanes;
-    static constexpr float kMaxLag = 8;
     static constexpr float infinity = std::numeric_limits<float>::infinity();
 
     // Row g * count + i of a task is query first + i of head g of the group. Rows of a panel: `row` and after.
@@ -119,7 +91,7 @@ class Forward {
     // Panels of three registers; the last two of two, rather than three and one.
     template <class Function>
     RECATTN_INLINE void for_each_panel(const Function& function) {
-        for (int64_t row = 0, rows = op_.group() * task_.count; row < rows;) {
+        for (int64_t row = 0, rows = options_.group() * task_.count; row < rows;) {
             const int64_t left = rows - row;
             if (left > 4 * lanes || (left > 2 * lanes && left <= 3 * lanes)) {
                 function(Panel<3>{row, std::min(left, 3 * lanes)});
@@ -134,28 +106,14 @@ class Forward {
         }
     }
 
-    RECATTN_TARGET void write_padding() const {
-        const Sequence& sequence = *task_.sequence;
-        if (op_.packed || sequence.length == op_.n) return;
-        for (int64_t g = 0; g < op_.group(); ++g) {
-            const int64_t head = task_.kv_head * op_.group() + g;
-            for (int64_t i = 0; i < op_.n; ++i) {
-                if (i >= sequence.start && i < sequence.start + sequence.length) continue;
-                T* row = op_.new_out.at(sequence.batch, head, i);
-                std::fill(row, row + op_.value_dim, T(0));
-                *op_.lse.at(sequence.batch, head, i) = -infinity;
-            }
-        }
-    }
-
     // Tables of the rows; rows that fill up a register repeat the last.
     RECATTN_TARGET void load_rows() {
         const Sequence& sequence = *task_.sequence;
         const int64_t *first_sink = sequence.sinks, *last_sink = first_sink + sequence.num_sinks;
         int64_t row = 0;
-        for (int64_t g = 0; g < op_.group(); ++g) {
-            const int64_t head = task_.kv_head * op_.group() + g;
-            const float logit = op_.sink_logits ? op_.sink_logits[head] * kLog2e : -infinity;
+        for (int64_t g = 0; g < options_.group(); ++g) {
+            const int64_t head = task_.kv_head * options_.group() + g;
+            const float logit = options_.sink_logits ? options_.sink_logits[head] * kLog2e : -infinity;
             const float row_sum = logit == -infinity ? 0 : 1 + (logit - logit);  // +inf gives NaN, as softmax does
             for (int64_t i = 0; i < task_.count; ++i) {
                 positions_.data()[row + i] = static_cast<int32_t>(task_.first + i);
@@ -179,55 +137,23 @@ class Forward {
         }
     }
 
-    // q_t [D, width]: the panel's queries as columns, multiplied by the scale.
-    template <int V>
-    RECATTN_TARGET void load_queries(Panel<V> panel) {
-        const Sequence& sequence = *task_.sequence;
-        const float scale = op_.scale * kLog2e;
-        for (int64_t v = 0; v < panel.width; v += lanes) {
-            const T* rows[lanes];
-            for (int64_t m = 0; m < lanes; ++m) {
-                const int64_t row = panel.row + v + m;
-                rows[m] = op_.q.at(sequence.batch, heads_.data()[row], sequence.start + positions_.data()[row]);
-            }
-            float* out = q_t_.data() + panel.row * op_.dim + v;
-            if (op_.dim < lanes) {
-                for (int64_t d = 0; d < op_.dim; ++d) {
-                    for (int64_t m = 0; m < lanes; ++m) {
-                        out[d * panel.width + m] = static_cast<float>(rows[m][d]) * scale;
-                    }
-                }
-                continue;
-            }
-            for (int64_t d = 0; d < op_.dim; d += lanes) {
-                const int64_t first = std::min(d, op_.dim - lanes);  // the last block overlaps the one before
-                const auto row = [&](int m) RECATTN_TARGET __attribute__((always_inline)) {
-                    Floats values;
-                    for (int i = 0; i < lanes; ++i) values[i] = static_cast<float>(rows[m][first + i]);
-                    return values * scale;
-                };
-                transpose_registers(row, out + first * panel.width, panel.width);
-            }
-        }
-    }
-
     template <int V>
     RECATTN_TARGET void add_keys(Panel<V> panel, const Keys& keys) {
         int64_t count = keys.count;
-        if (op_.causal) {
+        if (options_.causal) {
             const auto [first, last] =
                 std::minmax_element(positions_.data() + panel.row, positions_.data() + panel.row + panel.rows);
             count = std::min(count, *last + 1 - keys.first);
             if (count <= 0) return;
-            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, op_.dim);
+            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim);
             add_bias(panel, keys, count);
             if (keys.first + count - 1 > *first) mask(panel, keys, count);
         } else {
-            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, op_.dim);
+            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim);
             add_bias(panel, keys, count);
         }
         softmax(panel, keys, count);
-        if (op_.dropout) drop(panel, keys, count);
+        if (options_.dropout) drop(panel, keys, count);
         // Every panel sees the first block, which overwrites acc.
         for_each_sum_block(Lhs<float>{qk_t_.data(), 1, panel.width}, keys.v,
                            Out<float>{acc_.data() + panel.row * width_, width_, keys.first > 0}, count,
@@ -237,7 +163,7 @@ class Forward {
 
     template <int V>
     RECATTN_INLINE Rhs<float> q_t(Panel<V> panel) const {
-        return {q_t_.data() + panel.row * op_.dim, panel.width};
+        return {q_t_.data() + panel.row * options_.dim, panel.width};
     }
 
     template <int V>
@@ -251,7 +177,8 @@ class Forward {
         for (int64_t r = 0; r < panel.rows; ++r) {
             const int64_t sink = sinks_.data()[panel.row + r];
             if (sink < 0) continue;
-            const float* bias = op_.bias_of(*task_.sequence, heads_.data()[panel.row + r]) + sink * op_.num_sinks;
+            const float* bias =
+                options_.bias_of(*task_.sequence, heads_.data()[panel.row + r]) + sink * options_.num_sinks;
             float* column = qk_t_.data() + r;
             for (const int64_t* j = keys.first_sink; j < keys.last_sink && *j < keys.first + count; ++j) {
                 column[(*j - keys.first) * panel.width] += bias[j - task_.sequence->sinks] * kLog2e;
@@ -330,8 +257,8 @@ class Forward {
         for (int64_t v = 0; v < panel.width; v += lanes) {
             for (int64_t m = 0; m < lanes; ++m) {
                 const int64_t row = panel.row + v + m;
-                const uint32_t bh = static_cast<uint32_t>(task_.sequence->index * op_.heads + heads_.data()[row]);
-                dropout_row(op_.dropout, bh, kPerToken, positions_.data()[row], keys.first, kBlockKeys,
+                const uint32_t bh = static_cast<uint32_t>(task_.sequence->index * options_.heads + heads_.data()[row]);
+                dropout_row(options_.dropout, bh, kPerToken, positions_.data()[row], keys.first, kBlockKeys,
                             weights + m * kBlockKeys);
             }
             for (int64_t j = 0; j < count; j += lanes) {
@@ -344,31 +271,137 @@ class Forward {
         }
     }
 
-    RECATTN_TARGET void store_rows() {
-        const Sequence& sequence = *task_.sequence;
-        const int64_t rows = op_.group() * task_.count;
-        for (int64_t row = 0; row < rows; row += lanes) {
+    // lse in place of row_max, 1 / row_sum in place of row_sum.
+    RECATTN_TARGET void finish_rows() {
+        for (int64_t row = 0; row < options_.group() * task_.count; row += lanes) {
             const Floats sum = load(row_sum_.data() + row);
             const Floats lse = load(row_max_.data() + row) * kLn2 + log_positive(sum);
             store(row_max_.data() + row, sum == 0.0f ? Floats{} - infinity : lse);
             store(row_sum_.data() + row, sum == 0.0f ? Floats{} : 1.0f / sum);
         }
-        for (int64_t row = 0; row < rows; ++row) {
+    }
+
+    QueryBlock task_{};
+    int64_t width_;
+    Scratch<float> q_t_, acc_;                    // panels of q_t [D, width]; acc [rows, width_]
+    Scratch<float> row_max_, row_sum_;            // [rows]
+    Scratch<int32_t> positions_, sinks_, heads_;  // [rows]; sinks: index of the sink in the sequence, or -1
+
+  private:
+    static constexpr float kMaxLag = 8;
+
+    const SinkOptions& options_;
+    Scratch<float> qk_t_;
+};
+
+// Computes tasks, one after another, in its scratch memory.
+template <class T>
+class Forward : Panels {
+  public:
+    RECATTN_TARGET Forward(const SinkAttention<T>& op, int64_t max_rows)
+        : Panels(op, max_rows),
+          op_(op),
+          // Rows that lie a multiple of 1 KB apart share few sets of the L1 cache.
+          copies_values_(!std::is_same_v<T, float> || width_ != op.value_dim || op.v.row_stride % 256 == 0),
+          keys_(std::is_same_v<T, float> ? 0 : kBlockKeys * op.dim),
+          values_(copies_values_ ? kBlockKeys * width_ : 0) {}
+
+    RECATTN_TARGET void run(const QueryBlock& task) {
+        task_ = task;
+        if (task.first == 0) write_padding();
+        if (task.count == 0) return;
+        load_rows();
+        for_each_panel([&](const auto& panel) RECATTN_TARGET { load_queries(panel); });
+        const Sequence& sequence = *task.sequence;
+        const int64_t end = op_.causal ? task.first + task.count : sequence.length;
+        const int64_t *sink = sequence.sinks, *last_sink = sink + sequence.num_sinks;
+        for (Keys keys{}; keys.first < end; keys.first += kBlockKeys) {
+            keys.count = std::min(kBlockKeys, end - keys.first);
+            keys.first_sink = std::lower_bound(sink, last_sink, keys.first);
+            keys.last_sink = sink = std::lower_bound(keys.first_sink, last_sink, keys.first + keys.count);
+            load_keys(keys);
+            for_each_panel([&](const auto& panel) RECATTN_TARGET { add_keys(panel, keys); });
+        }
+        finish_rows();
+        store_rows();
+    }
+
+  private:
+    RECATTN_TARGET void write_padding() const {
+        const Sequence& sequence = *task_.sequence;
+        if (op_.packed || sequence.length == op_.n) return;
+        for (int64_t g = 0; g < op_.group(); ++g) {
+            const int64_t head = task_.kv_head * op_.group() + g;
+            for (int64_t i = 0; i < op_.n; ++i) {
+                if (i >= sequence.start && i < sequence.start + sequence.length) continue;
+                T* row = op_.new_out.at(sequence.batch, head, i);
+                std::fill(row, row + op_.value_dim, T(0));
+                *op_.lse.at(sequence.batch, head, i) = -infinity;
+            }
+        }
+    }
+
+    // q_t [D, width]: the panel's queries as columns, multiplied by the scale.
+    template <int V>
+    RECATTN_TARGET void load_queries(Panel<V> panel) {
+        const Sequence& sequence = *task_.sequence;
+        const float scale = op_.scale * kLog2e;
+        for (int64_t v = 0; v < panel.width; v += lanes) {
+            const T* rows[lanes];
+            for (int64_t m = 0; m < lanes; ++m) {
+                const int64_t row = panel.row + v + m;
+                rows[m] = op_.q.at(sequence.batch, heads_.data()[row], sequence.start + positions_.data()[row]);
+            }
+            float* out = q_t_.data() + panel.row * op_.dim + v;
+            if (op_.dim < lanes) {
+                for (int64_t d = 0; d < op_.dim; ++d) {
+                    for (int64_t m = 0; m < lanes; ++m) {
+                        out[d * panel.width + m] = static_cast<float>(rows[m][d]) * scale;
+                    }
+                }
+                continue;
+            }
+            for (int64_t d = 0; d < op_.dim; d += lanes) {
+                const int64_t first = std::min(d, op_.dim - lanes);  // the last block overlaps the one before
+                const auto row = [&](int m) RECATTN_TARGET
+                    __attribute__((always_inline)) { return load_as_float(rows[m] + first) * scale; };
+                transpose_registers(row, out + first * panel.width, panel.width);
+            }
+        }
+    }
+
+    RECATTN_TARGET void load_keys(Keys& keys) {
+        const int64_t batch = task_.sequence->batch, position = task_.sequence->start + keys.first;
+        const T *k = op_.k.at(batch, task_.kv_head, position), *v = op_.v.at(batch, task_.kv_head, position);
+        keys.k = as_lhs(k, op_.k.row_stride, keys.count, op_.dim, keys_.data());
+        if constexpr (std::is_same_v<T, float>) {
+            keys.v = {v, op_.v.row_stride};
+        }
+        if (!copies_values_) return;
+        for (int64_t j = 0; j < keys.count; ++j) {
+            float* row = values_.data() + j * width_;
+            copy_row(v + j * op_.v.row_stride, op_.value_dim, row);
+            std::fill(row + op_.value_dim, row + width_, 0.0f);
+        }
+        keys.v = {values_.data(), width_};
+    }
+
+    RECATTN_TARGET void store_rows() const {
+        const Sequence& sequence = *task_.sequence;
+        for (int64_t row = 0; row < op_.group() * task_.count; ++row) {
             const int64_t head = heads_.data()[row], position = sequence.start + positions_.data()[row];
             *op_.lse.at(sequence.batch, head, position) = row_max_.data()[row];
             const float *acc = acc_.data() + row * width_, inverse = row_sum_.data()[row];
             T* out = op_.new_out.at(sequence.batch, head, position);
-            for (int64_t d = 0; d < op_.value_dim; ++d) out[d] = static_cast<T>(acc[d] * inverse);
+            int64_t d = 0;
+            for (; d + lanes <= op_.value_dim; d += lanes) store_as(load(acc + d) * inverse, out + d);
+            for (; d < op_.value_dim; ++d) out[d] = static_cast<T>(acc[d] * inverse);
         }
     }
 
     const SinkAttention<T>& op_;
-    QueryBlock task_{};
-    int64_t width_, max_rows_;
-    Scratch<float> q_t_, acc_;                    // panels of q_t [D, width]; acc [rows, width_]
-    Scratch<float> row_max_, row_sum_;            // [rows]
-    Scratch<int32_t> positions_, sinks_, heads_;  // [rows]; sinks: index of the sink in the sequence, or -1
-    Scratch<float> qk_t_, keys_, values_;
+    bool copies_values_;
+    Scratch<float> keys_, values_;
 };
 
 // Tasks next, next + 1, ... until none is left.

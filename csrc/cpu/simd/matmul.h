@@ -5,6 +5,10 @@
 // A register tile holds RECATTN_TILE_ROWS rows of `out` and RECATTN_TILE_VECTORS registers of columns. Strides count
 // elements. No include guard: the header is compiled once for each instruction set.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace recattn::RECATTN_ISA {
 
 template <class A>
@@ -191,9 +195,65 @@ RECATTN_TARGET void transpose(Lhs<E> in, int64_t rows, int64_t columns, E* out, 
     }
 }
 
+// A register of numbers as float32.
+template <class T>
+RECATTN_INLINE Vector<float>::type load_as_float(const T* in) {
+    using Floats = Vector<float>::type;
+    if constexpr (std::is_same_v<T, float>) {
+        return *reinterpret_cast<const Floats*>(in);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+        using Bits = typename Vector<uint32_t>::type;
+        typedef uint16_t Halves __attribute__((vector_size(RECATTN_VECTOR_BYTES / 2), aligned(2), may_alias));
+        return reinterpret_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Halves*>(in), Bits) << 16);
+    } else {
+#if defined(RECATTN_HAS_AVX512)
+        return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in))));
+#elif defined(__x86_64__) && RECATTN_VECTOR_BYTES == 32
+        return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
+#else
+        Floats values;
+        for (int i = 0; i < Vector<float>::lanes; ++i) values[i] = static_cast<float>(in[i]);
+        return values;
+#endif
+    }
+}
+
+// The same back, rounded to the nearest.
+template <class T>
+RECATTN_INLINE void store_as(Vector<float>::type values, T* out) {
+    using Floats = Vector<float>::type;
+    if constexpr (std::is_same_v<T, float>) {
+        *reinterpret_cast<Floats*>(out) = values;
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+        using Bits = typename Vector<uint32_t>::type;
+        typedef uint16_t Halves __attribute__((vector_size(RECATTN_VECTOR_BYTES / 2), aligned(2), may_alias));
+        const Bits bits = reinterpret_cast<Bits>(values);
+        const Bits rounded = (bits + (((bits >> 16) & 1) + 0x7fff)) >> 16;  // ties to even
+        *reinterpret_cast<Halves*>(out) = __builtin_convertvector(values == values ? rounded : Bits{} + 0x7fc0, Halves);
+    } else {
+#if defined(RECATTN_HAS_AVX512)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                            _mm512_cvtps_ph(reinterpret_cast<__m512>(values), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__x86_64__) && RECATTN_VECTOR_BYTES == 32
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                         _mm256_cvtps_ph(reinterpret_cast<__m256>(values), _MM_FROUND_TO_NEAREST_INT));
+#else
+        for (int i = 0; i < Vector<float>::lanes; ++i) out[i] = static_cast<T>(values[i]);
+#endif
+    }
+}
+
+template <class T>
+constexpr bool is_16bit_v = std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>;
+
 template <class To, class From>
 RECATTN_INLINE void copy_row(const From* in, int64_t size, To* out) {
-    for (int64_t i = 0; i < size; ++i) out[i] = static_cast<To>(in[i]);
+    constexpr int64_t lanes = Vector<float>::lanes;
+    int64_t i = 0;
+    if constexpr ((is_16bit_v<From> && std::is_same_v<To, float>) || (is_16bit_v<To> && std::is_same_v<From, float>)) {
+        for (; i + lanes <= size; i += lanes) store_as(load_as_float(in + i), out + i);
+    }
+    for (; i < size; ++i) out[i] = static_cast<To>(in[i]);
 }
 
 // Rows of `in` as an Lhs: `in` itself if it has the accumulator's type, else a converted copy in `scratch`.

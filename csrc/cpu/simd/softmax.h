@@ -5,10 +5,6 @@
 //
 // A row is read and written in whole registers. Needs matmul.h. No include guard.
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace recattn::RECATTN_ISA {
 
 using Floats = Vector<float>::type;
