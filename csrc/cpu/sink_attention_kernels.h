@@ -173,15 +173,39 @@ class Panels {
 
     template <int V>
     RECATTN_TARGET void add_bias(Panel<V> panel, const Keys& keys, int64_t count) {
-        if (keys.first_sink == keys.last_sink) return;
-        for (int64_t r = 0; r < panel.rows; ++r) {
-            const int64_t sink = sinks_.data()[panel.row + r];
-            if (sink < 0) continue;
-            const float* bias =
-                options_.bias_of(*task_.sequence, heads_.data()[panel.row + r]) + sink * options_.num_sinks;
-            float* column = qk_t_.data() + r;
-            for (const int64_t* j = keys.first_sink; j < keys.last_sink && *j < keys.first + count; ++j) {
-                column[(*j - keys.first) * panel.width] += bias[j - task_.sequence->sinks] * kLog2e;
+        const int64_t* last_sink = std::lower_bound(keys.first_sink, keys.last_sink, keys.first + count);
+        for (int64_t v = 0; v < panel.width && keys.first_sink < last_sink; v += lanes) {
+            const float* bias[lanes];  // of the rows that are sinks
+            int64_t sinks = 0;
+            for (int64_t m = 0; m < lanes; ++m) {
+                const int64_t row = panel.row + v + m, sink = sinks_.data()[row];
+                bias[m] = sink < 0 ? nullptr
+                                   : options_.bias_of(*task_.sequence, heads_.data()[row]) + sink * options_.num_sinks;
+                sinks += sink >= 0;
+            }
+            if (sinks == 0) continue;
+            float* qk_t = qk_t_.data() + v - keys.first * panel.width;
+            const int64_t *all = task_.sequence->sinks, first = keys.first_sink - all, last = last_sink - all;
+            if (sinks * (last - first) < lanes || options_.num_sinks < lanes) {
+                for (int64_t m = 0; m < lanes; ++m) {
+                    for (int64_t i = first; bias[m] != nullptr && i < last; ++i) {
+                        qk_t[all[i] * panel.width + m] += bias[m][i] * kLog2e;
+                    }
+                }
+                continue;
+            }
+            alignas(64) float columns[lanes * lanes];
+            const int64_t last_start = options_.num_sinks - task_.sequence->first_sink - lanes;
+            for (int64_t i = first; i < last; i += lanes) {
+                const int64_t start = std::min(i, last_start);  // a whole register of the bias, some of it added before
+                const auto row = [&](int m) RECATTN_TARGET __attribute__((always_inline)) {
+                    return bias[m] == nullptr ? Floats{} : load(bias[m] + start) * kLog2e;
+                };
+                transpose_registers(row, columns, lanes);
+                for (int64_t j = i; j < std::min(last, i + lanes); ++j) {
+                    float* scores = qk_t + all[j] * panel.width;
+                    store(scores, load(scores) + load(columns + (j - start) * lanes));
+                }
             }
         }
     }
