@@ -260,6 +260,19 @@ Tensor new_lse(const Tensor& q) {
     return new_empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
 }
 
+// row_max and inverse_sum: [2, B, Hq, N], packed [2, T, Hq].
+Tensor new_row_stats(const Tensor& q) {
+    if (q.dim() == 3) return new_empty({2, q.size(0), q.size(1)}, ScalarType::Float);
+    return new_empty({2, q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+}
+
+// The first or second of row_stats.
+Tokens<float> row_stats_tokens(const Tensor& stats, int64_t index) {
+    float* data = stats.mutable_data_ptr<float>() + index * stats.stride(0);
+    return stats.dim() == 3 ? Tokens<float>{data, 0, stats.stride(2), stats.stride(1)}
+                            : Tokens<float>{data, stats.stride(1), stats.stride(2), stats.stride(3)};
+}
+
 Tokens<float> lse_tokens(const Tensor& lse) {
     float* data = lse.mutable_data_ptr<float>();
     return lse.dim() == 2 ? Tokens<float>{data, 0, lse.stride(1), lse.stride(0)}
@@ -297,22 +310,25 @@ std::vector<QueryBlock> query_blocks(const Sequences& sequences, int64_t heads, 
     return blocks;
 }
 
-std::tuple<Tensor, Tensor> sink_attention_cpu_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const Tensor& sink_positions, const Tensor& inter_sink_bias,
-                                                  const std::optional<Tensor>& sink_logits,
-                                                  const std::optional<Tensor>& seq_lens,
-                                                  const std::optional<Tensor>& cu_seqlens,
-                                                  const std::optional<Tensor>& dropout_seed, bool causal,
-                                                  bool left_padded, double scale, double dropout_p) {
+// out, lse and row_stats.
+std::tuple<Tensor, Tensor, Tensor> sink_attention_cpu_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                          const Tensor& sink_positions, const Tensor& inter_sink_bias,
+                                                          const std::optional<Tensor>& sink_logits,
+                                                          const std::optional<Tensor>& seq_lens,
+                                                          const std::optional<Tensor>& cu_seqlens,
+                                                          const std::optional<Tensor>& dropout_seed, bool causal,
+                                                          bool left_padded, double scale, double dropout_p) {
     const Inputs inputs(q, k, v, {sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed},
                         {causal, left_padded, scale, dropout_p});
-    const Tensor out = new_out(q, v.size(v.dim() - 1)), lse = new_lse(q);
+    const Tensor out = new_out(q, v.size(v.dim() - 1)), lse = new_lse(q), row_stats = new_row_stats(q);
     const std::vector<QueryBlock> blocks = query_blocks(inputs.sequences, q.size(1), k.size(1), causal);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
         using T = decltype(zero);
         auto op = make_arguments<T>(inputs);
         op.new_out = mutable_tokens<T>(out);
         op.lse = lse_tokens(lse);
+        op.row_max = row_stats_tokens(row_stats, 0);
+        op.inverse_sum = row_stats_tokens(row_stats, 1);
         const auto kernel = RECATTN_PICK(sink_forward<T>);
         const int64_t tasks = static_cast<int64_t>(blocks.size());
         int64_t pairs = 0;
@@ -323,12 +339,12 @@ std::tuple<Tensor, Tensor> sink_attention_cpu_fwd(const Tensor& q, const Tensor&
         const auto work = [&](int64_t, int64_t) { kernel(op, blocks.data(), tasks, next); };
         torch::stable::parallel_for(0, threads, 1, work);
     });
-    return {out, lse};
+    return {out, lse, row_stats};
 }
 
 // dq, dk, dv, dbias, and dsink_logits, empty without sink_logits.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sink_attention_cpu_bwd(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& row_stats,
     const Tensor& sink_positions, const Tensor& inter_sink_bias, const std::optional<Tensor>& sink_logits,
     const std::optional<Tensor>& seq_lens, const std::optional<Tensor>& cu_seqlens,
     const std::optional<Tensor>& dropout_seed, bool causal, bool left_padded, double scale, double dropout_p) {
@@ -343,11 +359,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sink_attention_cpu_bwd(
         expect_dtype_of("q", q, name, *tensor);
     }
     if (inputs.packed) {
-        expect_shape("lse", lse, {{"T", q.size(0)}, {"Hq", q.size(1)}});
+        expect_shape("row_stats", row_stats, {{"2", 2}, {"T", q.size(0)}, {"Hq", q.size(1)}});
     } else {
-        expect_shape("lse", lse, {{"B", q.size(0)}, {"Hq", q.size(1)}, {"N", q.size(2)}});
+        expect_shape("row_stats", row_stats, {{"2", 2}, {"B", q.size(0)}, {"Hq", q.size(1)}, {"N", q.size(2)}});
     }
-    expect_dtype("lse", lse, ScalarType::Float);
+    expect_dtype("row_stats", row_stats, ScalarType::Float);
     const Tensor dout_rows = with_contiguous_rows(dout), out_rows = with_contiguous_rows(out);
     const Tensor dq = new_gradient(q), dk = new_gradient(k), dv = new_gradient(v);
     const Tensor dbias = new_empty(inter_sink_bias.sizes(), inter_sink_bias.scalar_type());
@@ -365,7 +381,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sink_attention_cpu_bwd(
         op.dq = mutable_tokens<T>(dq);
         op.dk = mutable_tokens<T>(dk);
         op.dv = mutable_tokens<T>(dv);
-        op.lse = lse_tokens(lse);
+        op.row_max = row_stats_tokens(row_stats, 0);
+        op.inverse_sum = row_stats_tokens(row_stats, 1);
         op.dbias = in_place ? dbias.mutable_data_ptr<float>() : head_dbias.data();
         if (in_place) std::fill_n(op.dbias, batch * heads * bias_size, 0.0f);
         op.dsink_logits = sequence_dlogits.data();
@@ -404,9 +421,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sink_attention_cpu_bwd(
     "Tensor? dropout_seed, bool causal, bool left_padded, float scale, float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
-    m.def("sink_attention_cpu_fwd(Tensor q, Tensor k, Tensor v, " RECATTN_OPTIONS ") -> (Tensor, Tensor)");
-    m.def("sink_attention_cpu_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " RECATTN_OPTIONS
-          ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("sink_attention_cpu_fwd(Tensor q, Tensor k, Tensor v, " RECATTN_OPTIONS ") -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "sink_attention_cpu_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+        "row_stats, " RECATTN_OPTIONS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recattn, CPU, m) {

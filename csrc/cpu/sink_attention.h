@@ -18,7 +18,9 @@ struct Sequence {
 
 // What does not depend on the dtype of the tokens. Group: heads / kv_heads query heads that share one key head.
 struct SinkOptions {
-    Tokens<float> lse;          // columns = 1: written by the forward, read by the backward
+    // Columns = 1. The forward writes them, the backward reads the last two: p = exp2(qk - row_max) * inverse_sum is
+    // then what the forward's was. That of exp(qk - lse) would not add up to 1 where lse is large and rounds.
+    Tokens<float> lse, row_max, inverse_sum;
     const Sequence* sequences;  // [num_sequences]
     const float* bias;          // [num_sequences, bias_heads, M, M]
     const float* sink_logits;   // [heads], or null

@@ -1,7 +1,7 @@
 // Gradients of sink_attention in float32, for one instruction set (see foreach_isa.h).
 //
-//   s  = scale * q k^T + bias at the pairs of sinks           [queries, keys]
-//   p  = exp(s - lse)
+//   s  = scale * q k^T + bias at the pairs of sinks           [queries, keys], in units of log 2
+//   p  = exp2(s - row_max) * inverse_sum                      the forward's, to the last bit but one
 //   dp = dout v^T
 //   ds = p * (dp - delta),  delta = sum(dout * out)           with dropout z: p * (z * dp - delta)
 //   dv = (z * p)^T dout,  dk = scale * ds^T q,  dq = ds (scale * k),  dbias = ds at the pairs of sinks
@@ -77,28 +77,6 @@ RECATTN_TARGET void store_rows(const float* in, int64_t in_row_stride, int64_t r
     }
 }
 
-template <class T>
-RECATTN_INLINE Floats load_floats(const T* in) {
-    if constexpr (std::is_same_v<T, float>) {
-        return load(in);
-    } else {
-        float values[Vector<float>::lanes];
-        for (int64_t i = 0; i < Vector<float>::lanes; ++i) values[i] = static_cast<float>(in[i]);
-        return load(values);
-    }
-}
-
-template <class T>
-RECATTN_INLINE float dot(const T* a, const T* b, int64_t size) {
-    constexpr int64_t lanes = Vector<float>::lanes;
-    Floats sums{};
-    int64_t n = 0;
-    for (; n + lanes <= size; n += lanes) sums += load_floats(a + n) * load_floats(b + n);
-    float sum = sum_of_lanes(sums);
-    for (; n < size; ++n) sum += static_cast<float>(a[n]) * static_cast<float>(b[n]);
-    return sum;
-}
-
 // --- One thread's buffers ---
 
 struct BackwardBuffers {
@@ -171,9 +149,9 @@ class BackwardTask {
     // The keys from `first` on, against the queries of the task.
     RECATTN_TARGET void add_keys(int64_t first) const {
         const int64_t keys = std::min(kTile, task_.last_key - first), head = task_.kv_head;
+        transpose(as_lhs(rows_of(op_.k, head, first, keys, op_.dim, b_.k)), keys, op_.dim, b_.k_t, b_.tile);
         copy_scaled(op_.k.at(sequence_.batch, head, sequence_.start + first), op_.k.row_stride, keys, op_.dim,
                     op_.scale, b_.k, b_.dim);
-        transpose(Lhs<float>{b_.k, b_.dim, 1}, keys, op_.dim, b_.k_t, b_.tile);
         transpose(as_lhs(rows_of(op_.v, head, first, keys, op_.value_dim, b_.dv)), keys, op_.value_dim, b_.v_t,
                   b_.tile);
         const Range sinks = sinks_in(first, keys);
@@ -185,7 +163,7 @@ class BackwardTask {
                 is_first = false;
             }
         }
-        store_gradient(op_.dk, head, first, keys, op_.dim, task_.ends_keys, op_.group(), {b_.dk, b_.dim, op_.scale});
+        store_gradient(op_.dk, head, first, keys, op_.dim, task_.ends_keys, op_.group(), {b_.dk, b_.dim, kLn2});
         store_gradient(op_.dv, head, first, keys, op_.value_dim, task_.ends_keys, op_.group() + 1,
                        {b_.dv, b_.value_dim, 1});
     }
@@ -225,7 +203,10 @@ class BackwardTask {
         const int64_t head = task_.kv_head * op_.group() + g, rows = std::min(kTile, task_.last_query - query);
         const bool starts_queries = key == task_.first_key;
         if (task_.step == 0 && starts_queries) compute_delta(head, query, rows);
-        const Rhs<float> q = rows_of(op_.q, head, query, rows, op_.dim, b_.q);
+        // Rounded as in the forward, so that the scores are the same.
+        copy_scaled(op_.q.at(sequence_.batch, head, sequence_.start + query), op_.q.row_stride, rows, op_.dim,
+                    op_.scale * kLog2e, b_.q, b_.dim);
+        const Rhs<float> q{b_.q, b_.dim};
         const Rhs<float> dout = rows_of(op_.dout, head, query, rows, op_.value_dim, b_.dout);
         const bool diagonal = op_.causal && query == key;
         const Triangle lower = diagonal ? Triangle::lower : Triangle::full,
@@ -237,7 +218,7 @@ class BackwardTask {
         const Range query_sinks = key_sinks.first < key_sinks.second ? sinks_in(query, rows) : key_sinks;
         const float* bias = op_.bias_of(sequence_, head);
         for_each_sink_pair(query, key, query_sinks, key_sinks,
-                           [&](int64_t entry, int64_t pair) RECATTN_TARGET { b_.p[entry] += bias[pair]; });
+                           [&](int64_t entry, int64_t pair) RECATTN_TARGET { b_.p[entry] += bias[pair] * kLog2e; });
         if (op_.dropout) {
             compute_p_and_ds<true>(head, query, key, rows, keys);
         } else {
@@ -287,11 +268,30 @@ class BackwardTask {
         }
     }
 
+    // Sums in the order in which a product sums dp: where one key has all the weight, dp - delta is then 0.
     RECATTN_TARGET void compute_delta(int64_t head, int64_t query, int64_t rows) const {
-        const int64_t first = sequence_.start + query;
-        for (int64_t i = first; i < first + rows; ++i) {
-            *backward_.delta.at(sequence_.batch, head, i) =
-                dot(op_.dout.at(sequence_.batch, head, i), op_.out.at(sequence_.batch, head, i), op_.value_dim);
+        constexpr int64_t kRows = 8;
+        for (int64_t first = 0; first < rows; first += kRows) {
+            const T *dout[kRows], *out[kRows];
+            for (int64_t i = 0; i < kRows; ++i) {
+                const int64_t position = sequence_.start + query + std::min(first + i, rows - 1);
+                dout[i] = op_.dout.at(sequence_.batch, head, position);
+                out[i] = op_.out.at(sequence_.batch, head, position);
+            }
+            float delta[kRows] = {};
+            for (int64_t start = 0; start < op_.value_dim; start += kSumBlock) {
+                float sums[kRows] = {};
+                for (int64_t n = start; n < std::min(start + kSumBlock, op_.value_dim); ++n) {
+#pragma GCC unroll 8
+                    for (int64_t i = 0; i < kRows; ++i) {
+                        sums[i] += static_cast<float>(dout[i][n]) * static_cast<float>(out[i][n]);
+                    }
+                }
+                for (int64_t i = 0; i < kRows; ++i) delta[i] += sums[i];
+            }
+            for (int64_t i = 0; i < std::min(kRows, rows - first); ++i) {
+                *backward_.delta.at(sequence_.batch, head, sequence_.start + query + first + i) = delta[i];
+            }
         }
     }
 
@@ -299,13 +299,12 @@ class BackwardTask {
     template <bool kDropout>
     RECATTN_TARGET void compute_p_and_ds(int64_t head, int64_t query, int64_t key, int64_t rows, int64_t keys) const {
         constexpr int64_t lanes = Vector<float>::lanes;
-        constexpr float infinity = std::numeric_limits<float>::infinity();
         const int64_t columns = round_up_to_lanes<float>(keys);
         for (int64_t i = 0; i < rows; ++i) {
             float *p = b_.p + i * b_.tile_stride, *ds = b_.ds + i * b_.tile_stride;
             const int64_t position = sequence_.start + query + i;
-            float lse = *op_.lse.at(sequence_.batch, head, position);
-            if (lse == -infinity) lse = infinity;  // the row sees no key
+            const float row_max = *op_.row_max.at(sequence_.batch, head, position);
+            const float inverse_sum = *op_.inverse_sum.at(sequence_.batch, head, position);
             const float delta = *backward_.delta.at(sequence_.batch, head, position);
             const int64_t visible = op_.causal ? std::min(keys, query + i - key + 1) : keys;
             if constexpr (kDropout) {
@@ -314,7 +313,7 @@ class BackwardTask {
             }
             int64_t j = 0;
             const auto step = [&](auto is_last) RECATTN_TARGET {
-                Floats x = exp_nonpositive(load(p + j) - lse);
+                Floats x = exp2_of(load(p + j) - row_max) * inverse_sum;
                 if constexpr (is_last) x = first_lanes(x, visible - j, 0);
                 if constexpr (kDropout) {
                     const Floats z = load(b_.z + j);
@@ -363,15 +362,15 @@ RECATTN_TARGET void sink_logit_gradients(const SinkBackward<T>& backward, int64_
         const int64_t head = index % op.heads;
         Floats sum{};
         for (int64_t i = 0; i < sequence.length; i += lanes) {
-            float lse[lanes], delta[lanes] = {};
-            std::fill(lse, lse + lanes, infinity);
+            float row_max[lanes], inverse_sum[lanes] = {}, delta[lanes] = {};
+            std::fill(row_max, row_max + lanes, infinity);
             for (int64_t lane = 0; lane < std::min(lanes, sequence.length - i); ++lane) {
                 const int64_t position = sequence.start + i + lane;
-                const float of_row = *op.lse.at(sequence.batch, head, position);
-                if (of_row > -infinity) lse[lane] = of_row;
+                row_max[lane] = *op.row_max.at(sequence.batch, head, position);
+                inverse_sum[lane] = *op.inverse_sum.at(sequence.batch, head, position);
                 delta[lane] = *backward.delta.at(sequence.batch, head, position);
             }
-            sum += exp_nonpositive(op.sink_logits[head] - load(lse)) * load(delta);
+            sum += exp2_of(op.sink_logits[head] * kLog2e - load(row_max)) * load(inverse_sum) * load(delta);
         }
         op.dsink_logits[sequence.index * op.heads + head] = -sum_of_lanes(sum);
     }

@@ -62,6 +62,7 @@ class Panels {
           acc_(round_up_to_lanes<float>(max_rows) * width_),
           row_max_(round_up_to_lanes<float>(max_rows)),
           row_sum_(round_up_to_lanes<float>(max_rows)),
+          lse_(round_up_to_lanes<float>(max_rows)),
           positions_(round_up_to_lanes<float>(max_rows)),
           sinks_(round_up_to_lanes<float>(max_rows)),
           heads_(round_up_to_lanes<float>(max_rows)),
@@ -295,12 +296,13 @@ class Panels {
         }
     }
 
-    // lse in place of row_max, 1 / row_sum in place of row_sum.
+    // lse, and 1 / row_sum in place of row_sum. Of rows that see no key row_max is made +inf: their p is then 0.
     RECATTN_TARGET void finish_rows() {
         for (int64_t row = 0; row < options_.group() * task_.count; row += lanes) {
             const Floats sum = load(row_sum_.data() + row);
-            const Floats lse = load(row_max_.data() + row) * kLn2 + log_positive(sum);
-            store(row_max_.data() + row, sum == 0.0f ? Floats{} - infinity : lse);
+            const Floats row_max = load(row_max_.data() + row);
+            store(lse_.data() + row, sum == 0.0f ? Floats{} - infinity : row_max * kLn2 + log_positive(sum));
+            store(row_max_.data() + row, sum == 0.0f ? Floats{} + infinity : row_max);
             store(row_sum_.data() + row, sum == 0.0f ? Floats{} : 1.0f / sum);
         }
     }
@@ -308,7 +310,7 @@ class Panels {
     QueryBlock task_{};
     int64_t width_;
     Scratch<float> q_t_, acc_;                    // panels of q_t [D, width]; acc [rows, width_]
-    Scratch<float> row_max_, row_sum_;            // [rows]
+    Scratch<float> row_max_, row_sum_, lse_;      // [rows]
     Scratch<int32_t> positions_, sinks_, heads_;  // [rows]; sinks: index of the sink in the sequence, or -1
 
   private:
@@ -361,6 +363,8 @@ class Forward : Panels {
                 T* row = op_.new_out.at(sequence.batch, head, i);
                 std::fill(row, row + op_.value_dim, T(0));
                 *op_.lse.at(sequence.batch, head, i) = -infinity;
+                *op_.row_max.at(sequence.batch, head, i) = infinity;
+                *op_.inverse_sum.at(sequence.batch, head, i) = 0;
             }
         }
     }
@@ -414,7 +418,9 @@ class Forward : Panels {
         const Sequence& sequence = *task_.sequence;
         for (int64_t row = 0; row < op_.group() * task_.count; ++row) {
             const int64_t head = heads_.data()[row], position = sequence.start + positions_.data()[row];
-            *op_.lse.at(sequence.batch, head, position) = row_max_.data()[row];
+            *op_.lse.at(sequence.batch, head, position) = lse_.data()[row];
+            *op_.row_max.at(sequence.batch, head, position) = row_max_.data()[row];
+            *op_.inverse_sum.at(sequence.batch, head, position) = row_sum_.data()[row];
             const float *acc = acc_.data() + row * width_, inverse = row_sum_.data()[row];
             T* out = op_.new_out.at(sequence.batch, head, position);
             int64_t d = 0;
