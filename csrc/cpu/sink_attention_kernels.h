@@ -172,6 +172,7 @@ class Panels {
         return {qk_t_.data(), panel.width, false};
     }
 
+    // qk + bias * log2(e) is one fused multiply-add wherever it is computed: the backward needs the same scores.
     template <int V>
     RECATTN_TARGET void add_bias(Panel<V> panel, const Keys& keys, int64_t count) {
         const int64_t* last_sink = std::lower_bound(keys.first_sink, keys.last_sink, keys.first + count);
@@ -199,13 +200,12 @@ class Panels {
             const int64_t last_start = options_.num_sinks - task_.sequence->first_sink - lanes;
             for (int64_t i = first; i < last; i += lanes) {
                 const int64_t start = std::min(i, last_start);  // a whole register of the bias, some of it added before
-                const auto row = [&](int m) RECATTN_TARGET __attribute__((always_inline)) {
-                    return bias[m] == nullptr ? Floats{} : load(bias[m] + start) * kLog2e;
-                };
+                const auto row = [&](int m) RECATTN_TARGET
+                    __attribute__((always_inline)) { return bias[m] == nullptr ? Floats{} : load(bias[m] + start); };
                 transpose_registers(row, columns, lanes);
                 for (int64_t j = i; j < std::min(last, i + lanes); ++j) {
                     float* scores = qk_t + all[j] * panel.width;
-                    store(scores, load(scores) + load(columns + (j - start) * lanes));
+                    store(scores, load(scores) + load(columns + (j - start) * lanes) * kLog2e);
                 }
             }
         }
