@@ -77,6 +77,28 @@ RECATTN_TARGET void store_rows(const float* in, int64_t in_row_stride, int64_t r
     }
 }
 
+template <class T>
+RECATTN_INLINE Floats load_floats(const T* in) {
+    if constexpr (std::is_same_v<T, float>) {
+        return load(in);
+    } else {
+        float values[Vector<float>::lanes];
+        for (int64_t i = 0; i < Vector<float>::lanes; ++i) values[i] = static_cast<float>(in[i]);
+        return load(values);
+    }
+}
+
+template <class T>
+RECATTN_INLINE float dot(const T* a, const T* b, int64_t size) {
+    constexpr int64_t lanes = Vector<float>::lanes;
+    Floats sums{};
+    int64_t n = 0;
+    for (; n + lanes <= size; n += lanes) sums += load_floats(a + n) * load_floats(b + n);
+    float sum = sum_of_lanes(sums);
+    for (; n < size; ++n) sum += static_cast<float>(a[n]) * static_cast<float>(b[n]);
+    return sum;
+}
+
 // --- One thread's buffers ---
 
 struct BackwardBuffers {
@@ -268,30 +290,11 @@ class BackwardTask {
         }
     }
 
-    // Sums in the order in which a product sums dp: where one key has all the weight, dp - delta is then 0.
     RECATTN_TARGET void compute_delta(int64_t head, int64_t query, int64_t rows) const {
-        constexpr int64_t kRows = 8;
-        for (int64_t first = 0; first < rows; first += kRows) {
-            const T *dout[kRows], *out[kRows];
-            for (int64_t i = 0; i < kRows; ++i) {
-                const int64_t position = sequence_.start + query + std::min(first + i, rows - 1);
-                dout[i] = op_.dout.at(sequence_.batch, head, position);
-                out[i] = op_.out.at(sequence_.batch, head, position);
-            }
-            float delta[kRows] = {};
-            for (int64_t start = 0; start < op_.value_dim; start += kSumBlock) {
-                float sums[kRows] = {};
-                for (int64_t n = start; n < std::min(start + kSumBlock, op_.value_dim); ++n) {
-#pragma GCC unroll 8
-                    for (int64_t i = 0; i < kRows; ++i) {
-                        sums[i] += static_cast<float>(dout[i][n]) * static_cast<float>(out[i][n]);
-                    }
-                }
-                for (int64_t i = 0; i < kRows; ++i) delta[i] += sums[i];
-            }
-            for (int64_t i = 0; i < std::min(kRows, rows - first); ++i) {
-                *backward_.delta.at(sequence_.batch, head, sequence_.start + query + first + i) = delta[i];
-            }
+        const int64_t first = sequence_.start + query;
+        for (int64_t i = first; i < first + rows; ++i) {
+            *backward_.delta.at(sequence_.batch, head, i) =
+                dot(op_.dout.at(sequence_.batch, head, i), op_.out.at(sequence_.batch, head, i), op_.value_dim);
         }
     }
 
@@ -312,16 +315,17 @@ class BackwardTask {
                             static_cast<uint32_t>(query + i), key, columns, b_.z);
             }
             int64_t j = 0;
+            // A key with all the weight has dp = delta, but for rounding.
             const auto step = [&](auto is_last) RECATTN_TARGET {
                 Floats x = exp2_of(load(p + j) - row_max) * inverse_sum;
                 if constexpr (is_last) x = first_lanes(x, visible - j, 0);
                 if constexpr (kDropout) {
                     const Floats z = load(b_.z + j);
                     store(p + j, x * z);
-                    store(ds + j, x * (load(ds + j) * z - delta));
+                    store(ds + j, x == 1.0f ? Floats{} : x * (load(ds + j) * z - delta));
                 } else {
                     store(p + j, x);
-                    store(ds + j, x * (load(ds + j) - delta));
+                    store(ds + j, x == 1.0f ? Floats{} : x * (load(ds + j) - delta));
                 }
             };
             for (; j + lanes <= visible; j += lanes) step(std::false_type{});
