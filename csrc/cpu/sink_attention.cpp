@@ -370,9 +370,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sink_attention_cpu_bwd(
     const Tensor dsink_logits =
         sink_logits ? new_empty(sink_logits->sizes(), sink_logits->scalar_type()) : new_empty({0}, q.scalar_type());
     const int64_t batch = inputs.sequences.size(), heads = q.size(1), bias_size = inputs.num_sinks * inputs.num_sinks;
-    const bool in_place = inputs.bias_heads == heads && inter_sink_bias.scalar_type() == ScalarType::Float;
-    Scratch<float> head_dbias(in_place ? 0 : batch * heads * bias_size),
-        sequence_dlogits(sink_logits ? batch * heads : 0);
+    bool in_place = false;
+    int64_t dbias_heads = 0;
+    std::vector<float> partial_dbias, sequence_dlogits(sink_logits ? batch * heads : 0);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
         using T = decltype(zero);
         auto op = make_arguments<T>(inputs);
@@ -383,18 +383,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sink_attention_cpu_bwd(
         op.dv = mutable_tokens<T>(dv);
         op.row_max = row_stats_tokens(row_stats, 0);
         op.inverse_sum = row_stats_tokens(row_stats, 1);
-        op.dbias = in_place ? dbias.mutable_data_ptr<float>() : head_dbias.data();
-        if (in_place) std::fill_n(op.dbias, batch * heads * bias_size, 0.0f);
+        op.dbias_heads = dbias_heads = count_dbias_heads(op);
+        in_place = dbias_heads == inputs.bias_heads && inter_sink_bias.scalar_type() == ScalarType::Float;
+        if (in_place) {
+            op.dbias = dbias.mutable_data_ptr<float>();
+            std::fill_n(op.dbias, batch * dbias_heads * bias_size, 0.0f);
+        } else {
+            partial_dbias.resize(batch * dbias_heads * bias_size);
+            op.dbias = partial_dbias.data();
+        }
         op.dsink_logits = sequence_dlogits.data();
         sink_backward(op);
     });
     if (!in_place) {
-        const int64_t repeats = heads / inputs.bias_heads;
+        const int64_t repeats = dbias_heads / inputs.bias_heads;
         dispatch_dtype<double, float, BFloat16, Half>("inter_sink_bias", inter_sink_bias, [&](auto zero) {
             using T = decltype(zero);
             T* sums = dbias.mutable_data_ptr<T>();
             for (int64_t matrix = 0; matrix < batch * inputs.bias_heads; ++matrix) {
-                const float* terms = head_dbias.data() + matrix * repeats * bias_size;
+                const float* terms = partial_dbias.data() + matrix * repeats * bias_size;
                 for (int64_t i = 0; i < bias_size; ++i) {
                     float sum = 0;
                     for (int64_t head = 0; head < repeats; ++head) sum += terms[head * bias_size + i];

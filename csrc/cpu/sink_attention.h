@@ -24,9 +24,10 @@ struct SinkOptions {
     const Sequence* sequences;  // [num_sequences]
     const float* bias;          // [num_sequences, bias_heads, M, M]
     const float* sink_logits;   // [heads], or null
-    float* dbias;               // [num_sequences, heads, M, M], zeroed
+    float* dbias;               // [num_sequences, dbias_heads, M, M], zeroed
     float* dsink_logits;        // [num_sequences, heads], zeroed: added up by the caller
     int64_t num_sequences, n, heads, kv_heads, dim, value_dim, bias_heads, num_sinks;
+    int64_t dbias_heads;  // count_dbias_heads
     bool packed, causal;  // packed: there is no padding
     float scale;
     Dropout dropout;
@@ -47,6 +48,11 @@ struct SinkAttention : SinkOptions {
     Tokens<const T> q, k, v, out, dout;
     Tokens<T> new_out, dq, dk, dv;
 };
+
+// Matrices of dbias for a sequence: one for each head, or fewer for a bias that the heads share, each the sum of heads
+// that are computed one after another. As many as take little memory beside dq.
+template <class T>
+int64_t count_dbias_heads(const SinkAttention<T>& op);
 
 // Computes dq, dk, dv, dbias and dsink_logits (sink_attention_bwd.cpp).
 template <class T>

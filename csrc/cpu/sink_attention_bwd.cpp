@@ -16,12 +16,12 @@ namespace {
 
 constexpr int64_t kTile = 64;  // queries and keys of a tile
 
-// Keys of one (sequence, key head) against queries of the heads that share it. A long sequence is split into blocks
-// and its tasks into steps: in step s, key block j meets query block (j + s) mod blocks. So the tasks of a step write
-// to different tokens, and the terms of a gradient are added up in one order.
+// Keys against queries, of one sequence and some key heads, one after another. A long sequence is split into blocks and
+// its tasks into steps: in step s, key block j meets query block (j + s) mod blocks. So the tasks of a step write to
+// different tokens, and the terms of a gradient are added up in one order.
 struct KeyTask {
     const Sequence* sequence;
-    int64_t kv_head, step, first_query, last_query, first_key, last_key;
+    int64_t first_kv_head, last_kv_head, step, first_query, last_query, first_key, last_key;
     bool ends_queries, ends_keys;  // no later step has these queries, these keys
     int64_t sums;                  // offset of dq, dk and dv in float32 if steps add up another dtype, else -1
 
@@ -30,6 +30,12 @@ struct KeyTask {
 
 // Columns of sums: whole registers of any instruction set.
 int64_t sum_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
+
+// dq, dk and dv of one key head.
+template <class T>
+int64_t size_of_sums(const SinkAttention<T>& op, int64_t length) {
+    return length * ((op.group() + 1) * sum_columns(op.dim) + sum_columns(op.value_dim));
+}
 
 template <class T>
 struct SinkBackward {
@@ -40,6 +46,10 @@ struct SinkBackward {
     int64_t max_dq_rows;  // of a task
 };
 
+// Tasks wanted in a step. Fewer where a split sequence needs sums in float32.
+template <class T>
+constexpr int64_t min_tasks = std::is_same_v<T, float> ? 64 : 8;
+
 // The tasks of all sequences, step by step, in each step those that cost most first. They do not depend on the number
 // of threads.
 struct KeyTasks {
@@ -48,26 +58,29 @@ struct KeyTasks {
 
     template <class T>
     explicit KeyTasks(const SinkAttention<T>& op) {
+        const int64_t parts = std::min(op.dbias_heads, op.kv_heads), kv_heads = op.kv_heads / parts;  // of a task
         int64_t cost = 1;
         for (int64_t s = 0; s < op.num_sequences; ++s) {
             const int64_t length = op.sequences[s].length;
-            cost += length * length * op.kv_heads;
+            cost += length * length * parts;
             longest = std::max(longest, length);
         }
         for (int64_t s = 0; s < op.num_sequences; ++s) {
             const Sequence& sequence = op.sequences[s];
             const int64_t length = sequence.length;
-            const int64_t wanted = (kMinTasks * length * length + cost - 1) / cost;
+            const int64_t wanted = (min_tasks<T> * length * length + cost - 1) / cost;
             const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, length / kMinBlock));
             const int64_t block = std::max<int64_t>(1, ((length + splits - 1) / splits + kTile - 1) / kTile) * kTile;
             const int64_t blocks = std::max<int64_t>(1, (length + block - 1) / block);
             const bool has_sums = blocks > 1 && !std::is_same_v<T, float>;
             max_dq_rows = std::max(max_dq_rows, op.group() * std::min(block, length));
-            for (int64_t kv_head = 0; kv_head < op.kv_heads; ++kv_head) {
-                add(sequence, kv_head, block, blocks, op.causal, has_sums ? sums : -1);
-                if (has_sums) {
-                    sums += length * ((op.group() + 1) * sum_columns(op.dim) + sum_columns(op.value_dim));
-                }
+            for (int64_t kv_head = 0; kv_head < op.kv_heads; kv_head += kv_heads) {
+                add({.sequence = &sequence,
+                     .first_kv_head = kv_head,
+                     .last_kv_head = kv_head + kv_heads,
+                     .sums = has_sums ? sums : -1},
+                    block, blocks, op.causal);
+                if (has_sums) sums += kv_heads * size_of_sums(op, length);
             }
         }
         const auto is_before = [](const KeyTask& a, const KeyTask& b) {
@@ -79,24 +92,21 @@ struct KeyTasks {
     }
 
   private:
-    static constexpr int64_t kMinTasks = 64, kMinBlock = 128;  // wanted in a step; tokens
+    static constexpr int64_t kMinBlock = 128;
 
-    void add(const Sequence& sequence, int64_t kv_head, int64_t block, int64_t blocks, bool causal, int64_t offset) {
-        const int64_t length = sequence.length;
-        for (int64_t step = 0; step < blocks; ++step) {
+    void add(KeyTask task, int64_t block, int64_t blocks, bool causal) {
+        const int64_t length = task.sequence->length;
+        for (task.step = 0; task.step < blocks; ++task.step) {
             for (int64_t j = 0; j < blocks; ++j) {
-                const int64_t i = (j + step) % blocks;
+                const int64_t i = (j + task.step) % blocks;
                 if (causal && i < j) continue;
-                tasks.push_back({.sequence = &sequence,
-                                 .kv_head = kv_head,
-                                 .step = step,
-                                 .first_query = i * block,
-                                 .last_query = std::min(length, (i + 1) * block),
-                                 .first_key = j * block,
-                                 .last_key = std::min(length, (j + 1) * block),
-                                 .ends_queries = step == (causal ? i : blocks - 1),
-                                 .ends_keys = step == blocks - 1 - (causal ? j : 0),
-                                 .sums = offset});
+                task.first_query = i * block;
+                task.last_query = std::min(length, (i + 1) * block);
+                task.first_key = j * block;
+                task.last_key = std::min(length, (j + 1) * block);
+                task.ends_queries = task.step == (causal ? i : blocks - 1);
+                task.ends_keys = task.step == blocks - 1 - (causal ? j : 0);
+                tasks.push_back(task);
             }
         }
     }
@@ -109,6 +119,19 @@ struct KeyTasks {
 #include "cpu/simd/foreach_isa.h"
 
 namespace recattn {
+
+template <class T>
+int64_t count_dbias_heads(const SinkAttention<T>& op) {
+    if (op.bias_heads > 1) return op.heads;
+    int64_t tokens = 0;
+    for (int64_t s = 0; s < op.num_sequences; ++s) tokens += op.sequences[s].length;
+    const int64_t matrices = std::max<int64_t>(1, op.num_sequences * op.num_sinks * op.num_sinks);
+    int64_t count = tokens * op.heads * op.dim / (4 * matrices);
+    if (!std::is_same_v<T, float>) count = std::max(count, min_tasks<T> / std::max<int64_t>(1, op.num_sequences));
+    count = std::clamp<int64_t>(count, 1, op.kv_heads);
+    while (op.kv_heads % count != 0) --count;
+    return count;
+}
 
 template <class T>
 void sink_backward(const SinkAttention<T>& op) {
@@ -129,7 +152,8 @@ void sink_backward(const SinkAttention<T>& op) {
     for (int64_t begin = 0, end; begin < num_tasks; begin = end) {
         int64_t cost = 0;
         for (end = begin; end < num_tasks && plan.tasks[end].step == plan.tasks[begin].step; ++end) {
-            cost += plan.tasks[end].cost() * op.group() * (3 * op.dim + 2 * op.value_dim);
+            cost += plan.tasks[end].cost() * (op.heads / std::min(op.dbias_heads, op.kv_heads)) *
+                    (3 * op.dim + 2 * op.value_dim);
         }
         std::atomic<int64_t> next{begin};
         const int64_t threads = std::clamp<int64_t>(cost / kMultiplyAddsPerThread, 1, torch::stable::get_num_threads());
@@ -143,8 +167,11 @@ void sink_backward(const SinkAttention<T>& op) {
     }
 }
 
+template int64_t count_dbias_heads(const SinkAttention<float>&);
 template void sink_backward(const SinkAttention<float>&);
+template int64_t count_dbias_heads(const SinkAttention<BFloat16>&);
 template void sink_backward(const SinkAttention<BFloat16>&);
+template int64_t count_dbias_heads(const SinkAttention<Half>&);
 template void sink_backward(const SinkAttention<Half>&);
 
 }  // namespace recattn

@@ -4,7 +4,7 @@
 //   p  = exp2(s - row_max) * inverse_sum                      the forward's, to the last bit but one
 //   dp = dout v^T
 //   ds = p * (dp - delta),  delta = sum(dout * out)           with dropout z: p * (z * dp - delta)
-//   dv = (z * p)^T dout,  dk = scale * ds^T q,  dq = ds (scale * k),  dbias = ds at the pairs of sinks
+//   dv = (z * p)^T dout,  dk = scale * ds^T q,  dq = scale * ds k,  dbias = ds at the pairs of sinks
 //
 // A tile is kTile queries by kTile keys; its matrices stay in the core's L2 cache, each operand of a product in L1.
 
@@ -58,8 +58,11 @@ RECATTN_TARGET inline void multiply(Lhs<float> lhs, Rhs<float> rhs, Out<float> o
 template <class T>
 RECATTN_TARGET void copy_scaled(const T* in, int64_t in_row_stride, int64_t rows, int64_t columns, float scale,
                                 float* out, int64_t row_stride) {
+    constexpr int64_t lanes = Vector<float>::lanes;
     for (int64_t i = 0; i < rows; ++i, in += in_row_stride, out += row_stride) {
-        for (int64_t n = 0; n < columns; ++n) out[n] = scale * static_cast<float>(in[n]);
+        int64_t n = 0;
+        for (; n + lanes <= columns; n += lanes) store(out + n, load_as_float(in + n) * scale);
+        for (; n < columns; ++n) out[n] = static_cast<float>(in[n]) * scale;
         std::fill(out + columns, out + row_stride, 0.0f);
     }
 }
@@ -68,11 +71,15 @@ RECATTN_TARGET void copy_scaled(const T* in, int64_t in_row_stride, int64_t rows
 template <class T>
 RECATTN_TARGET void store_rows(const float* in, int64_t in_row_stride, int64_t rows, int64_t columns, float scale,
                                bool accumulate, T* out, int64_t row_stride) {
+    constexpr int64_t lanes = Vector<float>::lanes;
     for (int64_t i = 0; i < rows; ++i, in += in_row_stride, out += row_stride) {
-        if (accumulate) {
-            for (int64_t n = 0; n < columns; ++n) out[n] = static_cast<T>(static_cast<float>(out[n]) + scale * in[n]);
-        } else {
-            for (int64_t n = 0; n < columns; ++n) out[n] = static_cast<T>(scale * in[n]);
+        int64_t n = 0;
+        for (; n + lanes <= columns; n += lanes) {
+            const Floats values = scale * load(in + n);
+            store_as(accumulate ? load_as_float(out + n) + values : values, out + n);
+        }
+        for (; n < columns; ++n) {
+            out[n] = static_cast<T>((accumulate ? static_cast<float>(out[n]) : 0.0f) + scale * in[n]);
         }
     }
 }
@@ -140,12 +147,14 @@ class BackwardTask {
     RECATTN_TARGET BackwardTask(const SinkBackward<T>& backward, const KeyTask& task, BackwardBuffers& buffers)
         : backward_(backward), op_(backward.op), task_(task), sequence_(*task.sequence), b_(buffers) {}
 
-    RECATTN_TARGET void run() const {
-        if (task_.step == 0 && task_.first_key == 0) write_padding();
-        for (int64_t key = task_.first_key; key < task_.last_key; key += kTile) add_keys(key);
-        for (int64_t g = 0; g < op_.group(); ++g) {
-            store_gradient(op_.dq, task_.kv_head * op_.group() + g, task_.first_query, num_queries(), op_.dim,
-                           task_.ends_queries, g, {dq_rows(g, task_.first_query), b_.dim, 1});
+    RECATTN_TARGET void run() {
+        for (kv_head_ = task_.first_kv_head; kv_head_ < task_.last_kv_head; ++kv_head_) {
+            if (task_.step == 0 && task_.first_key == 0) write_padding();
+            for (int64_t key = task_.first_key; key < task_.last_key; key += kTile) add_keys(key);
+            for (int64_t g = 0; g < op_.group(); ++g) {
+                store_gradient(op_.dq, kv_head_ * op_.group() + g, task_.first_query, num_queries(), op_.dim,
+                               task_.ends_queries, g, {dq_rows(g, task_.first_query), b_.dim, op_.scale});
+            }
         }
     }
 
@@ -163,17 +172,16 @@ class BackwardTask {
                 std::fill(row, row + columns, T(0));
             }
         };
-        for (int64_t g = 0; g < op_.group(); ++g) clear(op_.dq, task_.kv_head * op_.group() + g, op_.dim);
-        clear(op_.dk, task_.kv_head, op_.dim);
-        clear(op_.dv, task_.kv_head, op_.value_dim);
+        for (int64_t g = 0; g < op_.group(); ++g) clear(op_.dq, kv_head_ * op_.group() + g, op_.dim);
+        clear(op_.dk, kv_head_, op_.dim);
+        clear(op_.dv, kv_head_, op_.value_dim);
     }
 
     // The keys from `first` on, against the queries of the task.
     RECATTN_TARGET void add_keys(int64_t first) const {
-        const int64_t keys = std::min(kTile, task_.last_key - first), head = task_.kv_head;
-        transpose(as_lhs(rows_of(op_.k, head, first, keys, op_.dim, b_.k)), keys, op_.dim, b_.k_t, b_.tile);
-        copy_scaled(op_.k.at(sequence_.batch, head, sequence_.start + first), op_.k.row_stride, keys, op_.dim,
-                    op_.scale, b_.k, b_.dim);
+        const int64_t keys = std::min(kTile, task_.last_key - first), head = kv_head_;
+        const Rhs<float> k = rows_of(op_.k, head, first, keys, op_.dim, b_.k);
+        transpose(as_lhs(k), keys, op_.dim, b_.k_t, b_.tile);
         transpose(as_lhs(rows_of(op_.v, head, first, keys, op_.value_dim, b_.dv)), keys, op_.value_dim, b_.v_t,
                   b_.tile);
         const Range sinks = sinks_in(first, keys);
@@ -181,7 +189,7 @@ class BackwardTask {
         bool is_first = true;
         for (int64_t g = 0; g < op_.group(); ++g) {
             for (int64_t query = first_query; query < task_.last_query; query += kTile) {
-                add_tile(g, query, first, keys, sinks, is_first);
+                add_tile(g, query, first, k, keys, sinks, is_first);
                 is_first = false;
             }
         }
@@ -208,7 +216,9 @@ class BackwardTask {
             return;
         }
         const int64_t width = sum_columns(columns);
-        float* sum = backward_.sums + task_.sums + part * sequence_.length * sum_columns(op_.dim) + first * width;
+        float* sums =
+            backward_.sums + task_.sums + (kv_head_ - task_.first_kv_head) * size_of_sums(op_, sequence_.length);
+        float* sum = sums + part * sequence_.length * sum_columns(op_.dim) + first * width;
         store_rows(gradient.data, gradient.row_stride, count, columns, gradient.scale, accumulate, sum, width);
         if (ends) store_rows(sum, width, count, columns, 1, false, out, tensor.row_stride);
     }
@@ -218,11 +228,11 @@ class BackwardTask {
         return b_.dq + (g * num_queries() + query - task_.first_query) * b_.dim;
     }
 
-    // One tile of the g-th head: adds to dq, dk and dv, and writes its part of dbias. The first tile of the keys starts
+    // One tile of the g-th head: adds to dq, dk and dv, and to dbias. The first tile of the keys starts
     // dk and dv, that of the queries dq.
-    RECATTN_TARGET void add_tile(int64_t g, int64_t query, int64_t key, int64_t keys, Range key_sinks,
+    RECATTN_TARGET void add_tile(int64_t g, int64_t query, int64_t key, Rhs<float> k, int64_t keys, Range key_sinks,
                                  bool starts_keys) const {
-        const int64_t head = task_.kv_head * op_.group() + g, rows = std::min(kTile, task_.last_query - query);
+        const int64_t head = kv_head_ * op_.group() + g, rows = std::min(kTile, task_.last_query - query);
         const bool starts_queries = key == task_.first_key;
         if (task_.step == 0 && starts_queries) compute_delta(head, query, rows);
         // Rounded as in the forward, so that the scores are the same.
@@ -238,23 +248,17 @@ class BackwardTask {
         multiply(as_lhs(dout), {b_.v_t, b_.tile}, {b_.ds, b_.tile_stride, false}, {rows, op_.value_dim, keys},
                  {.out = lower});
         const Range query_sinks = key_sinks.first < key_sinks.second ? sinks_in(query, rows) : key_sinks;
-        const float* bias = op_.bias_of(sequence_, head);
-        for_each_sink_pair(query, key, query_sinks, key_sinks,
-                           [&](int64_t entry, int64_t pair) RECATTN_TARGET { b_.p[entry] += bias[pair] * kLog2e; });
         if (op_.dropout) {
-            compute_p_and_ds<true>(head, query, key, rows, keys);
+            compute_p_and_ds<true>(head, query, key, rows, keys, query_sinks, key_sinks);
         } else {
-            compute_p_and_ds<false>(head, query, key, rows, keys);
+            compute_p_and_ds<false>(head, query, key, rows, keys, query_sinks, key_sinks);
         }
-        const int64_t matrix = (sequence_.index * op_.heads + head) * op_.num_sinks;
-        float* dbias = op_.dbias + (matrix + sequence_.first_sink) * op_.num_sinks + sequence_.first_sink;
-        for_each_sink_pair(query, key, query_sinks, key_sinks,
-                           [&](int64_t entry, int64_t pair) RECATTN_TARGET { dbias[pair] = b_.ds[entry]; });
+        add_dbias(head, query, key, query_sinks, key_sinks);
 
         const Lhs<float> p_t{b_.p, 1, b_.tile_stride}, ds_t{b_.ds, 1, b_.tile_stride};
         multiply(p_t, dout, {b_.dv, b_.value_dim, !starts_keys}, {keys, rows, b_.value_dim}, {.lhs = upper});
         multiply(ds_t, q, {b_.dk, b_.dim, !starts_keys}, {keys, rows, b_.dim}, {.lhs = upper});
-        multiply(Lhs<float>{b_.ds, b_.tile_stride, 1}, {b_.k, b_.dim}, {dq_rows(g, query), b_.dim, !starts_queries},
+        multiply(Lhs<float>{b_.ds, b_.tile_stride, 1}, k, {dq_rows(g, query), b_.dim, !starts_queries},
                  {rows, keys, b_.dim}, {.lhs = lower});
     }
 
@@ -279,14 +283,14 @@ class BackwardTask {
         return {low - begin, std::lower_bound(low, end, first + count) - begin};
     }
 
-    // Calls function(entry of the tile, entry of the bias) for each pair of sinks of a tile.
-    template <class Function>
-    RECATTN_INLINE void for_each_sink_pair(int64_t query, int64_t key, Range queries, Range keys,
-                                           const Function& function) const {
-        const int64_t* sinks = sequence_.sinks;
-        for (int64_t i = queries.first; i < queries.second; ++i) {
-            const int64_t row = (sinks[i] - query) * b_.tile_stride - key;
-            for (int64_t j = keys.first; j < keys.second; ++j) function(row + sinks[j], i * op_.num_sinks + j);
+    RECATTN_TARGET void add_dbias(int64_t head, int64_t query, int64_t key, Range query_sinks, Range key_sinks) const {
+        const int64_t *sinks = sequence_.sinks, first = sequence_.first_sink;
+        const int64_t matrix = sequence_.index * op_.dbias_heads + head * op_.dbias_heads / op_.heads;
+        float* dbias = op_.dbias + matrix * op_.num_sinks * op_.num_sinks;
+        for (int64_t i = query_sinks.first; i < query_sinks.second; ++i) {
+            const float* ds = b_.ds + (sinks[i] - query) * b_.tile_stride;
+            float* row = dbias + (first + i) * op_.num_sinks + first;
+            for (int64_t j = key_sinks.first; j < key_sinks.second; ++j) row[j] += ds[sinks[j] - key];
         }
     }
 
@@ -298,12 +302,14 @@ class BackwardTask {
         }
     }
 
-    // p and ds from s and dp, in their place. Zeros at keys that a query does not see.
+    // p and ds from q k^T and dp, in their place. Zeros at keys that a query does not see.
     template <bool kDropout>
-    RECATTN_TARGET void compute_p_and_ds(int64_t head, int64_t query, int64_t key, int64_t rows, int64_t keys) const {
+    RECATTN_TARGET void compute_p_and_ds(int64_t head, int64_t query, int64_t key, int64_t rows, int64_t keys,
+                                         Range query_sinks, Range key_sinks) const {
         constexpr int64_t lanes = Vector<float>::lanes;
         const int64_t columns = round_up_to_lanes<float>(keys);
-        for (int64_t i = 0; i < rows; ++i) {
+        const float* bias = op_.bias_of(sequence_, head);
+        for (int64_t i = 0, sink = query_sinks.first; i < rows; ++i) {
             float *p = b_.p + i * b_.tile_stride, *ds = b_.ds + i * b_.tile_stride;
             const int64_t position = sequence_.start + query + i;
             const float row_max = *op_.row_max.at(sequence_.batch, head, position);
@@ -313,6 +319,12 @@ class BackwardTask {
             if constexpr (kDropout) {
                 dropout_row(op_.dropout, static_cast<uint32_t>(sequence_.index * op_.heads + head), kPerToken,
                             static_cast<uint32_t>(query + i), key, columns, b_.z);
+            }
+            if (sink < query_sinks.second && sequence_.sinks[sink] == query + i) {
+                for (int64_t s = key_sinks.first; s < key_sinks.second; ++s) {
+                    p[sequence_.sinks[s] - key] += bias[sink * op_.num_sinks + s] * kLog2e;
+                }
+                ++sink;
             }
             int64_t j = 0;
             // A key with all the weight has dp = delta, but for rounding.
@@ -345,6 +357,7 @@ class BackwardTask {
     const KeyTask& task_;
     const Sequence& sequence_;
     BackwardBuffers& b_;
+    int64_t kv_head_ = 0;
 };
 
 // Tasks next, next + 1, ... until none is left before `end`.
