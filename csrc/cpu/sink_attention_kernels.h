@@ -40,17 +40,17 @@ RECATTN_INLINE void multiply_keys(Lhs<float> k, Rhs<float> q_t, Out<float> qk_t,
                            [](Lhs<float> lhs, Rhs<float> rhs, Out<float> out, int64_t terms)
                                RECATTN_TARGET { multiply_tile<M, V>(lhs, rhs, out, terms); });
     }
-    if constexpr (M > 1) multiply_keys<V, (M > 4 ? 4 : M / 2)>(k, q_t, qk_t, count, dim);
+    if constexpr (M > 1) multiply_keys<V, (M > 6 ? (M + 1) / 2 : M - 1)>(k, q_t, qk_t, count, dim);
 }
 
-// acc (+)= p v with p transposed, p_t[j, i]. Rows are rounded up to whole lanes.
+// acc (+)= p v. The number of rows is even.
 template <int M = RECATTN_TILE_ROWS>
 RECATTN_INLINE void multiply_values(Lhs<float> p, Rhs<float> v, Out<float> acc, int64_t rows, int64_t count,
                                     int64_t columns) {
     for (; rows >= M; rows -= M, p.data += M * p.row_stride, acc.data += M * acc.row_stride) {
         multiply_columns<M, RECATTN_TILE_VECTORS>(p, v, acc, count, columns);
     }
-    if constexpr (M > 2) multiply_values<M - 2>(p, v, acc, rows + (rows & 1), count, columns);
+    if constexpr (M > 2) multiply_values<M - 2>(p, v, acc, rows, count, columns);
 }
 
 // The queries of a task and their online softmax, in float32.
@@ -156,10 +156,9 @@ class Panels {
         softmax(panel, keys, count);
         if (options_.dropout) drop(panel, keys, count);
         // Every panel sees the first block, which overwrites acc.
-        for_each_sum_block(Lhs<float>{qk_t_.data(), 1, panel.width}, keys.v,
-                           Out<float>{acc_.data() + panel.row * width_, width_, keys.first > 0}, count,
-                           [&](Lhs<float> p, Rhs<float> v, Out<float> acc, int64_t terms)
-                               RECATTN_TARGET { multiply_values(p, v, acc, panel.rows, terms, width_); });
+        const Out<float> acc{acc_.data() + panel.row * width_, width_, keys.first > 0};
+        multiply_values(Lhs<float>{qk_t_.data(), 1, panel.width}, keys.v, acc, panel.rows + (panel.rows & 1), count,
+                        width_);
     }
 
     template <int V>
@@ -328,8 +327,9 @@ class Forward : Panels {
         : Panels(op, max_rows),
           op_(op),
           // Rows that lie a multiple of 1 KB apart share few sets of the L1 cache.
+          copies_keys_(!std::is_same_v<T, float> || op.k.row_stride % 256 == 0),
           copies_values_(!std::is_same_v<T, float> || width_ != op.value_dim || op.v.row_stride % 256 == 0),
-          keys_(std::is_same_v<T, float> ? 0 : kBlockKeys * op.dim),
+          keys_(copies_keys_ ? kBlockKeys * op.dim : 0),
           values_(copies_values_ ? kBlockKeys * width_ : 0) {}
 
     RECATTN_TARGET void run(const QueryBlock& task) {
@@ -341,8 +341,10 @@ class Forward : Panels {
         const Sequence& sequence = *task.sequence;
         const int64_t end = op_.causal ? task.first + task.count : sequence.length;
         const int64_t *sink = sequence.sinks, *last_sink = sink + sequence.num_sinks;
-        for (Keys keys{}; keys.first < end; keys.first += kBlockKeys) {
-            keys.count = std::min(kBlockKeys, end - keys.first);
+        // Blocks of about the same size, at multiples of 8 as dropout needs.
+        const int64_t num_blocks = (end + kBlockKeys - 1) / kBlockKeys, block = ((end - 1) / num_blocks + 8) / 8 * 8;
+        for (Keys keys{}; keys.first < end; keys.first += block) {
+            keys.count = std::min(block, end - keys.first);
             keys.first_sink = std::lower_bound(sink, last_sink, keys.first);
             keys.last_sink = sink = std::lower_bound(keys.first_sink, last_sink, keys.first + keys.count);
             load_keys(keys);
@@ -401,17 +403,24 @@ class Forward : Panels {
     RECATTN_TARGET void load_keys(Keys& keys) {
         const int64_t batch = task_.sequence->batch, position = task_.sequence->start + keys.first;
         const T *k = op_.k.at(batch, task_.kv_head, position), *v = op_.v.at(batch, task_.kv_head, position);
-        keys.k = as_lhs(k, op_.k.row_stride, keys.count, op_.dim, keys_.data());
         if constexpr (std::is_same_v<T, float>) {
+            keys.k = {k, op_.k.row_stride, 1};
             keys.v = {v, op_.v.row_stride};
         }
-        if (!copies_values_) return;
-        for (int64_t j = 0; j < keys.count; ++j) {
-            float* row = values_.data() + j * width_;
-            copy_row(v + j * op_.v.row_stride, op_.value_dim, row);
-            std::fill(row + op_.value_dim, row + width_, 0.0f);
+        if (copies_keys_) {
+            for (int64_t j = 0; j < keys.count; ++j) {
+                copy_row(k + j * op_.k.row_stride, op_.dim, keys_.data() + j * op_.dim);
+            }
+            keys.k = {keys_.data(), op_.dim, 1};
         }
-        keys.v = {values_.data(), width_};
+        if (copies_values_) {
+            for (int64_t j = 0; j < keys.count; ++j) {
+                float* row = values_.data() + j * width_;
+                copy_row(v + j * op_.v.row_stride, op_.value_dim, row);
+                std::fill(row + op_.value_dim, row + width_, 0.0f);
+            }
+            keys.v = {values_.data(), width_};
+        }
     }
 
     RECATTN_TARGET void store_rows() const {
@@ -430,7 +439,7 @@ class Forward : Panels {
     }
 
     const SinkAttention<T>& op_;
-    bool copies_values_;
+    bool copies_keys_, copies_values_;
     Scratch<float> keys_, values_;
 };
 
