@@ -32,15 +32,41 @@ RECATTN_INLINE Floats log_positive(Floats x) {
     return x == x ? __builtin_convertvector(exponent, Floats) * kLn2 + 2.0f * atanh : x;
 }
 
+// Rows that are read or written soon, which go to the L2 cache a few at a time.
+struct Prefetch {
+    struct Rows {
+        const char* data;
+        int64_t stride, count;
+    };
+    Rows rows[4];
+    int64_t row_bytes, rows_per_step;
+
+    template <class T>
+    RECATTN_TARGET void add(const T* data, int64_t row_stride, int64_t count, int i) {
+        rows[i] = {reinterpret_cast<const char*>(data), row_stride * static_cast<int64_t>(sizeof(T)), count};
+    }
+
+    RECATTN_INLINE void step() {
+        int64_t left = rows_per_step;
+        for (Rows& range : rows) {
+            for (; left > 0 && range.count > 0; --left, --range.count, range.data += range.stride) {
+                for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(range.data + byte, 0, 2);
+            }
+        }
+    }
+};
+
 // qk_t = k q_t: `count` rows of V registers.
 template <int V, int M = tile_keys(V)>
-RECATTN_INLINE void multiply_keys(Lhs<float> k, Rhs<float> q_t, Out<float> qk_t, int64_t count, int64_t dim) {
+RECATTN_INLINE void multiply_keys(Lhs<float> k, Rhs<float> q_t, Out<float> qk_t, int64_t count, int64_t dim,
+                                  Prefetch& prefetch) {
     for (; count >= M; count -= M, k.data += M * k.row_stride, qk_t.data += M * qk_t.row_stride) {
+        prefetch.step();
         for_each_sum_block(k, q_t, qk_t, dim,
                            [](Lhs<float> lhs, Rhs<float> rhs, Out<float> out, int64_t terms)
                                RECATTN_TARGET { multiply_tile<M, V>(lhs, rhs, out, terms); });
     }
-    if constexpr (M > 1) multiply_keys<V, (M > 6 ? (M + 1) / 2 : M - 1)>(k, q_t, qk_t, count, dim);
+    if constexpr (M > 1) multiply_keys<V, (M > 6 ? (M + 1) / 2 : M - 1)>(k, q_t, qk_t, count, dim, prefetch);
 }
 
 // acc (+)= p v. The number of rows is even.
@@ -146,11 +172,11 @@ class Panels {
                 std::minmax_element(positions_.data() + panel.row, positions_.data() + panel.row + panel.rows);
             count = std::min(count, *last + 1 - keys.first);
             if (count <= 0) return;
-            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim);
+            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim, prefetch_);
             add_bias(panel, keys, count);
             if (keys.first + count - 1 > *first) mask(panel, keys, count);
         } else {
-            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim);
+            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim, prefetch_);
             add_bias(panel, keys, count);
         }
         softmax(panel, keys, count);
@@ -307,6 +333,7 @@ class Panels {
     }
 
     QueryBlock task_{};
+    Prefetch prefetch_{};
     int64_t width_;
     Scratch<float> q_t_, acc_;                    // panels of q_t [D, width]; acc [rows, width_]
     Scratch<float> row_max_, row_sum_, lse_;      // [rows]
@@ -332,7 +359,8 @@ class Forward : Panels {
           keys_(copies_keys_ ? kBlockKeys * op.dim : 0),
           values_(copies_values_ ? kBlockKeys * width_ : 0) {}
 
-    RECATTN_TARGET void run(const QueryBlock& task) {
+    // `next` is the thread's next task, or null.
+    RECATTN_TARGET void run(const QueryBlock& task, const QueryBlock* next) {
         task_ = task;
         if (task.first == 0) write_padding();
         if (task.count == 0) return;
@@ -348,6 +376,7 @@ class Forward : Panels {
             keys.first_sink = std::lower_bound(sink, last_sink, keys.first);
             keys.last_sink = sink = std::lower_bound(keys.first_sink, last_sink, keys.first + keys.count);
             load_keys(keys);
+            prefetch_after(keys, block, end, next);
             for_each_panel([&](const auto& panel) RECATTN_TARGET { add_keys(panel, keys); });
         }
         finish_rows();
@@ -423,6 +452,32 @@ class Forward : Panels {
         }
     }
 
+    // The next block of keys, or the first of the next task.
+    RECATTN_TARGET void prefetch_after(const Keys& keys, int64_t block, int64_t end, const QueryBlock* next) {
+        const int64_t first = keys.first + block;
+        const bool ends = first >= end;
+        prefetch_ = {.row_bytes = std::min(op_.dim, op_.value_dim) * static_cast<int64_t>(sizeof(T)),
+                     .rows_per_step = 1};
+        if (ends) {
+            const Sequence& sequence = *task_.sequence;
+            T* out = op_.new_out.at(sequence.batch, task_.kv_head * op_.group(), sequence.start + task_.first);
+            prefetch_.add(out, op_.new_out.row_stride, task_.count, 0);
+            if (next == nullptr) return;
+        }
+        const QueryBlock& task = ends ? *next : task_;
+        const Sequence& sequence = *task.sequence;
+        const int64_t position = sequence.start + (ends ? 0 : first);
+        const int64_t count = std::min(kBlockKeys, ends ? sequence.length : end - first);
+        prefetch_.add(op_.k.at(sequence.batch, task.kv_head, position), op_.k.row_stride, count, 1);
+        prefetch_.add(op_.v.at(sequence.batch, task.kv_head, position), op_.v.row_stride, count, 2);
+        if (ends) {
+            const int64_t head = task.kv_head * op_.group();
+            prefetch_.add(op_.q.at(sequence.batch, head, sequence.start + task.first), op_.q.row_stride, task.count, 3);
+        }
+        const int64_t tiles = op_.group() * task_.count * keys.count / (kPanelRows * tile_keys(kPanelVectors)) + 1;
+        prefetch_.rows_per_step = (prefetch_.rows[0].count + prefetch_.rows[3].count + 2 * count) / tiles + 1;
+    }
+
     RECATTN_TARGET void store_rows() const {
         const Sequence& sequence = *task_.sequence;
         for (int64_t row = 0; row < op_.group() * task_.count; ++row) {
@@ -450,7 +505,11 @@ RECATTN_TARGET void sink_forward(const SinkAttention<T>& op, const QueryBlock* t
     int64_t max_rows = 0;
     for (int64_t i = 0; i < num_tasks; ++i) max_rows = std::max(max_rows, tasks[i].count * op.group());
     Forward<T> forward(op, max_rows);
-    for (int64_t i = next++; i < num_tasks; i = next++) forward.run(tasks[i]);
+    for (int64_t i = next++; i < num_tasks;) {
+        const int64_t after = next++;
+        forward.run(tasks[i], after < num_tasks ? &tasks[after] : nullptr);
+        i = after;
+    }
 }
 
 }  // namespace recattn::RECATTN_ISA
