@@ -62,6 +62,17 @@ class SinkWorkload(Workload):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BertWorkload(SinkWorkload):
+    """`dropout` of attention weights in training. The correctness gate has none: nobody can compare two masks."""
+
+    dropout: float = 0.0
+
+    @property
+    def gate(self) -> "BertWorkload":
+        return replace(super().gate, dropout=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RefinedWorkload(Workload):
     """Causal, as in SASRec. With `histories` padded on the left, otherwise every sequence has the full length.
 
@@ -95,10 +106,12 @@ CPU, CUDA = ("cpu",), ("cuda",)
 BOTH = CPU + CUDA
 
 
-def sink_workload(name: str, batch: int, heads: int, length: int, sinks: int, **options) -> SinkWorkload:
+def sink_workload(
+    name: str, batch: int, heads: int, length: int, sinks: int, kind: type[SinkWorkload] = SinkWorkload, **options
+) -> SinkWorkload:
     """`batch` sequences of `length` tokens, `sinks` of them sinks. D = 64 and kv_heads = heads by default."""
     shape = {"batch": batch, "heads": heads, "kv_heads": heads, "length": length, "dim": 64, "sinks": sinks}
-    return SinkWorkload(name=name, **{**shape, **options})
+    return kind(name=name, **{**shape, **options})
 
 
 def gpu_sink_workload(name: str, tokens: int, length: int, dim: int, sinks: int, **options) -> SinkWorkload:
@@ -181,8 +194,8 @@ INTER_SINK_BIAS = (
 )
 
 BERT_LAYER = (
-    sink_workload("tiny", 2, 4, 64, 7, dim=16, tier="quick"),
-    sink_workload("bert_base", 8, 12, 512, 49, gate_batch=1, tier="full"),
+    sink_workload("tiny", 2, 4, 64, 7, BertWorkload, dim=16, tier="quick"),
+    sink_workload("bert_base", 8, 12, 512, 49, BertWorkload, dropout=0.1, gate_batch=1, tier="full"),
 )
 
 REFINED = (

@@ -63,7 +63,7 @@ SINK = (
     Bad("scale", given(torch.tensor(1.0)), f"scale {NO_TENSOR}"),
     Bad("padding_side", given("top"), "padding_side must be 'right' or 'left', got 'top'"),
     Bad("impl", given("no"), NO_SUCH_IMPL),
-    Bad("impl", given("cuda"), "sink_attention has no impl='cuda'; it has 'correction', 'triton', 'reference'"),
+    Bad("impl", given("cuda"), "sink_attention has no impl='cuda'; it has 'cpu', 'reference', 'triton', 'correction'"),
 )
 BAD = {
     "sink": (

@@ -49,7 +49,7 @@ def lrea_compress(q, k, v, **options):
 @pytest.mark.parametrize(
     "operator, impl",
     [
-        pytest.param(sink_attention, "correction", marks=ON_CPU),
+        pytest.param(sink_attention, "cpu", marks=ON_CPU),
         (sink_attention, "triton"),
         pytest.param(refined_attention, "cpu", marks=ON_CPU),
         (refined_attention, "triton"),

@@ -1,6 +1,5 @@
-"""sink_attention: the reference against a formula written apart from it, the CPU path against the reference."""
+"""sink_attention: the reference against a formula written apart from it, what runs on a CPU against the reference."""
 
-import functools
 import math
 
 import pytest
@@ -10,16 +9,12 @@ from hypothesis import strategies as st
 
 import recattn
 from recattn import reference
-from recattn._options import SinkAttentionOptions
-from recattn.ops.sink_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
-from tests.helpers.memory import LargestTensor
 from tests.helpers.sink_inputs import draw, draw_packed
 from tests.helpers.strategies import lengths, ragged_lengths, seeds
 
 GRADS = ["q", "k", "v", "inter_sink_bias"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-correction = functools.partial(recattn.sink_attention, impl="correction")
 
 
 def by_loops(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, valid, scale):
@@ -116,7 +111,7 @@ def test_weights_of_the_backward_sum_to_one(dim, scale):
 )
 def test_dense(dtype, causal, shape):
     assert_matches_reference(
-        correction, reference.sink_attention, {**draw(**shape, dtype=dtype), "causal": causal}, grads=GRADS
+        recattn.sink_attention, reference.sink_attention, {**draw(**shape, dtype=dtype), "causal": causal}, grads=GRADS
     )
 
 
@@ -130,7 +125,9 @@ def test_extreme_bias(dtype, causal, bias, sinks):
     chosen = torch.rand(inputs["inter_sink_bias"].shape) < 0.5
     inputs["inter_sink_bias"] = torch.where(chosen, bias, 0.0)
     inputs["inter_sink_bias"][:, :, 3] = bias
-    assert_matches_reference(correction, reference.sink_attention, {**inputs, "causal": causal}, grads=GRADS)
+    assert_matches_reference(
+        recattn.sink_attention, reference.sink_attention, {**inputs, "causal": causal}, grads=GRADS
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,7 +137,7 @@ def test_padded(dtype, causal, padding_side):
     inputs = draw(batch=6, sinks=30, bias_scale=3.0, bias_heads=4, kv_heads=2, dtype=dtype)
     inputs["sink_positions"][1, 20:] = -1
     inputs |= {"seq_lens": torch.tensor([100, 0, 37, 1, 63, 64]), "padding_side": padding_side, "causal": causal}
-    assert_matches_reference(correction, reference.sink_attention, inputs, grads=GRADS)
+    assert_matches_reference(recattn.sink_attention, reference.sink_attention, inputs, grads=GRADS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,14 +151,16 @@ def test_sink_logits(dtype, causal, form):
     if form == "padded":
         inputs["seq_lens"] = torch.tensor([41, 100])
     inputs |= {"sink_logits": torch.randn(inputs["q"].shape[-3 if form != "packed" else 1]), "causal": causal}
-    assert_matches_reference(correction, reference.sink_attention, inputs, grads=[*GRADS, "sink_logits"])
+    assert_matches_reference(recattn.sink_attention, reference.sink_attention, inputs, grads=[*GRADS, "sink_logits"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed(dtype, causal):
     inputs = draw_packed([129, 0, 63, 1, 70], [30, 0, 63, 1, 0], dtype=dtype)
-    assert_matches_reference(correction, reference.sink_attention, {**inputs, "causal": causal}, grads=GRADS)
+    assert_matches_reference(
+        recattn.sink_attention, reference.sink_attention, {**inputs, "causal": causal}, grads=GRADS
+    )
 
 
 @given(length=lengths, data=st.data(), seed=seeds, causal=st.booleans(), left=st.booleans())
@@ -171,7 +170,7 @@ def test_packed_equals_padded_equals_alone(length, data, seed, causal, left):
     seq_lens = data.draw(ragged_lengths(length))
     sinks = data.draw(st.integers(0, length))
     inputs = draw(batch=len(seq_lens), length=length, sinks=sinks, kv_heads=2, dim=8)
-    padded, lse = correction(
+    padded, lse = recattn.sink_attention(
         **inputs,
         causal=causal,
         seq_lens=torch.tensor(seq_lens),
@@ -186,7 +185,7 @@ def test_packed_equals_padded_equals_alone(length, data, seed, causal, left):
         alone = {name: inputs[name][b : b + 1, :, own] for name in ("q", "k", "v")}
         alone["sink_positions"] = positions[kept].unsqueeze(0)
         alone["inter_sink_bias"] = inputs["inter_sink_bias"][b : b + 1, :, kept][..., kept]
-        expected, expected_lse = correction(**alone, causal=causal, return_lse=True)
+        expected, expected_lse = recattn.sink_attention(**alone, causal=causal, return_lse=True)
         torch.testing.assert_close(padded[b, :, own], expected[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse[b, :, own], expected_lse[0], rtol=1e-5, atol=1e-5)
         outside = torch.ones(length, dtype=torch.bool)
@@ -194,7 +193,7 @@ def test_packed_equals_padded_equals_alone(length, data, seed, causal, left):
         assert (padded[b, :, outside] == 0).all() and (lse[b, :, outside] == -math.inf).all()
 
 
-@pytest.mark.parametrize("impl", ["correction", "reference"])
+@pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_may_hold_anything(impl, causal):
     inputs = {**draw(sinks=30), "seq_lens": torch.tensor([40, 77]), "causal": causal, "impl": impl}
@@ -216,7 +215,7 @@ def test_padding_may_hold_anything(impl, causal):
 
 def test_float64_is_kept():
     inputs = draw(length=63, dtype=torch.float64, bias_scale=3.0)
-    out, lse = correction(**inputs, return_lse=True)
+    out, lse = recattn.sink_attention(**inputs, return_lse=True)
     expected, expected_lse = reference.sink_attention(**inputs, return_lse=True)
     assert lse.dtype == torch.float64
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -227,7 +226,7 @@ def test_zero_bias_is_plain_attention():
     inputs = draw(length=129, sinks=129)
     inputs["inter_sink_bias"] = torch.zeros_like(inputs["inter_sink_bias"])
     plain = torch.nn.functional.scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"])
-    assert torch.equal(correction(**inputs), plain)
+    torch.testing.assert_close(recattn.sink_attention(**inputs), plain)
 
 
 def test_views_that_are_not_contiguous():
@@ -238,14 +237,14 @@ def test_views_that_are_not_contiguous():
         "v": torch.randn(2, 8, 63, 32)[:, ::2, :, ::2],
         "inter_sink_bias": torch.randn(2, 20, 20, 1).permute(0, 3, 2, 1),
     }
-    assert_matches_reference(correction, reference.sink_attention, {**inputs, **views}, grads=GRADS)
+    assert_matches_reference(recattn.sink_attention, reference.sink_attention, {**inputs, **views}, grads=GRADS)
 
 
 def test_expanded_gradient():
     """out.sum() sends back a gradient of stride 0."""
     inputs = draw(length=63)
     leaves = {name: inputs[name].requires_grad_() for name in GRADS}
-    correction(**inputs).sum().backward()
+    recattn.sink_attention(**inputs).sum().backward()
     expected = torch.autograd.grad(reference.sink_attention(**inputs).sum(), list(leaves.values()))
     for leaf, gradient in zip(leaves.values(), expected, strict=True):
         torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-4)
@@ -260,23 +259,21 @@ def test_empty_batches(batch, length):
         "sink_positions": torch.full((batch, 1), -1),
         "inter_sink_bias": torch.zeros(batch, 1, 1, 1),
     }
-    out = correction(**inputs)
+    out = recattn.sink_attention(**inputs)
     out.sum().backward()
     assert out.shape == (batch, 2, length, 4) and inputs["q"].grad.shape == inputs["q"].shape
 
 
 def test_empty_packed_batch():
     inputs = draw_packed([0, 0], [0, 0])
-    out, lse = correction(**inputs, return_lse=True)
+    out, lse = recattn.sink_attention(**inputs, return_lse=True)
     assert out.shape == (0, 4, 16) and lse.shape == (4, 0)
 
 
-def test_dropout_runs_the_reference_and_keeps_the_mean():
+def test_dropout_keeps_the_mean():
     inputs = draw(length=20, sinks=5, dim=4)
     mean = torch.stack([recattn.sink_attention(**inputs, dropout_p=0.5) for _ in range(2000)]).mean(0)
-    torch.testing.assert_close(mean, correction(**inputs), rtol=0.1, atol=0.1)
-    with pytest.raises(NotImplementedError, match="cannot run impl='correction' here: it has no dropout"):
-        correction(**inputs, dropout_p=0.5)
+    torch.testing.assert_close(mean, recattn.sink_attention(**inputs), rtol=0.1, atol=0.1)
 
 
 def test_reruns_agree_to_the_bit():
@@ -284,19 +281,9 @@ def test_reruns_agree_to_the_bit():
     runs = []
     for _ in range(2):
         leaves = {name: inputs[name].clone().requires_grad_() for name in GRADS}
-        out = correction(**{**inputs, **leaves})
+        out = recattn.sink_attention(**{**inputs, **leaves})
         runs.append((out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
-
-
-def test_no_tensor_of_n_squared_elements():
-    inputs = draw(batch=1, heads=2, kv_heads=2, length=2048, dim=16, sinks=100)
-    arguments = (*inputs.values(), None, None, None, SinkAttentionOptions(False, False, 0.25))
-    with LargestTensor() as forward:
-        results = on_cpu.sink_attention_fwd(*arguments)
-    with LargestTensor() as backward:
-        on_cpu.sink_attention_bwd(torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:])
-    assert max(forward.elements, backward.elements) <= 4 * 2048 * 16 * 2 < 2048 * 2048
 
 
 def op_inputs(form: str, dtype=torch.float32):
@@ -346,14 +333,17 @@ def test_opcheck_permuted():
 def test_compiles_to_one_graph_without_recompiling():
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda **inputs: correction(**inputs, causal=True), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda **inputs: recattn.sink_attention(**inputs, causal=True),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     for batch, length, sinks in ((2, 40, 5), (3, 63, 9), (5, 100, 30)):
         inputs = draw(batch=batch, length=length, sinks=sinks)
         leaves = {name: inputs[name].requires_grad_() for name in GRADS}
         with torch.compiler.set_stance("fail_on_recompile" if batch > 2 else "default"):
             out = compiled(**inputs)
-        expected = correction(**inputs, causal=True)
+        expected = recattn.sink_attention(**inputs, causal=True)
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
         for got, want in zip(
             torch.autograd.grad(out.sum(), list(leaves.values())),
@@ -368,7 +358,7 @@ def test_compiles_with_one_tensor_for_q_k_and_v():
     del inputs["k"], inputs["v"]
 
     def itself(q, **others):
-        return correction(q, q, q, **others)
+        return recattn.sink_attention(q, q, q, **others)
 
     leaf = inputs["q"].requires_grad_()
     out = torch.compile(itself, fullgraph=True, backend="aot_eager")(**inputs)
@@ -427,7 +417,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("impl", ["correction", "reference"])
+@pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input(message, impl):
     bad = BAD[message]
@@ -450,11 +440,13 @@ def test_bad_offsets(cu_seqlens, message):
     inputs = draw_packed([20, 13], [5, 3])
     inputs["sink_positions"][0, 0] = 1
     inputs["sink_positions"][0, 1:] = torch.arange(10, 14)
-    for impl in ("correction", "reference"):
+    for impl in (None, "reference"):
         with pytest.raises(ValueError, match=message):
             recattn.sink_attention(**{**inputs, "cu_seqlens": torch.tensor(cu_seqlens)}, impl=impl)
 
 
 def test_an_impl_that_does_not_exist_says_what_does():
-    with pytest.raises(NotImplementedError, match="has no impl='cuda'; it has 'correction', 'triton', 'reference'"):
+    with pytest.raises(
+        NotImplementedError, match="has no impl='cuda'; it has 'cpu', 'reference', 'triton', 'correction'"
+    ):
         recattn.sink_attention(**draw(), impl="cuda")

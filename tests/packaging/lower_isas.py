@@ -19,6 +19,7 @@ TESTS = (
     "cpu/test_inter_sink_bias.py",
     "cpu/test_lrea_attention.py",
     "cpu/test_refined_attention.py",
+    "cpu/test_sink_attention.py",
     "nn/test_inter_sink_bias.py",
     "ops/test_lrea_attention.py",
     "ops/test_lrea_reference.py",

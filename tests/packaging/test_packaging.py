@@ -142,7 +142,7 @@ def test_versions_compare_by_their_numbers():
 
 def test_info():
     text = python("import runpy, sys; sys.argv = ['recattn', 'info']; runpy.run_module('recattn', run_name='__main__')")
-    assert "sink_attention" in text and "correction" in text and "C++ kernels: built with" in text
+    assert "sink_attention" in text and "triton" in text and "C++ kernels: built with" in text
 
 
 def test_info_without_kernels(without_kernels):

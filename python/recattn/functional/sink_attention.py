@@ -72,16 +72,15 @@ def sink_attention(
         seq_lens: [B] integer. Number of valid tokens per sequence; the padding is on `padding_side`.
         padding_side: "right", or "left" (valid tokens at the end).
         cu_seqlens: [B + 1] integer, offsets of packed sequences; excludes `seq_lens`.
-        dropout_p: probability of dropping an attention weight, on a GPU in steps of 1/65536. On a CPU the reference
-            runs.
+        dropout_p: probability of dropping an attention weight, in steps of 1/65536 but for the reference.
         scale: multiplies the scores, 1/√D by default.
         return_lse: also return the log-sum-exp of each row.
         max_seqlen: upper bound on the lengths of packed sequences, known on the host. Required for impl="correction"
             on packed input; without it the fused kernel runs.
-        impl: None chooses the fastest. "correction" (an unbiased attention, corrected at the sinks), "triton" (one
-            fused kernel) or "reference" selects; there is no silent fallback. On a GPU "correction:BACKEND" also
-            selects the unbiased attention: PyTorch's "flash", "cudnn" or "efficient", or "flash_attn_2", "flash_attn_3"
-            or "flash_attn_4" where installed.
+        impl: None chooses the fastest. "cpu" (C++), on a GPU "triton" (one fused kernel) or "correction" (an unbiased
+            attention, corrected at the sinks), or "reference" selects; there is no silent fallback.
+            "correction:BACKEND" also selects the unbiased attention: PyTorch's "flash", "cudnn" or "efficient", or
+            "flash_attn_2", "flash_attn_3" or "flash_attn_4" where installed. On a CPU the reference computes float64.
 
     Returns:
         [B, Hq, N, Dv] in q's dtype, packed [T, Hq, Dv]; zero at padding and in rows that see no key. With `return_lse`
@@ -113,15 +112,14 @@ def sink_attention(
         _validate_options(padding_side, dropout_p, scale, max_seqlen, cu_seqlens)
     reasons = ops.unsupported_reasons(q.device.type, q, v, padded=seq_lens is not None, dropout_p=dropout_p)
     impl, backend = parse_implementation(impl)
-    chosen = select("sink_attention", impl, reasons)
-    if backend is not None:
+    if backend is not None and impl == "correction":
         check.expect_choice("BACKEND of impl='correction:BACKEND'", backend, tuple(BACKENDS))
-        on_gpu = chosen == "correction" and q.device.type != "cpu"
-        check.expect(
-            on_gpu, "impl", "without a backend, but for 'correction' on a GPU", format_implementation(impl, backend)
-        )
-    checks_itself = chosen == "correction" and q.device.type == "cpu"  # and uses its own copies
-    if not checks_itself and validation.values_are_checked(q.device):
+    chosen = select("sink_attention", impl, reasons)
+    if backend is not None and impl != "correction":
+        named = format_implementation(impl, backend)
+        check.expect(False, "impl", "without a backend, but for 'correction'", named)
+    # C++ checks values itself, and uses its own copies.
+    if chosen != "cpu" and validation.values_are_checked(q.device):
         sink_positions, seq_lens, cu_seqlens = _checked(q, sink_positions, seq_lens, cu_seqlens)
     if chosen == "reference":
         return reference.sink_attention(

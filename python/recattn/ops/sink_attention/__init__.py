@@ -1,8 +1,8 @@
 """sink_attention: operator schemas, autograd, and which implementation runs.
 
-On a CPU PyTorch's flash attention is corrected at the sinks. On a GPU a fused Triton kernel runs, or Triton kernels
-correct one of several unbiased attentions. All return the same three tensors: out, lse, and sink_stats [2, B, Hq, M],
-the softmax's row_max and row_sum of each sink row.
+On a CPU C++ runs. On a GPU a fused Triton kernel runs, or Triton kernels correct one of several unbiased attentions.
+All return three tensors: out, lse, and what the backward needs besides: by Triton sink_stats [2, B, Hq, M], the
+softmax's row_max and row_sum of each sink row; in C++ row_stats [2, B, Hq, N], row_max and 1/row_sum of every row.
 """
 
 import torch
@@ -14,7 +14,6 @@ from recattn.ops._library import define, differentiable_again, is_traced, refuse
 from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.sink_attention import cpu as on_cpu
 from recattn.ops.sink_attention import triton as by_triton
-from recattn.ops.sink_attention.dispatch import CORRECTION
 
 # The largest head dim that fits the kernels' tiles.
 MAX_HEAD_DIM = 256
@@ -35,11 +34,14 @@ def unsupported_reasons(
     """
     not_here = triton_unsupported_reason(device_type, None if q is None else q.dtype)
     triton = not_here or (None if q is None else _triton_call_reason(q, v))
+    elsewhere = f"the tensors are on {device_type}"
+    if device_type == "cpu":  # where Triton's is an interpreter
+        cpu = on_cpu.unsupported_reason(q)
+        return {"cpu": cpu, "reference": None, "triton": triton, "correction": elsewhere}
     no_dropout = "it has no dropout" if dropout_p > 0 else None
-    if device_type == "cpu":
-        return {"correction": no_dropout, "triton": triton, "reference": None}
     no_padding = "no backend masks the padding of seq_lens; impl='triton' does" if padded else None
-    return {"triton": triton, "correction": not_here or no_dropout or triton or no_padding, "reference": None}
+    correction = not_here or no_dropout or triton or no_padding
+    return {"triton": triton, "correction": correction, "cpu": elsewhere, "reference": None}
 
 
 def _triton_call_reason(q: Tensor, v: Tensor) -> str | None:
@@ -98,32 +100,31 @@ class SinkAttentionFunction(torch.autograd.Function):
 # --- The operators ---
 
 
-def _runs_on_cpu(q: Tensor, options: SinkAttentionOptions) -> bool:
-    """Whether PyTorch's CPU attention is corrected. Any other choice on a CPU is for Triton's interpreter."""
-    return q.is_cpu and options.impl in (None, CORRECTION) and options.backend is None
+def _runs_in_cpp(q: Tensor, options: SinkAttentionOptions) -> bool:
+    """Any other choice on a CPU is for Triton's interpreter."""
+    return q.is_cpu and options.impl in (None, "cpu")
 
 
 def _fwd(q, k, v, *tensors_and_options, keeps_streams=False):
-    context = by_triton.Context(*tensors_and_options)
-    if _runs_on_cpu(q, context.options):
-        return on_cpu.sink_attention_fwd(q, k, v, *context.without_dropout)
-    return by_triton.sink_attention_fwd(q, k, v, context, keeps_streams)
+    if _runs_in_cpp(q, tensors_and_options[-1]):
+        return on_cpu.sink_attention_fwd(q, k, v, tensors_and_options)
+    return by_triton.sink_attention_fwd(q, k, v, by_triton.Context(*tensors_and_options), keeps_streams)
 
 
 def _bwd(dout, q, k, v, out, lse, sink_stats, *tensors_and_options, streams=None):
+    if _runs_in_cpp(q, tensors_and_options[-1]):
+        return on_cpu.sink_attention_bwd(dout, q, k, v, out, sink_stats, tensors_and_options)
     context = by_triton.Context(*tensors_and_options)
-    if _runs_on_cpu(q, context.options):
-        return on_cpu.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, *context.without_dropout)
     return by_triton.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, context, streams)
 
 
 def _fake_fwd(q, k, v, sink_positions, *others):
-    layout = on_cpu if _runs_on_cpu(q, others[-1]) else by_triton
+    layout = on_cpu if _runs_in_cpp(q, others[-1]) else by_triton
     return layout.empty_fwd(q, v, sink_positions)
 
 
 def _fake_bwd(dout, q, k, v, out, lse, sink_stats, _sink_positions, inter_sink_bias, sink_logits, *others):
-    layout = on_cpu if _runs_on_cpu(q, others[-1]) else by_triton
+    layout = on_cpu if _runs_in_cpp(q, others[-1]) else by_triton
     dsink_logits = None if sink_logits is None else torch.empty_like(sink_logits)
     return *layout.empty_bwd(q, k, v), inter_sink_bias.new_empty(inter_sink_bias.shape), dsink_logits
 

@@ -27,10 +27,6 @@ class Context(NamedTuple):
     options: SinkAttentionOptions
 
     @property
-    def without_dropout(self) -> tuple:
-        return *self[:5], self.options
-
-    @property
     def backend_options(self) -> dict[str, object]:
         lengths = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.options.max_seqlen}
         return {"causal": self.options.causal, "scale": self.options.scale, **lengths}
