@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -48,8 +49,15 @@ struct CompressBackward {
     int64_t length(int64_t user) const { return starts[user + 1] - starts[user] - 1; }
 };
 
-// dW is summed in this many groups of users for any number of threads, so that its bits do not depend on the threads.
-constexpr int64_t kCompressGroups = 16;
+// Users and positions of one task of the backward.
+struct CompressTask {
+    int64_t first_user, end_user, first_position, end_position;
+};
+
+constexpr int64_t kPositionBlock = 64;
+// Tasks of the backward, for any number of threads, so that the bits of dW do not depend on the threads. Up to this
+// many groups of users have each their own sum of dW; the tasks of fewer groups are ranges of positions.
+constexpr int64_t kCompressTasks = 16;
 
 }  // namespace
 }  // namespace recattn
@@ -164,8 +172,12 @@ std::tuple<Tensor, Tensor> lrea_compress_bwd(const Tensor& dcompressed, const Te
         using T = decltype(zero);
         using A = accumulate_t<T>;
         const Tensor w = in_accumulate_dtype<A>(w_comp);
+        const int64_t groups = std::max<int64_t>(1, std::min(users, kCompressTasks));
+        const int64_t parts = (kCompressTasks + groups - 1) / groups;
+        const int64_t positions =
+            std::max<int64_t>(1, (longest + parts * kPositionBlock - 1) / (parts * kPositionBlock)) * kPositionBlock;
         const int64_t width = (rank + 15) / 16 * 16, size = longest * width;
-        Scratch<A> partials(wants_dw_comp ? kCompressGroups * size : 0);
+        const std::unique_ptr<A[]> partials(wants_dw_comp ? new A[groups * size] : nullptr);
         const CompressBackward<T> op{.behaviors = {e.const_data_ptr<T>(), e.stride(1), nullptr, 0, nullptr},
                                      .dcompressed = {dc.const_data_ptr<T>(), dc.stride(1), nullptr, 0, nullptr},
                                      .behavior_user_stride = e.stride(0),
@@ -178,25 +190,30 @@ std::tuple<Tensor, Tensor> lrea_compress_bwd(const Tensor& dcompressed, const Te
                                      .dim = dim};
         const auto kernel = RECATTN_PICK(compress_backward<T>);
         const auto first_user = [&](int64_t group) {
-            const int64_t start = starts.back() * group / kCompressGroups;
+            const int64_t start = starts.back() * group / groups;
             return std::lower_bound(starts.begin(), starts.end() - 1, start) - starts.begin();
         };
-        const int64_t cost = 2 * rank * dim * starts.back() / kCompressGroups;
-        torch::stable::parallel_for(0, kCompressGroups, grain(cost), [&](int64_t begin, int64_t end) {
-            for (int64_t group = begin; group < end; ++group) {
-                A* dw = wants_dw_comp ? partials.data() + group * size : nullptr;
-                kernel(op, first_user(group), first_user(group + 1), dw, width);
+        const int64_t tasks = groups * parts, cost = 2 * rank * dim * starts.back() / tasks;
+        torch::stable::parallel_for(0, tasks, grain(cost), [&](int64_t begin, int64_t end) {
+            for (int64_t index = begin; index < end; ++index) {
+                const int64_t group = index / parts, first = index % parts * positions;
+                const CompressTask task{first_user(group), first_user(group + 1), std::min(first, longest),
+                                        std::min(first + positions, longest)};
+                kernel(op, task, wants_dw_comp ? partials.get() + group * size : nullptr, width);
             }
         });
         if (!wants_dw_comp) return;
         T* out = dw_comp.mutable_data_ptr<T>();
-        for (int64_t l = 0; l < longest; ++l, out += rank) {
-            A* sum = partials.data() + l * width;
-            for (int64_t group = 1; group < kCompressGroups; ++group) {
-                for (int64_t k = 0; k < rank; ++k) sum[k] += partials.data()[group * size + l * width + k];
+        torch::stable::parallel_for(0, longest, grain(groups * rank), [&](int64_t begin, int64_t end) {
+            for (int64_t l = begin; l < end; ++l) {
+                A* sum = partials.get() + l * width;
+                for (int64_t group = 1; group < groups; ++group) {
+                    for (int64_t k = 0; k < rank; ++k) sum[k] += partials[group * size + l * width + k];
+                }
+                for (int64_t k = 0; k < rank; ++k) out[l * rank + k] = static_cast<T>(sum[k]);
             }
-            for (int64_t k = 0; k < rank; ++k) out[k] = static_cast<T>(sum[k]);
-        }
+        });
+        out += longest * rank;
         std::fill_n(out, (w_comp.size(0) - longest) * rank, T(0));
     });
     return {dbehaviors, dw_comp};

@@ -4,7 +4,7 @@
 //   dbehaviors[u] = w_comp dc[u]
 //   dw_comp = sum over u of behaviors[u] dc[u]^T
 //
-// One task is a range of users; in the backward each has its own sum of dw_comp.
+// One task is a range of users; in the backward also a range of positions, and each task has its own sum of dw_comp.
 
 #include "cpu/simd/matmul.h"
 #include "cpu/simd/rows.h"
@@ -35,26 +35,28 @@ RECATTN_TARGET void compress(const Compress<T>& op, int64_t begin, int64_t end) 
     }
 }
 
-// The gradients of lrea_compress for users begin..end: dE_u = w_comp dC_u, and dW [L, width] += E_u dC_u^T.
+// The gradients of lrea_compress for the task's users and positions: dE_u = w_comp dC_u, and dW += E_u dC_u^T in
+// dw [L, width].
 template <class T>
-RECATTN_TARGET void compress_backward(const CompressBackward<T>& op, int64_t begin, int64_t end, accumulate_t<T>* dw,
+RECATTN_TARGET void compress_backward(const CompressBackward<T>& op, const CompressTask& task, accumulate_t<T>* dw,
                                       int64_t width) {
     using A = accumulate_t<T>;
-    constexpr int64_t block = 64;  // behaviours of one block
+    constexpr int64_t block = kPositionBlock;
     const int64_t dim = op.dim, padded = round_up_to_lanes<A>(dim);
     Scratch<A> rows(std::max(block, op.rank) * padded), dc_rows(op.rank * padded), dc_columns(dim * width);
-    for (int64_t user = begin; user < end; ++user) {
+    if (dw != nullptr) std::fill(dw + task.first_position * width, dw + task.end_position * width, A(0));
+    for (int64_t user = task.first_user; user < task.end_user; ++user) {
         const T* behaviors = op.behaviors.data + user * op.behavior_user_stride;
         const T* dcompressed = op.dcompressed.data + user * op.dcompressed_user_stride;
-        const int64_t length = op.length(user);
+        const int64_t last = std::min(op.length(user), task.end_position);
         T* dbehaviors = op.dbehaviors == nullptr ? nullptr : op.dbehaviors + user * op.longest * dim;
-        if (dw != nullptr) {
+        if (dw != nullptr && task.first_position < last) {
             transpose(as_lhs(dcompressed, op.dcompressed.row_stride, op.rank, dim, rows.data()), op.rank, dim,
                       dc_columns.data(), width);
         }
         const Rhs<A> dc = as_rhs(dcompressed, op.dcompressed.row_stride, op.rank, dim, dc_rows.data());
-        for (int64_t first = 0; first < length; first += block) {
-            const int64_t count = std::min(block, length - first);
+        for (int64_t first = task.first_position; first < last; first += block) {
+            const int64_t count = std::min(block, last - first);
             if (dw != nullptr) {
                 const T* e = behaviors + first * op.behaviors.row_stride;
                 multiply_in_blocks(as_lhs(e, op.behaviors.row_stride, count, dim, rows.data()),
@@ -62,14 +64,14 @@ RECATTN_TARGET void compress_backward(const CompressBackward<T>& op, int64_t beg
                                    width);
             }
             if (dbehaviors != nullptr) {
-                multiply_in_blocks(Lhs<A>{op.w_comp + first * op.rank, op.rank, 1}, dc, {rows.data(), padded, false},
-                                   count, op.rank, padded);
-                for (int64_t i = 0; i < count; ++i) {
-                    copy_row(rows.data() + i * padded, dim, dbehaviors + (first + i) * dim);
-                }
+                multiply_to(Lhs<A>{op.w_comp + first * op.rank, op.rank, 1}, dc, dbehaviors + first * dim, dim, count,
+                            op.rank, dim, rows.data());
             }
         }
-        if (dbehaviors != nullptr) std::fill(dbehaviors + length * dim, dbehaviors + op.longest * dim, T(0));
+        if (dbehaviors != nullptr) {
+            std::fill(dbehaviors + std::max(last, task.first_position) * dim, dbehaviors + task.end_position * dim,
+                      T(0));
+        }
     }
 }
 

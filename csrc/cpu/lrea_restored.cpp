@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -12,14 +14,17 @@
 #include <vector>
 
 #include "cpu/common.h"
+#include "cpu/rows.h"
 #include "cpu/simd/isa.h"
 
 namespace recattn {
 namespace {
 
 constexpr int64_t kBlockRows = 48, kBlockColumns = 64;
-// dW is summed in this many groups for any number of threads, so that its bits do not depend on the threads.
-constexpr int64_t kGroups = 8;
+// dW is summed in up to this many groups for any number of threads, so that its bits do not depend on the threads.
+constexpr int64_t kMaxGroups = 8;
+// A row block has no more segments, of which any number may be without a target.
+constexpr int64_t kMaxSegments = 64;
 
 // Tensor [T, H, columns] whose last axis is contiguous.
 template <class T>
@@ -41,7 +46,14 @@ struct UserMatrices {
 
 // The targets of one user in one head, and how many columns of W they see.
 struct Segment {
-    int64_t user, head, first_target, length;
+    int64_t user, head, first_target, count, length;
+};
+
+// Rows computed together: those of the segments first_segment..end_segment, or `rows` of one longer segment, whose
+// first `skipped` rows belong to other blocks.
+struct RowBlock {
+    int64_t first_segment, end_segment, skipped, rows;
+    bool is_whole;
 };
 
 template <class T>
@@ -51,15 +63,21 @@ struct RestoredAttention {
     UserMatrices<const T> keys, values;
     TargetRows<T> out, dtargets;
     UserMatrices<T> dkeys, dvalues;
-    TargetRows<A> z, y, dz;        // [T, H, r]
-    const A* w;                    // [r, w_row_stride], zero beyond L
-    const A* w_transposed;         // [w_row_stride, width], zero beyond L and r
-    const Segment* segments;       // by descending length
-    const int64_t* starts;         // first row of each segment; the rows are computed in this order
-    int64_t num_segments, rows;    // rows: T * H
+    TargetRows<A> z, y, dz;   // [T, H, r]
+    const A* w;               // tiles [r, kBlockColumns], zero beyond L
+    const A* w_transposed;    // tiles [kBlockColumns, width], zero beyond L and r
+    const Segment* segments;  // by descending length
+    const RowBlock* blocks;   // of the segments in this order
+    int64_t num_blocks, num_groups;
     int64_t rank, dim, value_dim;  // r, d, dv
-    int64_t w_row_stride, width;   // width: r rounded up to 64 bytes
+    int64_t width;                 // r rounded up to 64 bytes
     A negative_slope, scale;
+
+    // Numbers of dW, tile by tile, that a group of blocks sums: the columns that its first block sees.
+    int64_t dw_size(int64_t group) const {
+        const int64_t columns = segments[blocks[group].first_segment].length;
+        return (columns + kBlockColumns - 1) / kBlockColumns * kBlockColumns * rank;
+    }
 };
 
 }  // namespace
@@ -73,46 +91,50 @@ namespace {
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-// W padded to whole registers, and its transpose.
-template <class A>
+// The first `columns` columns of W, packed as the kernels read them.
+template <class T>
 class PackedMatrix {
   public:
-    template <class T>
-    PackedMatrix(const Tensor& w, T)
-        : rank(w.size(0)),
-          columns(w.size(1)),
-          row_stride(round_up(columns, kBlockColumns)),
-          width(round_up(rank, 64 / sizeof(A))),
-          w_(rank * row_stride),
-          transposed_(row_stride * width) {
-        const T* in = w.const_data_ptr<T>();
-        const int64_t stride = w.stride(0), column_stride = w.stride(1);
-        for (int64_t k = 0; k < rank; ++k) {
-            A* row = w_.data() + k * row_stride;
-            for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<A>(in[k * stride + c * column_stride]);
-            for (int64_t c = 0; c < columns; ++c) transposed_.data()[c * width + k] = row[c];
-        }
+    using A = accumulate_t<T>;
+
+    PackedMatrix(const Tensor& w, int64_t columns)
+        : rank_(w.size(0)),
+          columns_(w.size(1)),
+          width(round_up(rank_, 64 / sizeof(A))),
+          tiles_(rank_ * round_up(columns, kBlockColumns)),
+          transposed_(width * round_up(columns, kBlockColumns)) {
+        const auto pack = RECATTN_PICK(pack_w<T>);
+        pack(w.const_data_ptr<T>(), w.stride(0), w.stride(1), rank_, columns, tiles_.data(), transposed_.data(), width);
     }
 
-    int64_t rank, columns, row_stride, width;
-
-    const A* data() const { return w_.data(); }
+    const A* tiles() const { return tiles_.data(); }
     const A* transposed() const { return transposed_.data(); }
-    int64_t size() const { return rank * row_stride; }
 
-    // dW [r, L] = sum of the groups' partial sums, which it overwrites.
-    template <class T>
-    void sum(A* partials, T* dw) const {
-        for (int64_t group = 1; group < kGroups; ++group) {
-            for (int64_t i = 0; i < size(); ++i) partials[i] += partials[group * size() + i];
+    // dW [r, L] = sum of the groups' partial sums, which lie `stride` apart.
+    void sum(const RestoredAttention<T>& op, A* partials, int64_t stride, T* dw) const {
+        for (int64_t group = 1; group < op.num_groups; ++group) {
+            const A* partial = partials + group * stride;
+            for (int64_t i = 0; i < op.dw_size(group); ++i) partials[i] += partial[i];
         }
-        for (int64_t k = 0; k < rank; ++k) {
-            for (int64_t c = 0; c < columns; ++c) dw[k * columns + c] = static_cast<T>(partials[k * row_stride + c]);
+        const int64_t summed = op.num_groups > 0 ? op.dw_size(0) / std::max<int64_t>(1, rank_) : 0;
+        for (int64_t c = 0; c < columns_; c += kBlockColumns) {
+            const int64_t count = std::min(kBlockColumns, columns_ - c);
+            for (int64_t k = 0; k < rank_; ++k) {
+                const A* row = partials + c * rank_ + k * kBlockColumns;
+                for (int64_t i = 0; i < count; ++i)
+                    dw[k * columns_ + c + i] = static_cast<T>(c < summed ? row[i] : A(0));
+            }
         }
     }
 
   private:
-    Scratch<A> w_, transposed_;
+    int64_t rank_, columns_;
+
+  public:
+    const int64_t width;
+
+  private:
+    Scratch<A> tiles_, transposed_;
 };
 
 // Checked inputs of the forward and the backward.
@@ -140,37 +162,54 @@ struct Inputs {
             std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
         }
         segments.reserve(users * heads);
-        starts.reserve(users * heads + 1);
-        starts.push_back(0);
         for (const int64_t user : order) {
             const int64_t count = offsets[user + 1] - offsets[user];
             for (int64_t head = 0; head < heads; ++head) {
-                segments.push_back({user, head, offsets[user], lengths[user]});
-                starts.push_back(starts.back() + count);
+                add_segment({user, head, offsets[user], count, lengths[user]});
             }
+            longest_seen = std::max(longest_seen, lengths[user]);
             seen += count * heads * lengths[user];
         }
     }
 
-    int64_t rows() const { return starts.back(); }
-    int64_t blocks() const { return round_up(rows(), kBlockRows) / kBlockRows; }
+    int64_t num_blocks() const { return blocks.size(); }
+    // Whether a segment is longer than a row block.
+    bool has_parts() const {
+        return std::any_of(blocks.begin(), blocks.end(), [](const RowBlock& block) { return !block.is_whole; });
+    }
     // Average multiply-adds of a block of rows, for `products` products with W and as many with the user's matrices.
     int64_t block_cost(int64_t products) const {
-        const int64_t columns = seen / std::max<int64_t>(1, rows()) + std::max(dim, value_dim);
+        const int64_t columns = seen / std::max<int64_t>(1, num_targets * heads) + std::max(dim, value_dim);
         return products * kBlockRows * rank * columns;
     }
 
     template <class T>
-    RestoredAttention<T> operation(const PackedMatrix<accumulate_t<T>>& w, double negative_slope,
-                                   std::optional<double> scale) const;
+    RestoredAttention<T> operation(const PackedMatrix<T>& w, double negative_slope, std::optional<double> scale) const;
 
     Tensor targets, keys, values, w_decomp;
     int64_t num_targets, users, heads, rank, dim, value_dim;
     std::vector<Segment> segments;
-    std::vector<int64_t> starts;
-    int64_t seen = 0;  // columns of W that all rows see together
+    std::vector<RowBlock> blocks;
+    int64_t longest_seen = 0, seen = 0;  // columns of W that a row, and that all rows together, see
 
   private:
+    void add_segment(const Segment& segment) {
+        const int64_t index = segments.size();
+        segments.push_back(segment);
+        if (segment.count > kBlockRows) {
+            for (int64_t row = 0; row < segment.count; row += kBlockRows) {
+                blocks.push_back({index, index + 1, row, std::min(kBlockRows, segment.count - row), false});
+            }
+            return;
+        }
+        const bool fits = !blocks.empty() && blocks.back().is_whole &&
+                          blocks.back().rows + segment.count <= kBlockRows &&
+                          index - blocks.back().first_segment < kMaxSegments;
+        if (!fits) blocks.push_back({index, index, 0, 0, true});
+        blocks.back().end_segment = index + 1;
+        blocks.back().rows += segment.count;
+    }
+
     static void check(const Tensor& targets, const Tensor& keys, const Tensor& values, const Tensor& w_decomp,
                       const Tensor& target_offsets, const std::optional<Tensor>& seq_lens) {
         expect_shape("targets", targets, {{"T"}, {"H"}, {"d"}});
@@ -213,7 +252,7 @@ UserMatrices<T> new_matrices(const Tensor& t) {
 }
 
 template <class T>
-RestoredAttention<T> Inputs::operation(const PackedMatrix<accumulate_t<T>>& w, double negative_slope,
+RestoredAttention<T> Inputs::operation(const PackedMatrix<T>& w, double negative_slope,
                                        std::optional<double> scale) const {
     using A = accumulate_t<T>;
     return {.targets = target_rows<T>(targets),
@@ -227,16 +266,15 @@ RestoredAttention<T> Inputs::operation(const PackedMatrix<accumulate_t<T>>& w, d
             .z = {},
             .y = {},
             .dz = {},
-            .w = w.data(),
+            .w = w.tiles(),
             .w_transposed = w.transposed(),
             .segments = segments.data(),
-            .starts = starts.data(),
-            .num_segments = static_cast<int64_t>(segments.size()),
-            .rows = rows(),
+            .blocks = blocks.data(),
+            .num_blocks = num_blocks(),
+            .num_groups = std::min(kMaxGroups, num_blocks()),
             .rank = rank,
             .dim = dim,
             .value_dim = value_dim,
-            .w_row_stride = w.row_stride,
             .width = w.width,
             .negative_slope = static_cast<A>(negative_slope),
             .scale = static_cast<A>(scale.value_or(1 / std::sqrt(static_cast<double>(dim))))};
@@ -258,14 +296,15 @@ std::tuple<Tensor, Tensor, Tensor> lrea_restored_fwd(const Tensor& targets, cons
         using A = accumulate_t<T>;
         z = new_empty({inputs.num_targets, inputs.heads, inputs.rank}, accumulate_dtype_v<A>);
         y = new_empty(z->sizes(), accumulate_dtype_v<A>);
-        const PackedMatrix<A> w(w_decomp, zero);
+        const PackedMatrix<T> w(w_decomp, inputs.longest_seen);
         auto op = inputs.operation<T>(w, negative_slope, scale);
         op.out = new_rows<T>(out);
         op.z = new_rows<A>(*z);
         op.y = new_rows<A>(*y);
         const auto kernel = RECATTN_PICK(restored_forward<T>);
-        torch::stable::parallel_for(0, inputs.blocks(), grain(inputs.block_cost(2)),
-                                    [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+        std::atomic<int64_t> next = 0;
+        torch::stable::parallel_for(0, op.num_blocks, grain(inputs.block_cost(2)),
+                                    [&](int64_t, int64_t) { kernel(op, next); });
     });
     return {out, *z, *y};
 }
@@ -293,38 +332,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrea_restored_bwd(const Tensor& dout,
             expect_dtype(name, saved, accumulate_dtype_v<A>);
         }
         const Tensor z_rows = torch::stable::contiguous(z), y_rows = torch::stable::contiguous(y);
-        const PackedMatrix<A> w(w_decomp, zero);
+        const PackedMatrix<T> w(w_decomp, inputs.longest_seen);
         auto op = inputs.operation<T>(w, negative_slope, scale);
-        Scratch<A> dz(inputs.rows() * rank), partials(kGroups * w.size());
+        const int64_t dw_size = op.num_groups > 0 ? op.dw_size(0) : 0;
+        const std::unique_ptr<A[]> partials(new A[op.num_groups * dw_size]);
+        std::unique_ptr<A[]> dz;  // of segments that no block holds whole
+        if (inputs.has_parts()) dz.reset(new A[inputs.num_targets * heads * rank]);
         op.dout = target_rows<T>(dout_rows);
         op.z = {const_cast<A*>(z_rows.const_data_ptr<A>()), heads * rank, rank};
         op.y = {const_cast<A*>(y_rows.const_data_ptr<A>()), heads * rank, rank};
-        op.dz = {dz.data(), heads * rank, rank};
+        op.dz = {dz.get(), heads * rank, rank};
         op.dtargets = new_rows<T>(dtargets);
         op.dkeys = new_matrices<T>(dkeys);
         op.dvalues = new_matrices<T>(dvalues);
         const auto by_rows = RECATTN_PICK(restored_backward_rows<T>);
-        torch::stable::parallel_for(0, kGroups, grain(inputs.block_cost(5) * inputs.blocks() / kGroups),
-                                    [&](int64_t begin, int64_t end) {
-                                        for (int64_t group = begin; group < end; ++group) {
-                                            by_rows(op, group, kGroups, partials.data() + group * w.size());
+        const auto by_segment = RECATTN_PICK(restored_backward_segment<T>);
+        std::atomic<int64_t> next = 0, next_segment = 0;
+        const int64_t cost = inputs.block_cost(7) * op.num_blocks / std::max<int64_t>(1, op.num_groups);
+        torch::stable::parallel_for(0, op.num_groups, grain(cost), [&](int64_t, int64_t) {
+            for (int64_t group; (group = next++) < op.num_groups;) by_rows(op, group, partials.get() + group * dw_size);
+        });
+        w.sum(op, partials.get(), dw_size, dw.mutable_data_ptr<T>());
+        if (!dz) return;
+        const int64_t num_segments = inputs.segments.size();
+        torch::stable::parallel_for(0, num_segments, grain(kBlockRows * rank * (inputs.dim + inputs.value_dim)),
+                                    [&](int64_t, int64_t) {
+                                        for (int64_t index; (index = next_segment++) < num_segments;) {
+                                            const Segment& segment = inputs.segments[index];
+                                            if (segment.count > kBlockRows) by_segment(op, segment);
                                         }
                                     });
-        w.sum(partials.data(), dw.mutable_data_ptr<T>());
-        const auto by_users = RECATTN_PICK(restored_backward_users<T>);
-        const int64_t cost = rank * (inputs.dim + inputs.value_dim);
-        // Split by rows + segments, so that threads get equal work; a thread takes the segments that start in its
-        // range.
-        const auto segment = [&](int64_t position) {
-            int64_t low = 0, high = op.num_segments;
-            while (low < high) {
-                const int64_t middle = (low + high) / 2;
-                op.starts[middle] + middle < position ? low = middle + 1 : high = middle;
-            }
-            return low;
-        };
-        torch::stable::parallel_for(0, inputs.rows() + op.num_segments, grain(cost),
-                                    [&](int64_t begin, int64_t end) { by_users(op, segment(begin), segment(end)); });
     });
     return {dtargets, dkeys, dvalues, dw};
 }

@@ -112,13 +112,13 @@ RECATTN_INLINE void multiply_columns(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, 
     if constexpr (V > 1) multiply_columns<M, V / 2>(lhs, rhs, out, depth, columns);
 }
 
-// As multiply_columns, for any number of rows: tiles of M rows, then of M / 2, M / 4, ... 1.
+// As multiply_columns, for any number of rows: tiles of 6 rows, then of 4, 2 and 1.
 template <int M, class E>
 RECATTN_TARGET void multiply(Lhs<E> lhs, Rhs<E> rhs, Out<sum_t<E>> out, int64_t rows, int64_t depth, int64_t columns) {
     for (; rows >= M; rows -= M, lhs.data += M * lhs.row_stride, out.data += M * out.row_stride) {
         multiply_columns<M, RECATTN_TILE_VECTORS>(lhs, rhs, out, depth, columns);
     }
-    if constexpr (M > 1) multiply<M / 2>(lhs, rhs, out, rows, depth, columns);
+    if constexpr (M > 1) multiply<M == 6 ? 4 : M / 2>(lhs, rhs, out, rows, depth, columns);
 }
 
 // out = lhs rhs, its sum in blocks of kSumBlock terms.

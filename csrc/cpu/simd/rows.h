@@ -42,4 +42,17 @@ RECATTN_TARGET Rhs<E> as_rhs(const Rows<T>& in, int64_t begin, int64_t end, int6
     return {scratch, row_stride};
 }
 
+// out[m, n] = sum_k lhs[m, k] rhs[k, n] with any number of columns, rounded to T: through `scratch`, unless rows of
+// `out` are whole registers of sums. rhs has whole registers.
+template <class T, class E>
+RECATTN_TARGET void multiply_to(Lhs<E> lhs, Rhs<E> rhs, T* out, int64_t out_row_stride, int64_t rows, int64_t depth,
+                                int64_t columns, sum_t<E>* scratch) {
+    const int64_t padded = round_up_to_lanes<E>(columns);
+    if constexpr (std::is_same_v<T, sum_t<E>>) {
+        if (padded == columns) return multiply_in_blocks(lhs, rhs, {out, out_row_stride, false}, rows, depth, columns);
+    }
+    multiply_in_blocks(lhs, rhs, {scratch, padded, false}, rows, depth, padded);
+    for (int64_t m = 0; m < rows; ++m) copy_row(scratch + m * padded, columns, out + m * out_row_stride);
+}
+
 }  // namespace recattn::RECATTN_ISA
