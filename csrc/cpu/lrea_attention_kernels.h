@@ -2,7 +2,7 @@
 //
 //   lrea_absorbed_attention   h[t] = leaky_relu(q[t] keys^T) values      keys [r, d], values [r, dv] of t's user
 //
-// One task is a range of candidates: for each user and head, keys are transposed once, then up to 24 candidates at a
+// One task is a range of candidates: for each user and head, keys are transposed once, then up to 12 candidates at a
 // time are multiplied. Register tiles: RECATTN_TILE_ROWS rows by RECATTN_TILE_VECTORS registers. An element E is a
 // number, or two 16-bit numbers (matmul_16bit.h).
 
@@ -31,7 +31,7 @@ using scale_t = std::conditional_t<rounds_to_int<E>, float, sum_t<E>>;
 template <class E>
 struct AttendScratch {
     using A = sum_t<E>;
-    static constexpr int64_t max_block = 24;  // their scores stay in the L1 cache
+    static constexpr int64_t max_block = 12;  // their scores stay in the L1 cache
     int64_t block;                            // candidates computed together
     Scratch<E> keys, values, rows;
     Scratch<A> scores, output;

@@ -213,12 +213,15 @@ def test_threads_share_one_user_and_agree():
 def test_threads_change_no_gradient(dtype, lengths):
     """So large that the threads share the work."""
     seq_lens = None if lengths is None else list(lengths)
-    restored = draw_restored(range(40), rank=17, dim=33, value_dim=30, seq_lens=seq_lens, dtype=dtype)
+    # The last user has more targets than a block of rows holds.
+    restored = draw_restored((*range(39), 150), rank=17, dim=33, value_dim=30, seq_lens=seq_lens, dtype=dtype)
     histories = draw_compress(users=40, seq_lens=seq_lens, dtype=dtype)
+    long_histories = draw_compress(users=2, length=1000, seq_lens=lengths and [1000, 70], dtype=dtype)
+    calls = [(recattn.lrea_attention, restored), *((recattn.lrea_compress, x) for x in (histories, long_histories))]
 
     def run():
         results = []
-        for function, inputs in ((recattn.lrea_attention, restored), (recattn.lrea_compress, histories)):
+        for function, inputs in calls:
             leaves = [x.requires_grad_() for x in inputs.values() if x is not None and x.is_floating_point()]
             out = function(**inputs, impl="cpu")
             results += [out, *torch.autograd.grad(out.square().sum(), leaves)]
@@ -259,32 +262,43 @@ def test_reruns_are_bitwise_equal():
 
 CAPABILITY = """
 import sys, torch, recattn
-inputs, dout = torch.load(sys.argv[1])
-leaves = [inputs[name].requires_grad_() for name in ("targets", "keys", "values", "w_decomp")]
-out = recattn.lrea_attention(**inputs, impl="cpu")
-gradients = torch.autograd.grad(out, leaves, dout)
-torch.save((torch.ops.recattn.cpu_capability(), out.detach(), gradients), sys.argv[2])
+results = []
+for name, inputs, grads, dout in torch.load(sys.argv[1]):
+    out = getattr(recattn, name)(**inputs, impl="cpu")
+    gradients = torch.autograd.grad(out, [inputs[grad] for grad in grads], dout)
+    results.append((out.detach(), *gradients))
+torch.save((torch.ops.recattn.cpu_capability(), results), sys.argv[2])
 """
 
 
 @compiled_kernels
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(capability, tmp_path):
-    inputs, dout = draw_restored((1, 5, 100), rank=19, length=150, seq_lens=[150, 1, 63]), torch.randn(106, 2, 12)
-    torch.save((inputs, dout), tmp_path / "inputs")
+    cases = []
+    for dtype in DTYPES:
+        restored = draw_restored((1, 5, 100), rank=19, length=150, seq_lens=[150, 1, 63], dtype=dtype)
+        cases.append(("lrea_attention", restored, RESTORED_GRADS, torch.randn(106, 2, 12, dtype=dtype)))
+        histories = draw_compress(users=3, length=200, seq_lens=[200, 0, 65], dtype=dtype)
+        rank, dim = histories["w_comp"].shape[1], histories["behaviors"].shape[2]
+        cases.append(("lrea_compress", histories, ["behaviors", "w_comp"], torch.randn(3, rank, dim, dtype=dtype)))
+    for _, inputs, grads, _ in cases:
+        for name in grads:
+            inputs[name].requires_grad_()
+    torch.save(cases, tmp_path / "inputs")
     environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
     command = [sys.executable, "-c", CAPABILITY, str(tmp_path / "inputs"), str(tmp_path / "outputs")]
     subprocess.run(command, env=environment, check=True)
-    used, out, gradients = torch.load(tmp_path / "outputs")
+    used, outputs = torch.load(tmp_path / "outputs")
     if used != capability:
         pytest.skip(f"this processor has {used} at most")
+    for (function, inputs, grads, dout), results in zip(cases, outputs, strict=True):
 
-    def with_gradients(**inputs):
-        leaves = [inputs[name].detach().requires_grad_() for name in RESTORED_GRADS]
-        expected = reference.lrea_attention(**{**inputs, **dict(zip(RESTORED_GRADS, leaves, strict=True))})
-        return expected.detach(), *torch.autograd.grad(expected, leaves, dout.to(expected.dtype))
+        def with_gradients(function=function, grads=grads, dout=dout, **inputs):
+            leaves = [inputs[name].detach().requires_grad_() for name in grads]
+            expected = getattr(reference, function)(**{**inputs, **dict(zip(grads, leaves, strict=True))})
+            return expected.detach(), *torch.autograd.grad(expected, leaves, dout.to(expected.dtype))
 
-    assert_matches_reference(lambda **_: (out, *gradients), with_gradients, inputs)
+        assert_matches_reference(lambda results=results, **_: results, with_gradients, inputs)
 
 
 @pytest.mark.parametrize("lengths", [None, [2000, 1000]])
