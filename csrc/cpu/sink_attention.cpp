@@ -1,5 +1,5 @@
 // CPU operators sink_attention: checks, preparation, and the tasks of the forward. Its equations are in
-// sink_attention_kernels.h; the backward is in sink_attention_bwd.cpp.
+// sink_attention_panels.h; the backward is in sink_attention_bwd.cpp.
 #include "cpu/sink_attention.h"
 
 #include <torch/csrc/stable/library.h>
