@@ -111,7 +111,8 @@ CALLS = {
 def cases(*, triton: bool = True) -> list:
     every = []
     for name, ((operator, grads, on_cpu, by_triton), draw) in CALLS.items():
-        float64 = operator is not recattn.inter_sink_bias  # whose C++ kernels leave it to the reference
+        # The C++ kernels of these leave float64 to the reference.
+        float64 = operator not in (recattn.inter_sink_bias, recattn.wasserstein_attention)
         runs_on_cpu = on_cpu is not None and DEVICE == "cpu" and "long" not in name and (triton or float64)
         impls = [on_cpu] * runs_on_cpu + [by_triton] * triton
         every += [pytest.param(Case(operator, draw, grads, impl), id=f"{name} {impl}") for impl in impls]

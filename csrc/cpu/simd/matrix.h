@@ -27,6 +27,13 @@ struct Matrix {
     RECATTN_TARGET Matrix(Arena& arena, int64_t rows, int64_t columns)
         : data(arena.take(rows, columns)), row_stride(round_up_to_lanes<float>(columns)) {}
 
+    RECATTN_TARGET float* row(int64_t i) const { return data + i * row_stride; }
+    RECATTN_TARGET Matrix from(int64_t i, int64_t j) const {
+        Matrix part = *this;
+        part.data += i * row_stride + j;
+        return part;
+    }
+
     RECATTN_TARGET operator Lhs<float>() const { return {data, row_stride, 1}; }
     RECATTN_TARGET operator Rhs<float>() const { return {data, row_stride}; }
     RECATTN_TARGET operator Out<float>() const { return {data, row_stride, false}; }

@@ -69,14 +69,14 @@ def wasserstein_attention(
         causal: query i sees the keys j ≤ i.
         seq_lens: [B] integer, the number of valid tokens per sequence; the padding is on `padding_side`.
         padding_side: "right" or "left".
-        dropout_p: probability of dropping each of the weights P. On a CPU dropout runs the reference.
+        dropout_p: probability of dropping each of the weights P, in steps of 1/65536.
         scale: of the distances, 1/√D by default.
-        impl: None chooses; or "cpu", "triton" (on CUDA devices; no float64; 2D, 2Dv and 2R up to 256, with w_q 2D up to
-            252) or "reference". If it does not support the call, you get an error.
+        impl: None chooses; or "cpu" (C++; no float64), "triton" (on CUDA devices; no float64; 2D, 2Dv and 2R up to 256,
+            with w_q 2D up to 252) or "reference". If it does not support the call, you get an error.
 
     Returns:
-        Mean and covariance, [B, H, N, Dv]; zero at padding. No N × N tensor is held in memory. A CPU computes in
-        float32 (float64 for float64).
+        Mean and covariance, [B, H, N, Dv]; zero at padding. No N × N tensor is held in memory, but by the reference,
+        which computes float64 on a CPU. Arithmetic is float32; a CPU saves only the inputs for the backward.
 
         Second derivatives (`create_graph=True`) and `torch.func` transforms run the reference, in its time and memory.
 
@@ -91,7 +91,7 @@ def wasserstein_attention(
     if autocast_may_be_on() or not _fits(*gaussians, w_q, w_k, seq_lens):
         tensors = _validated(gaussians, w_q, w_k, seq_lens)
         mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k = (*tensors, None, None)[:8]
-    reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, mean_v, w_q, dropout_p=dropout_p)
+    reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, mean_v, w_q)
     chosen = select("wasserstein_attention", impl, reasons)
     if chosen != "cpu" and seq_lens is not None:  # the CPU implementation checks them itself
         seq_lens = checked_indices(mean_q.device, seq_len=mean_q.shape[2], seq_lens=seq_lens).seq_lens

@@ -29,14 +29,14 @@ def unsupported_reasons(
     Without q, v and w_q: on this type of device. With them: a call with these tensors.
     """
     elsewhere = f"the tensors are on {device_type}"
-    no_dropout = "it has no dropout" if dropout_p > 0 else None
     triton = triton_unsupported_reason(device_type)
     # A CPU never chooses Triton. Reading sizes, which torch.compile would then fix in its graph, is left out there.
     if q is not None and (device_type != "cpu" or impl == "triton"):
         triton = triton or _triton_call_reason(q, v, w_q, mechanism)
     if device_type == "cpu":
+        no_dropout = cpu.dropout_unsupported_reason(q, mechanism) if dropout_p > 0 else None
         return {"cpu": no_dropout, "reference": None, "triton": triton, "chunked": elsewhere}
-    chunked = no_dropout if device_type == "cuda" else elsewhere
+    chunked = ("it has no dropout" if dropout_p > 0 else None) if device_type == "cuda" else elsewhere
     return {"triton": triton, "chunked": chunked, "cpu": elsewhere, "reference": None}
 
 
@@ -102,8 +102,9 @@ def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor | tu
     """The output; the Triton kernels also return G and W_v as they read them, for the backward."""
     if options.impl == "triton":
         return triton_short.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
-    module = cpu if q.device.type == "cpu" else chunked
-    return module.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
+    if q.device.type == "cpu":
+        return cpu.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
+    return chunked.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
 
 
 def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares=None) -> list[Tensor]:
@@ -111,8 +112,9 @@ def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares=
         return triton_short.refined_attention_bwd(
             dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares
         )
-    module = cpu if q.device.type == "cpu" else chunked
-    return module.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options)
+    if q.device.type == "cpu":
+        return cpu.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
+    return chunked.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options)
 
 
 _ARGUMENTS = (

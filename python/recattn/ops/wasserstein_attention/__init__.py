@@ -1,7 +1,6 @@
 """wasserstein_attention: schemas, autograd, and what runs where.
 
-The distance of two Gaussians with diagonal covariances is the distance of the vectors [μ, √Σ], so the operators take
-vectors. With w_q and w_k the vectors come from x = A [W_q | W_k], another product with an attention matrix.
+CPU: C++ (`cpu`). GPU: Triton, with w_q and w_k after a projection x = A [W_q | W_k], which gives other Gaussians.
 """
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from recattn._options import WassersteinAttentionOptions
 from recattn.ops._library import apply, define, differentiable_again, refuse_dropout
 from recattn.ops._support import resolve_scale, triton_kernels, triton_unsupported_reason
-from recattn.ops.refined_attention.triton_long import project, projection_reference
+from recattn.ops.refined_attention.triton_long import project
 from recattn.ops.sink_attention import MAX_HEAD_DIM
 from recattn.ops.wasserstein_attention import cpu, triton
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
@@ -22,8 +21,6 @@ def unsupported_reasons(
     mean_q: Tensor | None = None,
     mean_v: Tensor | None = None,
     w_q: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
 ) -> dict[str, str | None]:
     """Why each implementation cannot run (None: it can), best first.
 
@@ -33,7 +30,7 @@ def unsupported_reasons(
     if triton is None and mean_q is not None:
         triton = _triton_call_reason(mean_q, mean_v, w_q)
     if device_type == "cpu":  # where Triton's is an interpreter
-        return {"cpu": "it has no dropout" if dropout_p > 0 else None, "reference": None, "triton": triton}
+        return {"cpu": cpu.unsupported_reason(mean_q), "reference": None, "triton": triton}
     return {"triton": triton, "cpu": f"the tensors are on {device_type}", "reference": None}
 
 
@@ -49,24 +46,21 @@ def _triton_call_reason(mean_q: Tensor, mean_v: Tensor, w_q: Tensor | None) -> s
     return None
 
 
-# --- Gaussians as vectors ---
-
-
 def wasserstein_attention(
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, dropout_seed, options
 ) -> tuple[Tensor, Tensor]:
     """The call by `options.impl`, "cpu" or "triton", which supports it."""
-    by_triton, gaussians = options.impl == "triton", (mean_q, cov_q, mean_k, cov_k)
-    # A CPU computes half precision in float32.
-    dtype = mean_v.dtype if by_triton else torch.promote_types(mean_v.dtype, torch.float32)
+    if options.impl == "cpu":
+        tensors = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k)
+        return apply(cpu.WassersteinAttentionFunction, *tensors, seq_lens, dropout_seed, options)
+    gaussians = mean_q, cov_q, mean_k, cov_k
     if w_q is not None:
-        x = _project(gaussians, w_q, w_k, seq_lens, options, dtype)
+        x = _project(gaussians, w_q, w_k, seq_lens, options)
         gaussians, options = x.chunk(4, dim=-1), options._replace(scale=None, refined=True)
-    if by_triton:
-        return apply(WassersteinAttentionFunction, *gaussians, mean_v, cov_v, seq_lens, dropout_seed, options)
-    vectors = (x.to(dtype) for x in _vectors(*gaussians, seq_lens, options))
-    settings = (options.causal, options.left_padded, options.scale)
-    return apply(VectorAttentionFunction, *vectors, mean_v, cov_v, seq_lens, settings)
+    return apply(WassersteinAttentionFunction, *gaussians, mean_v, cov_v, seq_lens, dropout_seed, options)
+
+
+# --- Gaussians as vectors ---
 
 
 def _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options) -> tuple[Tensor, Tensor]:
@@ -94,25 +88,11 @@ def _refined_standard_deviations(x: Tensor) -> Tensor:
     return torch.where(x > 0, positive / ((1 + positive).sqrt() + 1), (negative / 2).expm1())
 
 
-def _project(gaussians, w_q, w_k, seq_lens, options: WassersteinAttentionOptions, dtype) -> Tensor:
+def _project(gaussians, w_q, w_k, seq_lens, options: WassersteinAttentionOptions) -> Tensor:
     """A [W_q | W_k], [B, H, N, 4R], with A_ij = -scale · W²_ij or its softmax."""
-    if options.impl == "triton":
-        queries, keys = apply(WassersteinFactorsFunction, *gaussians, seq_lens, options)
-        scale = resolve_scale(options.scale, gaussians[0].shape[-1])
-        return project(queries, keys, w_q, w_k, seq_lens, options._replace(scale=scale))
-    query, key = _vectors(*gaussians, seq_lens, options)
-    queries, keys = _distance_factors(query, key, dtype)
-    w = _side_by_side(w_q, w_k, query).to(dtype)
-    settings = (options.source, options.causal, options.left_padded, options.scale)
-    return apply(WassersteinProjectionFunction, queries, keys, w, seq_lens, settings)
-
-
-def _side_by_side(w_q: Tensor, w_k: Tensor, query: Tensor) -> Tensor:
-    """[W_q | W_k]: [N, 4R], or [H, N, 4R] if either is [H, ...]."""
-    w_q, w_k = (w[..., : query.shape[2], :] for w in (w_q, w_k))
-    if w_q.dim() != w_k.dim():
-        w_q, w_k = (w.expand(query.shape[1], -1, -1) for w in (w_q, w_k))
-    return torch.cat([w_q, w_k], dim=-1)
+    queries, keys = apply(WassersteinFactorsFunction, *gaussians, seq_lens, options)
+    scale = resolve_scale(options.scale, gaussians[0].shape[-1])
+    return project(queries, keys, w_q, w_k, seq_lens, options._replace(scale=scale))
 
 
 def _distance_factors(query: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -133,9 +113,15 @@ def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _attention_reference(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, _dropout_seed, options):
     refuse_dropout("wasserstein_attention", options.dropout_p)
-    vectors = (x.to(mean_v.dtype) for x in _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options))
-    settings = (options.causal, options.left_padded, options.scale)
-    return _vector_attention_reference(*vectors, mean_v, cov_v, seq_lens, settings)
+    query, key = (x.to(mean_v.dtype) for x in _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options))
+    side = "left" if options.left_padded else "right"
+    valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, side, query.device)
+    if seq_lens is not None:
+        mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
+    distances = squared_wasserstein_distance(*query.chunk(2, dim=-1), *key.chunk(2, dim=-1), valid)
+    scale = resolve_scale(options.scale, mean_q.shape[-1])
+    p = masked_softmax(-scale * distances, ~visible_pairs(valid, options.causal))
+    return (p @ mean_v.to(p.dtype)).to(mean_v.dtype), (p.square() @ cov_v.to(p.dtype)).to(cov_v.dtype)
 
 
 class WassersteinAttentionFunction(torch.autograd.Function):
@@ -155,32 +141,6 @@ class WassersteinAttentionFunction(torch.autograd.Function):
         *tensors, mean, cov, vectors, row_stats = ctx.saved_tensors
         gradients = wasserstein_attention_bwd(dmean, dcov, mean, cov, vectors, row_stats, *tensors, ctx.options)
         return *gradients, None, None, None
-
-
-def _vector_attention_reference(query, key, mean_v, cov_v, seq_lens, settings) -> tuple[Tensor, Tensor]:
-    causal, left_padded, scale = settings
-    side = "left" if left_padded else "right"
-    valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, side, query.device)
-    if seq_lens is not None:
-        mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
-    distances = squared_wasserstein_distance(*query.chunk(2, dim=-1), *key.chunk(2, dim=-1), valid)
-    p = masked_softmax(-_resolve_scale(scale, query) * distances, ~visible_pairs(valid, causal))
-    return (p @ mean_v.to(p.dtype)).to(mean_v.dtype), (p.square() @ cov_v.to(p.dtype)).to(cov_v.dtype)
-
-
-class VectorAttentionFunction(torch.autograd.Function):
-    """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · ‖query_i - key_j‖²)), on a CPU."""
-
-    @staticmethod
-    def forward(ctx, query, key, mean_v, cov_v, seq_lens, settings):
-        ctx.save_for_backward(query, key, mean_v, cov_v, seq_lens)
-        ctx.options = settings
-        return vector_attention_fwd(query, key, mean_v, cov_v, seq_lens, *settings)
-
-    @staticmethod
-    @differentiable_again(_vector_attention_reference)
-    def backward(ctx, dmean, dcov):
-        return *vector_attention_bwd(dmean, dcov, *ctx.saved_tensors, *ctx.options), None, None
 
 
 def _factors_reference(mean_q, cov_q, mean_k, cov_k, seq_lens, options) -> tuple[Tensor, Tensor]:
@@ -206,53 +166,7 @@ class WassersteinFactorsFunction(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _projection_reference(query, key, w, seq_lens, settings) -> Tensor:
-    source, causal, left_padded, scale = settings
-    scale = _resolve_scale(scale, query, more_columns=2)
-    return projection_reference(query, key, w, seq_lens, source, causal, left_padded, scale)
-
-
-class WassersteinProjectionFunction(torch.autograd.Function):
-    """A W with A = scale · query keyᵀ or its softmax, on a CPU. `scale` None is 1/√D, of vectors of 2D + 2 columns."""
-
-    @staticmethod
-    def forward(ctx, query, key, w, seq_lens, settings):
-        ctx.save_for_backward(query, key, w, seq_lens)
-        ctx.options = settings
-        return wasserstein_projection_fwd(query, key, w, seq_lens, *settings)
-
-    @staticmethod
-    @differentiable_again(_projection_reference)
-    def backward(ctx, dx):
-        return *wasserstein_projection_bwd(dx, *ctx.saved_tensors, *ctx.options), None, None
-
-
 # --- Registration ---
-
-
-def _resolve_scale(scale: float | None, vectors: Tensor, more_columns: int = 0) -> float:
-    """The scale, by default 1/√D, of vectors of 2D columns and `more_columns`."""
-    return resolve_scale(scale, (vectors.shape[-1] - more_columns) // 2)
-
-
-def _vector_attention_fwd(query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale):
-    scale = _resolve_scale(scale, query)
-    return cpu.vector_attention_fwd(query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale)
-
-
-def _vector_attention_bwd(dmean, dcov, query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale):
-    scale = _resolve_scale(scale, query)
-    return cpu.vector_attention_bwd(dmean, dcov, query, key, mean_v, cov_v, seq_lens, causal, left_padded, scale)
-
-
-def _projection_fwd(query, key, w, seq_lens, source, causal, left_padded, scale):
-    scale = _resolve_scale(scale, query, more_columns=2)
-    return cpu.projection_fwd(query, key, w, seq_lens, source, causal, left_padded, scale)
-
-
-def _projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, scale):
-    scale = _resolve_scale(scale, query, more_columns=2)
-    return cpu.projection_bwd(dx, query, key, w, seq_lens, source, causal, left_padded, scale)
 
 
 def _fake_fwd(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, *options):
@@ -309,34 +223,4 @@ wasserstein_factors_bwd = define(
     cpu=triton.wasserstein_factors_bwd,
     cuda=triton.wasserstein_factors_bwd,
     fake=lambda dqueries, dkeys, queries, keys, *tensors: tuple(x.new_empty(x.shape) for x in tensors[:4]),
-)
-
-_VECTOR_ATTENTION = (
-    "Tensor query, Tensor key, Tensor mean_v, Tensor cov_v, Tensor? seq_lens, "
-    "bool causal, bool left_padded, float? scale"
-)
-vector_attention_fwd = define(
-    f"wasserstein_vector_attention_fwd({_VECTOR_ATTENTION}) -> (Tensor, Tensor)",
-    cpu=_vector_attention_fwd,
-    fake=lambda query, key, mean_v, cov_v, *_: (mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape)),
-)
-vector_attention_bwd = define(
-    f"wasserstein_vector_attention_bwd(Tensor dmean, Tensor dcov, {_VECTOR_ATTENTION}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_vector_attention_bwd,
-    fake=lambda dmean, dcov, *tensors: tuple(x.new_empty(x.shape) for x in tensors[:4]),
-)
-
-_PROJECTION = (
-    "Tensor query, Tensor key, Tensor w, Tensor? seq_lens, str source, bool causal, bool left_padded, float? scale"
-)
-wasserstein_projection_fwd = define(
-    f"wasserstein_projection_fwd({_PROJECTION}) -> Tensor",
-    cpu=_projection_fwd,
-    fake=lambda query, key, w, *_: query.new_empty(*query.shape[:3], w.shape[-1]),
-)
-wasserstein_projection_bwd = define(
-    f"wasserstein_projection_bwd(Tensor dx, {_PROJECTION}) -> (Tensor, Tensor, Tensor)",
-    cpu=_projection_bwd,
-    fake=lambda dx, query, key, w, *_: tuple(x.new_empty(x.shape) for x in (query, key, w)),
 )
