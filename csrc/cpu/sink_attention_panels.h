@@ -303,16 +303,17 @@ class Panels {
 
     template <int V>
     RECATTN_TARGET void drop(Panel<V> panel, const Keys& keys, int64_t count) {
-        alignas(64) float weights[lanes * kBlockKeys], transposed[lanes * lanes];
+        constexpr int64_t row_stride = std::max(kBlockKeys, 8 * lanes);  // what dropout_row writes
+        alignas(64) float weights[lanes * row_stride], transposed[lanes * lanes];
         for (int64_t v = 0; v < panel.width; v += lanes) {
             for (int64_t m = 0; m < lanes; ++m) {
                 const int64_t row = panel.row + v + m;
                 const uint32_t bh = static_cast<uint32_t>(task_.sequence->index * options_.heads + heads_.data()[row]);
-                dropout_row(options_.dropout, bh, kPerToken, positions_.data()[row], keys.first, kBlockKeys,
-                            weights + m * kBlockKeys);
+                dropout_row(options_.dropout, bh, kPerToken, positions_.data()[row], keys.first, count,
+                            weights + m * row_stride);
             }
             for (int64_t j = 0; j < count; j += lanes) {
-                transpose_block(weights + j, kBlockKeys, lanes, transposed, lanes);
+                transpose_block(weights + j, row_stride, lanes, transposed, lanes);
                 for (int64_t i = 0; i < std::min(lanes, count - j); ++i) {
                     float* p = qk_t_.data() + (j + i) * panel.width + v;
                     store(p, load(p) * load(transposed + i * lanes));
