@@ -38,7 +38,7 @@ from benchmarks.harness.workloads import TIERS, Draw, Workload
 from benchmarks.report import compare, table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SECONDS = {"quick": 0.2, "default": 2.0, "full": 10.0}
+SECONDS = {"quick": 0.2, "default": 1.0, "full": 10.0}
 
 
 def parse_arguments(arguments: Sequence[str] | None, operators: dict[str, Operator]) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.harness.goals import TimeGoal
 from benchmarks.harness.registry import FORWARD, TRAINING, Cost, Inputs, register
-from benchmarks.harness.workloads import BERT_LAYER, BertWorkload, Draw
+from benchmarks.harness.workloads import BERT_LAYER, Draw, SinkWorkload
 from benchmarks.operators.sink_attention import official_bias, random_positions
 
 EPS = 1e-12  # of BERT's LayerNorms
@@ -39,14 +39,14 @@ def key_of(parameter: str) -> str:
     return parameter.replace(".", "__")
 
 
-def draw_inputs(workload: BertWorkload, draw: Draw) -> Inputs:
+def draw_inputs(workload: SinkWorkload, draw: Draw) -> Inputs:
     size = workload.heads * workload.dim
     spots = [random_positions(workload.length, workload.sinks, draw) for _ in range(workload.batch)]
     inputs = {
         "hidden": draw.normal(workload.batch, workload.length, size),
         "sink_positions": draw.index(torch.stack(spots)),
         "heads": workload.heads,
-        "dropout": workload.dropout,
+        "dropout": workload.dropout_p,
     }
     for module, (rows, columns) in WIDTHS.items():
         inputs[key_of(f"{module}.weight")] = draw.normal(rows * size, columns * size, std=(columns * size) ** -0.5)
@@ -58,7 +58,7 @@ def draw_inputs(workload: BertWorkload, draw: Draw) -> Inputs:
     return inputs
 
 
-def cost(workload: BertWorkload, inputs: Inputs, direction: str) -> Cost:
+def cost(workload: SinkWorkload, inputs: Inputs, direction: str) -> Cost:
     """Twelve matmuls of hidden size squared, and attention. The backward has two matmuls for each of the forward."""
     hidden = inputs["hidden"]
     tokens, size = workload.batch * workload.length, hidden.shape[-1]
@@ -158,7 +158,7 @@ def bert_layer(size: int, heads: int, dropout: float, with_sinks: bool) -> nn.Mo
     return model.encoder.layer[0]
 
 
-def needs_transformers(workload: BertWorkload, device: torch.device) -> str | None:
+def needs_transformers(workload: SinkWorkload, device: torch.device) -> str | None:
     try:
         import transformers  # noqa: F401
     except ImportError:

@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks.harness.registry import FORWARD
-from benchmarks.operators.lrea_attention import absorbed_cost, compress_cost, compress_items_cost
+from benchmarks.harness.registry import FORWARD, TRAINING
+from benchmarks.operators.lrea_attention import absorbed_cost, compress_cost, compress_items_cost, restored_cost
 from benchmarks.operators.refined_attention import cost as refined_cost
 from benchmarks.operators.wasserstein_attention import cost as wasserstein_cost
 from benchmarks.report.stages import Stage, bytes_of, computed, lengths_of, models, softmaxes_of, visible
@@ -69,7 +69,7 @@ def lrea_compress(workload, inputs, direction, device):
     forward = compress_cost(workload, inputs, FORWARD)
     if direction == FORWARD:
         return [Stage(*forward)]
-    return [Stage(2 * forward.flops, forward.bytes + inputs["behaviors"].nbytes, launches=2)]
+    return [Stage(2 * forward.flops, forward.bytes + inputs["behaviors"].nbytes)]
 
 
 @models("lrea_compress_items", "cpu")
@@ -79,16 +79,13 @@ def lrea_compress_items(workload, inputs, direction, device):
 
 @models("lrea_attention", "cpu")
 def lrea_attention(workload, inputs, direction, device):
-    """Matmuls of each user's targets and state, with the middle factor between; its backward has five for its two."""
-    targets, keys, w_decomp = (inputs[name] for name in ("targets", "keys", "w_decomp"))
-    rank = workload.rank
-    scored = float((inputs["target_offsets"].diff() * inputs["seq_lens"]).sum())
-    scores = targets.nbytes / workload.dim * rank
-    ragged = Stage(2 * rank * targets.numel(), targets.nbytes + keys.nbytes + scores)
+    """One pass. Of the matmuls with w_decomp the backward has five for the forward's two."""
+    forward = restored_cost(workload, inputs, FORWARD)
     if direction == FORWARD:
-        return [ragged, Stage(4 * rank * scored, 2 * scores + w_decomp.nbytes), ragged]
-    both = Stage(2 * ragged.flops, 2 * ragged.bytes, launches=2)
-    return [both, Stage(10 * rank * scored, 4 * scores + 2 * w_decomp.nbytes, launches=2), both]
+        return [Stage(*forward)]
+    restoring = 4 * workload.rank * float((inputs["target_offsets"].diff() * inputs["seq_lens"]).sum())
+    moved = restored_cost(workload, inputs, TRAINING).bytes - forward.bytes
+    return [Stage(2 * (forward.flops - restoring) + 2.5 * restoring, moved)]
 
 
 # --- inter_sink_bias ---

@@ -13,18 +13,15 @@ class Reason:
 REASONS: dict[tuple[str, str], tuple[Reason, ...]] = {
     ("sink_attention", "cpu"): (
         Reason(
-            "Sequences of similar length form a batch, padded by up to an eighth. That makes a dozen batches, each of "
-            "about fifty small PyTorch calls.",
-            ("movielens", "one_long"),
+            "The random bits of eight weights take ten rounds of integer multiplications. The model does not count "
+            "them.",
+            ("dropout",),
         ),
         Reason(
-            "Most tokens are sinks, so the correction dominates. It is a chain of PyTorch calls, and each moves every "
-            "pair of sinks through memory (from 32 MB on, through newly mapped pages).",
-            ("m410", "m1024"),
-        ),
-        Reason(
-            "PyTorch's flash attention multiplies in blocks of 32 or 64 queries. They reach half to two thirds of the "
-            "rate of a large matmul, and less for fewer than 512 keys."
+            "Below 512 tokens copies of keys and values, partial tiles and short rows of the softmax take a share of "
+            "the time, and do not overlap with the matmuls. Where it is faster than predicted, tiles from the cache "
+            "multiply faster than the large matmul that sets the ceiling, or the exponentials are faster than "
+            "PyTorch's softmax."
         ),
     ),
     ("bert_layer", "cpu"): (
@@ -34,14 +31,12 @@ REASONS: dict[tuple[str, str], tuple[Reason, ...]] = {
         ),
     ),
     ("inter_sink_bias", "cpu"): (
-        Reason("A CPU runs the reference: PyTorch calls that copy and mask the scores of every head."),
+        Reason(
+            "A head has few sinks: partial tiles, transposed keys and short rows of the softmax do not overlap with "
+            "the matmuls. The backward also maps the pages of its newly allocated gradients."
+        ),
     ),
     ("refined_attention", "cpu"): (
-        Reason(
-            "The Wasserstein refinement has no CPU kernel. Each slice of the batch takes about forty PyTorch calls "
-            "over its N × N scores.",
-            ("sasrec_stochastic_logits", "sasrec_stochastic_weights"),
-        ),
         Reason(
             "Half the time the operating system maps pages: every output and gradient is over 32 MB and newly "
             "allocated.",
@@ -59,7 +54,8 @@ REASONS: dict[tuple[str, str], tuple[Reason, ...]] = {
     ),
     ("wasserstein_attention", "cpu"): (
         Reason(
-            "There is no CPU kernel. Each slice of the batch takes about thirty PyTorch calls over its N × N scores."
+            "Head dims of 16 and matrices of 50 to 200 rows make short matmuls with partial tiles. Deviations, squared "
+            "weights, masking, softmax and transposes do not overlap with them."
         ),
     ),
     ("lrea_absorbed_attention", "cpu"): (
@@ -74,8 +70,8 @@ REASONS: dict[tuple[str, str], tuple[Reason, ...]] = {
     ),
     ("lrea_compress", "cpu"): (
         Reason(
-            "The backward multiplies padded histories, seven times as long as their events, with PyTorch calls. The "
-            "forward's matmuls have 32 rows and reach a third of the rate of a large one."
+            "The matmuls have 32 rows and reach a third of the rate of a large one. The backward's gradient of the "
+            "behaviours, padding included, is newly allocated memory, whose pages the operating system maps."
         ),
     ),
     ("lrea_compress_items", "cpu"): (
@@ -83,8 +79,8 @@ REASONS: dict[tuple[str, str], tuple[Reason, ...]] = {
     ),
     ("lrea_attention", "cpu"): (
         Reason(
-            "PyTorch's bmm multiplies a user's few targets with the user's state, far below the rate of a large "
-            "matmul. On a small batch the dozens of calls that prepare it dominate."
+            "A user has few targets: register tiles are partial, and packing w_decomp and the leaky ReLU between the "
+            "matmuls do not overlap with them."
         ),
     ),
 }

@@ -14,7 +14,7 @@ import torch
 from benchmarks.data import movielens
 from benchmarks.harness import correctness
 from benchmarks.harness.registry import BACKWARD, FORWARD, TRAINING, load_operators
-from benchmarks.harness.workloads import BertWorkload, Draw, LreaWorkload, RefinedWorkload, SinkWorkload
+from benchmarks.harness.workloads import Draw, LreaWorkload, RefinedWorkload, SinkWorkload
 from benchmarks.operators import lrea_attention, sink_attention
 from tests.helpers.suite_runs import CPU
 
@@ -59,7 +59,7 @@ def test_tampered_data_is_refused(tmp_path, monkeypatch):
 FLEX = ("FlexAttention", "FlexAttention FLASH", "unbiased FlexAttention FLASH")
 OF_HISTORIES = {"tokens_per_behavior": 4, "histories": True}
 SMALL = {
-    "bert_layer": (BertWorkload(name="even", batch=2, heads=2, kv_heads=2, length=20, dim=8, sinks=5),),
+    "bert_layer": (SinkWorkload(name="even", batch=2, heads=2, kv_heads=2, length=20, dim=8, sinks=5),),
     "sink_attention": (
         SinkWorkload(name="gqa", batch=2, heads=4, kv_heads=2, length=63, dim=8, sinks=9),
         SinkWorkload(name="causal", batch=2, heads=2, kv_heads=2, length=63, dim=8, sinks=9, causal=True),
