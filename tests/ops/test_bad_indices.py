@@ -105,6 +105,7 @@ def test_an_exported_graph_refuses_too(name):
 
 ROOT = Path(__file__).parents[2]
 LREA = ("lrea_attention", "lrea_compress", "lrea_restored")
+SINK = ("sink_attention", "sink_attention_bwd")
 RACE = str(ROOT / "tests" / "helpers" / "racing_indices.py")
 
 
@@ -122,7 +123,7 @@ def test_races_under_address_sanitizer(tmp_path):
     include = [f"-I{path}" for path in (csrc, *cpp_extension.include_paths())]
     shared = ["-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     linked = [f"-L{path}" for path in cpp_extension.library_paths()]
-    sources = [str(csrc / "cpu" / f"{name}.cpp") for name in (*LREA, "index_checks")]
+    sources = [str(csrc / "cpu" / f"{name}.cpp") for name in (*LREA, "index_checks", *SINK)]
     subprocess.run([*command, *shared, *include, *sources, *linked, "-ltorch_cpu", "-o", library], check=True)
     environment = os.environ | {"LD_PRELOAD": preloaded(command), "ASAN_OPTIONS": "detect_leaks=0"}
     race = [sys.executable, RACE, "0.5", library]
