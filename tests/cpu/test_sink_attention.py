@@ -42,12 +42,12 @@ def draw(
     logits=False,
     causal=False,
 ) -> dict:
-    """Arguments of a call. Each sequence has one sink less than the one before; left padding hides some."""
+    """Arguments of a call. Three sequences in four have sinks missing; left padding hides some."""
     batch, longest = len(lengths), max(lengths)
     positions = torch.full((batch, sinks), -1)
     for b, length in enumerate(lengths):
         extent = length if layout == "packed" else longest
-        found = torch.randperm(extent)[: max(0, sinks - b)].sort().values
+        found = torch.randperm(extent)[: max(0, sinks - b % 4)].sort().values
         positions[b, : len(found)] = found
     tokens = (sum(lengths),) if layout == "packed" else (batch, longest)
     widths = {"q": (heads, dim), "k": (kv_heads, dim), "v": (kv_heads, value_dim)}
@@ -111,7 +111,8 @@ def test_sizes(length, dim, value_dim, causal):
     """No sinks, one, some and all, with groups of one, three and six query heads."""
     for kv_heads, sinks in ((6, 0), (2, 1), (1, length // 3), (2, length)):
         sizes = {"heads": 6, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim, "sinks": sinks}
-        check(draw(**sizes, lengths=(length, length), bias_heads=6, causal=causal))
+        # Many short sequences, so that the largest error is not the luck of a few entries.
+        check(draw(**sizes, lengths=(length,) * max(2, 100 // length), bias_heads=6, causal=causal))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -30,6 +30,7 @@ from recattn.triton_kernels.sink_attention import (
 from recattn.triton_kernels.sink_attention.config import TILES
 from recattn.triton_kernels.sink_attention.split_tokens import number_of_tiles, sequence_of_tile
 from tests.compile_table.compilation import Compilation, recorded
+from tests.helpers import philox
 from tests.helpers.interpreted import DEVICE, DTYPES
 from tests.helpers.memory import LargestTensor
 from tests.helpers.sink_inputs import draw, draw_packed
@@ -232,6 +233,15 @@ def dropout_mask(seed: Tensor, bh: int, philox_stream: int, size: int, dropped: 
         grid = (triton.cdiv(size, 16),)
         store_dropout_weights_kernel[grid](seed, out, bh, philox_stream, size, dropped, columns)
     return out[:, :size]
+
+
+@pytest.mark.parametrize("philox_stream, bh", [(0, 0), (1, 5), (2, 70000)])
+def test_dropout_weights_are_philoxs(philox_stream, bh):
+    """Those of NumPy, which the CPU kernels are compared with: one seed drops the same weights on both devices."""
+    seed = torch.tensor([0x123456789ABCDEF1], device=DEVICE)
+    weights = dropout_mask(seed, bh, philox_stream, 70, 6554)
+    expected = philox.dropout_weights(int(seed), bh, philox_stream, 70, 70, 6554 / 65536)
+    torch.testing.assert_close(weights.cpu(), expected.float(), atol=0, rtol=1e-6)
 
 
 def attention_with_mask(q, k, v, sink_positions, inter_sink_bias, keep, causal):
