@@ -221,6 +221,10 @@ GOALS: dict[tuple[str, str], dict[str, HostGoal]] = {
     },
     (GPU, "lrea_attention"): {TRAINING: HostGoal(12.0)},
     **{
+        (CPU, op): {FORWARD: HostGoal(1.5), TRAINING: HostGoal(8.0)}
+        for op in ("sink_attention", "sink_attention, padded", "sink_attention, packed")
+    },
+    **{
         (CPU, op): {FORWARD: HostGoal(1.5)}
         for op in (
             "inter_sink_bias",
