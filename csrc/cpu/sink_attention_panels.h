@@ -167,18 +167,17 @@ class Panels {
     template <int V>
     RECATTN_TARGET void add_keys(Panel<V> panel, const Keys& keys) {
         int64_t count = keys.count;
+        bool masked = false;
         if (options_.causal) {
-            const auto [first, last] =
-                std::minmax_element(positions_.data() + panel.row, positions_.data() + panel.row + panel.rows);
+            const int32_t* positions = positions_.data() + panel.row;
+            const auto [first, last] = std::minmax_element(positions, positions + panel.rows);
             count = std::min(count, *last + 1 - keys.first);
             if (count <= 0) return;
-            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim, prefetch_);
-            add_bias(panel, keys, count);
-            if (keys.first + count - 1 > *first) mask(panel, keys, count);
-        } else {
-            multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim, prefetch_);
-            add_bias(panel, keys, count);
+            masked = keys.first + count - 1 > *first;
         }
+        multiply_keys<V>(keys.k, q_t(panel), qk_t(panel), count, options_.dim, prefetch_);
+        add_bias(panel, keys, count);
+        if (masked) mask(panel, keys, count);
         softmax(panel, keys, count);
         if (options_.dropout) drop(panel, keys, count);
         // Every panel sees the first block, which overwrites acc.

@@ -66,7 +66,7 @@ RECATTN_INLINE Floats max_or_second(Floats a, Floats b) {
 #endif
 }
 
-// 2^x for x <= 100, within 1 unit in the last place; 0 below 2^-126. NaN stays NaN.
+// 2^x for x <= 100, within 1.2 units in the last place; 0 below 2^-126. NaN stays NaN.
 // 2^x = 2^k 2^r with an integer k and |r| <= 1/2.
 RECATTN_INLINE Floats exp2_of(Floats x) {
     constexpr float round = 12582912.0f + 127;  // 1.5 · 2^23: the lowest bits of its sum with x hold k + 127
@@ -79,7 +79,7 @@ RECATTN_INLINE Floats exp2_of(Floats x) {
     return p * reinterpret_cast<Floats>(reinterpret_cast<Integers>(shifted) << 23);
 }
 
-// exp(x) for x <= 0, or little more: 2^y is exact to the last place, y = x log2(e) is rounded.
+// exp(x) for x <= 0, or little more: 2^y of the rounded y = x log2(e).
 RECATTN_INLINE Floats exp_nonpositive(Floats x) { return exp2_of(x * kLog2e); }
 
 // Multiplies the first `count` entries by `scale`; zeros up to `columns`.
