@@ -12,6 +12,7 @@
 
 #include "common/check.h"
 #include "cpu/common.h"
+#include "cpu/dropout.h"
 #include "cpu/groups.h"
 #include "cpu/refined_weights.h"
 #include "cpu/simd/isa.h"
@@ -29,6 +30,7 @@ struct RefinedAttention {
     int64_t heads, n, dim, value_dim, r;
     bool folded, has_values, adds_source, softmax_source, causal, left_padded;
     float scale;
+    Dropout dropout;  // of p; rows and columns count from a sequence's first token
 
     // Width of queries and keys for `tokens` tokens; if folded, keys are the rows of A.
     int64_t rank(int64_t tokens) const { return folded ? tokens : r; }
@@ -117,6 +119,7 @@ namespace {
 struct Options {
     bool adds_source, softmax_source, causal, left_padded;
     std::optional<double> scale;
+    Dropout dropout;
 };
 
 Weights checked_weights(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
@@ -190,14 +193,17 @@ RefinedAttention<T> make_arguments(Inputs& inputs) {
             .softmax_source = options.softmax_source,
             .causal = options.causal,
             .left_padded = options.left_padded,
-            .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(dim))))};
+            .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(dim)))),
+            .dropout = options.dropout};
 }
 
 Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q,
                                    const Tensor& w_k, const std::optional<Tensor>& w_v,
                                    const std::optional<Tensor>& seq_lens, bool adds_source, bool softmax_source,
-                                   bool causal, bool left_padded, std::optional<double> scale) {
-    Inputs inputs(q, k, v, w_q, w_k, w_v, seq_lens, {adds_source, softmax_source, causal, left_padded, scale});
+                                   bool causal, bool left_padded, std::optional<double> scale,
+                                   const std::optional<Tensor>& dropout_seed, double dropout_p) {
+    Inputs inputs(q, k, v, w_q, w_k, w_v, seq_lens,
+                  {adds_source, softmax_source, causal, left_padded, scale, {dropout_seed, dropout_p}});
     const Groups& groups = inputs.groups;
     const Tensor out = new_contiguous(v);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
@@ -214,8 +220,10 @@ Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> refined_attention_pairs_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
     const std::optional<Tensor>& w_v, const std::optional<Tensor>& seq_lens, bool adds_source, bool softmax_source,
-    bool causal, bool left_padded, std::optional<double> scale) {
-    Inputs inputs(q, k, v, w_q, w_k, w_v, seq_lens, {adds_source, softmax_source, causal, left_padded, scale});
+    bool causal, bool left_padded, std::optional<double> scale, const std::optional<Tensor>& dropout_seed,
+    double dropout_p) {
+    Inputs inputs(q, k, v, w_q, w_k, w_v, seq_lens,
+                  {adds_source, softmax_source, causal, left_padded, scale, {dropout_seed, dropout_p}});
     expect_shape("dout", dout, {{"B", q.size(0)}, {"H", q.size(1)}, {"N", q.size(2)}, {"Dv", v.size(3)}});
     expect_dtype_of("q", q, "dout", dout);
     const PackedWeights& packed = inputs.packed;
@@ -243,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> refined_attention_pai
 
 #define RECATTN_OPTIONS                                                                                       \
     "Tensor q, Tensor k, Tensor v, Tensor w_q, Tensor w_k, Tensor? w_v, Tensor? seq_lens, bool adds_source, " \
-    "bool softmax_source, bool causal, bool left_padded, float? scale"
+    "bool softmax_source, bool causal, bool left_padded, float? scale, Tensor? dropout_seed, float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
     m.def("refined_attention_pairs_fwd(" RECATTN_OPTIONS ") -> Tensor");

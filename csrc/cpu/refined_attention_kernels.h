@@ -4,7 +4,7 @@
 //   queries, keys, values = A W_q, A W_k, A W_v                                           [n, r], [n, r], [n, n]
 //   M = queries keys^T, or softmax(mask(queries keys^T)) values (+ A) with values
 //   p = softmax(mask(M))
-//   out = p v
+//   out = p v, with dropout (keep * p) v
 //
 // W_q comes already divided by sqrt(r). Folded weights are W_q W_k^T in place of W_q, and then keys = A. One task is a
 // group of (batch, head) indices, computed one after another: all matrices of a (batch, head) of n tokens stay in the
@@ -15,14 +15,17 @@
 #include "cpu/simd/matmul_triangular.h"
 #include "cpu/simd/matrix.h"
 #include "cpu/simd/softmax.h"
+// After matmul.h, which it needs.
+#include "cpu/simd/dropout.h"
 
 namespace recattn::RECATTN_ISA {
 
 // --- Matrices of one (batch, head) ---
 
 // Matrices of n tokens, named as in the equation; _t is transposed. `out` is also used for other [n, dim] results.
+// `keep` is one row of dropout.
 struct ForwardMatrices {
-    Matrix q, kt, a, queries, keys, keys_t, p, values, p_values, v, out;
+    Matrix q, kt, a, queries, keys, keys_t, p, values, p_values, v, out, keep;
 
     template <class T>
     RECATTN_TARGET ForwardMatrices(const RefinedAttention<T>& op, int64_t n, Arena& arena)
@@ -39,6 +42,7 @@ struct ForwardMatrices {
             values = Matrix(arena, n, n);
             p_values = Matrix(arena, n, n);
         }
+        if (op.dropout) keep = Matrix(arena, 1, n + 8 * Vector<float>::lanes);
     }
 };
 
@@ -120,6 +124,20 @@ struct BatchHead {
 
     RECATTN_TARGET void add(Matrix x, Matrix y) const {
         for (int64_t i = 0; i < n * x.row_stride; ++i) x.data[i] += y.data[i];
+    }
+
+    // out = keep * p, and dp = keep * dp if there is a dp. `out` may be p.
+    RECATTN_TARGET void drop(Matrix p, Matrix dp, Matrix keep, Matrix out) const {
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t columns = round_up_to_lanes<float>(num_visible(i));
+            dropout_row(op.dropout, batch * op.heads + head, kPerToken, i, 0, columns, keep.data);
+            const float* p_row = p.data + i * p.row_stride;
+            float* out_row = out.data + i * out.row_stride;
+            for (int64_t j = 0; j < columns; ++j) out_row[j] = keep.data[j] * p_row[j];
+            std::fill(out_row + columns, out_row + out.row_stride, 0.0f);
+            if (dp.data == nullptr) continue;
+            for (int64_t j = 0; j < columns; ++j) dp.data[i * dp.row_stride + j] *= keep.data[j];
+        }
     }
 };
 
@@ -209,6 +227,7 @@ RECATTN_TARGET void forward_batch_head(const BatchHead<T>& bh, float* memory) {
     const Lhs<float> q = as_lhs(bh.tokens(op.q), op.q.row_stride, n, op.dim, f.q.data);
     refine(bh, q, as_lhs(bh.tokens(op.k), op.k.row_stride, n, op.dim, f.out.data), f);
     const Rhs<float> v = as_rhs(bh.tokens(op.v), op.v.row_stride, n, op.value_dim, f.v.data);
+    if (op.dropout) bh.drop(f.p, {}, f.keep, f.p);
     multiply_triangular(f.p, v, f.out, {n, n, op.value_dim}, {.lhs = bh.lower});
     bh.store_tokens(op.out, f.out, op.value_dim);
 }
@@ -227,7 +246,12 @@ RECATTN_TARGET void backward_batch_head(const BatchHead<T>& bh, float* memory, f
     transpose(as_lhs(bh.tokens(op.v), op.v.row_stride, n, op.value_dim, f.v.data), n, op.value_dim, b.vt.data,
               b.vt.row_stride);
     multiply_triangular({dout.data, dout.row_stride, 1}, b.vt, b.dp, {n, op.value_dim, n}, {.out = bh.lower});
-    multiply_triangular(f.p.transposed(), dout, f.out, {n, n, op.value_dim}, {.lhs = bh.upper});
+    Matrix p = f.p;
+    if (op.dropout) {
+        p = b.da;  // not in use yet
+        bh.drop(f.p, b.dp, f.keep, p);
+    }
+    multiply_triangular(p.transposed(), dout, f.out, {n, n, op.value_dim}, {.lhs = bh.upper});
     bh.store_tokens(op.dv, f.out, op.value_dim);
     refine_backward(bh, q, k, f, b, dweights);
 }

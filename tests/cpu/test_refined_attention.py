@@ -1,4 +1,4 @@
-"""refined_attention's two CPU implementations: short sequences in C++, and chunked PyTorch matmuls."""
+"""refined_attention's CPU implementations: short and long sequences in C++, and chunked PyTorch matmuls."""
 
 import functools
 import math
@@ -15,21 +15,29 @@ from recattn._extension import MISSING
 from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
+from tests.helpers.philox import dropout_weights
 from tests.helpers.refined_inputs import views_of
 
 MECHANISMS = ("simple", "value", "additive")
 SOURCES = ("logits", "weights")
 cpu = functools.partial(refined_attention, impl="cpu")
 compiled_kernels = pytest.mark.skipif("cpu" in MISSING, reason="needs the compiled extension")
-with_pairs = pytest.param("pairs", marks=compiled_kernels)
 
 
-@pytest.fixture(params=[with_pairs, "slices"])
+@pytest.fixture(params=[pytest.param("short", marks=compiled_kernels), "chunked"])
 def path(request, monkeypatch):
-    """Run a test by both implementations, on calls that both support."""
-    if request.param == "slices":
-        monkeypatch.setattr(on_cpu, "_LONGEST_IN_CPP", 0)
+    """Run a test by both implementations of short sequences."""
+    if request.param == "chunked":
+        monkeypatch.setitem(on_cpu.MISSING, "cpu", "not compiled")
     return request.param
+
+
+@pytest.fixture(params=[*(pytest.param(name, marks=compiled_kernels) for name in ("short", "long")), "chunked"])
+def n(request, monkeypatch):
+    """Run a test by each implementation: the length that it serves."""
+    if request.param == "chunked":
+        monkeypatch.setitem(on_cpu.MISSING, "cpu", "not compiled")
+    return on_cpu._LONGEST_IN_CPP + 5 if request.param == "long" else 21
 
 
 @pytest.fixture
@@ -39,6 +47,8 @@ def served_by(monkeypatch):
     for module, name in (
         (on_cpu, "cpp_fwd"),
         (on_cpu, "cpp_bwd"),
+        (on_cpu, "long_fwd"),
+        (on_cpu, "long_bwd"),
         (chunked, "chunked_fwd"),
         (chunked, "chunked_bwd"),
     ):
@@ -98,27 +108,41 @@ def test_sizes(mechanism, causal, n, path):
         check(draw(mechanism, h=1, n=n, d=17, dv=33, r=rank), mechanism=mechanism, **options)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("n", [255, 256, 257, 512, 513])
+def test_lengths_around_the_longest_short_one(n, source):
+    for causal, lengths, padding_side in product((True, False), (None, [n, n - 97, 0]), ("right", "left")):
+        if lengths is None and padding_side == "left":
+            continue
+        inputs = draw("simple", b=1 if lengths is None else 3, h=1, n=n, r=9)
+        seq_lens = None if lengths is None else torch.tensor(lengths)
+        check(inputs, source=source, causal=causal, seq_lens=seq_lens, padding_side=padding_side)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [5, 24])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_half_precision(mechanism, rank, dtype, path):
+def test_half_precision(mechanism, rank, dtype, n):
     for source in SOURCES:
-        inputs = draw(mechanism, r=rank, d=40, dtype=dtype)
-        check(inputs, mechanism=mechanism, source=source, seq_lens=torch.tensor([21, 9, 0]), padding_side="left")
+        inputs = draw(mechanism, n=n, r=rank, d=40, dtype=dtype)
+        check(inputs, mechanism=mechanism, source=source, seq_lens=torch.tensor([n, 9, 0]), padding_side="left")
 
 
 @pytest.mark.parametrize("rank", [5, 24])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_matrices_per_head(mechanism, rank, path):
-    inputs = draw(mechanism, h=3, r=rank, per_head=True)
-    check(inputs, mechanism=mechanism, seq_lens=torch.tensor([21, 4, 0]), padding_side="left")
+def test_matrices_per_head(mechanism, rank, n):
+    inputs = draw(mechanism, h=3, n=n, r=rank, per_head=True)
+    check(inputs, mechanism=mechanism, seq_lens=torch.tensor([n, 4, 0]), padding_side="left")
+    if mechanism == "simple":
+        inputs["w_k"] = inputs["w_k"][0].clone()
+        check(inputs, source="weights")
 
 
 @pytest.mark.parametrize("rank", [5, 24])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_views(mechanism, rank, path):
+def test_views(mechanism, rank, n):
     """Heads behind tokens, a cut last axis, a transposed last axis, a transposed matrix, expanded gradients."""
-    inputs = draw(mechanism, d=16, r=rank)
+    inputs = draw(mechanism, n=n, d=16, r=rank)
     views = views_of(inputs)
     check(inputs | views, mechanism=mechanism)
     leaves = {name: x.requires_grad_() for name, x in (inputs | views).items()}
@@ -130,8 +154,8 @@ def test_views(mechanism, rank, path):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_chunks_and_blocks(mechanism, monkeypatch):
-    """One pair a slice, and three rows a block, where the defaults would make one of each."""
-    monkeypatch.setattr(on_cpu, "_LONGEST_IN_CPP", 0)
+    """One batch-head a chunk, and three rows a block, where the defaults would make one of each."""
+    monkeypatch.setitem(on_cpu.MISSING, "cpu", "not compiled")
     monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(chunked, "BLOCK_ROWS", 3)
     for rank, causal, source in product((4, 10), (True, False), SOURCES):
@@ -159,9 +183,9 @@ def test_scores_beyond_what_exp_holds(source, magnitude):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_padding_never_matters(mechanism, padding_side, causal, path):
+def test_padding_never_matters(mechanism, padding_side, causal, n):
     """Padding, and matrix rows beyond every token, may hold anything: the results are those of the tokens alone."""
-    n, length = 21, 17
+    length = n - 4
     for source, rank in product(SOURCES, (5, n)):
         options = {"mechanism": mechanism, "source": source, "causal": causal}
         inputs = draw(mechanism, n=n, r=rank, n_max=n)
@@ -180,16 +204,79 @@ def test_padding_never_matters(mechanism, padding_side, causal, path):
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_a_sequence_never_sees_another(mechanism, path):
+def test_a_sequence_never_sees_another(mechanism, n):
     """A sequence full of NaN earlier in the batch changes nothing, nor does the scratch memory that it leaves."""
     for rank, causal in product((5, 24), (True, False)):
-        inputs = draw(mechanism, b=6, r=rank)
-        options = {"mechanism": mechanism, "causal": causal, "seq_lens": torch.tensor([21, 4, 21, 7, 21, 18])}
+        inputs = draw(mechanism, b=6, n=n, r=rank)
+        options = {"mechanism": mechanism, "causal": causal, "seq_lens": torch.tensor([n, 4, n, 7, n, 18])}
         expected = run(cpu, inputs, **options)
         for name in ("q", "k", "v"):
             inputs[name][::2] = math.nan
         for actual, clean in zip(run(cpu, inputs, **options)[:4], expected, strict=False):
             assert torch.equal(actual[1::2], clean[1::2])
+
+
+# --- Dropout ---
+
+
+def with_mask(q, k, v, keep, **options) -> torch.Tensor:
+    """(P ∘ keep) V in full; P is the output for values that tell keys apart."""
+    each = torch.eye(q.shape[2], dtype=q.dtype).expand(*q.shape[:3], -1)
+    p = reference.refined_attention(q, k, each, **options)
+    return (p * keep).to(v.dtype) @ v
+
+
+def dropout_masks(seed: int, b: int, h: int, n: int, lengths: list[int], padding_side: str) -> torch.Tensor:
+    """[b, h, n, n]: rows and columns count from each sequence's first token."""
+    masks = torch.ones(b, h, n, n, dtype=torch.float64)
+    for batch, head in product(range(b), range(h)):
+        start = n - lengths[batch] if padding_side == "left" else 0
+        tokens = slice(start, start + lengths[batch])
+        size = lengths[batch]
+        masks[batch, head, tokens, tokens] = dropout_weights(seed, batch * h + head, 0, size, size, 0.3)
+    return masks
+
+
+@compiled_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "mechanism, n, rank",
+    [*((mechanism, 21, rank) for mechanism in MECHANISMS for rank in (5, 24)), ("simple", 263, 7), ("value", 263, 7)],
+)
+def test_dropout(mechanism, n, rank, source, dtype):
+    for causal, padding_side in ((True, "right"), (False, "left")):
+        inputs = draw(mechanism, n=n, r=rank, dtype=dtype)
+        lengths = [n, n // 2, 0]
+        torch.manual_seed(7)
+        seed = torch.randint(2**63 - 1, (1,)).item()
+        inputs["keep"] = dropout_masks(seed, 3, 2, n, lengths, padding_side).to(dtype)
+        options = {"mechanism": mechanism, "source": source, "causal": causal}
+        options |= {"seq_lens": torch.tensor(lengths), "padding_side": padding_side}
+
+        def dropped(keep, options=options, **tensors):
+            torch.manual_seed(7)
+            return cpu(**tensors, **options, dropout_p=0.3)
+
+        expected = functools.partial(with_mask, **options)
+        assert_matches_reference(dropped, expected, inputs, grads=[name for name in inputs if name != "keep"])
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [({"dtype": torch.float64}, "computes in float32"), ({"missing": True}, "its dropout is compiled")],
+)
+def test_dropout_that_runs_the_reference(changes, reason, monkeypatch):
+    if changes.pop("missing", False) or "cpu" in MISSING:
+        monkeypatch.setitem(on_cpu.MISSING, "cpu", "not compiled")
+    inputs = draw("simple", **changes)
+    torch.manual_seed(7)
+    out = refined_attention(**inputs, dropout_p=0.3)
+    torch.manual_seed(7)
+    torch.testing.assert_close(out, refined_attention(**inputs, dropout_p=0.3, impl="reference"))
+    if "cpu" not in MISSING or "compiled" in reason:
+        with pytest.raises(NotImplementedError, match=reason):
+            cpu(**inputs, dropout_p=0.3)
 
 
 # --- Determinism ---
@@ -204,14 +291,18 @@ def test_reruns_are_bitwise_equal(mechanism, rank, path):
 
 
 @compiled_kernels
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_threads_change_no_bit(mechanism):
-    inputs = draw(mechanism, b=40, n=50, r=50)
-    options = {"mechanism": mechanism, "seq_lens": torch.randint(51, (40,)), "padding_side": "left"}
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("mechanism, b, n", [*((mechanism, 40, 50) for mechanism in MECHANISMS), ("simple", 3, 400)])
+def test_threads_change_no_bit(mechanism, b, n, source, dropout_p):
+    inputs = draw(mechanism, b=b, n=n, r=50)
+    options = {"mechanism": mechanism, "source": source, "dropout_p": dropout_p}
+    options |= {"seq_lens": torch.randint(n + 1, (b,)), "padding_side": "left"}
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
+        torch.manual_seed(7)
         results.append(run(cpu, inputs, **options))
     torch.set_num_threads(threads)
     for others in results[1:]:
@@ -239,6 +330,9 @@ def test_every_instruction_set(capability, tmp_path):
         inputs = draw(mechanism, n=63, d=37, dv=45, r=rank)
         options = {"mechanism": mechanism, "source": source, "causal": causal, "padding_side": "left"}
         cases.append((inputs, torch.randn_like(inputs["v"]), options | {"seq_lens": torch.tensor([63, 0, 22])}))
+    for source, causal in product(SOURCES, (True, False)):
+        inputs = draw("simple", b=1, n=271, d=37, dv=45, r=19)
+        cases.append((inputs, torch.randn_like(inputs["v"]), {"source": source, "causal": causal}))
     torch.save(cases, tmp_path / "inputs")
     environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
     command = [sys.executable, "-c", CAPABILITY, str(tmp_path / "inputs"), str(tmp_path / "outputs")]
@@ -264,18 +358,26 @@ def test_what_the_compiled_kernels_serve(served_by):
     run(cpu, draw("simple"))
     run(cpu, draw("value", dtype=torch.bfloat16), mechanism="value")
     assert served_by == ["cpp_fwd", "cpp_bwd"] * 2
+    served_by.clear()
+    long = {"n": on_cpu._LONGEST_IN_CPP + 1, "b": 1, "h": 1}
+    run(cpu, draw("simple", **long))
+    assert served_by == ["long_fwd", "long_bwd"]
+    served_by.clear()
+    run(cpu, draw("additive", **long), mechanism="additive", dropout_p=0.5)
+    assert served_by == ["cpp_fwd", "cpp_bwd"]
 
 
 @pytest.mark.parametrize(
     "inputs",
     [
         draw("simple", dtype=torch.float64),
-        draw("simple", n=on_cpu._LONGEST_IN_CPP + 1, b=1, h=1),
+        draw("simple", n=on_cpu._LONGEST_IN_CPP + 1, b=1, h=1, r=on_cpu._LONGEST_IN_CPP + 1),
+        draw("value", n=on_cpu._LONGEST_IN_CPP + 1, b=1, h=1) | {"mechanism": "value"},
         draw("simple", b=0),
         draw("simple", n=0),
         draw("additive", dv=0) | {"mechanism": "additive"},
     ],
-    ids=["float64", "long", "no sequences", "no positions", "no values"],
+    ids=["float64", "long, R = N", "long, value", "no sequences", "no positions", "no values"],
 )
 def test_what_is_chunked(inputs, served_by):
     options = {"mechanism": inputs.get("mechanism", "simple")}
@@ -315,7 +417,7 @@ def test_all_is_chunked_without_the_extension(served_by, monkeypatch):
 def test_operators_refuse_what_does_not_fit(changes, message):
     inputs = draw("simple")
     tensors = {**inputs, "w_v": None, "seq_lens": None, **changes}
-    options = (False, False, True, True, None)
+    options = (False, False, True, True, None, None, 0.0)
     with pytest.raises(ValueError, match=message):
         torch.ops.recattn.refined_attention_pairs_fwd(*tensors.values(), *options)
     with pytest.raises(ValueError, match=message):

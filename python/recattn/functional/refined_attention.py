@@ -71,8 +71,8 @@ def refined_attention(
         causal: query i sees the keys j ≤ i.
         seq_lens: [B] integer, the number of valid tokens per sequence; the padding is on `padding_side`.
         padding_side: "right" or "left".
-        dropout_p: probability of dropping each of the final weights, on a GPU in steps of 1/65536. On a CPU so is that
-            of "stochastic" (no float64); other dropout runs the reference.
+        dropout_p: probability of dropping each of the final weights, in kernels in steps of 1/65536. On a CPU float64
+            with dropout runs the reference.
         scale: of the logits, 1/√D by default.
         impl: None chooses; or "cpu", "triton", "chunked" (PyTorch matmuls, on a GPU) or "reference". If it does not
             support the call, you get an error.
@@ -80,11 +80,13 @@ def refined_attention(
     Returns:
         [B, H, N, Dv] in q's dtype; zero at padding.
 
-        On a CPU arithmetic is float32 (float64 for float64), and only the inputs are saved for the backward. Up to N =
-        256 a thread holds about twelve N × N matrices of one batch and head; for "stochastic" up to N = 1024, or with
-        source="weights" of any length, four times 128 × N numbers. Longer sequences and float64 are computed a few
-        batch-heads at a time: each needs N (D + Dv + R) numbers beyond inputs, output and gradients. "value" and
-        "additive" also hold A W_v, N × N. Where R ≥ N (the paper's default), all but "stochastic" also hold A, N × N.
+        On a CPU arithmetic is float32 (float64 for float64). Up to N = 256, and for any N with dropout, a thread holds
+        about twelve N × N matrices of one batch and head; for "stochastic" up to N = 1024, or with source="weights" or
+        dropout of any length, four times 128 × N numbers. Longer "simple" with R < N, with dropout too, takes memory
+        linear in N: A W_q, A W_k, the output and two numbers per row are saved. Elsewhere only the inputs are saved for
+        the backward. Other longer sequences and float64 are computed a few batch-heads at a time: each needs
+        N (D + Dv + R) numbers beyond inputs, output and gradients. "value" and "additive" also hold A W_v, N × N. Where
+        R ≥ N (the paper's default), all but "stochastic" also hold A, N × N.
 
         On a GPU Triton kernels compute N ≤ 128 (64 below Hopper, 32 in float32) in one program per batch and head, and
         save the inputs and W_q W_kᵀ. Longer "simple" and "stochastic" with up to 256 columns in w_q take memory linear

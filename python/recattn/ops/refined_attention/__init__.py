@@ -1,6 +1,6 @@
 """refined_attention: schemas, autograd, and what runs where.
 
-CPU: C++ (`cpu`), else chunked PyTorch matmuls (`chunked`). GPU: Triton, short sequences in one program (`triton_short`)
+CPU: C++, else chunked PyTorch matmuls (`cpu`). GPU: Triton, short sequences in one program (`triton_short`)
 and longer ones as a projection and a plain attention (`triton_long`), else chunked PyTorch matmuls.
 """
 
@@ -34,7 +34,7 @@ def unsupported_reasons(
     if q is not None and (device_type != "cpu" or impl == "triton"):
         triton = triton or _triton_call_reason(q, v, w_q, mechanism)
     if device_type == "cpu":
-        no_dropout = cpu.dropout_unsupported_reason(q, mechanism) if dropout_p > 0 else None
+        no_dropout = cpu.dropout_unsupported_reason(q) if dropout_p > 0 else None
         return {"cpu": no_dropout, "reference": None, "triton": triton, "chunked": elsewhere}
     chunked = ("it has no dropout" if dropout_p > 0 else None) if device_type == "cuda" else elsewhere
     return {"triton": triton, "chunked": chunked, "cpu": elsewhere, "reference": None}
@@ -84,37 +84,36 @@ class RefinedAttentionFunction(torch.autograd.Function):
     def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options):
         tensors = (q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed)
         out = refined_attention_fwd(*tensors, options)
-        out, squares = out if isinstance(out, tuple) else (out, None)
-        ctx.save_for_backward(*tensors)
-        ctx.options, ctx.squares = options, squares
+        out, saved = out if isinstance(out, tuple) else (out, ())
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.options = options
         return out
 
     @staticmethod
     @differentiable_again(_reference)
     def backward(ctx, dout):
-        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(
-            dout, *ctx.saved_tensors, ctx.options, squares=ctx.squares
-        )
+        tensors, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *tensors, ctx.options, saved=saved)
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None
 
 
-def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor | tuple[Tensor, Tensor]:
-    """The output; the Triton kernels also return G and W_v as they read them, for the backward."""
+def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+    """The output, and in a tuple what the kernels keep for the backward."""
+    tensors = (q, k, v, w_q, w_k, w_v, seq_lens)
     if options.impl == "triton":
-        return triton_short.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
+        return triton_short.refined_attention_fwd(*tensors, dropout_seed, options)
     if q.device.type == "cpu":
-        return cpu.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
-    return chunked.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
+        return cpu.refined_attention_fwd(*tensors, dropout_seed, options)
+    return chunked.refined_attention_fwd(*tensors, options)
 
 
-def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares=None) -> list[Tensor]:
+def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, saved=()) -> list[Tensor]:
+    tensors = (dout, q, k, v, w_q, w_k, w_v, seq_lens)
     if options.impl == "triton":
-        return triton_short.refined_attention_bwd(
-            dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares
-        )
+        return triton_short.refined_attention_bwd(*tensors, dropout_seed, options, *saved)
     if q.device.type == "cpu":
-        return cpu.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
-    return chunked.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options)
+        return cpu.refined_attention_bwd(*tensors, dropout_seed, options, saved)
+    return chunked.refined_attention_bwd(*tensors, options)
 
 
 _ARGUMENTS = (

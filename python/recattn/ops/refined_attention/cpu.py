@@ -1,9 +1,17 @@
 """refined_attention on a CPU.
 
-Short sequences run in C++ where the extension is compiled (csrc/cpu/refined_attention.cpp): a thread computes one batch
-and head at a time, in its cache. So does the stochastic mechanism, by the kernels of wasserstein_attention. Longer
-sequences run as chunked PyTorch matmuls.
+C++ where the extension is compiled: short sequences whole (csrc/cpu/refined_attention.cpp: a thread computes one batch
+and head at a time, in its cache), longer ones of the mechanism "simple" as
+
+    x = A [W_q | W_k]          source "logits": linear attention (csrc/cpu/refined_projection.cpp); "weights": plain
+                               attention with [W_q | W_k] as values
+    out = softmax(mask(M)) V   plain attention with the halves of x as queries and keys
+
+where plain attention is sink_attention without sinks (csrc/cpu/sink_attention.cpp). The stochastic mechanism runs by
+the kernels of wasserstein_attention. All else runs as chunked PyTorch matmuls.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,19 +19,19 @@ from torch import Tensor
 from recattn._check import checked_lengths
 from recattn._extension import MISSING
 from recattn._options import RefinedAttentionOptions, WassersteinAttentionOptions
+from recattn.ops._support import resolve_scale
 from recattn.ops.refined_attention import chunked
+from recattn.ops.sink_attention import no_sinks
 
 _OPS = torch.ops.recattn
-# The most positions in C++, where a thread holds 12 to 14 matrices N × N: up to 4 MB.
+# The most positions computed whole, where a thread holds 12 to 14 matrices N × N: up to 4 MB.
 _LONGEST_IN_CPP = 256
 # The most positions for which "stochastic" of raw logits multiplies A and W; the linear form is faster beyond.
 _LONGEST_QUADRATIC = 1024
 
 
-def dropout_unsupported_reason(q: Tensor | None, mechanism: str) -> str | None:
-    """Why dropout cannot run here (None: it can)."""
-    if mechanism != "stochastic":
-        return "it has no dropout"
+def dropout_unsupported_reason(q: Tensor | None) -> str | None:
+    """Why dropout cannot run here (None: it can): only the compiled kernels have it."""
     if "cpu" in MISSING:
         return f"its dropout is compiled: {MISSING['cpu']}"
     if q is not None and q.dtype == torch.float64:
@@ -31,16 +39,25 @@ def dropout_unsupported_reason(q: Tensor | None, mechanism: str) -> str | None:
     return None
 
 
-# --- C++ (csrc/cpu/refined_attention.cpp) ---
-
-
 def _runs_in_cpp(q: Tensor, v: Tensor, options: RefinedAttentionOptions) -> bool:
-    if "cpu" in MISSING or q.dtype == torch.float64 or q.numel() == 0 or v.numel() == 0:
-        return False
+    return "cpu" not in MISSING and q.dtype != torch.float64 and q.numel() > 0 and v.numel() > 0
+
+
+def _is_long(q: Tensor, w_q: Tensor, options: RefinedAttentionOptions) -> bool:
+    """Whether plain attention serves the second step: A W_q is narrower than A."""
+    return options.mechanism == "simple" and q.shape[2] > max(_LONGEST_IN_CPP, w_q.shape[-1])
+
+
+def _is_short(q: Tensor, options: RefinedAttentionOptions) -> bool:
+    if options.dropout_p > 0:  # the chunks have none
+        return True
     if options.mechanism != "stochastic":
         return q.shape[2] <= _LONGEST_IN_CPP
-    # Only PyTorch's matmuls have the linear form of long sequences.
-    return options.source == "weights" or options.dropout_p > 0 or q.shape[2] <= _LONGEST_QUADRATIC
+    # Only the chunks have the linear form of long sequences.
+    return options.source == "weights" or q.shape[2] <= _LONGEST_QUADRATIC
+
+
+# --- Short sequences ---
 
 
 def _cpp_options(options: RefinedAttentionOptions) -> tuple[bool, bool, bool, bool, float | None]:
@@ -48,13 +65,17 @@ def _cpp_options(options: RefinedAttentionOptions) -> tuple[bool, bool, bool, bo
     return additive, softmax_source, options.causal, options.left_padded, options.scale
 
 
-def cpp_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options: RefinedAttentionOptions) -> Tensor:
-    return _OPS.refined_attention_pairs_fwd.default(q, k, v, w_q, w_k, w_v, seq_lens, *_cpp_options(options))
+def cpp_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: RefinedAttentionOptions) -> Tensor:
+    return _OPS.refined_attention_pairs_fwd.default(
+        q, k, v, w_q, w_k, w_v, seq_lens, *_cpp_options(options), dropout_seed, options.dropout_p
+    )
 
 
-def cpp_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options: RefinedAttentionOptions) -> list[Tensor]:
+def cpp_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: RefinedAttentionOptions) -> list[Tensor]:
     """dq, dk, dv and the gradients of the matrices."""
-    gradients = _OPS.refined_attention_pairs_bwd.default(dout, q, k, v, w_q, w_k, w_v, seq_lens, *_cpp_options(options))
+    gradients = _OPS.refined_attention_pairs_bwd.default(
+        dout, q, k, v, w_q, w_k, w_v, seq_lens, *_cpp_options(options), dropout_seed, options.dropout_p
+    )
     return list(gradients if w_v is not None else gradients[:-1])
 
 
@@ -75,24 +96,122 @@ def stochastic_bwd(dout, q, k, v, w_q, w_k, seq_lens, dropout_seed, options: Ref
     return [x for x, given in zip(gradients, tensors, strict=False) if given is not None]
 
 
+# --- Long sequences ---
+
+
+def long_fwd(q, k, v, w_q, w_k, seq_lens, dropout_seed, options: RefinedAttentionOptions) -> tuple[Tensor, tuple]:
+    """The output, and for the backward queries, keys, out, row_stats and (source "weights") x and its row_stats."""
+    if options.source == "logits":
+        settings = (options.causal, options.left_padded, options.scale)
+        queries, keys = _OPS.refined_projection_cpu_fwd.default(q, k, w_q, w_k, seq_lens, *settings)
+        of_source = ()
+    else:
+        values = _as_values(w_q, w_k, q)
+        x, row_stats = _attend(q.float(), k.float(), values, seq_lens, None, options, _source_scale(q, options), 0.0)
+        queries, keys = x.chunk(2, dim=-1)
+        if not options.causal:  # what means of W share would cancel in the backward, and changes no softmax
+            count = q.shape[2] if seq_lens is None else seq_lens.clamp(min=1).view(-1, 1, 1, 1)
+            keys = keys - keys.sum(2, keepdim=True) / count
+        of_source = (x, row_stats)
+    scale = 1 / math.sqrt(w_q.shape[-1])
+    out, row_stats = _attend(queries, keys, v.float(), seq_lens, dropout_seed, options, scale, options.dropout_p)
+    return out.to(v.dtype), (queries, keys, out, row_stats, *of_source)
+
+
+def long_bwd(
+    dout, q, k, v, w_q, w_k, seq_lens, dropout_seed, options: RefinedAttentionOptions, saved: tuple
+) -> list[Tensor]:
+    """dq, dk, dv, dw_q, dw_k."""
+    if not saved:
+        _, saved = long_fwd(q, k, v, w_q, w_k, seq_lens, dropout_seed, options)
+    queries, keys, out, row_stats, *of_source = saved
+    scale = 1 / math.sqrt(w_q.shape[-1])
+    dqueries, dkeys, dv = _attend_backward(
+        dout.float(),
+        queries,
+        keys,
+        v.float(),
+        out,
+        row_stats,
+        seq_lens,
+        dropout_seed,
+        options,
+        scale,
+        options.dropout_p,
+    )
+    if options.source == "logits":
+        settings = (options.causal, options.left_padded, options.scale)
+        dq, dk, *dw = _OPS.refined_projection_cpu_bwd.default(dqueries, dkeys, q, k, w_q, w_k, seq_lens, *settings)
+    else:
+        x, row_stats = of_source
+        dx, values = torch.cat([dqueries, dkeys], dim=-1), _as_values(w_q, w_k, q)
+        dq, dk, dvalues = _attend_backward(
+            dx, q.float(), k.float(), values, x, row_stats, seq_lens, None, options, _source_scale(q, options), 0.0
+        )
+        dw = [_sum_of_heads(part, w) for part, w in zip(dvalues.sum(0).chunk(2, dim=-1), (w_q, w_k), strict=True)]
+    return [x.to(q.dtype) for x in (dq, dk, dv, *dw)]
+
+
+def _source_scale(q: Tensor, options: RefinedAttentionOptions) -> float:
+    return resolve_scale(options.scale, q.shape[3])
+
+
+def _as_values(w_q: Tensor, w_k: Tensor, q: Tensor) -> Tensor:
+    """The first N rows of [W_q | W_k] as float32 values of all batch-heads, [B, H, N, 2R]."""
+    heads = [q.shape[1]] if w_q.dim() == 3 or w_k.dim() == 3 else []
+    parts = [w[..., : q.shape[2], :].float() for w in (w_q, w_k)]
+    return torch.cat([part.expand(*heads, *part.shape[-2:]) for part in parts], dim=-1).expand(*q.shape[:3], -1)
+
+
+def _sum_of_heads(dw: Tensor, w: Tensor) -> Tensor:
+    """The gradient of `w` from that of its first N rows, [H, N, R]."""
+    out = dw.new_zeros(w.shape)
+    out[..., : dw.shape[1], :] = dw if w.dim() == 3 else dw.sum(0)
+    return out
+
+
+def _attend(q, k, v, seq_lens, dropout_seed, options, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """softmax(mask(scale · Q Kᵀ)) V, and row_stats for the backward."""
+    masks = (None, seq_lens, None, dropout_seed, options.causal, options.left_padded)
+    out, _, row_stats = _OPS.sink_attention_cpu_fwd.default(q, k, v, *no_sinks(q), *masks, scale, dropout_p)
+    return out, row_stats
+
+
+def _attend_backward(
+    dout, q, k, v, out, row_stats, seq_lens, dropout_seed, options, scale: float, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    masks = (None, seq_lens, None, dropout_seed, options.causal, options.left_padded)
+    tensors = (dout, q, k, v, out, row_stats, *no_sinks(q))
+    return _OPS.sink_attention_cpu_bwd.default(*tensors, *masks, scale, dropout_p)[:3]
+
+
 # --- The operators' kernels ---
 
 
-def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: RefinedAttentionOptions) -> Tensor:
+def refined_attention_fwd(
+    q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: RefinedAttentionOptions
+) -> Tensor | tuple[Tensor, tuple]:
     if _runs_in_cpp(q, v, options):
-        if options.mechanism == "stochastic":
-            return stochastic_fwd(q, k, v, w_q, w_k, seq_lens, dropout_seed, options)
-        return cpp_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
+        if _is_long(q, w_q, options):
+            return long_fwd(q, k, v, w_q, w_k, seq_lens, dropout_seed, options)
+        if _is_short(q, options):
+            if options.mechanism == "stochastic":
+                return stochastic_fwd(q, k, v, w_q, w_k, seq_lens, dropout_seed, options)
+            return cpp_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
     if seq_lens is not None:
         seq_lens = checked_lengths("seq_lens", seq_lens, q.shape[2])
     return chunked.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
 
 
 def refined_attention_bwd(
-    dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: RefinedAttentionOptions
+    dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: RefinedAttentionOptions, saved: tuple
 ) -> list[Tensor]:
     if _runs_in_cpp(q, v, options):
-        if options.mechanism == "stochastic":
-            return stochastic_bwd(dout, q, k, v, w_q, w_k, seq_lens, dropout_seed, options)
-        return cpp_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options)
+        if _is_long(q, w_q, options):
+            return long_bwd(dout, q, k, v, w_q, w_k, seq_lens, dropout_seed, options, saved)
+        if _is_short(q, options):
+            if options.mechanism == "stochastic":
+                return stochastic_bwd(dout, q, k, v, w_q, w_k, seq_lens, dropout_seed, options)
+            return cpp_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
     return chunked.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options)

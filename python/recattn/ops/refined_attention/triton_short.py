@@ -50,11 +50,12 @@ def _cached_limits(device_type: str, device_index: int | None, dtype: torch.dtyp
     return kernels.largest_n(dtype, architecture), kernels.LARGEST_HEAD_DIM
 
 
-def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, Tensor | None]:
-    """The output, and the squares for the backward."""
+def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> tuple[Tensor, tuple]:
+    """The output, and the squares for the backward: G, and W_v as the kernels read it."""
     if v.numel() == 0:
-        return v.new_empty(v.shape), None
-    return _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
+        return v.new_empty(v.shape), ()
+    out, squares = _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options)
+    return out, (squares,)
 
 
 def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, squares=None) -> list[Tensor]:
