@@ -267,11 +267,11 @@ class Panels {
             const Floats old_max = load(row_max + v * lanes);
             const Floats new_max = maxes[v] > old_max + kMaxLag ? maxes[v] : old_max;
             const Floats max = new_max == -infinity ? Floats{} : new_max;  // no key yet
-            Floats sum = load(row_sum + v * lanes), sums{};
+            Floats old_sum = load(row_sum + v * lanes), sum{}, sums{};  // a block's sum is rounded by itself
             if (any(new_max > old_max)) {
                 store(row_max + v * lanes, new_max);
                 const Floats change = exp2_of(old_max - max);
-                sum *= change;
+                old_sum *= change;
                 if (keys.first > 0) multiply_rows(panel.row + v * lanes, change);
             }
             float* p = qk_t + v * lanes;
@@ -288,7 +288,7 @@ class Panels {
                 store(p, last);
                 sum += last;
             }
-            store(row_sum + v * lanes, sum + sums);
+            store(row_sum + v * lanes, old_sum + (sum + sums));
         }
     }
 
