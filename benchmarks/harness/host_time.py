@@ -229,6 +229,7 @@ GOALS: dict[tuple[str, str], dict[str, HostGoal]] = {
         for op in (
             "inter_sink_bias",
             "refined_attention",
+            "wasserstein_attention",
             "lrea_compress",
             "lrea_attention",
             "lrea_absorbed_attention",
