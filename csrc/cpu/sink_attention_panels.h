@@ -267,7 +267,7 @@ class Panels {
             const Floats old_max = load(row_max + v * lanes);
             const Floats new_max = maxes[v] > old_max + kMaxLag ? maxes[v] : old_max;
             const Floats max = new_max == -infinity ? Floats{} : new_max;  // no key yet
-            Floats old_sum = load(row_sum + v * lanes), sum{}, sums{};  // a block's sum is rounded by itself
+            Floats old_sum = load(row_sum + v * lanes), sum{}, sums{};     // a block's sum is rounded by itself
             if (any(new_max > old_max)) {
                 store(row_max + v * lanes, new_max);
                 const Floats change = exp2_of(old_max - max);
