@@ -113,7 +113,7 @@ def _choose_as_on_a_gpu() -> None:
 
     torch.cuda.get_device_properties = _device_properties
     ops.unsupported_reasons = _of_a_gpu(ops.unsupported_reasons)
-    _replace(ops, "_runs_on_cpu", lambda q, options: False)
+    _replace(ops, "_runs_in_cpp", lambda q, options: False)
     _replace(by_triton, "is_on_gpu", lambda x: True)
 
 
