@@ -85,22 +85,11 @@ RECATTN_TARGET void store_rows(const float* in, int64_t in_row_stride, int64_t r
 }
 
 template <class T>
-RECATTN_INLINE Floats load_floats(const T* in) {
-    if constexpr (std::is_same_v<T, float>) {
-        return load(in);
-    } else {
-        float values[Vector<float>::lanes];
-        for (int64_t i = 0; i < Vector<float>::lanes; ++i) values[i] = static_cast<float>(in[i]);
-        return load(values);
-    }
-}
-
-template <class T>
 RECATTN_INLINE float dot(const T* a, const T* b, int64_t size) {
     constexpr int64_t lanes = Vector<float>::lanes;
     Floats sums{};
     int64_t n = 0;
-    for (; n + lanes <= size; n += lanes) sums += load_floats(a + n) * load_floats(b + n);
+    for (; n + lanes <= size; n += lanes) sums += load_as_float(a + n) * load_as_float(b + n);
     float sum = sum_of_lanes(sums);
     for (; n < size; ++n) sum += static_cast<float>(a[n]) * static_cast<float>(b[n]);
     return sum;
@@ -228,8 +217,8 @@ class BackwardTask {
         return b_.dq + (g * num_queries() + query - task_.first_query) * b_.dim;
     }
 
-    // One tile of the g-th head: adds to dq, dk and dv, and to dbias. The first tile of the keys starts
-    // dk and dv, that of the queries dq.
+    // One tile of the g-th head: adds to dq, dk, dv and dbias. The first tile of the keys starts dk and dv, that of the
+    // queries dq.
     RECATTN_TARGET void add_tile(int64_t g, int64_t query, int64_t key, Rhs<float> k, int64_t keys, Range key_sinks,
                                  bool starts_keys) const {
         const int64_t head = kv_head_ * op_.group() + g, rows = std::min(kTile, task_.last_query - query);
