@@ -18,6 +18,7 @@
 #include "cpu/simd/softmax.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 // The valid sinks of one sequence.
 template <class T>
@@ -182,4 +183,5 @@ RECATTN_TARGET void bias_backward(const InterSinkBias<T>& op, int64_t batch_head
     }
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

@@ -14,6 +14,7 @@
 #include "cpu/simd/rows.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 template <class S>
 RECATTN_INLINE void prefetch_state(const StateTable<S>& table, int64_t slot, int64_t head, int64_t begin, int64_t end,
@@ -149,6 +150,7 @@ RECATTN_TARGET void attend(const AbsorbedAttention<T, S>& op, int64_t begin, int
     }
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA
 
 #if RECATTN_HAS_BF16

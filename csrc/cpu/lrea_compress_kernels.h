@@ -10,6 +10,7 @@
 #include "cpu/simd/rows.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 // c = w_comp^T behaviors for users begin..end; each behaviour is read once.
 template <class T>
@@ -75,4 +76,5 @@ RECATTN_TARGET void compress_backward(const CompressBackward<T>& op, const Compr
     }
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

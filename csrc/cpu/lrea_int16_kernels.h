@@ -7,6 +7,7 @@
 // products are exact. Overloads the steps of lrea_attention_kernels.h. No include guard.
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 using Int16Scratch = AttendScratch<PairOf<int16_t>>;
 
@@ -117,4 +118,5 @@ RECATTN_INLINE void store_output(Int16Scratch& scratch, int64_t rows, int64_t co
     }
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

@@ -21,6 +21,7 @@
 #include "cpu/simd/rows.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 // W as tiles [r, kBlockColumns], and as their transposes [kBlockColumns, width]: zero beyond L and r. The memory comes
 // zeroed.
@@ -286,4 +287,5 @@ RECATTN_TARGET void restored_backward_segment(const RestoredAttention<T>& op, co
     sum_outer_products(op, segment, y, op.dout, op.value_dim, scratch, op.dvalues);
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

@@ -19,6 +19,7 @@
 #include "cpu/simd/dropout.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 // --- Matrices of one (batch, head) ---
 
@@ -310,4 +311,5 @@ RECATTN_TARGET void refined_backward(const RefinedAttention<T>& op, const Groups
     }
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

@@ -14,6 +14,7 @@
 #include "cpu/simd/matmul_triangular.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 // Positions of a block: whole register tiles. A larger block computes more of A, a smaller one reads S more often.
 constexpr int64_t kProjectionBlock = 48;
@@ -275,4 +276,5 @@ RECATTN_TARGET void projection_backward(const RefinedProjection<T>& op, const Gr
     }
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

@@ -15,6 +15,7 @@
 #include "cpu/simd/softmax.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 // --- Products of a tile ---
 
@@ -291,6 +292,19 @@ class BackwardTask {
         }
     }
 
+    // p of a row, in the place of q k^T. Returns delta as the sum of p * dp: dout * out rounds otherwise than dp, which
+    // shows in rows of few keys.
+    RECATTN_TARGET static float compute_p(float* p, const float* dp, int64_t visible, float row_max,
+                                          float inverse_sum) {
+        Floats sums{};
+        for (int64_t j = 0; j < visible; j += Vector<float>::lanes) {
+            const Floats x = exp2_of(load(p + j) - row_max) * inverse_sum;
+            store(p + j, x);
+            sums += first_lanes(x * load(dp + j), visible - j, 0);
+        }
+        return sum_of_lanes(sums);
+    }
+
     // p and ds from q k^T and dp, in their place. Zeros at keys that a query does not see.
     template <bool kDropout>
     RECATTN_TARGET void compute_p_and_ds(int64_t head, int64_t query, int64_t key, int64_t rows, int64_t keys,
@@ -303,7 +317,6 @@ class BackwardTask {
             const int64_t position = sequence_.start + query + i;
             const float row_max = *op_.row_max.at(sequence_.batch, head, position);
             const float inverse_sum = *op_.inverse_sum.at(sequence_.batch, head, position);
-            const float delta = *backward_.delta.at(sequence_.batch, head, position);
             const int64_t visible = op_.causal ? std::min(keys, query + i - key + 1) : keys;
             if constexpr (kDropout) {
                 dropout_row(op_.dropout, static_cast<uint32_t>(sequence_.index * op_.heads + head), kPerToken,
@@ -315,10 +328,14 @@ class BackwardTask {
                 }
                 ++sink;
             }
+            // Where all keys of a row are here, p is computed first, for delta.
+            const bool has_p = !kDropout && visible == (op_.causal ? query + i + 1 : sequence_.length);
+            const float delta = has_p ? compute_p(p, ds, visible, row_max, inverse_sum)
+                                      : *backward_.delta.at(sequence_.batch, head, position);
             int64_t j = 0;
             // A key with all the weight has dp = delta, but for rounding.
             const auto step = [&](auto is_last) RECATTN_TARGET {
-                Floats x = exp2_of(load(p + j) - row_max) * inverse_sum;
+                Floats x = has_p ? load(p + j) : exp2_of(load(p + j) - row_max) * inverse_sum;
                 if constexpr (is_last) x = first_lanes(x, visible - j, 0);
                 if constexpr (kDropout) {
                     const Floats z = load(b_.z + j);
@@ -382,4 +399,5 @@ RECATTN_TARGET void sink_logit_gradients(const SinkBackward<T>& backward, int64_
     }
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

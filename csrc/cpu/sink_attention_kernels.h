@@ -4,6 +4,7 @@
 #include "cpu/sink_attention_panels.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 // Computes tasks, one after another, in its scratch memory.
 template <class T>
@@ -171,4 +172,5 @@ RECATTN_TARGET void sink_forward(const SinkAttention<T>& op, const QueryBlock* t
     }
 }
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

@@ -15,6 +15,7 @@
 #include "cpu/simd/softmax.h"
 
 namespace recattn::RECATTN_ISA {
+namespace {
 
 constexpr int kPanelVectors = 3;
 constexpr int64_t kPanelRows = kPanelVectors * Vector<float>::lanes;
@@ -346,4 +347,5 @@ class Panels {
     Scratch<float> qk_t_;
 };
 
+}  // namespace
 }  // namespace recattn::RECATTN_ISA

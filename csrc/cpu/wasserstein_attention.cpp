@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor> wasserstein_attention_pairs_fwd(RECATTN_PARAMETERS) {
         auto op = inputs.arguments<T>();
         op.mean = mutable_tokens<T>(mean);
         if (cov_v) op.cov = mutable_tokens<T>(cov);
-        const auto kernel = RECATTN_PICK(wasserstein::forward<T>);
+        const auto kernel = RECATTN_PICK(forward<T>);
         groups.parallel_for([&](int64_t begin, int64_t end) { kernel(op, groups.start(begin), groups.start(end)); });
     });
     return {mean, cov};
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wasse
             op.dcov_k = mutable_tokens<T>(dcov_k);
             op.dcov_v = mutable_tokens<T>(dcov_v);
         }
-        const auto kernel = RECATTN_PICK(wasserstein::backward<T>);
+        const auto kernel = RECATTN_PICK(backward<T>);
         float* sums = partials.mutable_data_ptr<float>();
         groups.parallel_for([&](int64_t begin, int64_t end) { kernel(op, groups, begin, end, sums); });
         if (!w_q) return;

@@ -21,7 +21,8 @@
 #include "cpu/simd/gaussians.h"
 #include "cpu/wasserstein_attention_vectors.h"
 
-namespace recattn::RECATTN_ISA::wasserstein {
+namespace recattn::RECATTN_ISA {
+namespace {
 
 // --- One (batch, head) ---
 
@@ -358,4 +359,5 @@ RECATTN_TARGET void backward(const WassersteinAttention<T>& op, const Groups& gr
     }
 }
 
-}  // namespace recattn::RECATTN_ISA::wasserstein
+}  // namespace
+}  // namespace recattn::RECATTN_ISA

@@ -1,7 +1,8 @@
 // Products by blocks of rows, and Gaussians as vectors, of wasserstein_attention_kernels.h, which includes what this
 // needs. For one instruction set (see foreach_isa.h). No include guard.
 
-namespace recattn::RECATTN_ISA::wasserstein {
+namespace recattn::RECATTN_ISA {
+namespace {
 
 // --- Blocks of rows ---
 
@@ -133,4 +134,5 @@ RECATTN_TARGET inline void make_vectors_backward(const Vectors& x, Matrix dq, Ma
     }
 }
 
-}  // namespace recattn::RECATTN_ISA::wasserstein
+}  // namespace
+}  // namespace recattn::RECATTN_ISA

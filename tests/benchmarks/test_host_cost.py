@@ -65,7 +65,7 @@ def cost(op="sink_attention", path=GPU, step=FORWARD, units=2.0, **options) -> H
         (cost(step=TRAINING, units=7.9, new_length_ratio=1.5), "met"),
         (cost("lrea_attention", step=TRAINING, units=11.0), "met"),
         (cost("lrea_absorbed_attention", CPU, units=1.6), "missed"),
-        (cost("sink_attention", CPU, units=50.0), None),
+        (cost("refined_attention", CPU, step=TRAINING, units=50.0), None),
         (cost(reason="ValueError: no"), "failed"),
     ],
 )

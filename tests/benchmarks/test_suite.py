@@ -252,7 +252,7 @@ def test_every_row_has_every_field(only_product, tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["direction"] for row in rows] == [FORWARD, TRAINING]
     common = {"device", "compute_capability", "threads", "platform", "python", "commit", "dirty", "started"}
-    common |= {"recattn", "torch", "triton", "numpy", "cuda", "cudnn", "driver"}
+    common |= {"recattn", "torch", "triton", "numpy", "cuda", "cudnn", "driver", "cpu_capability"}
     for row in rows:
         assert set(row) == {f.name for f in fields(records.Row)} | common
         unknown = {name for name, value in row.items() if value is None}

@@ -17,7 +17,7 @@ import recattn
 from recattn import reference
 from recattn._extension import MISSING
 from recattn.testing import assert_matches_reference
-from tests.helpers.interpreted import assert_matches_reference_twice_of_three
+from tests.helpers.interpreted import assert_matches_reference_twice_of_three, twice_of_three
 from tests.helpers.philox import dropout_weights
 
 pytestmark = pytest.mark.skipif("cpu" in MISSING, reason="needs the compiled extension")
@@ -352,11 +352,11 @@ def test_no_memory_of_n_squared():
 CAPABILITY = """
 import sys, torch, recattn
 cases, results = torch.load(sys.argv[1]), []
-for inputs, incoming, grads in cases:
+for inputs, douts, grads in cases:
     leaves = {name: inputs[name].requires_grad_() for name in grads}
-    torch.manual_seed(0)
     out = recattn.sink_attention(**inputs | leaves, impl="cpu")
-    results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming)])
+    gradients = [torch.autograd.grad(out, list(leaves.values()), dout, retain_graph=True) for dout in douts]
+    results.append([[out.detach(), *of_dout] for of_dout in gradients])
 torch.save((torch.ops.recattn.cpu_capability(), results), sys.argv[2])
 """
 
@@ -368,7 +368,7 @@ def test_every_instruction_set(capability, tmp_path, monkeypatch):
         sizes = {"kv_heads": 2, "dim": 37, "value_dim": 45, "sinks": 20, "bias_heads": 4, "logits": True}
         inputs = draw(layout, dtype, **sizes, lengths=(131, 0, 22), causal=causal)
         out = inputs["q"].new_empty(*inputs["q"].shape[:-1], 45)
-        cases.append((inputs, torch.randn_like(out), grads_of(inputs)))
+        cases.append((inputs, [torch.randn_like(out) for _ in range(3)], grads_of(inputs)))
     torch.save(cases, tmp_path / "inputs")
     environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
     command = [sys.executable, "-c", CAPABILITY, str(tmp_path / "inputs"), str(tmp_path / "outputs")]
@@ -376,14 +376,20 @@ def test_every_instruction_set(capability, tmp_path, monkeypatch):
     used, results = torch.load(tmp_path / "outputs")
     if used != capability:
         pytest.skip(f"this processor has {used} at most")
-    for (inputs, incoming, grads), result in zip(cases, results, strict=True):
+    for (inputs, douts, grads), results_by_dout in zip(cases, results, strict=True):
 
-        def all_results(incoming=incoming, grads=grads, **inputs):
+        def kernel(seed, results_by_dout=results_by_dout, **_):
+            return results_by_dout[seed]
+
+        def all_results(seed, douts=douts, grads=grads, **inputs):
             leaves = {name: inputs[name].detach().requires_grad_() for name in grads}
             out = reference.sink_attention(**inputs | leaves)
-            return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming.to(out.dtype))]
+            return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), douts[seed].to(out.dtype))]
 
-        assert_matches_reference(lambda result=result, **_: result, all_results, inputs)
+        def assert_matches(seed, inputs=inputs, kernel=kernel, all_results=all_results):
+            assert_matches_reference(functools.partial(kernel, seed), functools.partial(all_results, seed), inputs)
+
+        twice_of_three(assert_matches)
 
 
 # --- What it cannot serve ---

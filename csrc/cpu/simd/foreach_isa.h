@@ -1,5 +1,6 @@
 // Compiles the header RECATTN_KERNELS once for each instruction set, each time in its own namespace, so that one
-// portable binary chooses its code at run time (isa.h). No include guard. The compiled header sees these macros:
+// portable binary chooses its code at run time (isa.h). No include guard. What the header defines is in an unnamed
+// namespace: the linker would merge functions of one name in two operators. The compiled header sees these macros:
 //   RECATTN_ISA            its namespace
 //   RECATTN_TARGET         attribute of every function and lambda (vectors are lowered before inlining)
 //   RECATTN_INLINE         the same, and always inlined

@@ -76,13 +76,14 @@ class LreaAttentionFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_again(_attention_reference)
     def backward(ctx, dout):
-        targets, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: checkpointing allows no more
         slope, scale, path = ctx.options
+        targets = saved[0]
         if _takes_triton(targets, path):
             scale = resolve_scale(scale, targets.shape[2])
-            gradients = by_triton.lrea_attention_bwd(dout, *ctx.saved_tensors, slope, scale)
+            gradients = by_triton.lrea_attention_bwd(dout, *saved, slope, scale)
         else:
-            gradients = torch.ops.recattn.lrea_restored_bwd.default(dout, *ctx.saved_tensors, slope, scale)
+            gradients = torch.ops.recattn.lrea_restored_bwd.default(dout, *saved, slope, scale)
         return *gradients, None, None, None
 
 

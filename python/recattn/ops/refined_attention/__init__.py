@@ -92,8 +92,8 @@ class RefinedAttentionFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_again(_reference)
     def backward(ctx, dout):
-        tensors, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *tensors, ctx.options, saved=saved)
+        saved = ctx.saved_tensors  # read once: checkpointing allows no more
+        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *saved[:8], ctx.options, saved=saved[8:])
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None
 
 
