@@ -129,7 +129,7 @@ SINK = (
     sink_workload("tiny", 2, 4, 64, 7, kv_heads=2, dim=16, tier="quick"),
     sink_workload("headline", 4, 8, 1024, 100, gate_batch=1, devices=CPU),
     # CTR-Sink's encoder (RoBERTa, 4 layers of 8 heads) and its decoder (Qwen2-0.5B: 14 heads on 2).
-    sink_workload("dropout", 1, 8, 512, 49, dropout_p=0.1, devices=CPU),
+    sink_workload("dropout", 4, 8, 512, 49, dropout_p=0.1, gate_batch=1, tier="full", devices=CPU),
     sink_workload("ctr_sink", 8, 8, 512, 49, gate_batch=2, devices=CPU),
     sink_workload("ctr_sink_decoder", 4, 14, 512, 49, kv_heads=2, causal=True, gate_batch=1),
     sink_workload("movielens", 16, 4, 512, 128, tokens_per_behavior=4, histories=True, gate_batch=4),
