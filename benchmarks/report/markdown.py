@@ -213,13 +213,9 @@ def never_slower(operators: dict[str, Operator], machine: Machine) -> Iterator[t
 
 
 def slower(operators: dict[str, Operator], machine: Machine) -> list[tuple[Row, Outcome]]:
-    """Those that were slower, or not measured well enough to say; the slowest first."""
-    found = [(row, o) for row, o in never_slower(operators, machine) if o.verdict != "met" and not _is_faster(o)]
-    return sorted(found, key=lambda each: -(each[1].time_ratio or 0))
-
-
-def _is_faster(outcome: Outcome) -> bool:
-    return outcome.time_ratio is not None and outcome.time_ratio <= 1
+    """Those that were slower, even if not measured well enough to be sure; the slowest first."""
+    found = [(row, outcome) for row, outcome in never_slower(operators, machine) if (outcome.time_ratio or 0) > 1]
+    return sorted(found, key=lambda each: -each[1].time_ratio)
 
 
 def slower_section(operators: dict[str, Operator], measured: Sequence[Machine]) -> str:
@@ -236,7 +232,11 @@ def slower_section(operators: dict[str, Operator], measured: Sequence[Machine]) 
             (row.op, row.workload, SHORT[row.direction], result(outcome, row))
             for row, outcome in slower(operators, machine)
         ]
-        total = f"{machine.title}: slower on {len(rows) or 'none'} of {len(held)}.\n"
+        undecided = [f"{row.op} {row.workload} {SHORT[row.direction]}" for row, outcome in held if outcome.undecided]
+        total = f"{machine.title}: slower on {len(rows) or 'none'} of {len(held)}."
+        if undecided:
+            total += f" Undecided, because a PyTorch formulation was refused or failed: {', '.join(undecided)}."
+        total += "\n"
         columns = ("operator", "workload", "pass", "time vs the best PyTorch formulation")
         parts += [total, markdown(columns, rows)] if rows else [total]
     return "\n".join(parts if len(parts) > 1 else [*parts, "No record holds that comparison yet.\n"])
