@@ -15,6 +15,7 @@ from recattn._extension import MISSING
 from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
+from tests.helpers.interpreted import assert_matches_reference_twice_of_three
 from tests.helpers.philox import dropout_weights
 from tests.helpers.refined_inputs import views_of
 
@@ -72,7 +73,10 @@ def draw(mechanism, b=3, h=2, n=21, d=13, dv=7, r=5, n_max=None, per_head=False,
 
 def check(inputs, **options):
     kernel, low = (functools.partial(f, **options) for f in (cpu, reference.refined_attention))
-    assert_matches_reference(kernel, low, inputs, grads=list(inputs))
+    # Longer sequences end in a flash attention.
+    long = inputs["q"].shape[2] > on_cpu._LONGEST_IN_CPP
+    assert_matches = assert_matches_reference_twice_of_three if long else assert_matches_reference
+    assert_matches(kernel, low, inputs, grads=list(inputs))
 
 
 def run(function, inputs, **options):
