@@ -2,9 +2,6 @@
 
 import functools
 import math
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -15,6 +12,7 @@ from recattn._extension import MISSING
 from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
+from tests.helpers.instruction_sets import results_at
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three
 from tests.helpers.philox import dropout_weights
 from tests.helpers.refined_inputs import views_of
@@ -337,13 +335,7 @@ def test_every_instruction_set(capability, tmp_path):
     for source, causal in product(SOURCES, (True, False)):
         inputs = draw("simple", b=1, n=271, d=37, dv=45, r=19)
         cases.append((inputs, torch.randn_like(inputs["v"]), {"source": source, "causal": causal}))
-    torch.save(cases, tmp_path / "inputs")
-    environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", CAPABILITY, str(tmp_path / "inputs"), str(tmp_path / "outputs")]
-    subprocess.run(command, env=environment, check=True)
-    used, results = torch.load(tmp_path / "outputs")
-    if used != capability:
-        pytest.skip(f"this processor has {used} at most")
+    results = results_at(capability, CAPABILITY, cases, tmp_path)
     for (inputs, incoming, options), result in zip(cases, results, strict=True):
 
         def all_results(inputs=inputs, incoming=incoming, options=options, **tensors):

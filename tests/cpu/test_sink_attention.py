@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import recattn
 from recattn import reference
 from recattn._extension import MISSING
 from recattn.testing import assert_matches_reference
+from tests.helpers.instruction_sets import results_at
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three, twice_of_three
 from tests.helpers.philox import dropout_weights
 
@@ -369,13 +369,7 @@ def test_every_instruction_set(capability, tmp_path, monkeypatch):
         inputs = draw(layout, dtype, **sizes, lengths=(131, 0, 22), causal=causal)
         out = inputs["q"].new_empty(*inputs["q"].shape[:-1], 45)
         cases.append((inputs, [torch.randn_like(out) for _ in range(3)], grads_of(inputs)))
-    torch.save(cases, tmp_path / "inputs")
-    environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", CAPABILITY, str(tmp_path / "inputs"), str(tmp_path / "outputs")]
-    subprocess.run(command, env=environment, check=True)
-    used, results = torch.load(tmp_path / "outputs")
-    if used != capability:
-        pytest.skip(f"this processor has {used} at most")
+    results = results_at(capability, CAPABILITY, cases, tmp_path)
     for (inputs, douts, grads), results_by_dout in zip(cases, results, strict=True):
 
         def kernel(seed, results_by_dout=results_by_dout, **_):

@@ -2,9 +2,6 @@
 
 import functools
 import math
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -17,6 +14,7 @@ from recattn.ops import refined_attention as refined_ops
 from recattn.ops import wasserstein_attention as ops
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
+from tests.helpers.instruction_sets import results_at
 from tests.helpers.refined_inputs import views_of
 from tests.helpers.wasserstein_inputs import NAMES
 from tests.helpers.wasserstein_inputs import draw as draw_gaussians
@@ -294,13 +292,7 @@ def test_every_instruction_set(capability, tmp_path):
                 low, x, [dout.to(x["w_q" if "q" in x else "mean_q"]) for dout in incoming]
             )
         )
-    torch.save(cases, tmp_path / "inputs")
-    environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", CAPABILITY, str(tmp_path / "inputs"), str(tmp_path / "outputs")]
-    subprocess.run(command, env=environment, check=True)
-    used, results = torch.load(tmp_path / "outputs")
-    if used != capability:
-        pytest.skip(f"this processor has {used} at most")
+    results = results_at(capability, CAPABILITY, cases, tmp_path)
     for (_, inputs, *_), low, result in zip(cases, expected, results, strict=True):
         assert_matches_reference(lambda result=result, **_: result, low, inputs)
 
