@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import logging
-import sys
 
 import pytest
 import torch
@@ -138,10 +137,3 @@ def test_sasrec_fits_and_recommends():
     config = SASRecModel(**options).get_config(simple_types=True)
     assert config["transformer_layers_type"] == f"{MODULE}.RefinedSASRecLayers"
     assert SASRecModel.from_config(config).transformer_layers_kwargs == options["transformer_layers_kwargs"]
-
-
-def test_without_rectools_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    monkeypatch.setitem(sys.modules, "rectools.models.nn.transformers.sasrec", None)
-    with pytest.raises(ImportError, match=r"needs RecTools \(pip install 'rectools\[torch\]'\)"):
-        importlib.import_module(MODULE)

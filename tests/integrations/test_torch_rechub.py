@@ -1,7 +1,5 @@
 """LREA in torch-rechub's DIN: its unit compared with LREA user by user, and swapped into a model that trains."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -71,12 +69,6 @@ def test_refused():
         unit()(torch.randn(2, D), torch.randn(2, D))
     with pytest.raises(ValueError, match="num_heads · head_dim must be embed_dim, 8, got 6"):
         unit(num_heads=2, head_dim=3)
-
-
-def test_without_torch_rechub_an_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_rechub.models.ranking.din", None)
-    with pytest.raises(ImportError, match="needs torch-rechub: pip install torch-rechub"):
-        replace_attention(nn.Linear(2, 2), MAX_LEN, RANK)
 
 
 # --- In torch-rechub's DIN ---

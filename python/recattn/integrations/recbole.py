@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from recattn._check import expect, expect_choice, expect_same_device, expect_shape, expect_tensors
 from recattn.functional.validation import expect_values, values_are_checked
+from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn._refinement import Refinement
 from recattn.reference.sink_attention import valid_tokens
@@ -29,13 +30,11 @@ def patch_recbole(
             `impl` of `RefinedMultiHeadAttention`.
 
     Raises:
-        ImportError: RecBole is not installed.
+        ImportError: RecBole is not installed, or a module that it imports.
         ValueError: the model has no such module or no `max_len`, or an option is not supported.
     """
-    try:
+    with importing("RecBole", module="recbole", extra="recbole"):
         from recbole.model.layers import MultiHeadAttention
-    except ImportError as error:
-        raise ImportError(f"patch_recbole needs RecBole (pip install recbole==1.2.1): {error}") from error
     max_len = getattr(model, "max_seq_length", None) if max_len is None else max_len
     expect(max_len is not None, "max_len", "given for a model without max_seq_length", None)
 

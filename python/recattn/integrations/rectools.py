@@ -6,15 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from recattn._check import expect
+from recattn.integrations._imports import importing
 from recattn.integrations.patching import patch
 from recattn.nn import RefinedSelfAttention
 
-try:
+with importing("RecTools", module="rectools", extra="rectools"):
     from rectools.models.nn.transformers.sasrec import SASRecTransformerLayers
-except ImportError as error:
-    raise ImportError(
-        f"recattn.integrations.rectools needs RecTools (pip install 'rectools[torch]'): {error}"
-    ) from error
 
 
 class RefinedSASRecLayers(SASRecTransformerLayers):

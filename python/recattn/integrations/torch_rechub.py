@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_shape, expect_tensors
+from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn import LREA
 
@@ -68,21 +69,15 @@ def replace_attention(model: nn.Module, max_len: int, rank: int, **options: obje
         A handle whose `restore()`, or the end of whose `with` block, puts the old units back.
 
     Raises:
-        ImportError: torch-rechub is not installed.
+        ImportError: torch-rechub is not installed, or a module that it imports.
         ValueError: the model has no ActivationUnit, or an option is not supported.
     """
+    with importing("torch-rechub", module="torch_rechub", extra="torch-rechub"):
+        from torch_rechub.models.ranking.din import ActivationUnit
 
     def replacement(unit: nn.Module, name: str) -> LREAActivationUnit:
         weight = next(unit.parameters())
         own = {"device": weight.device, "dtype": weight.dtype}
         return LREAActivationUnit(unit.emb_dim, max_len, rank, **own, **options).train(unit.training)
 
-    return patch(model, {_activation_unit(): replacement})
-
-
-def _activation_unit() -> type[nn.Module]:
-    try:
-        from torch_rechub.models.ranking.din import ActivationUnit
-    except ImportError as error:
-        raise ImportError("recattn.integrations.torch_rechub needs torch-rechub: pip install torch-rechub") from error
-    return ActivationUnit
+    return patch(model, {ActivationUnit: replacement})

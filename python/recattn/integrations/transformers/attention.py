@@ -7,16 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-try:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
-except ImportError as error:
-    raise ImportError('recattn.integrations.transformers needs transformers: pip install "recattn[hf]"') from error
-
 from recattn._check import expect
 from recattn.functional import sink_attention
+from recattn.integrations._imports import importing
 from recattn.ops.sink_attention import no_sinks
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
+
+with importing("transformers", module="transformers", extra="hf"):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 NAME = "recattn_sink"
 

@@ -1,0 +1,40 @@
+"""One ImportError for all integrations: it names what is missing, and the extra that installs it."""
+
+import contextlib
+from collections.abc import Iterator
+from importlib import metadata
+
+
+@contextlib.contextmanager
+def importing(library: str, *, module: str, extra: str) -> Iterator[None]:
+    """Say what an import needs if it fails:
+
+        with importing("RecBole", module="recbole", extra="recbole"):
+            from recbole.model.layers import MultiHeadAttention
+
+    Args:
+        library: its name in the message.
+        module: its top-level module.
+        extra: the extra of recattn that installs it and all that importing it takes.
+
+    Raises:
+        ImportError: the library is not installed; or it is, and a module that it imports is missing or does not fit it.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError) as error:  # AttributeError: numpy 2 has no np.float_
+        command = f'pip install "recattn[{extra}]"'
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            message = f"recattn.integrations.{module} needs {library}, which is not installed: {command}"
+        elif isinstance(error, ModuleNotFoundError):
+            message = f"{_installed(library, module)}, but importing it needs {error.name}, which is missing: {command}"
+        else:
+            message = f"{_installed(library, module)}, but importing it failed ({error}): {command}"
+        raise ImportError(message, name=getattr(error, "name", None)) from error
+
+
+def _installed(library: str, module: str) -> str:
+    try:
+        return f"{library} {metadata.version(module)} is installed"
+    except metadata.PackageNotFoundError:  # a source folder on the path
+        return f"{library} is installed"
