@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*/*.* csrc/*/*/*.*)
 CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/*)
 
-.PHONY: bench plots examples gpu gpu-bench test test-isa sanitize versions lint format clean
+.PHONY: bench plots examples clients gpu gpu-bench test test-isa sanitize versions lint format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -16,6 +16,10 @@ plots: $(INSTALLED)
 
 examples: $(INSTALLED)
 	for name in ctr_sink sasrec lrea embedding_bag; do $(BIN)/python -m benchmarks.examples.$$name || exit 1; done
+
+# Recommender libraries' own trainers, stock and with our attention: the table in docs/integrations.md [ONLY="recbole rectools"]
+clients: $(INSTALLED)
+	$(BIN)/python -m benchmarks.clients.run $(if $(ONLY),--only $(ONLY))
 
 # Right? And the headline times. With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [OP=refined_attention]
 GPU = $(PYTHON) -m benchmarks.tools.gpu --results $(or $(RESULTS),results/gpu) $(if $(OP),--op $(OP))
