@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import ROOT
@@ -73,11 +74,9 @@ def results_table() -> str:
     """All results as Markdown."""
     files = [RESULTS / f"{client}.jsonl" for client in EXTRAS]
     rows = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
-    lines = [
-        "| library | model | with | epochs | CPU seconds per epoch: stock, ours | metric | stock | ours | environment |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        *map(row_of, rows),
-    ]
+    heads = ("library", "model", "our attention", "epochs", "CPU seconds per epoch: stock, ours", "metric")
+    heads += ("stock", "ours", "environment")
+    lines = [table_row(heads), table_row(["---"] * len(heads)), *map(row_of, rows)]
     machines = sorted({f"{row['cpu']} ({row['kernels']}), threads: {row['threads']}, {row['date']}" for row in rows})
     return "\n".join(lines) + f"\n\nMeasured on {'; '.join(machines)}.\n"
 
@@ -88,7 +87,11 @@ def row_of(result: dict) -> str:
     metrics = (f"{outcome['metric']:.4f}" for outcome in (stock, ours))
     environment = f"Python {result['python']}, numpy {result['numpy']}, torch {result['torch'].partition('+')[0]}"
     first = (result[name] for name in ("library", "model", "attention", "epochs"))
-    return f"| {' | '.join(map(str, (*first, seconds, result['metric'], *metrics, environment)))} |"
+    return table_row((*first, seconds, result["metric"], *metrics, environment))
+
+
+def table_row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def with_table(page: str, written: str) -> str:
