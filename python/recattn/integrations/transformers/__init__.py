@@ -10,9 +10,12 @@
 """
 
 from recattn.integrations.transformers.architectures import BIAS
-from recattn.integrations.transformers.attention import NAME, Sinks, sink_attention_forward, sink_attention_mask
+from recattn.integrations.transformers.attention import NAME, Sinks, sink_attention_forward
 from recattn.integrations.transformers.enable import SinkAttentionHandle, enable_sink_attention
+from recattn.integrations.transformers.generations import generation
 from recattn.integrations.transformers.loading import from_pretrained
+
+sink_attention_mask = generation.sink_attention_mask
 
 __all__ = [
     "BIAS",

@@ -4,6 +4,8 @@ from torch import nn
 
 from recattn._check import expect, expect_choice
 from recattn.integrations.transformers.attention import NAME
+from recattn.integrations.transformers.generations import generation
+from recattn.integrations.transformers.generations._adapter import Adapter
 from recattn.nn import InterSinkBias
 
 # Name of the bias within an attention module. For PEFT: LoraConfig(..., modules_to_save=[BIAS]).
@@ -28,6 +30,16 @@ def find_attentions(base: nn.Module) -> list[nn.Module]:
     return [layer.get_submodule(attention) for layer in base.get_submodule(layers)]
 
 
+def find_adapter(model: nn.Module) -> Adapter:
+    """How the architecture gets sink attention in the installed transformers."""
+    return generation.ADAPTERS[model.config.model_type]
+
+
+def is_causal(attention: nn.Module) -> bool:
+    """Whether an attention is a decoder's. The encoders of old generations do not say."""
+    return getattr(attention, "is_causal", False)
+
+
 def is_bias_parameter(parameter: str) -> bool:
     """Whether the name is that of a parameter of a bias."""
     return f".{BIAS}." in parameter
@@ -37,21 +49,22 @@ def find_supported_attentions(model: nn.Module) -> list[nn.Module]:
     """The self-attention of each layer. Raise if `enable_sink_attention` does not support the model."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
-    expect_choice("the architecture of model", model_type, tuple(_LAYERS))
+    expect_choice("the architecture of model", model_type, tuple(generation.ADAPTERS))
     expect(not getattr(config, "add_cross_attention", False), "model", "without cross-attention", "one with it")
     without = "without sink attention: restore() first (models that share a config count as one)"
     expect(config._attn_implementation != NAME, "model", without, "one with it")
     attentions = find_attentions(model.base_model)
     causal_by_config = getattr(config, "is_causal", True)
-    expect(causal_by_config or not attentions[0].is_causal, "config.is_causal", "True of a decoder", False)
-    shared = all(attention.config is config for attention in attentions)
+    expect(causal_by_config or not is_causal(attentions[0]), "config.is_causal", "True of a decoder", False)
+    shared = all(getattr(attention, "config", config) is config for attention in attentions)
     expect(shared, "model", "one whose layers read its own config", "one whose layers have another")
+    find_adapter(model).expect_supported(model)
     return attentions
 
 
 def make_bias(attention: nn.Module, model: nn.Module, bias_scale: float | None, dropout: float | None) -> InterSinkBias:
     """The bias for an attention module; None means the defaults of `enable_sink_attention`."""
-    causal, config = attention.is_causal, model.config
+    causal, config = is_causal(attention), model.config
     if dropout is None:
         own = getattr(attention, "dropout", None)
         dropout = own.p if isinstance(own, nn.Dropout) else attention.attention_dropout

@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls, registered as `NAME`."""
+"""The attention function that transformers calls, registered as `NAME`."""
 
 import math
 from typing import NamedTuple
@@ -29,38 +29,6 @@ class Sinks(NamedTuple):
     padding_side: str | None
 
 
-def sink_attention_mask(
-    q_length: int,
-    kv_length: int,
-    mask_function: object = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = False,
-    allow_is_bidirectional_skip: bool = False,
-    **kwargs: object,
-) -> Tensor | None:
-    """transformers' mask function, the mask that `sink_attention_forward` gets.
-
-    If only causality and padding hide keys, it is the padding mask [B, N] or None; otherwise [B, 1, Nq, Nk], True where
-    a key is visible.
-    """
-    wide = local_size is not None and kv_length <= local_size and (allow_is_causal_skip or allow_is_bidirectional_skip)
-    plain = wide or mask_function in (causal_mask_function, bidirectional_mask_function)
-    fits = attention_mask is None or attention_mask.shape[1] == kv_length
-    if plain and fits and q_length == kv_length:
-        return attention_mask
-    return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        **kwargs,
-    )
-
-
 def sink_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -81,13 +49,39 @@ def sink_attention_forward(
     """
     for name in ("softcap", "position_bias", "s_aux"):
         expect(kwargs.get(name) is None, name, "None: sink attention has no such term", type(kwargs.get(name)).__name__)
-    causal = module.is_causal if is_causal is None else is_causal
-    output_attentions = output_attentions or getattr(module.config, "output_attentions", False)
+    return attend(
+        query,
+        key,
+        value,
+        attention_mask,
+        sinks,
+        inter_sink_bias,
+        causal=module.is_causal if is_causal is None else is_causal,
+        dropout=dropout,
+        scaling=scaling,
+        weights_wanted=output_attentions or getattr(module.config, "output_attentions", False),
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sinks: Sinks | None,
+    inter_sink_bias: Tensor | None,
+    *,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+    weights_wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output [B, Nq, H, D] by `recattn.sink_attention` where that serves; the weights need dense attention."""
     unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and sinks.padding_side)
-    if sinks is None or not unmasked or output_attentions or query.shape[2] != key.shape[2]:
+    if sinks is None or not unmasked or weights_wanted or query.shape[2] != key.shape[2]:
         bias = None if inter_sink_bias is None else _dense_bias(query, key, sinks, inter_sink_bias)
         mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
-        return _dense_attention(query, key, value, mask, bias, dropout, scaling, output_attentions)
+        return _dense_attention(query, key, value, mask, bias, dropout, scaling, weights_wanted)
     out = sink_attention(
         query,
         key,
@@ -148,7 +142,3 @@ def _dense_attention(
     scores = scores if added is None else scores + added
     weights = F.dropout(softmax_or_zeros(scores), dropout).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-AttentionInterface.register(NAME, sink_attention_forward)
-AttentionMaskInterface.register(NAME, sink_attention_mask)

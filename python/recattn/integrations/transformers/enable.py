@@ -1,16 +1,20 @@
 """`enable_sink_attention`, and the handle that undoes it."""
 
-import inspect
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from recattn._check import expect, expect_choice, expect_numbers, expect_probability
-from recattn.integrations.transformers.architectures import BIAS, find_attentions, find_supported_attentions, make_bias
-from recattn.integrations.transformers.attention import NAME
-from recattn.integrations.transformers.hooks import SinkReader, add_bias, rename_official_scale
+from recattn.integrations.transformers.architectures import (
+    BIAS,
+    find_adapter,
+    find_attentions,
+    find_supported_attentions,
+    make_bias,
+)
+from recattn.integrations.transformers.hooks import BiasAdder, SinkReader, rename_official_scale
 
 
 class SinkAttentionHandle:
@@ -22,9 +26,10 @@ class SinkAttentionHandle:
 
     def __init__(self, model: nn.Module, settings: dict[str, object]) -> None:
         self.settings = settings
-        self._model, self._previous_attention = model, model.config._attn_implementation
+        self._model = model
         self._previous_settings = getattr(model.config, "recattn_sink", None)
         self._hooks: list[object] = []
+        self._disable: Callable[[], None]
 
     @property
     def biases(self) -> dict[int, nn.Module]:
@@ -44,20 +49,19 @@ class SinkAttentionHandle:
             del self._model.config.recattn_sink
         else:
             self._model.config.recattn_sink = self._previous_settings
-        self._model.set_attn_implementation(self._previous_attention)
+        self._disable()
 
     def _install(self) -> None:
         model, settings = self._model, self.settings
-        base, attentions = model.base_model, find_attentions(model.base_model)
-        names = [name for name, p in inspect.signature(base.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
+        base, attentions, adapter = model.base_model, find_attentions(model.base_model), find_adapter(model)
         chosen = [attentions[i] for i in settings["layers"]]
-        model.set_attn_implementation(NAME)
+        self._disable = adapter.enable(model, attentions)
         model.config.recattn_sink = dict(settings)
         for attention in chosen:
             attention.add_module(BIAS, make_bias(attention, model, settings["bias_scale"], settings["dropout"]))
-        reader = SinkReader(names, chosen, settings)
+        reader, adder = SinkReader(adapter, base, chosen, settings), BiasAdder(adapter, chosen[0])
         self._hooks = [base.register_forward_pre_hook(reader, with_kwargs=True)]
-        self._hooks += [x.register_forward_pre_hook(add_bias, with_kwargs=True) for x in chosen]
+        self._hooks += [x.register_forward_pre_hook(adder, with_kwargs=True) for x in chosen]
         self._hooks += [x.register_load_state_dict_pre_hook(rename_official_scale) for x in chosen]
 
 

@@ -1,5 +1,6 @@
 """The hooks of a model: one reads the sinks of a batch, one computes the bias of a layer, one loads old scales."""
 
+import inspect
 import warnings
 
 import torch
@@ -7,26 +8,31 @@ from torch import Tensor, nn
 
 from recattn._check import expect, expect_index
 from recattn.functional.validation import checked_indices, expect_values, values_are_checked
-from recattn.integrations.transformers.architectures import BIAS
+from recattn.integrations.transformers.architectures import BIAS, is_causal
 from recattn.integrations.transformers.attention import NAME, Sinks
+from recattn.integrations.transformers.generations._adapter import Adapter
 from recattn.reference.sink_attention import valid_tokens
 
 
 class SinkReader:
-    """Hook before the base model: finds the sinks and passes them to each attention as the argument `sinks`."""
+    """Hook before the base model: finds the sinks and passes them to each attention."""
 
-    def __init__(self, names: list[str], attentions: list[nn.Module], settings: dict[str, object]) -> None:
-        self.names, self.attentions = names, attentions
+    def __init__(
+        self, adapter: Adapter, base: nn.Module, attentions: list[nn.Module], settings: dict[str, object]
+    ) -> None:
+        self.adapter, self.names, self.attentions = adapter, _argument_names(base), attentions
         self.sink_token_id, self.max_sinks = settings["sink_token_id"], settings["max_sinks"]
         self.padding_side = settings["padding_side"]
         self.warned = False
 
     def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
-        kwargs["sinks"] = self.read(kwargs, kwargs.pop("sink_positions", None))
+        implementation = base.config._attn_implementation
+        expect(implementation == NAME, "the attention of the model", f"{NAME!r} until restore()", repr(implementation))
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        self.adapter.pass_sinks(arguments, self.read(arguments, arguments.pop("sink_positions", None)))
         if base.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_of_frozen_biases()
-        return (), kwargs
+        return (), arguments
 
     def read(self, arguments: dict[str, object], positions: Tensor | None) -> Sinks:
         """The sinks and the padding of a call of the base model with these arguments."""
@@ -88,7 +94,7 @@ class SinkReader:
 
     def _expect_unpacked(self, position_ids: Tensor | None, valid: Tensor) -> None:
         """Raise if a decoder gets sinks in packed sequences, which transformers finds by restarting position_ids."""
-        if position_ids is None or not self.attentions[0].is_causal:
+        if position_ids is None or not is_causal(self.attentions[0]):
             return
         unpacked = ~valid.any() | (position_ids.diff(dim=-1) == 1).all()
         expected = "position_ids must be ascending by 1 in sequences with sinks"
@@ -144,21 +150,32 @@ class SinkReader:
             )
 
 
-def add_bias(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Hook before an attention: computes its bias, an argument that the attention passes to the attention function."""
-    sinks, implementation = kwargs.get("sinks"), attention.config._attn_implementation
-    expect(implementation == NAME, "the attention of the model", f"{NAME!r} until restore()", repr(implementation))
-    if sinks is None or sinks.positions is None:
-        return args, kwargs
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    bias = getattr(attention, BIAS)(hidden_states, sinks.positions, sinks.valid)
-    return args, {**kwargs, "inter_sink_bias": bias}
+class BiasAdder:
+    """Hook before an attention: computes its bias and passes it to the attention function."""
+
+    def __init__(self, adapter: Adapter, attention: nn.Module) -> None:
+        self.adapter, self.names = adapter, _argument_names(attention)
+
+    def __call__(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        sinks = self.adapter.read_sinks(arguments)
+        if sinks is not None and sinks.positions is not None:
+            hidden_states = arguments[self.adapter.hidden_states]
+            bias = getattr(attention, BIAS)(hidden_states, sinks.positions, sinks.valid)
+            self.adapter.pass_bias(arguments, bias)
+        return (), arguments
 
 
 def rename_official_scale(attention: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Hook before load_state_dict: renames the scale of the official code, a scalar of the attention module."""
     if f"{prefix}sink_scale" in state_dict:
         state_dict[f"{prefix}{BIAS}.scale"] = state_dict.pop(f"{prefix}sink_scale").reshape(1)
+
+
+def _argument_names(module: nn.Module) -> list[str]:
+    """The names of the arguments of a module, in their order."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD][1:]
 
 
 def _read_valid_tokens(mask: object) -> Tensor | None:
