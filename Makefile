@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DOCS := .venv/.docs
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*/*.* csrc/*/*/*.*)
 CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/*)
 
-.PHONY: bench plots examples clients gpu gpu-bench test test-isa sanitize versions lint format clean
+.PHONY: bench plots examples clients docs docs-serve gpu gpu-bench test test-isa sanitize versions lint format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -46,6 +47,14 @@ sanitize: $(INSTALLED)
 versions: $(INSTALLED)
 	$(BIN)/python tests/packaging/versions.py $(if $(EVERY),--every $(EVERY)) $(if $(ONLY),--only $(ONLY))
 
+# The documentation as a site, to site/index.html. A warning is an error
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# The same while you write, at http://127.0.0.1:8000
+docs-serve: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,5 +73,10 @@ $(INSTALLED): $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+$(DOCS): requirements/docs.txt requirements/dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement $<
+	touch $@
+
 clean:
-	rm -rf .venv build python/recattn.egg-info python/recattn/*.so
+	rm -rf .venv build site python/recattn.egg-info python/recattn/*.so

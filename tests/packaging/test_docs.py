@@ -1,5 +1,6 @@
 """The examples of the README and of docs/ run, and their links lead somewhere."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += [ROOT / "tests" / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.exists()]
-RESULTS = ("out", "bias", "mean_out", "cov_out", "h")
+RESULTS = ("out", "bias", "mean_out", "cov_out", "h", "compressed", "state_keys", "state_values")
 
 
 def examples_of(page: Path) -> list[str]:
@@ -30,3 +31,17 @@ def test_examples(page, tmp_path, monkeypatch):
 def test_links(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_pages_are_in_the_site():
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(listed)
+
+
+def test_figures_are_as_new_as_the_reference():
+    folder = ROOT / "docs" / "figures"
+    spec = importlib.util.spec_from_file_location("draw", folder / "draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    stale = [f.__name__ for f in draw.DRAWINGS if f().svg() != (folder / f"{f.__name__}.svg").read_text()]
+    assert stale == [], "python docs/figures/draw.py"

@@ -14,8 +14,7 @@ from recattn.ops.sink_attention import no_sinks
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
 
 with importing("transformers", module="transformers", extra="hf"):
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+    pass
 
 NAME = "recattn_sink"
 

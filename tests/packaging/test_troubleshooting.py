@@ -1,0 +1,316 @@
+"""Each message that docs/troubleshooting.md quotes is one that recattn gives today."""
+
+import functools
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import recattn
+from recattn import _extension, _versions
+from recattn.integrations._imports import importing
+from recattn.ops import _support
+
+PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
+QUOTES = re.compile(r"^```\n(\w*(?:Error|Warning): .*?)\n```$", flags=re.DOTALL | re.MULTILINE)
+
+PROVOKED: list[Callable[[pytest.MonkeyPatch], object]] = []
+
+
+def provoked(call: Callable[[pytest.MonkeyPatch], object]) -> Callable[[pytest.MonkeyPatch], object]:
+    PROVOKED.append(call)
+    return call
+
+
+def sink_inputs(dtype: torch.dtype = torch.float32, length: int = 8) -> dict[str, torch.Tensor]:
+    q = torch.ones(2, 4, length, 16, dtype=dtype)
+    sinks = torch.tensor([[2, 5], [3, -1]])
+    return {"q": q, "k": q, "v": q, "sink_positions": sinks, "inter_sink_bias": torch.zeros(2, 1, 2, 2)}
+
+
+def call_sink_attention(**changes: object) -> object:
+    return recattn.sink_attention(**{**sink_inputs(), **changes})
+
+
+def state_table(**options: object) -> recattn.serving.StateTable:
+    return recattn.serving.StateTable(2, heads=1, rank=2, dim=4, **options)
+
+
+# --- Installation ---
+
+
+@provoked
+def old_torch(_):
+    raise ImportError(_versions.unsupported_reason("torch", "2.9.1"))
+
+
+@provoked
+def without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    _support.installation_unsupported_reason.cache_clear()
+    try:
+        call_sink_attention(impl="triton")
+    finally:
+        _support.installation_unsupported_reason.cache_clear()
+
+
+@provoked
+def without_compiled_kernels(monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(_extension, "MISSING", {})
+        context.setattr(Path, "glob", lambda *_: iter(()))
+        _extension._load("_C", "cpu")
+        reason = _extension.MISSING["cpu"]
+    monkeypatch.setitem(_extension.MISSING, "cpu", reason)
+    call_sink_attention(impl="cpu")
+
+
+# --- Choosing an implementation ---
+
+
+@provoked
+def triton_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(_support, "_triton_runtime", lambda: SimpleNamespace(interpret=False))
+    call_sink_attention(impl="triton")
+
+
+@provoked
+def correction_on_a_cpu(_):
+    call_sink_attention(impl="correction")
+
+
+@provoked
+def float64_in_a_kernel(_):
+    call_sink_attention(**sink_inputs(torch.float64), impl="cpu")
+
+
+@provoked
+def unknown_implementation(_):
+    call_sink_attention(impl="flash")
+
+
+@provoked
+def implementation_of_another_operator(_):
+    call_sink_attention(impl="chunked")
+
+
+# --- Shapes, dtypes, devices ---
+
+
+@provoked
+def tokens_before_heads(_):
+    inputs = sink_inputs()
+    call_sink_attention(k=inputs["k"].transpose(1, 2))
+
+
+@provoked
+def half_precision_of_one(_):
+    call_sink_attention(k=torch.ones(2, 4, 8, 16, dtype=torch.bfloat16))
+
+
+@provoked
+def heads_that_do_not_divide(_):
+    call_sink_attention(k=torch.ones(2, 3, 8, 16), v=torch.ones(2, 3, 8, 16))
+
+
+@provoked
+def devices(_):
+    call_sink_attention(inter_sink_bias=torch.zeros(2, 1, 2, 2, device="meta"))
+
+
+@provoked
+def nested(_):
+    call_sink_attention(q=torch.nested.nested_tensor([torch.ones(3, 4)], layout=torch.jagged))
+
+
+@provoked
+def scale_as_a_parameter(_):
+    call_sink_attention(scale=torch.tensor(1.0, requires_grad=True))
+
+
+# --- Positions, lengths, offsets ---
+
+
+@provoked
+def sinks_out_of_order(_):
+    call_sink_attention(sink_positions=torch.tensor([[5, 2], [3, -1]]))
+
+
+@provoked
+def sinks_out_of_range(_):
+    call_sink_attention(sink_positions=torch.tensor([[2, 8], [3, -1]]))
+
+
+@provoked
+def lengths_out_of_range(_):
+    call_sink_attention(seq_lens=torch.tensor([8, 9]))
+
+
+@provoked
+def offsets_of_other_targets(_):
+    keys = torch.ones(2, 1, 2, 4)
+    recattn.lrea_attention(torch.ones(5, 1, 4), keys, keys, torch.ones(2, 6), torch.tensor([0, 2, 6]))
+
+
+@provoked
+def slot_out_of_range(_):
+    keys = torch.ones(2, 1, 2, 4)
+    recattn.lrea_absorbed_attention(torch.ones(1, 1, 4), keys, keys, torch.tensor([2]), torch.tensor([0, 1]))
+
+
+@provoked
+def too_few_rows_of_w_q(_):
+    q = torch.ones(1, 1, 60, 8)
+    recattn.refined_attention(q, q, q, torch.ones(50, 4), torch.ones(50, 4))
+
+
+# --- Modules and patch ---
+
+
+@provoked
+def padding_on_the_other_side(_):
+    attention = recattn.nn.SinkAttention(8, 2)
+    x = torch.ones(1, 4, 8)
+    attention(x, x, x, key_padding_mask=torch.tensor([[True, True, False, False]]))
+
+
+@provoked
+def mask_that_is_not_causal(_):
+    attention = recattn.nn.SinkAttention(8, 2)
+    x = torch.ones(1, 4, 8)
+    attention(x, x, x, attn_mask=torch.zeros(4, 4, dtype=torch.bool))
+
+
+@provoked
+def dropout_in_third_place(_):
+    recattn.nn.RefinedSelfAttention(32, 1, 0.2)
+
+
+@provoked
+def nothing_to_patch(_):
+    recattn.patch(nn.Sequential(nn.Linear(2, 2)), {nn.MultiheadAttention: recattn.nn.SinkAttention})
+
+
+@provoked
+def patched_by_name(_):
+    recattn.patch(nn.Sequential(nn.Linear(2, 2)), {"0": recattn.nn.SinkAttention})
+
+
+@provoked
+def options_by_position(_):
+    encoder = nn.TransformerEncoderLayer(8, 2)
+    recattn.patch(encoder, {nn.MultiheadAttention: functools.partial(recattn.nn.RefinedSelfAttention, 50)})
+
+
+@provoked
+def restored_in_another_order(_):
+    encoder = nn.TransformerEncoderLayer(8, 2)
+    first = recattn.patch(encoder, {nn.MultiheadAttention: recattn.nn.SinkAttention})
+    recattn.patch(encoder, {recattn.nn.SinkAttention: lambda old, name: nn.Identity()})
+    first.restore()
+
+
+# --- Gradients ---
+
+
+@provoked
+def second_derivative_after_dropout(_):
+    q = torch.ones(2, 4, 8, 16, requires_grad=True)
+    out = call_sink_attention(q=q, dropout_p=0.1)
+    torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+@provoked
+def gradient_of_a_served_target(_):
+    keys = torch.ones(2, 1, 2, 4)
+    targets = torch.ones(1, 1, 4, requires_grad=True)
+    recattn.lrea_absorbed_attention(targets, keys, keys, torch.tensor([1]), torch.tensor([0, 1]), impl="cpu")
+
+
+# --- Serving ---
+
+
+@provoked
+def state_with_nan(_):
+    keys = torch.full((1, 1, 2, 4), torch.nan)
+    state_table().put(torch.tensor([7]), keys, keys)
+
+
+@provoked
+def request_that_is_over(_):
+    with state_table().request(torch.tensor([7])) as request:
+        pass
+    request.attend(torch.ones(1, 1, 4), torch.tensor([0, 1]))
+
+
+@provoked
+def pickled_table(_):
+    pickle.dumps(state_table())
+
+
+@provoked
+def rows_pinned(_):
+    table, state = state_table(), torch.ones(2, 1, 2, 4)
+    table.put(torch.tensor([1, 2]), state, state)
+    with table.request(torch.tensor([1, 2])):
+        table.put(torch.tensor([3]), state[:1], state[:1])
+
+
+@provoked
+def damaged_file(_):
+    saved = state_table().state_dict()
+    state_table().load_state_dict({**saved, "checksum": saved["checksum"] + 1})
+
+
+@provoked
+def other_sizes(_):
+    recattn.serving.StateTable(2, heads=1, rank=4, dim=4).load_state_dict(state_table().state_dict())
+
+
+@provoked
+def full_history(_):
+    lrea = recattn.nn.LREA(embed_dim=4, max_len=3, rank=2)
+    lrea.append(lrea.export_state(torch.ones(1, 3, 4)), torch.ones(1, 4))
+
+
+# --- Models of other libraries ---
+
+
+@provoked
+def without_the_library(_):
+    with importing("RecBole", module="recbole", extra="recbole"):
+        raise ModuleNotFoundError("No module named 'recbole'", name="recbole")
+
+
+@provoked
+def without_what_the_library_imports(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "1.2.1")
+    with importing("RecBole", module="recbole", extra="recbole"):
+        raise ModuleNotFoundError("No module named 'colorlog'", name="colorlog")
+
+
+QUOTED = [" ".join(message.split()) for message in QUOTES.findall(PAGE.read_text())]
+
+
+@pytest.mark.parametrize("call", PROVOKED, ids=lambda call: call.__name__)
+def test_message_is_on_the_page(call, monkeypatch):
+    """Word by word; … on the page stands for a number."""
+    with pytest.raises(Exception) as raised:
+        call(monkeypatch)
+    message = f"{raised.type.__name__}: {raised.value}"
+    assert [quote for quote in QUOTED if matches(quote, message)], message
+
+
+def test_no_other_message_is_on_the_page():
+    assert len(QUOTED) == len(set(QUOTED)) == len(PROVOKED)
+
+
+def matches(quote: str, message: str) -> bool:
+    return re.fullmatch(re.escape(quote).replace("…", r"\d+"), message) is not None
