@@ -11,7 +11,7 @@ from recattn.integrations.transformers import generations  # noqa: E402
 
 def test_a_version_below_the_floor_is_named():
     floor = ".".join(map(str, generations.FLOOR))
-    message = rf'needs transformers {floor} or newer, got 4\.47\.1: pip install "recattn\[hf\]"'
+    message = rf'needs transformers {floor} or newer, but 4\.47\.1 is installed: pip install "recattn\[hf\]"'
     with pytest.raises(ImportError, match=message):
         generations.find_generation("4.47.1")
 
@@ -30,4 +30,5 @@ def test_versions_to_come_are_served_by_the_newest_generation():
 def test_without_transformers_the_import_says_what_to_install():
     code = "import sys; sys.modules['transformers'] = None; import recattn.integrations.transformers"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert 'ImportError: recattn.integrations.transformers needs transformers: pip install "recattn[hf]"' in run.stderr
+    message = 'needs transformers, which is not installed: pip install "recattn[hf]"'
+    assert f"ImportError: recattn.integrations.transformers {message}" in run.stderr

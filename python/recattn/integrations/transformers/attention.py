@@ -9,12 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import expect
 from recattn.functional import sink_attention
-from recattn.integrations._imports import importing
 from recattn.ops.sink_attention import no_sinks
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
-
-with importing("transformers", module="transformers", extra="hf"):
-    pass
 
 NAME = "recattn_sink"
 

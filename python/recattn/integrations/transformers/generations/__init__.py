@@ -11,10 +11,11 @@ import importlib
 import re
 from types import ModuleType
 
+from recattn.integrations._imports import importing
+
 # The first version of each generation, newest first.
-GENERATIONS = {(5, 4): "v5_4"}
+GENERATIONS = {(5, 4): "v5_4", (5, 1): "v5_1", (5, 0): "v5_0", (4, 53): "v4_53", (4, 48): "v4_48"}
 FLOOR = min(GENERATIONS)
-_INSTALL = 'pip install "recattn[hf]"'
 
 
 def find_generation(version: str) -> str:
@@ -25,17 +26,18 @@ def find_generation(version: str) -> str:
             return name
     floor = ".".join(map(str, FLOOR))
     raise ImportError(
-        f"recattn.integrations.transformers needs transformers {floor} or newer, got {version}: {_INSTALL}"
+        f"recattn.integrations.transformers needs transformers {floor} or newer, "
+        f'but {version} is installed: pip install "recattn[hf]"'
     )
 
 
 def import_generation() -> ModuleType:
     """The generation of the installed transformers."""
-    try:
+    with importing("transformers", module="transformers", extra="hf"):
         import transformers
-    except ImportError as error:
-        raise ImportError(f"recattn.integrations.transformers needs transformers: {_INSTALL}") from error
-    return importlib.import_module(f"{__name__}.{find_generation(transformers.__version__)}")
+    name = find_generation(transformers.__version__)
+    with importing("transformers", module="transformers", extra="hf"):
+        return importlib.import_module(f"{__name__}.{name}")
 
 
 generation = import_generation()
