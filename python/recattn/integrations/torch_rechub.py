@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_shape, expect_tensors
+from recattn.integrations._behaviors import move_to_front
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn import LREA
@@ -50,9 +51,7 @@ def without_padding(history: Tensor) -> tuple[Tensor, Tensor]:
     """
     expect_tensors(history=history)
     expect_shape({}, "history", history, "B N D")
-    padding = (history == 0).all(dim=-1)  # [B, N]
-    order = padding.byte().argsort(dim=1, stable=True)
-    return history.gather(1, order.unsqueeze(-1).expand_as(history)), (~padding).sum(dim=1)
+    return move_to_front(history, (history != 0).any(dim=-1))
 
 
 def replace_attention(model: nn.Module, max_len: int, rank: int, **options: object) -> PatchHandle:

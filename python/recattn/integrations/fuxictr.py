@@ -1,0 +1,141 @@
+"""LREA and refined attention in FuxiCTR's models, of its model zoo or your own."""
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
+from recattn.integrations._behaviors import move_to_front
+from recattn.integrations._imports import importing
+from recattn.integrations.patching import PatchHandle, patch
+from recattn.nn import LREA, RefinedSelfAttention
+
+
+class LREATargetAttention(nn.Module):
+    """`recattn.nn.LREA.forward` with the call of FuxiCTR's DIN_Attention and MultiHeadTargetAttention:
+
+        attention(target_item [B, D], history_sequence [B, N, D], mask [B, N] or None) -> [B, D]
+
+    FuxiCTR pads on either side. Behaviours, the oldest first, move to the front before they are compressed, so the side
+    does not matter.
+
+    Args:
+        embed_dim: D.
+        max_len: the longest N.
+        rank, options: as in `recattn.nn.LREA`.
+        out_proj: maps LREA's output, num_heads · head_dim wide, to D. None where that is D.
+    """
+
+    def __init__(
+        self, embed_dim: int, max_len: int, rank: int, *, out_proj: nn.Module | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        self.lrea, self.out_proj = LREA(embed_dim, max_len, rank, **options), out_proj
+        width = self.lrea.num_heads * self.lrea.head_dim
+        expected = f"embed_dim, {embed_dim}, where out_proj is not given"
+        expect(out_proj is not None or width == embed_dim, "num_heads · head_dim", expected, width)
+
+    def forward(self, target_item: Tensor, history_sequence: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            target_item: [B, D].
+            history_sequence: [B, N, D], the oldest behaviour first. Padding may hold anything, NaN included.
+            mask: [B, N], of any dtype, 0 at padding, which may be at any position. None: there is no padding.
+
+        Returns:
+            [B, D]; of a user without behaviours LREA's zeros, which out_proj maps.
+
+        Raises:
+            ValueError: a shape, dtype or device does not match, or N > max_len.
+        """
+        expect_tensors(target_item=target_item)
+        behaviors, seq_lens = self.without_padding(history_sequence, mask)
+        length, longest = history_sequence.shape[1], self.lrea.max_len
+        expect(length <= longest, "N of history_sequence", f"at most max_len, {longest}", length)
+        out = self.lrea(target_item, behaviors, seq_lens=seq_lens)
+        return out if self.out_proj is None else self.out_proj(out)
+
+    def without_padding(self, history_sequence: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Behaviors [B, N, D] and seq_lens [B] as `self.lrea` takes them, in `compress` and `export_state` too."""
+        expect_tensors(history_sequence=history_sequence)
+        sizes = {"D": self.lrea.embed_dim}
+        expect_shape(sizes, "history_sequence", history_sequence, "B N D")
+        if mask is None:
+            return history_sequence, None
+        expect_tensors(mask=mask)
+        expect_shape(sizes, "mask", mask, "B N")
+        expect_same_device("history_sequence", history_sequence, mask=mask)
+        return move_to_front(history_sequence, mask != 0)
+
+
+def replace_target_attention(model: nn.Module, max_len: int, rank: int, **options: Any) -> PatchHandle:
+    """Replace every DIN_Attention and MultiHeadTargetAttention of a FuxiCTR model with an `LREATargetAttention`.
+
+    FuxiCTR's models build their optimizer in the constructor. The new parameters are added to `model.optimizer`, as a
+    group with its options, so `model.fit` trains them; `restore()` leaves that group, which then gets no gradient. The
+    projection `W_o` of a MultiHeadTargetAttention is kept. Tested with FuxiCTR 2.3.10: DIN and SIM of its
+    model_zoo.LongCTR.
+
+    Args:
+        model: a FuxiCTR BaseModel, or any module with its layers.
+        max_len: the longest history, padding included.
+        rank, options: as in `recattn.nn.LREA`. Device and dtype are the model's; num_heads and head_dim are those of a
+            MultiHeadTargetAttention, and 1 and D in place of a DIN_Attention.
+
+    Returns:
+        A handle whose `restore()`, or the end of whose `with` block, puts the old layers back.
+
+    Raises:
+        ImportError: FuxiCTR is not installed, or a module that it imports.
+        ValueError: the model has no such layer, or an option is not supported.
+    """
+    with importing("FuxiCTR", module="fuxictr", extra="fuxictr"):
+        from fuxictr.pytorch.layers import DIN_Attention, MultiHeadTargetAttention
+    weight = next(model.parameters(), None)
+    own = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+
+    def replace_din(old: nn.Module, name: str) -> nn.Module:
+        return LREATargetAttention(old.embedding_dim, max_len, rank, **own, **options).train(old.training)
+
+    def replace_multi_head(old: nn.Module, name: str) -> nn.Module:
+        heads = {"num_heads": old.num_heads, "head_dim": old.head_dim}
+        embed_dim = old.W_q.in_features if old.use_qkvo else old.num_heads * old.head_dim
+        heads["out_proj"] = old.W_o if old.use_qkvo else None
+        return LREATargetAttention(embed_dim, max_len, rank, **own, **heads, **options).train(old.training)
+
+    handle = patch(model, {DIN_Attention: replace_din, MultiHeadTargetAttention: replace_multi_head})
+    return _optimized(model, handle)
+
+
+def refine_self_attention(
+    model: nn.Module, max_len: int, *, padding_side: str = "left", **refinement: Any
+) -> PatchHandle:
+    """Replace every nn.MultiheadAttention of a FuxiCTR model with a `recattn.nn.RefinedSelfAttention`.
+
+    The parameters of the old modules are shared. Those of the refinement are added to `model.optimizer`, as in
+    `replace_target_attention`. Tested with FuxiCTR 2.3.10: TransAct of its model_zoo.LongCTR. BST and DMIN pass a mask
+    per user and head, which is refused.
+
+    Args:
+        model: a FuxiCTR BaseModel, or any module with PyTorch's attention.
+        max_len: the longest sequence.
+        padding_side: where the data loader pads: "left" (padding="pre", FuxiCTR's default) or "right" ("post").
+        refinement: `mechanism`, `source`, `rank`, `per_head` and `impl` of `recattn.nn.RefinedSelfAttention`.
+
+    Returns:
+        A handle whose `restore()`, or the end of whose `with` block, puts the old modules back.
+
+    Raises:
+        ValueError: the model has no such module, or an option is not supported.
+    """
+    refined = functools.partial(RefinedSelfAttention, max_len=max_len, padding_side=padding_side, **refinement)
+    return _optimized(model, patch(model, {nn.MultiheadAttention: refined}))
+
+
+def _optimized(model: nn.Module, handle: PatchHandle) -> PatchHandle:
+    """Let the optimizer that FuxiCTR's constructor has built train the new parameters too."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        optimizer.add_param_group({"params": handle.added_parameters})
+    return handle
