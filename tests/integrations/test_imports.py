@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from recattn.integrations.fuxictr import replace_target_attention
 from recattn.integrations.recbole import patch_recbole
 from recattn.integrations.torch_rechub import replace_attention
 
 ROOT = Path(__file__).parents[2]
 # By the library's module: its name, its extra, the module that we import, and a call that imports it.
 LIBRARIES = {
+    "fuxictr": (
+        "FuxiCTR",
+        "fuxictr",
+        "fuxictr.pytorch.layers",
+        lambda: replace_target_attention(nn.Linear(2, 2), 8, 2),
+    ),
     "recbole": ("RecBole", "recbole", "recbole.model.layers", lambda: patch_recbole(nn.Linear(2, 2))),
     "rectools": ("RecTools", "rectools", "rectools.models.nn.transformers.sasrec", None),
     "torch_rechub": (
