@@ -79,9 +79,7 @@ def test_refused():
         layer(target, torch.randn(2, D).double())
     with pytest.raises(ValueError, match=r"mask must be \[B, N\]"):
         layer(target, torch.randn(2, 5, D).double(), torch.ones(2, 4))
-    with pytest.raises(
-        ValueError, match=r"num_heads · head_dim must be embed_dim, 8, .*, got 6"
-    ):
+    with pytest.raises(ValueError, match=r"num_heads · head_dim must be embed_dim, 8, .*, got 6"):
         attention(num_heads=2, head_dim=3)
 
 
