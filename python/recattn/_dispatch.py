@@ -1,15 +1,25 @@
 """Which implementation runs a call. An explicit `impl=` never falls back."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 
+from recattn._extension import MISSING
+from recattn._graphs import constant_in_graphs
+
 IMPLEMENTATIONS = ("reference", "correction", "triton", "chunked", "cuda", "cpu")
+_has_warned = False
 
 
 def is_transformed() -> bool:
     """Whether the call is inside a transform of torch.func, which only plain PyTorch supports."""
     return torch._C._are_functorch_transforms_active()
+
+
+def first_supported(unsupported_reasons: Mapping[str, str | None]) -> str:
+    """The implementation that runs without `impl`."""
+    return next(name for name, reason in unsupported_reasons.items() if reason is None)
 
 
 def select(op: str, impl: str | None, unsupported_reasons: Mapping[str, str | None]) -> str:
@@ -21,7 +31,10 @@ def select(op: str, impl: str | None, unsupported_reasons: Mapping[str, str | No
     if impl is None:
         if is_transformed():
             return "reference"
-        return next(name for name, reason in unsupported_reasons.items() if reason is None)
+        chosen = first_supported(unsupported_reasons)
+        if "cpu" in MISSING and unsupported_reasons["cpu"] == MISSING["cpu"]:
+            _warn_of_missing_kernels(op, chosen)
+        return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
     if impl not in unsupported_reasons:
@@ -29,6 +42,16 @@ def select(op: str, impl: str | None, unsupported_reasons: Mapping[str, str | No
     if unsupported_reasons[impl] is not None:
         raise NotImplementedError(f"{op} cannot run impl={impl!r} here: {unsupported_reasons[impl]}")
     return impl
+
+
+@constant_in_graphs  # torch.compile warns while it traces
+def _warn_of_missing_kernels(op: str, chosen: str) -> None:
+    """Warn at the first call of the process that C++ kernels would have served."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        without = f"recattn runs without compiled kernels, and slower: {op} by impl={chosen!r}"
+        warnings.warn(f"{without}. {MISSING['cpu']}", RuntimeWarning, stacklevel=4)
 
 
 def format_implementation(impl: str, backend: str | None) -> str:

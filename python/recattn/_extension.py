@@ -12,13 +12,15 @@ if reason := _versions.unsupported_reason("torch", torch.__version__):
 MISSING: dict[str, str] = {}
 
 
+def reinstall_command(build: str) -> str:
+    """How to get the parts that are compiled for `build`, "cpu" or "cuda"."""
+    return f"with torch and a compiler installed, reinstall: RECATTN_BUILD={build} pip install --no-build-isolation ."
+
+
 def _load(name: str, build: str) -> None:
     found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not found:
-        MISSING[build] = (
-            f"recattn was installed without its {build} kernels; with torch and a compiler installed, reinstall: "
-            f"RECATTN_BUILD={build} pip install --no-build-isolation ."
-        )
+        MISSING[build] = f"recattn was installed without its {build} kernels; {reinstall_command(build)}"
         return
     try:
         torch.ops.load_library(str(found[0]))

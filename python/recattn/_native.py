@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+MISSING: str | None = None
+
 try:
     from recattn._host import (
         is_direct,
@@ -14,7 +16,8 @@ try:
         signature,
         sizes,
     )
-except ImportError:  # not compiled: the functions that others can do without are None
+except ImportError as error:  # not compiled: the functions that others can do without are None
+    MISSING = str(error)
 
     def is_traced(args: tuple) -> bool:
         tensors = (x for x in args if isinstance(x, Tensor))
@@ -38,6 +41,7 @@ except ImportError:  # not compiled: the functions that others can do without ar
     make_launch = make_plan = set_recorder = signature = None
 
 __all__ = [
+    "MISSING",
     "is_direct",
     "is_traced",
     "make_launch",

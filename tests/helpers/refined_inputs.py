@@ -1,7 +1,15 @@
-"""Inputs of refined_attention."""
+"""Inputs of refined_attention, and how a CPU runs it."""
 
 import torch
 from torch import Tensor
+
+from recattn import refined_attention
+from recattn._extension import MISSING
+
+
+def cpu(*args, **options) -> Tensor:
+    """refined_attention as a CPU runs it, with or without the C++ kernels."""
+    return refined_attention(*args, **options, impl="chunked" if "cpu" in MISSING else "cpu")
 
 
 def views_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

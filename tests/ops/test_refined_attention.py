@@ -9,12 +9,11 @@ from benchmarks.harness.memory import cpu_allocations, peak_memory
 from recattn import reference, refined_attention
 from recattn.testing import assert_matches_reference
 from tests.helpers.by_differences import stochastic_by_differences
-from tests.helpers.refined_inputs import views_of
+from tests.helpers.refined_inputs import cpu, views_of
 
 MECHANISMS = ("simple", "value", "additive", "stochastic")
 SOURCES = ("logits", "weights")
 TENSORS = ("q", "k", "v", "w_q", "w_k", "w_v")
-cpu = functools.partial(refined_attention, impl="cpu")
 
 
 def draw(mechanism, b=3, h=2, n=9, d=16, dv=5, r=6, n_max=None, per_head=(), dtype=torch.float32):

@@ -86,7 +86,7 @@ def test_import_loads_no_other_package():
 
 
 def test_constant_in_graphs_is_assume_constant_result():
-    from recattn.ops._support import constant_in_graphs
+    from recattn._graphs import constant_in_graphs
 
     def marked(mark):
         return vars(mark(lambda: None))

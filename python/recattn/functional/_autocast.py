@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from recattn.ops._support import constant_in_graphs
+from recattn._graphs import constant_in_graphs
 
 
 def autocast_may_be_on() -> bool:

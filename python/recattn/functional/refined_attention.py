@@ -74,8 +74,8 @@ def refined_attention(
         dropout_p: probability of dropping each of the final weights, in kernels in steps of 1/65536. On a CPU float64
             with dropout runs the reference.
         scale: of the logits, 1/√D by default.
-        impl: None chooses; or "cpu", "triton", "chunked" (PyTorch matmuls, on a GPU) or "reference". If it does not
-            support the call, you get an error.
+        impl: None chooses; or "cpu", "triton", "chunked" (PyTorch matmuls, on a GPU or without C++) or "reference". If
+            it does not support the call, you get an error.
 
     Returns:
         [B, H, N, Dv] in q's dtype; zero at padding.

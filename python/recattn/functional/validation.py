@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from recattn._check import expect, expect_index
+from recattn._graphs import constant_in_graphs
 from recattn.ops import index_checks as ops
-from recattn.ops._support import constant_in_graphs
 
 
 class Indices(NamedTuple):

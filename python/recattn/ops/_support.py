@@ -3,18 +3,12 @@
 import functools
 import importlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from recattn import _versions
-
-
-def constant_in_graphs(function: Callable) -> Callable:
-    """`torch.compiler.assume_constant_result`, without importing torch._dynamo, which takes seconds and 150 MB."""
-    function._dynamo_marked_constant = True
-    return function
+from recattn._graphs import constant_in_graphs
 
 
 @constant_in_graphs

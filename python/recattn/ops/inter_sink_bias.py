@@ -26,7 +26,7 @@ def unsupported_reasons(device_type: str, q_s: Tensor | None = None) -> dict[str
     float64 = None if q_s is None or q_s.dtype != torch.float64 else "it computes in float32, and q_s is float64"
     triton = triton_unsupported_reason(device_type) or float64 or (None if q_s is None else _triton_call_reason(q_s))
     if device_type == "cpu":  # where Triton kernels are interpreted
-        return {"cpu": MISSING.get("cpu") or float64, "reference": None, "triton": triton}
+        return {"cpu": float64 or MISSING.get("cpu"), "reference": None, "triton": triton}
     cpu = f"its kernels are for a CPU, and the tensors are on {device_type}"
     return {"triton": triton, "reference": None, "cpu": cpu}
 

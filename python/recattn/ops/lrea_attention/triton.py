@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from recattn._graphs import constant_in_graphs
 from recattn.ops._library import define
-from recattn.ops._support import constant_in_graphs, contiguous, triton_unsupported_reason
+from recattn.ops._support import contiguous, triton_unsupported_reason
 
 
 def unsupported_reason(device_type: str, dtype: torch.dtype | None, rank: int) -> str | None:

@@ -1,13 +1,15 @@
 """refined_attention: schemas, autograd, and what runs where.
 
-CPU: C++, else chunked PyTorch matmuls (`cpu`). GPU: Triton, short sequences in one program (`triton_short`)
-and longer ones as a projection and a plain attention (`triton_long`), else chunked PyTorch matmuls.
+CPU: C++, and chunked PyTorch matmuls where it has no kernel (`cpu`); where it is not compiled those alone (`chunked`).
+GPU: Triton, short sequences in one program (`triton_short`) and longer ones as a projection and a plain attention
+(`triton_long`), else chunked PyTorch matmuls.
 """
 
 import torch
 from torch import Tensor
 
 from recattn import reference
+from recattn._extension import MISSING
 from recattn._options import RefinedAttentionOptions
 from recattn.ops._library import apply, define, differentiable_again, distinct, refuse_dropout
 from recattn.ops._support import triton_unsupported_reason
@@ -33,10 +35,10 @@ def unsupported_reasons(
     # A CPU never chooses Triton. Reading sizes, which torch.compile would then fix in its graph, is left out there.
     if q is not None and (device_type != "cpu" or impl == "triton"):
         triton = triton or _triton_call_reason(q, v, w_q, mechanism)
+    has_chunked = device_type == "cuda" or (device_type == "cpu" and "cpu" in MISSING)  # with C++ a part of "cpu"
+    chunked = ("it has no dropout" if dropout_p > 0 else None) if has_chunked else elsewhere
     if device_type == "cpu":
-        no_dropout = cpu.dropout_unsupported_reason(q) if dropout_p > 0 else None
-        return {"cpu": no_dropout, "reference": None, "triton": triton, "chunked": elsewhere}
-    chunked = ("it has no dropout" if dropout_p > 0 else None) if device_type == "cuda" else elsewhere
+        return {"cpu": cpu.unsupported_reason(q, dropout_p), "chunked": chunked, "reference": None, "triton": triton}
     return {"triton": triton, "chunked": chunked, "cpu": elsewhere, "reference": None}
 
 
@@ -102,7 +104,7 @@ def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor | tu
     tensors = (q, k, v, w_q, w_k, w_v, seq_lens)
     if options.impl == "triton":
         return triton_short.refined_attention_fwd(*tensors, dropout_seed, options)
-    if q.device.type == "cpu":
+    if options.impl == "cpu":
         return cpu.refined_attention_fwd(*tensors, dropout_seed, options)
     return chunked.refined_attention_fwd(*tensors, options)
 
@@ -111,7 +113,7 @@ def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, saved=()
     tensors = (dout, q, k, v, w_q, w_k, w_v, seq_lens)
     if options.impl == "triton":
         return triton_short.refined_attention_bwd(*tensors, dropout_seed, options, *saved)
-    if q.device.type == "cpu":
+    if options.impl == "cpu":
         return cpu.refined_attention_bwd(*tensors, dropout_seed, options, saved)
     return chunked.refined_attention_bwd(*tensors, options)
 

@@ -30,13 +30,11 @@ _LONGEST_IN_CPP = 256
 _LONGEST_QUADRATIC = 1024
 
 
-def dropout_unsupported_reason(q: Tensor | None) -> str | None:
-    """Why dropout cannot run here (None: it can): only the compiled kernels have it."""
-    if "cpu" in MISSING:
-        return f"its dropout is compiled: {MISSING['cpu']}"
+def unsupported_reason(q: Tensor | None, dropout_p: float) -> str | None:
+    """Why impl="cpu" cannot run a call (None: it can). Its float64 is chunked PyTorch matmuls, which need no C++."""
     if q is not None and q.dtype == torch.float64:
-        return "its dropout computes in float32, and q is float64"
-    return None
+        return "its dropout computes in float32, and q is float64" if dropout_p > 0 else None
+    return MISSING.get("cpu")
 
 
 def _runs_in_cpp(q: Tensor, v: Tensor, options: RefinedAttentionOptions) -> bool:

@@ -5,10 +5,10 @@ import functools
 import torch
 from torch import Tensor
 
+from recattn._graphs import constant_in_graphs
 from recattn._options import RefinedAttentionOptions
 from recattn.ops._plans import replayed
 from recattn.ops._support import (
-    constant_in_graphs,
     contiguous,
     launched_dropout,
     resolve_scale,

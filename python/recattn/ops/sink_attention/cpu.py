@@ -12,9 +12,9 @@ _OPS = torch.ops.recattn
 
 
 def unsupported_reason(q: Tensor | None) -> str | None:
-    if "cpu" in MISSING:
-        return MISSING["cpu"]
-    return "it computes in float32, and q is float64" if q is not None and q.dtype == torch.float64 else None
+    if q is not None and q.dtype == torch.float64:
+        return "it computes in float32, and q is float64"
+    return MISSING.get("cpu")
 
 
 def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, c: tuple) -> tuple[Tensor, Tensor, Tensor]:

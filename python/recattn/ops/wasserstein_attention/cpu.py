@@ -13,11 +13,9 @@ _OPS = torch.ops.recattn
 
 def unsupported_reason(mean_q: Tensor | None) -> str | None:
     """Why the kernels cannot run a call (None: they can)."""
-    if "cpu" in MISSING:
-        return MISSING["cpu"]
     if mean_q is not None and mean_q.dtype == torch.float64:
         return "its kernels compute in float32, and mean_q is float64"
-    return None
+    return MISSING.get("cpu")
 
 
 def _reference(
