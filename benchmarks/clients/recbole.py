@@ -22,12 +22,12 @@ SETTINGS = {
     "metrics": ["NDCG"],
     "valid_metric": METRIC,
     "train_neg_sample_args": None,  # cross-entropy over all movies
-    "MAX_ITEM_LIST_LENGTH": 50,
+    "MAX_ITEM_LIST_LENGTH": 20,
     "hidden_size": 32,
     "inner_size": 64,
     "hidden_dropout_prob": 0.2,
     "attn_dropout_prob": 0.2,
-    "train_batch_size": 512,
+    "train_batch_size": 1024,
     "show_progress": False,
     "use_gpu": False,
 }

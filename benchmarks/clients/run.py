@@ -18,7 +18,8 @@ from pathlib import Path
 from benchmarks import ROOT
 from tests.packaging.versions import pip_install
 
-EXTRAS = {"torch_rechub": "torch-rechub", "fuxictr": "fuxictr"}  # by the script's name
+# By the script's name.
+EXTRAS = {"recbole": "recbole", "rectools": "rectools", "torch_rechub": "torch-rechub", "fuxictr": "fuxictr"}
 ENVIRONMENTS = ROOT / ".cache" / "clients"
 RESULTS = Path(__file__).with_name("results")
 PAGE = ROOT / "docs" / "integrations.md"
