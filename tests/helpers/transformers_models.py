@@ -1,5 +1,7 @@
 """Small Hugging Face models, batches for them, and their attention written eagerly."""
 
+import functools
+import inspect
 import math
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
-from recattn.integrations.transformers import BIAS, enable_sink_attention  # noqa: E402
+from recattn.integrations.transformers import SinkAttentionHandle, enable_sink_attention  # noqa: E402
 from recattn.integrations.transformers.architectures import find_attentions  # noqa: E402
 
 SINK, VOCABULARY = 7, 60
@@ -39,15 +41,23 @@ CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=11),
     "mistral, wide window": lambda: transformers.MistralConfig(**GROUPED, sliding_window=4096),
 }
+# The arguments of an attention that are masks: DistilBERT's, and ModernBERT's in local layers, up to 5.0.
+MASKS = ("attention_mask", "mask", "sliding_window_mask")
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"  # of from_pretrained
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
 # RMSNorm and the rotations of these compute in float32, whatever the model is in.
 PRECISION = {name: 1e-12 if name in ENCODERS else 2e-5 for name in CONFIGS}
 
 
-def model_of(name: str, auto: str = "AutoModel", dtype: torch.dtype = torch.float64) -> nn.Module:
+def model_of(
+    name: str, auto: str = "AutoModel", dtype: torch.dtype = torch.float64, attention: str = "sdpa"
+) -> nn.Module:
+    if name == "qwen3" and VERSION < (4, 51):
+        pytest.skip("transformers has Qwen3 from 4.51")
     config = CONFIGS[name]()
     config.use_cache = False
-    return getattr(transformers, auto).from_config(config, attn_implementation="sdpa").to(dtype).eval()
+    return getattr(transformers, auto).from_config(config, attn_implementation=attention).to(dtype).eval()
 
 
 def batch_of(side: str = "right", length: int = 24) -> dict[str, Tensor]:
@@ -78,66 +88,77 @@ def hidden_of(model: nn.Module, batch: dict[str, Tensor], **kwargs) -> Tensor:
     return model(**batch, **kwargs)[0][batch["attention_mask"].bool()]
 
 
-# --- The eager formulation, one sequence and one head at a time ---
+def set_attention(model: nn.Module, name: str) -> None:
+    if hasattr(model, "set_attn_implementation"):  # from 4.54
+        model.set_attn_implementation(name)
+    else:
+        model.config._attn_implementation = name
 
 
-class Eager:
-    """An attention function for transformers that adds the bias to its scores and keeps the weights."""
+def static_cache(model: nn.Module, length: int) -> object:
+    """A static cache for the sequences of `batch_of`. Early ones are made for a batch size and a dtype."""
+    early = {"max_batch_size": 3, "dtype": model.dtype} if VERSION < (4, 56) else {}
+    return transformers.StaticCache(model.config, max_cache_len=length, **early)
 
-    def __init__(self, model: nn.Module, batch: dict[str, Tensor], layers: list[int]) -> None:
-        self.batch, self.weights, self.hidden = batch, [], None
-        attentions = find_attentions(model.base_model)
-        self.chosen = {id(attentions[i]) for i in layers}
-        self.hooks = [x.register_forward_pre_hook(self.keep_hidden, with_kwargs=True) for x in attentions]
 
-    def keep_hidden(self, module, args, kwargs):
-        self.hidden = args[0] if args else kwargs["hidden_states"]
+# --- The eager formulation ---
 
-    def bias(self, module, row: int) -> Tensor:
+
+class BiasInMask:
+    """Gives transformers' own attentions masks that hold the bias, made one sequence and one head at a time."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], biases: dict[int, nn.Module]) -> None:
+        self.config, self.batch, self.biases = model.config, batch, biases
+        self.hooks = [
+            attention.register_forward_pre_hook(functools.partial(self.replace_mask, i), with_kwargs=True)
+            for i, attention in enumerate(find_attentions(model.base_model))
+        ]
+
+    def bias(self, layer: int, hidden_states: Tensor, row: int) -> Tensor:
         """[N, N] of one sequence."""
         ids, mask = (self.batch[name][row] for name in ("input_ids", "attention_mask"))
         beta = torch.zeros(len(ids), len(ids), dtype=torch.float64)
         at = [i for i, token in enumerate(ids.tolist()) if token == SINK and mask[i]]
-        if id(module) not in self.chosen or not at:
+        if layer not in self.biases or not at:
             return beta
-        own = getattr(module, BIAS)
-        x = own.norm(self.hidden[row, at])
+        own = self.biases[layer]
+        x = own.norm(hidden_states[row, at])
         q, k = (projection(x).chunk(own.num_heads, dim=-1) for projection in (own.query_proj, own.key_proj))
         scores = torch.stack([a @ b.T / math.sqrt(a.shape[-1]) for a, b in zip(q, k, strict=True)])
-        if module.is_causal:
+        if self.config.model_type not in ENCODERS:
             scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf)
         sinks = own.scale * scores.softmax(-1).mean(0)
         return beta.index_put(torch.meshgrid(torch.tensor(at), torch.tensor(at), indexing="ij"), sinks.double())
 
-    def __call__(self, module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **_):
-        assert dropout == 0
-        groups = query.shape[1] // key.shape[1]
-        i, j = torch.arange(query.shape[2])[:, None], torch.arange(query.shape[2])
-        visible = self.batch["attention_mask"].bool()[:, None, None, :].expand(-1, 1, query.shape[2], -1)
-        if module.is_causal:
+    def visible(self, layer: int, length: int) -> Tensor:
+        """[B, 1, N, N]"""
+        i, j = torch.arange(length)[:, None], torch.arange(length)
+        visible = self.batch["attention_mask"].bool()[:, None, None, :].expand(-1, 1, length, -1)
+        if self.config.model_type not in ENCODERS:
             visible = visible & (j <= i)
-        if sliding_window is not None:
-            visible = visible & ((i - j).abs() < sliding_window)
-        biases = torch.stack([self.bias(module, row) for row in range(len(query))])[:, None]
-        scores = query @ key.repeat_interleave(groups, 1).mT * scaling + biases
-        weights = scores.masked_fill(~visible, -1e30).softmax(-1).to(value.dtype)
-        self.weights.append(weights)
-        return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), weights
+        window = getattr(self.config, "sliding_window", None)
+        if self.config.model_type == "modernbert":
+            window = None if layer == 0 else self.config.local_attention // 2 + 1
+        return visible if window is None else visible & ((i - j).abs() < window)
+
+    def replace_mask(self, layer: int, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        arguments = dict(zip(inspect.signature(attention.forward).parameters, args, strict=False)) | kwargs
+        hidden_states = arguments["query" if "query" in arguments else "hidden_states"]
+        biases = torch.stack([self.bias(layer, hidden_states, row) for row in range(len(hidden_states))])[:, None]
+        mask = biases.masked_fill(~self.visible(layer, hidden_states.shape[1]), -1e30)
+        return (), arguments | {name: mask for name in MASKS if name in arguments}
 
 
-def run_eager(model: nn.Module, batch: dict[str, Tensor], layers: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """Run a model with its biases eagerly, without recattn's hooks and functions."""
-    own = {module: dict(module._forward_pre_hooks) for module in model.modules()}
-    for module in own:
-        module._forward_pre_hooks.clear()
-    eager = Eager(model, batch, layers)
-    transformers.AttentionInterface.register("eager_with_sinks", eager)
-    transformers.AttentionMaskInterface.register("eager_with_sinks", transformers.masking_utils.eager_mask)
-    previous, model.config._attn_implementation = model.config._attn_implementation, "eager_with_sinks"
-    out = hidden_of(model, batch)
-    model.config._attn_implementation = previous
+def run_eager(
+    model: nn.Module, batch: dict[str, Tensor], handle: SinkAttentionHandle, weights: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """What the model gives by transformers' own attention with the biases in its mask. The model is then restored."""
+    biases = dict(handle.biases)
+    handle.restore()
+    eager = BiasInMask(model, batch, biases)
+    if weights:
+        set_attention(model, "eager")
+    output = model(**batch, **({"output_attentions": True} if weights else {}))
     for hook in eager.hooks:
         hook.remove()
-    for module, hooks in own.items():
-        module._forward_pre_hooks.update(hooks)
-    return out, eager.weights
+    return output[0][batch["attention_mask"].bool()], output.attentions

@@ -14,12 +14,14 @@ from tests.helpers.transformers_models import (  # noqa: E402
     ENCODERS,
     PRECISION,
     SINK,
+    VERSION,
     VOCABULARY,
     batch_of,
     enabled,
     hidden_of,
     model_of,
     run_eager,
+    static_cache,
 )
 
 every_architecture = pytest.mark.parametrize("name", CONFIGS)
@@ -33,9 +35,10 @@ both_sides = pytest.mark.parametrize("side", ["right", "left"])
 @both_sides
 def test_without_a_bias_it_is_the_model_and_restore_leaves_nothing(name, side):
     model, batch = model_of(name), batch_of(side)
-    keys, settings = list(model.state_dict()), model.config.to_dict()
     with torch.no_grad():
         expected = model(**batch)[0]
+        keys, settings = list(model.state_dict()), model.config.to_dict()
+        attributes = [set(vars(x)) for x in model.modules()]
         handle = enabled(model, scale=0.0)
         assert list(model.state_dict()) != keys
         patched = hidden_of(model, batch)
@@ -47,6 +50,7 @@ def test_without_a_bias_it_is_the_model_and_restore_leaves_nothing(name, side):
     assert torch.equal(restored, expected)
     assert list(model.state_dict()) == keys and model.config.to_dict() == settings
     assert not any(x._forward_pre_hooks for x in model.modules())
+    assert [set(vars(x)) for x in model.modules()] == attributes
 
 
 @every_architecture
@@ -61,7 +65,7 @@ def test_equals_the_eager_formulation(name, side, layers):
     own = hidden_of(model, batch)
     incoming = torch.randn_like(own)
     gradients = torch.autograd.grad(own, parameters, incoming, allow_unused=True)
-    expected, _ = run_eager(model, batch, handle.settings["layers"])
+    expected, _ = run_eager(model, batch, handle)
     references = torch.autograd.grad(expected, parameters, incoming, allow_unused=True)
     assert (own - plain).abs().max() > 1e-3  # the bias tells
     assert (own - expected).abs().max() <= PRECISION[name]
@@ -97,16 +101,16 @@ def test_which_layers_need_dense_masks(name, monkeypatch):
 @pytest.mark.parametrize("name", ["bert", "modernbert", "qwen2", "mistral"])
 def test_output_attentions_are_the_weights_with_the_bias(name):
     model, batch = model_of(name), batch_of("right")
-    enabled(model, layers=1)
+    handle = enabled(model, layers=1)
     with torch.no_grad():
         hidden = hidden_of(model, batch)
         output = model(**batch, output_attentions=True)
-        _, expected = run_eager(model, batch, [0])
+        _, expected = run_eager(model, batch, handle, weights=True)
     valid = batch["attention_mask"].bool()
     assert (output[0][valid] - hidden).abs().max() <= PRECISION[name]
     for weights, reference in zip(output.attentions, expected, strict=True):
         difference = (weights - reference).abs().amax(dim=(1, 3))[valid]
-        assert difference.max() <= PRECISION[name]
+        assert difference.max() <= (1e-6 if name == "modernbert" else PRECISION[name])  # its eager softmax: float32
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen2"])
@@ -138,6 +142,18 @@ def test_arguments_by_position():
         assert torch.equal(model(batch["input_ids"], batch["attention_mask"])[0], by_name)
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen2"])
+def test_a_copy_is_a_model_of_its_own(name):
+    model, batch = model_of(name), batch_of("right")
+    enabled(model)
+    with torch.no_grad():
+        expected = hidden_of(model, batch)
+        copied = copy.deepcopy(model)
+        for p in model.parameters():
+            p.zero_()
+        assert torch.equal(hidden_of(copied, batch), expected)
+
+
 @pytest.mark.parametrize("max_sinks", [4, 9])
 def test_a_known_number_of_sinks_changes_nothing(max_sinks):
     model, batch = model_of("bert"), batch_of("right")
@@ -155,17 +171,18 @@ def test_masks_of_ones_own_and_with_holes():
     """They are supported by dense masks."""
     model, batch = model_of("bert"), batch_of("right")
     batch["attention_mask"][0, 4:6] = 0
-    enabled(model)
-    expected, _ = run_eager(model, batch, [0, 1])
-    assert (hidden_of(model, batch) - expected).abs().max() <= 1e-12
+    handle = enabled(model)
+    results = [hidden_of(model, batch)]
     valid = batch["attention_mask"].bool()
     four = valid[:, None, None, :].expand(-1, 1, 24, -1)
     additive = torch.zeros(four.shape, dtype=torch.float64).masked_fill(~four, torch.finfo(torch.float64).min)
     for mask in (four, additive):
-        own = model(input_ids=batch["input_ids"], attention_mask=mask)[0]
-        assert (own[valid] - expected).abs().max() <= 1e-12
+        results.append(model(input_ids=batch["input_ids"], attention_mask=mask)[0][valid])
+    expected, _ = run_eager(model, batch, handle)
+    assert all((own - expected).abs().max() <= 1e-12 for own in results)
 
 
+@pytest.mark.skipif(VERSION < (4, 53), reason="transformers has such masks from 4.53")
 def test_masks_by_the_kind_of_layer():
     model, batch = model_of("qwen2"), batch_of("left")
     enabled(model)
@@ -175,6 +192,7 @@ def test_masks_by_the_kind_of_layer():
     assert (named[batch["attention_mask"].bool()] - expected).abs().max() <= PRECISION["qwen2"]
 
 
+@pytest.mark.skipif(VERSION < (4, 53), reason="transformers finds packed sequences from 4.53")
 def test_packed_sequences():
     """Where positions begin anew a sequence begins, as in transformers: tokens see only their own."""
     model = model_of("qwen2")
@@ -258,7 +276,7 @@ def test_a_static_cache():
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
     logits = []
     with torch.no_grad():
-        for cache in (transformers.DynamicCache(), transformers.StaticCache(model.config, max_cache_len=30)):
+        for cache in (transformers.DynamicCache(), static_cache(model, 30)):
             model(**batch, use_cache=True, past_key_values=cache)
             step = {"input_ids": following, "attention_mask": mask, "past_key_values": cache}
             logits.append(model(**step).logits)
@@ -275,7 +293,7 @@ def test_a_sink_after_a_prompt_of_a_compiled_static_cache():
     first, second = batch["input_ids"].split([21, 3], dim=1)
     second = second.masked_fill(second == SINK, 11)
     for sinks_follow in (False, True):
-        cache = transformers.StaticCache(model.config, max_cache_len=24)
+        cache = static_cache(model, 24)
         if sinks_follow:
             second = second.index_fill(1, torch.tensor([1]), SINK)
         with torch.no_grad():

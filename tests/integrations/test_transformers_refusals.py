@@ -16,10 +16,12 @@ from tests.helpers.transformers_models import (  # noqa: E402
     PRECISION,
     SINK,
     SIZES,
+    VERSION,
     batch_of,
     enabled,
     hidden_of,
     model_of,
+    set_attention,
 )
 
 # --- Refusals ---
@@ -107,8 +109,7 @@ def test_positions_out_of_order_or_range():
 
 
 def test_output_attentions_by_the_config():
-    model, batch = model_of("bert"), batch_of("right")
-    model.set_attn_implementation("eager")
+    model, batch = model_of("bert", attention="eager"), batch_of("right")
     model.config.output_attentions = True
     enabled(model)
     with torch.no_grad():
@@ -130,9 +131,9 @@ def test_models_that_share_a_config():
 
 def test_another_attention_while_enabled():
     """It would silently leave the bias out."""
-    model, batch = model_of("bert"), batch_of("right")
+    model, batch = model_of("qwen2"), batch_of("right")
     enabled(model)
-    model.set_attn_implementation("sdpa")
+    set_attention(model, "sdpa")
     with pytest.raises(
         ValueError, match=r"attention of the model must be 'recattn_sink' until restore\(\), got 'sdpa'"
     ):
@@ -141,10 +142,25 @@ def test_another_attention_while_enabled():
 
 def test_layers_with_another_config():
     """An EncoderDecoderModel's encoder has such layers: they would go on reading the other config."""
-    model = model_of("bert")
+    model = model_of("qwen2")
     model.config = copy.deepcopy(model.config)
     with pytest.raises(ValueError, match="model must be one whose layers read its own config, got one whose layers"):
         enable_sink_attention(model, sink_token_id=SINK)
+
+
+@pytest.mark.skipif(VERSION >= (5, 0), reason="of encoders whose attention is a class per implementation")
+def test_encoders_before_they_had_an_attention_interface():
+    decoder = transformers.BertModel(transformers.BertConfig(**SIZES, is_decoder=True))
+    with pytest.raises(ValueError, match=r"model must be an encoder before transformers 5.0, got a decoder"):
+        enable_sink_attention(decoder, sink_token_id=SINK)
+    relative = transformers.BertModel(transformers.BertConfig(**SIZES, position_embedding_type="relative_key"))
+    with pytest.raises(ValueError, match=r"config.position_embedding_type must be 'absolute', got 'relative_key'"):
+        enable_sink_attention(relative, sink_token_id=SINK)
+    for name in ("bert", "distilbert"):
+        model, batch = model_of(name), batch_of("right")
+        enabled(model)
+        with pytest.raises(ValueError, match="head_mask must be None: sink attention has no such term, got a mask"):
+            model(**batch, head_mask=torch.ones(2, 4))
 
 
 def test_terms_it_does_not_know_are_refused():

@@ -8,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 from recattn.integrations.transformers import BIAS, from_pretrained  # noqa: E402
-from tests.helpers.transformers_models import batch_of, enabled, model_of  # noqa: E402
+from tests.helpers.transformers_models import DTYPE, batch_of, enabled, model_of  # noqa: E402
 
 # --- Saving, loading, PEFT ---
 
@@ -17,12 +17,14 @@ def test_saves_and_loads(tmp_path):
     model, batch = model_of("bert", "AutoModelForSequenceClassification"), batch_of("right")
     handle = enabled(model, layers=[1], max_sinks=6, padding_side="right")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    loaded, again = from_pretrained(transformers.AutoModelForSequenceClassification, str(tmp_path), dtype=torch.float64)
+    loaded, again = from_pretrained(
+        transformers.AutoModelForSequenceClassification, str(tmp_path), **{DTYPE: torch.float64}
+    )
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     assert again.settings == handle.settings and not loaded.training and list(again.biases) == [1]
     # Into the body alone, whose parameters have other names.
-    body, _ = from_pretrained(transformers.AutoModel, str(tmp_path), dtype=torch.float64)
+    body, _ = from_pretrained(transformers.AutoModel, str(tmp_path), **{DTYPE: torch.float64})
     with torch.no_grad():
         assert torch.equal(body(**batch)[0], model.bert(**batch)[0])
 

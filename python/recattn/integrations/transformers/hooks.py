@@ -39,6 +39,7 @@ class SinkReader:
         mask, input_ids, embeddings, cache = (
             arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds", "past_key_values")
         )
+        cache = arguments.get("cache") if cache is None else cache  # its name from 5.24
         tokens = embeddings if input_ids is None else input_ids
         if tokens is None:  # transformers raises for it
             return Sinks(None, None, None, None)
