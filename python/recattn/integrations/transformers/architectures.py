@@ -22,6 +22,7 @@ _LAYERS = {
     "llama": ("layers", "self_attn"),
     "mistral": ("layers", "self_attn"),
 }
+_ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
 
 
 def find_attentions(base: nn.Module) -> list[nn.Module]:
@@ -60,6 +61,15 @@ def find_supported_attentions(model: nn.Module) -> list[nn.Module]:
     expect(shared, "model", "one whose layers read its own config", "one whose layers have another")
     find_adapter(model).expect_supported(model)
     return attentions
+
+
+def find_token_read_by_head(model: nn.Module) -> str | None:
+    """ "first" or "last" if the head of a model reads only that token; None if it reads all, or has no head."""
+    heads = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+    pools_one = getattr(model.config, "classifier_pooling", "cls") == "cls"  # an option of ModernBERT
+    if not pools_one or not any(own.__name__.endswith(heads) for own in type(model).__mro__):
+        return None
+    return "first" if model.config.model_type in _ENCODERS else "last"
 
 
 def make_bias(attention: nn.Module, model: nn.Module, bias_scale: float | None, dropout: float | None) -> InterSinkBias:

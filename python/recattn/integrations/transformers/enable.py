@@ -12,6 +12,7 @@ from recattn.integrations.transformers.architectures import (
     find_adapter,
     find_attentions,
     find_supported_attentions,
+    find_token_read_by_head,
     make_bias,
 )
 from recattn.integrations.transformers.hooks import BiasAdder, SinkReader, rename_official_scale
@@ -91,15 +92,18 @@ def enable_sink_attention(
 
     The new parameters are the modules `sink_interaction` of the attentions. State dicts of the official code load,
     including its `sink_scale`. `save_pretrained` saves the parameters, and these settings in the config; load them with
-    `from_pretrained` of this package. PEFT freezes and does not save unknown modules: enable first, then call
-    get_peft_model with `LoraConfig(..., modules_to_save=["sink_interaction"])`. Also enable before loading an adapter.
+    `from_pretrained` of this package: transformers' own leaves the bias out, with a warning. PEFT freezes and does not
+    save unknown modules: enable first, then call get_peft_model with
+    `LoraConfig(..., modules_to_save=["sink_interaction"])`. Also enable before loading an adapter.
 
     Args:
         model: BERT, RoBERTa, DistilBERT, ModernBERT, Qwen2, Qwen3, Llama or Mistral, with any head, or a PeftModel of
             one.
         sink_token_id: id of [SINK]. With None, every call needs `sink_positions`.
         layers: the layers with a bias: the first n, or their indices; all by default. The official code uses the first
-            half of Qwen2, the first third of Qwen3 and the first two layers of BERT.
+            half of Qwen2, the first third of Qwen3 and the first two layers of BERT. Leave out the last layer where the
+            head reads one token (classification of sequences): only sinks have a bias, so that the last layer's gets no
+            gradient unless that token is a sink. A warning says so.
         bias_scale: initial `scale`; by default, as in the official code, 1 in decoders and 10 in encoders.
         dropout: dropout probability of the softmax weights of the bias, by default that of the model's attention.
         max_sinks: the largest number of sinks per sequence in `input_ids`. Without it each batch is read, which costs a
@@ -123,24 +127,53 @@ def enable_sink_attention(
             f"first, then get_peft_model with modules_to_save=[{BIAS!r}]",
             stacklevel=2,
         )
+    settings = {
+        "sink_token_id": sink_token_id,
+        "layers": layers,
+        "bias_scale": bias_scale,
+        "dropout": dropout,
+        "max_sinks": max_sinks,
+        "padding_side": padding_side,
+    }
+    handle = enable_by_settings(model, settings)
+    _warn_of_unread_layer(model, handle.settings["layers"])
+    return handle
+
+
+def enable_by_settings(model: nn.Module, settings: dict[str, object]) -> SinkAttentionHandle:
+    """`enable_sink_attention` with its keyword arguments as a dict, without its warnings."""
     attentions = find_supported_attentions(model)
+    handle = SinkAttentionHandle(model, _check_settings(model, len(attentions), **settings))
+    handle._install()
+    return handle
+
+
+def _check_settings(
+    model: nn.Module,
+    layer_count: int,
+    *,
+    sink_token_id: int | None,
+    layers: int | Sequence[int] | None,
+    bias_scale: float | None,
+    dropout: float | None,
+    max_sinks: int | None,
+    padding_side: str | None,
+) -> dict[str, object]:
+    """The settings, with the indices of all chosen layers. Raise if one is out of range."""
     if dropout is not None:
         expect_probability("dropout", dropout)
     expect_numbers(bias_scale=bias_scale)
     if padding_side is not None:
         expect_choice("padding_side", padding_side, ("right", "left"))
     last = model.config.vocab_size - 1
-    settings = {
+    return {
         "sink_token_id": None if sink_token_id is None else _check_integer("sink_token_id", sink_token_id, 0, last),
-        "layers": _resolve_layers(layers, len(attentions)),
+        "layers": _resolve_layers(layers, layer_count),
         "bias_scale": bias_scale,
         "dropout": dropout,
         "max_sinks": None if max_sinks is None else _check_integer("max_sinks", max_sinks, 1, None),
         "padding_side": padding_side,
     }
-    handle = SinkAttentionHandle(model, settings)
-    handle._install()
-    return handle
 
 
 def _check_integer(name: str, value: object, low: int, high: int | None) -> int:
@@ -161,3 +194,18 @@ def _resolve_layers(layers: int | Sequence[int] | None, count: int) -> list[int]
         expect(len(layers) > 0, "layers", "at least one index", layers)
         return sorted({_check_integer("layers", i, 0, count - 1) for i in layers})
     return list(range(_check_integer("layers", layers, 1, count)))
+
+
+def _warn_of_unread_layer(model: nn.Module, layers: list[int]) -> None:
+    """Warn if the last layer has a bias that the head of the model does not see."""
+    token, last = find_token_read_by_head(model), len(find_attentions(model.base_model)) - 1
+    if token is None or layers[-1] != last:
+        return
+    rest = layers[:-1]
+    first_n = rest == list(range(len(rest)))
+    better = f"; take layers={len(rest) if first_n else rest}" if rest else ""
+    warnings.warn(
+        f"{type(model).__name__} reads only the {token} token of the last layer, and only sinks have a bias there: the "
+        f"bias of layer {last} gets no gradient unless the {token} token is a sink{better}",
+        stacklevel=3,
+    )
