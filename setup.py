@@ -4,6 +4,7 @@ RECATTN_BUILD=auto   (default) compile what this machine can; say once what is l
 RECATTN_BUILD=cpu    compile the C++ kernels, or fail
 RECATTN_BUILD=cuda   compile the C++ and CUDA kernels, or fail
 RECATTN_BUILD=none   compile nothing
+RECATTN_BUILD=manylinux   as cpu, for every Linux whose glibc is 2.28 or newer: what `make wheel` builds
 """
 
 import os
@@ -16,19 +17,35 @@ import warnings
 from pathlib import Path
 
 import setuptools
-from setuptools import find_packages, setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # it would refuse pyproject.toml without saying this
+    needed = f"recattn is built by setuptools 77 or newer, and this is {setuptools.__version__}"
+    raise SystemExit(f"{needed}: pip install --upgrade setuptools, or leave out --no-build-isolation")
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+from build_backend import has_compiler
 
 ROOT = Path(__file__).parent
+MODES = ("auto", "cpu", "cuda", "none", "manylinux")
 MODE = os.environ.get("RECATTN_BUILD", "auto")
 # The oldest torch whose stable ABI the sources use: one binary serves it and everything newer.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
 # sm_80 also carries PTX for architectures that came later. Decided without a GPU in sight.
 DEFAULT_CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0"
-
-if int(setuptools.__version__.partition(".")[0]) < 77:  # it would refuse pyproject.toml without saying this
-    needed = f"recattn is built by setuptools 77 or newer, and this is {setuptools.__version__}"
-    raise SystemExit(f"{needed}: pip install --upgrade setuptools, or leave out --no-build-isolation")
+# What csrc/manylinux has in place of symbols that a glibc or libstdc++ newer than manylinux_2_28's would give.
+WRAPPED_SYMBOLS = (
+    "__libc_single_threaded",
+    "_ZNSt15__exception_ptr13exception_ptr10_M_releaseEv",
+    "_ZNSt15__exception_ptr13exception_ptr9_M_addrefEv",
+    "_ZSt28__throw_bad_array_new_lengthv",
+    "pthread_once",
+    "pthread_rwlock_rdlock",
+    "pthread_rwlock_unlock",
+    "pthread_rwlock_wrlock",
+)
 
 
 class CannotBuildError(Exception):
@@ -58,26 +75,39 @@ def sources(*folders):
     return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / "csrc" / folder).glob("*.c*"))
 
 
+def manylinux_options():
+    """Sources and linker flags of a library that must load with glibc 2.28. A manylinux image needs none."""
+    _, _, version = os.confstr("CS_GNU_LIBC_VERSION").partition(" ")
+    if tuple(map(int, version.split("."))) <= (2, 28):
+        return [], []
+    return sources("manylinux"), [f"-Wl,--wrap={symbol}" for symbol in WRAPPED_SYMBOLS]
+
+
 def cpu_extensions(cpp_extension):
+    if not has_compiler():
+        raise CannotBuildError("no c++ on the PATH: install a C++20 compiler (g++ 10 or newer)")
     import pybind11
 
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
-        raise CannotBuildError("no c++ on the PATH: install a C++20 compiler (g++ 10 or newer)")
+    more_sources, link_args = manylinux_options() if MODE == "manylinux" else ([], [])
     kernels = cpp_extension.CppExtension(
         "recattn._C",
-        sources("cpu"),
+        sources("cpu") + more_sources,
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": [*CXX_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]},
+        extra_link_args=link_args,
         py_limited_api=True,
     )
-    slot_map = cpp_extension.CppExtension(
-        "recattn._slot_map",
-        sources("slot_map"),
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args={"cxx": CXX_FLAGS},
-    )
-    host = cpp_extension.CppExtension(
-        "recattn._host", sources("host"), include_dirs=[str(ROOT / "csrc")], extra_compile_args={"cxx": CXX_FLAGS}
+    # These two neither include nor link PyTorch.
+    slot_map, host = (
+        Extension(
+            f"recattn._{name}",
+            sources(name) + more_sources,
+            include_dirs=[str(ROOT / "csrc"), *include_dirs],
+            extra_compile_args=CXX_FLAGS,
+            extra_link_args=link_args,
+            language="c++",
+        )
+        for name, include_dirs in (("slot_map", [pybind11.get_include()]), ("host", []))
     )
     return [kernels, slot_map, host]
 
@@ -105,37 +135,57 @@ def build_command(cpp_extension):
     class BuildKernels(cpp_extension.BuildExtension):
         """In auto mode an extension that does not compile is left out instead of failing the installation."""
 
+        def finalize_options(self):
+            super().finalize_options()
+            # An editable installation would compile in a folder that it deletes, and a wheel then from the start.
+            self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+
         def build_extension(self, extension):
             try:
                 super().build_extension(extension)
             except Exception as error:
                 if MODE != "auto":
                     raise
-                leave_out(f"{extension.name} did not compile ({error})")
+                build = "cuda" if extension.name == "recattn._C_cuda" else "cpu"
+                leave_out(build, f"{extension.name} did not compile ({error})")
 
     return BuildKernels
 
 
-def leave_out(why):
+class Wheel(bdist_wheel):
+    """pip hides warnings but prints a wheel's name, so that a build tag in it tells what is missing."""
+
+    @property
+    def wheel_dist_name(self):
+        if "cpu" in left_out:
+            self.build_number = "0.without_compiled_kernels"
+        return super().wheel_dist_name
+
+
+left_out = set()  # of "cpu" and "cuda"
+
+
+def leave_out(build, why):
+    left_out.add(build)
     warnings.warn(f"recattn is installed without some compiled kernels: {why}", stacklevel=2)
 
 
 def extensions():
     """The extensions to build and the command that builds them, as RECATTN_BUILD asks."""
-    if MODE not in ("auto", "cuda", "cpu", "none"):
-        raise SystemExit(f"RECATTN_BUILD must be auto, cuda, cpu or none, got {MODE!r}")
+    if MODE not in MODES:
+        raise SystemExit(f"RECATTN_BUILD must be {', '.join(MODES[:-1])} or {MODES[-1]}, got {MODE!r}")
     if MODE == "none":
         return [], {}
     found = []
     try:
         cpp_extension = import_cpp_extension()
         found += cpu_extensions(cpp_extension)
-        if MODE != "cpu":
+        if MODE in ("auto", "cuda"):
             found += cuda_extensions(cpp_extension)
     except CannotBuildError as error:
         if MODE != "auto":
             raise SystemExit(f"RECATTN_BUILD={MODE} cannot be met: {error}") from error
-        leave_out(str(error))
+        leave_out("cuda" if found else "cpu", str(error))
     for extension in found:
         extension.optional = MODE == "auto"
     return found, {"build_ext": build_command(cpp_extension)} if found else {}
@@ -150,5 +200,5 @@ setup(
     ],
     package_dir={"": "python", "recattn.triton_kernels": "triton_kernels"},
     ext_modules=ext_modules,
-    cmdclass=cmdclass,
+    cmdclass={"bdist_wheel": Wheel, **cmdclass},
 )

@@ -5,11 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import recattn
 from recattn import _versions
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +157,7 @@ def test_info_without_kernels(without_kernels):
 def setup_py(tmp_path: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a copy of the project's setup.py."""
     project = tmp_path / "project"
-    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "build", "*.so", "results")
+    ignored = shutil.ignore_patterns(".venv", ".git", ".cache", "build", "dist", "*.so")
     shutil.copytree(ROOT, project, ignore=ignored, dirs_exist_ok=True)
     return subprocess.run(
         [sys.executable, "setup.py", *command],
@@ -168,7 +171,7 @@ def setup_py(tmp_path: Path, *command: str, **environment: str) -> subprocess.Co
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"RECATTN_BUILD": "fast"}, "RECATTN_BUILD must be auto, cuda, cpu or none, got 'fast'"),
+        ({"RECATTN_BUILD": "fast"}, "RECATTN_BUILD must be auto, cpu, cuda, none or manylinux, got 'fast'"),
         ({"RECATTN_BUILD": "cpu", "CXX": "no-such-compiler"}, "install a C++20 compiler"),
         ({"RECATTN_BUILD": "cuda"}, "install a CUDA build of torch"),
     ],
@@ -191,14 +194,20 @@ def test_an_old_setuptools_is_refused_with_the_remedy(tmp_path):
     )
 
 
-@pytest.mark.parametrize("environment", [{"RECATTN_BUILD": "none"}, {"CXX": "no-such-compiler"}])
-def test_builds_without_a_compiler(tmp_path, environment):
-    result = setup_py(tmp_path, "build", "--build-base", str(tmp_path / "build"), **environment)
+@pytest.mark.parametrize(
+    "environment, build_tag",
+    [({"RECATTN_BUILD": "none"}, ""), ({"CXX": "no-such-compiler"}, "0.without_compiled_kernels-")],
+)
+def test_builds_without_a_compiler(tmp_path, environment, build_tag):
+    """What is missing unasked is told in the wheel's name, which pip prints."""
+    result = setup_py(tmp_path, "bdist_wheel", "--dist-dir", str(tmp_path), **environment)
     assert result.returncode == 0, result.stderr
     assert ("no c++ on the PATH" in result.stderr) == ("CXX" in environment)
-    built = tmp_path / "build" / "lib" / "recattn"
-    assert (built / "functional" / "sink_attention.py").exists() and (built / "triton_kernels" / "__init__.py").exists()
-    assert not list(built.rglob("*.so"))
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"recattn-{recattn.__version__}-{build_tag}py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"recattn/functional/sink_attention.py", "recattn/triton_kernels/__init__.py"} <= {*names}
+    assert [name for name in names if name.endswith(".so")] == []
 
 
 def test_auto_leaves_out_what_does_not_compile(tmp_path):
@@ -208,3 +217,43 @@ def test_auto_leaves_out_what_does_not_compile(tmp_path):
     result = setup_py(tmp_path, "build", "--build-base", str(tmp_path / "build"), MAX_JOBS="1")
     assert result.returncode == 0, result.stderr
     assert "installed without some compiled kernels: recattn._C did not compile" in result.stderr
+
+
+def test_torch_is_a_build_requirement_where_the_environment_has_none():
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import build_backend
+for has_torch in (build_backend.has_torch, lambda: False):
+    build_backend.has_torch = has_torch
+    print(*build_backend.get_requires_for_build_wheel())
+"""
+    assert python(code, CXX="sh", RECATTN_BUILD="auto").split("\n") == ["", "torch>=2.10", ""]
+    assert python(code, CXX="sh", RECATTN_BUILD="none").split("\n") == ["", "", ""]
+    assert python(code, CXX="no-such-compiler", RECATTN_BUILD="auto").split("\n") == ["", "", ""]
+
+
+def test_sdist_has_every_file_of_the_repository(tmp_path):
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    result = setup_py(tmp_path, "sdist", "--formats=tar", "--dist-dir", str(tmp_path), RECATTN_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    tracked = [name for name in listing.stdout.splitlines() if (ROOT / name).exists()]
+    assert {name for name in tracked if name not in packed and not name.startswith(".git")} == {
+        ".pre-commit-config.yaml"
+    }
+    assert [name for name in packed if name.endswith((".so", ".pyc"))] == []
+
+
+def test_metadata_agrees_with_the_citation():
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {project['version']}\n" in citation
+    assert all(f"name: {author['name']}\n" in citation for author in project["authors"])
+    for url in project["urls"].values():
+        assert f"arXiv {url.removeprefix('https://arxiv.org/abs/')}" in citation
