@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from recattn.ops import UNSUPPORTED_REASONS
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += [ROOT / "tests" / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,3 +47,10 @@ def test_figures_are_as_new_as_the_reference():
     spec.loader.exec_module(draw)
     stale = [f.__name__ for f in draw.DRAWINGS if f().svg() != (folder / f"{f.__name__}.svg").read_text()]
     assert stale == [], "python docs/figures/draw.py"
+
+
+@pytest.mark.parametrize("op", [op for op in UNSUPPORTED_REASONS if (ROOT / "docs" / f"{op}.md").exists()])
+def test_limits_name_every_implementation(op):
+    _, limits = (ROOT / "docs" / f"{op}.md").read_text().split("## Limits\n")
+    listed = re.findall(r"^\| `(\w+)` \|", limits.partition("\n## ")[0], flags=re.MULTILINE)
+    assert sorted(listed) == sorted(UNSUPPORTED_REASONS[op]("cpu"))

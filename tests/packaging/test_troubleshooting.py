@@ -4,6 +4,7 @@ import functools
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 import recattn
-from recattn import _extension, _versions
+from recattn import _dispatch, _extension, _versions
 from recattn.integrations._imports import importing
+from recattn.integrations.transformers.generations import find_generation
 from recattn.ops import _support
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
@@ -61,15 +63,27 @@ def without_triton(monkeypatch):
         _support.installation_unsupported_reason.cache_clear()
 
 
-@provoked
-def without_compiled_kernels(monkeypatch):
+def missing_kernels(monkeypatch: pytest.MonkeyPatch) -> str:
     with monkeypatch.context() as context:
         context.setattr(_extension, "MISSING", {})
         context.setattr(Path, "glob", lambda *_: iter(()))
         _extension._load("_C", "cpu")
-        reason = _extension.MISSING["cpu"]
-    monkeypatch.setitem(_extension.MISSING, "cpu", reason)
+        return _extension.MISSING["cpu"]
+
+
+@provoked
+def without_compiled_kernels(monkeypatch):
+    monkeypatch.setitem(_extension.MISSING, "cpu", missing_kernels(monkeypatch))
     call_sink_attention(impl="cpu")
+
+
+@provoked
+def slower_without_compiled_kernels(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_has_warned", False)
+    monkeypatch.setitem(_extension.MISSING, "cpu", missing_kernels(monkeypatch))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        call_sink_attention()
 
 
 # --- Choosing an implementation ---
@@ -294,6 +308,11 @@ def without_what_the_library_imports(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "1.2.1")
     with importing("RecBole", module="recbole", extra="recbole"):
         raise ModuleNotFoundError("No module named 'colorlog'", name="colorlog")
+
+
+@provoked
+def old_transformers(_):
+    find_generation("4.46.3")
 
 
 QUOTED = [" ".join(message.split()) for message in QUOTES.findall(PAGE.read_text())]
