@@ -8,15 +8,18 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import recattn
 from recattn import _dispatch, _extension, _versions
 from recattn.integrations._imports import importing
+from recattn.integrations.transformers import enable_sink_attention
 from recattn.integrations.transformers.generations import find_generation
 from recattn.ops import _support
 
@@ -313,6 +316,35 @@ def without_what_the_library_imports(monkeypatch):
 @provoked
 def old_transformers(_):
     find_generation("4.46.3")
+
+
+def small_bert() -> BertForSequenceClassification:
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "num_hidden_layers": 3,
+        "vocab_size": 20,
+    }
+    return BertForSequenceClassification(BertConfig(**sizes))
+
+
+@provoked
+def bias_that_no_head_reads(_):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        enable_sink_attention(small_bert(), sink_token_id=5)
+
+
+@provoked
+def bias_that_transformers_leaves_out(monkeypatch):
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        monkeypatch.chdir(folder)
+        model = small_bert()
+        enable_sink_attention(model, sink_token_id=5, layers=2)
+        model.save_pretrained("ranker")
+        warnings.simplefilter("error", UserWarning)
+        BertForSequenceClassification.from_pretrained("ranker")
 
 
 QUOTED = [" ".join(message.split()) for message in QUOTES.findall(PAGE.read_text())]
