@@ -18,8 +18,9 @@ from pathlib import Path
 from benchmarks import ROOT
 from tests.packaging.versions import pip_install
 
-# By the script's name.
+# By the script's name. TorchRec's extra is for CUDA; on a CPU requirements/torchrec.txt replaces it.
 EXTRAS = {"recbole": "recbole", "rectools": "rectools", "torch_rechub": "torch-rechub", "fuxictr": "fuxictr"}
+CLIENTS = (*EXTRAS, "torchrec")
 ENVIRONMENTS = ROOT / ".cache" / "clients"
 RESULTS = Path(__file__).with_name("results")
 PAGE = ROOT / "docs" / "integrations.md"
@@ -29,7 +30,7 @@ THREADS = 1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=EXTRAS, default=list(EXTRAS), help="these libraries")
+    parser.add_argument("--only", nargs="+", choices=CLIENTS, default=CLIENTS, help="these libraries")
     for client in parser.parse_args().only:
         lines = run_script(environment(client), client)
         print("\n".join(lines), flush=True)
@@ -44,7 +45,10 @@ def environment(client: str) -> Path:
     python = home / "bin" / "python"
     if not python.exists():
         venv.create(home, with_pip=True)
-    pip_install(python, *pins("torch", "triton"), "--editable", f"{ROOT}[{EXTRAS[client]}]", RECATTN_BUILD="none")
+    extra = f"[{EXTRAS[client]}]" if client in EXTRAS else ""
+    pip_install(python, *pins("torch", "triton", "scikit-learn"), "--editable", f"{ROOT}{extra}", RECATTN_BUILD="none")
+    if not extra:
+        pip_install(python, "--no-deps", "--requirement", str(ROOT / "requirements" / f"{client}.txt"))
     return python
 
 
@@ -73,7 +77,7 @@ def run_script(python: Path, client: str) -> list[str]:
 
 def results_table() -> str:
     """All results as Markdown."""
-    files = [RESULTS / f"{client}.jsonl" for client in EXTRAS]
+    files = [RESULTS / f"{client}.jsonl" for client in CLIENTS]
     rows = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
     heads = ("library", "model", "our attention", "epochs", "CPU seconds per epoch: stock, ours", "metric")
     heads += ("stock", "ours", "environment")

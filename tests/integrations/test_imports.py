@@ -28,6 +28,7 @@ LIBRARIES = {
         "torch_rechub.models.ranking.din",
         lambda: replace_attention(nn.Linear(2, 2), 8, 2),
     ),
+    "torchrec": ("TorchRec", "torchrec", "torchrec", None),
     "transformers": ("transformers", "hf", "transformers", None),
 }
 pytestmark = pytest.mark.parametrize("module", LIBRARIES)
@@ -93,9 +94,10 @@ def test_not_installed(module, library, monkeypatch):
     [
         ("import absent_library.part", "importing it needs absent_library, which is missing"),
         ("raise AttributeError('np.float_ was removed')", "importing it failed (np.float_ was removed)"),
+        ("raise OSError('Could not load this library')", "importing it failed (Could not load this library)"),
         ("", "importing it failed (cannot import name "),
     ],
-    ids=["inner package", "inner version", "other version"],
+    ids=["inner package", "inner version", "inner library", "other version"],
 )
 def test_installed_but_not_importable(source, reason, module, library, tmp_path, monkeypatch):
     name, extra, inner, call = library

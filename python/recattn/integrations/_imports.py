@@ -22,7 +22,7 @@ def importing(library: str, *, module: str, extra: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, AttributeError) as error:  # AttributeError: numpy 2 has no np.float_
+    except (ImportError, AttributeError, OSError) as error:  # numpy 2 has no np.float_; a library of another torch
         command = f'pip install "recattn[{extra}]"'
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             message = f"recattn.integrations.{module} needs {library}, which is not installed: {command}"
