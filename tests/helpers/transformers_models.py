@@ -157,7 +157,7 @@ def run_eager(
     handle.restore()
     eager = BiasInMask(model, batch, biases)
     if weights:
-        set_attention(model, "eager")
+        model.config._attn_implementation = "eager"
     output = model(**batch, **({"output_attentions": True} if weights else {}))
     for hook in eager.hooks:
         hook.remove()

@@ -1,11 +1,12 @@
 """What the rest of the package asks of an architecture."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from recattn.integrations.transformers.attention import Sinks
+from recattn.integrations.transformers.attention import NAME, Sinks
 
 
 class Adapter(ABC):
@@ -17,9 +18,14 @@ class Adapter(ABC):
     def expect_supported(self, model: nn.Module) -> None:  # noqa: B027
         """Raise a ValueError for options of the model that its sink attention would not see."""
 
-    @abstractmethod
     def enable(self, model: nn.Module, attentions: list[nn.Module]) -> Callable[[], None]:
-        """Make sink attention the attention of the model. Returns the function that undoes it."""
+        """Make sink attention the attention of the model. Returns the function that undoes it.
+
+        The config is set: `set_attn_implementation` came in 4.54, and up to 5.6 it refuses ModernBERT.
+        """
+        config, previous = model.config, model.config._attn_implementation
+        config._attn_implementation = NAME
+        return functools.partial(setattr, config, "_attn_implementation", previous)
 
     @abstractmethod
     def pass_sinks(self, arguments: dict[str, object], sinks: Sinks) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from recattn.integrations.transformers.attention import NAME, Sinks, sink_attention_forward
+from recattn.integrations.transformers.attention import Sinks, sink_attention_forward
 from recattn.integrations.transformers.generations._adapter import Adapter
 
 _ABSENT = object()
@@ -38,19 +38,18 @@ class MaskAdapter(Adapter):
         raise NotImplementedError
 
     def enable(self, model: nn.Module, attentions: list[nn.Module]) -> Callable[[], None]:
-        config, previous = model.config, model.config._attn_implementation
+        reset_config = super().enable(model, attentions)
         replaced = [
             (module, name, vars(module).get(name, _ABSENT), value)
             for module, name, value in self.replacements(model.base_model, attentions)
         ]
         for module, name, _, value in replaced:
             setattr(module, name, value)
-        config._attn_implementation = NAME
 
         def disable() -> None:
             for module, name, own, _ in replaced:
                 delattr(module, name) if own is _ABSENT else setattr(module, name, own)
-            config._attn_implementation = previous
+            reset_config()
 
         return disable
 

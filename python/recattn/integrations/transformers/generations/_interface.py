@@ -1,12 +1,8 @@
 """Models that call transformers' table of attention functions and pass their keyword arguments on to it."""
 
-import functools
-from collections.abc import Callable
-
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import masking_utils
 
-from recattn.integrations.transformers.attention import NAME
 from recattn.integrations.transformers.generations._adapter import Adapter
 
 # Before 5.0 there is only the first.
@@ -19,11 +15,6 @@ _WITHOUT_WINDOW = [
 
 class InterfaceAdapter(Adapter):
     """Sinks and bias travel as keyword arguments of the model, its layers and the attention function."""
-
-    def enable(self, model: nn.Module, attentions: list[nn.Module]) -> Callable[[], None]:
-        previous = model.config._attn_implementation
-        model.set_attn_implementation(NAME)
-        return functools.partial(model.set_attn_implementation, previous)
 
     def pass_sinks(self, arguments: dict[str, object], sinks: object) -> None:
         arguments["sinks"] = sinks
