@@ -25,9 +25,11 @@ SIZES = {
     "eos_token_id": 2,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
+LAYER_TYPES = ["sliding_attention", "full_attention"]
 CONFIGS = {
     "bert": lambda: transformers.BertConfig(**SIZES),
     "roberta": lambda: transformers.RobertaConfig(**SIZES),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES),
     "distilbert": lambda: transformers.DistilBertConfig(
         vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64
     ),
@@ -40,22 +42,34 @@ CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED),
     "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=11),
     "mistral, wide window": lambda: transformers.MistralConfig(**GROUPED, sliding_window=4096),
+    # A window of 11 in the first layer. The scale of the scores is not that of the head's size.
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **GROUPED, head_dim=8, query_pre_attn_scalar=20, sliding_window=11, layer_types=LAYER_TYPES
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=11, layer_types=LAYER_TYPES
+    ),
 }
 # The arguments of an attention that are masks: DistilBERT's, and ModernBERT's in local layers, up to 5.0.
 MASKS = ("attention_mask", "mask", "sliding_window_mask")
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"  # of from_pretrained
-ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert")
+# The first versions of transformers that have these, or that recattn serves them in.
+SINCE = {"qwen3": (4, 51), "gemma3": (5, 0), "gpt-oss": (4, 55)}
 # RMSNorm and the rotations of these compute in float32, whatever the model is in.
 PRECISION = {name: 1e-12 if name in ENCODERS else 2e-5 for name in CONFIGS}
 
 
 def model_of(
-    name: str, auto: str = "AutoModel", dtype: torch.dtype = torch.float64, attention: str = "sdpa"
+    name: str, auto: str = "AutoModel", dtype: torch.dtype = torch.float64, attention: str = "sdpa", **options
 ) -> nn.Module:
-    if name == "qwen3" and VERSION < (4, 51):
-        pytest.skip("transformers has Qwen3 from 4.51")
+    if SINCE.get(name, VERSION) > VERSION:
+        pytest.skip(f"{name} needs transformers {SINCE[name]}")
     config = CONFIGS[name]()
+    vars(config).update(options)
+    if name == "gpt-oss":  # has no other attention, and no other experts in float64
+        attention = config._experts_implementation = "eager"
     config.use_cache = False
     return getattr(transformers, auto).from_config(config, attn_implementation=attention).to(dtype).eval()
 
@@ -137,6 +151,8 @@ class BiasInMask:
         if self.config.model_type not in ENCODERS:
             visible = visible & (j <= i)
         window = getattr(self.config, "sliding_window", None)
+        if getattr(self.config, "layer_types", LAYER_TYPES[:1] * 2)[layer] == "full_attention":
+            window = None
         if self.config.model_type == "modernbert":
             window = None if layer == 0 else self.config.local_attention // 2 + 1
         return visible if window is None else visible & ((i - j).abs() < window)

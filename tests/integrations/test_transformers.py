@@ -92,13 +92,13 @@ def test_which_layers_need_dense_masks(name, monkeypatch):
     model, batch = model_of(name), batch_of("left")
     enabled(model)
     model(**batch)
-    windows = {"modernbert": 1, "mistral": 2}.get(name, 0)
+    windows = {"modernbert": 1, "mistral": 2, "gemma3": 1, "gpt-oss": 1}.get(name, 0)
     assert (len(fused), len(dense)) == (2 - windows, windows)
     assert all(call["padding_side"] == "left" and call["seq_lens"].tolist() == [24, 19, 13] for call in fused)
     assert all(call["causal"] == (name not in ENCODERS) for call in fused)
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen2", "mistral", "gemma3", "gpt-oss"])
 def test_output_attentions_are_the_weights_with_the_bias(name):
     model, batch = model_of(name), batch_of("right")
     handle = enabled(model, layers=1)
@@ -132,6 +132,20 @@ def test_sink_positions_in_the_place_of_a_token_id(name):
         by_embeddings = model(**embedded, sink_positions=positions)[0][batch["attention_mask"].bool()]
     assert (named - by_id).abs().max() <= PRECISION[name]  # with another number of sinks
     assert torch.equal(by_embeddings, named)
+
+
+@both_sides
+def test_gemma3_without_causality(side):
+    """As in EmbeddingGemma."""
+    model, batch = model_of("gemma3", use_bidirectional_attention=True), batch_of(side)
+    with torch.no_grad():
+        plain = hidden_of(model, batch)
+        handle = enabled(model, scale=0.0)
+        assert not any(bias.causal for bias in handle.biases.values())
+        assert (hidden_of(model, batch) - plain).abs().max() <= PRECISION["gemma3"]
+        handle.restore()
+        enabled(model)
+        assert (hidden_of(model, batch) - plain).abs().max() > 1e-3
 
 
 def test_arguments_by_position():
@@ -251,9 +265,9 @@ def test_a_batch_without_sinks_trains_every_parameter():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_generates_with_a_cache_as_without(padded):
-    model, batch = model_of("qwen2", "AutoModelForCausalLM"), batch_of("left")
+@pytest.mark.parametrize("name, padded", [("qwen2", True), ("qwen2", False), ("gemma3", True), ("gpt-oss", True)])
+def test_generates_with_a_cache_as_without(name, padded):
+    model, batch = model_of(name, "AutoModelForCausalLM"), batch_of("left")
     if not padded:
         batch["attention_mask"].fill_(1)
     model.generation_config.eos_token_id = None
@@ -265,7 +279,7 @@ def test_generates_with_a_cache_as_without(padded):
     anew = model.generate(**batch, **options, use_cache=False)
     assert torch.equal(cached.sequences, anew.sequences)
     for step, expected, without in zip(cached.logits, anew.logits, plain.logits, strict=True):
-        assert (step - expected).abs().max() <= PRECISION["qwen2"]
+        assert (step - expected).abs().max() <= PRECISION[name]
         assert (step - without).abs().max() > 1e-3
 
 

@@ -15,14 +15,17 @@ BIAS = "sink_interaction"
 _LAYERS = {
     "bert": ("encoder.layer", "attention.self"),
     "roberta": ("encoder.layer", "attention.self"),
+    "xlm-roberta": ("encoder.layer", "attention.self"),
     "distilbert": ("transformer.layer", "attention"),
     "modernbert": ("layers", "attn"),
     "qwen2": ("layers", "self_attn"),
     "qwen3": ("layers", "self_attn"),
     "llama": ("layers", "self_attn"),
     "mistral": ("layers", "self_attn"),
+    "gemma3_text": ("layers", "self_attn"),
+    "gpt_oss": ("layers", "self_attn"),
 }
-_ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert")
 
 
 def find_attentions(base: nn.Module) -> list[nn.Module]:
@@ -50,6 +53,8 @@ def find_supported_attentions(model: nn.Module) -> list[nn.Module]:
     """The self-attention of each layer. Raise if `enable_sink_attention` does not support the model."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
+    own = "one whose attention can be replaced: DeBERTa computes its own, with relative positions in its scores"
+    expect(model_type not in ("deberta", "deberta-v2"), "the architecture of model", own, repr(model_type))
     expect_choice("the architecture of model", model_type, tuple(generation.ADAPTERS))
     expect(not getattr(config, "add_cross_attention", False), "model", "without cross-attention", "one with it")
     without = "without sink attention: restore() first (models that share a config count as one)"

@@ -35,14 +35,16 @@ def sink_attention_forward(
     is_causal: bool | None = None,
     sinks: Sinks | None = None,
     inter_sink_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     output_attentions: bool = False,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function. With output_attentions it also returns the weights [B, H, Nq, Nk].
 
-    query [B, H, Nq, D], key and value [B, Hkv, Nk, D] -> [B, Nq, H, D].
+    query [B, H, Nq, D], key and value [B, Hkv, Nk, D] -> [B, Nq, H, D]. `s_aux` [H] are the `sink_logits` of
+    `recattn.sink_attention`: a logit per head in the denominator of the softmax.
     """
-    for name in ("softcap", "position_bias", "s_aux"):
+    for name in ("softcap", "position_bias"):
         expect(kwargs.get(name) is None, name, "None: sink attention has no such term", type(kwargs.get(name)).__name__)
     return attend(
         query,
@@ -55,6 +57,7 @@ def sink_attention_forward(
         dropout=dropout,
         scaling=scaling,
         weights_wanted=output_attentions or getattr(module.config, "output_attentions", False),
+        sink_logits=s_aux,
     )
 
 
@@ -70,18 +73,20 @@ def attend(
     dropout: float,
     scaling: float | None,
     weights_wanted: bool,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The output [B, Nq, H, D] by `recattn.sink_attention` where that serves; the weights need dense attention."""
     unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and sinks.padding_side)
     if sinks is None or not unmasked or weights_wanted or query.shape[2] != key.shape[2]:
         bias = None if inter_sink_bias is None else _dense_bias(query, key, sinks, inter_sink_bias)
         mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
-        return _dense_attention(query, key, value, mask, bias, dropout, scaling, weights_wanted)
+        return _dense_attention(query, key, value, mask, bias, sink_logits, dropout, scaling, weights_wanted)
     out = sink_attention(
         query,
         key,
         value,
         *(no_sinks(query) if inter_sink_bias is None else (sinks.positions, inter_sink_bias)),
+        sink_logits=sink_logits,
         causal=causal,
         seq_lens=None if attention_mask is None else sinks.seq_lens,
         padding_side=sinks.padding_side or "right",
@@ -118,6 +123,7 @@ def _dense_attention(
     value: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
+    sink_logits: Tensor | None,
     dropout: float,
     scaling: float | None,
     weights_wanted: bool,
@@ -128,6 +134,12 @@ def _dense_attention(
     added = sum(x for x in (mask, bias) if x is not None) if mask is not None or bias is not None else None
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    keys = key.shape[2]
+    if sink_logits is not None:  # the logits are the scores of one more key, whose value is 0
+        key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
+        shape = (query.shape[0], query.shape[1], query.shape[2])
+        added = query.new_zeros(*shape, keys) if added is None else added.expand(*shape, keys)
+        added = torch.cat([added, sink_logits.to(added.dtype)[:, None, None].expand(*shape, 1)], dim=-1)
     if not weights_wanted:
         added = None if added is None else added.to(query.dtype)
         out = F.scaled_dot_product_attention(query, key, value, added, dropout_p=dropout, scale=scaling)
@@ -136,4 +148,4 @@ def _dense_attention(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = scores if added is None else scores + added
     weights = F.dropout(softmax_or_zeros(scores), dropout).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    return (weights @ value).transpose(1, 2).contiguous(), weights[..., :keys]

@@ -97,8 +97,8 @@ def enable_sink_attention(
     `LoraConfig(..., modules_to_save=["sink_interaction"])`. Also enable before loading an adapter.
 
     Args:
-        model: BERT, RoBERTa, DistilBERT, ModernBERT, Qwen2, Qwen3, Llama or Mistral, with any head, or a PeftModel of
-            one.
+        model: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ModernBERT, Qwen2, Qwen3, Llama, Mistral, Gemma 3 (text) or
+            gpt-oss, with any head, or a PeftModel of one.
         sink_token_id: id of [SINK]. With None, every call needs `sink_positions`.
         layers: the layers with a bias: the first n, or their indices; all by default. The official code uses the first
             half of Qwen2, the first third of Qwen3 and the first two layers of BERT. Leave out the last layer where the

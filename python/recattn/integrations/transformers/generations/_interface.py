@@ -5,6 +5,11 @@ from transformers import masking_utils
 
 from recattn.integrations.transformers.generations._adapter import Adapter
 
+ARCHITECTURES = (
+    *("bert", "roberta", "xlm-roberta", "distilbert", "modernbert"),
+    *("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "gpt_oss"),
+)
+
 # Before 5.0 there is only the first.
 _WITHOUT_WINDOW = [
     getattr(masking_utils, name)

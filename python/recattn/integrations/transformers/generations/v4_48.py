@@ -49,6 +49,7 @@ def sink_attention_mask(
 ADAPTERS = {
     "bert": BertAdapter(),
     "roberta": BertAdapter(),
+    "xlm-roberta": BertAdapter(),
     "distilbert": DistilBertAdapter(),
     "modernbert": ModernBertAdapter(),
     **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral"), DecoderAdapter()),

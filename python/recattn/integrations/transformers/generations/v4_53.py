@@ -1,12 +1,17 @@
-"""transformers from 4.53 to 4.57: decoders as in 5.1, no encoder calls the table of attention functions."""
+"""transformers from 4.53 to 4.57: decoders as in 5.1, no encoder calls the table of attention functions.
+
+Gemma 3 is missing: there its heads do not say which of their modules is the base model.
+"""
 
 from recattn.integrations.transformers.generations import v5_1
 from recattn.integrations.transformers.generations._encoders import BertAdapter, DistilBertAdapter, ModernBertAdapter
+from recattn.integrations.transformers.generations._interface import InterfaceAdapter
 
 ADAPTERS = {
-    **v5_1.ADAPTERS,
+    **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gpt_oss"), InterfaceAdapter()),
     "bert": BertAdapter(),
     "roberta": BertAdapter(),
+    "xlm-roberta": BertAdapter(),
     "distilbert": DistilBertAdapter(),
     "modernbert": ModernBertAdapter(),
 }

@@ -5,11 +5,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from recattn.integrations.transformers.attention import NAME, sink_attention_forward
 from recattn.integrations.transformers.generations import _interface
-from recattn.integrations.transformers.generations._interface import InterfaceAdapter
+from recattn.integrations.transformers.generations._interface import ARCHITECTURES, InterfaceAdapter
 
-ADAPTERS = dict.fromkeys(
-    ("bert", "roberta", "distilbert", "modernbert", "qwen2", "qwen3", "llama", "mistral"), InterfaceAdapter()
-)
+ADAPTERS = dict.fromkeys(ARCHITECTURES, InterfaceAdapter())
 
 
 def sink_attention_mask(cache_position: Tensor, kv_length: int, **kwargs: object) -> Tensor | None:
