@@ -20,7 +20,7 @@ plots: $(INSTALLED)
 examples: $(INSTALLED)
 	for name in ctr_sink sasrec lrea embedding_bag; do $(BIN)/python -m benchmarks.examples.$$name || exit 1; done
 
-# Recommender libraries' own trainers, stock and with our attention: the table in docs/integrations.md [ONLY="recbole rectools"]
+# Recommender libraries' own trainers, stock and with our attention, and tests that CI leaves out: the table in docs/integrations.md [ONLY="recbole rectools"]
 clients: $(INSTALLED)
 	$(BIN)/python -m benchmarks.clients.run $(if $(ONLY),--only $(ONLY))
 

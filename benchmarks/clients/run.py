@@ -2,7 +2,8 @@
 
 Each library gets an environment of its own in .cache/clients: torch and Triton as requirements/dev.txt pins them, the
 library by recattn's extra, and recattn from this checkout with its compiled kernels, so use the Python that compiled
-them. What the scripts print is kept in results/, and docs/integrations.md has it as a table.
+them. The tests that CI leaves out run there first. What the scripts print is kept in results/, and docs/integrations.md
+has it as a table.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from tests.packaging.versions import pip_install
 # By the script's name. TorchRec's extra is for CUDA; on a CPU requirements/torchrec.txt replaces it.
 EXTRAS = {"recbole": "recbole", "rectools": "rectools", "torch_rechub": "torch-rechub", "fuxictr": "fuxictr"}
 CLIENTS = (*EXTRAS, "torchrec")
+# Of libraries that are too large for CI's environment, and one that is too slow for it.
+TESTS = {"fuxictr": "test_fuxictr.py", "torchrec": "torchrec_sharded.py"}
 ENVIRONMENTS = ROOT / ".cache" / "clients"
 RESULTS = Path(__file__).with_name("results")
 PAGE = ROOT / "docs" / "integrations.md"
@@ -32,7 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CLIENTS, default=CLIENTS, help="these libraries")
     for client in parser.parse_args().only:
-        lines = run_script(environment(client), client)
+        python = environment(client)
+        if client in TESTS:
+            run_tests(python, TESTS[client])
+        lines = run_script(python, client)
         print("\n".join(lines), flush=True)
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{client}.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -46,7 +52,7 @@ def environment(client: str) -> Path:
     if not python.exists():
         venv.create(home, with_pip=True)
     extra = f"[{EXTRAS[client]}]" if client in EXTRAS else ""
-    pip_install(python, *pins("torch", "triton", "scikit-learn"), "--editable", f"{ROOT}{extra}", RECATTN_BUILD="none")
+    pip_install(python, *pins("torch", "triton"), "--editable", f"{ROOT}{extra}", RECATTN_BUILD="none")
     if not extra:
         pip_install(python, "--no-deps", "--requirement", str(ROOT / "requirements" / f"{client}.txt"))
     return python
@@ -55,6 +61,11 @@ def environment(client: str) -> Path:
 def pins(*packages: str) -> list[str]:
     pinned = (ROOT / "requirements" / "dev.txt").read_text()
     return re.findall(rf"^(?:{'|'.join(packages)})==.*$", pinned, flags=re.MULTILINE)
+
+
+def run_tests(python: Path, name: str) -> None:
+    pip_install(python, *pins("pytest", "hypothesis"))
+    subprocess.run([python, "-m", "pytest", "-q", ROOT / "tests" / "integrations" / name], cwd=ROOT, check=True)
 
 
 def run_script(python: Path, client: str) -> list[str]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torchmetrics.functional.classification import binary_auroc
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 from torchrec.streamable import Pipelineable
@@ -124,7 +124,8 @@ def main() -> None:
 def test_auc(model: nn.Module, samples: list) -> float:
     model.eval()
     scores = [model(batch)[1] for batch in batches(samples, torch.arange(len(samples)))]
-    return roc_auc_score([sample[-1] for sample in samples], torch.cat(scores))
+    liked = torch.tensor([sample[-1] for sample in samples]).long()
+    return float(binary_auroc(torch.cat(scores), liked))
 
 
 def read_samples() -> tuple[list, list]:
