@@ -60,17 +60,18 @@ docs-serve: $(DOCS)
 # An sdist and a manylinux wheel for .venv's Python, in dist/
 wheel: $(INSTALLED)
 	rm -rf build/lib.* build/wheel dist
-	$(WITH_PATH) RECATTN_BUILD=manylinux $(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/wheel
+	$(WITH_PATH) RECATTN_BUILD=manylinux $(BIN)/python -m build --quiet --no-isolation --sdist --wheel --outdir build/wheel
 	$(WITH_PATH) bash .ci/repair-wheel build/wheel/*.whl dist
 	mv build/wheel/*.tar.gz dist
 
 # The wheel, in an environment of its own without a compiler, passes quick tests from the sdist
 wheel-test: wheel
-	rm -rf build/wheel-test && mkdir build/wheel-test
-	tar -xzf dist/*.tar.gz -C build/wheel-test --strip-components 1
+	rm -rf build/wheel-test && mkdir -p build/wheel-test/sdist
+	tar -xzf dist/*.tar.gz -C build/wheel-test/sdist --strip-components 1
 	$(BIN)/python -m venv build/wheel-test/.venv
-	build/wheel-test/.venv/bin/python -m pip install --quiet --no-compile --constraint requirements/dev.txt dist/*.whl pytest hypothesis
-	OMP_NUM_THREADS=2 build/wheel-test/.venv/bin/python build/wheel-test/tests/packaging/installed.py
+	build/wheel-test/.venv/bin/python -m pip install --quiet --no-compile --constraint requirements/dev.txt \
+		dist/*.whl pytest hypothesis
+	build/wheel-test/.venv/bin/python build/wheel-test/sdist/tests/packaging/installed.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
