@@ -95,7 +95,7 @@ def test_not_installed(module, library, monkeypatch):
         ("import absent_library.part", "importing it needs absent_library, which is missing"),
         ("raise AttributeError('np.float_ was removed')", "importing it failed (np.float_ was removed)"),
         ("raise OSError('Could not load this library')", "importing it failed (Could not load this library)"),
-        ("", "importing it failed (cannot import name "),
+        ("__version__ = '9.9'", "importing it failed (cannot import name "),
     ],
     ids=["inner package", "inner version", "inner library", "other version"],
 )
