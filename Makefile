@@ -7,7 +7,7 @@ DOCS := .venv/.docs
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*/*.* csrc/*/*/*.*)
 CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/*)
 
-.PHONY: bench plots examples clients docs docs-serve gpu gpu-bench test test-isa sanitize versions wheel wheel-test lint format clean
+.PHONY: bench plots examples clients docs docs-serve gpu gpu-bench test test-isa sanitize versions wheel wheel-test lint types format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -77,6 +77,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+# pyright, which needs node; the link shows it recattn.triton_kernels
+types: $(INSTALLED)
+	mkdir -p typings/recattn && ln -sfn ../../triton_kernels typings/recattn/triton_kernels
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -90,7 +90,7 @@ def expect_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
         raise ValueError(f"{name} must be {' or '.join(map(_dtype_name, allowed))}, got {_dtype_name(tensor.dtype)}")
 
 
-def expect_index(sizes: dict[str, int], name: str, tensor: object, layout: str) -> None:
+def expect_index(sizes: dict[str, int], name: str, tensor: Tensor, layout: str) -> None:
     """Check that an argument is an int64 or int32 tensor of the layout."""
     expect_tensors(**{name: tensor})
     expect_shape(sizes, name, tensor, layout)
@@ -176,10 +176,10 @@ def checked_sink_positions(sink_positions: Tensor, seq_len: int | None, cu_seqle
     if _runs_in_cpp(sink_positions):
         return torch.ops.recattn.checked_sink_positions_cpu.default(sink_positions, seq_len, cu_seqlens)
     positions = sink_positions.clone()
-    if cu_seqlens is not None or not _lie_between(positions, -1, seq_len - 1):
-        limits = seq_len if cu_seqlens is None else cu_seqlens.long().diff()[:, None]
+    if seq_len is None or cu_seqlens is not None or not _lie_between(positions, -1, seq_len - 1):
+        fits = positions < ((seq_len or 0) if cu_seqlens is None else cu_seqlens.long().diff()[:, None])
         shown = seq_len if cu_seqlens is None else "of each sequence"
-        _expect_all("sink_positions", positions < limits, f"below the sequence length {shown}", positions)
+        _expect_all("sink_positions", fits, f"below the sequence length {shown}", positions)
         _expect_all("sink_positions", positions >= -1, "token positions, or -1 for padding", positions)
     previous, following = positions[:, :-1], positions[:, 1:]
     ascends = (following > previous) & (previous >= 0) | (following == -1)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 
 MISSING: str | None = None
 
@@ -23,7 +24,7 @@ except ImportError as error:  # not compiled: the functions that others can do w
         tensors = (x for x in args if isinstance(x, Tensor))
         return (
             torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._autograd._profiler_enabled()
+            or _profiler_enabled()
             or torch._C._get_tracing_state() is not None
             or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
         )

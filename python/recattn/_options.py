@@ -6,6 +6,8 @@ rebuild it.
 
 from typing import NamedTuple
 
+from recattn._typing import Mechanism, Source
+
 
 class SinkAttentionOptions(NamedTuple):
     """Options of sink_attention.
@@ -48,8 +50,8 @@ class RefinedAttentionOptions(NamedTuple):
     the implementation that serves the call.
     """
 
-    mechanism: str
-    source: str
+    mechanism: Mechanism
+    source: Source
     causal: bool
     left_padded: bool
     scale: float | None
@@ -63,7 +65,7 @@ class WassersteinAttentionOptions(NamedTuple):
     `refined`: cov_q and cov_k are x of Σ = elu(x) + 1, as a refinement's matrices give them.
     """
 
-    source: str
+    source: Source
     causal: bool
     left_padded: bool
     scale: float | None

@@ -16,4 +16,5 @@ def unsupported_reason(package: str, installed: str) -> str | None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.match(r"\d+(\.\d+)*", version)[0].split(".")))
+    release = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, release[0].split("."))) if release else ()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class SinkMass(NamedTuple):
 
 def sink_mass(
     model: nn.Module,
-    batch: Mapping[str, object],
+    batch: Mapping[str, Any],
     *,
     sink_positions: Tensor | None = None,
     sink_token_id: int | None = None,
@@ -64,7 +64,7 @@ def sink_mass(
     batch = dict(batch)
     of_batch = batch.pop("sink_positions", None)
     of_model = of_batch if sink_positions is None else sink_positions
-    if of_model is not None and not _is_of_transformers(model.config._attn_implementation):
+    if of_model is not None and not _is_of_transformers(_implementation(model)):
         batch["sink_positions"] = of_model
     if sink_token_id is None:
         sink_positions = of_model
@@ -80,17 +80,18 @@ def sink_mass(
         expect(0 <= layer < count, "layers", f"between 0 and {count - 1}", layer)
     expect(len(layers) > 0, "layers", "at least one", "none")
     masses = zip(*(_mass_of_layer(attentions[layer].to(valid.device), valid, sinks) for layer in layers), strict=True)
-    return SinkMass(*map(torch.stack, masses), layers)
+    to_sinks, among_sinks, uniform_to_sinks, uniform_among_sinks = map(torch.stack, masses)
+    return SinkMass(to_sinks, among_sinks, uniform_to_sinks, uniform_among_sinks, layers)
 
 
 def plot_sink_mass(
     before: SinkMass,
     after: SinkMass,
     *,
-    quantity: str = "to_sinks",
+    quantity: Literal["to_sinks", "among_sinks"] = "to_sinks",
     labels: tuple[str, str] = ("before", "after"),
     ax: "Axes | None" = None,
-    path: str | PathLike | None = None,
+    path: str | PathLike[str] | None = None,
 ) -> "Figure":
     """Plot the attention to the sinks by layer, before and after training.
 
@@ -132,16 +133,17 @@ def plot_sink_mass(
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
+    figure = cast("Figure", ax.figure)
     if path is not None:
-        ax.figure.savefig(path, dpi=150)
-    return ax.figure
+        figure.savefig(path, dpi=150)
+    return figure
 
 
-def _attentions(model: nn.Module, batch: dict[str, object]) -> tuple[Tensor, ...]:
+def _attentions(model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
     """Attention weights of all layers, [B, H, N, N] each."""
     with _evaluating(model), _returning_weights(model), torch.no_grad():
         outputs = model(**batch, output_attentions=True, return_dict=True)
-        used = model.config._attn_implementation
+        used = _implementation(model)
     attentions = tuple(getattr(outputs, "attentions", None) or ())
     returned = sum(weights is not None for weights in attentions)
     expected = getattr(model.config, "num_hidden_layers", len(attentions))
@@ -152,6 +154,10 @@ def _attentions(model: nn.Module, batch: dict[str, object]) -> tuple[Tensor, ...
         f"those of {returned} from {type(model).__name__} with {used!r} attention",
     )
     return attentions
+
+
+def _implementation(model: Any) -> str:
+    return model.config._attn_implementation
 
 
 def _is_of_transformers(implementation: str) -> bool:
@@ -170,9 +176,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _returning_weights(model: nn.Module) -> Iterator[None]:
+def _returning_weights(model: Any) -> Iterator[None]:
     """Use eager attention instead of transformers' own other implementations, which return no weights."""
-    own = model.config._attn_implementation
+    own = _implementation(model)
     if own == "eager" or not _is_of_transformers(own):
         yield
         return
@@ -183,7 +189,7 @@ def _returning_weights(model: nn.Module) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-def _valid(batch: dict[str, object], sizes: dict[str, int]) -> Tensor:
+def _valid(batch: dict[str, Any], sizes: dict[str, int]) -> Tensor:
     """[B, N] bool, False at padding."""
     mask = batch.get("attention_mask")
     if mask is not None:
@@ -193,7 +199,7 @@ def _valid(batch: dict[str, object], sizes: dict[str, int]) -> Tensor:
 
 
 def _sinks(
-    batch: dict[str, object],
+    batch: dict[str, Any],
     sizes: dict[str, int],
     valid: Tensor,
     sink_positions: Tensor | None,
@@ -202,11 +208,11 @@ def _sinks(
     """[B, N] bool, True at the sinks."""
     one = "given, or sink_token_id in its place (one of them)"
     expect((sink_positions is None) != (sink_token_id is None), "sink_positions", one, (sink_positions, sink_token_id))
-    if sink_token_id is None:
+    if sink_positions is not None:
         expect_index(sizes, "sink_positions", sink_positions, "B M")
         expect_same_device("the batch", valid, sink_positions=sink_positions)
-        sink_positions = checked_indices(valid.device, sink_positions=sink_positions, seq_len=sizes["N"]).sink_positions
-        sinks = make_sink_mask(sink_positions, sizes["N"]) & valid
+        indices = checked_indices(valid.device, sink_positions=sink_positions, seq_len=sizes["N"])
+        sinks = make_sink_mask(indices.sink_positions, sizes["N"]) & valid
     else:
         ids = batch.get("input_ids")
         expect(ids is not None, "input_ids", "in the batch, to find sink_token_id in", sorted(batch))

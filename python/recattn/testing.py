@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Oracle:
     """The results of a reference in float64 and in the inputs' dtype, to compare kernels with."""
 
     reference: Callable[..., Tensor | Sequence[Tensor]]
-    inputs: Mapping[str, object]
+    inputs: Mapping[str, Any]
     grads: Sequence[str]
     seed: int
     draw: Draw
@@ -87,7 +87,7 @@ class Oracle:
     def of(
         cls,
         reference: Callable[..., Tensor | Sequence[Tensor]],
-        inputs: Mapping[str, object],
+        inputs: Mapping[str, Any],
         *,
         grads: Sequence[str] = (),
         seed: int = 0,
@@ -140,7 +140,7 @@ def largest(values: Iterable[float]) -> float:
 def compare_with_reference(
     kernel: Callable[..., Tensor | Sequence[Tensor]],
     reference: Callable[..., Tensor | Sequence[Tensor]],
-    inputs: Mapping[str, object],
+    inputs: Mapping[str, Any],
     *,
     grads: Sequence[str] = (),
     seed: int = 0,
@@ -163,23 +163,23 @@ def assert_matches_reference(*args, **kwargs) -> None:
         raise AssertionError("\n".join(map(str, ["error bound exceeded", *errors])))
 
 
-def _draw(reference: Callable, inputs: Mapping[str, object], grads: Sequence[str], seed: int) -> Draw:
+def _draw(reference: Callable, inputs: Mapping[str, Any], grads: Sequence[str], seed: int) -> Draw:
     promoted = {name: _promoted(value) for name, value in inputs.items()}
     return Draw(*(_run(reference, values, grads, seed) for values in (inputs, promoted)))
 
 
-def _scaled(inputs: Mapping[str, object], scale: float) -> dict[str, object]:
+def _scaled(inputs: Mapping[str, Any], scale: float) -> dict[str, Any]:
     return {
         name: value.detach() * scale if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
 
 
-def _promoted(value: object) -> object:
+def _promoted(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _run(function: Callable, inputs: Mapping[str, object], grads: Sequence[str], seed: int) -> dict[str, Tensor]:
+def _run(function: Callable, inputs: Mapping[str, Any], grads: Sequence[str], seed: int) -> dict[str, Tensor]:
     """Outputs and gradients by name."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in grads}
     outputs = function(**{**inputs, **leaves})

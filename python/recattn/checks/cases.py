@@ -6,6 +6,7 @@ Inputs are drawn on the CPU, so that every device gets the same.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from recattn._dispatch import format_implementation
 from recattn.ops import UNSUPPORTED_REASONS
 from recattn.ops.backends import BACKENDS
 
-Inputs = dict[str, object]
+Inputs = dict[str, Any]
 REAL = "real"  # the case that --quick leaves out
 
 
@@ -29,7 +30,7 @@ class Case:
     name: str
     draw: Callable[[torch.dtype], Inputs]
     grads: Sequence[str] = ()
-    hints: Mapping[str, object] = field(default_factory=dict)
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ _QKV = ("q", "k", "v", "inter_sink_bias")
 def sink_attention_cases(device: str, _dtype: torch.dtype) -> list[Case]:
     real = (2, 8, 8, 1024, 64, 102) if device == "cuda" else (1, 2, 2, 384, 64, 38)
 
-    def odd(dtype):
+    def odd(dtype) -> Inputs:
         return _dense(dtype, 2, 4, 2, 129, 40, 13, bias_heads=4) | {"sink_logits": torch.randn(4), "causal": True}
 
-    def left_padded(dtype):
+    def left_padded(dtype) -> Inputs:
         padding = {"seq_lens": torch.tensor([100, 0, 63]), "padding_side": "left"}
         return _dense(dtype, 3, 2, 2, 100, 64, 11, lengths=(100, 0, 63), left=True) | padding
 
@@ -132,7 +133,7 @@ def _sinks(starts: Sequence[int], lengths: Sequence[int], most: int) -> Tensor:
 
 
 def inter_sink_bias_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
-    def draw(dtype, batch, heads, sinks, dim):
+    def draw(dtype, batch, heads, sinks, dim) -> Inputs:
         sink_mask = torch.arange(sinks) < torch.randint(sinks + 1, (batch, 1))
         sink_mask[0] = False
         tensors = {name: _normal(batch, heads, sinks, dim, dtype=dtype) for name in ("q_s", "k_s")}
@@ -150,16 +151,16 @@ def inter_sink_bias_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
 
 
 def refined_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
-    def draw(dtype, batch, length, dim, rank, value_dim=None, w_v=False, **options):
+    def draw(dtype, batch, length, dim, rank, value_dim=None, w_v=False, **options) -> Inputs:
         inputs = {name: _normal(batch, 2, length, dim, dtype=dtype) for name in ("q", "k")}
         inputs["v"] = _normal(batch, 2, length, value_dim or dim, dtype=dtype)
         widths = {"w_q": rank, "w_k": rank} | ({"w_v": length} if w_v else {})
         weights = {name: _normal(length, n, dtype=dtype, std=length**-0.5 / 2) for name, n in widths.items()}
         return inputs | weights | options
 
-    left = {"seq_lens": torch.tensor([32, 0, 17]), "padding_side": "left"}
-    right = {"seq_lens": torch.tensor([100, 1, 64]), "causal": False}
-    of_weights = {"source": "weights"}
+    left: Inputs = {"seq_lens": torch.tensor([32, 0, 17]), "padding_side": "left"}
+    right: Inputs = {"seq_lens": torch.tensor([100, 1, 64]), "causal": False}
+    of_weights: Inputs = {"source": "weights"}
     plain, with_values = ("q", "k", "v", "w_q", "w_k"), ("q", "k", "v", "w_q", "w_k", "w_v")
     return [
         Case("odd", lambda dtype: draw(dtype, 3, 33, 40, 20, value_dim=24), plain),
@@ -182,9 +183,9 @@ def refined_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
 def wasserstein_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
     plain = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
 
-    def draw(dtype, batch, heads, length, dim, value_dim, rank=None, **options):
+    def draw(dtype, batch, heads, length, dim, value_dim, rank=None, **options) -> Inputs:
         """Distances, also refined ones, stay around 1. If they were larger, one key would get all the weight."""
-        widths = dict.fromkeys(plain, dim) | {"mean_v": value_dim, "cov_v": value_dim}
+        widths = {name: dim for name in plain} | {"mean_v": value_dim, "cov_v": value_dim}
         inputs = {name: torch.randn(batch, heads, length, width) / 2 for name, width in widths.items()}
         inputs = {name: elu(x) + 1 if name.startswith("cov") else x for name, x in inputs.items()}
         if rank is not None:
@@ -192,7 +193,7 @@ def wasserstein_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]
             inputs |= {w: torch.randn(length, 2 * rank) * (rank**0.5 * squares) ** -0.5 for w in ("w_q", "w_k")}
         return {name: x.to(dtype) for name, x in inputs.items()} | options
 
-    left = {"seq_lens": torch.tensor([50, 0, 17]), "padding_side": "left"}
+    left: Inputs = {"seq_lens": torch.tensor([50, 0, 17]), "padding_side": "left"}
     refined = (*plain, "w_q", "w_k")
     return [
         Case("odd", lambda dtype: draw(dtype, 2, 2, 33, 12, 10), plain),
@@ -208,14 +209,14 @@ def wasserstein_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]
 
 
 def lrea_compress_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
-    def weights(dtype, length, rank):
+    def weights(dtype, length, rank) -> Inputs:
         return {"w_comp": _normal(length, rank, dtype=dtype, std=length**-0.5)}
 
-    def draw(dtype, users, length, dim, rank, seq_lens=None):
+    def draw(dtype, users, length, dim, rank, seq_lens=None) -> Inputs:
         behaviors = _normal(users, length, dim, dtype=dtype)
         return {"behaviors": behaviors, **weights(dtype, length, rank), "seq_lens": seq_lens}
 
-    def by_item(dtype):
+    def by_item(dtype) -> Inputs:
         item_ids, lengths = torch.randint(200, (3, 101)), torch.tensor([101, 0, 40])
         table = {"behaviors": _normal(200, 32, dtype=dtype), **weights(dtype, 101, 16)}
         return {**table, "item_ids": item_ids, "seq_lens": lengths}
@@ -230,7 +231,7 @@ def lrea_compress_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
 
 
 def lrea_attention_cases(device: str, _dtype: torch.dtype) -> list[Case]:
-    def draw(dtype, counts, heads, length, rank, dim, value_dim, seq_lens=None):
+    def draw(dtype, counts, heads, length, rank, dim, value_dim, seq_lens=None) -> Inputs:
         users = len(counts)
         return {
             "targets": _normal(sum(counts), heads, dim, dtype=dtype),
@@ -258,7 +259,7 @@ def lrea_attention_cases(device: str, _dtype: torch.dtype) -> list[Case]:
 
 
 def lrea_absorbed_attention_cases(device: str, dtype: torch.dtype) -> list[Case]:
-    def draw(dtype, counts, heads, rank, dim, value_dim):
+    def draw(dtype, counts, heads, rank, dim, value_dim) -> Inputs:
         users = len(counts)
         return {
             "targets": _normal(sum(counts), heads, dim, dtype=dtype),
@@ -268,12 +269,12 @@ def lrea_absorbed_attention_cases(device: str, dtype: torch.dtype) -> list[Case]
             "target_offsets": _offsets(counts),
         }
 
-    def by_item(dtype):
+    def by_item(dtype) -> Inputs:
         inputs = draw(dtype, (1, 0, 2, 129, 40), 2, 32, 64, 64)
         item_ids = torch.randint(50, (len(inputs["targets"]),))
         return inputs | {"targets": inputs["targets"][:50], "item_ids": item_ids}
 
-    def int8(dtype):
+    def int8(dtype) -> Inputs:
         inputs = by_item(dtype)
         for which in ("key", "value"):
             state, scales = recattn.lrea_quantize(inputs[f"state_{which}s"])

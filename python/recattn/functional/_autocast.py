@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from recattn._graphs import constant_in_graphs
+from recattn._typing import as_many
 
 
 def autocast_may_be_on() -> bool:
@@ -13,6 +14,7 @@ def autocast_may_be_on() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
 
 
+@as_many
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, cast to autocast's dtype if autocast is on for the device of the first.
 

@@ -9,6 +9,7 @@ from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import select
 from recattn._options import InterSinkBiasOptions
+from recattn._typing import InterSinkBiasImpl
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.ops import inter_sink_bias as ops
 from recattn.ops._library import apply, distinct
@@ -32,7 +33,7 @@ def inter_sink_bias(
     causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
-    impl: str | None = None,
+    impl: InterSinkBiasImpl | None = None,
 ) -> Tensor:
     """The bias of `sink_attention`, computed by attention among the sinks of a sequence:
 
@@ -73,15 +74,15 @@ def inter_sink_bias(
     check.expect_numbers(scale=scale)
     if isinstance(bias_scale, Tensor):
         bias_scale = bias_scale.reshape(())
-    impl = select("inter_sink_bias", impl, ops.unsupported_reasons(q_s.device.type, q_s))
-    if impl == "reference":
+    chosen = select("inter_sink_bias", impl, ops.unsupported_reasons(q_s.device.type, q_s))
+    if chosen == "reference":
         return reference.inter_sink_bias(
             q_s, k_s, sink_mask=sink_mask, bias_scale=bias_scale, causal=causal, dropout_p=dropout_p, scale=scale
         )
-    factor, bias_scale = (1.0, bias_scale) if isinstance(bias_scale, Tensor) else (float(bias_scale), None)
+    factor, learned_scale = (1.0, bias_scale) if isinstance(bias_scale, Tensor) else (float(bias_scale), None)
     seed = draw_dropout_seed(dropout_p, q_s.device)
-    options = InterSinkBiasOptions(factor, causal, dropout_p, scale, impl)
-    return apply(ops.InterSinkBiasFunction, *distinct(q_s, k_s), sink_mask, bias_scale, seed, options)
+    options = InterSinkBiasOptions(factor, causal, dropout_p, scale, chosen)
+    return apply(ops.InterSinkBiasFunction, *distinct(q_s, k_s), sink_mask, learned_scale, seed, options)
 
 
 def _fits(q_s, k_s, sink_mask, bias_scale) -> bool:
@@ -115,7 +116,7 @@ def _validate(q_s, k_s, sink_mask, bias_scale):
         check.expect_numbers(bias_scale=bias_scale)
 
 
-def expect_sink_mask(sizes: dict[str, int], sink_mask: object, like_name: str, like: Tensor) -> None:
+def expect_sink_mask(sizes: dict[str, int], sink_mask: Tensor, like_name: str, like: Tensor) -> None:
     check.expect_tensors(sink_mask=sink_mask)
     check.expect_shape(sizes, "sink_mask", sink_mask, "B M")
     check.expect_dtype("sink_mask", sink_mask, (torch.bool,))

@@ -9,6 +9,7 @@ from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import select
 from recattn._options import LreaAttentionOptions
+from recattn._typing import LreaAbsorbedImpl, LreaImpl, Orientation
 from recattn.functional.validation import Indices, checked_indices, values_are_checked
 from recattn.ops import lrea_attention as ops
 from recattn.ops._library import apply, distinct
@@ -40,7 +41,7 @@ def lrea_compress(
     seq_lens: Tensor | None = None,
     *,
     item_ids: Tensor | None = None,
-    impl: str | None = None,
+    impl: LreaImpl | None = None,
 ) -> Tensor:
     """Compress a history of L behaviours to r rows:
 
@@ -78,8 +79,8 @@ def lrea_compress(
     if item_ids is not None:
         reasons = _add_lack_of_gradient(reasons, behaviors, w_comp)
     path = _path_of(impl)
-    impl = select("lrea_compress", impl, reasons)
-    if impl != "cpu":  # the C++ operator checks what it reads
+    chosen = select("lrea_compress", impl, reasons)
+    if chosen != "cpu":  # the C++ operator checks what it reads
         indices = checked_indices(
             behaviors.device,
             seq_lens=seq_lens,
@@ -88,7 +89,7 @@ def lrea_compress(
             num_items=None if item_ids is None else behaviors.shape[0],
         )
         seq_lens, item_ids = indices.seq_lens, indices.item_ids
-    if impl == "reference":
+    if chosen == "reference":
         return reference.lrea_compress(behaviors, w_comp, seq_lens, item_ids=item_ids)
     if item_ids is not None:
         return ops.lrea_compress_items(behaviors, w_comp, seq_lens, item_ids, path)
@@ -105,7 +106,7 @@ def lrea_attention(
     seq_lens: Tensor | None = None,
     negative_slope: float = 0.01,
     scale: float | None = None,
-    impl: str | None = None,
+    impl: LreaImpl | None = None,
 ) -> Tensor:
     """Attention of each target over its user's restored history, for training:
 
@@ -148,8 +149,8 @@ def lrea_attention(
 
     path = _path_of(impl)
     reasons = ops.unsupported_reasons(targets.device.type, "lrea_attention", targets.dtype, w_decomp.shape[0])
-    impl = select("lrea_attention", impl, reasons)
-    if impl != "cpu":  # the C++ operator checks what it reads
+    chosen = select("lrea_attention", impl, reasons)
+    if chosen != "cpu":  # the C++ operator checks what it reads
         indices = checked_indices(
             targets.device,
             target_offsets=target_offsets,
@@ -158,7 +159,7 @@ def lrea_attention(
             seq_len=w_decomp.shape[1],
         )
         target_offsets, seq_lens = indices.target_offsets, indices.seq_lens
-    if impl == "reference":
+    if chosen == "reference":
         return reference.lrea_attention(
             targets,
             keys,
@@ -182,7 +183,7 @@ def lrea_absorb(
     *,
     seq_lens: Tensor | None = None,
     scale: float | None = None,
-    orientation: str = "scores",
+    orientation: Orientation = "scores",
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
     """Precompute each user's state for `lrea_absorbed_attention`, so that serving costs O(r), not O(L):
@@ -278,7 +279,7 @@ def lrea_absorbed_attention(
     value_scales: Tensor | None = None,
     negative_slope: float = 0.01,
     invalid: Tensor | None = None,
-    impl: str | None = None,
+    impl: LreaAbsorbedImpl | None = None,
 ) -> Tensor:
     """Attention of each target over its user's absorbed state, for serving:
 
@@ -325,14 +326,14 @@ def lrea_absorbed_attention(
     check.expect_numbers(negative_slope=negative_slope)
     reasons = ops.unsupported_reasons(targets.device.type, "lrea_absorbed_attention")
     reasons = _add_lack_of_gradient(reasons, targets, state_keys, state_values, key_scales, value_scales)
-    impl = select("lrea_absorbed_attention", impl, reasons)
+    chosen = select("lrea_absorbed_attention", impl, reasons)
     # The C++ operators check their arguments, with the same words: checks here would take longer than the call.
-    if impl == "reference" or (targets.is_cuda and values_are_checked(targets.device)):
+    if chosen == "reference" or (targets.is_cuda and values_are_checked(targets.device)):
         tensors = (targets, state_keys, state_values, slots, target_offsets)
         indices = _checked_absorbed(*tensors, item_ids, key_scales, value_scales, invalid)
         slots, target_offsets, item_ids = indices.slots, indices.target_offsets, indices.item_ids
     tensors = (targets, state_keys, state_values, slots, target_offsets)
-    if impl != "reference":
+    if chosen != "reference":
         arguments = (*tensors, negative_slope, item_ids, key_scales, value_scales)
         try:
             if invalid is None:
@@ -516,6 +517,6 @@ def _add_lack_of_gradient(reasons: dict[str, str | None], *tensors: Tensor | Non
     return {impl: reason or (None if impl == "reference" else no_gradient) for impl, reason in reasons.items()}
 
 
-def _path_of(impl: str | None) -> str:
+def _path_of(impl: LreaImpl | None) -> str:
     """What the operators are told. On a CPU only an explicit impl="triton" takes Triton's interpreter."""
     return "triton" if impl == "triton" else "auto"

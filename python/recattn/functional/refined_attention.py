@@ -6,6 +6,7 @@ from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import select
 from recattn._options import RefinedAttentionOptions
+from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional.validation import checked_indices
 from recattn.ops import refined_attention as ops
@@ -32,14 +33,14 @@ def refined_attention(
     w_k: Tensor,
     w_v: Tensor | None = None,
     *,
-    mechanism: str = "simple",
-    source: str = "logits",
+    mechanism: Mechanism = "simple",
+    source: Source = "logits",
     causal: bool = True,
     seq_lens: Tensor | None = None,
-    padding_side: str = "right",
+    padding_side: PaddingSide = "right",
     dropout_p: float = 0.0,
     scale: float | None = None,
-    impl: str | None = None,
+    impl: RefinedAttentionImpl | None = None,
 ) -> Tensor:
     """Attention whose weight matrix A is refined into M by a second attention over it:
 
@@ -105,8 +106,8 @@ def refined_attention(
     if autocast_may_be_on():
         matrices = {"w_q": w_q, "w_k": w_k} | ({} if w_v is None else {"w_v": w_v})
         check.expect_tensors(q=q, k=k, v=v, **matrices)
-        q, k, v, w_q, w_k, *values = autocast_inputs(q, k, v, *matrices.values())
-        w_v = values[0] if values else None
+        q, k, v, w_q, w_k = autocast_inputs(q, k, v, w_q, w_k)
+        w_v = None if w_v is None else autocast_inputs(w_v)[0]
     if not _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens):
         _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens)
     reasons = ops.unsupported_reasons(q.device.type, q, v, w_q, mechanism=mechanism, dropout_p=dropout_p, impl=impl)

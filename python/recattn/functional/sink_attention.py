@@ -1,13 +1,15 @@
 """Softmax attention with a learned additive bias between sink tokens (CTR-Sink, arXiv 2508.03668)."""
 
 import math
+from typing import Literal, overload
 
 from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
-from recattn._dispatch import format_implementation, parse_implementation, select
+from recattn._dispatch import parse_implementation, select
 from recattn._options import SinkAttentionOptions
+from recattn._typing import PaddingSide, SinkAttentionImpl
 from recattn.functional import validation
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.ops import sink_attention as ops
@@ -34,6 +36,7 @@ _PACKED = check.Layouts(
 )
 
 
+@overload
 def sink_attention(
     q: Tensor,
     k: Tensor,
@@ -44,13 +47,69 @@ def sink_attention(
     sink_logits: Tensor | None = None,
     causal: bool = False,
     seq_lens: Tensor | None = None,
-    padding_side: str = "right",
+    padding_side: PaddingSide = "right",
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    max_seqlen: int | None = None,
+    impl: SinkAttentionImpl | None = None,
+) -> Tensor: ...
+@overload
+def sink_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_positions: Tensor,
+    inter_sink_bias: Tensor,
+    *,
+    sink_logits: Tensor | None = None,
+    causal: bool = False,
+    seq_lens: Tensor | None = None,
+    padding_side: PaddingSide = "right",
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    max_seqlen: int | None = None,
+    impl: SinkAttentionImpl | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sink_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_positions: Tensor,
+    inter_sink_bias: Tensor,
+    *,
+    sink_logits: Tensor | None = None,
+    causal: bool = False,
+    seq_lens: Tensor | None = None,
+    padding_side: PaddingSide = "right",
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool,
+    max_seqlen: int | None = None,
+    impl: SinkAttentionImpl | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def sink_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_positions: Tensor,
+    inter_sink_bias: Tensor,
+    *,
+    sink_logits: Tensor | None = None,
+    causal: bool = False,
+    seq_lens: Tensor | None = None,
+    padding_side: PaddingSide = "right",
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     return_lse: bool = False,
     max_seqlen: int | None = None,
-    impl: str | None = None,
+    impl: SinkAttentionImpl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with a learned bias between sink tokens:
 
@@ -111,13 +170,12 @@ def sink_attention(
     ):
         _validate_options(padding_side, dropout_p, scale, max_seqlen, cu_seqlens)
     reasons = ops.unsupported_reasons(q.device.type, q, v, padded=seq_lens is not None, dropout_p=dropout_p)
-    impl, backend = parse_implementation(impl)
-    if backend is not None and impl == "correction":
+    name, backend = parse_implementation(impl)
+    if backend is not None and name == "correction":
         check.expect_choice("BACKEND of impl='correction:BACKEND'", backend, tuple(BACKENDS))
-    chosen = select("sink_attention", impl, reasons)
-    if backend is not None and impl != "correction":
-        named = format_implementation(impl, backend)
-        check.expect(False, "impl", "without a backend, but for 'correction'", named)
+    chosen = select("sink_attention", name, reasons)
+    if backend is not None and name != "correction":
+        check.expect(False, "impl", "without a backend, but for 'correction'", impl)
     # C++ checks values itself, and uses its own copies.
     if chosen != "cpu" and validation.values_are_checked(q.device):
         sink_positions, seq_lens, cu_seqlens = _checked(q, sink_positions, seq_lens, cu_seqlens)
@@ -138,7 +196,7 @@ def sink_attention(
             return_lse=return_lse,
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    options = SinkAttentionOptions(causal, padding_side == "left", scale, dropout_p, max_seqlen, impl, backend)
+    options = SinkAttentionOptions(causal, padding_side == "left", scale, dropout_p, max_seqlen, name, backend)
     tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
     seed = draw_dropout_seed(dropout_p, q.device)
     if q is k or k is v or q is v:

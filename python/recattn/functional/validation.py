@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from recattn.ops import index_checks as ops
 
 
 class Indices(NamedTuple):
-    """The index tensors of a call, named as in the public functions."""
+    """The index tensors of a call, named as in the public functions. Any: a tensor where one was given, else None."""
 
-    sink_positions: Tensor | None = None
-    seq_lens: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    target_offsets: Tensor | None = None
-    slots: Tensor | None = None
-    item_ids: Tensor | None = None
+    sink_positions: Any = None
+    seq_lens: Any = None
+    cu_seqlens: Any = None
+    target_offsets: Any = None
+    slots: Any = None
+    item_ids: Any = None
 
 
 def validate(
@@ -104,9 +104,14 @@ def expect_values(holds: Tensor, expected: str, got: Callable[..., object]) -> N
     with `expected` alone when it runs (on a GPU a device-side assertion).
     """
     if torch.compiler.is_compiling():
-        torch._assert_async(holds.all(), expected)
+        assert_on_device(holds.all(), expected)
     elif not bool(holds.all()):
         raise ValueError(f"{expected}, got {got(*torch.nonzero(~holds)[0].tolist())}")
+
+
+def assert_on_device(holds: Tensor, expected: str) -> None:
+    """Raise a RuntimeError with `expected` unless `holds` is True, without a synchronisation and in compiled graphs."""
+    torch._assert_async(holds, expected)  # pyright: ignore[reportPrivateImportUsage] (torch has no public one)
 
 
 def values_are_checked(device: torch.device) -> bool:
@@ -147,5 +152,6 @@ def _checked(
 
 
 def _given(name: str, size: int | None, needed_by: str) -> int:
-    expect(size is not None, name, f"given to check {needed_by}", None)
+    if size is None:
+        raise ValueError(f"{name} must be given to check {needed_by}, got None")
     return size

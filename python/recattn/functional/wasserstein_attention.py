@@ -1,5 +1,7 @@
 """Attention between Gaussians (STOSA, WWW 2022), and its refinement (AWRSR, arXiv 2410.21048)."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from recattn import _check as check
 from recattn import reference
 from recattn._dispatch import select
 from recattn._options import WassersteinAttentionOptions
+from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional.validation import checked_indices
 from recattn.ops import wasserstein_attention as ops
@@ -34,13 +37,13 @@ def wasserstein_attention(
     *,
     w_q: Tensor | None = None,
     w_k: Tensor | None = None,
-    source: str = "logits",
+    source: Source = "logits",
     causal: bool = True,
     seq_lens: Tensor | None = None,
-    padding_side: str = "right",
+    padding_side: PaddingSide = "right",
     dropout_p: float = 0.0,
     scale: float | None = None,
-    impl: str | None = None,
+    impl: WassersteinAttentionImpl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention between Gaussians with diagonal covariances:
 
@@ -90,7 +93,8 @@ def wasserstein_attention(
     gaussians = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
     if autocast_may_be_on() or not _fits(*gaussians, w_q, w_k, seq_lens):
         tensors = _validated(gaussians, w_q, w_k, seq_lens)
-        mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k = (*tensors, None, None)[:8]
+        mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = tensors[:6]
+        w_q, w_k = tensors[6:] or (None, None)
     reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, mean_v, w_q)
     chosen = select("wasserstein_attention", impl, reasons)
     if chosen != "cpu" and seq_lens is not None:  # the CPU implementation checks them itself
@@ -137,11 +141,11 @@ def _validate_options(source, padding_side, dropout_p, scale) -> None:
     check.expect_probability("dropout_p", dropout_p)
 
 
-def _validated(gaussians, w_q, w_k, seq_lens) -> tuple[Tensor, ...]:
+def _validated(gaussians: tuple[Tensor, ...], w_q, w_k, seq_lens) -> tuple[Tensor, ...]:
     """The tensors, cast by autocast; w_q and w_k if there are any."""
     tensors = dict(zip(_GAUSSIANS, gaussians, strict=True))
     if w_q is not None or w_k is not None:
-        tensors |= {"w_q": w_q, "w_k": w_k}
+        tensors |= cast("dict[str, Tensor]", {"w_q": w_q, "w_k": w_k})
     check.expect_tensors(**tensors)
     sizes: dict[str, int] = {}
     for name, x in tensors.items():
@@ -155,9 +159,9 @@ def _validated(gaussians, w_q, w_k, seq_lens) -> tuple[Tensor, ...]:
     if seq_lens is not None:
         check.expect_index(sizes, "seq_lens", seq_lens, "B")
     check.expect_same_device("mean_q", tensors["mean_q"], **tensors, seq_lens=seq_lens)
-    cast = autocast_inputs(*tensors.values())
-    check.expect_same_dtype("mean_q", cast[0], **dict(zip(tensors, cast, strict=True)))
-    return cast
+    autocast = autocast_inputs(*tensors.values())
+    check.expect_same_dtype("mean_q", autocast[0], **dict(zip(tensors, autocast, strict=True)))
+    return autocast
 
 
 def _layout(name: str, x: Tensor) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
+from recattn._typing import PaddingSide
 from recattn.integrations._behaviors import move_to_front
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
@@ -91,14 +92,17 @@ def replace_target_attention(model: nn.Module, max_len: int, rank: int, **option
         ValueError: the model has no such layer, or an option is not supported.
     """
     with importing("FuxiCTR", module="fuxictr", extra="fuxictr"):
-        from fuxictr.pytorch.layers import DIN_Attention, MultiHeadTargetAttention
+        from fuxictr.pytorch.layers import (  # pyright: ignore[reportMissingImports] (not in dev.txt)
+            DIN_Attention,
+            MultiHeadTargetAttention,
+        )
     weight = next(model.parameters(), None)
     own = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
 
-    def replace_din(old: nn.Module, name: str) -> nn.Module:
+    def replace_din(old: Any, name: str) -> nn.Module:
         return LREATargetAttention(old.embedding_dim, max_len, rank, **own, **options).train(old.training)
 
-    def replace_multi_head(old: nn.Module, name: str) -> nn.Module:
+    def replace_multi_head(old: Any, name: str) -> nn.Module:
         heads = {"num_heads": old.num_heads, "head_dim": old.head_dim}
         embed_dim = old.W_q.in_features if old.use_qkvo else old.num_heads * old.head_dim
         heads["out_proj"] = old.W_o if old.use_qkvo else None
@@ -109,7 +113,7 @@ def replace_target_attention(model: nn.Module, max_len: int, rank: int, **option
 
 
 def refine_self_attention(
-    model: nn.Module, max_len: int, *, padding_side: str = "left", **refinement: Any
+    model: nn.Module, max_len: int, *, padding_side: PaddingSide = "left", **refinement: Any
 ) -> PatchHandle:
     """Replace every nn.MultiheadAttention of a FuxiCTR model with a `recattn.nn.RefinedSelfAttention`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,13 +16,13 @@ Factory = Callable[[nn.Module, str], nn.Module | None]
 
 
 class _Replacement(NamedTuple):
-    """`parent.<attribute>`, `name` in the model, was `old` and is now `new`; if `new` is None, `old` was left."""
+    """`parent.<attribute>`, `name` in the model, was `old` and is now the module `new`; None: `old` was left."""
 
     name: str
     parent: nn.Module
     attribute: str
     old: nn.Module
-    new: nn.Module | None
+    new: Any
 
 
 def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | type[nn.Module]]) -> PatchHandle:
@@ -82,7 +82,8 @@ class PatchHandle:
     """
 
     def __init__(self, model: nn.Module, replacements: list[_Replacement], left: list[str]) -> None:
-        self.replaced, self.left = [replacement.name for replacement in replacements], left
+        self.replaced: list[str] = [replacement.name for replacement in replacements]
+        self.left: list[str] = left
         self._new_of = {replacement.old: replacement.new for replacement in replacements}
         self._active = replacements
         self._shared = [pair for old, new in self._new_of.items() for pair in _shared_parameters(old, new)]
@@ -139,9 +140,9 @@ def _factory(value: Factory | type[nn.Module], cross_attentions: set[nn.Module |
 
 def _replace_multihead_attention(
     kind: type[MultiheadProjections],
-    options: Mapping[str, object],
-    cross_attentions: set[nn.Module | None],
-    old: nn.Module,
+    options: Mapping[str, Any],
+    cross_attentions: set[Any],
+    old: Any,
     name: str,
 ) -> nn.Module | None:
     if old in cross_attentions and not kind.cross_attends:
@@ -193,6 +194,7 @@ def _parameter_places(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str]
 def _nesting_encoders(model: nn.Module, parents: set[nn.Module]) -> Iterator[nn.TransformerEncoder]:
     """Encoders that contain one of `parents` and would pass nested tensors to it in inference."""
     for module in model.modules():
-        nests = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
-        if nests and not parents.isdisjoint(module.modules()):
+        if not isinstance(module, nn.TransformerEncoder):
+            continue
+        if module.use_nested_tensor and not parents.isdisjoint(module.modules()):
             yield module

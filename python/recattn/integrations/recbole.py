@@ -1,8 +1,11 @@
 """Refined attention in RecBole's sequential models: SASRec, BERT4Rec and others with its TransformerEncoder."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from recattn._check import expect, expect_choice, expect_same_device, expect_shape, expect_tensors
+from recattn._check import expect_choice, expect_same_device, expect_shape, expect_tensors
+from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
 from recattn.functional.validation import expect_values, values_are_checked
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
@@ -16,7 +19,7 @@ def patch_recbole(
     model: nn.Module,
     *,
     max_len: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> PatchHandle:
     """Replace every recbole.model.layers.MultiHeadAttention in a model with a `RefinedMultiHeadAttention`.
 
@@ -36,10 +39,12 @@ def patch_recbole(
     with importing("RecBole", module="recbole", extra="recbole"):
         from recbole.model.layers import MultiHeadAttention
     max_len = getattr(model, "max_seq_length", None) if max_len is None else max_len
-    expect(max_len is not None, "max_len", "given for a model without max_seq_length", None)
+    if max_len is None:
+        raise ValueError("max_len must be given for a model without max_seq_length, got None")
+    longest = max_len
 
     def refined(old: nn.Module, name: str) -> nn.Module:
-        return RefinedMultiHeadAttention(old, max_len, **options)
+        return RefinedMultiHeadAttention(old, longest, **options)
 
     return patch(model, {MultiHeadAttention: refined})
 
@@ -63,23 +68,26 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: Any,
         max_len: int,
         *,
-        mechanism: str = "simple",
-        source: str = "logits",
+        mechanism: Mechanism = "simple",
+        source: Source = "logits",
         rank: int | None = None,
         per_head: bool = False,
-        padding_side: str = "right",
-        impl: str | None = None,
+        padding_side: PaddingSide = "right",
+        impl: RefinedAttentionImpl | None = None,
     ) -> None:
         super().__init__()
         expect_choice("padding_side", padding_side, ("right", "left"))
-        self.num_heads, self.padding_side, self.impl = attention.num_attention_heads, padding_side, impl
+        self.num_heads: int = attention.num_attention_heads
+        self.padding_side: PaddingSide = padding_side
+        self.impl: RefinedAttentionImpl | None = impl
         self.query, self.key, self.value = attention.query, attention.key, attention.value
-        self.attn_dropout, self.dense = attention.attn_dropout, attention.dense
+        self.attn_dropout: nn.Dropout = attention.attn_dropout
+        self.dense: nn.Linear = attention.dense
         self.out_dropout, self.LayerNorm = attention.out_dropout, attention.LayerNorm
-        refinement = {"mechanism": mechanism, "source": source, "rank": rank, "per_head": per_head}
+        refinement: dict[str, Any] = {"mechanism": mechanism, "source": source, "rank": rank, "per_head": per_head}
         weight = attention.dense.weight
         self._add_refinement(self.num_heads, max_len, **refinement, device=weight.device, dtype=weight.dtype)
         self._reset_refinement()
@@ -101,8 +109,8 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         expect_tensors(input_tensor=input_tensor)
         expect_shape({"E": self.dense.in_features}, "input_tensor", input_tensor, "B N E")
         masks = read_attention_mask(attention_mask, input_tensor, self.padding_side)
-        shape, device = input_tensor.shape[:2], input_tensor.device
-        valid = valid_tokens(*shape, masks["seq_lens"], self.padding_side, device)
+        batch, length, _ = input_tensor.shape
+        valid = valid_tokens(batch, length, masks["seq_lens"], self.padding_side, input_tensor.device)
         input_tensor = input_tensor.where(valid[..., None], 0)  # NaN would reach gradients, also through the residual
         q, k, v = (self._split_heads(project(input_tensor)) for project in (self.query, self.key, self.value))
         dropout_p = self.attn_dropout.p if self.training else 0.0
@@ -121,7 +129,7 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def read_attention_mask(attention_mask: Tensor, x: Tensor, padding_side: str) -> dict[str, object]:
+def read_attention_mask(attention_mask: Tensor, x: Tensor, padding_side: PaddingSide) -> dict[str, Any]:
     """RecBole's mask over the tokens x [B, N, E] as the arguments `causal`, `seq_lens` and `padding_side`."""
     batch, length, _ = x.shape
     expect_tensors(attention_mask=attention_mask)

@@ -11,7 +11,9 @@ from recattn.integrations.patching import patch
 from recattn.nn import RefinedSelfAttention
 
 with importing("RecTools", module="rectools", extra="rectools"):
-    from rectools.models.nn.transformers.sasrec import SASRecTransformerLayers
+    from rectools.models.nn.transformers.sasrec import (  # pyright: ignore[reportMissingImports] (not in dev.txt)
+        SASRecTransformerLayers,
+    )
 
 
 class RefinedSASRecLayers(SASRecTransformerLayers):

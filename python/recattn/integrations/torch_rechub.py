@@ -1,5 +1,7 @@
 """LREA as a replacement for the activation units of torch-rechub's DIN."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_shape, expect_tensors
@@ -24,7 +26,7 @@ class LREAActivationUnit(nn.Module):
         rank, options: as in `recattn.nn.LREA`; num_heads · head_dim must be D.
     """
 
-    def __init__(self, embed_dim: int, max_len: int, rank: int, **options: object) -> None:
+    def __init__(self, embed_dim: int, max_len: int, rank: int, **options: Any) -> None:
         super().__init__()
         self.lrea = LREA(embed_dim, max_len, rank, **options)
         width = self.lrea.num_heads * self.lrea.head_dim
@@ -54,7 +56,7 @@ def without_padding(history: Tensor) -> tuple[Tensor, Tensor]:
     return move_to_front(history, (history != 0).any(dim=-1))
 
 
-def replace_attention(model: nn.Module, max_len: int, rank: int, **options: object) -> PatchHandle:
+def replace_attention(model: nn.Module, max_len: int, rank: int, **options: Any) -> PatchHandle:
     """Replace every ActivationUnit of a torch-rechub model with an `LREAActivationUnit`.
 
     Call it before building the optimizer: an existing one does not know the new parameters, `handle.added_parameters`.
@@ -74,7 +76,7 @@ def replace_attention(model: nn.Module, max_len: int, rank: int, **options: obje
     with importing("torch-rechub", module="torch_rechub", extra="torch-rechub"):
         from torch_rechub.models.ranking.din import ActivationUnit
 
-    def replacement(unit: nn.Module, name: str) -> LREAActivationUnit:
+    def replacement(unit: Any, name: str) -> LREAActivationUnit:
         weight = next(unit.parameters())
         own = {"device": weight.device, "dtype": weight.dtype}
         return LREAActivationUnit(unit.emb_dim, max_len, rank, **own, **options).train(unit.training)

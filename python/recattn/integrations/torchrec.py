@@ -144,7 +144,7 @@ class JaggedSinkAttention(nn.Module):
         lengths, offsets = sequences.lengths(), sequences.offsets()
         projected = F.linear(values, own.in_proj_weight, own.in_proj_bias).split(own._widths, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, own.head_dim)) for x in projected)  # [T, H, D]
-        if not given:
+        if sink_positions is None or inter_sink_bias is None:
             sink_positions, inter_sink_bias = lengths.new_empty(len(lengths), 0), q.new_empty(len(lengths), 1, 0, 0)
         heads = functional.sink_attention(
             q,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from recattn._check import expect, expect_dtype, expect_shape, expect_tensors
 from recattn._dispatch import is_transformed
+from recattn._typing import PaddingSide
 from recattn.functional.validation import expect_values, values_are_checked
 from recattn.reference.sink_attention import valid_tokens
 
@@ -20,7 +21,7 @@ def read_padding_mask(key_padding_mask: Tensor, batch: int, length: int) -> Tens
     return _to_bool("key_padding_mask", key_padding_mask)
 
 
-def read_seq_lens(key_padding_mask: Tensor, batch: int, length: int, padding_side: str) -> Tensor:
+def read_seq_lens(key_padding_mask: Tensor, batch: int, length: int, padding_side: PaddingSide) -> Tensor:
     """The valid tokens per sequence, [B], from a padding mask [B, N], True (or -inf) at padding.
 
     All padding must be on `padding_side`.
@@ -101,7 +102,7 @@ def make_sink_mask(sink_positions: Tensor, length: int) -> Tensor:
     return mask.scatter(1, index, True)[:, :length]
 
 
-def read_mask(sizes: dict[str, int], name: str, mask: object, layout: str) -> Tensor:
+def read_mask(sizes: dict[str, int], name: str, mask: Tensor, layout: str) -> Tensor:
     """The mask as bool, from bool or from integers 0 and 1."""
     expect_tensors(**{name: mask})
     expect_shape(sizes, name, mask, layout)

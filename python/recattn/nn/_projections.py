@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import expect, expect_index, expect_same_device, expect_shape, expect_tensors
+from recattn._typing import PaddingSide, RefinedAttentionImpl, SinkAttentionImpl
 from recattn.nn._constructor_checks import expect_attention_options, expect_heads
 from recattn.nn._masks import is_causal_mask, read_seq_lens, zero_padding
 from recattn.reference.sink_attention import valid_tokens
@@ -36,8 +37,8 @@ class MultiheadProjections(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         batch_first: bool = True,
-        padding_side: str = "right",
-        impl: str | None = None,
+        padding_side: PaddingSide = "right",
+        impl: SinkAttentionImpl | RefinedAttentionImpl | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -49,7 +50,9 @@ class MultiheadProjections(nn.Module):
         expect_attention_options(dropout, padding_side)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
-        self.dropout, self.batch_first, self.padding_side, self.impl = dropout, batch_first, padding_side, impl
+        self.dropout, self.batch_first = dropout, batch_first
+        self.padding_side: PaddingSide = padding_side
+        self.impl: Any = impl  # of the operator of a subclass
 
         options = {"device": device, "dtype": dtype}
         rows = sum(self._widths)
@@ -113,7 +116,9 @@ class MultiheadProjections(nn.Module):
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def _expect_inputs(self, query: Tensor, key: Tensor, value: Tensor, same_tokens: bool = True) -> tuple[int, ...]:
+    def _expect_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor, same_tokens: bool = True
+    ) -> tuple[int, int, int]:
         """Check the inputs; return B, the number of queries and of keys. With `same_tokens` both must be equal."""
         dense = "a dense tensor (nn.TransformerEncoder: set use_nested_tensor to False)"
         expect(not (isinstance(query, Tensor) and query.is_nested), "query", dense, "a nested one")
@@ -144,16 +149,21 @@ class MultiheadProjections(nn.Module):
         causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, length, length))
         return {"causal": causal, "seq_lens": seq_lens, "padding_side": self.padding_side}
 
-    def _zero_own_padding(self, masks: dict[str, Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _zero_own_padding(
+        self, masks: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs of a self-attention, with zeros at padding."""
         seq_lens = masks["seq_lens"]
         if seq_lens is None or not torch.is_grad_enabled():  # padding matters only to the gradients of the projections
-            return inputs
-        batch, length = inputs[0].shape[:2] if self.batch_first else inputs[0].shape[1::-1]
-        return self._zero_padding(valid_tokens(batch, length, seq_lens, self.padding_side, seq_lens.device), *inputs)
+            return query, key, value
+        batch, length = query.shape[:2] if self.batch_first else query.shape[1::-1]
+        valid = valid_tokens(batch, length, seq_lens, self.padding_side, seq_lens.device)
+        query, key, value = zero_padding(self._like_inputs(valid), query, key, value)
+        return query, key, value
 
-    def _zero_padding(self, valid: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return zero_padding(valid if self.batch_first else valid.T, *inputs)
+    def _like_inputs(self, valid: Tensor) -> Tensor:
+        """A mask [B, N] in the layout of the inputs."""
+        return valid if self.batch_first else valid.T
 
     @staticmethod
     def _read_cross_masks(
@@ -168,7 +178,7 @@ class MultiheadProjections(nn.Module):
             visible = visible & visible.new_ones(queries, keys).tril()
         return {"attn_mask": visible}
 
-    def _project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, projected and split into heads [B, H, N, D].
 
         Inputs that are the same tensor share one matmul: all three, or key and value as in SASRec.
@@ -183,7 +193,8 @@ class MultiheadProjections(nn.Module):
             q_bias, kv_bias = (None, None) if bias is None else (bias[:e], bias[e:])
             keys_and_values = F.linear(key, weight[e:], kv_bias).split(widths[1:], dim=-1)
             projected = F.linear(query, weight[:e], q_bias), *keys_and_values
-        return tuple(map(self._split_heads, projected))
+        q, k, v = map(self._split_heads, projected)
+        return q, k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[B, N, H·D] or [N, B, H·D] -> [B, H, N, D], a view."""

@@ -1,10 +1,13 @@
 """The learned matrices of `refined_attention`, as a mixin for modules."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from recattn import reference
 from recattn._check import expect, expect_choice
+from recattn._typing import Mechanism, RefinedAttentionImpl, Source
 from recattn.functional import refined_attention
 from recattn.functional._autocast import autocast_inputs
 from recattn.nn._constructor_checks import expect_positive
@@ -19,8 +22,8 @@ class Refinement:
         num_heads: int,
         max_len: int,
         *,
-        mechanism: str,
-        source: str,
+        mechanism: Mechanism,
+        source: Source,
         rank: int | None,
         per_head: bool,
         device: torch.device | str | None,
@@ -33,7 +36,8 @@ class Refinement:
         rank = max_len if rank is None else rank
         expect_positive(rank=rank)
         self.max_len, self.rank, self.per_head = max_len, rank, per_head
-        self.mechanism, self.source = mechanism, source
+        self.mechanism: Mechanism = mechanism
+        self.source: Source = source
 
         options = {"device": device, "dtype": dtype}
         heads = (num_heads,) if per_head else ()
@@ -53,18 +57,24 @@ class Refinement:
             nn.init.normal_(matrix, std=std)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, object], dropout_p: float, impl: str | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        masks: dict[str, Any],
+        dropout_p: float,
+        impl: RefinedAttentionImpl | None,
     ) -> Tensor:
         options = {**self._mechanism_options, **masks, "dropout_p": dropout_p, "impl": impl}
         return refined_attention(q, k, v, *self._matrices(), **options)
 
-    def _attention_weights(self, q: Tensor, k: Tensor, masks: dict[str, object]) -> Tensor:
+    def _attention_weights(self, q: Tensor, k: Tensor, masks: dict[str, Any]) -> Tensor:
         """softmax(mask(M)), [B, H, N, N], before dropout."""
         q, k, *matrices = autocast_inputs(q, k, *self._matrices())
         return reference.refined_attention(q, k, identity_values(k), *matrices, **self._mechanism_options, **masks)
 
     @property
-    def _mechanism_options(self) -> dict[str, str]:
+    def _mechanism_options(self) -> dict[str, Any]:
         return {"mechanism": self.mechanism, "source": self.source}
 
     def _matrices(self) -> list[Tensor]:

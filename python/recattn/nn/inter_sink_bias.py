@@ -12,6 +12,7 @@ from recattn._check import (
     expect_shape,
     expect_tensors,
 )
+from recattn._typing import InterSinkBiasImpl
 from recattn.functional import inter_sink_bias
 from recattn.functional.inter_sink_bias import expect_sink_mask
 from recattn.functional.validation import checked_indices
@@ -46,7 +47,7 @@ class InterSinkBias(nn.Module):
         dropout: float = 0.0,
         bias_scale: float = 1.0,
         causal: bool = False,
-        impl: str | None = None,
+        impl: InterSinkBiasImpl | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -55,7 +56,8 @@ class InterSinkBias(nn.Module):
         expect_probability("dropout", dropout)
         expect_numbers(bias_scale=bias_scale)
         self.hidden_size, self.num_heads = hidden_size, num_heads
-        self.dropout, self.bias_scale, self.causal, self.impl = dropout, bias_scale, causal, impl
+        self.dropout, self.bias_scale, self.causal = dropout, bias_scale, causal
+        self.impl: InterSinkBiasImpl | None = impl
         options = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(hidden_size, **options)
         self.query_proj = nn.Linear(hidden_size, hidden_size, **options)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from recattn._check import (
     expect_shape,
     expect_tensors,
 )
+from recattn._typing import LreaImpl, Orientation
 from recattn.functional._autocast import autocast_inputs, without_autocast
 from recattn.nn._constructor_checks import expect_positive
 from recattn.nn.lrea_fidelity import Fidelity, Score, are_finite, measure_fidelity
@@ -74,8 +75,8 @@ class LREA(nn.Module):
         target_dim: int | None = None,
         head_dim: int | None = None,
         negative_slope: float = 0.01,
-        orientation: str = "scores",
-        impl: str | None = None,
+        orientation: Orientation = "scores",
+        impl: LreaImpl | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -93,7 +94,9 @@ class LREA(nn.Module):
         expect_positive(head_dim=head_dim, target_dim=target_dim)
         self.embed_dim, self.max_len, self.rank, self.num_heads = embed_dim, max_len, rank, num_heads
         self.target_dim, self.head_dim = target_dim, head_dim
-        self.negative_slope, self.orientation, self.impl = negative_slope, orientation, impl
+        self.negative_slope = negative_slope
+        self.orientation: Orientation = orientation
+        self.impl: Any = impl  # not all operators have it
 
         options = {"device": device, "dtype": dtype}
         self.w_comp = nn.Parameter(torch.empty(max_len, rank, **options))
@@ -154,12 +157,14 @@ class LREA(nn.Module):
         Raises:
             ValueError: a shape, dtype or device does not match; on a CPU also offsets or lengths out of range.
         """
-        expect(behaviors is not None or compressed is not None, "behaviors", "given where compressed is not", None)
         if compressed is None:
+            if behaviors is None:
+                raise ValueError("behaviors must be given where compressed is not, got None")
             compressed = self.compress(behaviors, seq_lens)
+        w_decomp = self.w_decomp
         # With lengths no column beyond them is read, and slicing would make L static in a compiled graph.
-        cut = behaviors is not None and seq_lens is None
-        w_decomp = self.w_decomp[:, : behaviors.shape[1]] if cut else self.w_decomp
+        if behaviors is not None and seq_lens is None:
+            w_decomp = w_decomp[:, : behaviors.shape[1]]
         expect_tensors(targets=targets, compressed=compressed)
         sizes = {"rank": self.rank, "embed_dim": self.embed_dim}
         expect_shape(sizes, "compressed", compressed, "U rank embed_dim")

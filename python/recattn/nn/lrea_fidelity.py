@@ -56,7 +56,7 @@ def measure_fidelity(
         restored = module(targets, behaviors, target_offsets, seq_lens=seq_lens)
         state = module.export_state(behaviors, seq_lens, dtype=dtype)
         absorbed = module.attend(targets, state, target_offsets=target_offsets)
-        scores = [score(outputs, targets) for outputs in (absorbed, restored)]
+        scores = score(absorbed, targets), score(restored, targets)
         for given in scores:
             expect_shape({"T": len(targets)}, "score(outputs, targets)", given, "T")
         report.append(
@@ -98,7 +98,8 @@ def _rarest_and_commonest(behaviors: Tensor, lengths: Tensor) -> tuple[Tensor, T
     padding = torch.arange(behaviors.shape[1], device=behaviors.device) >= lengths[:, None]  # [U, L]
     history = behaviors.double().masked_fill(padding[..., None], 0)
     similarity = F.cosine_similarity(history, history.sum(1, keepdim=True), dim=-1)
-    return tuple(similarity.masked_fill(padding, sign * math.inf).mul(sign).argmin(1) for sign in (1, -1))
+    rarest, commonest = (similarity.masked_fill(padding, sign * math.inf).mul(sign).argmin(1) for sign in (1, -1))
+    return rarest, commonest
 
 
 def _expect_in_history(rare: Tensor, lengths: Tensor) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from recattn._check import expect
+from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
 from recattn.nn._projections import MultiheadProjections
 from recattn.nn._refinement import Refinement
 
@@ -43,12 +44,12 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
         dropout: float = 0.0,
         bias: bool = True,
         batch_first: bool = True,
-        mechanism: str = "simple",
-        source: str = "logits",
+        mechanism: Mechanism = "simple",
+        source: Source = "logits",
         rank: int | None = None,
         per_head: bool = False,
-        padding_side: str = "left",
-        impl: str | None = None,
+        padding_side: PaddingSide = "left",
+        impl: RefinedAttentionImpl | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

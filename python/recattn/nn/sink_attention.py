@@ -1,6 +1,7 @@
 """Attention with a bias between sink tokens (CTR-Sink), as a replacement for nn.MultiheadAttention."""
 
 import functools
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -8,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 from recattn import reference
 from recattn._check import expect
 from recattn.functional import sink_attention
-from recattn.nn._masks import read_padding_mask
+from recattn.nn._masks import read_padding_mask, zero_padding
 from recattn.nn._projections import MultiheadProjections, identity_values
 from recattn.ops.sink_attention import no_sinks
 
@@ -90,13 +91,13 @@ class SinkAttention(MultiheadProjections):
             valid = None if key_padding_mask is None else ~read_padding_mask(key_padding_mask, batch, keys)
             masks = self._read_cross_masks(queries, keys, valid, attn_mask, is_causal)
             if valid is not None:
-                key, value = self._zero_padding(valid, key, value)
+                key, value = zero_padding(self._like_inputs(valid), key, value)
             return self._cross_attend(
                 *self._project_inputs(query, key, value), masks, need_weights, average_attn_weights
             )
         masks = self._read_masks(batch, queries, key_padding_mask, attn_mask, is_causal, seq_lens)
         q, k, v = self._project_inputs(*self._zero_own_padding(masks, query, key, value))
-        if not given:
+        if sink_positions is None or inter_sink_bias is None:
             sink_positions, inter_sink_bias = no_sinks(q)
         heads = sink_attention(
             q, k, v, sink_positions, inter_sink_bias, **masks, dropout_p=self._dropout_p, impl=self.impl
@@ -108,7 +109,7 @@ class SinkAttention(MultiheadProjections):
         return out, weights.mean(dim=1) if average_attn_weights else weights
 
     def _cross_attend(
-        self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, object], need_weights: bool, average: bool
+        self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Any], need_weights: bool, average: bool
     ) -> tuple[Tensor, Tensor | None]:
         """PyTorch's attention: the operators need the same length and padding for queries and keys."""
         if self.impl is not None:

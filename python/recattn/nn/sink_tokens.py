@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._gather import gather_rows
+from recattn._typing import PaddingSide, Signal
 from recattn.functional.validation import checked_indices, expect_values, values_are_checked
 from recattn.nn._constructor_checks import expect_positive
 from recattn.nn._masks import read_mask
@@ -29,7 +30,7 @@ from recattn.reference.sink_attention import valid_tokens
 
 TokenIds = Sequence[int] | Tensor
 TEN_YEARS = 10 * 365 * 24 * 3600
-TABLES = {
+TABLES: dict[Signal, tuple[str, ...]] = {
     "temporal": ("temporal",),
     "similarity": ("similarity",),
     "both": ("temporal", "similarity"),
@@ -84,7 +85,7 @@ class SinkTokenEmbedding(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        signal: str = "temporal",
+        signal: Signal = "temporal",
         *,
         num_ids: int = 100,
         embedding_dim: int = 256,
@@ -111,7 +112,7 @@ class SinkTokenEmbedding(nn.Module):
     def reset_parameters(self) -> None:
         """The defaults of nn.Embedding and nn.Linear."""
         for module in (*self.tables.values(), *self.mlp):
-            if not isinstance(module, nn.GELU):
+            if isinstance(module, nn.Embedding | nn.Linear):
                 module.reset_parameters()
 
     def forward(self, *ids: Tensor) -> Tensor:
@@ -130,10 +131,11 @@ class SinkTokenEmbedding(nn.Module):
         expected = f"one tensor for each signal, {' and '.join(self.tables)}"
         expect(len(ids) == len(self.tables), "ids", expected, f"{len(ids)} tensors")
         sizes: dict[str, int] = {}
+        tables = cast("list[_Table]", [*self.tables.values()])
         for name, x in zip(self.tables, ids, strict=True):
             expect_index(sizes, f"{name} ids", x, "B M")
-            expect_same_device("the parameters", self.mlp[0].weight, **{f"{name} ids": x})
-        rows = [table(x.clamp(0, table.num_embeddings - 1)) for table, x in zip(self.tables.values(), ids, strict=True)]
+            expect_same_device("the parameters", tables[0].weight, **{f"{name} ids": x})
+        rows = [table(x.clamp(0, table.num_embeddings - 1)) for table, x in zip(tables, ids, strict=True)]
         padding = (torch.stack(ids) < 0).any(dim=0)
         return self.mlp(sum(rows)).masked_fill(padding[..., None], 0)
 
@@ -243,7 +245,7 @@ def insert_sinks(
     suffix_ids: TokenIds | Sequence[TokenIds] = (),
     after_last: bool = False,
     max_length: int | None = None,
-    padding_side: str = "right",
+    padding_side: PaddingSide = "right",
     device: torch.device | str | None = None,
 ) -> SinkTokens:
     """The token ids of a batch of histories, with a sink after each behaviour except the last:
@@ -294,9 +296,10 @@ def insert_sinks(
         followed.append(torch.arange(first, first + len(sinks)))
     lengths = torch.tensor([len(row) for row in rows])
     input_ids = pad_sequence(rows, True, pad_token_id, padding_side)
-    valid = valid_tokens(*input_ids.shape, lengths, padding_side, input_ids.device)
+    batch, longest = input_ids.shape
+    valid = valid_tokens(batch, longest, lengths, padding_side, input_ids.device)
     if padding_side == "left":
-        positions = [p + input_ids.shape[1] - n for p, n in zip(positions, lengths, strict=True)]
+        positions = [p + longest - n for p, n in zip(positions, lengths, strict=True)]
     padded = (pad_sequence(x, True, -1) for x in (positions, followed))
     return SinkTokens(*(x.to(device=device) for x in (input_ids, valid.long(), *padded)))
 
@@ -307,7 +310,7 @@ def insert_sink_embeddings(
     lengths: Tensor | None = None,
     *,
     after_last: bool = False,
-    padding_side: str = "right",
+    padding_side: PaddingSide = "right",
 ) -> SinkEmbeddings:
     """Insert the embedding of a sink after each behaviour vector except the last; differentiable:
 
@@ -424,7 +427,7 @@ def _bucket_ids(fraction: Tensor, num_ids: int, valid: Tensor) -> Tensor:
     return (fraction * (num_ids - 1)).floor().long().masked_fill(~valid, -1)
 
 
-def _token_ids(name: str, ids: TokenIds) -> list[int]:
+def _token_ids(name: str, ids: Any) -> list[int]:
     expected = "a list or 1-D tensor of token ids"
     if isinstance(ids, Tensor):
         integers = not ids.is_floating_point() and ids.dtype != torch.bool

@@ -1,11 +1,12 @@
 """CTR-Sink's training in two stages (arXiv 2508.03668): the pooling and its schedule."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_choice, expect_index, expect_same_device, expect_shape, expect_tensors
+from recattn._typing import Stage
 from recattn.functional.validation import checked_indices
 from recattn.nn._masks import make_sink_mask, read_mask
 
@@ -25,19 +26,19 @@ class SinkPooling(nn.Module):
     tokens gives 0. The module has no parameters. Its stage is not in the state dict but in that of `TwoStageSchedule`.
     """
 
-    def __init__(self, stage: str = "tokens") -> None:
+    def __init__(self, stage: Stage = "tokens") -> None:
         super().__init__()
         self.stage = stage
 
     @property
-    def stage(self) -> str:
+    def stage(self) -> Stage:
         """The stage in training mode, "sinks" or "tokens"."""
         return self._stage
 
     @stage.setter
-    def stage(self, stage: str) -> None:
+    def stage(self, stage: Stage) -> None:
         expect_choice("stage", stage, STAGES)
-        self._stage = stage
+        self._stage: Stage = stage
 
     def forward(
         self,
@@ -45,7 +46,7 @@ class SinkPooling(nn.Module):
         attention_mask: Tensor | None = None,
         sink_positions: Tensor | None = None,
         *,
-        stage: str | None = None,
+        stage: Stage | None = None,
     ) -> Tensor:
         """
         Args:
@@ -74,10 +75,11 @@ class SinkPooling(nn.Module):
         else:
             pooled = read_mask(sizes, "attention_mask", attention_mask, "B N")
         if stage == "sinks":
-            expect(sink_positions is not None, "sink_positions", "given to pool the sinks", None)
+            if sink_positions is None:
+                raise ValueError("sink_positions must be given to pool the sinks, got None")
             expect_index(sizes, "sink_positions", sink_positions, "B M")
-            sink_positions = checked_indices(device, sink_positions=sink_positions, seq_len=n).sink_positions
-            sinks = make_sink_mask(sink_positions, n) & pooled
+            indices = checked_indices(device, sink_positions=sink_positions, seq_len=n)
+            sinks = make_sink_mask(indices.sink_positions, n) & pooled
             pooled = torch.where(sinks.any(dim=1, keepdim=True), sinks, pooled)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         total = hidden_states.masked_fill(~pooled[..., None], 0).sum(dim=1, dtype=dtype)
@@ -104,12 +106,13 @@ class TwoStageSchedule:
         one = "given without the other of sink_epochs and sink_steps"
         expect((sink_epochs is None) != (sink_steps is None), "sink_epochs", one, (sink_epochs, sink_steps))
         self.pooling = pooling
-        self.unit, self.switch_at = ("step", sink_steps) if sink_epochs is None else ("epoch", sink_epochs)
+        self.unit = "step" if sink_epochs is None else "epoch"
+        self.switch_at: Any = sink_steps if sink_epochs is None else sink_epochs  # an int, as one of them is given
         expect(self.switch_at >= 0, f"sink_{self.unit}s", "at least 0", self.switch_at)
         self._set_count(0)
 
     @property
-    def stage(self) -> str:
+    def stage(self) -> Stage:
         return self.pooling.stage
 
     def start_epoch(self, epoch: int) -> None:

@@ -1,6 +1,7 @@
 """STOSA's self-attention between Gaussians (WWW 2022), refined as AWRSR (arXiv 2410.21048) refines attention."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
 from recattn._check import expect_choice, expect_index, expect_same_device, expect_shape, expect_tensors
+from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
 from recattn.nn._constructor_checks import expect_attention_options, expect_heads, expect_positive
@@ -49,12 +51,12 @@ class StochasticRefinedSelfAttention(nn.Module):
         *,
         rank: int | None = None,
         refine: bool = True,
-        source: str = "logits",
+        source: Source = "logits",
         dropout: float = 0.0,
         causal: bool = True,
-        padding_side: str = "left",
+        padding_side: PaddingSide = "left",
         bias: bool = True,
-        impl: str | None = None,
+        impl: WassersteinAttentionImpl | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,8 +67,10 @@ class StochasticRefinedSelfAttention(nn.Module):
         rank = max_len if rank is None else rank
         expect_positive(max_len=max_len, rank=rank)
         self.embed_dim, self.num_heads, self.max_len, self.rank = embed_dim, num_heads, max_len, rank
-        self.refine, self.source, self.dropout, self.causal = refine, source, dropout, causal
-        self.padding_side, self.impl = padding_side, impl
+        self.refine, self.dropout, self.causal = refine, dropout, causal
+        self.source: Source = source
+        self.padding_side: PaddingSide = padding_side
+        self.impl: WassersteinAttentionImpl | None = impl
 
         options = {"device": device, "dtype": dtype}
         # The rows of W_q, W_k and W_v, one below the other.
@@ -89,7 +93,7 @@ class StochasticRefinedSelfAttention(nn.Module):
             module.reset_parameters()
         if self.refine:
             squares = self.max_len * self.embed_dim // self.num_heads if self.source == "logits" else 1
-            for matrix in (self.w_q, self.w_k):
+            for matrix in self._matrices():
                 nn.init.normal_(matrix, std=(math.sqrt(self.rank) * squares) ** -0.5)
 
     def forward(
@@ -121,10 +125,9 @@ class StochasticRefinedSelfAttention(nn.Module):
             )
         means = self._split_heads(self.mean_in_proj(mean))
         covs = [F.elu(x) + 1 for x in self._split_heads(self.cov_in_proj(cov))]
-        mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, *matrices = autocast_inputs(
-            *(x for pair in zip(means, covs, strict=True) for x in pair), *self._matrices()
-        )
-        options = {
+        tensors = [*(x for pair in zip(means, covs, strict=True) for x in pair), *self._matrices()]
+        mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, *matrices = autocast_inputs(*tensors)
+        options: dict[str, Any] = {
             **dict(zip(("w_q", "w_k"), matrices, strict=False)),
             "source": self.source,
             "causal": self.causal,
@@ -132,14 +135,15 @@ class StochasticRefinedSelfAttention(nn.Module):
             "padding_side": self.padding_side,
         }
         dropout_p = self.dropout if self.training else 0.0
-        gaussians = mean_q, cov_q, mean_k, cov_k
-        mean, cov = wasserstein_attention(*gaussians, mean_v, cov_v, **options, dropout_p=dropout_p, impl=self.impl)
+        mean, cov = wasserstein_attention(
+            mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, **options, dropout_p=dropout_p, impl=self.impl
+        )
         mean, cov = self.mean_out_proj(self._merge_heads(mean)), self.cov_out_proj(self._merge_heads(cov))
         if not need_weights:
             return mean, cov
         n = sizes["N"]
         identity = torch.eye(n, dtype=mean_q.dtype, device=mean_q.device).expand(*mean_q.shape[:2], n, n)
-        weights, _ = reference.wasserstein_attention(*gaussians, identity, identity, **options)
+        weights, _ = reference.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, identity, identity, **options)
         return mean, cov, weights
 
     def extra_repr(self) -> str:
@@ -158,4 +162,4 @@ class StochasticRefinedSelfAttention(nn.Module):
         return x.transpose(1, 2).flatten(-2)
 
     def _matrices(self) -> list[Tensor]:
-        return [self.w_q, self.w_k] if self.refine else []
+        return [w for w in (self.w_q, self.w_k) if w is not None]

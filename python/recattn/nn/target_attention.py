@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from recattn._check import (
     expect_tensors,
 )
 from recattn._gather import gather_rows
+from recattn._typing import Pooling
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional.validation import checked_indices
 from recattn.nn._constructor_checks import expect_positive
@@ -50,7 +52,7 @@ class TargetAttention(nn.Module):
         embed_dim: int,
         hidden: Sequence[int] = (36,),
         *,
-        pooling: str = "sum",
+        pooling: Pooling = "sum",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,7 +61,8 @@ class TargetAttention(nn.Module):
         are_widths = isinstance(hidden, Sequence) and len(hidden) > 0 and min(hidden) > 0
         expect(are_widths, "hidden", "a sequence of widths, each at least 1, of one or more layers", hidden)
         expect_choice("pooling", pooling, ("sum", "mean", "softmax"))
-        self.embed_dim, self.hidden, self.pooling = embed_dim, tuple(hidden), pooling
+        self.embed_dim, self.hidden = embed_dim, tuple(hidden)
+        self.pooling: Pooling = pooling
 
         options = {"device": device, "dtype": dtype}
         widths = pairwise((4 * embed_dim, *hidden, 1))
@@ -121,7 +124,7 @@ class TargetAttention(nn.Module):
         if seq_lens is not None:
             expect_index(sizes, "seq_lens", seq_lens, "U")
         others = {"targets": targets, "behaviors": behaviors, "target_offsets": target_offsets, "seq_lens": seq_lens}
-        expect_same_device("the parameters", self.layers[0].weight, **others)
+        expect_same_device("the parameters", self._layer(0).weight, **others)
         indices = checked_indices(
             behaviors.device,
             target_offsets=target_offsets,
@@ -158,8 +161,11 @@ class TargetAttention(nn.Module):
         shape = x.shape[:-1]  # [U, L, n], x [U, L, n, units]
         x = x.flatten(0, -2)
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
-            x = layer(F.prelu(x, activation.weight.to(x.dtype)))
+            x = layer(F.prelu(x, cast("nn.PReLU", activation).weight.to(x.dtype)))
         return x.view(shape)
 
     def _first_layer(self) -> tuple[Tensor, Tensor]:
-        return autocast_inputs(self.layers[0].weight, self.layers[0].bias)
+        return autocast_inputs(self._layer(0).weight, self._layer(0).bias)
+
+    def _layer(self, index: int) -> nn.Linear:
+        return cast("nn.Linear", self.layers[index])

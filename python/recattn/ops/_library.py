@@ -8,6 +8,7 @@ from torch import Tensor
 
 import recattn._extension  # noqa: F401  (registers the compiled operators)
 from recattn import _native
+from recattn._typing import as_many
 
 _LIBRARY = torch.library.Library("recattn", "FRAGMENT")
 
@@ -68,7 +69,8 @@ def apply(function: type[torch.autograd.Function], *args):
     if is_traced(*args) or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if _native.needs_autograd(args):
-        return super(torch.autograd.Function, function).apply(*args)  # without the checks for torch.func
+        # Without the checks for torch.func, in a base class that torch has no stub for.
+        return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
     if not torch.is_grad_enabled():
         return function.forward(_UNRECORDED, *args)
     with torch.no_grad():
@@ -167,8 +169,9 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def distinct(*tensors: Tensor) -> list[Tensor]:
+@as_many
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, repeated ones as views: torch.compile refuses an autograd.Function with a repeated input."""
     if not torch.compiler.is_compiling() and len(set(map(id, tensors))) == len(tensors):
-        return list(tensors)
-    return [x.view_as(x) if any(x is earlier for earlier in tensors[:i]) else x for i, x in enumerate(tensors)]
+        return tensors
+    return (*(x.view_as(x) if any(x is earlier for earlier in tensors[:i]) else x for i, x in enumerate(tensors)),)

@@ -11,7 +11,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def replayed(function: Callable) -> Callable:
             return plans.record(function, args)
         return function(*args)
 
-    replaying.known = known
+    vars(replaying)["known"] = known
     return replaying
 
 
@@ -75,8 +75,8 @@ class Expression(NamedTuple):
     """An integer made of sizes and strides."""
 
     operation: str  # s(ize), (s)t(ride), n(umel) of slot a along axis b, or + - * / % b(it length) < for <<
-    a: object
-    b: object
+    a: Any
+    b: Any
 
 
 class Integer(NamedTuple):
@@ -145,14 +145,14 @@ class _Recorder(TorchFunctionMode):
         """Whether this thread records."""
         return cls.active is not None and cls.active.thread == threading.get_ident()
 
-    def take_inputs(self, value: object) -> object:
+    def take_inputs(self, value: Any) -> Any:
         """The arguments, each tensor as an alias of its own: one that is given twice counts as two."""
         with torch._C.DisableTorchFunction():
             inputs = self._aliases(value)
         self.num_inputs = self.num_slots
         return inputs
 
-    def _aliases(self, value: object) -> object:
+    def _aliases(self, value: Any) -> Any:
         if isinstance(value, tuple):
             return _rebuilt(value, [self._aliases(field) for field in value])
         if not isinstance(value, Tensor):
@@ -166,7 +166,7 @@ class _Recorder(TorchFunctionMode):
         self.num_slots += 1
         self.kept.append(tensor)
 
-    def guard(self, a: object, relation: str, b: object, outcome: bool) -> bool:
+    def guard(self, a: Any, relation: str, b: Any, outcome: bool) -> bool:
         self._add_guard(("guard", _expression(a, self), relation, _expression(b, self), outcome))
         return outcome
 
@@ -189,7 +189,7 @@ class _Recorder(TorchFunctionMode):
         self._add_call(func, args, kwargs, result)
         return result
 
-    def _sizes(self, name: str, x: Tensor, axis: int | None = None) -> object:
+    def _sizes(self, name: str, x: Tensor, axis: int | None = None) -> Any:
         slot = self.slots[id(x)]
         if name == "numel":
             return Traced(x.numel(), Expression("n", slot, 0), self)
@@ -198,11 +198,11 @@ class _Recorder(TorchFunctionMode):
         if name == "is_contiguous":
             strides = self._sizes("stride", x)
             for value in (*traced, *strides):
-                int(value)  # a guard
+                _guarded(value)
             return x.is_contiguous()
         return traced if axis is None else traced[axis]
 
-    def _add_call(self, func: Callable, args: tuple, kwargs: dict, result: object) -> None:
+    def _add_call(self, func: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         results = result if isinstance(result, list | tuple) else (result,)
         if not all(isinstance(x, Tensor) for x in results):
             self.replayable = False
@@ -221,16 +221,17 @@ class _Recorder(TorchFunctionMode):
             _native.set_recorder(launch, None)
             compiled = launch(kernel, _plain(grid), *_plain(arguments), **constants)
             _native.set_recorder(launch, self.launch)
-            if compiled is None or callable(grid):
+            described = describe(kernel)
+            if compiled is None or callable(grid) or described is None:
                 self.replayable = False
                 return
-            specialized, num_constants = describe(kernel)
+            specialized, num_constants = described
             launched = [self._launched(x, special) for x, special in zip(arguments, specialized, strict=False)]
             launched += list(constants.values())[:num_constants]
             axes = tuple(self._template(axis) for axis in grid)
         self.steps.append(("launch", *compiled, axes, tuple(launched)))
 
-    def _launched(self, value: object, specialized: bool) -> object:
+    def _launched(self, value: Any, specialized: int) -> Any:
         """An argument of a launch."""
         if isinstance(value, tuple):
             return tuple(self._launched(field, True) for field in value)
@@ -244,7 +245,7 @@ class _Recorder(TorchFunctionMode):
             return Integer(value.expression)
         return _plain(value)
 
-    def _template(self, value: object) -> object:
+    def _template(self, value: Any) -> Any:
         """An argument of a call, or a result."""
         if isinstance(value, list):
             return [self._template(item) for item in value]
@@ -260,7 +261,7 @@ class _Recorder(TorchFunctionMode):
             self.replayable = False
         return slot or 0
 
-    def plan(self, results: object) -> Callable | None:
+    def plan(self, results: Any) -> Callable | None:
         """What replays the function; None if nothing can."""
         template = self._template(results)
         self.kept.clear()
@@ -285,7 +286,7 @@ class _Recorder(TorchFunctionMode):
         return (*guards, *allocations, *others)
 
 
-def _slots_of(value: object) -> set[int]:
+def _slots_of(value: Any) -> set[int]:
     """The slots that a step reads."""
     if isinstance(value, Slot | Pointer):
         return {value[0]}
@@ -304,7 +305,7 @@ def _rebuilt(like: tuple, fields: list) -> tuple:
     return tuple(fields) if type(like) in (tuple, torch.Size) else type(like)(*fields)
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """`value` with integers that are not traced."""
     if isinstance(value, Traced):
         return value.plain
@@ -342,30 +343,33 @@ class Traced:
     def __init__(self, plain: int, expression: Expression, recorder: _Recorder):
         self.plain, self.expression, self.recorder = plain, expression, recorder
 
-    def bit_length(self) -> object:
+    def __neg__(self) -> Any:
+        return _traced_result(-self.plain, "-", 0, self)
+
+    def bit_length(self) -> Any:
         return _traced_result(self.plain.bit_length(), "b", self, 0)
 
     def __repr__(self) -> str:
         return repr(self.plain)
 
 
-def _is_traced_by(recorder: _Recorder | None, value: object) -> bool:
+def _is_traced_by(recorder: _Recorder | None, value: Any) -> bool:
     """Without a recorder, or by another one, a traced integer is a number as any other."""
     return recorder is not None and isinstance(value, Traced) and value.recorder is recorder
 
 
-def _recorder_of(*values: object) -> _Recorder | None:
+def _recorder_of(*values: Any) -> _Recorder | None:
     if not _Recorder.is_active_here():
         return None
     recorder = _Recorder.active
     return recorder if any(_is_traced_by(recorder, value) for value in values) else None
 
 
-def _expression(value: object, recorder: _Recorder) -> object:
+def _expression(value: Any, recorder: _Recorder) -> Any:
     return value.expression if _is_traced_by(recorder, value) else _plain(value)
 
 
-def _traced_result(result: int, operation: str, a: object, b: object) -> object:
+def _traced_result(result: int, operation: str, a: Any, b: Any) -> Any:
     recorder = _recorder_of(a, b)
     if recorder is None:
         return result
@@ -373,7 +377,7 @@ def _traced_result(result: int, operation: str, a: object, b: object) -> object:
     return Traced(result, expression, recorder)
 
 
-def _guarded(value: object) -> object:
+def _guarded(value: Any) -> Any:
     """An integer's value, which a plan then requires."""
     recorder = _recorder_of(value)
     if recorder is not None:
@@ -381,7 +385,7 @@ def _guarded(value: object) -> object:
     return _plain(value)
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: Any) -> bool:
     return type(value) in (int, bool, Traced)
 
 
@@ -419,7 +423,6 @@ def _define_operators() -> None:
         forward, reflected = _arithmetic(getattr(operator, name), operation)
         setattr(Traced, f"__{name}__", forward)
         setattr(Traced, f"__r{name}__", reflected)
-    Traced.__neg__ = lambda self: _traced_result(-self.plain, "-", 0, self)
     comparisons = {
         "eq": ("=", False, False),
         "ne": ("=", False, True),

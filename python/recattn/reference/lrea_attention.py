@@ -8,6 +8,7 @@
 With orientation="weights", state_values = φ(W) Wᵀ values.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, pad, relu
 
 from recattn._gather import gather_rows
+from recattn._typing import Orientation
 
 
 def lrea_compress(
@@ -35,7 +37,7 @@ def lrea_attention(
     seq_lens: Tensor | None = None, negative_slope: float = 0.01, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """h = φ(scale · q (Wᵀ keys)ᵀ) (Wᵀ values), [T, H, dv]; see `recattn.lrea_attention`."""
-    scale = targets.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(targets.shape[-1]) if scale is None else scale
     outputs = []
     users = (_decompressions(w_decomp, seq_lens, len(keys)), keys, values, _by_user(targets, target_offsets))
     for w, k, v, q in zip(*users, strict=True):  # [r, L], [H, r, d], [H, r, dv], [H, n, d]
@@ -47,10 +49,10 @@ def lrea_attention(
 
 def lrea_absorb(
     keys: Tensor, values: Tensor, w_decomp: Tensor, *, seq_lens: Tensor | None = None, scale: float | None = None,
-    orientation: str = "scores", negative_slope: float = 0.01,
+    orientation: Orientation = "scores", negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scale · keys, W Wᵀ values): the state that serves a user; see `recattn.lrea_absorb`."""
-    scale = keys.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(keys.shape[-1]) if scale is None else scale
     state_values = []
     for w, v in zip(_decompressions(w_decomp, seq_lens, len(keys)), values, strict=True):
         weights = leaky_relu(w, negative_slope) if orientation == "weights" else w
@@ -64,7 +66,7 @@ def lrea_absorbed_attention(
     negative_slope: float = 0.01, invalid: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """h = φ(q state_keysᵀ) state_values, [T, H, dv]; see `recattn.lrea_absorbed_attention`."""
-    if key_scales is not None:
+    if key_scales is not None and value_scales is not None:
         state_keys = _dequantized(state_keys, key_scales, targets.dtype)
         state_values = _dequantized(state_values, value_scales, targets.dtype)
     if invalid is not None:

@@ -14,6 +14,7 @@ import math
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from recattn._typing import Mechanism, PaddingSide, Source
 from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.reference.wasserstein_attention import (
     attention_matrix,
@@ -24,9 +25,9 @@ from recattn.reference.wasserstein_attention import (
 
 
 def refined_attention(
-    q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None = None, *, mechanism: str = "simple",
-    source: str = "logits", causal: bool = True, seq_lens: Tensor | None = None, padding_side: str = "right",
-    dropout_p: float = 0.0, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None = None, *,
+    mechanism: Mechanism = "simple", source: Source = "logits", causal: bool = True, seq_lens: Tensor | None = None,
+    padding_side: PaddingSide = "right", dropout_p: float = 0.0, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """out = softmax(M + mask) v, with M refined from A.
 
@@ -47,7 +48,7 @@ def refined_attention(
         m = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid) / math.sqrt(mean_q.shape[-1])
     else:
         m = queries @ keys.mT / math.sqrt(queries.shape[-1])
-    if mechanism in ("value", "additive"):
+    if w_v is not None:  # "value" and "additive"
         m = masked_softmax(m, hidden) @ (a @ w_v[..., :n, :n])
     if mechanism == "additive":
         m = a + m

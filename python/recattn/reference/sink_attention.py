@@ -6,17 +6,41 @@ out = softmax(scale · q kᵀ + mask + β) v
 
 import math
 from itertools import pairwise
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from recattn._typing import PaddingSide
 
+
+@overload
 def sink_attention(
     q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
-    padding_side: str = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None,
-    return_lse: bool = False,
+    padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0,
+    scale: float | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def sink_attention(
+    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
+    sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
+    padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0,
+    scale: float | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def sink_attention(
+    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
+    sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
+    padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0,
+    scale: float | None = None, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def sink_attention(
+    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
+    sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
+    padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0,
+    scale: float | None = None, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """out = softmax(scale · q kᵀ + mask + β) v, and lse = logsumexp of the same rows.
 
@@ -46,7 +70,9 @@ def sink_attention(
     return (out, lse) if return_lse else out
 
 
-def valid_tokens(batch: int, length: int, seq_lens: Tensor | None, padding_side: str, device: torch.device) -> Tensor:
+def valid_tokens(
+    batch: int, length: int, seq_lens: Tensor | None, padding_side: PaddingSide, device: torch.device
+) -> Tensor:
     """[B, N] bool: True at tokens, False at padding."""
     position = torch.arange(length, device=device)
     if seq_lens is None:
@@ -86,8 +112,11 @@ def _packed(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, cu_se
     outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], []
     offsets = cu_seqlens.tolist()
     for b, (start, stop) in enumerate(pairwise(offsets)):
+        q_b, k_b, v_b = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out, lse = sink_attention(
-            *(x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+            q_b,
+            k_b,
+            v_b,
             sink_positions[b : b + 1],
             inter_sink_bias[b : b + 1],
             sink_logits=sink_logits,

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from recattn._typing import PaddingSide, Source
 from recattn.reference.sink_attention import softmax_or_zeros, valid_tokens, visible_pairs
 
 
 def wasserstein_attention(
     mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor, mean_v: Tensor, cov_v: Tensor, *,
-    w_q: Tensor | None = None, w_k: Tensor | None = None, source: str = "logits", causal: bool = True,
-    seq_lens: Tensor | None = None, padding_side: str = "right", dropout_p: float = 0.0, scale: float | None = None,
+    w_q: Tensor | None = None, w_k: Tensor | None = None, source: Source = "logits", causal: bool = True,
+    seq_lens: Tensor | None = None, padding_side: PaddingSide = "right", dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(p mean_v, (p∘p) cov_v) with p = softmax(-scale · W² + mask), or p refined by w_q and w_k.
 
@@ -34,7 +36,7 @@ def wasserstein_attention(
 
     std_q, std_k = (cov.clamp(min=torch.finfo(cov.dtype).tiny).sqrt() for cov in (cov_q, cov_k))
     scores = -scale * squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid)  # [B, H, N, N]
-    if w_q is not None:
+    if w_q is not None and w_k is not None:
         a = attention_matrix(scores, hidden, source)
         (mean_q, std_q), (mean_k, std_k) = gaussians(a @ w_q[..., :n, :]), gaussians(a @ w_k[..., :n, :])
         scores = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid) / math.sqrt(mean_q.shape[-1])
@@ -51,7 +53,7 @@ def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, 
     return row + column - 2 * (query @ key.mT)
 
 
-def attention_matrix(scores: Tensor, hidden: Tensor, source: str) -> Tensor:
+def attention_matrix(scores: Tensor, hidden: Tensor, source: Source) -> Tensor:
     """A: the scores (source="logits") or their softmax (source="weights"), 0 where hidden."""
     return scores.masked_fill(hidden, 0) if source == "logits" else masked_softmax(scores, hidden)
 

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def add_checksum(states: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**versioned, "checksum": torch.tensor(_checksum(versioned))}
 
 
-def verify_checksum(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def verify_checksum(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Any]:
     """The states of these names, without `format_version` and `checksum`.
 
     Raises:
@@ -48,7 +49,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     for name, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
         entries = tensor.detach().cpu().contiguous().flatten()
-        checksum = zlib.crc32(entries.view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(entries.view(torch.uint8).numpy().data, checksum)
     return checksum
 
 

@@ -4,13 +4,14 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recattn._check import FLOATING, expect, expect_choice, expect_dtype, expect_index, expect_shape, expect_tensors
+from recattn._typing import LreaAbsorbedImpl
 from recattn.functional import lrea_absorbed_attention, lrea_quantize
 from recattn.functional.lrea_attention import INT8_MAX
 from recattn.serving import saved_table
@@ -60,7 +61,7 @@ class Request:
         item_ids: Tensor | None = None,
         negative_slope: float = 0.01,
         invalid: Tensor | None = None,
-        impl: str | None = None,
+        impl: LreaAbsorbedImpl | None = None,
     ) -> Tensor:
         """`recattn.lrea_absorbed_attention` of the targets over the states of these users, in the order of the request.
 
@@ -153,7 +154,7 @@ class StateTable:
         key_scales: Tensor | None = None,
         value_scales: Tensor | None = None,
         *,
-        on_invalid: str = "raise",
+        on_invalid: Literal["raise", "missing"] = "raise",
     ) -> Tensor:
         """Write states of users, replacing their previous ones. If a user is given twice, the last state counts.
 
@@ -237,7 +238,7 @@ class StateTable:
         finally:
             self._slot_map.release(rows)
 
-    def attend(self, targets: Tensor, user_ids: Tensor, target_offsets: Tensor, **options: object) -> Tensor:
+    def attend(self, targets: Tensor, user_ids: Tensor, target_offsets: Tensor, **options: Any) -> Tensor:
         """`Request.attend` in a request for this call only."""
         with self.request(user_ids) as request:
             return request.attend(targets, target_offsets, **options)
@@ -340,7 +341,7 @@ class StateTable:
             table[-1].zero_()
         return tables
 
-    def _to_storage(self, num_users: int, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def _to_storage(self, num_users: int, given: dict[str, Any]) -> dict[str, Tensor]:
         """The states in the dtype and on the device of the tables."""
         sizes = {"U": num_users, **self._sizes}
         keys, values = given["keys"], given["values"]
@@ -382,7 +383,7 @@ class StateTable:
         return (~valid).nonzero()[:, 0].tolist()
 
     def _raise_invalid(
-        self, user: int, position: int, given: dict[str, Tensor | None], states: dict[str, Tensor], count: int
+        self, user: int, position: int, given: dict[str, Any], states: dict[str, Tensor], count: int
     ) -> NoReturn:
         """Raise a ValueError that names the worst entry of an invalid state, in the tensor that the caller gave."""
         for name, scales_name in (("keys", "key_scales"), ("values", "value_scales")):

@@ -1,5 +1,7 @@
 """Where the supported architectures have their attention modules, and the bias added to each."""
 
+from typing import Any
+
 from torch import nn
 
 from recattn._check import expect, expect_choice
@@ -28,18 +30,18 @@ _LAYERS = {
 _ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert")
 
 
-def find_attentions(base: nn.Module) -> list[nn.Module]:
+def find_attentions(base: Any) -> list[Any]:
     """The self-attention of each layer of a base model."""
     layers, attention = _LAYERS[base.config.model_type]
     return [layer.get_submodule(attention) for layer in base.get_submodule(layers)]
 
 
-def find_adapter(model: nn.Module) -> Adapter:
+def find_adapter(model: Any) -> Adapter:
     """How the architecture gets sink attention in the installed transformers."""
     return generation.ADAPTERS[model.config.model_type]
 
 
-def is_causal(attention: nn.Module) -> bool:
+def is_causal(attention: Any) -> bool:
     """Whether an attention is a decoder's. The encoders of old generations do not say."""
     return getattr(attention, "is_causal", False)
 
@@ -49,7 +51,7 @@ def is_bias_parameter(parameter: str) -> bool:
     return f".{BIAS}." in parameter
 
 
-def find_supported_attentions(model: nn.Module) -> list[nn.Module]:
+def find_supported_attentions(model: Any) -> list[Any]:
     """The self-attention of each layer. Raise if `enable_sink_attention` does not support the model."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
@@ -58,7 +60,7 @@ def find_supported_attentions(model: nn.Module) -> list[nn.Module]:
     expect_choice("the architecture of model", model_type, tuple(generation.ADAPTERS))
     expect(not getattr(config, "add_cross_attention", False), "model", "without cross-attention", "one with it")
     without = "without sink attention: restore() first (models that share a config count as one)"
-    expect(config._attn_implementation != NAME, "model", without, "one with it")
+    expect(model.config._attn_implementation != NAME, "model", without, "one with it")
     attentions = find_attentions(model.base_model)
     causal_by_config = getattr(config, "is_causal", True)
     expect(causal_by_config or not is_causal(attentions[0]), "config.is_causal", "True of a decoder", False)
@@ -68,7 +70,7 @@ def find_supported_attentions(model: nn.Module) -> list[nn.Module]:
     return attentions
 
 
-def find_token_read_by_head(model: nn.Module) -> str | None:
+def find_token_read_by_head(model: Any) -> str | None:
     """ "first" or "last" if the head of a model reads only that token; None if it reads all, or has no head."""
     heads = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
     pools_one = getattr(model.config, "classifier_pooling", "cls") == "cls"  # an option of ModernBERT
@@ -77,18 +79,17 @@ def find_token_read_by_head(model: nn.Module) -> str | None:
     return "first" if model.config.model_type in _ENCODERS else "last"
 
 
-def make_bias(attention: nn.Module, model: nn.Module, bias_scale: float | None, dropout: float | None) -> InterSinkBias:
+def make_bias(attention: Any, model: Any, bias_scale: float | None, dropout: float | None) -> InterSinkBias:
     """The bias for an attention module; None means the defaults of `enable_sink_attention`."""
     causal, config = is_causal(attention), model.config
-    if dropout is None:
-        own = getattr(attention, "dropout", None)
-        dropout = own.p if isinstance(own, nn.Dropout) else attention.attention_dropout
+    own = getattr(attention, "dropout", None)
+    own_dropout = own.p if isinstance(own, nn.Dropout) else attention.attention_dropout
     if bias_scale is None:
         bias_scale = 1.0 if causal else 10.0
     bias = InterSinkBias(
         config.hidden_size,
         config.num_attention_heads,
-        dropout=dropout,
+        dropout=own_dropout if dropout is None else dropout,
         bias_scale=bias_scale,
         causal=causal,
         device=next(attention.parameters()).device,

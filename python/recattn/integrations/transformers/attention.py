@@ -1,13 +1,14 @@
 """The attention function that transformers calls, registered as `NAME`."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import expect
+from recattn._typing import PaddingSide
 from recattn.functional import sink_attention
 from recattn.ops.sink_attention import no_sinks
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
@@ -21,11 +22,11 @@ class Sinks(NamedTuple):
     positions: Tensor | None  # [B, M]; None if no query is a sink
     valid: Tensor | None  # [B, M] bool
     seq_lens: Tensor | None  # [B]; None if nothing is padding
-    padding_side: str | None
+    padding_side: PaddingSide | None
 
 
 def sink_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -37,7 +38,7 @@ def sink_attention_forward(
     inter_sink_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     output_attentions: bool = False,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function. With output_attentions it also returns the weights [B, H, Nq, Nk].
 
@@ -77,15 +78,18 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The output [B, Nq, H, D] by `recattn.sink_attention` where that serves; the weights need dense attention."""
     unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and sinks.padding_side)
+    positions = None if sinks is None else sinks.positions
     if sinks is None or not unmasked or weights_wanted or query.shape[2] != key.shape[2]:
-        bias = None if inter_sink_bias is None else _dense_bias(query, key, sinks, inter_sink_bias)
+        bias = None
+        if inter_sink_bias is not None and positions is not None:
+            bias = _dense_bias(query, key, positions, inter_sink_bias)
         mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
         return _dense_attention(query, key, value, mask, bias, sink_logits, dropout, scaling, weights_wanted)
     out = sink_attention(
         query,
         key,
         value,
-        *(no_sinks(query) if inter_sink_bias is None else (sinks.positions, inter_sink_bias)),
+        *(no_sinks(query) if inter_sink_bias is None or positions is None else (positions, inter_sink_bias)),
         sink_logits=sink_logits,
         causal=causal,
         seq_lens=None if attention_mask is None else sinks.seq_lens,
@@ -96,11 +100,11 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _dense_bias(query: Tensor, key: Tensor, sinks: Sinks, inter_sink_bias: Tensor) -> Tensor | None:
+def _dense_bias(query: Tensor, key: Tensor, positions: Tensor, inter_sink_bias: Tensor) -> Tensor | None:
     """[B, 1, Nq, Nk]. A static cache has more keys than queries: its unused slots after the prompt."""
-    if sinks.positions.shape[1] == 0:
+    if positions.shape[1] == 0:
         return None
-    bias = dense_bias(sinks.positions, inter_sink_bias, query.shape[2])
+    bias = dense_bias(positions, inter_sink_bias, query.shape[2])
     return F.pad(bias, (0, key.shape[2] - query.shape[2]))
 
 
@@ -131,7 +135,7 @@ def _dense_attention(
     """Attention with a dense mask and a dense bias: the output [B, Nq, H, D] and, if wanted, the weights."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
-    added = sum(x for x in (mask, bias) if x is not None) if mask is not None or bias is not None else None
+    added = mask if bias is None else bias if mask is None else mask + bias
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     keys = key.shape[2]

@@ -3,10 +3,12 @@
 import operator
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
 from recattn._check import expect, expect_choice, expect_numbers, expect_probability
+from recattn._typing import PaddingSide
 from recattn.integrations.transformers.architectures import (
     BIAS,
     find_adapter,
@@ -25,11 +27,11 @@ class SinkAttentionHandle:
         settings: the keyword arguments of `enable_sink_attention`, also stored in `model.config.recattn_sink`.
     """
 
-    def __init__(self, model: nn.Module, settings: dict[str, object]) -> None:
+    def __init__(self, model: Any, settings: dict[str, Any]) -> None:
         self.settings = settings
         self._model = model
         self._previous_settings = getattr(model.config, "recattn_sink", None)
-        self._hooks: list[object] = []
+        self._hooks: list[Any] = []
         self._disable: Callable[[], None]
 
     @property
@@ -74,7 +76,7 @@ def enable_sink_attention(
     bias_scale: float | None = None,
     dropout: float | None = None,
     max_sinks: int | None = None,
-    padding_side: str | None = None,
+    padding_side: PaddingSide | None = None,
 ) -> SinkAttentionHandle:
     """Add a learned bias between sink tokens to the attention of a Hugging Face language model, in the chosen layers:
 
@@ -120,8 +122,9 @@ def enable_sink_attention(
             `sink_positions`, positions out of order or range, more sinks than `max_sinks`, and sinks after the prompt
             or in packed sequences.
     """
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    get_base_model = getattr(model, "get_base_model", None)
+    if get_base_model is not None:
+        model = get_base_model()
         warnings.warn(
             "a bias that is added to a PeftModel trains, but is not saved with its adapter: enable_sink_attention "
             f"first, then get_peft_model with modules_to_save=[{BIAS!r}]",
@@ -140,7 +143,7 @@ def enable_sink_attention(
     return handle
 
 
-def enable_by_settings(model: nn.Module, settings: dict[str, object]) -> SinkAttentionHandle:
+def enable_by_settings(model: Any, settings: dict[str, Any]) -> SinkAttentionHandle:
     """`enable_sink_attention` with its keyword arguments as a dict, without its warnings."""
     attentions = find_supported_attentions(model)
     handle = SinkAttentionHandle(model, _check_settings(model, len(attentions), **settings))
@@ -149,7 +152,7 @@ def enable_by_settings(model: nn.Module, settings: dict[str, object]) -> SinkAtt
 
 
 def _check_settings(
-    model: nn.Module,
+    model: Any,
     layer_count: int,
     *,
     sink_token_id: int | None,
@@ -157,8 +160,8 @@ def _check_settings(
     bias_scale: float | None,
     dropout: float | None,
     max_sinks: int | None,
-    padding_side: str | None,
-) -> dict[str, object]:
+    padding_side: PaddingSide | None,
+) -> dict[str, Any]:
     """The settings, with the indices of all chosen layers. Raise if one is out of range."""
     if dropout is not None:
         expect_probability("dropout", dropout)
@@ -176,14 +179,14 @@ def _check_settings(
     }
 
 
-def _check_integer(name: str, value: object, low: int, high: int | None) -> int:
+def _check_integer(name: str, value: Any, low: int, high: int | None) -> int:
     expected = f"an integer of at least {low}" if high is None else f"an integer between {low} and {high}"
     try:
         number = operator.index(value)
     except TypeError:
         number = None
-    fits = number is not None and not isinstance(value, bool) and low <= number and (high is None or number <= high)
-    expect(fits, name, expected, repr(value))
+    if number is None or isinstance(value, bool) or number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
     return number
 
 
@@ -196,7 +199,7 @@ def _resolve_layers(layers: int | Sequence[int] | None, count: int) -> list[int]
     return list(range(_check_integer("layers", layers, 1, count)))
 
 
-def _warn_of_unread_layer(model: nn.Module, layers: list[int]) -> None:
+def _warn_of_unread_layer(model: Any, layers: list[int]) -> None:
     """Warn if the last layer has a bias that the head of the model does not see."""
     token, last = find_token_read_by_head(model), len(find_attentions(model.base_model)) - 1
     if token is None or layers[-1] != last:

@@ -2,12 +2,14 @@
 
 import inspect
 import warnings
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recattn._check import expect, expect_index
-from recattn.functional.validation import checked_indices, expect_values, values_are_checked
+from recattn._typing import PaddingSide
+from recattn.functional.validation import assert_on_device, checked_indices, expect_values, values_are_checked
 from recattn.integrations.transformers.architectures import BIAS, is_causal
 from recattn.integrations.transformers.attention import NAME, Sinks
 from recattn.integrations.transformers.generations._adapter import Adapter
@@ -17,15 +19,13 @@ from recattn.reference.sink_attention import valid_tokens
 class SinkReader:
     """Hook before the base model: finds the sinks and passes them to each attention."""
 
-    def __init__(
-        self, adapter: Adapter, base: nn.Module, attentions: list[nn.Module], settings: dict[str, object]
-    ) -> None:
+    def __init__(self, adapter: Adapter, base: Any, attentions: list[Any], settings: dict[str, Any]) -> None:
         self.adapter, self.names, self.attentions = adapter, _argument_names(base), attentions
         self.sink_token_id, self.max_sinks = settings["sink_token_id"], settings["max_sinks"]
         self.padding_side = settings["padding_side"]
         self.warned = False
 
-    def __call__(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def __call__(self, base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         implementation = base.config._attn_implementation
         expect(implementation == NAME, "the attention of the model", f"{NAME!r} until restore()", repr(implementation))
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
@@ -34,7 +34,7 @@ class SinkReader:
             self._warn_of_frozen_biases()
         return (), arguments
 
-    def read(self, arguments: dict[str, object], positions: Tensor | None) -> Sinks:
+    def read(self, arguments: dict[str, Any], positions: Tensor | None) -> Sinks:
         """The sinks and the padding of a call of the base model with these arguments."""
         mask, input_ids, embeddings, cache = (
             arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds", "past_key_values")
@@ -46,12 +46,7 @@ class SinkReader:
         if cache is not None and self._follows_prompt(cache.get_seq_length(), tokens.shape[1], input_ids, positions):
             return Sinks(None, None, None, None)
         visible = _read_valid_tokens(mask)
-        if positions is None:
-            positions = self._find_positions(input_ids, visible)
-        else:
-            expect_index({"B": tokens.shape[0]}, "sink_positions", positions, "B M")
-            length = tokens.shape[1]
-            positions = checked_indices(positions.device, sink_positions=positions, seq_len=length).sink_positions
+        positions = self._find_positions(input_ids, visible) if positions is None else self._checked(positions, tokens)
         valid = positions >= 0
         if visible is not None:
             valid = valid & visible.gather(1, positions.long().clamp(min=0))
@@ -65,11 +60,19 @@ class SinkReader:
         """Whether each token is a sink, [B, N]; None if unknown."""
         return None if self.sink_token_id is None or input_ids is None else input_ids == self.sink_token_id
 
+    @staticmethod
+    def _checked(positions: Tensor, tokens: Tensor) -> Tensor:
+        """The positions that the model is called with."""
+        batch, length = tokens.shape[:2]
+        expect_index({"B": batch}, "sink_positions", positions, "B M")
+        return checked_indices(positions.device, sink_positions=positions, seq_len=length).sink_positions
+
     def _find_positions(self, input_ids: Tensor | None, visible: Tensor | None) -> Tensor:
         """Positions [B, M] of the sinks outside padding, padded with -1."""
         is_sink = self._is_sink(input_ids)
-        expected = "given where the model has no sink_token_id or is called without input_ids"
-        expect(is_sink is not None, "sink_positions", expected, None)
+        if is_sink is None or input_ids is None:
+            expected = "given where the model has no sink_token_id or is called without input_ids"
+            raise ValueError(f"sink_positions must be {expected}, got None")
         if visible is not None:
             is_sink = is_sink & visible
         counts = is_sink.sum(dim=1)
@@ -91,7 +94,7 @@ class SinkReader:
         if values_are_checked(counts.device):
             expect_values(counts <= most, expected, lambda row: counts[row].item())
         else:  # without a synchronisation
-            torch._assert_async((counts <= most).all(), expected)
+            assert_on_device((counts <= most).all(), expected)
 
     def _expect_unpacked(self, position_ids: Tensor | None, valid: Tensor) -> None:
         """Raise if a decoder gets sinks in packed sequences, which transformers finds by restarting position_ids."""
@@ -101,7 +104,7 @@ class SinkReader:
         expected = "position_ids must be ascending by 1 in sequences with sinks"
         expect_values(unpacked, expected, lambda: "packed sequences")
 
-    def _read_padding(self, mask: Tensor | None) -> tuple[Tensor | None, str | None]:
+    def _read_padding(self, mask: Tensor | None) -> tuple[Tensor | None, PaddingSide | None]:
         """seq_lens and the padding side of a mask [B, N] that is True at tokens."""
         if mask is None:
             return None, "right"
@@ -128,7 +131,7 @@ class SinkReader:
         if torch.compiler.is_compiling() and isinstance(seen, Tensor):  # a static cache
             late = is_sink if positions is None else positions >= seen
             if late is not None:
-                torch._assert_async((seen == 0) | ~late.any(), "the sinks must be among the tokens of the prompt")
+                assert_on_device((seen == 0) | ~late.any(), "the sinks must be among the tokens of the prompt")
             return length == 1
         seen = int(seen)
         among = f"among the {seen} tokens of the prompt: a later one would need their hidden states"
@@ -154,10 +157,10 @@ class SinkReader:
 class BiasAdder:
     """Hook before an attention: computes its bias and passes it to the attention function."""
 
-    def __init__(self, adapter: Adapter, attention: nn.Module) -> None:
+    def __init__(self, adapter: Adapter, attention: Any) -> None:
         self.adapter, self.names = adapter, _argument_names(attention)
 
-    def __call__(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def __call__(self, attention: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         sinks = self.adapter.read_sinks(arguments)
         if sinks is not None and sinks.positions is not None:
@@ -167,19 +170,19 @@ class BiasAdder:
         return (), arguments
 
 
-def rename_official_scale(attention: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+def rename_official_scale(attention: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Hook before load_state_dict: renames the scale of the official code, a scalar of the attention module."""
     if f"{prefix}sink_scale" in state_dict:
         state_dict[f"{prefix}{BIAS}.scale"] = state_dict.pop(f"{prefix}sink_scale").reshape(1)
 
 
-def _argument_names(module: nn.Module) -> list[str]:
+def _argument_names(module: Any) -> list[str]:
     """The names of the arguments of a module, in their order."""
     parameters = inspect.signature(type(module).forward).parameters
     return [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD][1:]
 
 
-def _read_valid_tokens(mask: object) -> Tensor | None:
+def _read_valid_tokens(mask: Any) -> Tensor | None:
     """Valid tokens of an attention mask, [B, N] bool; None if unknown.
 
     The mask is [B, N], or [B, 1, N, N], in which padding is hidden from itself, or a dict of these per type of layer.
@@ -194,11 +197,13 @@ def _read_valid_tokens(mask: object) -> Tensor | None:
     return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
 
-def _find_padding_side(mask: Tensor) -> str | None:
+def _find_padding_side(mask: Tensor) -> PaddingSide | None:
     """The padding side of a mask; None if the padding is on both sides or between tokens."""
-    return next((side for side in ("right", "left") if torch.equal(_with_padding_on(mask, side), mask)), None)
+    sides: tuple[PaddingSide, ...] = ("right", "left")
+    return next((side for side in sides if torch.equal(_with_padding_on(mask, side), mask)), None)
 
 
-def _with_padding_on(mask: Tensor, side: str) -> Tensor:
+def _with_padding_on(mask: Tensor, side: PaddingSide) -> Tensor:
     """The mask with the same number of tokens per row and all its padding on `side`."""
-    return valid_tokens(*mask.shape, mask.sum(dim=1), side, mask.device)
+    batch, length = mask.shape
+    return valid_tokens(batch, length, mask.sum(dim=1), side, mask.device)

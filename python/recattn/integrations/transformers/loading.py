@@ -8,6 +8,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ _own_biases: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.Contex
 _class_lock = threading.RLock()
 
 
-def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.Module, SinkAttentionHandle]:
+def from_pretrained(model_class: Any, path: str, **kwargs: Any) -> tuple[nn.Module, SinkAttentionHandle]:
     """`model_class.from_pretrained(path, **kwargs)` for a model saved with sink attention; returns it and its handle.
 
     transformers alone drops the parameters of the bias. Its report of unexpected weights leaves out those that are
@@ -51,7 +52,8 @@ def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.
     finally:
         _own_biases.reset(loading)
     settings = getattr(model.config, "recattn_sink", None)
-    expect(settings is not None, "path", "a model saved with sink attention", f"{path}, whose config has none")
+    if settings is None:
+        raise ValueError(f"path must be a model saved with sink attention, got {path}, whose config has none")
     del model.config.recattn_sink  # so that restore() leaves a config without a bias
     handle = enable_by_settings(model, {**settings, **options})
     try:
@@ -69,12 +71,12 @@ def from_pretrained(model_class: type, path: str, **kwargs: object) -> tuple[nn.
     return model, handle
 
 
-def _expect_same_biases(path: str, saved: dict[str, object], settings: dict[str, object]) -> None:
+def _expect_same_biases(path: str, saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in ("layers", "bias_scale"):
         expect(settings[name] == saved[name], name, f"{saved[name]}, as of the biases in {path}", settings[name])
 
 
-def _read_biases(path: str, **kwargs: object) -> dict[str, Tensor]:
+def _read_biases(path: str, **kwargs: Any) -> dict[str, Tensor]:
     """The bias parameters in the safetensors files of a checkpoint, by their names there."""
     from safetensors import safe_open
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -86,7 +88,7 @@ def _read_biases(path: str, **kwargs: object) -> dict[str, Tensor]:
     index, single = find(SAFE_WEIGHTS_INDEX_NAME), find(SAFE_WEIGHTS_NAME)
     files = get_checkpoint_shard_files(path, index, **hub)[0] if index else [single] if single else []
     found = {}
-    for file in files:
+    for file in files or ():
         with safe_open(file, framework="pt") as tensors:
             for name in filter(is_bias_parameter, tensors.keys()):
                 found[name] = tensors.get_tensor(name)
@@ -108,11 +110,11 @@ def _expecting(model_class: type[PreTrainedModel], names: tuple[str, ...]) -> It
             delattr(model_class, ignored) if own is ... else setattr(model_class, ignored, own)
 
 
-def _warn_of_lost_biases(load: Callable[..., object]) -> Callable[..., object]:
+def _warn_of_lost_biases(load: Callable[..., Any]) -> Callable[..., Any]:
     """`PreTrainedModel.from_pretrained` that warns where it leaves out a bias, and then takes it from the config."""
 
     @functools.wraps(load)
-    def load_model(model_class: type[PreTrainedModel], path: object, *args: object, **kwargs: object) -> object:
+    def load_model(model_class: type[PreTrainedModel], path: Any, *args: Any, **kwargs: Any) -> Any:
         own = _own_biases.get()
         if own is not None:
             with _expecting(model_class, own):
@@ -132,4 +134,5 @@ def _warn_of_lost_biases(load: Callable[..., object]) -> Callable[..., object]:
     return load_model
 
 
-PreTrainedModel.from_pretrained = classmethod(_warn_of_lost_biases(PreTrainedModel.from_pretrained.__func__))
+_load_model = _warn_of_lost_biases(vars(PreTrainedModel)["from_pretrained"].__func__)
+PreTrainedModel.from_pretrained = classmethod(_load_model)  # pyright: ignore[reportAttributeAccessIssue]

@@ -109,7 +109,8 @@ def _cudnn_bwd(dout, q, k, v, out, lse, options: BackendOptions) -> tuple[Tensor
         options.causal,
         scale=options.scale,
     )
-    return tuple(map(swap_heads, grads))
+    dq, dk, dv = map(swap_heads, grads)
+    return dq, dk, dv
 
 
 def _output_strides(q: Tensor, width: int) -> tuple[int, ...]:
@@ -180,7 +181,8 @@ def _efficient_bwd(dout, q, k, v, out, lse, options: BackendOptions) -> tuple[Te
         *(lse, 0.0, unused, unused, int(options.causal), False),
         scale=options.scale,
     )
-    return tuple(grad.view(shape) for grad, shape in zip(grads, shapes, strict=True))
+    dq, dk, dv = (grad.view(shape) for grad, shape in zip(grads, shapes, strict=True))
+    return dq, dk, dv
 
 
 def _pack_lse(lse: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:

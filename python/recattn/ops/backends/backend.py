@@ -221,4 +221,4 @@ def _backend_options(
     if cu_seqlens is None:
         return BackendOptions(causal, scale, None, q.shape[2])
     # With max_seqlen = 1 the flash attentions assume that every sequence has a token.
-    return BackendOptions(causal, scale, cu_seqlens.to(torch.int32).contiguous(), max(max_seqlen, 2))
+    return BackendOptions(causal, scale, cu_seqlens.to(torch.int32).contiguous(), max(max_seqlen or 0, 2))

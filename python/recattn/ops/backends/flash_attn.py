@@ -1,6 +1,7 @@
 """The flash_attn packages 2, 3 and 4, where installed."""
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 
@@ -44,9 +45,7 @@ def _optional_parameters(function: Callable) -> set[str]:
 
 
 def _flash_attn_2():
-    import flash_attn.flash_attn_interface
-
-    return flash_attn.flash_attn_interface
+    return importlib.import_module("flash_attn.flash_attn_interface")
 
 
 def _flash_attn_2_unsupported_reason(call: Call) -> str | None:
@@ -91,8 +90,7 @@ def _lengths(options: BackendOptions) -> dict[str, object]:
 
 
 def _flash_attn_3():
-    import flash_attn_3._C  # noqa: F401  (registers its operators)
-
+    importlib.import_module("flash_attn_3._C")  # registers its operators
     return torch.ops.flash_attn_3
 
 
@@ -127,9 +125,7 @@ def _flash_attn_3_bwd(dout, q, k, v, out, lse, options: BackendOptions) -> tuple
 
 
 def _flash_attn_4():
-    import flash_attn.cute.interface
-
-    return flash_attn.cute.interface
+    return importlib.import_module("flash_attn.cute.interface")
 
 
 def _flash_attn_4_unsupported_reason(call: Call) -> str | None:

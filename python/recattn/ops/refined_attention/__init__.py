@@ -33,7 +33,7 @@ def unsupported_reasons(
     elsewhere = f"the tensors are on {device_type}"
     triton = triton_unsupported_reason(device_type)
     # A CPU never chooses Triton. Reading sizes, which torch.compile would then fix in its graph, is left out there.
-    if q is not None and (device_type != "cpu" or impl == "triton"):
+    if q is not None and v is not None and w_q is not None and (device_type != "cpu" or impl == "triton"):
         triton = triton or _triton_call_reason(q, v, w_q, mechanism)
     has_chunked = device_type == "cuda" or (device_type == "cpu" and "cpu" in MISSING)  # with C++ a part of "cpu"
     chunked = ("it has no dropout" if dropout_p > 0 else None) if has_chunked else elsewhere

@@ -153,7 +153,7 @@ def project_rows(q: Tensor, k: Tensor, w: Tensor, mask: Mask, source: str, keep:
     for rows, keys in mask.blocks(n):
         a_rows = _source_rows(q, k, rows, keys, mask, source)
         multiply(x[:, rows], a_rows, w[:, keys])
-        if keep:
+        if a is not None:
             a[:, rows, keys] = a_rows
             a[:, rows, keys.stop :] = 0
     return x, a
@@ -259,8 +259,11 @@ class Plan(NamedTuple):
 def _split(x: Tensor, a: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
     """Queries, keys and values of the second attention: views of x [s, n, P] and A [s, n, n]."""
     width = x.shape[2] - x.shape[1] if plan.has_values else x.shape[2]
-    queries, keys = (x[..., :width], a) if plan.folded else x[..., :width].chunk(2, dim=-1)
-    return queries, keys, x[..., width:] if plan.has_values else None
+    values = x[..., width:] if plan.has_values else None
+    if plan.folded and a is not None:
+        return x[..., :width], a, values
+    queries, keys = x[..., :width].chunk(2, dim=-1)
+    return queries, keys, values
 
 
 def _refine(x: Tensor, a: Tensor | None, mask: Mask, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -325,13 +328,14 @@ def _project_backward(
 def _attend(x: Tensor, a: Tensor | None, v: Tensor, mask: Mask, plan: Plan) -> Tensor:
     """softmax(mask(M)) V."""
     queries, keys, values, _ = _refine(x, a, mask, plan)
+    added = a if plan.mechanism == "additive" else None
     out = torch.empty_like(v)
     for rows, columns in mask.blocks(v.shape[1]):
         m = torch.bmm(queries[:, rows], keys[:, columns].mT)  # [s, r, c]
-        if plan.has_values:
+        if values is not None:
             m = torch.bmm(mask.softmax_(m, rows), values[:, columns, columns])
-        if plan.mechanism == "additive":
-            m += a[:, rows, columns]
+        if added is not None:
+            m += added[:, rows, columns]
         multiply(out[:, rows], mask.softmax_(m, rows), v[:, columns])
     return out
 
@@ -343,29 +347,31 @@ def _attend_backward(
     queries, keys, values, mean = _refine(x, a, mask, plan)
     dv, dx, da = torch.empty_like(v), torch.empty_like(x), None if a is None else torch.zeros_like(a)
     dqueries, dkeys, dvalues = _split(dx, da, plan)
-    if plan.mechanism == "stochastic":
+    added, dadded = (a, da) if plan.mechanism == "additive" else (None, None)
+    if mean is not None:  # "stochastic"
         dqueries, dkeys = torch.empty_like(queries), torch.empty_like(keys)
     n = v.shape[1]
     for rows, columns in mask.blocks(n):
         add = rows.stop < n
         m = torch.bmm(queries[:, rows], keys[:, columns].mT)  # [s, r, c]
-        if plan.has_values:
+        p_values = None
+        if values is not None:
             p_values = mask.softmax_(m, rows)
             m = torch.bmm(p_values, values[:, columns, columns])
-        if plan.mechanism == "additive":
-            m += a[:, rows, columns]
+        if added is not None:
+            m += added[:, rows, columns]
         p = mask.softmax_(m, rows)
         multiply(dv[:, columns], p.mT, dout[:, rows], add)
         dm = softmax_backward_(torch.bmm(dout[:, rows], v[:, columns].mT), p)
         ds = dm
-        if plan.has_values:
+        if values is not None and dvalues is not None and p_values is not None:
             multiply(dvalues[:, columns, columns], p_values.mT, dm, add)
             ds = softmax_backward_(torch.bmm(dm, values[:, columns, columns].mT), p_values)
         multiply(dqueries[:, rows], ds, keys[:, columns])
         multiply(dkeys[:, columns], ds.mT, queries[:, rows], add)
-        if plan.mechanism == "additive":
-            da[:, rows, columns].add_(dm)
-    if plan.mechanism == "stochastic":
+        if dadded is not None:
+            dadded[:, rows, columns].add_(dm)
+    if mean is not None:  # "stochastic"
         dx = _gaussian_operands_backward(dqueries, dkeys, queries, keys, mean, plan.rank)
     return dv, dx, da
 

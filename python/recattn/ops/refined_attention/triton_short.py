@@ -46,7 +46,8 @@ def _cached_limits(device_type: str, device_index: int | None, dtype: torch.dtyp
     from recattn.triton_kernels.common.launch import architecture_of
 
     kernels = triton_kernels("refined_attention")
-    architecture = architecture_of(torch.empty(0, device=torch.device(device_type, device_index)))
+    device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
+    architecture = architecture_of(torch.empty(0, device=device))
     return kernels.largest_n(dtype, architecture), kernels.LARGEST_HEAD_DIM
 
 

@@ -33,7 +33,7 @@ def unsupported_reasons(
     Without q and v: on this type of device. With them: a call with these tensors.
     """
     not_here = triton_unsupported_reason(device_type, None if q is None else q.dtype)
-    triton = not_here or (None if q is None else _triton_call_reason(q, v))
+    triton = not_here or (None if q is None or v is None else _triton_call_reason(q, v))
     elsewhere = f"the tensors are on {device_type}"
     if device_type == "cpu":  # where Triton's is an interpreter
         cpu = on_cpu.unsupported_reason(q)

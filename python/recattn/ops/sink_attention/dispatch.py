@@ -82,7 +82,7 @@ def resolve(
     for impl, backend in ranked(shape):
         if impl == FUSED and options.impl is None:
             return FUSED, None
-        if impl == CORRECTION:
+        if backend is not None:
             call = call or _call(options, q, k, v, cu_seqlens)
             if BACKENDS[backend].unsupported_reason(call) is None:
                 return CORRECTION, backend
@@ -101,7 +101,7 @@ def _device_name(device: torch.device) -> str:
 
 
 @functools.lru_cache(4096)
-def ranked(shape: Shape) -> list[tuple[str, str | None]]:
+def ranked(shape: Shape) -> list[tuple[str | None, str | None]]:
     """Every (impl, backend), the fastest first: the heuristic's choice where nothing was measured."""
     return [parse_implementation(name) for name in ranking(shape, tuple(BACKENDS), _measurements())]
 
@@ -117,7 +117,7 @@ def ranking(shape: Shape, backends: Sequence[str], measurements: dict) -> list[s
     names = [
         name
         for row in sorted(rows_of_kind, key=functools.partial(_distance, shape))
-        for name in sorted(row["times_ms"], key=row["times_ms"].get)
+        for name in sorted(row["times_ms"], key=row["times_ms"].__getitem__)
     ]
     prefers_fused = shape.length <= _SHORT or shape.sink_share > _MANY_SINKS or shape.dtype == "float32"
     corrections = [format_implementation(CORRECTION, backend) for backend in backends]

@@ -3,7 +3,7 @@
 Both return the same three tensors, so that either is one operator to its callers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Context(NamedTuple):
     options: SinkAttentionOptions
 
     @property
-    def backend_options(self) -> dict[str, object]:
+    def backend_options(self) -> dict[str, Any]:
         lengths = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.options.max_seqlen}
         return {"causal": self.options.causal, "scale": self.options.scale, **lengths}
 
@@ -36,7 +36,7 @@ class Context(NamedTuple):
         impl, backend = self.options.impl, self.options.backend
         if is_on_gpu(q):  # the interpreter runs what the options name
             impl, backend = resolve(self.options, q, k, v, self.sink_positions, self.seq_lens, self.cu_seqlens)
-        return None if impl == FUSED or q.numel() == 0 else BACKENDS[backend]
+        return None if impl == FUSED or q.numel() == 0 or backend is None else BACKENDS[backend]
 
 
 def is_on_gpu(x: Tensor) -> bool:
@@ -56,14 +56,14 @@ def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, keeps_stream
 
 def sink_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink_stats: Tensor, c: Context, streams
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dbias, dsink_logits. `streams` None: it is not known what the forward was."""
     backend = c.backend(q, k, v) if streams is None else None
     if backend is None:
         dq, dk, dv, dbias = _fused_bwd(dout, q, k, v, out, lse, sink_stats, c, streams)
     else:
         dq, dk, dv, dbias = _correction_bwd(dout, q, k, v, out, lse, sink_stats, c, backend)
-    dsink_logits = None if c.sink_logits is None else _dsink_logits(dout, out, lse, c)
+    dsink_logits = None if c.sink_logits is None else _dsink_logits(dout, out, lse, c.sink_logits, c.seq_lens)
     return dq, dk, dv, dbias.to(c.inter_sink_bias.dtype), dsink_logits
 
 
@@ -164,9 +164,9 @@ def _per_row(sink_logits: Tensor, lse: Tensor) -> Tensor:
     return logits[:, None] if lse.dim() == 3 else logits
 
 
-def _dsink_logits(dout: Tensor, out: Tensor, lse: Tensor, c: Context) -> Tensor:
+def _dsink_logits(dout: Tensor, out: Tensor, lse: Tensor, sink_logits: Tensor, seq_lens: Tensor | None) -> Tensor:
     """-Σ exp(sink_logit - lse) · dO·O over the rows of each head."""
-    rows = (dout.float() * out).sum(-1) * (_per_row(c.sink_logits, lse) - lse).exp()
-    if c.seq_lens is not None:  # padding sees no key
+    rows = (dout.float() * out).sum(-1) * (_per_row(sink_logits, lse) - lse).exp()
+    if seq_lens is not None:  # padding sees no key
         rows = rows.masked_fill(lse.isneginf(), 0)
-    return -rows.sum((0, 2) if lse.dim() == 3 else 0).to(c.sink_logits.dtype)
+    return -rows.sum((0, 2) if lse.dim() == 3 else 0).to(sink_logits.dtype)

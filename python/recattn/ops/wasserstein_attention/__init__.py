@@ -27,7 +27,7 @@ def unsupported_reasons(
     Without mean_q and mean_v: on this type of device. With them: a call with these tensors.
     """
     triton = triton_unsupported_reason(device_type, None if mean_q is None else mean_q.dtype)
-    if triton is None and mean_q is not None:
+    if triton is None and mean_q is not None and mean_v is not None:
         triton = _triton_call_reason(mean_q, mean_v, w_q)
     if device_type == "cpu":  # where Triton's is an interpreter
         return {"cpu": cpu.unsupported_reason(mean_q), "reference": None, "triton": triton}
@@ -118,7 +118,8 @@ def _attention_reference(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, 
     valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, side, query.device)
     if seq_lens is not None:
         mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
-    distances = squared_wasserstein_distance(*query.chunk(2, dim=-1), *key.chunk(2, dim=-1), valid)
+    (mean_q, std_q), (mean_k, std_k) = query.chunk(2, dim=-1), key.chunk(2, dim=-1)
+    distances = squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid)
     scale = resolve_scale(options.scale, mean_q.shape[-1])
     p = masked_softmax(-scale * distances, ~visible_pairs(valid, options.causal))
     return (p @ mean_v.to(p.dtype)).to(mean_v.dtype), (p.square() @ cov_v.to(p.dtype)).to(cov_v.dtype)
