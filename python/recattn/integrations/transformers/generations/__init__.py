@@ -34,8 +34,8 @@ def find_generation(version: str) -> str:
 def import_generation() -> ModuleType:
     """The generation of the installed transformers."""
     with importing("transformers", module="transformers", extra="hf"):
-        import transformers
-    name = find_generation(transformers.__version__)
+        from transformers import __version__ as version
+    name = find_generation(version)
     with importing("transformers", module="transformers", extra="hf"):
         return importlib.import_module(f"{__name__}.{name}")
 
