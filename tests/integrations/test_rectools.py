@@ -41,7 +41,7 @@ def test_without_a_refinement_they_are_rectools_own_layers():
     x, timeline = torch.randn(B, N, E, dtype=torch.float64), TOKENS[..., None]
     before = refined(x.clone(), timeline, CAUSAL, None)
     for block in refined.transformer_blocks:
-        assert type(block.multi_head_attn) is RefinedSelfAttention
+        assert isinstance(block.multi_head_attn, RefinedSelfAttention)
         nn.init.zeros_(block.multi_head_attn.w_v)
     merged = (CAUSAL | ~TOKENS[:, None]) & ~torch.eye(N, dtype=torch.bool)
     expected = plain(x.clone(), timeline, merged.repeat_interleave(H, 0), None)
@@ -60,7 +60,7 @@ def test_neither_padding_nor_the_future_reaches_a_state(mechanism):
     changed[:, -1] = -3.0
     states, others = (refined(y.clone(), TOKENS[..., None], CAUSAL, None) for y in (x, changed))
     earlier = TOKENS & (torch.arange(N) < N - 1)
-    assert torch.equal(states[earlier], others[earlier])
+    torch.testing.assert_close(states[earlier], others[earlier], atol=1e-12, rtol=0)
     assert not torch.allclose(states[:, -1], others[:, -1])
     both_ways = refined(x.clone(), TOKENS[..., None], None, None)
     assert not torch.allclose(both_ways[earlier], states[earlier])

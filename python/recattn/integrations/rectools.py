@@ -9,11 +9,21 @@ from recattn._check import expect
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import patch
 from recattn.nn import RefinedSelfAttention
+from recattn.nn._masks import read_seq_lens
 
 with importing("RecTools", module="rectools", extra="rectools"):
     from rectools.models.nn.transformers.sasrec import (  # pyright: ignore[reportMissingImports] (not in dev.txt)
         SASRecTransformerLayers,
     )
+
+
+class _BlockAttention(RefinedSelfAttention):
+    """Takes padding as `seq_lens`: the query of RecTools' blocks is a norm of the keys, which would count as a
+    cross-attention in a model without a causal mask."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor, **kwargs: Any) -> Any:
+        seq_lens = read_seq_lens(key_padding_mask, *query.shape[:2], self.padding_side)
+        return super().forward(query, key, value, seq_lens=seq_lens, **kwargs)
 
 
 class RefinedSASRecLayers(SASRecTransformerLayers):
@@ -39,7 +49,7 @@ class RefinedSASRecLayers(SASRecTransformerLayers):
         self, n_blocks: int, n_factors: int, n_heads: int, dropout_rate: float, *, max_len: int, **refinement: Any
     ) -> None:
         super().__init__(n_blocks, n_factors, n_heads, dropout_rate)
-        refined = functools.partial(RefinedSelfAttention, max_len=max_len, padding_side="left", **refinement)
+        refined = functools.partial(_BlockAttention, max_len=max_len, padding_side="left", **refinement)
         patch(self, {nn.MultiheadAttention: refined})
 
     def forward(
