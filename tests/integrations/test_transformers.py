@@ -1,6 +1,8 @@
 """Sink attention in Hugging Face models, against transformers itself and an eager formulation of it."""
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_without_a_bias_it_is_the_model_and_restore_leaves_nothing(name, side):
     assert (patched - expected[valid]).abs().max() <= PRECISION[name]
     assert torch.equal(restored, expected)
     assert list(model.state_dict()) == keys and model.config.to_dict() == settings
-    assert not any(x._forward_pre_hooks for x in model.modules())
+    assert not any(x._forward_pre_hooks or "forward" in vars(x) for x in model.modules())
     assert [set(vars(x)) for x in model.modules()] == attributes
 
 
@@ -132,6 +134,36 @@ def test_sink_positions_in_the_place_of_a_token_id(name):
         by_embeddings = model(**embedded, sink_positions=positions)[0][batch["attention_mask"].bool()]
     assert (named - by_id).abs().max() <= PRECISION[name]  # with another number of sinks
     assert torch.equal(by_embeddings, named)
+
+
+def test_forward_called_directly():
+    """As sentence-transformers does. The signature stays, by which it filters what it passes."""
+    model, batch = model_of("bert"), batch_of("right")
+    signature = inspect.signature(model.forward)
+    enabled(model)
+    with torch.no_grad():
+        assert torch.equal(model.forward(**batch)[0], model(**batch)[0])
+    assert inspect.signature(model.forward) == signature
+    hidden = model.embeddings(batch["input_ids"])
+    with pytest.raises(
+        ValueError, match="the base model must be called to find the sinks, got a call of its layers alone"
+    ):
+        model.encoder(hidden)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(copied):
+    model, batch = model_of("bert"), batch_of("right")
+    with torch.no_grad():
+        plain = hidden_of(model, batch)
+        handle = enabled(model)
+        own = hidden_of(model, batch)
+        other = copied(model)
+        assert torch.equal(hidden_of(other, batch), own)
+        for bias in handle.biases.values():
+            bias.scale.zero_()
+        assert torch.equal(hidden_of(other, batch), own)
+        assert (hidden_of(model, batch) - plain).abs().max() <= PRECISION["bert"]
 
 
 @both_sides

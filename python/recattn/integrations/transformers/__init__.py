@@ -3,7 +3,7 @@
 `enable_sink_attention` sets `recattn.sink_attention` as the attention of a loaded model and adds a
 `recattn.nn.InterSinkBias` to each chosen layer. It replaces no module of the model, and `restore` undoes it:
 
-- a hook before the base model finds the sinks and the padding side of the batch (hooks.py);
+- the base model's forward first finds the sinks and the padding side of the batch (hooks.py);
 - a hook before each attention computes its bias from the hidden states that the attention reads (hooks.py);
 - importing this package registers the attention function "recattn_sink" and its mask function, without which
   transformers would drop causality and padding (attention.py).

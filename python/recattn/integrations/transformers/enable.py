@@ -63,7 +63,8 @@ class SinkAttentionHandle:
         for attention in chosen:
             attention.add_module(BIAS, make_bias(attention, model, settings["bias_scale"], settings["dropout"]))
         reader, adder = SinkReader(adapter, base, chosen, settings), BiasAdder(adapter, chosen[0])
-        self._hooks = [base.register_forward_pre_hook(reader, with_kwargs=True)]
+        reader.install()
+        self._hooks = [reader]
         self._hooks += [x.register_forward_pre_hook(adder, with_kwargs=True) for x in chosen]
         self._hooks += [x.register_load_state_dict_pre_hook(rename_official_scale) for x in chosen]
 

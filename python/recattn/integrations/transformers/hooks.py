@@ -1,5 +1,6 @@
-"""The hooks of a model: one reads the sinks of a batch, one computes the bias of a layer, one loads old scales."""
+"""What is attached to a model: it reads the sinks of a batch, computes the bias of a layer, loads old scales."""
 
+import functools
 import inspect
 import warnings
 from typing import Any
@@ -17,22 +18,41 @@ from recattn.reference.sink_attention import valid_tokens
 
 
 class SinkReader:
-    """Hook before the base model: finds the sinks and passes them to each attention."""
+    """The forward of a base model with sinks: finds them and passes them to each attention.
+
+    It replaces the forward of the instance: sentence-transformers calls that directly, past the hooks of the model.
+    """
 
     def __init__(self, adapter: Adapter, base: Any, attentions: list[Any], settings: dict[str, Any]) -> None:
         self.adapter, self.names, self.attentions = adapter, _argument_names(base), attentions
+        self.base, self.own_forward = base, vars(base).get("forward")
         self.sink_token_id, self.max_sinks = settings["sink_token_id"], settings["max_sinks"]
         self.padding_side = settings["padding_side"]
         self.warned = False
 
-    def __call__(self, base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the base model's forward: the libraries that read it filter their arguments by it."""
+        return inspect.signature(functools.partial(type(self.base).forward, self.base))
+
+    def install(self) -> None:
+        self.base.forward = self
+
+    def remove(self) -> None:
+        if self.own_forward is None:
+            del self.base.forward
+        else:
+            self.base.forward = self.own_forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        base = self.base
         implementation = base.config._attn_implementation
         expect(implementation == NAME, "the attention of the model", f"{NAME!r} until restore()", repr(implementation))
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         self.adapter.pass_sinks(arguments, self.read(arguments, arguments.pop("sink_positions", None)))
         if base.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_of_frozen_biases()
-        return (), arguments
+        return type(base).forward(base, **arguments) if self.own_forward is None else self.own_forward(**arguments)
 
     def read(self, arguments: dict[str, Any], positions: Tensor | None) -> Sinks:
         """The sinks and the padding of a call of the base model with these arguments."""
@@ -163,7 +183,8 @@ class BiasAdder:
     def __call__(self, attention: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         sinks = self.adapter.read_sinks(arguments)
-        if sinks is not None and sinks.positions is not None:
+        expect(sinks is not None, "the base model", "called to find the sinks", "a call of its layers alone")
+        if sinks.positions is not None:
             hidden_states = arguments[self.adapter.hidden_states]
             bias = getattr(attention, BIAS)(hidden_states, sinks.positions, sinks.valid)
             self.adapter.pass_bias(arguments, bias)
