@@ -184,7 +184,7 @@ class BiasAdder:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         sinks = self.adapter.read_sinks(arguments)
         expect(sinks is not None, "the base model", "called to find the sinks", "a call of its layers alone")
-        if sinks.positions is not None:
+        if sinks is not None and sinks.positions is not None:
             hidden_states = arguments[self.adapter.hidden_states]
             bias = getattr(attention, BIAS)(hidden_states, sinks.positions, sinks.valid)
             self.adapter.pass_bias(arguments, bias)
