@@ -8,11 +8,11 @@ from recattn.integrations.transformers.generations._encoders import BertAdapter,
 from recattn.integrations.transformers.generations._interface import InterfaceAdapter
 
 ADAPTERS = {
-    **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gpt_oss"), InterfaceAdapter()),
     "bert": BertAdapter(),
     "roberta": BertAdapter(),
     "xlm-roberta": BertAdapter(),
     "distilbert": DistilBertAdapter(),
     "modernbert": ModernBertAdapter(),
+    **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gpt_oss"), InterfaceAdapter()),
 }
 sink_attention_mask = v5_1.sink_attention_mask
