@@ -1,10 +1,12 @@
-"""The kernels under every torch and Triton that recattn is tried with, each pair in an environment of its own.
+"""recattn under every Python, torch, Triton, numpy and transformers that it is tried with, each row in an environment.
 
 python tests/packaging/versions.py    writes what it finds to versions.md; needs no GPU, and hours of one core
-python tests/packaging/versions.py --every 8 --only 2.11.0 3.6.0    these rows of it, by one kernel test in eight
+python tests/packaging/versions.py --every 8 --only 2.11.0 3.6.0    the rows with these, by one kernel test in eight
+python tests/packaging/versions.py --suites transformers    one column of every row
 
-The environments stay in .cache/versions, 5 GB each where pip serves CUDA builds of torch. The C++ kernels in them are
-the checkout's own, whichever torch they were built with: their ABI is the stable one.
+The environments stay in .cache/versions, 5 GB each where pip serves CUDA builds of torch. A row needs its Python on the
+PATH (python3.10 and so on). The C++ kernels are the checkout's own, whichever Python and torch they were built with:
+their ABI is the stable one.
 """
 
 import argparse
@@ -12,11 +14,11 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
-import venv
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import date
 from pathlib import Path
 
@@ -26,48 +28,74 @@ TABLE = Path(__file__).with_name("versions.md")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A torch, the Triton that pip installs with it, and a numpy for its interpreter: numpy 2.4 needs Triton 3.7."""
+class Environment:
+    """A torch, the Triton that pip installs with it, and what people have beside them."""
 
+    python: str
     torch: str
     triton: str
     numpy: str
+    transformers: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        names = ("Python", "torch", "Triton", "numpy", "transformers")
+        return tuple(f"{name} {version}" for name, version in zip(names, astuple(self), strict=True))
 
 
-PAIRS = (
-    Pair("2.10.0", "3.6.0", "2.3.5"),
-    Pair("2.11.0", "3.6.0", "2.3.5"),
-    Pair("2.13.0", "3.7.1", "2.4.6"),
-    Pair("2.14.1", "3.8.0", "2.4.6"),
+# Triton's interpreter before 3.7 needs numpy below 2.4. RecBole and RecTools need numpy 1.
+ENVIRONMENTS = (
+    Environment("3.10", "2.10.0", "3.6.0", "2.2.6", "4.48.3"),
+    Environment("3.11", "2.10.0", "3.6.0", "2.3.5", "4.51.3"),
+    Environment("3.11", "2.11.0", "3.6.0", "2.3.5", "4.57.6"),
+    Environment("3.11", "2.13.0", "3.7.1", "1.26.4", "5.0.0"),
+    Environment("3.12", "2.13.0", "3.7.1", "2.4.6", "5.10.4"),
+    Environment("3.11", "2.13.0", "3.7.1", "2.4.6", "5.23.0"),
+    Environment("3.11", "2.14.1", "3.8.0", "2.4.6", "5.24.0"),
+    Environment("3.13", "2.14.1", "3.8.0", "2.4.6", "5.24.0"),
 )
-# Those of the pairs, and what recattn admits besides: the oldest, and the newest that was tried.
+# Those above, and what recattn admits besides: the oldest, and the newest that was tried.
 TRITONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 TOOLS = ("pytest", "hypothesis", "setuptools>=77,<82", "ninja", "pybind11")
 
-KERNEL_TESTS = sorted({*TESTS.glob("triton/test_*.py")} - {TESTS / "triton" / "test_launches.py"})
+COMPILES = "compiles or one_graph or compiled_backwards"
+KERNEL_TESTS = sorted(
+    {*TESTS.glob("triton/test_*.py"), *TESTS.glob("cpu/test_*.py")} - {TESTS / "triton/test_launches.py"}
+)
 # And where the tests are that torch.compile the public operators and modules, and have nvcc read torch's headers.
 OPERATORS = ("inter_sink_bias", "lrea_attention", "refined_attention*", "sink_attention*", "wasserstein_attention")
-OTHERS = ("cpu/test_refined_attention", "cuda/test_compile", "nn/test_*", "ops/test_double_backward")
-OTHER_TESTS = sorted(
-    path for name in (*(f"ops/test_{name}" for name in OPERATORS), *OTHERS) for path in TESTS.glob(f"{name}.py")
+COMPILE_TESTS = (
+    *(f"ops/test_{name}" for name in OPERATORS),
+    "cuda/test_compile",
+    "nn/test_*",
+    "ops/test_double_backward",
 )
-COMPILES = "compiles or one_graph or compiled_backwards"
+SUITES = {
+    "kernels": (KERNEL_TESTS, f"not ({COMPILES})"),
+    "compile": (
+        [*KERNEL_TESTS, *sorted(path for name in COMPILE_TESTS for path in TESTS.glob(f"{name}.py"))],
+        COMPILES,
+    ),
+    "transformers": (sorted(TESTS.glob("integrations/test_transformers*.py")), ""),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "versions", help="for the environments")
     parser.add_argument("--every", type=int, default=1, help="run one kernel test in so many")
-    parser.add_argument("--only", nargs="+", metavar="VERSION", help="these of torch and Triton; other rows stay")
+    parser.add_argument("--only", nargs="+", metavar="VERSION", help="the rows with one of these; other rows stay")
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=[*SUITES], help="these columns; others stay")
     options = parser.parse_args()
 
-    chosen = options.only or [*(pair.torch for pair in PAIRS), *TRITONS]
     folder = options.folder.resolve()
-    tried = itertools.chain(
-        (try_pair(folder, pair, options.every) for pair in PAIRS if pair.torch in chosen),
-        (try_triton(folder, triton) for triton in TRITONS if triton in chosen),
-    )
+    chosen = [x for x in ENVIRONMENTS if not options.only or {*options.only} & {*astuple(x)}]
+    tritons = [] if options.suites != [*SUITES] else [x for x in TRITONS if x in (options.only or TRITONS)]
     failed = False
+    tried = itertools.chain(
+        (try_environment(folder, environment, options.suites, options.every) for environment in chosen),
+        (try_triton(folder, triton) for triton in tritons),
+    )
     for row in tried:
         print(row, flush=True)
         TABLE.write_text(with_row(TABLE.read_text(), row))
@@ -75,21 +103,27 @@ def main() -> int:
     return int(failed)
 
 
+def find_row(table: str, cells: tuple[str, ...]) -> str:
+    """The row that begins with these cells."""
+    (row,) = (line for line in table.splitlines() if line.startswith(f"| {' | '.join(cells)} |"))
+    return row
+
+
 def with_row(table: str, row: str) -> str:
-    """The table with the row that has the same first cell replaced."""
-    lines, first_cell = table.splitlines(), row.split(" | ")[0]
-    (place,) = (i for i, line in enumerate(lines) if line.split(" | ")[0] == first_cell)
-    return "\n".join([*lines[:place], row, *lines[place + 1 :]]) + "\n"
+    """The table with the row of the same environment, or of the same Triton, replaced."""
+    known = itertools.takewhile(lambda cell: re.fullmatch(r"[A-Za-z]+ [\d.]+", cell), row[2:].split(" | "))
+    return table.replace(find_row(table, tuple(known)), row)
 
 
-def try_pair(folder: Path, pair: Pair, every: int) -> str:
+def try_environment(folder: Path, environment: Environment, suites: list[str], every: int) -> str:
     began = time.monotonic()
-    python = environment(folder, pair)
-    kernels = run_tests(python, KERNEL_TESTS, f"not ({COMPILES})", every)
-    compiled = run_tests(python, [*KERNEL_TESTS, *OTHER_TESTS], COMPILES)
-    if every > 1:
-        kernels += f" (one in {every})"
-    return row_of(f"torch {pair.torch}", f"Triton {pair.triton}", f"numpy {pair.numpy}", kernels, compiled, began=began)
+    python = install(folder, environment)
+    results = find_row(TABLE.read_text(), environment.cells)[2:].split(" | ")[len(environment.cells) :][: len(SUITES)]
+    for i, (suite, (files, chosen)) in enumerate(SUITES.items()):
+        if suite in suites:
+            one_in = every if suite == "kernels" else 1
+            results[i] = run_tests(python, files, chosen, one_in) + (f" (one in {every})" if one_in > 1 else "")
+    return row_of(*environment.cells, *results, began=began)
 
 
 def try_triton(folder: Path, triton: str) -> str:
@@ -104,16 +138,20 @@ def row_of(*cells: str, began: float) -> str:
 
 def machine() -> str:
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"Python {platform.python_version()}, {found[1] if found else platform.machine()}"
+    return found[1] if found else platform.machine()
 
 
-def environment(folder: Path, pair: Pair) -> Path:
-    """The interpreter of a pair's environment, which is made if it does not exist."""
-    home = folder / f"torch-{pair.torch}"
+def install(folder: Path, environment: Environment) -> Path:
+    """The interpreter of an environment, which is made if it does not exist."""
+    home = folder / "-".join(astuple(environment))
     python = home / "bin" / "python"
     if not python.exists():
-        venv.create(home, with_pip=True)
-    pip_install(python, f"torch=={pair.torch}", f"triton=={pair.triton}", f"numpy=={pair.numpy}", *TOOLS)
+        interpreter = shutil.which(f"python{environment.python}")
+        if interpreter is None:
+            raise SystemExit(f"python{environment.python} is not on the PATH")
+        subprocess.run([interpreter, "-m", "venv", home], check=True)
+    packages = [f"{name}=={getattr(environment, name)}" for name in ("torch", "triton", "numpy", "transformers")]
+    pip_install(python, *packages, *TOOLS)
     pip_install(python, "--no-build-isolation", "--no-deps", "--editable", str(ROOT), RECATTN_BUILD="none")
     return python
 
