@@ -7,7 +7,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 from recattn.integrations.transformers import generations  # noqa: E402
-from tests.helpers.transformers_versions import VERSIONS  # noqa: E402
+from tests.packaging.versions import ENVIRONMENTS  # noqa: E402
 
 
 def test_a_version_below_the_floor_is_named():
@@ -25,7 +25,8 @@ def test_a_generation_serves_from_its_first_version(first, name):
 
 
 def test_every_generation_is_tried():
-    assert {generations.find_generation(version) for version in VERSIONS} == set(generations.GENERATIONS.values())
+    tried = {generations.find_generation(environment.transformers) for environment in ENVIRONMENTS}
+    assert tried == set(generations.GENERATIONS.values())
 
 
 def test_versions_to_come_are_served_by_the_newest_generation():
