@@ -45,7 +45,8 @@ test-isa: $(INSTALLED)
 sanitize: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/cuda/sanitize.py
 
-# The kernels under each torch and Triton that the package is tried with, to tests/packaging/versions.md: [EVERY=8] [ONLY=2.11.0]
+# The package under each Python, torch, Triton, numpy and transformers that it is tried with, to
+# tests/packaging/versions.md: [EVERY=8] [ONLY=2.11.0]
 versions: $(INSTALLED)
 	$(BIN)/python tests/packaging/versions.py $(if $(EVERY),--every $(EVERY)) $(if $(ONLY),--only $(ONLY))
 
@@ -88,17 +89,18 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# --no-compile: Python writes the bytecode of what it imports, a minute faster than pip that of everything
 $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/clients.txt
-	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 "triton==3.6.0; sys_platform == 'linux'"
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --requirement requirements/clients.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target .venv/triton-3.6.0 "triton==3.6.0; sys_platform == 'linux'"
 	$(WITH_PATH) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 $(DOCS): requirements/docs.txt requirements/dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement $<
+	$(BIN)/python -m pip install --quiet --no-compile --requirement $<
 	touch $@
 
 clean:

@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import astuple, dataclass
 from datetime import date
 from pathlib import Path
@@ -116,23 +115,20 @@ def with_row(table: str, row: str) -> str:
 
 
 def try_environment(folder: Path, environment: Environment, suites: list[str], every: int) -> str:
-    began = time.monotonic()
     python = install(folder, environment)
     results = find_row(TABLE.read_text(), environment.cells)[2:].split(" | ")[len(environment.cells) :][: len(SUITES)]
     for i, (suite, (files, chosen)) in enumerate(SUITES.items()):
         if suite in suites:
             results[i] = run_tests(python, files, chosen, every) + (f" (one in {every})" if every > 1 else "")
-    return row_of(*environment.cells, *results, began=began)
+    return row_of(*environment.cells, *results)
 
 
 def try_triton(folder: Path, triton: str) -> str:
-    began = time.monotonic()
-    return row_of(f"Triton {triton}", compile_kernels(folder, triton), began=began)
+    return row_of(f"Triton {triton}", compile_kernels(folder, triton))
 
 
-def row_of(*cells: str, began: float) -> str:
-    minutes = f"{(time.monotonic() - began) / 60:.0f} minutes"
-    return f"| {' | '.join((*cells, minutes, str(date.today()), machine()))} |"
+def row_of(*cells: str) -> str:
+    return f"| {' | '.join((*cells, str(date.today()), machine()))} |"
 
 
 def machine() -> str:

@@ -22,7 +22,8 @@ class _BlockAttention(RefinedSelfAttention):
     cross-attention in a model without a causal mask."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor, **kwargs: Any) -> Any:
-        seq_lens = read_seq_lens(key_padding_mask, *query.shape[:2], self.padding_side)
+        batch, length, _ = query.shape
+        seq_lens = read_seq_lens(key_padding_mask, batch, length, self.padding_side)
         return super().forward(query, key, value, seq_lens=seq_lens, **kwargs)
 
 
