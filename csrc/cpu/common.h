@@ -71,7 +71,7 @@ inline Tensor new_empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, 
                                 ScalarType dtype) {
     const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle tensor;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, code, aoti_torch_device_type_cpu(), 0, &tensor));
     return Tensor(tensor);
 }
