@@ -145,3 +145,13 @@ def _modernbert_forward(
     if local_attention != (-1, -1) and sliding_window_mask is not None:
         mask = mask._replace(mask=sliding_window_mask)
     return _attend_encoder(attention, query, key, value, mask, attention.attention_dropout, bool(output_attentions))
+
+
+# Before 5.0.
+ENCODERS = {
+    "bert": BertAdapter(),
+    "roberta": BertAdapter(),
+    "xlm-roberta": BertAdapter(),
+    "distilbert": DistilBertAdapter(),
+    "modernbert": ModernBertAdapter(),
+}

@@ -13,7 +13,7 @@ from recattn.integrations.transformers.generations._by_mask import (
     as_sink_mask,
     sink_mask_attention_forward,
 )
-from recattn.integrations.transformers.generations._encoders import BertAdapter, DistilBertAdapter, ModernBertAdapter
+from recattn.integrations.transformers.generations._encoders import ENCODERS
 
 
 class DecoderAdapter(MaskAdapter):
@@ -47,11 +47,7 @@ def sink_attention_mask(
 
 
 ADAPTERS = {
-    "bert": BertAdapter(),
-    "roberta": BertAdapter(),
-    "xlm-roberta": BertAdapter(),
-    "distilbert": DistilBertAdapter(),
-    "modernbert": ModernBertAdapter(),
+    **ENCODERS,
     **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral"), DecoderAdapter()),
 }
 

@@ -4,15 +4,11 @@ Gemma 3 is missing: there its heads do not say which of their modules is the bas
 """
 
 from recattn.integrations.transformers.generations import v5_1
-from recattn.integrations.transformers.generations._encoders import BertAdapter, DistilBertAdapter, ModernBertAdapter
+from recattn.integrations.transformers.generations._encoders import ENCODERS
 from recattn.integrations.transformers.generations._interface import InterfaceAdapter
 
 ADAPTERS = {
-    "bert": BertAdapter(),
-    "roberta": BertAdapter(),
-    "xlm-roberta": BertAdapter(),
-    "distilbert": DistilBertAdapter(),
-    "modernbert": ModernBertAdapter(),
+    **ENCODERS,
     **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gpt_oss"), InterfaceAdapter()),
 }
 sink_attention_mask = v5_1.sink_attention_mask
