@@ -49,22 +49,24 @@ def test_without_triton():
     python(BLOCK_TRITON + CALL)
 
 
-IMPORT_LIMIT_MS = 60
+IMPORT_LIMIT = 0.05  # of the time that importing torch takes, which other processes slow too
 IMPORT = """
-import sys, time, torch
-before = {*sys.modules}
+import sys, time
+start = time.thread_time()
+import torch
+before, torch_seconds = {*sys.modules}, time.thread_time() - start
 print("torch is imported", file=sys.stderr)
 start = time.thread_time()
 import recattn
-milliseconds = 1000 * (time.thread_time() - start)
+seconds = time.thread_time() - start
 """
 
 
 def import_cost() -> tuple[float, str]:
-    """CPU milliseconds of `import recattn` after `import torch`, and its slowest modules."""
+    """CPU time of `import recattn` after `import torch`, as a share of torch's own, and its slowest modules."""
     # With bytecode, as an installed package has it.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    command = [sys.executable, "-X", "importtime", "-c", IMPORT + "print(milliseconds)"]
+    command = [sys.executable, "-X", "importtime", "-c", IMPORT + "print(seconds / torch_seconds)"]
     run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     _, _, report = run.stderr.partition("torch is imported")
     times = re.findall(r"import time: +\d+ \| +(\d+) \| +(\S+)", report)
@@ -73,11 +75,11 @@ def import_cost() -> tuple[float, str]:
 
 
 def test_import_costs_little_more_than_torch():
-    for _ in range(5):  # other processes slow some
-        milliseconds, slowest = import_cost()
-        if milliseconds <= IMPORT_LIMIT_MS:
+    for _ in range(8):  # another process may slow one import and not the other
+        share, slowest = import_cost()
+        if share <= IMPORT_LIMIT:
             return
-    pytest.fail(f"import recattn takes {milliseconds:.0f} ms beyond torch:\n{slowest}")
+    pytest.fail(f"import recattn takes {share:.1%} of the time of import torch:\n{slowest}")
 
 
 def test_import_loads_no_other_package():
