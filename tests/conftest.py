@@ -1,5 +1,6 @@
 """Settings that must be made before any kernel is imported, and fixtures for every test."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,10 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     # Triton reads this when a kernel is decorated: without a GPU its interpreter runs them on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.helpers.interpreted import patch_language_once
+
+        patch_language_once()
 
 settings.register_profile("recattn", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("recattn")

@@ -1,6 +1,7 @@
 """Helpers for tests whose kernels Triton's interpreter runs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -30,6 +31,28 @@ def twice_of_three(assert_matches: Callable[[int], None]) -> None:
     except AssertionError:
         for seed in (1, 2):
             assert_matches(seed)
+
+
+def patch_language_once() -> None:
+    """Have the interpreter patch triton.language in each launch only, not again in each function that a kernel calls.
+
+    That took it more than half of its time, and changed nothing.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def languages(function) -> list:
+        return [lang for lang in (tl, tl.core) if any(value is lang for value in function.__globals__.values())]
+
+    def patch_if_needed(function):
+        if any(tl.core.is_builtin(lang.load) for lang in languages(function)):
+            return patch(function)
+        return interpreter._LangPatchScope()  # of no changes
+
+    interpreter._patch_lang = patch_if_needed
 
 
 def run_outer_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
