@@ -7,10 +7,16 @@ import torch
 from torch import nn
 
 import recattn
-from recattn.integrations.fuxictr import LREATargetAttention, refine_self_attention, replace_target_attention
+from recattn.integrations.fuxictr import (
+    LREATargetAttention,
+    MaskedSelfAttention,
+    refine_self_attention,
+    replace_target_attention,
+)
 
 B, N, D = 6, 9, 8
 MAX_LEN, RANK = 12, 3
+ITEMS = 40
 
 
 def padded_histories():
@@ -83,9 +89,176 @@ def test_refused():
         attention(num_heads=2, head_dim=3)
 
 
+# --- A mask per user and head, as BST passes it ---
+
+HEADS, E = 2, 6
+PADDINGS = ["pre", "post", "scattered"]
+
+
+def tokens_of_users(side):
+    """[N, N] bool, False at padding. User b has b behaviours before the target, which is the last token."""
+    if side == "scattered":
+        behaviors = torch.rand(N, N - 1).argsort(dim=1) < torch.arange(N)[:, None]
+    else:
+        behaviors = torch.arange(N - 1) < torch.arange(N)[:, None]
+        behaviors = behaviors.flip(1) if side == "pre" else behaviors
+    return torch.cat([behaviors, torch.ones(N, 1, dtype=torch.bool)], dim=1)
+
+
+def mask_per_head(valid, causal, heads=HEADS):
+    """BST's: [B·H, N, N], True where a key is hidden."""
+    hidden = ~valid[:, None] | torch.full((N, N), causal).triu(1)
+    hidden.diagonal(dim1=1, dim2=2).fill_(False)
+    return hidden.repeat_interleave(heads, dim=0)
+
+
+def masked_attention(causal, **options):
+    module = MaskedSelfAttention(E, HEADS, N, causal=causal, **{"dtype": torch.float64} | options)
+    nn.init.normal_(module.in_proj_bias)
+    nn.init.normal_(module.out_proj.bias)
+    return module
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_with_values_of_zero_it_is_pytorchs_attention_of_the_mask(padding, causal):
+    """With w_v = 0 "additive" is plain attention. Of every length, at the tokens that are not padding."""
+    module = masked_attention(causal, mechanism="additive")
+    nn.init.zeros_(module.w_v)
+    plain = nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=torch.float64)
+    plain.load_state_dict(module.state_dict(), strict=False)
+    valid, x = tokens_of_users(padding), torch.randn(N, N, E, dtype=torch.float64, requires_grad=True)
+    mask = mask_per_head(valid, causal)
+    actual, expected = (attention(x, x, x, attn_mask=mask)[0] for attention in (module, plain))
+    torch.testing.assert_close(actual[valid], expected[valid], atol=1e-12, rtol=0)
+    bias = module.out_proj.bias.expand_as(actual)
+    torch.testing.assert_close(actual[~valid], bias[~valid], atol=0, rtol=0)
+    incoming = torch.randn_like(actual) * valid[..., None]
+    parameters = dict(plain.named_parameters())
+    mine = torch.autograd.grad(actual, [x, *(module.get_parameter(name) for name in parameters)], incoming)
+    for gradient, other in zip(mine, torch.autograd.grad(expected, [x, *parameters.values()], incoming), strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("causal, mechanism, side", [(False, "simple", "left"), (True, "value", "right")])
+def test_it_is_the_reference_of_each_users_tokens(padding, causal, mechanism, side):
+    """Whose tokens are moved by hand; the output and all gradients."""
+    module = masked_attention(causal, mechanism=mechanism, padding_side=side, per_head=True)
+    valid, x = tokens_of_users(padding), torch.randn(N, N, E, dtype=torch.float64, requires_grad=True)
+    actual, weights = module(x, x, x, attn_mask=mask_per_head(valid, causal))
+    assert weights is None
+    rows = []
+    for tokens, keep in zip(x, valid, strict=True):
+        places = [(~keep).nonzero()[:, 0], keep.nonzero()[:, 0]]
+        places = torch.cat(places if side == "left" else places[::-1])
+        q, k, v = (
+            (tokens[places] @ module.in_proj_weight.T + module.in_proj_bias).view(N, 3, HEADS, -1).permute(1, 2, 0, 3)
+        )
+        matrices = [w for w in (module.w_q, module.w_k, module.w_v) if w is not None]
+        options = {"mechanism": mechanism, "causal": causal, "padding_side": side, "seq_lens": keep.sum()[None]}
+        moved = recattn.reference.refined_attention(q[None], k[None], v[None], *matrices, **options)[0]
+        rows.append(module.out_proj(moved.transpose(0, 1).flatten(1))[places.argsort()])
+    expected = torch.stack(rows)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+    incoming = torch.randn_like(actual)
+    leaves = [x, *module.parameters()]
+    for mine, other in zip(*(torch.autograd.grad(o, leaves, incoming) for o in (actual, expected)), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-10, rtol=1e-9)
+
+
+def test_masks_of_other_kinds_are_those_of_refined_self_attention():
+    module, x = masked_attention(None), torch.randn(N, N, E, dtype=torch.float64)
+    lengths = torch.arange(N)
+    options = {
+        "key_padding_mask": torch.arange(N).flip(0) >= lengths[:, None],
+        "attn_mask": torch.ones(N, N).triu(1) > 0,
+    }
+    for chosen in ({}, options, options | {"need_weights": True, "average_attn_weights": False}):
+        expected = recattn.nn.RefinedSelfAttention.forward(module, x, x, x, **chosen)
+        torch.testing.assert_close(module(x, x, x, **chosen), expected, atol=0, rtol=0)
+
+
+def test_masks_that_are_not_bsts_are_refused():
+    module, valid, x = masked_attention(False), tokens_of_users("pre"), torch.randn(N, N, E, dtype=torch.float64)
+    mask = mask_per_head(valid, causal=False)
+
+    def refused(match, attn_mask=mask, module=module, inputs=(x, x, x), **options):
+        with pytest.raises(ValueError, match=match):
+            module(*inputs, attn_mask=attn_mask, **options)
+
+    refused(
+        r"must hide padding only, .*\(causal=False\), got one that hides key 8 from query 0",
+        mask_per_head(valid, causal=True),
+    )
+    other = mask_per_head(valid, causal=False)
+    other[2 * (N - 1) + 1, 3, 2] = True
+    refused(f"got one that hides key 2 from query 3 in head 1 of user {N - 1}", other)
+    other = mask_per_head(valid, causal=False)
+    other[0, 4, 4] = True
+    refused(
+        r"and no token from itself \(causal=False\), got one that hides key 4 from query 4 in head 0 of user 0", other
+    )
+    causal = masked_attention(True)
+    refused(r"keys after a query only, .* \(causal=True\), got one that shows key 8 to query 0", module=causal)
+    refused("causal must be given with attn_mask", module=masked_attention(None))
+    refused("must be bool, .* the 1 of DMIN hides nothing.* got torch.float32", mask.float())
+    refused(r"attn_mask must be \[B·H, N, N\] = \[18, 9, 9\], got \[9, 9, 9\]", mask[::2])
+    refused(
+        r"must be the only option, got \['key_padding_mask', 'need_weights'\]",
+        key_padding_mask=~valid,
+        need_weights=True,
+    )
+    refused("key and value must be query itself", inputs=(x, x, x.clone()))
+    refused("batch_first must be True", module=masked_attention(False, batch_first=False))
+
+
+class BehaviorTransformer(nn.Module):
+    """The calls, the pooling and the optimizer of FuxiCTR's BST."""
+
+    def __init__(self, use_causal_mask):
+        super().__init__()
+        self.use_causal_mask, self.items = use_causal_mask, nn.Embedding(ITEMS + 1, E, padding_idx=0)
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(E, HEADS, batch_first=True) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(E), nn.Linear(E, 1)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+
+    def forward(self, items):
+        mask = mask_per_head(items != 0, self.use_causal_mask)
+        x = self.items(items)
+        for attention in self.blocks:
+            out, _ = attention(x, x, x, attn_mask=mask)
+            out += x
+            x = self.norm(out)
+        return self.head((x * (items != 0)[..., None]).sum(dim=1))
+
+
+@pytest.mark.parametrize("use_causal_mask", [False, True])
+def test_bst_trains_wherever_its_padding_is_and_comes_back(use_causal_mask):
+    model, items = BehaviorTransformer(use_causal_mask), torch.randint(1, ITEMS, (N, N))
+    pre = items * tokens_of_users("pre")
+    post = torch.stack([torch.cat([row[:-1].roll(b), row[-1:]]) for b, row in enumerate(pre)])
+    assert torch.equal(post != 0, tokens_of_users("post"))
+    before = model(pre)
+    with refine_self_attention(model, N) as handle:
+        assert handle.replaced == ["blocks.0", "blocks.1"]
+        first = model(pre)
+        assert not torch.equal(first, before)
+        torch.testing.assert_close(model(post), first, atol=1e-6, rtol=1e-6)
+        initial = [parameter.clone() for parameter in handle.added_parameters]
+        model(post).square().mean().backward()
+        model.optimizer.step()
+        assert all(not torch.equal(new, old) for new, old in zip(handle.added_parameters, initial, strict=True))
+        assert not torch.equal(model(pre), first)
+        trained = {name: parameter.clone() for name, parameter in model.named_parameters() if ".w_" not in name}
+    plain = BehaviorTransformer(use_causal_mask)
+    plain.load_state_dict(trained)
+    assert torch.equal(model(pre), plain(pre))
+
+
 # --- In FuxiCTR ---
 
-ITEMS, CATEGORIES, USERS = 40, 5, 256
+CATEGORIES, USERS = 5, 256
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
 from recattn._typing import PaddingSide
+from recattn.functional.validation import expect_values, values_are_checked
 from recattn.integrations._behaviors import move_to_front
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
@@ -112,19 +114,109 @@ def replace_target_attention(model: nn.Module, max_len: int, rank: int, **option
     return _optimized(model, handle)
 
 
+class MaskedSelfAttention(RefinedSelfAttention):
+    """`recattn.nn.RefinedSelfAttention` that also takes a mask per user and head, as FuxiCTR's BST passes it:
+
+        attn_mask [B·H, N, N]: True where key j is hidden from query i, (j is padding, or causal and j > i) and j ≠ i
+
+    Padding may be anywhere. Before the attention it moves to `padding_side`, and the output moves back: with "left" the
+    last row of the refinement's matrices belongs to the last token, BST's target.
+
+    Args:
+        causal: whether such masks are causal. None: such a mask is an error.
+        arguments, options: as in `recattn.nn.RefinedSelfAttention`.
+    """
+
+    def __init__(self, *arguments: Any, causal: bool | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.causal = causal
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `RefinedSelfAttention.forward`, or with attn_mask [B·H, N, N], bool, as the only option.
+
+        Its last token always counts as valid.
+
+        Raises:
+            ValueError: as in `RefinedSelfAttention.forward`; a mask per user and head that is not bool, or beside other
+                options, or without `causal`; on a CPU (elsewhere under RECATTN_CHECK=1) also one that hides anything
+                but padding and, if causal, the keys after a query.
+        """
+        if not isinstance(attn_mask, Tensor) or attn_mask.dim() != 3:
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, **options)
+        options |= {"key_padding_mask": key_padding_mask, "need_weights": need_weights}
+        others = sorted(name for name, given in options.items() if given is not None and given is not False)
+        expect(not others, "attn_mask [B·H, N, N]", "the only option", others)
+        expect(query is key is value, "key and value", "query itself, with attn_mask [B·H, N, N]", "other tensors")
+        expect(self.batch_first, "batch_first", "True, with attn_mask [B·H, N, N]", self.batch_first)
+        batch, length, _ = self._expect_inputs(query, key, value)
+        valid = self._read_valid(attn_mask, batch, length)
+        order = (valid if self.padding_side == "left" else ~valid).byte().argsort(dim=1, stable=True).unsqueeze(-1)
+        x = query.take_along_dim(order, dim=1)
+        out, _ = super().forward(x, x, x, seq_lens=valid.sum(dim=1), is_causal=bool(self.causal))
+        return out.take_along_dim(order.argsort(dim=1), dim=1), None
+
+    def _read_valid(self, attn_mask: Tensor, batch: int, length: int) -> Tensor:
+        """The valid tokens, [B, N] bool: those that the last one, which is valid, sees."""
+        expect_shape({"B·H": batch * self.num_heads, "N": length}, "attn_mask", attn_mask, "B·H N N")
+        expect_same_device("the parameters", self.in_proj_weight, attn_mask=attn_mask)
+        boolean = (
+            "bool, True where hidden (nn.MultiheadAttention adds others to the scores: the 1 of DMIN hides nothing)"
+        )
+        expect(attn_mask.dtype == torch.bool, "attn_mask [B·H, N, N]", boolean, attn_mask.dtype)
+        expect(self.causal is not None, "causal", "given with attn_mask [B·H, N, N]", self.causal)
+        hidden = attn_mask.unflatten(0, (batch, self.num_heads))
+        valid = ~hidden[:, 0, -1]
+        if values_are_checked(hidden.device):
+            _expect_mask(hidden, valid, self.causal)
+        return valid
+
+
+def _expect_mask(hidden: Tensor, valid: Tensor, causal: bool | None) -> None:
+    """Check that hidden [B, H, N, N] is the mask of the tokens valid [B, N]."""
+    pairs = hidden.new_ones(hidden.shape[2:])
+    expected = ~valid[:, None, None] | (pairs.triu(1) if causal else ~pairs)
+    keys = "padding and the keys after a query" if causal else "padding"
+    expect_values(
+        hidden == expected & ~torch.eye(len(pairs), dtype=torch.bool, device=hidden.device),
+        f"attn_mask [B·H, N, N] must hide {keys} only, and no token from itself (causal={causal})",
+        lambda b, h, i, j: (
+            f"one that {'hides' if hidden[b, h, i, j] else 'shows'} key {j} "
+            f"{'from' if hidden[b, h, i, j] else 'to'} query {i} in head {h} of user {b}"
+        ),
+    )
+
+
 def refine_self_attention(
-    model: nn.Module, max_len: int, *, padding_side: PaddingSide = "left", **refinement: Any
+    model: nn.Module,
+    max_len: int,
+    *,
+    padding_side: PaddingSide = "left",
+    causal: bool | None = None,
+    **refinement: Any,
 ) -> PatchHandle:
-    """Replace every nn.MultiheadAttention of a FuxiCTR model with a `recattn.nn.RefinedSelfAttention`.
+    """Replace every nn.MultiheadAttention of a FuxiCTR model with a `MaskedSelfAttention`.
 
     The parameters of the old modules are shared. Those of the refinement are added to `model.optimizer`, as in
-    `replace_target_attention`. Tested with FuxiCTR 2.3.10: TransAct of its model_zoo.LongCTR. BST and DMIN pass a mask
-    per user and head, which is refused.
+    `replace_target_attention`. Tested with FuxiCTR 2.3.10: TransAct of its model_zoo.LongCTR, and BST of its repository.
+
+    DMIN is refused: its floating mask hides nothing. With `attn_mask = ~attn_mask` in its BehaviorRefinerLayer, and
+    `causal=True`, it trains.
 
     Args:
         model: a FuxiCTR BaseModel, or any module with PyTorch's attention.
-        max_len: the longest sequence.
-        padding_side: where the data loader pads: "left" (padding="pre", FuxiCTR's default) or "right" ("post").
+        max_len: the longest sequence; for BST FuxiCTR's max_len + 1, as the target is part of it.
+        padding_side: where the data are padded: "left" (padding="pre", LongCTRDataLoader's default) or "right" ("post",
+            FeatureProcessor's). For BST leave it at "left", wherever its behaviours are padded.
+        causal: whether a mask per user and head is causal; None: `model.use_causal_mask`, which BST has.
         refinement: `mechanism`, `source`, `rank`, `per_head` and `impl` of `recattn.nn.RefinedSelfAttention`.
 
     Returns:
@@ -133,8 +225,9 @@ def refine_self_attention(
     Raises:
         ValueError: the model has no such module, or an option is not supported.
     """
-    refined = functools.partial(RefinedSelfAttention, max_len=max_len, padding_side=padding_side, **refinement)
-    return _optimized(model, patch(model, {nn.MultiheadAttention: refined}))
+    causal = getattr(model, "use_causal_mask", None) if causal is None else causal
+    options = {"max_len": max_len, "padding_side": padding_side, "causal": causal, **refinement}
+    return _optimized(model, patch(model, {nn.MultiheadAttention: functools.partial(MaskedSelfAttention, **options)}))
 
 
 def _optimized(model: nn.Module, handle: PatchHandle) -> PatchHandle:
