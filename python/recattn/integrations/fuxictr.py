@@ -206,7 +206,7 @@ def refine_self_attention(
     """Replace every nn.MultiheadAttention of a FuxiCTR model with a `MaskedSelfAttention`.
 
     The parameters of the old modules are shared. Those of the refinement are added to `model.optimizer`, as in
-    `replace_target_attention`. Tested with FuxiCTR 2.3.10: TransAct of its model_zoo.LongCTR, and BST of its repository.
+    `replace_target_attention`. Tested with FuxiCTR 2.3.10: TransAct of its model_zoo.LongCTR, BST of its repository.
 
     DMIN is refused: its floating mask hides nothing. With `attn_mask = ~attn_mask` in its BehaviorRefinerLayer, and
     `causal=True`, it trains.
