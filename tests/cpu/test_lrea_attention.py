@@ -13,10 +13,10 @@ import recattn
 from recattn import reference
 from recattn._extension import MISSING
 from recattn.testing import assert_matches_reference, measure_error
+from tests.helpers.instruction_sets import CAPABILITIES, results_at
 
 pytestmark = pytest.mark.skipif("cpu" in MISSING, reason="needs the compiled extension")
 
-CAPABILITIES = ["baseline", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # r, d, dv: below and beside the registers' widths, odd (half a pair), the common one last.
 SIZES = [(1, 1, 1), (4, 16, 37), (20, 37, 16), (33, 64, 129), (7, 129, 64), (3, 256, 5), (32, 64, 64)]
@@ -106,28 +106,19 @@ def assert_within_bounds(inputs, out: Tensor, capability: str):
     assert bound.mean() < 1e-2 * h.abs().mean()
 
 
-RUN = """
-import sys, torch, recattn
-cases, compressions = torch.load(sys.argv[1])
-outputs = [recattn.lrea_absorbed_attention(**case, impl="cpu") for case in cases]
-compressed = [recattn.lrea_compress(**case, impl="cpu") for case in compressions]
-torch.save((torch.ops.recattn.cpu_capability(), outputs, compressed), sys.argv[2])
-"""
+def run_each(cases):
+    """What attend, or compress, gives of each case."""
+    return [(attend if "targets" in case else compress)(**case) for case in cases]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set(capability, tmp_path):
     cases = [draw(*size, dtype, quantized) for size in SIZES for dtype in DTYPES for quantized in (False, True)]
     compressions = [draw_compress(dtype) for dtype in DTYPES]
-    torch.save((cases, compressions), tmp_path / "inputs")
-    environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
-    subprocess.run([sys.executable, "-c", RUN, tmp_path / "inputs", tmp_path / "outputs"], env=environment, check=True)
-    used, outputs, compressed = torch.load(tmp_path / "outputs")
-    if used != capability:
-        pytest.skip(f"this processor has {used} at most")
-    for inputs, out in zip(cases, outputs, strict=True):
+    outputs = results_at(capability, run_each, [*cases, *compressions], tmp_path)
+    for inputs, out in zip(cases, outputs[: len(cases)], strict=True):
         assert_within_bounds(inputs, out, capability)
-    for inputs, out in zip(compressions, compressed, strict=True):
+    for inputs, out in zip(compressions, outputs[len(cases) :], strict=True):
         assert_matches_reference(lambda out=out, **_: out, reference.lrea_compress, inputs)
 
 

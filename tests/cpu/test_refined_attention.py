@@ -12,7 +12,7 @@ from recattn._extension import MISSING
 from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
-from tests.helpers.instruction_sets import results_at
+from tests.helpers.instruction_sets import CAPABILITIES, results_at
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three
 from tests.helpers.philox import dropout_weights
 from tests.helpers.refined_inputs import cpu, views_of
@@ -30,12 +30,20 @@ def path(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[*(pytest.param(name, marks=compiled_kernels) for name in ("short", "long")), "chunked"])
-def n(request, monkeypatch):
-    """Run a test by each implementation: the length that it serves."""
-    if request.param == "chunked":
+@pytest.fixture(
+    params=[
+        *(pytest.param((by, mechanism), marks=compiled_kernels) for by, mechanism in product(["short"], MECHANISMS)),
+        pytest.param(("long", "simple"), marks=compiled_kernels),
+        *product(["chunked"], MECHANISMS),
+    ],
+    ids="-".join,
+)
+def mechanism_and_n(request, monkeypatch):
+    """Run a test by each implementation: the mechanisms and the length that it serves."""
+    by, mechanism = request.param
+    if by == "chunked":
         monkeypatch.setitem(on_cpu.MISSING, "cpu", "not compiled")
-    return on_cpu._LONGEST_IN_CPP + 5 if request.param == "long" else 21
+    return mechanism, on_cpu._LONGEST_IN_CPP + 5 if by == "long" else 21
 
 
 @pytest.fixture
@@ -103,7 +111,13 @@ def test_error(mechanism, source, causal, lengths, padding_side, rank, path):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_sizes(mechanism, causal, n, path):
     """Odd sizes of every axis, and ragged lengths."""
-    for source, rank, padding_side in product(SOURCES, (7, n + 1), ("right", "left")):
+    # Every pair of them.
+    for source, rank, padding_side in (
+        ("logits", 7, "right"),
+        ("logits", n + 1, "left"),
+        ("weights", 7, "left"),
+        ("weights", n + 1, "right"),
+    ):
         seq_lens = torch.tensor([n, (n + 1) // 2, 0], dtype=torch.int32)
         options = {"source": source, "causal": causal, "seq_lens": seq_lens, "padding_side": padding_side}
         check(draw(mechanism, h=1, n=n, d=17, dv=33, r=rank), mechanism=mechanism, **options)
@@ -122,16 +136,16 @@ def test_lengths_around_the_longest_short_one(n, source):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [5, 24])
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_half_precision(mechanism, rank, dtype, n):
+def test_half_precision(rank, dtype, mechanism_and_n):
+    mechanism, n = mechanism_and_n
     for source in SOURCES:
         inputs = draw(mechanism, n=n, r=rank, d=40, dtype=dtype)
         check(inputs, mechanism=mechanism, source=source, seq_lens=torch.tensor([n, 9, 0]), padding_side="left")
 
 
 @pytest.mark.parametrize("rank", [5, 24])
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_matrices_per_head(mechanism, rank, n):
+def test_matrices_per_head(rank, mechanism_and_n):
+    mechanism, n = mechanism_and_n
     inputs = draw(mechanism, h=3, n=n, r=rank, per_head=True)
     check(inputs, mechanism=mechanism, seq_lens=torch.tensor([n, 4, 0]), padding_side="left")
     if mechanism == "simple":
@@ -140,9 +154,9 @@ def test_matrices_per_head(mechanism, rank, n):
 
 
 @pytest.mark.parametrize("rank", [5, 24])
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_views(mechanism, rank, n):
+def test_views(rank, mechanism_and_n):
     """Heads behind tokens, a cut last axis, a transposed last axis, a transposed matrix, expanded gradients."""
+    mechanism, n = mechanism_and_n
     inputs = draw(mechanism, n=n, d=16, r=rank)
     views = views_of(inputs)
     check(inputs | views, mechanism=mechanism)
@@ -183,9 +197,9 @@ def test_scores_beyond_what_exp_holds(source, magnitude):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_padding_never_matters(mechanism, padding_side, causal, n):
+def test_padding_never_matters(padding_side, causal, mechanism_and_n):
     """Padding, and matrix rows beyond every token, may hold anything: the results are those of the tokens alone."""
+    mechanism, n = mechanism_and_n
     length = n - 4
     for source, rank in product(SOURCES, (5, n)):
         options = {"mechanism": mechanism, "source": source, "causal": causal}
@@ -204,9 +218,9 @@ def test_padding_never_matters(mechanism, padding_side, causal, n):
         assert all(x.isfinite().all() for x in actual)
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_a_sequence_never_sees_another(mechanism, n):
+def test_a_sequence_never_sees_another(mechanism_and_n):
     """A sequence full of NaN earlier in the batch changes nothing, nor does the scratch memory that it leaves."""
+    mechanism, n = mechanism_and_n
     for rank, causal in product((5, 24), (True, False)):
         inputs = draw(mechanism, b=6, n=n, r=rank)
         options = {"mechanism": mechanism, "causal": causal, "seq_lens": torch.tensor([n, 4, n, 7, n, 18])}
@@ -246,12 +260,13 @@ def dropout_masks(seed: int, b: int, h: int, n: int, lengths: list[int], padding
     [*((mechanism, 21, rank) for mechanism in MECHANISMS for rank in (5, 24)), ("simple", 263, 7), ("value", 263, 7)],
 )
 def test_dropout(mechanism, n, rank, source, dtype):
+    heads = 2 if n == 21 else 1
     for causal, padding_side in ((True, "right"), (False, "left")):
-        inputs = draw(mechanism, n=n, r=rank, dtype=dtype)
+        inputs = draw(mechanism, h=heads, n=n, r=rank, dtype=dtype)
         lengths = [n, n // 2, 0]
         torch.manual_seed(7)
         seed = torch.randint(2**63 - 1, (1,)).item()
-        inputs["keep"] = dropout_masks(seed, 3, 2, n, lengths, padding_side).to(dtype)
+        inputs["keep"] = dropout_masks(seed, 3, heads, n, lengths, padding_side).to(dtype)
         options = {"mechanism": mechanism, "source": source, "causal": causal}
         options |= {"seq_lens": torch.tensor(lengths), "padding_side": padding_side}
 
@@ -312,19 +327,18 @@ def test_threads_change_no_bit(mechanism, b, n, source, dropout_p):
 
 # --- Instruction sets ---
 
-CAPABILITY = """
-import sys, torch, recattn
-cases, results = torch.load(sys.argv[1]), []
-for inputs, incoming, options in cases:
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    out = recattn.refined_attention(**leaves, **options, impl="cpu")
-    results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming)])
-torch.save((torch.ops.recattn.cpu_capability(), results), sys.argv[2])
-"""
+
+def run_each(cases):
+    results = []
+    for inputs, incoming, options in cases:
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        out = refined_attention(**leaves, **options, impl="cpu")
+        results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming)])
+    return results
 
 
 @compiled_kernels
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", CAPABILITIES[:3])
 def test_every_instruction_set(capability, tmp_path):
     cases = []
     for mechanism, source, causal, rank in product(MECHANISMS, SOURCES, (True, False), (19, 71)):
@@ -334,7 +348,7 @@ def test_every_instruction_set(capability, tmp_path):
     for source, causal in product(SOURCES, (True, False)):
         inputs = draw("simple", b=1, n=271, d=37, dv=45, r=19)
         cases.append((inputs, torch.randn_like(inputs["v"]), {"source": source, "causal": causal}))
-    results = results_at(capability, CAPABILITY, cases, tmp_path)
+    results = results_at(capability, run_each, cases, tmp_path)
     for (inputs, incoming, options), result in zip(cases, results, strict=True):
 
         def all_results(inputs=inputs, incoming=incoming, options=options, **tensors):

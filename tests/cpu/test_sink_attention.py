@@ -16,7 +16,7 @@ import recattn
 from recattn import reference
 from recattn._extension import MISSING
 from recattn.testing import assert_matches_reference
-from tests.helpers.instruction_sets import results_at
+from tests.helpers.instruction_sets import CAPABILITIES, results_at
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three, twice_of_three
 from tests.helpers.philox import dropout_weights
 
@@ -109,7 +109,8 @@ def test_error(layout, causal, dtype):
 @pytest.mark.parametrize("length", [1, 7, 31, 48, 65, 97, 200])
 def test_sizes(length, dim, value_dim, causal):
     """No sinks, one, some and all, with groups of one, three and six query heads."""
-    for kv_heads, sinks in ((6, 0), (2, 1), (1, length // 3), (2, length)):
+    variants = ((6, 0), (2, 1), (1, length // 3), (2, length))
+    for kv_heads, sinks in variants[(causal + length) % 2 :: 2]:  # each causal with some lengths, and not with others
         sizes = {"heads": 6, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim, "sinks": sinks}
         # Many short sequences, so that the largest error is not the luck of a few entries.
         check(draw(**sizes, lengths=(length,) * max(2, 100 // length), bias_heads=6, causal=causal))
@@ -119,7 +120,7 @@ def test_sizes(length, dim, value_dim, causal):
 @pytest.mark.parametrize("layout", ["left", "packed"])
 def test_long_sequences(layout, causal):
     sizes = {"heads": 2, "kv_heads": 1, "dim": 16, "value_dim": 16, "sinks": 150}
-    check(draw(layout, **sizes, lengths=(1501, 3, 700), causal=causal))
+    check(draw(layout, **sizes, lengths=(1201, 300), causal=causal))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -342,34 +343,33 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_no_memory_of_n_squared():
-    """Of 256 MB, if there were any."""
-    result = subprocess.run([sys.executable, "-c", PEAK, "8192"], capture_output=True, text=True, check=True)
+    """Of 64 MB, if there were any."""
+    result = subprocess.run([sys.executable, "-c", PEAK, "4096"], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 20_000  # KB
 
 
 # --- Instruction sets ---
 
-CAPABILITY = """
-import sys, torch, recattn
-cases, results = torch.load(sys.argv[1]), []
-for inputs, douts, grads in cases:
-    leaves = {name: inputs[name].requires_grad_() for name in grads}
-    out = recattn.sink_attention(**inputs | leaves, impl="cpu")
-    gradients = [torch.autograd.grad(out, list(leaves.values()), dout, retain_graph=True) for dout in douts]
-    results.append([[out.detach(), *of_dout] for of_dout in gradients])
-torch.save((torch.ops.recattn.cpu_capability(), results), sys.argv[2])
-"""
+
+def run_each(cases):
+    results = []
+    for inputs, douts, grads in cases:
+        leaves = {name: inputs[name].detach().requires_grad_() for name in grads}
+        out = cpu(**inputs | leaves)
+        gradients = [torch.autograd.grad(out, list(leaves.values()), dout, retain_graph=True) for dout in douts]
+        results.append([[out.detach(), *of_dout] for of_dout in gradients])
+    return results
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize("capability", CAPABILITIES[:3])
+def test_every_instruction_set(capability, tmp_path):
     cases = []
     for dtype, causal, layout in itertools.product(DTYPES, (True, False), ("left", "packed")):
         sizes = {"kv_heads": 2, "dim": 37, "value_dim": 45, "sinks": 20, "bias_heads": 4, "logits": True}
         inputs = draw(layout, dtype, **sizes, lengths=(131, 0, 22), causal=causal)
         out = inputs["q"].new_empty(*inputs["q"].shape[:-1], 45)
         cases.append((inputs, [torch.randn_like(out) for _ in range(3)], grads_of(inputs)))
-    results = results_at(capability, CAPABILITY, cases, tmp_path)
+    results = results_at(capability, run_each, cases, tmp_path)
     for (inputs, douts, grads), results_by_dout in zip(cases, results, strict=True):
 
         def kernel(seed, results_by_dout=results_by_dout, **_):

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+import recattn
 from recattn import reference, refined_attention, wasserstein_attention
 from recattn._extension import MISSING
 from recattn._options import RefinedAttentionOptions, WassersteinAttentionOptions
@@ -14,7 +15,7 @@ from recattn.ops import refined_attention as refined_ops
 from recattn.ops import wasserstein_attention as ops
 from recattn.ops.refined_attention import cpu as on_cpu
 from recattn.testing import assert_matches_reference
-from tests.helpers.instruction_sets import results_at
+from tests.helpers.instruction_sets import CAPABILITIES, results_at
 from tests.helpers.refined_inputs import views_of
 from tests.helpers.wasserstein_inputs import NAMES
 from tests.helpers.wasserstein_inputs import draw as draw_gaussians
@@ -264,20 +265,15 @@ def test_threads_change_no_bit(kind, dropout_p):
 
 # --- Instruction sets ---
 
-CAPABILITY = """
-import sys, torch, recattn
-cases, results = torch.load(sys.argv[1]), []
-for name, inputs, incoming, options in cases:
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    outs = getattr(recattn, name)(**leaves, **options, impl="cpu")
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    gradients = torch.autograd.grad(outs, list(leaves.values()), incoming)
-    results.append([*(out.detach() for out in outs), *gradients])
-torch.save((torch.ops.recattn.cpu_capability(), results), sys.argv[2])
-"""
+
+def run_each(cases):
+    return [
+        run(functools.partial(getattr(recattn, name), **options, impl="cpu"), inputs, incoming)
+        for name, inputs, incoming, options in cases
+    ]
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", CAPABILITIES[:3])
 def test_every_instruction_set(capability, tmp_path):
     cases, expected = [], []
     for kind, causal in product(KINDS, (True, False)):
@@ -292,7 +288,7 @@ def test_every_instruction_set(capability, tmp_path):
                 low, x, [dout.to(x["w_q" if "q" in x else "mean_q"]) for dout in incoming]
             )
         )
-    results = results_at(capability, CAPABILITY, cases, tmp_path)
+    results = results_at(capability, run_each, cases, tmp_path)
     for (_, inputs, *_), low, result in zip(cases, expected, results, strict=True):
         assert_matches_reference(lambda result=result, **_: result, low, inputs)
 

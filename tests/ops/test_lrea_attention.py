@@ -1,9 +1,6 @@
 """LREA: every implementation against the reference, edges, compilation, and which implementation runs."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from recattn import reference
 from recattn._extension import MISSING
 from recattn.ops import lrea_attention as ops
 from recattn.testing import assert_matches_reference
+from tests.helpers.instruction_sets import CAPABILITIES, results_at
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three
 from tests.helpers.lrea_inputs import (
     DTYPES,
@@ -260,19 +258,17 @@ def test_reruns_are_bitwise_equal():
     assert all(first.equal(second) for first, second in zip(run(), run(), strict=True))
 
 
-CAPABILITY = """
-import sys, torch, recattn
-results = []
-for name, inputs, grads, dout in torch.load(sys.argv[1]):
-    out = getattr(recattn, name)(**inputs, impl="cpu")
-    gradients = torch.autograd.grad(out, [inputs[grad] for grad in grads], dout)
-    results.append((out.detach(), *gradients))
-torch.save((torch.ops.recattn.cpu_capability(), results), sys.argv[2])
-"""
+def run_each(cases):
+    results = []
+    for name, inputs, grads, dout in cases:
+        leaves = {grad: inputs[grad].detach().requires_grad_() for grad in grads}
+        out = getattr(recattn, name)(**inputs | leaves, impl="cpu")
+        results.append((out.detach(), *torch.autograd.grad(out, list(leaves.values()), dout)))
+    return results
 
 
 @compiled_kernels
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", CAPABILITIES[:3])
 def test_every_instruction_set(capability, tmp_path):
     cases = []
     for dtype in DTYPES:
@@ -281,16 +277,7 @@ def test_every_instruction_set(capability, tmp_path):
         histories = draw_compress(users=3, length=200, seq_lens=[200, 0, 65], dtype=dtype)
         rank, dim = histories["w_comp"].shape[1], histories["behaviors"].shape[2]
         cases.append(("lrea_compress", histories, ["behaviors", "w_comp"], torch.randn(3, rank, dim, dtype=dtype)))
-    for _, inputs, grads, _ in cases:
-        for name in grads:
-            inputs[name].requires_grad_()
-    torch.save(cases, tmp_path / "inputs")
-    environment = {**os.environ, "RECATTN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", CAPABILITY, str(tmp_path / "inputs"), str(tmp_path / "outputs")]
-    subprocess.run(command, env=environment, check=True)
-    used, outputs = torch.load(tmp_path / "outputs")
-    if used != capability:
-        pytest.skip(f"this processor has {used} at most")
+    outputs = results_at(capability, run_each, cases, tmp_path)
     for (function, inputs, grads, dout), results in zip(cases, outputs, strict=True):
 
         def with_gradients(function=function, grads=grads, dout=dout, **inputs):
