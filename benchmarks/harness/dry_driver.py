@@ -19,7 +19,6 @@ LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
 class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, int, int]
-    shared_bytes: int | None  # None where nothing was compiled
 
 
 class DeviceProperties(NamedTuple):
@@ -57,27 +56,30 @@ class DryKernel:
 
     function = packed_metadata = None
 
-    def __init__(self, name: str, shared_bytes: int | None, launches: list[Launch]):
-        self.name, self.shared_bytes, self.launches = name, shared_bytes, launches
+    def __init__(self, name: str, launches: list[Launch]):
+        self.name, self.launches = name, launches
 
     def launch_metadata(self, *_) -> None:
         return None
 
     def run(self, x: int, y: int, z: int, *_) -> None:
-        self.launches.append(Launch(self.name, (x, y, z), self.shared_bytes))
+        self.launches.append(Launch(self.name, (x, y, z)))
 
 
-def install(*, compiles: bool = False) -> list[Launch]:
-    """Record every later launch in the list returned. With `compiles`, each kernel is also compiled."""
+def install(on_compile: Callable[..., None] | None = None) -> list[Launch]:
+    """Record every later launch in the list returned. Where Triton would compile, it calls `on_compile` instead.
+
+    It takes triton.compile's arguments: the source, the target and the options.
+    """
     import triton
     from triton.runtime import driver
 
     launches: list[Launch] = []
-    compile_kernel = triton.compile
 
     def compile(source, target, options, **others):
-        shared = compile_kernel(source, target=target, options=options).metadata.shared if compiles else None
-        return DryKernel(source.fn.__name__, shared, launches)
+        if on_compile is not None:
+            on_compile(source, target, options)
+        return DryKernel(source.fn.__name__, launches)
 
     triton.compiler.compile = compile
     driver.set_active(DryDriver())
@@ -90,7 +92,7 @@ def expect_valid(call: str, launches: list[Launch]) -> None:
     """Raise ValueError if a call made no launch, or one whose grid a GPU refuses."""
     if not launches:
         raise ValueError(f"{call} reached no launch")
-    for kernel, grid, _ in launches:
+    for kernel, grid in launches:
         if not all(0 < size <= most for size, most in zip(grid, LARGEST_GRID, strict=True)):
             raise ValueError(f"{call}: {kernel} has the grid {grid}, and a GPU's limits are {LARGEST_GRID}")
 

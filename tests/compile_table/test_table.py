@@ -21,6 +21,7 @@ from tests.compile_table import table
 pytest.importorskip("triton")
 
 SCRIPT = Path(table.__file__)
+TRITON = importlib.metadata.version("triton")
 TRITON_OF_TORCH_2_11 = Path(sys.prefix) / "triton-3.6.0"
 PLANTED = """
     import torch
@@ -114,7 +115,9 @@ GOOD = (
         for size in (256, 512, 1024):
             yield Compilation.of(normalize_kernel, str(size), 90, {"x": single, "BLOCK": size}, 4, 1)
         half = torch.empty(1, dtype=torch.float16, device="meta")
-        yield Compilation.of(matmul_kernel, "32", 90, {"a": half, "b": half, "c": single, "K": 64, "BLOCK": 32}, 4, 1)
+        for size in (16, 32):
+            arguments = {"a": half, "b": half, "c": single, "K": 64, "BLOCK": size}
+            yield Compilation.of(matmul_kernel, str(size), 90, arguments, 4, 1)
     """
 )
 
@@ -131,9 +134,9 @@ def run(cache: Path, *arguments: object, path: Sequence[Path] = ()) -> subproces
 def test_shipped_configurations(tmp_path, path):
     if not all(folder.exists() for folder in path):
         pytest.skip(f"{TRITON_OF_TORCH_2_11} is not there: `make test` installs it")
-    check = run(tmp_path, "--check", "--sampled", path=path)
+    check = run(tmp_path, "--check", "--sampled", "8", path=path)
     assert check.returncode == 0, check.stdout + check.stderr
-    version = "3.6.0" if path else importlib.metadata.version("triton")
+    version = "3.6.0" if path else TRITON
     assert check.stdout.splitlines()[-1].endswith(f" configurations, 0 problems by triton {version}")
 
 
@@ -166,29 +169,30 @@ def test_one_of_each_kind_tells_what_does_not_compile(tmp_path):
     assert summary.startswith("4 configurations, 4 problems by triton ")
 
 
-def test_every_configuration_is_compiled_where_a_source_changed(tmp_path):
-    """The table was written from another text of the planted module."""
+def test_kernels_that_changed_are_compiled_again(tmp_path):
     planted, planted_table = tmp_path / "planted.py", tmp_path / "planted.json"
     options = ("--module", "planted", "--table", planted_table)
     planted.write_text(textwrap.dedent(GOOD))
-    assert run(tmp_path, "--write", *options).stdout.startswith("4 configurations, 0 problems by triton ")
-    assert run(tmp_path, "--check", *options).stdout.startswith("4 configurations, 0 problems by triton ")
-    assert run(tmp_path, "--check", "--sampled", *options).stdout.startswith("1 configurations, 0 problems by triton ")
-    planted.write_text(textwrap.dedent(GOOD) + "\n")
-    assert run(tmp_path, "--check", "--sampled", *options).stdout.startswith("4 configurations, 0 problems by triton ")
+    assert run(tmp_path, "--write", *options).stdout == f"5 configurations, 0 problems by triton {TRITON}\n"
+    sampled = run(tmp_path, "--check", "--sampled", "1", *options).stdout
+    assert sampled == f"1 configurations, 0 problems by triton {TRITON}\n"
 
-
-def test_only_kernels_that_changed_are_written_again(tmp_path):
-    planted, planted_table = tmp_path / "planted.py", tmp_path / "planted.json"
-    options = ("--module", "planted", "--table", planted_table)
-    planted.write_text(textwrap.dedent(GOOD))
-    assert run(tmp_path, "--write", *options).stdout.startswith("4 configurations, 0 problems by triton ")
     planted.write_text(textwrap.dedent(GOOD).replace("values / tl.sum(values)", "values - tl.sum(values)"))
-    assert run(tmp_path, "--write", *options).stdout.startswith("3 configurations, 0 problems by triton ")
+    *differ, summary = run(tmp_path, "--check", "--sampled", "1", *options).stdout.splitlines()
+    assert [problem.split()[0] for problem in differ if ", the table says " in problem] == ["normalize_kernel"] * 3
+    assert summary == f"4 configurations, 3 problems by triton {TRITON}"
+    assert run(tmp_path, "--write", *options).stdout == f"3 configurations, 0 problems by triton {TRITON}\n"
     written = planted_table.read_bytes()
     planted_table.unlink()
-    assert run(tmp_path, "--write", *options).stdout.startswith("4 configurations, 0 problems by triton ")
+    assert run(tmp_path, "--write", *options).stdout == f"5 configurations, 0 problems by triton {TRITON}\n"
     assert planted_table.read_bytes() == written
+
+
+def test_other_rows_are_sampled_after_a_change():
+    rows = {f"a_kernel {i}": row(8) for i in range(100)}
+    samples = [table.sample(rows, 10, {"a_kernel": fingerprint}) for fingerprint in ("one", "one", "other")]
+    assert samples[0] == samples[1] != samples[2]
+    assert len({*samples[0]}) == len({*samples[2]}) == 10
 
 
 def test_refuses_too_much_tensor_memory():
@@ -204,7 +208,7 @@ def test_refuses_spills_oversize_and_unlisted_kernels(tmp_path):
     write = run(tmp_path, "--write", "--module", "planted", "--table", planted_table)
     assert write.returncode == 1
     # The table has them, and is held to the same limits: of the six it compiles one.
-    check = run(tmp_path, "--check", "--sampled", "--module", "planted", "--table", planted_table)
+    check = run(tmp_path, "--check", "--sampled", "1", "--module", "planted", "--table", planted_table)
     assert check.returncode == 1
     assert check.stdout.splitlines()[:-1] == write.stdout.splitlines()[:-1]
     assert check.stdout.splitlines()[-1].startswith("1 configurations, 4 problems by triton ")
@@ -288,9 +292,8 @@ def test_says_where_a_triton_has_no_table(tmp_path):
     (tmp_path / "planted.json").write_text(json.dumps({"triton": "3.4.0", "rows": {}}))
     check = run(tmp_path, "--check", "--table", tmp_path / "planted.json")
     assert check.returncode == 2
-    version = importlib.metadata.version("triton")
     assert check.stderr.splitlines()[-1].endswith(
-        f"planted.json is no table of triton {version}: --write makes one, --one-of-each-kind needs none"
+        f"planted.json is no table of triton {TRITON}: --write makes one, --one-of-each-kind needs none"
     )
 
 

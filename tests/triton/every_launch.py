@@ -1,7 +1,7 @@
 """Every kernel launched by the public calls, as far as a CPU goes: prints each call's launches as JSON.
 
 python tests/triton/every_launch.py --sequences 70000 --packed 100000    the grids of large batches
-python tests/triton/every_launch.py --compile    compiles each kernel as it is launched
+python tests/triton/every_launch.py --compile    compiles what the launches ask for: compile_launches.py
 python tests/triton/every_launch.py --repeats 3    fails where a later call does not launch what the first did
 python tests/triton/every_launch.py --checks    the calls of `python -m recattn check --device cuda` instead
 python tests/triton/every_launch.py --time    prints the CPU time that each call takes of the host instead
@@ -28,6 +28,7 @@ from recattn.checks.cases import OPERATORS, Case, Operator
 from recattn.checks.supervisor import DTYPES
 from recattn.ops import sink_attention as sink_ops
 from recattn.ops.backends import BACKENDS, AttentionBackend
+from tests.triton.compile_launches import Requests
 
 REPEATS = 20
 
@@ -176,7 +177,8 @@ def main() -> None:
     parser.add_argument("--time", action="store_true")
     options = parser.parse_args()
 
-    launches = dry_driver.install(compiles=options.compile)
+    requests = Requests()
+    launches = dry_driver.install(requests.add)
     made = {}
     chosen = checked_calls() if options.checks else calls(options.sequences, options.packed)
     for name, call in chosen.items():
@@ -191,6 +193,8 @@ def main() -> None:
         made[name] = list(dict.fromkeys(launches))  # a backward may repeat one a thousand times
         if options.time:
             print(f"{host_time.best_us(call, REPEATS):6.0f} µs  {name}", flush=True)
+    if options.compile:
+        made = {"launches": made, "compiled": list(requests.compile(10 * dry_driver.DEVICE.major))}
     if not options.time:
         print(json.dumps(made))
 
