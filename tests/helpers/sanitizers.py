@@ -1,4 +1,4 @@
-"""Command lines that compile for a sanitizer."""
+"""Compilation for a sanitizer, and what the tests of SlotMap run under more than one."""
 
 import os
 import shutil
@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 def compiler() -> str:
@@ -35,3 +37,13 @@ def preloaded(command: list[str]) -> str:
     return " ".join(
         subprocess.check_output([command[0], f"-print-file-name={name}"], text=True).strip() for name in names
     )
+
+
+def run_slot_map_stress(sanitizer: str, folder: Path) -> None:
+    """Compile and run tests/serving/slot_map_stress.cpp."""
+    csrc, program = ROOT / "csrc", str(folder / "stress")
+    sources = [str(ROOT / "tests" / "serving" / "slot_map_stress.cpp"), str(csrc / "slot_map" / "slot_map.cpp")]
+    command = [*compile_command(sanitizer, folder), "-fno-sanitize-recover=all", f"-I{csrc}"]
+    subprocess.run([*command, *sources, "-o", program], check=True, timeout=120)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "Sanitizer" not in result.stderr, result.stdout + result.stderr[:5000]

@@ -332,7 +332,7 @@ def test_a_static_cache():
 
 
 def test_a_sink_after_a_prompt_of_a_compiled_static_cache():
-    model, batch = model_of("qwen2"), batch_of("left")
+    model, batch = model_of("qwen2", num_hidden_layers=1), batch_of("left")
     batch["attention_mask"].fill_(1)
     enabled(model, max_sinks=6)
     compiled = torch.compile(model, backend="eager")
@@ -368,7 +368,7 @@ def test_a_sink_after_the_prompt_is_refused():
 
 @pytest.mark.parametrize("name", ["bert", "qwen2"])
 def test_compiles_without_a_graph_break(name):
-    model, batch = model_of(name, dtype=torch.float32), batch_of("right")
+    model, batch = model_of(name, dtype=torch.float32, num_hidden_layers=1), batch_of("right")
     enabled(model, max_sinks=6, padding_side="right")
     parameters = list(model.parameters())
     eager = hidden_of(model, batch)

@@ -1,6 +1,8 @@
 """A model with sink attention trains in two processes, by DDP and by FSDP2, with the losses of one process."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from recattn.integrations.transformers import enable_sink_attention  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 SINK, STEPS, BATCH = 7, 4, 4
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -78,12 +81,17 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def start_workers(folder: str) -> None:
+    """In a process that has imported what they need, and has yet to compute: they are forks of it."""
+    torch.multiprocessing.start_processes(worker, (folder,), nprocs=2, start_method="fork")
+
+
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory) -> dict[str, list[float]]:
     folder = str(tmp_path_factory.mktemp("processes"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-        torch.multiprocessing.start_processes(worker, (folder,), nprocs=2, start_method="spawn")
+    environment = {"GLOO_SOCKET_IFNAME": "lo"} | os.environ
+    code = f"from {__name__} import *\nstart_workers({folder!r})"
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
     return torch.load(Path(folder) / "losses.pt")
 
 

