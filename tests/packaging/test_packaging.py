@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import recattn
-from recattn import _versions
+from recattn import _versions, info
 
 ROOT = Path(__file__).parents[2]
 CALL = """
@@ -37,14 +37,6 @@ def python(code: str, **environment: str) -> str:
     ).stdout
 
 
-@pytest.fixture(scope="module")
-def without_kernels(tmp_path_factory) -> str:
-    """A PYTHONPATH with a copy of recattn that has no compiled kernels."""
-    folder = tmp_path_factory.mktemp("pure")
-    shutil.copytree(ROOT / "python" / "recattn", folder / "recattn", ignore=shutil.ignore_patterns("*.so"))
-    return str(folder)
-
-
 def test_without_triton():
     python(BLOCK_TRITON + CALL)
 
@@ -62,32 +54,35 @@ seconds = time.thread_time() - start
 """
 
 
-def import_cost() -> tuple[float, str]:
-    """CPU time of `import recattn` after `import torch`, as a share of torch's own, and its slowest modules."""
+def import_cost() -> tuple[float, str, list[str]]:
+    """CPU time of `import recattn` after `import torch`, as a share of torch's own, its slowest modules, and all."""
     # With bytecode, as an installed package has it.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    command = [sys.executable, "-X", "importtime", "-c", IMPORT + "print(seconds / torch_seconds)"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-c",
+        IMPORT + "print(seconds / torch_seconds, *{*sys.modules} - before)",
+    ]
     run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     _, _, report = run.stderr.partition("torch is imported")
     times = re.findall(r"import time: +\d+ \| +(\d+) \| +(\S+)", report)
     slowest = sorted(((int(microseconds), name) for microseconds, name in times), reverse=True)[:15]
-    return float(run.stdout), "\n".join(f"{microseconds / 1000:8.1f} ms  {name}" for microseconds, name in slowest)
+    share, *loaded = run.stdout.split()
+    return float(share), "\n".join(f"{micro / 1000:8.1f} ms  {name}" for micro, name in slowest), loaded
 
 
-def test_import_costs_little_more_than_torch():
+def test_import_costs_little_more_than_torch_and_loads_no_other_package():
+    lazy = ("torch._dynamo", "torch._inductor")
+    expected = {"recattn", "torch", *sys.stdlib_module_names}
     for _ in range(8):  # another process may slow one import and not the other
-        share, slowest = import_cost()
+        share, slowest, loaded = import_cost()
+        assert "recattn" in loaded
+        assert [x for x in sorted(loaded) if x.partition(".")[0] not in expected or x.startswith(lazy)] == []
         if share <= IMPORT_LIMIT:
             return
     pytest.fail(f"import recattn takes {share:.1%} of the time of import torch:\n{slowest}")
-
-
-def test_import_loads_no_other_package():
-    lazy = ("torch._dynamo", "torch._inductor")
-    expected = {"recattn", "torch", *sys.stdlib_module_names}
-    loaded = python(IMPORT + "print(*{*sys.modules} - before)").split()
-    assert "recattn" in loaded
-    assert [x for x in sorted(loaded) if x.partition(".")[0] not in expected or x.startswith(lazy)] == []
 
 
 def test_constant_in_graphs_is_assume_constant_result():
@@ -99,43 +94,56 @@ def test_constant_in_graphs_is_assume_constant_result():
     assert marked(constant_in_graphs) == marked(torch.compiler.assume_constant_result) != {}
 
 
-def test_without_compiled_kernels(without_kernels):
-    out = python(CALL + "print(recattn.__file__)", PYTHONPATH=without_kernels)
-    assert without_kernels in out
-
-
-def test_a_call_that_needs_missing_kernels_says_how_to_get_them(without_kernels):
+def test_without_compiled_kernels(tmp_path):
+    """Attention, what `info` says without Triton as well, and the messages of what needs compiled code."""
+    shutil.copytree(ROOT / "python" / "recattn", tmp_path / "recattn", ignore=shutil.ignore_patterns("*.so"))
+    # An editable installation would find the module that it was built from.
+    block = BLOCK_TRITON + 'sys.modules["recattn._slot_map"] = None\n'
     code = """
-import torch, recattn
+print(recattn.__file__)
 x = torch.zeros(1, 1, 4, 8)
 arguments = (torch.zeros(2, 1, 8), x, x, torch.tensor([0]), torch.tensor([0, 2]))
 assert recattn.lrea_absorbed_attention(*arguments).shape == (2, 1, 8)
+from recattn.serving import StateTable
+for call in (
+    lambda: recattn.lrea_absorbed_attention(*arguments, impl="cpu"),
+    lambda: StateTable(4, heads=1, rank=4, dim=8),
+):
+    try:
+        call()
+    except NotImplementedError as error:
+        print(error)
+from recattn import info
+print(info.report())
+"""
+    where, kernel, slot_map, said = python(block + CALL + code, PYTHONPATH=str(tmp_path)).split("\n", 3)
+    assert str(tmp_path) in where
+    assert "RECATTN_BUILD=cpu pip install --no-build-isolation ." in kernel
+    assert slot_map.startswith("SlotMap is not available") and "pip install --no-build-isolation ." in slot_map
+    assert "installed without its cpu kernels" in said
+
+
+def test_a_version_that_is_too_old_is_named_with_the_oldest():
+    code = """
+import torch, triton
+own, torch.__version__ = torch.__version__, "2.9.1+cpu"
 try:
-    recattn.lrea_absorbed_attention(*arguments, impl="cpu")
+    import recattn
+except ImportError as error:
+    print(error)
+torch.__version__, triton.__version__ = own, "3.4.0"
+import recattn
+q = torch.zeros(1, 1, 4, 8)
+try:
+    recattn.refined_attention(q, q, q, torch.zeros(4, 4), torch.zeros(4, 4), impl="triton")
 except NotImplementedError as error:
     print(error)
 """
-    message = python(code, PYTHONPATH=without_kernels)
-    assert "RECATTN_BUILD=cpu pip install --no-build-isolation ." in message
-
-
-@pytest.mark.parametrize("package, older", [("torch", "2.9.1+cpu"), ("triton", "3.4.0")])
-def test_a_version_that_is_too_old_is_named_with_the_oldest(package, older):
-    code = f"""
-import {package}
-{package}.__version__ = {older!r}
-try:
-    import torch, recattn
-    q = torch.zeros(1, 1, 4, 8)
-    recattn.refined_attention(q, q, q, torch.zeros(4, 4), torch.zeros(4, 4), impl="triton")
-except (ImportError, NotImplementedError) as error:
-    print(type(error).__name__, error)
-"""
-    raised, _, message = python(code, TRITON_INTERPRET="1").partition(" ")
-    assert raised == {"torch": "ImportError", "triton": "NotImplementedError"}[package]
-    oldest = _versions.OLDEST[package]
-    assert f"recattn needs {package} {oldest} or newer, and this is {package} {older}: pip install" in message
-    assert f'"{package}>={oldest}' in (ROOT / "pyproject.toml").read_text()
+    said = python(code, TRITON_INTERPRET="1").splitlines()
+    for (package, older), message in zip((("torch", "2.9.1+cpu"), ("triton", "3.4.0")), said, strict=True):
+        oldest = _versions.OLDEST[package]
+        assert f"recattn needs {package} {oldest} or newer, and this is {package} {older}: pip install" in message
+        assert f'"{package}>={oldest}' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_versions_compare_by_their_numbers():
@@ -146,14 +154,8 @@ def test_versions_compare_by_their_numbers():
 
 
 def test_info():
-    text = python("import runpy, sys; sys.argv = ['recattn', 'info']; runpy.run_module('recattn', run_name='__main__')")
+    text = info.report()
     assert "sink_attention" in text and "triton" in text and "C++ kernels: built with" in text
-
-
-def test_info_without_kernels(without_kernels):
-    code = "import runpy, sys; sys.argv = ['recattn', 'info']; runpy.run_module('recattn', run_name='__main__')"
-    text = python(BLOCK_TRITON + code, PYTHONPATH=without_kernels)
-    assert "installed without its cpu kernels" in text
 
 
 def setup_py(tmp_path: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:

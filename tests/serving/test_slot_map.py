@@ -3,12 +3,7 @@
 Its contract against a model, with the states, is in test_state_table_contract.py.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +13,6 @@ from recattn.serving import SlotMap
 from tests.helpers.sanitizers import run_slot_map_stress
 
 pytestmark = pytest.mark.skipif(find_spec("recattn._slot_map") is None, reason="recattn has no compiled SlotMap here")
-
-ROOT = Path(__file__).parents[2]
 
 
 def insert(slot_map: SlotMap, *ids: int) -> list[int]:
@@ -288,25 +281,6 @@ def test_does_not_shrink():
     with pytest.raises(ValueError, match=r"capacity must be between 3 and 2\*\*40, got 2"):
         slot_map.grow(2)
     assert slot_map.capacity == 3
-
-
-def test_without_the_compiled_module(tmp_path):
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(ROOT / "python" / "recattn", tmp_path / "recattn", ignore=ignored)
-    code = """
-import sys
-sys.modules["recattn._slot_map"] = None  # an editable installation would find the one that it was built from
-from recattn.serving import StateTable
-try:
-    StateTable(4, heads=1, rank=4, dim=8)
-except NotImplementedError as error:
-    print(error)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    message = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    ).stdout
-    assert message.startswith("SlotMap is not available") and "pip install --no-build-isolation ." in message
 
 
 def test_threads_do_not_race(tmp_path):
