@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,6 +13,16 @@ from recattn.testing import assert_matches_reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+
+def with_dtypes(*axes: Sequence) -> list[tuple]:
+    """Combinations of `axes` with a dtype: on a GPU every one, by the interpreter one that changes with each value."""
+    combinations = []
+    for chosen in itertools.product(*map(enumerate, axes)):
+        turn = sum(i for i, _ in chosen)
+        dtypes = DTYPES if DEVICE == "cuda" else [DTYPES[turn % len(DTYPES)]]
+        combinations += [(*(value for _, value in chosen), dtype) for dtype in dtypes]
+    return combinations
 
 
 def assert_matches_reference_twice_of_three(*args, **kwargs) -> None:
@@ -33,11 +44,8 @@ def twice_of_three(assert_matches: Callable[[int], None]) -> None:
             assert_matches(seed)
 
 
-def patch_language_once() -> None:
-    """Have the interpreter patch triton.language in each launch only, not again in each function that a kernel calls.
-
-    That took it more than half of its time, and changed nothing.
-    """
+def speed_up_interpreter() -> None:
+    """Have the interpreter do without work that changes no result, which took most of its time."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -52,7 +60,17 @@ def patch_language_once() -> None:
             return patch(function)
         return interpreter._LangPatchScope()  # of no changes
 
+    of_type, of_scalar = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
+
+    def numpy_dtype(dtype):
+        return of_type(dtype) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)  # pointers have no hash
+
+    # In each launch only, not again in each function that a kernel calls.
     interpreter._patch_lang = patch_if_needed
+    interpreter._get_np_dtype = numpy_dtype
+    # Without debug nobody reads whether an integer overflows.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def run_outer_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -86,4 +104,4 @@ def run_outer_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
     monkeypatch.setattr(builder, "set_grid_dim", lambda *_: type(builder).set_grid_dim(builder, *whole))
     monkeypatch.setattr(builder, "set_grid_idx", set_outer_idx)
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True, sanitize_overflow=True))

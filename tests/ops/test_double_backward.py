@@ -108,13 +108,13 @@ CALLS = {
 }
 
 
-def cases(*, triton: bool = True) -> list:
+def cases(*, triton: bool = True, every_impl: bool = True) -> list:
     every = []
     for name, ((operator, grads, on_cpu, by_triton), draw) in CALLS.items():
         # The C++ kernels of these leave float64 to the reference.
         float64 = operator not in (recattn.inter_sink_bias, recattn.wasserstein_attention)
         runs_on_cpu = on_cpu is not None and DEVICE == "cpu" and "long" not in name and (triton or float64)
-        impls = [on_cpu] * runs_on_cpu + [by_triton] * triton
+        impls = ([on_cpu] * runs_on_cpu + [by_triton] * triton)[: None if every_impl else 1]
         every += [pytest.param(Case(operator, draw, grads, impl), id=f"{name} {impl}") for impl in impls]
     return every
 
@@ -130,9 +130,15 @@ def first_gradients(function: Callable, names: tuple[str, ...], weigh: Callable)
     return gradients
 
 
-# Of a sum the incoming gradient needs no gradient itself, of squares it does.
-@pytest.mark.parametrize("weigh", [lambda out: out, torch.square], ids=["sum", "squares"])
-@pytest.mark.parametrize("case", cases())
+def weighed(name: str, weigh: Callable, cases: list) -> list:
+    return [pytest.param(*case.values, weigh, id=f"{case.id} {name}") for case in cases]
+
+
+# Of a sum the incoming gradient needs no gradient itself, of squares it does: the same code for each implementation.
+SUMS = weighed("sum", lambda out: out, cases(every_impl=False))
+
+
+@pytest.mark.parametrize("case, weigh", SUMS + weighed("squares", torch.square, cases()))
 def test_matches_the_reference(case, weigh):
     """Gradients, and those of a penalty on them. A missing term would be off by far more than √eps."""
     inputs = case.inputs()

@@ -1,6 +1,7 @@
 """LREA's Triton kernels against the reference, by Triton's interpreter where there is no GPU."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from recattn.functional import validation
 from recattn.ops import lrea_attention as ops
 from recattn.ops.lrea_attention import triton as by_triton
 from recattn.testing import assert_matches_reference
-from tests.helpers.interpreted import DEVICE, DTYPES
+from tests.helpers.interpreted import DEVICE, DTYPES, with_dtypes
 from tests.helpers.lrea_inputs import RESTORED_GRADS, assert_compiles, draw_compress, draw_restored, strided
 from tests.helpers.memory import LargestTensor
 from tests.helpers.strategies import ragged_lengths, seeds
@@ -70,8 +71,7 @@ def test_restored(length, dtype):
     check_restored(draw_restored(counts=(3, 5, 0, 100, 1), heads=1, length=length, seq_lens=lengths, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", [(63,), (100, 1), (129, 7, 0, 20)])
+@pytest.mark.parametrize("counts, dtype", with_dtypes([(63,), (100, 1), (129, 7, 0, 20)]), ids=str)
 def test_restored_full_histories(counts, dtype):
     inputs = draw_restored(counts=counts, heads=1, rank=33, dim=5, value_dim=3, length=192, dtype=dtype)
     check_restored(inputs, negative_slope=0.3, scale=0.5)
@@ -90,14 +90,12 @@ def test_restored_of_any_width(rank, dim, value_dim, dtype):
     check_restored(draw_restored(counts=(9, 30), heads=1, length=63, seq_lens=[63, 40], **sizes))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [None, [200, 0, 70, 131]])
+@pytest.mark.parametrize("lengths, dtype", with_dtypes([None, [200, 0, 70, 131]]), ids=str)
 def test_restored_in_shares(lengths, dtype, splits):
     check_restored(draw_restored(counts=(3, 30, 50, 1), heads=1, length=200, seq_lens=lengths, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", [(3, 5, 0, 40, 1, 17), (1,) * 40])
+@pytest.mark.parametrize("counts, dtype", with_dtypes([(3, 5, 0, 40, 1, 17), (1,) * 40]), ids=str)
 def test_restored_sorted(counts, dtype, sorts):
     lengths = torch.randint(0, 101, (len(counts),)).tolist()
     check_restored(draw_restored(counts=counts, seq_lens=lengths, dtype=dtype))
@@ -107,8 +105,7 @@ def test_restored_sorted_in_shares(sorts, splits):
     check_restored(draw_restored(counts=(3, 30, 50, 1), heads=1, length=200, seq_lens=[200, 0, 70, 131]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", [99, 104])
+@pytest.mark.parametrize("length, dtype", with_dtypes([99, 104]), ids=str)
 def test_restored_of_aligned_and_padded_rows(length, dtype, sorts):
     check_restored(draw_restored(counts=(30, 5), heads=1, length=length, dtype=dtype))
 
@@ -185,8 +182,7 @@ def test_compress_of_any_width(dim, rank, dtype):
     check_compress(draw_compress(users=2, length=70, dim=dim, rank=rank, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [None, [200, 70, 0, 131]])
+@pytest.mark.parametrize("lengths, dtype", with_dtypes([None, [200, 70, 0, 131]]), ids=str)
 def test_compress_in_shares(lengths, dtype, splits):
     check_compress(draw_compress(users=4, length=200, seq_lens=lengths, dtype=dtype))
 
@@ -261,12 +257,18 @@ def restored_in_range(targets, keys, values, w_decomp, target_offsets, seq_lens,
     return torch.nn.functional.pad(out, (0, 0, 0, 0, begin, len(targets) - end))
 
 
-@pytest.mark.parametrize("lengths", [None, [100, 0, 7, 64], [101, -3, 1 << 30, 64]])
-@pytest.mark.parametrize(
-    "offsets", [[3, 9, 9, 40, 67], [0, 9, 9, 40, 51], [20, 21, 30, 40, 41], [-90, -3, 9, 90, 100], [67] * 5, [90] * 5]
-)
-@pytest.mark.parametrize("is_sorted", [False, True])
-def test_targets_of_no_user_are_zeros(offsets, lengths, is_sorted, unchecked, request):
+def with_lengths(offsets: list, lengths: list) -> list[tuple]:
+    """Offsets of users in order and sorted, each with the next of `lengths`."""
+    pairs = itertools.product(enumerate(offsets), (False, True))
+    return [(each, is_sorted, lengths[(i + is_sorted) % len(lengths)]) for (i, each), is_sorted in pairs]
+
+
+SHIFTED = [[3, 9, 9, 40, 67], [0, 9, 9, 40, 51], [20, 21, 30, 40, 41], [-90, -3, 9, 90, 100], [67] * 5, [90] * 5]
+LENGTHS = [None, [100, 0, 7, 64], [101, -3, 1 << 30, 64]]
+
+
+@pytest.mark.parametrize("offsets, is_sorted, lengths", with_lengths(SHIFTED, LENGTHS), ids=str)
+def test_targets_of_no_user_are_zeros(offsets, is_sorted, lengths, unchecked, request):
     if is_sorted:
         request.getfixturevalue("sorts")
     inputs = guarded(draw_restored(heads=1, seq_lens=lengths), RESTORED_GRADS)
@@ -274,12 +276,11 @@ def test_targets_of_no_user_are_zeros(offsets, lengths, is_sorted, unchecked, re
     assert_matches_reference(attend, restored_in_range, inputs, grads=RESTORED_GRADS)
 
 
-@pytest.mark.parametrize("lengths", [None, [100, 0, 7, 64]])
-@pytest.mark.parametrize(
-    "offsets", [[0, 50, 20, 40, 67], [67, 40, 20, 9, 0], [1 << 40, 3, 1 << 62, -(1 << 62), -1], [5, -9, 99, -9, 99]]
-)
-@pytest.mark.parametrize("is_sorted", [False, True])
-def test_offsets_out_of_order_read_nothing_outside(offsets, lengths, is_sorted, unchecked, request):
+UNORDERED = [[0, 50, 20, 40, 67], [67, 40, 20, 9, 0], [1 << 40, 3, 1 << 62, -(1 << 62), -1], [5, -9, 99, -9, 99]]
+
+
+@pytest.mark.parametrize("offsets, is_sorted, lengths", with_lengths(UNORDERED, LENGTHS[:2]), ids=str)
+def test_offsets_out_of_order_read_nothing_outside(offsets, is_sorted, lengths, unchecked, request):
     if is_sorted:
         request.getfixturevalue("sorts")
     inputs = guarded(draw_restored(heads=1, seq_lens=lengths), RESTORED_GRADS)
@@ -344,27 +345,27 @@ def test_reruns_agree_to_the_bit(forced, request):
     assert all(first.equal(second) for first, second in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("lengths", [None, [100, 0, 7, 64]])
+@pytest.mark.parametrize("lengths", [None, [20, 0, 7, 13]])
 def test_opcheck(lengths):
-    inputs = here(draw_restored(seq_lens=lengths, dtype=torch.float16))
+    inputs = here(draw_restored((3, 0, 1, 9), length=20, seq_lens=lengths, dtype=torch.float16))
     tensors = (*(strided(inputs[name]) for name in RESTORED_GRADS), inputs["target_offsets"], inputs["seq_lens"])
     out, *saved = by_triton.lrea_attention_fwd(*tensors, 0.01, 0.25)
     torch.library.opcheck(torch.ops.recattn.lrea_attention_bwd.default, (strided(out), *tensors, *saved, 0.01, 0.25))
     torch.library.opcheck(torch.ops.recattn.lrea_attention_fwd.default, (*tensors, 0.01, 0.25))
 
 
-@pytest.mark.parametrize("lengths", [None, [100, 0, 7]])
+@pytest.mark.parametrize("lengths", [None, [20, 0, 7]])
 def test_opcheck_compress(lengths):
-    inputs = here(draw_compress(seq_lens=lengths, longest=120))
+    inputs = here(draw_compress(length=20, seq_lens=lengths, longest=30))
     behaviors, w_comp, seq_lens = inputs.values()
-    ids = torch.randint(3, (3, 100), device=DEVICE)
+    ids = torch.randint(3, (3, 20), device=DEVICE)
     dcompressed = torch.randn(3, 8, 17, device=DEVICE)
     for op, arguments in (
         (torch.ops.recattn.lrea_compress_fwd.default, (behaviors, w_comp, seq_lens, None)),
         (torch.ops.recattn.lrea_compress_fwd.default, (behaviors[:, 0], w_comp, seq_lens, ids)),
-        (torch.ops.recattn.lrea_compress_bwd_behaviors.default, (dcompressed, w_comp, seq_lens, 100)),
-        (torch.ops.recattn.lrea_compress_bwd_w_comp.default, (dcompressed, behaviors, seq_lens, 100)),
-        (torch.ops.recattn.lrea_compress_bwd_w_comp.default, (dcompressed, behaviors, seq_lens, 120)),
+        (torch.ops.recattn.lrea_compress_bwd_behaviors.default, (dcompressed, w_comp, seq_lens, 20)),
+        (torch.ops.recattn.lrea_compress_bwd_w_comp.default, (dcompressed, behaviors, seq_lens, 20)),
+        (torch.ops.recattn.lrea_compress_bwd_w_comp.default, (dcompressed, behaviors, seq_lens, 30)),
     ):
         torch.library.opcheck(op, arguments)
 

@@ -31,7 +31,7 @@ from recattn.triton_kernels.sink_attention.config import TILES
 from recattn.triton_kernels.sink_attention.split_tokens import number_of_tiles, sequence_of_tile
 from tests.compile_table.compilation import Compilation, recorded
 from tests.helpers import philox
-from tests.helpers.interpreted import DEVICE, DTYPES
+from tests.helpers.interpreted import DEVICE, with_dtypes
 from tests.helpers.memory import LargestTensor
 from tests.helpers.sink_inputs import draw, draw_packed
 
@@ -52,21 +52,18 @@ def assert_fused(inputs: dict, grads=GRADS) -> None:
     assert_matches_reference(fused, reference.sink_attention, inputs, grads=grads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"length": 1, "sinks": 1},
-        {"length": 1, "sinks": 0},
-        {"length": 100, "sinks": 0},
-        {"sinks": 63, "bias_scale": 30.0},
-        {"length": 129, "sinks": 40, "bias_heads": 2},
-        {"length": 192, "sinks": 30, "batch": 2, "kv_heads": 2},
-    ],
-    ids=str,
-)
-def test_dense(dtype, causal, shape):
+SHAPES = [
+    {"length": 1, "sinks": 1},
+    {"length": 1, "sinks": 0},
+    {"length": 100, "sinks": 0},
+    {"sinks": 63, "bias_scale": 30.0},
+    {"length": 129, "sinks": 40, "bias_heads": 2},
+    {"length": 192, "sinks": 30, "kv_heads": 2},
+]
+
+
+@pytest.mark.parametrize("shape, causal, dtype", with_dtypes(SHAPES, [False, True]), ids=str)
+def test_dense(shape, causal, dtype):
     assert_fused({**small(**shape, dtype=dtype), "causal": causal})
 
 
@@ -76,10 +73,8 @@ def test_head_dims(dim, value_dim):
     assert_fused(small(length=40, dim=dim, value_dim=value_dim))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("bias", [-50.0, 200.0, -math.inf, 1e-6])
-def test_extreme_bias(dtype, causal, bias):
+@pytest.mark.parametrize("bias, causal, dtype", with_dtypes([-50.0, 200.0, -math.inf, 1e-6], [False, True]), ids=str)
+def test_extreme_bias(bias, causal, dtype):
     """Every token a sink, rows that lose every key, overflow of exp(β), a tiny β."""
     inputs = small(sinks=63, dtype=dtype)
     chosen = torch.rand(inputs["inter_sink_bias"].shape, device=DEVICE) < 0.5
@@ -88,19 +83,16 @@ def test_extreme_bias(dtype, causal, bias):
     assert_fused({**inputs, "causal": causal})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
-def test_any_scale(dtype, scale):
+@pytest.mark.parametrize("scale, dtype", with_dtypes([-0.5, 0.0, 2.0]), ids=str)
+def test_any_scale(scale, dtype):
     """Scores of ordinary size: the error of large ones is that of their dot products, summed in any order."""
     inputs = small(dtype=dtype)
     inputs["q"] *= 0.25
     assert_fused({**inputs, "scale": scale, "causal": True})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_padded(dtype, causal, padding_side):
+@pytest.mark.parametrize("padding_side, causal, dtype", with_dtypes(["right", "left"], [False, True]), ids=str)
+def test_padded(padding_side, causal, dtype):
     inputs = small(batch=5, length=70, sinks=30, bias_scale=3.0, dtype=dtype)
     inputs["sink_positions"][1, 20:] = -1
     inputs |= {"seq_lens": torch.tensor([70, 0, 37, 1, 64], device=DEVICE), "padding_side": padding_side}
@@ -109,7 +101,7 @@ def test_padded(dtype, causal, padding_side):
 
 @pytest.mark.parametrize("causal, index_dtype", [(False, torch.int64), (True, torch.int32)], ids=str)
 def test_packed(causal, index_dtype):
-    inputs = on_device(draw_packed([129, 0, 63, 1, 70], [30, 0, 63, 1, 0], heads=2, kv_heads=1))
+    inputs = on_device(draw_packed([70, 0, 33, 1, 40], [30, 0, 33, 1, 0], heads=2, kv_heads=1))
     for name in ("sink_positions", "cu_seqlens"):
         inputs[name] = inputs[name].to(index_dtype)
     assert_fused({**inputs, "causal": causal})
@@ -196,7 +188,7 @@ def test_nothing_to_do(batch, length):
 
 
 def test_reruns_agree_to_the_bit():
-    inputs = {**small(length=129, sinks=60, bias_scale=10.0), "causal": True}
+    inputs = {**small(length=70, sinks=40, bias_scale=10.0), "causal": True}
     runs = []
     for _ in range(2):
         leaves = {name: inputs[name].clone().requires_grad_() for name in GRADS}
@@ -206,13 +198,13 @@ def test_reruns_agree_to_the_bit():
 
 
 def test_no_tensor_of_n_squared_elements():
-    inputs = small(heads=1, length=1024, sinks=10)
+    inputs = small(heads=1, length=256, sinks=10)
     arguments = (*inputs.values(), None, None, None, None, True, False, 0.25, 0.0, None, "triton", None)
     with LargestTensor() as forward:
         results = torch.ops.recattn.sink_attention_fwd(*arguments)
     with LargestTensor() as backward:
         torch.ops.recattn.sink_attention_bwd(torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:])
-    assert max(forward.elements, backward.elements) <= 1024 * 16
+    assert max(forward.elements, backward.elements) <= 256 * 16
 
 
 # --- Dropout ---
@@ -255,9 +247,8 @@ def attention_with_mask(q, k, v, sink_positions, inter_sink_bias, keep, causal):
     return (scores.softmax(-1) * keep).to(v.dtype) @ v
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-def test_dropout(dtype, causal):
+@pytest.mark.parametrize("causal, dtype", with_dtypes([False, True]), ids=str)
+def test_dropout(causal, dtype):
     """Compared with an explicit mask: sink pairs are numbered by sink, all others by token."""
     inputs = small(batch=2, kv_heads=1, length=70, dtype=dtype)
     torch.manual_seed(7)
@@ -332,9 +323,7 @@ def test_every_tile_of_packed_sequences_is_found(sequences, first_token):
 @pytest.mark.parametrize("form", ["dense", "padded", "packed"])
 def test_opcheck(form):
     packed = form == "packed"
-    inputs = (
-        on_device(draw_packed([20, 0, 13], [5, 0, 3], heads=2, kv_heads=1)) if packed else small(length=20, sinks=5)
-    )
+    inputs = on_device(draw_packed([13, 0], [3, 0], heads=2, kv_heads=1)) if packed else small(length=20, sinks=5)
     heads = inputs["q"].shape[1]
     seq_lens = torch.tensor([7], device=DEVICE) if form == "padded" else None
     seed = torch.tensor([5], device=DEVICE)
@@ -352,7 +341,7 @@ def test_compiles_to_one_graph_without_recompiling(dropout_p):
     torch._dynamo.reset()
     call = functools.partial(fused, causal=True, dropout_p=dropout_p)
     compiled = torch.compile(lambda **inputs: call(**inputs), fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch, length, sinks in ((3, 20, 5), (4, 33, 9), (5, 40, 12)):
+    for batch, length, sinks in ((3, 20, 5), (4, 40, 12)):
         inputs = small(batch=batch, length=length, sinks=sinks, heads=1, kv_heads=1)
         leaves = {name: inputs[name].requires_grad_() for name in GRADS}
         results = []

@@ -33,7 +33,7 @@ from tests.helpers.corrected_attention import (
     unbiased_scores,
     with_bias,
 )
-from tests.helpers.interpreted import DTYPES
+from tests.helpers.interpreted import DTYPES, with_dtypes
 
 
 def unbiased(inputs: dict) -> tuple[Tensor, Tensor]:
@@ -68,11 +68,12 @@ def assert_corrects(inputs: dict) -> None:
     assert_matches_reference(corrected_attention, reference_attention, inputs)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N, M", [(1, 0), (1, 1), (63, 20), (100, 1), (100, 100), (129, 40)])
-def test_full_softmax(N, M, dtype, causal):
-    assert_corrects(random_inputs(N, M, dtype=dtype, causal=causal))
+SIZES = [(1, 0), (1, 1), (63, 20), (100, 1), (100, 100), (129, 40)]
+
+
+@pytest.mark.parametrize("sizes, causal, dtype", with_dtypes(SIZES, [False, True]), ids=str)
+def test_full_softmax(sizes, causal, dtype):
+    assert_corrects(random_inputs(*sizes, dtype=dtype, causal=causal))
 
 
 @pytest.mark.parametrize("Hq, Hkv, bias_heads", [(2, 2, 1), (2, 2, 2), (4, 1, 4)])
@@ -80,10 +81,9 @@ def test_heads(Hq, Hkv, bias_heads):
     assert_corrects(random_inputs(63, 30, B=1, Hq=Hq, Hkv=Hkv, bias_heads=bias_heads, causal=True))
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
-@pytest.mark.parametrize("bias", ["-50", "30"])
-def test_ragged(bias, layout, causal):
+@pytest.mark.parametrize("bias, causal", [("-50", False), ("30", True)])
+def test_ragged(bias, causal, layout):
     assert_corrects(
         with_bias(random_inputs(129, 70, Hq=1, lengths=[129, 0, 1, 64, 0], layout=layout, causal=causal), bias)
     )
@@ -94,8 +94,7 @@ def test_ragged_float16(layout):
     assert_corrects(random_inputs(63, 63, lengths=[63, 0, 30], layout=layout, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("M", [30, 63])
+@pytest.mark.parametrize("M, causal", [(30, False), (63, True)])
 @pytest.mark.parametrize("bias", BIASES)
 def test_bias_range(bias, M, causal):
     """Every token is a sink: a row has no other key to fall back on."""

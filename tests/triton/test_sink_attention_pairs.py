@@ -31,7 +31,7 @@ from tests.helpers.corrected_attention import (
     unbiased_scores,
     with_bias,
 )
-from tests.helpers.interpreted import DTYPES
+from tests.helpers.interpreted import DTYPES, with_dtypes
 
 GRADS = ("q", "k", "v", "inter_sink_bias")
 
@@ -43,11 +43,12 @@ def assert_corrects(inputs: dict) -> None:
 # --- With the correction ---
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N, M", [(1, 0), (1, 1), (63, 63), (100, 1), (129, 40)])
-def test_full_softmax(N, M, dtype, causal):
-    assert_corrects(random_inputs(N, M, B=1, dtype=dtype, causal=causal))
+SIZES = [(1, 0), (1, 1), (63, 63), (100, 1), (129, 40)]
+
+
+@pytest.mark.parametrize("sizes, causal, dtype", with_dtypes(SIZES, [False, True]), ids=str)
+def test_full_softmax(sizes, causal, dtype):
+    assert_corrects(random_inputs(*sizes, B=1, dtype=dtype, causal=causal))
 
 
 @pytest.mark.parametrize("Hq, Hkv, bias_heads", [(2, 2, 1), (2, 2, 2), (4, 1, 4), (4, 2, 1)])
@@ -328,10 +329,8 @@ def assert_whole_pairs(inputs: dict, dropout_p: float) -> None:
     assert_matches_reference(whole_pairs, reference, inputs, grads=GRADS)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whole_pairs(dtype, causal, dropout_p):
+@pytest.mark.parametrize("dropout_p, causal, dtype", with_dtypes([0.0, 0.3], [False, True]), ids=str)
+def test_whole_pairs(dropout_p, causal, dtype):
     assert_whole_pairs(random_inputs(100, 50, B=1, Hq=4, Hkv=2, dtype=dtype, causal=causal), dropout_p)
 
 

@@ -10,7 +10,7 @@ import recattn
 from recattn import reference
 from recattn._options import WassersteinAttentionOptions
 from recattn.ops import wasserstein_attention as ops
-from tests.helpers.interpreted import assert_matches_reference_twice_of_three
+from tests.helpers.interpreted import DEVICE, DTYPES, assert_matches_reference_twice_of_three, with_dtypes
 from tests.helpers.wasserstein_inputs import NAMES, assert_reruns_agree, draw, gradients, largest_tensor, with_offset
 
 pytest.importorskip("triton")
@@ -27,9 +27,6 @@ from recattn.triton_kernels.wasserstein_attention import (
 )
 from tests.compile_table.compilation import meta, recorded
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes bfloat16 wrongly.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 by_triton = functools.partial(recattn.wasserstein_attention, impl="triton")
 
 
@@ -46,19 +43,21 @@ def check(inputs, **options):
     assert_matches_reference_twice_of_three(kernel, low, inputs, grads=list(inputs))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("n, d, dv", [(1, 5, 7), (63, 16, 16), (100, 5, 40), (129, 8, 3)])
-def test_matches_reference(n, d, dv, causal, dtype):
+SIZES = [(1, 5, 7), (63, 16, 16), (100, 5, 40), (129, 8, 3)]
+
+
+@pytest.mark.parametrize("sizes, causal, dtype", with_dtypes(SIZES, [True, False]), ids=str)
+def test_matches_reference(sizes, causal, dtype):
+    n, d, dv = sizes
     b, h = (1, 1) if n > 63 else (2, 2)
     check(draw_here(b=b, h=h, n=n, d=d, dv=dv, dtype=dtype), causal=causal)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("n", [70, 130])  # 70 tokens of half precision are short
+@pytest.mark.parametrize(
+    "n, padding_side, causal, dtype", with_dtypes([70, 130], ["right", "left"], [True, False]), ids=str
+)
 def test_ragged(n, padding_side, causal, dtype):
+    """70 tokens of half precision are short."""
     inputs = draw_here(b=5, h=1, n=n, d=7, dv=16, dtype=dtype)
     check(inputs, causal=causal, seq_lens=lengths(n, 0, 1, 33, 64), padding_side=padding_side)
 
@@ -79,9 +78,7 @@ def test_short_sequences_take_two_launches():
         assert vectors.numel() == count
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("source", ["logits", "weights"])
+@pytest.mark.parametrize("source, causal, dtype", with_dtypes(["logits", "weights"], [True, False]), ids=str)
 def test_refined(source, causal, dtype):
     check(draw_here(b=3, n=63, d=6, dv=16, rank=10, n_max=70, source=source, dtype=dtype), causal=causal, source=source)
 
@@ -89,8 +86,9 @@ def test_refined(source, causal, dtype):
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("source", ["logits", "weights"])
 def test_refined_ragged(source, padding_side):
-    inputs = draw_here(b=5, n=40, d=6, dv=16, rank=40, per_head=("w_k",), source=source)
-    check(inputs, source=source, seq_lens=lengths(40, 0, 1, 33, 17), padding_side=padding_side)
+    rank = 40 if padding_side == "right" else 10
+    inputs = draw_here(b=3, n=40, d=6, dv=16, rank=rank, per_head=("w_k",), source=source)
+    check(inputs, source=source, seq_lens=lengths(33, 0, 1), padding_side=padding_side)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,8 +117,7 @@ def test_offset_of_the_refined_gaussians():
     check(inputs, source="weights", **padding)
 
 
-@pytest.mark.parametrize("scale", [-0.1, 0.0, 0.5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale, dtype", with_dtypes([-0.1, 0.0, 0.5]), ids=str)
 def test_any_scale(scale, dtype):
     check(draw_here(n=40, dtype=dtype), scale=scale)
 
@@ -183,9 +180,9 @@ def test_reruns_agree_to_the_bit(n, dtype):
     assert_reruns_agree(by_triton, draw_here(n=n, dtype=dtype))
 
 
-@pytest.mark.parametrize("rank, source", [(None, "logits"), (16, "logits"), (16, "weights")])
+@pytest.mark.parametrize("rank, source", [(None, "logits"), (8, "logits"), (8, "weights")])
 def test_no_tensor_of_n_squared_elements(rank, source):
-    n = 512
+    n = 256
     inputs = draw_here(b=1, h=1, n=n, d=8, dv=8, rank=rank, source=source, dtype=torch.float16)
     assert largest_tensor(by_triton, inputs, source=source) <= n * n // 4
 
@@ -210,9 +207,8 @@ def with_factors(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, *, factors, **opti
     return p @ mean_v, p.square() @ cov_v
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dropout_is_of_both_products(dtype, causal):
+@pytest.mark.parametrize("causal, dtype", with_dtypes([True, False]), ids=str)
+def test_dropout_is_of_both_products(causal, dtype):
     """The weights that one seed drops, in both directions, by tiles of any size.
 
     Of p = ½ the factors are exact: a row of one key has no gradient, in float32 too.
@@ -267,10 +263,10 @@ def test_opcheck_factors():
 def test_compiles_whole_without_recompiling():
     torch.compiler.reset()
     compiled = torch.compile(by_triton, fullgraph=True, dynamic=True, backend="aot_eager")
-    for b, h, n in ((3, 2, 9), (4, 3, 20)):
+    for b, h, n in ((3, 2, 9), (2, 3, 20)):
         inputs = draw_here(b=b, h=h, n=n, d=8, dv=13, rank=7, n_max=n + 3)
         expected = gradients(by_triton, inputs)
-        with torch.compiler.set_stance("fail_on_recompile" if b > 3 else "default"):
+        with torch.compiler.set_stance("fail_on_recompile" if b < 3 else "default"):
             actual = gradients(compiled, inputs)
         for name, x in actual.items():
             torch.testing.assert_close(x, expected[name])
