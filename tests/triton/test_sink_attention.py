@@ -269,7 +269,7 @@ def test_dropout(causal, dtype):
 
 
 def test_dropout_keeps_the_mean_and_follows_the_seed():
-    inputs = small(length=20, sinks=5, dim=8)
+    inputs = small(heads=1, length=20, sinks=5, dim=8)
     mean = torch.stack([fused(**inputs, dropout_p=0.5) for _ in range(50)]).mean(0)
     assert (mean - fused(**inputs)).abs().mean() < 0.1
     outs = []
@@ -302,7 +302,7 @@ def store_sequence_of_tile_kernel(cu_seqlens, out, B, T, BLOCK: tl.constexpr, SP
 
 
 @pytest.mark.parametrize("first_token", [0, 100])
-@pytest.mark.parametrize("sequences", [1, 300])
+@pytest.mark.parametrize("sequences", [1, 100])
 def test_every_tile_of_packed_sequences_is_found(sequences, first_token):
     """Once and in order, and never one of a later sequence. Tokens before the first sequence belong to none."""
     cu_seqlens = torch.cat([torch.tensor([first_token]), torch.randint(0, 40, (sequences,))]).cumsum(0)
