@@ -23,41 +23,46 @@ KERNELS = Path(recattn.__file__).parent
 
 
 class Ranker(nn.Module):
-    """Scores of candidates, read by item id, for users whose states are in int8 tables."""
+    """Scores of candidates, read by item id, for users whose states are in int8 tables.
 
-    def forward(self, items, keys, values, key_scales, value_scales, slots, target_offsets, item_ids, invalid=None):
-        interest = recattn.lrea_absorbed_attention(
-            items,
-            keys,
-            values,
-            slots,
-            target_offsets,
-            item_ids=item_ids,
-            key_scales=key_scales,
-            value_scales=value_scales,
-            invalid=invalid,
+    For two batches of users: the call of the first is to have valid slots, that of the second counts invalid ones.
+    """
+
+    def forward(self, items, keys, values, key_scales, value_scales, batch, counted_batch, invalid):
+        return tuple(
+            (
+                recattn.lrea_absorbed_attention(
+                    items,
+                    keys,
+                    values,
+                    slots,
+                    target_offsets,
+                    item_ids=item_ids,
+                    key_scales=key_scales,
+                    value_scales=value_scales,
+                    invalid=counter,
+                )
+                * items[item_ids]
+            ).sum((1, 2))
+            for (slots, target_offsets, item_ids), counter in ((batch, None), (counted_batch, invalid))
         )
-        return (interest * items[item_ids]).sum((1, 2))
 
 
-def draw(counts: list[int], device: str) -> tuple[torch.Tensor, ...]:
+def draw_tables(device: str) -> tuple[torch.Tensor, ...]:
     keys, key_scales = recattn.lrea_quantize(torch.randn(16, 1, 8, 32))
     values, value_scales = recattn.lrea_quantize(torch.randn(16, 1, 8, 32))
-    drawn = (
-        torch.randn(50, 1, 32),
-        keys,
-        values,
-        key_scales,
-        value_scales,
-        torch.randint(16, (len(counts),)),
-        torch.tensor([0, *counts]).cumsum(0),
-        torch.randint(50, (sum(counts),)),
-    )
+    return tuple(x.to(device) for x in (torch.randn(50, 1, 32), keys, values, key_scales, value_scales))
+
+
+def draw_batch(counts: list[int], device: str) -> tuple[torch.Tensor, ...]:
+    """slots, target_offsets and item_ids."""
+    drawn = torch.randint(16, (len(counts),)), torch.tensor([0, *counts]).cumsum(0), torch.randint(50, (sum(counts),))
     return tuple(x.to(device) for x in drawn)
 
 
-def expected_scores(items, keys, values, key_scales, value_scales, slots, target_offsets, item_ids):
+def expected_scores(items, keys, values, key_scales, value_scales, batch):
     keys, values = keys * key_scales[..., None], values * value_scales[..., None]
+    slots, target_offsets, item_ids = batch
     targets = items[item_ids]
     return (reference.lrea_absorbed_attention(targets, keys, values, slots, target_offsets) * targets).sum((1, 2))
 
@@ -66,36 +71,39 @@ RUN_FROM_FILE = """
 import sys, torch
 for library in sys.argv[4:]:
     torch.ops.load_library(library)
-run, batches = torch._inductor.aoti_load_package(sys.argv[1]), torch.load(sys.argv[2])
-torch.save(([run(*batch) for batch in batches], batches[0][8:]), sys.argv[3])
+run, calls = torch._inductor.aoti_load_package(sys.argv[1]), torch.load(sys.argv[2])
+torch.save(([run(*call) for call in calls], [call[-1] for call in calls]), sys.argv[3])
 assert "recattn" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("counting", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_exports_compiles_and_runs_from_a_file(device, counting, tmp_path):
-    per_user = {0: Dim.DYNAMIC}
-    shapes = (None, None, None, None, None, per_user, per_user, per_user)
-    counter = (torch.zeros(1, dtype=torch.int64, device=device),) if counting else ()
+def test_exports_compiles_and_runs_from_a_file(device, tmp_path):
+    per_user = ({0: Dim.DYNAMIC},) * 3
+    shapes = (None, None, None, None, None, per_user, per_user, None)
+    tables = draw_tables(device)
+
+    def draw_call(counts: list[int], counted: list[int]) -> tuple:
+        counter = torch.zeros(1, dtype=torch.int64, device=device)
+        return (*tables, draw_batch(counts, device), draw_batch(counted, device), counter)
+
     with torch.no_grad():
-        example = (*draw([4, 0, 9], device), *counter)
-        exported = torch.export.export(Ranker(), example, dynamic_shapes=shapes + (None,) * counting)
+        exported = torch.export.export(Ranker(), draw_call([4, 0, 9], [3, 2]), dynamic_shapes=shapes)
         package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "ranker.pt2"))
-    batches = [(*draw(counts, device), *counter) for counts in ([4, 0, 9], [1, 30, 2, 0, 5])]
-    expected = [expected_scores(*batch[:8]) for batch in batches]
-    if counting:
-        batches[1][5][1] = 16  # no slot: user 1 has targets 1 .. 31
-        expected[1][1:31] = 0
-    torch.save(batches, tmp_path / "batches")
+    calls = [draw_call([4, 0, 9], [2, 0, 5]), draw_call([1, 30, 2, 0, 5], [1, 30, 2, 0, 5])]
+    expected = [[expected_scores(*tables, batch) for batch in call[5:7]] for call in calls]
+    calls[1][6][0][1] = 16  # no slot: user 1 of the counted batch has targets 1 .. 31
+    expected[1][1][1:31] = 0
+    torch.save(calls, tmp_path / "calls")
     libraries = [str(path) for path in sorted(KERNELS.glob("_C*.so"))]
-    command = [sys.executable, "-c", RUN_FROM_FILE, package, str(tmp_path / "batches"), str(tmp_path / "scores")]
+    command = [sys.executable, "-c", RUN_FROM_FILE, package, str(tmp_path / "calls"), str(tmp_path / "scores")]
     subprocess.run([*command, *libraries], check=True)
     outputs, counters = torch.load(tmp_path / "scores")
-    for scores, right in zip(outputs, expected, strict=True):
-        # An int8 state is as exact as its steps; what is tested here is the way through the file.
-        torch.testing.assert_close(scores, right, rtol=0, atol=0.02 * right.abs().max().item())
-    assert [counter.item() for counter in counters] == [1] * counting
+    for of_call, right_of_call in zip(outputs, expected, strict=True):
+        for scores, right in zip(of_call, right_of_call, strict=True):
+            # An int8 state is as exact as its steps; what is tested here is the way through the file.
+            torch.testing.assert_close(scores, right, rtol=0, atol=0.02 * right.abs().max().item())
+    assert [counter.item() for counter in counters] == [0, 1]
 
 
 # --- States made in a graph ---
