@@ -227,9 +227,11 @@ def test_nothing_to_do(b, n, dv):
 
 
 @pytest.mark.parametrize("n, per_head", [(5, ("w_k",)), (20, ())], ids=str)
-def test_more_partial_sums_than_one_launch_adds(n, per_head, monkeypatch):
-    """Sums of dG and dW_v of many programs are reduced in two launches."""
-    monkeypatch.setattr(short_weights, "LOADED", 1024)
+@pytest.mark.parametrize("block_p", [4, 8])
+def test_partial_sums_that_are_not_loaded_at_once(block_p, n, per_head, monkeypatch):
+    """Sums of dG and dW_v of 11 programs: more than 2 · block_p are first reduced by a launch of its own."""
+    block_m = 16 if n == 5 else 32
+    monkeypatch.setattr(short_weights, "LOADED", block_p * block_m * short_weights.BLOCK_K.value)
     monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: 33)
     check(draw("value", b=11, h=1 if not per_head else 2, n=n, n_max=n + 2, r=7, per_head=per_head))
 
