@@ -1,5 +1,6 @@
 """Launches found in C++ are those of Triton's own search, and replays those of the function: run as a script.
 
+python tests/triton/replays.py           all but the last of these
 python tests/triton/replays.py search    the compiled kernel that `launch` finds is the one that Triton finds
 python tests/triton/replays.py sizes     calls replayed for other sizes launch what the functions launch
 python tests/triton/replays.py hooks     a profiler's hooks hear of every launch
@@ -274,6 +275,8 @@ def test_without() -> None:
 
 if __name__ == "__main__":
     install()
-    tests = {"search": test_search, "sizes": test_sizes, "hooks": test_hooks}
-    tests |= {"threads": test_threads, "memory": test_memory, "without": test_without}
-    tests[sys.argv[1]]()
+    tests = {"search": test_search, "sizes": test_sizes, "hooks": test_hooks, "threads": test_threads}
+    tests |= {"memory": test_memory}
+    for name in sys.argv[1:] or tests:
+        RUNS.clear()
+        (tests | {"without": test_without})[name]()

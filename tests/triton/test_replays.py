@@ -19,14 +19,14 @@ TRITONS = {importlib.metadata.version("triton"): None, "3.6.0": Path(sys.prefix)
 
 
 @pytest.mark.parametrize("triton", TRITONS)
-@pytest.mark.parametrize("test", ["search", "sizes", "hooks", "threads", "memory", "without"])
-def test_by_triton(test, triton):
+@pytest.mark.parametrize("tests", [[], ["without"]], ids=["with recattn._host", "without"])
+def test_by_triton(tests, triton):
     """In another process, because here kernels are interpreted."""
     pytest.importorskip("recattn._host")
     if TRITONS[triton] is not None and not TRITONS[triton].exists():
         pytest.skip(f"Triton {triton} is not installed in {TRITONS[triton]}")
     path = {"PYTHONPATH": str(TRITONS[triton])} if TRITONS[triton] else {}
-    run = subprocess.run([sys.executable, SCRIPT, test], capture_output=True, text=True, env=os.environ | path)
+    run = subprocess.run([sys.executable, SCRIPT, *tests], capture_output=True, text=True, env=os.environ | path)
     assert run.returncode == 0, run.stderr
 
 
