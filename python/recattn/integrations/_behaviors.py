@@ -3,6 +3,15 @@
 from torch import Tensor
 
 
+def valid_first(valid: Tensor) -> Tensor:
+    """The order [B, N, 1], for take_along_dim, in which valid rows come before others and each kind stays in order.
+
+    Args:
+        valid: [B, N] bool.
+    """
+    return (~valid).byte().argsort(dim=1, stable=True).unsqueeze(-1)
+
+
 def move_to_front(history: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Move the valid rows of history [B, N, D] to the front, in order; returns behaviors [B, N, D] and seq_lens [B].
 
@@ -10,5 +19,4 @@ def move_to_front(history: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         history: [B, N, D].
         valid: [B, N] bool.
     """
-    order = (~valid).byte().argsort(dim=1, stable=True)
-    return history.gather(1, order.unsqueeze(-1).expand_as(history)), valid.sum(dim=1)
+    return history.take_along_dim(valid_first(valid), dim=1), valid.sum(dim=1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
 from recattn._typing import PaddingSide
 from recattn.functional.validation import expect_values, values_are_checked
-from recattn.integrations._behaviors import move_to_front
+from recattn.integrations._behaviors import move_to_front, valid_first
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn import LREA, RefinedSelfAttention
@@ -159,7 +159,7 @@ class MaskedSelfAttention(RefinedSelfAttention):
         expect(self.batch_first, "batch_first", "True, with attn_mask [B·H, N, N]", self.batch_first)
         batch, length, _ = self._expect_inputs(query, key, value)
         valid = self._read_valid(attn_mask, batch, length)
-        order = (valid if self.padding_side == "left" else ~valid).byte().argsort(dim=1, stable=True).unsqueeze(-1)
+        order = valid_first(valid if self.padding_side == "right" else ~valid)
         x = query.take_along_dim(order, dim=1)
         out, _ = super().forward(x, x, x, seq_lens=valid.sum(dim=1), is_causal=bool(self.causal))
         return out.take_along_dim(order.argsort(dim=1), dim=1), None
@@ -183,10 +183,11 @@ class MaskedSelfAttention(RefinedSelfAttention):
 def _expect_mask(hidden: Tensor, valid: Tensor, causal: bool | None) -> None:
     """Check that hidden [B, H, N, N] is the mask of the tokens valid [B, N]."""
     pairs = hidden.new_ones(hidden.shape[2:])
-    expected = ~valid[:, None, None] | (pairs.triu(1) if causal else ~pairs)
-    keys = "padding and the keys after a query" if causal else "padding"
+    expected, keys = ~valid[:, None, None], "padding"
+    if causal:
+        expected, keys = expected | pairs.triu(1), "padding and the keys after a query"
     expect_values(
-        hidden == expected & ~torch.eye(len(pairs), dtype=torch.bool, device=hidden.device),
+        hidden == expected & (pairs.triu(1) | pairs.tril(-1)),
         f"attn_mask [B·H, N, N] must hide {keys} only, and no token from itself (causal={causal})",
         lambda b, h, i, j: (
             f"one that {'hides' if hidden[b, h, i, j] else 'shows'} key {j} "
