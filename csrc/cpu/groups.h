@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/common.h"
+#include "cpu/sequences.h"
 
 namespace recattn {
 
@@ -35,7 +36,16 @@ class Groups {
         torch::stable::parallel_for(0, count(), grain(cost_), function);
     }
 
+    Groups(const std::vector<Span>& spans, int64_t heads, int64_t columns)
+        : Groups(lengths_of(spans), heads, columns) {}
+
   private:
+    static std::vector<int64_t> lengths_of(const std::vector<Span>& spans) {
+        std::vector<int64_t> lengths;
+        for (const Span& span : spans) lengths.push_back(span.length);
+        return lengths;
+    }
+
     // Each group has its own sum of dW; few groups keep that memory below that of the tokens.
     static constexpr int64_t kBatchHeadsPerGroup = 8, kMinGroups = 16, kMaxGroups = 64;
     std::vector<int64_t> starts_;

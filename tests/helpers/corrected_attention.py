@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
 from recattn.reference.sink_attention import sink_attention as reference
-from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
 from recattn.triton_kernels.sink_attention import (
     CorrectionConfig,
     PairsConfig,
@@ -205,7 +205,9 @@ def unbiased_scores(q, k, seq_lens, cu_seqlens, causal, left_padded, scale) -> T
     packed = cu_seqlens is not None
     q, k = dense(q, packed), dense(k, packed)
     B, N = q.shape[0], q.shape[2]
-    visible = visible_pairs(valid_tokens(B, N, seq_lens, "left" if left_padded else "right", q.device), causal)
+    visible = visible_pairs(
+        valid_tokens(B, N, seq_lens, window_starts("left" if left_padded else "right", N, seq_lens), q.device), causal
+    )
     if packed:
         sequence = torch.bucketize(torch.arange(N, device=q.device), cu_seqlens[1:], right=True)
         visible = visible & (sequence[:, None] == sequence)

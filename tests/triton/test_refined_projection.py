@@ -13,7 +13,7 @@ from recattn.ops.refined_attention.triton_long import (
     refined_projection_bwd,
     refined_projection_fwd,
 )
-from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.refined_attention import projection as kernels
 from tests.compile_table.compilation import meta, recorded
@@ -36,7 +36,7 @@ def by_triton(q, k, w, seq_lens=None, causal=True, padding_side="right", scale=N
 
 def in_full(q, k, w, seq_lens=None, causal=True, padding_side="right", scale=None) -> Tensor:
     n = q.shape[2]
-    valid = valid_tokens(q.shape[0], n, seq_lens, padding_side, q.device)
+    valid = valid_tokens(q.shape[0], n, seq_lens, window_starts(padding_side, n, seq_lens), q.device)
     q, k = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k))
     a = (1 / math.sqrt(q.shape[3]) if scale is None else scale) * (q @ k.mT)
     return a.masked_fill(~visible_pairs(valid, causal), 0) @ w[..., :n, :]
@@ -122,7 +122,8 @@ def test_padding_may_hold_anything(padding_side, causal):
 def test_incoming_gradients_of_padding_are_ignored(padding_side):
     inputs = draw(n=70, dtype=torch.float16)
     arguments = (*inputs.values(), torch.tensor([66, 3], device=DEVICE), True, padding_side == "left", None)
-    valid = valid_tokens(2, 70, arguments[3], padding_side, torch.device(DEVICE))[:, None, :, None]
+    seq_starts = window_starts(padding_side, 70, arguments[3])
+    valid = valid_tokens(2, 70, arguments[3], seq_starts, torch.device(DEVICE))[:, None, :, None]
     dx = torch.randn(2, 1, 70, 24, device=DEVICE).half()
     clean, dirty = (refined_projection_bwd(dx.masked_fill(~valid, value), *arguments) for value in (0, math.nan))
     assert all(map(torch.equal, clean, dirty))

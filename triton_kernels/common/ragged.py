@@ -16,8 +16,50 @@ def as_dense(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0).expand(cu_seqlens.shape[0] - 1, *x.shape[1::-1], *x.shape[2:])
 
 
+class Lengths(NamedTuple):
+    """How the sequences of a batch lie, as one kernel argument. A launch takes the tensors contiguous."""
+
+    seq_lens: Tensor | None = None  # [B] tokens of each sequence, a window of the N axis; None: all N
+    seq_starts: Tensor | None = None  # [B] where the window begins; None: at 0
+    cu_seqlens: Tensor | None = None  # [B + 1] where each sequence begins, packed [T, H, D]
+
+
+NO_LENGTHS = Lengths()
+
+
+def as_lengths(seq_lens: Tensor | None, seq_starts: Tensor | None, cu_seqlens: Tensor | None) -> Lengths:
+    """The lengths of a call as the kernels take them."""
+    if seq_lens is None and cu_seqlens is None:
+        return NO_LENGTHS
+    return Lengths(*(None if x is None else x.contiguous() for x in (seq_lens, seq_starts, cu_seqlens)))
+
+
 @triton.jit
-def locate_sequence(batch, N, seq_lens, cu_seqlens, left_padded):
+def locate_sequence(batch, N, lengths):
+    """One sequence: (its first token on the N axis, its length, the position at which its first token is counted).
+
+    Positions count from the sequence's start where it is packed (cu_seqlens), along the N axis where it is a window.
+    """
+    if lengths.cu_seqlens is not None:
+        start = tl.load(lengths.cu_seqlens + batch).to(tl.int64)
+        length = (tl.load(lengths.cu_seqlens + batch + 1) - start).to(tl.int32)
+        first_position = length * 0
+    elif lengths.seq_lens is not None:
+        length = tl.load(lengths.seq_lens + batch).to(tl.int32)
+        if lengths.seq_starts is not None:
+            first_position = tl.load(lengths.seq_starts + batch).to(tl.int32)
+        else:
+            first_position = length * 0
+        start = first_position.to(tl.int64)
+    else:
+        length = tl.full((), 0, tl.int32) + N
+        first_position = length * 0
+        start = first_position.to(tl.int64)
+    return start, length, first_position
+
+
+@triton.jit
+def locate_padded_sequence(batch, N, seq_lens, cu_seqlens, left_padded):
     """One sequence: (its first token on the N axis, its length, the position at which its first token is counted).
 
     Positions count from the sequence's start where it is packed (cu_seqlens), along the N axis where it is padded

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recattn.triton_kernels.common.launch import TileConfig, cdiv, host_block_width, launch, num_splits, reduce_splits
-from recattn.triton_kernels.common.ragged import locate_sequence
+from recattn.triton_kernels.common.ragged import locate_padded_sequence
 from recattn.triton_kernels.common.tiles import load_rows, offset, store_rows
 
 
@@ -46,7 +46,7 @@ def lrea_compress_fwd_kernel(
     user = tl.program_id(0).to(tl.int64)
     first_rank = tl.program_id(1) // tl.cdiv(WIDTH, BLOCK_D) * BLOCK_R
     first_column = tl.program_id(1) % tl.cdiv(WIDTH, BLOCK_D) * BLOCK_D
-    _, length, _ = locate_sequence(user, L, seq_lens, None, False)
+    _, length, _ = locate_padded_sequence(user, L, seq_lens, None, False)
     length = tl.minimum(length, L)
     split_size = tl.cdiv(tl.cdiv(length, BLOCK_L), tl.num_programs(2)) * BLOCK_L
     start = tl.program_id(2) * split_size
@@ -93,7 +93,7 @@ def lrea_compress_bwd_behaviors_kernel(
     user = (tl.program_id(0) // blocks).to(tl.int64)
     rows = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     first_column = tl.program_id(1) * BLOCK_D
-    _, length, _ = locate_sequence(user, L, seq_lens, None, False)
+    _, length, _ = locate_padded_sequence(user, L, seq_lens, None, False)
     base = dcompressed + user * rank * WIDTH + first_column
     acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     # rank is no constant: the compiler would unroll the loop and need too many registers.
@@ -141,7 +141,7 @@ def lrea_compress_bwd_w_comp_kernel(
     for step in range(first_user * STEPS, stop_user * STEPS):
         user = tl.full((), 0, tl.int64) + step // STEPS
         first_column = step % STEPS * BLOCK_D
-        _, length, _ = locate_sequence(user, L, seq_lens, None, False)
+        _, length, _ = locate_padded_sequence(user, L, seq_lens, None, False)
         valid = rows < tl.minimum(length, L)
         base = behaviors + user * stride_eu + offset(first_column, stride_ed)
         e_tile = load_rows(base, rows, valid, stride_el, stride_ed, WIDTH - first_column, BLOCK_D)  # [BL, BD]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from recattn.triton_kernels.common.ragged import locate_sequence
+from recattn.triton_kernels.common.ragged import locate_padded_sequence
 from recattn.triton_kernels.common.tiles import (
     Matrix,
     Tokens,
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 @triton.jit
 def token_span(batch, N, seq_lens, left_padded):
-    _, length, first = locate_sequence(batch, N, seq_lens, None, left_padded)
+    _, length, first = locate_padded_sequence(batch, N, seq_lens, None, left_padded)
     return Span(first, tl.minimum(first + length, N))
 
 

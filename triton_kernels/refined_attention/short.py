@@ -19,7 +19,7 @@ from torch import Tensor
 from recattn._options import RefinedAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.ragged import locate_sequence
+from recattn.triton_kernels.common.ragged import locate_padded_sequence
 from recattn.triton_kernels.common.softmax import masked_softmax
 from recattn.triton_kernels.common.tiles import (
     Matrix,
@@ -83,7 +83,7 @@ class Refined(NamedTuple):
 
 @triton.jit
 def load_batch_head(batch, head, num_heads, N, seq_lens, left_padded, causal):
-    _, length, first = locate_sequence(batch, N, seq_lens, None, left_padded)
+    _, length, first = locate_padded_sequence(batch, N, seq_lens, None, left_padded)
     return BatchHead(batch, head, batch * num_heads + head, N, first, first + length, causal)
 
 

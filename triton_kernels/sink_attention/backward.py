@@ -15,7 +15,7 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import launch
-from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence, padding_tokens
+from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_padded_sequence, padding_tokens
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
@@ -122,7 +122,7 @@ def sink_attention_bwd_dq_kernel(
     bound allows; row_max and row_sum do not.
     """
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_M, 2)
-    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
     head = tl.program_id(1).to(tl.int64)
     bh = batch * num_q_heads + head
     token = first_token(batch, N, start, lengths.cu_seqlens)
@@ -236,7 +236,7 @@ def sink_attention_bwd_dkdv_kernel(
     diagonal of a causal mask, then over those that see all the keys.
     """
     batch, block = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_N, 1)
-    start, length, _ = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, _ = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
     kv_head = tl.program_id(1).to(tl.int64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.ragged import Sinks, is_sink, load_sinks, locate_sequence
+from recattn.triton_kernels.common.ragged import Sinks, is_sink, load_sinks, locate_padded_sequence
 from recattn.triton_kernels.common.softmax import exp_increase, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
@@ -111,7 +111,7 @@ def sink_attention_correction_fwd_kernel(
     batch = (tl.program_id(0) // num_q_heads).to(tl.int64)
     head = (tl.program_id(0) % num_q_heads).to(tl.int64)
     kv_head = (tl.program_id(0) % num_q_heads // group_size).to(tl.int64)
-    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
     q, out = head_rows(q, batch, head, start), head_rows(out, batch, head, start)
     k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
@@ -259,7 +259,7 @@ def sink_attention_correction_delta_kernel(
     bh, num_bh = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch = (tl.program_id(0) // num_q_heads).to(tl.int64)
     head = (tl.program_id(0) % num_q_heads).to(tl.int64)
-    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
     out, dout = head_rows(out, batch, head, start), head_rows(dout, batch, head, start)
     base_lse += batch * stride_lse_b + head * stride_lse_h + start * stride_lse_n

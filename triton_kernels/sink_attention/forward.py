@@ -11,7 +11,7 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import launch
-from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence, padding_tokens
+from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_padded_sequence, padding_tokens
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
@@ -130,7 +130,7 @@ def sink_attention_fwd_kernel(
     scale > 0, which need not precede the maximum of a row.
     """
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_M, 2)
-    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
     head = tl.program_id(1).to(tl.int64)
     bh = batch * num_q_heads + head
     token = first_token(batch, N, start, lengths.cu_seqlens)

@@ -18,7 +18,7 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_sequence
+from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_padded_sequence
 from recattn.triton_kernels.common.tiles import bhnd, block_width, store_rows
 from recattn.triton_kernels.sink_attention.common import (
     DO_NOT_SPECIALIZE,
@@ -242,7 +242,7 @@ def sink_attention_pairs_bwd_kernel(
     batch = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
 
-    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
     first_bh = batch * num_heads.q
     row_max = sink_stats + first_bh * M
     bias = sink_tensors.bias + batch * stride_bias_b

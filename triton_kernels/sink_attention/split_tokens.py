@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recattn.triton_kernels.common.launch import launch
-from recattn.triton_kernels.common.ragged import Sinks, count_sinks_before, load_sinks, locate_sequence
+from recattn.triton_kernels.common.ragged import Sinks, count_sinks_before, load_sinks, locate_padded_sequence
 from recattn.triton_kernels.sink_attention.common import DO_NOT_SPECIALIZE, Lengths, first_token, number_of_tokens
 
 # Tokens a program splits.
@@ -76,7 +76,7 @@ def sink_attention_streams_kernel(
     sink_bounds     = first_sink, sinks_before[length] - first_sink
     """
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK, 1)
-    start, length, first_position = locate_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
     tile_start = tile * BLOCK
     if tile_start > length:
         return

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.dropout import Dropout
-from recattn.triton_kernels.common.ragged import locate_sequence
+from recattn.triton_kernels.common.ragged import locate_padded_sequence
 from recattn.triton_kernels.common.tiles import load_rows, store_rows
 
 
@@ -39,7 +39,7 @@ class Sequence(NamedTuple):
 
 @triton.jit
 def sequence_of(bh, num_heads, N, seq_lens, left_padded):
-    start, length, _ = locate_sequence(bh // num_heads, N, seq_lens, None, left_padded)
+    start, length, _ = locate_padded_sequence(bh // num_heads, N, seq_lens, None, left_padded)
     return Sequence(bh.to(tl.int64) * N + start, length, start.to(tl.int32), N)
 
 

@@ -21,6 +21,7 @@ class Indices(NamedTuple):
     target_offsets: Any = None
     slots: Any = None
     item_ids: Any = None
+    seq_starts: Any = None
 
 
 def validate(
@@ -31,6 +32,7 @@ def validate(
     target_offsets: Tensor | None = None,
     slots: Tensor | None = None,
     item_ids: Tensor | None = None,
+    seq_starts: Tensor | None = None,
     seq_len: int | None = None,
     num_tokens: int | None = None,
     num_targets: int | None = None,
@@ -51,12 +53,13 @@ def validate(
         slots: [U], between 0 and `num_slots` - 1.
         item_ids: [T] or [U, L], between 0 and `num_items` - 1; for [U, L] with `seq_lens`, only the first seq_lens[u]
             of each user count.
+        seq_starts: [B], between 0 and `seq_len` - `seq_lens`.
         seq_len, num_tokens, num_targets, num_slots, num_items: N, T (packed tokens), T (targets), S and I of the call.
 
     Raises:
         ValueError: names the argument, what was expected, and the first wrong entry.
     """
-    given = Indices(sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids)
+    given = Indices(sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids, seq_starts)
     sizes: dict[str, int] = {}
     for name, indices in given._asdict().items():
         if indices is not None:
@@ -75,6 +78,7 @@ _LAYOUTS = {
     "target_offsets": "U+1",
     "slots": "U",
     "item_ids": "T",
+    "seq_starts": "B",
 }
 
 
@@ -132,12 +136,17 @@ def _checked(
     num_slots: int | None,
     num_items: int | None,
 ) -> Indices:
-    sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids = given
+    sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids, seq_starts = given
     if cu_seqlens is not None:
         total = _given("num_tokens", num_tokens, "cu_seqlens")
         cu_seqlens = ops.checked_offsets("cu_seqlens", cu_seqlens, total)
     if seq_lens is not None:
         seq_lens = ops.checked_lengths("seq_lens", seq_lens, _given("seq_len", seq_len, "seq_lens"))
+    if seq_starts is not None:
+        expect(seq_lens is not None, "seq_lens", "given with seq_starts", None)
+        longest = _given("seq_len", seq_len, "seq_starts")
+        ends = ops.checked_lengths("seq_starts + seq_lens", seq_starts + seq_lens, longest)
+        seq_starts = ops.checked_lengths("seq_starts", ends - seq_lens, longest)
     if sink_positions is not None:
         longest = _given("seq_len", seq_len, "sink_positions") if cu_seqlens is None else None
         sink_positions = ops.checked_sink_positions(sink_positions, longest, cu_seqlens)
@@ -148,7 +157,7 @@ def _checked(
         slots = ops.checked_rows("slots", slots, _given("num_slots", num_slots, "slots"), None)
     if item_ids is not None:
         item_ids = ops.checked_rows("item_ids", item_ids, _given("num_items", num_items, "item_ids"), seq_lens)
-    return Indices(sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids)
+    return Indices(sink_positions, seq_lens, cu_seqlens, target_offsets, slots, item_ids, seq_starts)
 
 
 def _given(name: str, size: int | None, needed_by: str) -> int:

@@ -10,7 +10,7 @@ from recattn.functional.validation import expect_values, values_are_checked
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn._refinement import Refinement
-from recattn.reference.sink_attention import valid_tokens
+from recattn.reference.sink_attention import valid_tokens, window_starts
 
 _HIDDEN = -10000.0  # RecBole's value for hidden keys, where others use -inf
 
@@ -110,7 +110,8 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         expect_shape({"E": self.dense.in_features}, "input_tensor", input_tensor, "B N E")
         masks = read_attention_mask(attention_mask, input_tensor, self.padding_side)
         batch, length, _ = input_tensor.shape
-        valid = valid_tokens(batch, length, masks["seq_lens"], self.padding_side, input_tensor.device)
+        seq_starts = window_starts(self.padding_side, length, masks["seq_lens"])
+        valid = valid_tokens(batch, length, masks["seq_lens"], seq_starts, input_tensor.device)
         input_tensor = input_tensor.where(valid[..., None], 0)  # NaN would reach gradients, also through the residual
         q, k, v = (self._split_heads(project(input_tensor)) for project in (self.query, self.key, self.value))
         dropout_p = self.attn_dropout.p if self.training else 0.0
@@ -144,7 +145,8 @@ def read_attention_mask(attention_mask: Tensor, x: Tensor, padding_side: Padding
             f"attention_mask must be 0 where visible and {_HIDDEN:.0f} where hidden",
             lambda row, i, j: attention_mask[row, 0, i, j].item(),
         )
-        expected = ~valid_tokens(batch, length, seq_lens, padding_side, x.device)[:, None]  # [B, 1, N]
+        seq_starts = window_starts(padding_side, length, seq_lens)
+        expected = ~valid_tokens(batch, length, seq_lens, seq_starts, x.device)[:, None]  # [B, 1, N]
         if causal:
             expected = expected | hidden.new_ones(length, length).triu(diagonal=1)
         hideable = f"{'later keys and ' if causal else ''}padding on the {padding_side}"

@@ -9,7 +9,7 @@ from recattn._check import expect, expect_dtype, expect_shape, expect_tensors
 from recattn._dispatch import is_transformed
 from recattn._typing import PaddingSide
 from recattn.functional.validation import expect_values, values_are_checked
-from recattn.reference.sink_attention import valid_tokens
+from recattn.reference.sink_attention import valid_tokens, window_starts
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,7 +29,7 @@ def read_seq_lens(key_padding_mask: Tensor, batch: int, length: int, padding_sid
     hidden = read_padding_mask(key_padding_mask, batch, length)
     lengths = (~hidden).sum(dim=1)
     if values_are_checked(hidden.device):
-        valid = valid_tokens(batch, length, lengths, padding_side, hidden.device)
+        valid = valid_tokens(batch, length, lengths, window_starts(padding_side, length, lengths), hidden.device)
         end = "starts" if padding_side == "left" else "ends"
         expect_values(
             (hidden != valid).all(dim=1),

@@ -10,7 +10,7 @@ from recattn._check import expect, expect_index, expect_same_device, expect_shap
 from recattn._typing import PaddingSide, RefinedAttentionImpl, SinkAttentionImpl
 from recattn.nn._constructor_checks import expect_attention_options, expect_heads
 from recattn.nn._masks import is_causal_mask, read_seq_lens, zero_padding
-from recattn.reference.sink_attention import valid_tokens
+from recattn.reference.sink_attention import valid_tokens, window_starts
 
 Module = TypeVar("Module", bound="MultiheadProjections")
 
@@ -157,7 +157,8 @@ class MultiheadProjections(nn.Module):
         if seq_lens is None or not torch.is_grad_enabled():  # padding matters only to the gradients of the projections
             return query, key, value
         batch, length = query.shape[:2] if self.batch_first else query.shape[1::-1]
-        valid = valid_tokens(batch, length, seq_lens, self.padding_side, seq_lens.device)
+        seq_starts = window_starts(self.padding_side, length, seq_lens)
+        valid = valid_tokens(batch, length, seq_lens, seq_starts, seq_lens.device)
         query, key, value = zero_padding(self._like_inputs(valid), query, key, value)
         return query, key, value
 

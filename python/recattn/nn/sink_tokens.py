@@ -26,7 +26,7 @@ from recattn.functional.validation import checked_indices, expect_values, values
 from recattn.nn._constructor_checks import expect_positive
 from recattn.nn._masks import read_mask
 from recattn.ops.index_checks import checked_lengths
-from recattn.reference.sink_attention import valid_tokens
+from recattn.reference.sink_attention import valid_tokens, window_starts
 
 TokenIds = Sequence[int] | Tensor
 TEN_YEARS = 10 * 365 * 24 * 3600
@@ -297,7 +297,7 @@ def insert_sinks(
     lengths = torch.tensor([len(row) for row in rows])
     input_ids = pad_sequence(rows, True, pad_token_id, padding_side)
     batch, longest = input_ids.shape
-    valid = valid_tokens(batch, longest, lengths, padding_side, input_ids.device)
+    valid = valid_tokens(batch, longest, lengths, window_starts(padding_side, longest, lengths), input_ids.device)
     if padding_side == "left":
         positions = [p + longest - n for p, n in zip(positions, lengths, strict=True)]
     padded = (pad_sequence(x, True, -1) for x in (positions, followed))
@@ -350,7 +350,7 @@ def insert_sink_embeddings(
         if values_are_checked(device):
             lengths = checked_lengths("lengths", lengths, k if single else t)
         if single:
-            lengths = valid_tokens(batch, k, lengths, "right", device).long()
+            lengths = valid_tokens(batch, k, lengths, None, device).long()
 
     present = lengths > 0  # [B, k]
     has_sink = present if after_last else present & (present.flip(1).cumsum(1).flip(1) > 1)
@@ -359,7 +359,7 @@ def insert_sink_embeddings(
     entries = torch.cat([behaviors, sinks[:, :, None].to(behaviors.dtype)], dim=2).flatten(1, 2)  # [B, k(t+1), d]
     row_lengths = filled.sum(dim=1)
     n = int(row_lengths.max()) if batch else 0
-    valid = valid_tokens(batch, n, row_lengths, padding_side, device)
+    valid = valid_tokens(batch, n, row_lengths, window_starts(padding_side, n, row_lengths), device)
     # `valid` and `filled` select the same vectors in the same order.
     embeddings = entries.new_zeros(batch, n, d).masked_scatter(valid[..., None], entries[filled])
     start = (n - row_lengths if padding_side == "left" else torch.zeros_like(row_lengths))[:, None]

@@ -14,7 +14,7 @@ from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
 from recattn.nn._constructor_checks import expect_attention_options, expect_heads, expect_positive
 from recattn.nn._masks import zero_padding
-from recattn.reference.sink_attention import valid_tokens
+from recattn.reference.sink_attention import valid_tokens, window_starts
 
 
 class StochasticRefinedSelfAttention(nn.Module):
@@ -120,9 +120,9 @@ class StochasticRefinedSelfAttention(nn.Module):
         expect_same_device("mean", mean, cov=cov, seq_lens=seq_lens)
         if seq_lens is not None:
             expect_index(sizes, "seq_lens", seq_lens, "B")
-            mean, cov = zero_padding(
-                valid_tokens(sizes["B"], sizes["N"], seq_lens, self.padding_side, mean.device), mean, cov
-            )
+            seq_starts = window_starts(self.padding_side, sizes["N"], seq_lens)
+            valid = valid_tokens(sizes["B"], sizes["N"], seq_lens, seq_starts, mean.device)
+            mean, cov = zero_padding(valid, mean, cov)
         means = self._split_heads(self.mean_in_proj(mean))
         covs = [F.elu(x) + 1 for x in self._split_heads(self.cov_in_proj(cov))]
         tensors = [*(x for pair in zip(means, covs, strict=True) for x in pair), *self._matrices()]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._typing import Mechanism, PaddingSide, Source
-from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
 from recattn.reference.wasserstein_attention import (
     attention_matrix,
     gaussians,
@@ -27,7 +27,8 @@ from recattn.reference.wasserstein_attention import (
 def refined_attention(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None = None, *,
     mechanism: Mechanism = "simple", source: Source = "logits", causal: bool = True, seq_lens: Tensor | None = None,
-    padding_side: PaddingSide = "right", dropout_p: float = 0.0, scale: float | None = None,
+    seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """out = softmax(M + mask) v, with M refined from A.
 
@@ -35,7 +36,8 @@ def refined_attention(
     """
     n = q.shape[2]
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    valid = valid_tokens(q.shape[0], n, seq_lens, padding_side, q.device)  # [B, N]
+    seq_starts = window_starts(padding_side, n, seq_lens, seq_starts)
+    valid = valid_tokens(q.shape[0], n, seq_lens, seq_starts, q.device)  # [B, N]
     if seq_lens is not None:  # padding may hold anything, even NaN: keep it out of the products
         q, k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k, v))
     hidden = ~visible_pairs(valid, causal)  # [B, 1, N, N]

@@ -19,28 +19,28 @@ from recattn._typing import PaddingSide
 def sink_attention(
     q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
-    padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0,
-    scale: float | None = None, return_lse: Literal[False] = False,
+    seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sink_attention(
     q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
-    padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0,
-    scale: float | None = None, return_lse: Literal[True],
+    seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def sink_attention(
     q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
-    padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0,
-    scale: float | None = None, return_lse: bool,
+    seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def sink_attention(
     q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
-    padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None, dropout_p: float = 0.0,
-    scale: float | None = None, return_lse: bool = False,
+    seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """out = softmax(scale · q kᵀ + mask + β) v, and lse = logsumexp of the same rows.
 
@@ -51,7 +51,8 @@ def sink_attention(
         out, lse = _packed(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, cu_seqlens, dropout_p, scale)
         return (out, lse) if return_lse else out
 
-    valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, padding_side, q.device)  # [B, N]
+    seq_starts = window_starts(padding_side, q.shape[2], seq_lens, seq_starts)
+    valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, seq_starts, q.device)  # [B, N]
     if seq_lens is not None:  # padding may hold anything, even NaN: keep it out of the products
         q, k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
@@ -71,14 +72,22 @@ def sink_attention(
 
 
 def valid_tokens(
-    batch: int, length: int, seq_lens: Tensor | None, padding_side: PaddingSide, device: torch.device
+    batch: int, length: int, seq_lens: Tensor | None, seq_starts: Tensor | None, device: torch.device
 ) -> Tensor:
-    """[B, N] bool: True at tokens, False at padding."""
-    position = torch.arange(length, device=device)
+    """[B, N] bool: True at the tokens of each sequence, seq_starts[b] up to seq_starts[b] + seq_lens[b]."""
     if seq_lens is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
-    lengths = seq_lens[:, None]
-    return position < lengths if padding_side == "right" else position >= length - lengths
+    position = torch.arange(length, device=device)
+    if seq_starts is None:
+        return position < seq_lens[:, None]
+    return (position >= seq_starts[:, None]) & (position < (seq_starts + seq_lens)[:, None])
+
+
+def window_starts(
+    padding_side: PaddingSide, length: int, seq_lens: Tensor | None, seq_starts: Tensor | None = None
+) -> Tensor | None:
+    """The seq_starts [B] of sequences that are padded to `length`; None: they begin at 0."""
+    return length - seq_lens if padding_side == "left" and seq_lens is not None else seq_starts
 
 
 def visible_pairs(valid: Tensor, causal: bool) -> Tensor:

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._typing import PaddingSide, Source
-from recattn.reference.sink_attention import softmax_or_zeros, valid_tokens, visible_pairs
+from recattn.reference.sink_attention import softmax_or_zeros, valid_tokens, visible_pairs, window_starts
 
 
 def wasserstein_attention(
     mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor, mean_v: Tensor, cov_v: Tensor, *,
     w_q: Tensor | None = None, w_k: Tensor | None = None, source: Source = "logits", causal: bool = True,
-    seq_lens: Tensor | None = None, padding_side: PaddingSide = "right", dropout_p: float = 0.0,
-    scale: float | None = None,
+    seq_lens: Tensor | None = None, seq_starts: Tensor | None = None, padding_side: PaddingSide = "right",
+    dropout_p: float = 0.0, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(p mean_v, (p∘p) cov_v) with p = softmax(-scale · W² + mask), or p refined by w_q and w_k.
 
@@ -27,7 +27,8 @@ def wasserstein_attention(
     """
     n = mean_q.shape[2]
     scale = 1 / math.sqrt(mean_q.shape[3]) if scale is None else scale
-    valid = valid_tokens(mean_q.shape[0], n, seq_lens, padding_side, mean_q.device)  # [B, N]
+    seq_starts = window_starts(padding_side, n, seq_lens, seq_starts)
+    valid = valid_tokens(mean_q.shape[0], n, seq_lens, seq_starts, mean_q.device)  # [B, N]
     tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
     if seq_lens is not None:  # padding may hold anything, even NaN: keep it out of the products
         tensors = (x.masked_fill(~valid[:, None, :, None], 0) for x in tensors)

@@ -14,7 +14,7 @@ from recattn.functional.validation import assert_on_device, checked_indices, exp
 from recattn.integrations.transformers.architectures import BIAS, is_causal
 from recattn.integrations.transformers.attention import NAME, Sinks
 from recattn.integrations.transformers.generations._adapter import Adapter
-from recattn.reference.sink_attention import valid_tokens
+from recattn.reference.sink_attention import valid_tokens, window_starts
 
 
 class SinkReader:
@@ -227,4 +227,5 @@ def _find_padding_side(mask: Tensor) -> PaddingSide | None:
 def _with_padding_on(mask: Tensor, side: PaddingSide) -> Tensor:
     """The mask with the same number of tokens per row and all its padding on `side`."""
     batch, length = mask.shape
-    return valid_tokens(batch, length, mask.sum(dim=1), side, mask.device)
+    lengths = mask.sum(dim=1)
+    return valid_tokens(batch, length, lengths, window_starts(side, length, lengths), mask.device)

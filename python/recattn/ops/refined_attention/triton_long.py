@@ -17,7 +17,7 @@ from recattn.ops._library import define, differentiable_again
 from recattn.ops._support import contiguous, resolve_scale, triton_unsupported_reason
 from recattn.ops.refined_attention.chunked import gaussians, gaussians_backward
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttentionFunction, no_sinks
-from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
 from recattn.reference.wasserstein_attention import attention_matrix, centre_
 
 
@@ -162,7 +162,8 @@ def _filled(parts: list[Tensor]) -> Tensor:
 
 def projection_reference(q, k, w, seq_lens, source, causal, left_padded, scale) -> Tensor:
     """A W with A the logits scale · Q Kᵀ or their softmax. Holds A in memory."""
-    valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, "left" if left_padded else "right", q.device)
+    seq_starts = window_starts("left" if left_padded else "right", q.shape[2], seq_lens)
+    valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, seq_starts, q.device)
     if seq_lens is not None:
         q, k = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k))
     return attention_matrix(scale * (q @ k.mT), ~visible_pairs(valid, causal), source) @ w

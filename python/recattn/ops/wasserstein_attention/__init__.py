@@ -12,7 +12,7 @@ from recattn.ops._support import resolve_scale, triton_kernels, triton_unsupport
 from recattn.ops.refined_attention.triton_long import project
 from recattn.ops.sink_attention import MAX_HEAD_DIM
 from recattn.ops.wasserstein_attention import cpu, triton
-from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
 from recattn.reference.wasserstein_attention import centre_, masked_softmax, squared_wasserstein_distance
 
 
@@ -69,7 +69,8 @@ def _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options) -> tuple[Tensor, T
     # NaN in padding would reach the gradients of other tokens. A projection is 0 there.
     if seq_lens is not None and not options.refined:
         side = "left" if options.left_padded else "right"
-        valid = valid_tokens(mean_q.shape[0], mean_q.shape[2], seq_lens, side, mean_q.device)[:, None, :, None]
+        seq_starts = window_starts(side, mean_q.shape[2], seq_lens)
+        valid = valid_tokens(mean_q.shape[0], mean_q.shape[2], seq_lens, seq_starts, mean_q.device)[:, None, :, None]
         tensors = [x.masked_fill(~valid, 0) for x in tensors]
     mean_q, cov_q, mean_k, cov_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
     standard_deviations = _refined_standard_deviations if options.refined else _standard_deviations
@@ -115,7 +116,8 @@ def _attention_reference(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, 
     refuse_dropout("wasserstein_attention", options.dropout_p)
     query, key = (x.to(mean_v.dtype) for x in _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options))
     side = "left" if options.left_padded else "right"
-    valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, side, query.device)
+    seq_starts = window_starts(side, query.shape[2], seq_lens)
+    valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, seq_starts, query.device)
     if seq_lens is not None:
         mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
     (mean_q, std_q), (mean_k, std_k) = query.chunk(2, dim=-1), key.chunk(2, dim=-1)

@@ -1,0 +1,44 @@
+"""How the sequences of a batch lie, in arguments that the public functions share: windows of N tokens, or packed."""
+
+from torch import Tensor
+
+from recattn import _check as check
+from recattn._typing import PaddingSide
+from recattn.reference.sink_attention import window_starts
+
+__all__ = ["expect_cu_seqlens", "expect_windows", "validate_layout", "window_starts"]
+
+
+def validate_layout(
+    padding_side: PaddingSide,
+    seq_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> None:
+    """Check that the arguments go together."""
+    check.expect_choice("padding_side", padding_side, ("right", "left"))
+    packed = cu_seqlens is not None
+    for name, lengths in (("seq_lens", seq_lens), ("seq_starts", seq_starts)):
+        given = lengths is not None and packed
+        check.expect(not given, name, "None beside cu_seqlens (packed sequences have no padding)", "both")
+    if seq_starts is not None:
+        check.expect(seq_lens is not None, "seq_lens", "given with seq_starts", None)
+        check.expect(padding_side == "right", "padding_side", "'right', the default, beside seq_starts", padding_side)
+    if max_seqlen is not None:
+        check.expect(packed, "max_seqlen", "None but with cu_seqlens", max_seqlen)
+        check.expect_count("max_seqlen", max_seqlen)
+
+
+def expect_cu_seqlens(sizes: dict[str, int], cu_seqlens: Tensor) -> None:
+    """Check the offsets [B + 1] of a packed batch, and set B."""
+    check.expect_index(sizes, "cu_seqlens", cu_seqlens, "B+1")
+    check.expect(sizes["B+1"] >= 1, "cu_seqlens", "[B + 1]", "no offset")
+    sizes["B"] = sizes["B+1"] - 1
+
+
+def expect_windows(sizes: dict[str, int], seq_lens: Tensor | None, seq_starts: Tensor | None) -> None:
+    """Check the lengths [B] and starts [B] of a padded batch, where they are given."""
+    for name, lengths in (("seq_lens", seq_lens), ("seq_starts", seq_starts)):
+        if lengths is not None:
+            check.expect_index(sizes, name, lengths, "B")
