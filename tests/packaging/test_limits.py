@@ -39,7 +39,8 @@ def most_parameters(path: Path, function: ast.FunctionDef) -> int:
     if function.name.endswith("_kernel"):
         return 32
     # The public functions' arguments have names; of the others, too many are by position.
-    return 18 if path.parent == ROOT / "python/recattn/functional" and function.args.kwonlyargs else 15
+    is_public = path.parent.name in ("functional", "reference") and bool(function.args.kwonlyargs)
+    return 18 if is_public else 15
 
 
 @pytest.mark.parametrize("folder", ["python", "triton_kernels", "benchmarks", "tests"])
