@@ -11,6 +11,7 @@ from recattn._dispatch import select
 from recattn._options import InterSinkBiasOptions
 from recattn._typing import InterSinkBiasImpl
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
+from recattn.functional._keywords import explain_keywords
 from recattn.ops import inter_sink_bias as ops
 from recattn.ops._library import apply, distinct
 from recattn.ops._support import draw_dropout_seed
@@ -24,6 +25,7 @@ _TENSORS = check.Layouts(
 )
 
 
+@explain_keywords
 def inter_sink_bias(
     q_s: Tensor,
     k_s: Tensor,

@@ -1,0 +1,15 @@
+"""Warnings of what changes in the next release."""
+
+import sys
+import warnings
+
+from recattn._graphs import constant_in_graphs
+
+
+@constant_in_graphs  # torch.compile gives the warning while it traces
+def warn_of_change(message: str) -> None:
+    """A FutureWarning at the line that called recattn, perhaps through torch. Python shows it once per line."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("recattn", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, FutureWarning, stacklevel=level)
