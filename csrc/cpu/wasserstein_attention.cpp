@@ -19,6 +19,7 @@
 #include "cpu/dropout.h"
 #include "cpu/groups.h"
 #include "cpu/refined_weights.h"
+#include "cpu/sequences.h"
 #include "cpu/simd/isa.h"
 #include "cpu/tokens.h"
 
@@ -82,9 +83,9 @@ struct WassersteinAttention {
     Tokens<const T> mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, dmean, dcov;
     Tokens<T> mean, cov, dmean_q, dcov_q, dmean_k, dcov_k, dmean_v, dcov_v;
     const PackedMatrices* matrices;  // null: not refined
-    const int64_t* lengths;
-    int64_t heads, n, dim, value_dim;
-    bool has_cov, softmax_source, causal, left_padded;
+    const Span* spans;
+    int64_t heads, padded_length, longest, dim, value_dim;  // padded_length is N, 0 where packed
+    bool has_cov, softmax_source, causal;
     float scale;
     Dropout dropout;
 
@@ -109,13 +110,18 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 struct Options {
-    bool softmax_source, causal, left_padded;
+    bool softmax_source, causal;
     std::optional<double> scale;
     double dropout_p;
 };
 
+// [B, H, N, columns], or packed [T, H, columns], like mean_q.
 void expect_tokens(const char* name, const Tensor& x, const Tensor& mean_q, Axis columns) {
-    expect_shape(name, x, {{"B", mean_q.size(0)}, {"H", mean_q.size(1)}, {"N", mean_q.size(2)}, columns});
+    if (mean_q.dim() == 3) {
+        expect_shape(name, x, {{"T", mean_q.size(0)}, {"H", mean_q.size(1)}, columns});
+    } else {
+        expect_shape(name, x, {{"B", mean_q.size(0)}, {"H", mean_q.size(1)}, {"N", mean_q.size(2)}, columns});
+    }
     expect_dtype_of("mean_q", mean_q, name, x);
 }
 
@@ -127,10 +133,15 @@ OptionalTensor with_contiguous_rows(const OptionalTensor& x) {
 struct Inputs {
     Inputs(const Tensor& mean_q, const OptionalTensor& cov_q, const Tensor& mean_k, const OptionalTensor& cov_k,
            const Tensor& mean_v, const OptionalTensor& cov_v, const OptionalTensor& w_q, const OptionalTensor& w_k,
-           const OptionalTensor& seq_lens, const OptionalTensor& dropout_seed, const Options& options)
+           const LengthTensors& length_tensors, const OptionalTensor& dropout_seed, const Options& options)
         : options(options), dropout(dropout_seed, options.dropout_p) {
-        expect_shape("mean_q", mean_q, {{"B"}, {"H"}, {"N"}, {"D"}});
-        const Axis dim{"D", mean_q.size(3)};
+        const bool is_packed = length_tensors.packed();
+        if (is_packed) {
+            expect_shape("mean_q", mean_q, {{"T"}, {"H"}, {"D"}});
+        } else {
+            expect_shape("mean_q", mean_q, {{"B"}, {"H"}, {"N"}, {"D"}});
+        }
+        const Axis dim{"D", mean_q.size(mean_q.dim() - 1)};
         expect(dim.size > 0, "D of mean_q and mean_k must be at least 1, got 0");
         expect_tokens("mean_k", mean_k, mean_q, dim);
         expect_tokens("mean_v", mean_v, mean_q, {"Dv"});
@@ -140,9 +151,11 @@ struct Inputs {
         if (cov_q) {
             expect_tokens("cov_q", *cov_q, mean_q, dim);
             expect_tokens("cov_k", *cov_k, mean_q, dim);
-            expect_tokens("cov_v", *cov_v, mean_q, {"Dv", mean_v.size(3)});
+            expect_tokens("cov_v", *cov_v, mean_q, {"Dv", mean_v.size(mean_v.dim() - 1)});
         }
-        lengths = checked_lengths(seq_lens, mean_q.size(0), mean_q.size(2));
+        const int64_t batch = is_packed ? length_tensors.packed_batch() : mean_q.size(0);
+        spans = checked_spans(length_tensors, batch, mean_q.size(is_packed ? 0 : 2));
+        for (const Span& span : spans) longest = std::max(longest, span.length);
         expect(w_q.has_value() == w_k.has_value(), "w_q and w_k must be given together");
         if (w_q) add_matrices(mean_q, *w_q, *w_k);
         this->mean_q = recattn::with_contiguous_rows(mean_q);
@@ -151,29 +164,31 @@ struct Inputs {
         this->cov_q = with_contiguous_rows(cov_q);
         this->cov_k = with_contiguous_rows(cov_k);
         this->cov_v = with_contiguous_rows(cov_v);
-        const int64_t columns = 2 * dim.size + 2 * mean_v.size(3) + (packed ? 3 * packed->columns : 0);
-        groups.emplace(lengths, mean_q.size(1), columns);
+        const int64_t value_dim = mean_v.size(mean_v.dim() - 1);
+        const int64_t columns = 2 * dim.size + 2 * value_dim + (matrices ? 3 * matrices->columns : 0);
+        groups.emplace(spans, mean_q.size(1), columns);
     }
 
     void add_matrices(const Tensor& mean_q, const Tensor& q, const Tensor& k) {
-        const int64_t heads = mean_q.size(1), n = mean_q.size(2);
+        const int64_t heads = mean_q.size(1), n = mean_q.dim() == 3 ? longest : mean_q.size(2);
         expect_matrix("w_q", q, heads, {"Nmax"}, {"2R"});
-        const int64_t longest = q.size(q.dim() - 2), columns = q.size(q.dim() - 1);
-        expect_matrix("w_k", k, heads, {"Nmax", longest}, {"2R", columns});
-        expect(longest >= n, "Nmax of w_q and w_k must be at least N = ", n, ", got ", longest);
+        const int64_t rows = q.size(q.dim() - 2), columns = q.size(q.dim() - 1);
+        expect_matrix("w_k", k, heads, {"Nmax", rows}, {"2R", columns});
+        const char* needed = mean_q.dim() == 3 ? "the longest sequence, " : "N = ";
+        expect(rows >= n, "Nmax of w_q and w_k must be at least ", needed, n, ", got ", rows);
         expect(columns > 0 && columns % 2 == 0, "2R of w_q and w_k must be even and at least 2, got ", columns);
         expect_dtype_of("mean_q", mean_q, "w_q", q);
         expect_dtype_of("mean_q", mean_q, "w_k", k);
         w_q.emplace(q, columns);
         w_k.emplace(k, columns);
-        packed.emplace(q.dim() == 3 || k.dim() == 3 ? heads : 1, n, columns);
+        matrices.emplace(q.dim() == 3 || k.dim() == 3 ? heads : 1, n, columns);
     }
 
     template <class T>
     WassersteinAttention<T> arguments() {
-        if (packed) {
-            packed->pack<T>(*w_q, kQueries);
-            packed->pack<T>(*w_k, kKeys);
+        if (matrices) {
+            matrices->pack<T>(*w_q, kQueries);
+            matrices->pack<T>(*w_k, kKeys);
         }
         WassersteinAttention<T> op{};
         op.mean_q = tokens<T>(mean_q);
@@ -185,15 +200,15 @@ struct Inputs {
             op.cov_k = tokens<T>(*cov_k);
             op.cov_v = tokens<T>(*cov_v);
         }
-        op.matrices = packed ? &*packed : nullptr;
-        op.lengths = lengths.data();
+        op.matrices = matrices ? &*matrices : nullptr;
+        op.spans = spans.data();
         op.heads = mean_q.size(1);
-        op.n = mean_q.size(2);
-        op.dim = mean_q.size(3);
-        op.value_dim = mean_v.size(3);
+        op.padded_length = mean_q.dim() == 3 ? 0 : mean_q.size(2);
+        op.longest = longest;
+        op.dim = mean_q.size(mean_q.dim() - 1);
+        op.value_dim = mean_v.size(mean_v.dim() - 1);
         op.softmax_source = options.softmax_source;
         op.causal = options.causal;
-        op.left_padded = options.left_padded;
         op.scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(op.dim))));
         op.dropout = dropout;
         return op;
@@ -203,9 +218,10 @@ struct Inputs {
     Dropout dropout;
     Tensor mean_q, mean_k, mean_v;
     OptionalTensor cov_q, cov_k, cov_v;
-    std::vector<int64_t> lengths;
+    std::vector<Span> spans;
+    int64_t longest = 0;  // of the sequences
     std::optional<WeightMatrix> w_q, w_k;
-    std::optional<PackedMatrices> packed;
+    std::optional<PackedMatrices> matrices;
     std::optional<Groups> groups;
 };
 
@@ -217,13 +233,14 @@ Tensor new_like(const Tensor& like, const OptionalTensor& x) {
 #define RECATTN_PARAMETERS                                                                                       \
     const Tensor &mean_q, const OptionalTensor &cov_q, const Tensor &mean_k, const OptionalTensor &cov_k,        \
         const Tensor &mean_v, const OptionalTensor &cov_v, const OptionalTensor &w_q, const OptionalTensor &w_k, \
-        const OptionalTensor &seq_lens, const OptionalTensor &dropout_seed, bool softmax_source, bool causal,    \
-        bool left_padded, std::optional<double> scale, double dropout_p
-#define RECATTN_INPUTS                                                                   \
-    {                                                                                    \
-        mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, dropout_seed, { \
-            softmax_source, causal, left_padded, scale, dropout_p                        \
-        }                                                                                \
+        const OptionalTensor &seq_lens, const OptionalTensor &seq_starts, const OptionalTensor &cu_seqlens,      \
+        const OptionalTensor &dropout_seed, bool softmax_source, bool causal, std::optional<double> scale,       \
+        double dropout_p
+#define RECATTN_INPUTS                                                                                             \
+    {                                                                                                              \
+        mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, {seq_lens, seq_starts, cu_seqlens}, dropout_seed, { \
+            softmax_source, causal, scale, dropout_p                                                               \
+        }                                                                                                          \
     }
 
 // Mean and covariance; that is empty without covariances.
@@ -246,16 +263,17 @@ std::tuple<Tensor, Tensor> wasserstein_attention_pairs_fwd(RECATTN_PARAMETERS) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wasserstein_attention_pairs_bwd(
     const Tensor& dmean, const OptionalTensor& dcov, RECATTN_PARAMETERS) {
     Inputs inputs RECATTN_INPUTS;
-    expect_tokens("dmean", dmean, mean_q, {"Dv", mean_v.size(3)});
+    const Axis value_dim{"Dv", mean_v.size(mean_v.dim() - 1)};
+    expect_tokens("dmean", dmean, mean_q, value_dim);
     expect(dcov.has_value() == cov_v.has_value(), "dcov and cov_v must be given together");
-    if (dcov) expect_tokens("dcov", *dcov, mean_q, {"Dv", mean_v.size(3)});
+    if (dcov) expect_tokens("dcov", *dcov, mean_q, value_dim);
     const Groups& groups = *inputs.groups;
     const Tensor dmean_rows = recattn::with_contiguous_rows(dmean);
     const OptionalTensor dcov_rows = with_contiguous_rows(dcov);
     const Tensor dmean_q = new_contiguous(mean_q), dmean_k = new_contiguous(mean_k), dmean_v = new_contiguous(mean_v);
     const Tensor dcov_q = new_like(mean_q, cov_q), dcov_k = new_like(mean_q, cov_k), dcov_v = new_like(mean_q, cov_v);
     const Tensor dw_q = new_like(mean_q, w_q), dw_k = new_like(mean_q, w_k);
-    const int64_t size = inputs.packed ? inputs.packed->size() : 0;
+    const int64_t size = inputs.matrices ? inputs.matrices->size() : 0;
     const Tensor partials = new_empty({groups.count() * size}, ScalarType::Float);
     dispatch_dtype<float, BFloat16, Half>("mean_q", mean_q, [&](auto zero) {
         using T = decltype(zero);
@@ -277,16 +295,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wasse
         for (int64_t group = 1; group < groups.count(); ++group) {
             for (int64_t i = 0; i < size; ++i) sums[i] += sums[group * size + i];
         }
-        inputs.packed->unpack_gradient<T>(sums, *inputs.w_q, kQueries, dw_q);
-        inputs.packed->unpack_gradient<T>(sums, *inputs.w_k, kKeys, dw_k);
+        inputs.matrices->unpack_gradient<T>(sums, *inputs.w_q, kQueries, dw_q);
+        inputs.matrices->unpack_gradient<T>(sums, *inputs.w_k, kKeys, dw_k);
     });
     return {dmean_q, dcov_q, dmean_k, dcov_k, dmean_v, dcov_v, dw_q, dw_k};
 }
 
 #define RECATTN_SCHEMA                                                                                                \
     "Tensor mean_q, Tensor? cov_q, Tensor mean_k, Tensor? cov_k, Tensor mean_v, Tensor? cov_v, Tensor? w_q, Tensor? " \
-    "w_k, Tensor? seq_lens, Tensor? dropout_seed, bool softmax_source, bool causal, bool left_padded, float? scale, " \
-    "float dropout_p"
+    "w_k, Tensor? seq_lens, Tensor? seq_starts, Tensor? cu_seqlens, Tensor? dropout_seed, bool softmax_source, bool " \
+    "causal, float? scale, float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
     m.def("wasserstein_attention_pairs_fwd(" RECATTN_SCHEMA ") -> (Tensor, Tensor)");

@@ -26,19 +26,20 @@ namespace {
 
 // --- One (batch, head) ---
 
-// Its n tokens begin at position `start`.
+// Its n tokens begin at `start` of the N or T axis; the first is counted as `first_position`.
 template <class T>
 struct BatchHead {
     const WassersteinAttention<T>& op;
-    int64_t index, batch, head, n, start;
+    int64_t index, batch, head, n, start, first_position;
 
     RECATTN_TARGET BatchHead(const WassersteinAttention<T>& op, int64_t index)
         : op(op),
           index(index),
           batch(index / op.heads),
           head(index % op.heads),
-          n(op.lengths[batch]),
-          start(op.left_padded ? op.n - n : 0) {}
+          n(op.spans[batch].length),
+          start(op.spans[batch].start),
+          first_position(op.spans[batch].first_position) {}
 
     RECATTN_TARGET const T* tokens(const Tokens<const T>& tensor) const { return tensor.at(batch, head, start); }
     RECATTN_TARGET Rhs<float> rows(const Tokens<const T>& tensor, int64_t columns, Matrix scratch) const {
@@ -51,7 +52,7 @@ struct BatchHead {
         }
     }
     RECATTN_TARGET void store_zeros_at_padding(const Tokens<T>& tensor, int64_t columns) const {
-        for (int64_t i = 0; i < op.n; ++i) {
+        for (int64_t i = 0; i < op.padded_length; ++i) {
             if (i < start || i >= start + n) std::fill_n(tensor.at(batch, head, i), columns, T(0));
         }
     }
@@ -63,13 +64,13 @@ struct BatchHead {
 
     // W_q or W_k: a row is a position.
     RECATTN_TARGET Rhs<float> w(int64_t part) const {
-        return {op.matrices->at(head, part, start), op.matrices->stride};
+        return {op.matrices->at(head, part, first_position), op.matrices->stride};
     }
     RECATTN_TARGET Rhs<float> w_t(int64_t part) const {
-        return {op.matrices->transposed_at(head, part, start), op.matrices->transposed_stride};
+        return {op.matrices->transposed_at(head, part, first_position), op.matrices->transposed_stride};
     }
     RECATTN_TARGET Out<float> dw(float* partial, int64_t part) const {
-        return {partial + op.matrices->offset(head, part, start), op.matrices->stride, true};
+        return {partial + op.matrices->offset(head, part, first_position), op.matrices->stride, true};
     }
 };
 
@@ -323,11 +324,11 @@ RECATTN_TARGET void backward_batch_head(const BatchHead<T>& bh, float* memory, f
 
 // --- Tasks ---
 
-// Of any number of tokens up to op.n: one block may be larger than a block of a longer sequence.
+// Of any number of tokens up to op.longest: one block may be larger than a block of a longer sequence.
 template <class T>
 RECATTN_TARGET int64_t scratch_size(const WassersteinAttention<T>& op, bool backward) {
     int64_t size = 0;
-    for (const int64_t n : {op.n, std::min(op.n, kLongestBlock)}) {
+    for (const int64_t n : {op.longest, std::min(op.longest, kLongestBlock)}) {
         Arena sizes(nullptr);
         const ForwardMatrices<T> forward_matrices(op, n, backward, sizes);
         if (backward) const BackwardMatrices<T> backward_matrices(op, n, sizes);

@@ -335,7 +335,8 @@ def test_cpu_has_no_tensor_of_n_squared_elements(rank, source):
 def test_opcheck(rank):
     inputs = draw(n=9, rank=rank, dtype=torch.float32)
     tensors = [inputs.get(name) for name in (*NAMES, "w_q", "w_k")]
-    arguments = (*tensors, torch.tensor([9, 4]), torch.tensor([3]), True, True, True, None, 0.1)
+    lengths = (torch.tensor([9, 4]), torch.tensor([0, 5]), None)
+    arguments = (*tensors, *lengths, torch.tensor([3]), True, True, None, 0.1)
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_pairs_fwd.default, arguments)
     douts = torch.randn_like(inputs["mean_v"]), torch.randn_like(inputs["cov_v"])
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_pairs_bwd.default, (*douts, *arguments))

@@ -6,6 +6,7 @@ out_mean = p mean_v,   out_cov = (p∘p) cov_v
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,17 +20,20 @@ def wasserstein_attention(
     mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor, mean_v: Tensor, cov_v: Tensor, *,
     w_q: Tensor | None = None, w_k: Tensor | None = None, source: Source = "logits", causal: bool = True,
     seq_lens: Tensor | None = None, seq_starts: Tensor | None = None, padding_side: PaddingSide = "right",
-    dropout_p: float = 0.0, scale: float | None = None,
+    cu_seqlens: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(p mean_v, (p∘p) cov_v) with p = softmax(-scale · W² + mask), or p refined by w_q and w_k.
 
     Shapes and arguments: `recattn.wasserstein_attention`.
     """
+    scale = 1 / math.sqrt(mean_q.shape[-1]) if scale is None else scale
+    tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
+    if cu_seqlens is not None:
+        options = {"w_q": w_q, "w_k": w_k, "source": source, "causal": causal, "dropout_p": dropout_p, "scale": scale}
+        return _packed(tensors, cu_seqlens, options)
     n = mean_q.shape[2]
-    scale = 1 / math.sqrt(mean_q.shape[3]) if scale is None else scale
     seq_starts = window_starts(padding_side, n, seq_lens, seq_starts)
     valid = valid_tokens(mean_q.shape[0], n, seq_lens, seq_starts, mean_q.device)  # [B, N]
-    tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
     if seq_lens is not None:  # padding may hold anything, even NaN: keep it out of the products
         tensors = (x.masked_fill(~valid[:, None, :, None], 0) for x in tensors)
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = tensors
@@ -43,6 +47,16 @@ def wasserstein_attention(
         scores = -squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid) / math.sqrt(mean_q.shape[-1])
     p = F.dropout(masked_softmax(scores, hidden), dropout_p)
     return p @ mean_v, p.square() @ cov_v
+
+
+def _packed(tensors: tuple[Tensor, ...], cu_seqlens: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+    """Packed input [T, H, D]: one sequence at a time."""
+    outs = [(tensors[4][:0], tensors[5][:0])]
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        mean, cov = wasserstein_attention(*(x[start:stop].transpose(0, 1).unsqueeze(0) for x in tensors), **options)
+        outs.append((mean[0].transpose(0, 1), cov[0].transpose(0, 1)))
+    means, covs = zip(*outs, strict=True)
+    return torch.cat(means), torch.cat(covs)
 
 
 def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor, valid: Tensor) -> Tensor:

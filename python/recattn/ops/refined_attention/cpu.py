@@ -22,6 +22,7 @@ from recattn._options import RefinedAttentionOptions, WassersteinAttentionOption
 from recattn.ops._support import resolve_scale
 from recattn.ops.refined_attention import chunked
 from recattn.ops.sink_attention import no_sinks
+from recattn.reference.sink_attention import window_starts
 
 _OPS = torch.ops.recattn
 # The most positions computed whole, where a thread holds 12 to 14 matrices N × N: up to 4 MB.
@@ -79,17 +80,21 @@ def cpp_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options: Refin
 
 def gaussian_options(options: RefinedAttentionOptions | WassersteinAttentionOptions) -> tuple:
     """The options of the C++ operators wasserstein_attention_pairs_*."""
-    return options.source == "weights", options.causal, options.left_padded, options.scale, options.dropout_p
+    return options.source == "weights", options.causal, options.scale, options.dropout_p
+
+
+def _seq_starts(q: Tensor, seq_lens: Tensor | None, options: RefinedAttentionOptions) -> Tensor | None:
+    return window_starts("left" if options.left_padded else "right", q.shape[2], seq_lens)
 
 
 def stochastic_fwd(q, k, v, w_q, w_k, seq_lens, dropout_seed, options: RefinedAttentionOptions) -> Tensor:
-    tensors = (q, None, k, None, v, None, w_q, w_k, seq_lens, dropout_seed)
+    tensors = (q, None, k, None, v, None, w_q, w_k, seq_lens, _seq_starts(q, seq_lens, options), None, dropout_seed)
     return _OPS.wasserstein_attention_pairs_fwd.default(*tensors, *gaussian_options(options))[0]
 
 
 def stochastic_bwd(dout, q, k, v, w_q, w_k, seq_lens, dropout_seed, options: RefinedAttentionOptions) -> list[Tensor]:
     """dq, dk, dv and the gradients of the matrices."""
-    tensors = (q, None, k, None, v, None, w_q, w_k, seq_lens, dropout_seed)
+    tensors = (q, None, k, None, v, None, w_q, w_k, seq_lens, _seq_starts(q, seq_lens, options), None, dropout_seed)
     gradients = _OPS.wasserstein_attention_pairs_bwd.default(dout, None, *tensors, *gaussian_options(options))
     return [x for x, given in zip(gradients, tensors, strict=False) if given is not None]
 

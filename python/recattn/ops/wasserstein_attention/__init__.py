@@ -51,8 +51,9 @@ def wasserstein_attention(
 ) -> tuple[Tensor, Tensor]:
     """The call by `options.impl`, "cpu" or "triton", which supports it."""
     if options.impl == "cpu":
-        tensors = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k)
-        return apply(cpu.WassersteinAttentionFunction, *tensors, seq_lens, dropout_seed, options)
+        seq_starts = window_starts("left" if options.left_padded else "right", mean_q.shape[2], seq_lens)
+        tensors = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, seq_starts, None)
+        return apply(cpu.WassersteinAttentionFunction, *tensors, dropout_seed, options)
     gaussians = mean_q, cov_q, mean_k, cov_k
     if w_q is not None:
         x = _project(gaussians, w_q, w_k, seq_lens, options)

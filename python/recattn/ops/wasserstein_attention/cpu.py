@@ -19,7 +19,7 @@ def unsupported_reason(mean_q: Tensor | None) -> str | None:
 
 
 def _reference(
-    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, _dropout_seed, options
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, seq_starts, cu_seqlens, _dropout_seed, options
 ) -> tuple[Tensor, Tensor]:
     refuse_dropout("wasserstein_attention", options.dropout_p)
     return reference.wasserstein_attention(
@@ -34,15 +34,16 @@ def _reference(
         source=options.source,
         causal=options.causal,
         seq_lens=seq_lens,
-        padding_side="left" if options.left_padded else "right",
+        seq_starts=seq_starts,
+        cu_seqlens=cu_seqlens,
         scale=options.scale,
     )
 
 
 class WassersteinAttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, dropout_seed, options):
-        tensors = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, dropout_seed)
+    def forward(ctx, *inputs):
+        *tensors, options = inputs
         ctx.save_for_backward(*tensors)
         ctx.options = options
         return _OPS.wasserstein_attention_pairs_fwd.default(*tensors, *gaussian_options(options))
@@ -54,7 +55,7 @@ class WassersteinAttentionFunction(torch.autograd.Function):
         gradients = _OPS.wasserstein_attention_pairs_bwd.default(dmean, dcov, *tensors, *gaussian_options(ctx.options))
         if tensors[6] is None:
             gradients = (*gradients[:6], None, None)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 if "cpu" not in MISSING:
