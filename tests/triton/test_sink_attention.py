@@ -16,6 +16,7 @@ from recattn import reference
 from recattn._options import SinkAttentionOptions
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.common.dropout import dropout_weights
+from recattn.triton_kernels.common.ragged import number_of_tiles, sequence_of_tile
 from recattn.triton_kernels.sink_attention import (
     Lengths,
     SinkAttentionConfig,
@@ -28,7 +29,6 @@ from recattn.triton_kernels.sink_attention import (
     launch_sink_attention_streams,
 )
 from recattn.triton_kernels.sink_attention.config import TILES
-from recattn.triton_kernels.sink_attention.split_tokens import number_of_tiles, sequence_of_tile
 from tests.compile_table.compilation import Compilation, recorded
 from tests.helpers import philox
 from tests.helpers.interpreted import DEVICE, with_dtypes

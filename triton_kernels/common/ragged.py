@@ -81,6 +81,36 @@ def locate_padded_sequence(batch, N, seq_lens, cu_seqlens, left_padded):
 
 
 @triton.jit
+def sequence_of_tile(tile, B, N, cu_seqlens, BLOCK: tl.constexpr, SPARE: tl.constexpr):
+    """(the sequence that a tile belongs to, the tile's number in that sequence).
+
+    Packed, sequence b owns the tiles from cu_seqlens[b] // BLOCK + b * SPARE on. These are at least its length // BLOCK
+    + SPARE, and the host knows their total without reading a length. A search looks at 128 sequences at a time.
+    """
+    if cu_seqlens is None:
+        tiles = N // BLOCK + SPARE
+        batch = tile // tiles
+        first = batch * tiles
+    else:
+        batch = tile * 0
+        step = batch + B
+        while step > 1:  # the tile belongs to one of `step` sequences from `batch` on
+            step = tl.cdiv(step, 128)
+            b = batch + tl.arange(0, 128) * step
+            first_tiles = tl.load(cu_seqlens + b, mask=b < B, other=0).to(tl.int32) // BLOCK + b * SPARE
+            batch += tl.maximum(tl.sum(((b < B) & (first_tiles <= tile)).to(tl.int32), 0) - 1, 0) * step
+        first = tl.load(cu_seqlens + batch).to(tl.int32) // BLOCK + batch * SPARE
+        # Tokens may lie before the first sequence. Their tiles are moved beyond its last, where they do nothing.
+        tile = tl.where(tile < first, first + N // BLOCK + SPARE, tile)
+    return batch.to(tl.int64), tile - first
+
+
+def number_of_tiles(B: int, N: int, cu_seqlens: Tensor | None, block: int, spare: int) -> int:
+    """The tiles of all sequences, as `sequence_of_tile` numbers them. Packed, N is T."""
+    return B * (N // block + spare) if cu_seqlens is None else N // block + spare * B
+
+
+@triton.jit
 def padding_tokens(block, start, length, N, BLOCK: tl.constexpr):
     """The padding in a block of the N axis as Tokens."""
     positions = block * BLOCK + tl.arange(0, BLOCK) - start

@@ -15,7 +15,14 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import launch
-from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_padded_sequence, padding_tokens
+from recattn.triton_kernels.common.ragged import (
+    Sinks,
+    load_sinks,
+    locate_padded_sequence,
+    number_of_tiles,
+    padding_tokens,
+    sequence_of_tile,
+)
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
@@ -55,7 +62,7 @@ from recattn.triton_kernels.sink_attention.config import (
     config_of,
     kind_of,
 )
-from recattn.triton_kernels.sink_attention.split_tokens import Streams, number_of_tiles, sequence_of_tile
+from recattn.triton_kernels.sink_attention.split_tokens import Streams
 
 
 @triton.jit
