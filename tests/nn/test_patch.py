@@ -386,6 +386,36 @@ def test_the_most_derived_key_decides_and_none_leaves():
     assert isinstance(model["plain"].out_proj, nn.Linear)
 
 
+def test_a_name_replaces_one_module_and_wins_over_a_class():
+    model = encoder()
+    old = [layer.self_attn for layer in model.layers]
+    handle = patch(model, {"layers.1.self_attn": REFINED})
+    assert handle.replaced == ["layers.1.self_attn"] and handle.left == []
+    assert model.layers[0].self_attn is old[0] and isinstance(model.layers[1].self_attn, RefinedSelfAttention)
+    assert [p is model.layers[1].self_attn.w_q for p in handle.added_parameters] == [True, False]
+    handle.restore()
+    handle = patch(model, {nn.MultiheadAttention: REFINED, "layers.0.self_attn": SinkAttention})
+    assert [type(layer.self_attn) for layer in model.layers] == [SinkAttention, RefinedSelfAttention]
+    handle.restore()
+    assert [layer.self_attn for layer in model.layers] == old
+    assert patch(model, {nn.MultiheadAttention: REFINED, "layers.1.self_attn": lambda *_: None}).left == [
+        "layers.1.self_attn"
+    ]
+
+
+def test_a_name_of_a_shared_module():
+    """Of a module with two parents one place is replaced; a parent with two names has one place."""
+    shared = nn.MultiheadAttention(E, H)
+    model = nn.ModuleDict({"a": nn.ModuleList([shared]), "b": nn.ModuleList([shared])})
+    model["c"] = model["b"]
+    handle = patch(model, {"a.0": SinkAttention, "c.0": REFINED})
+    assert handle.replaced == ["a.0", "b.0", "c.0"]
+    assert [type(model[name][0]) for name in "abc"] == [SinkAttention, RefinedSelfAttention, RefinedSelfAttention]
+    assert len(handle.added_parameters) == 2
+    handle.restore()
+    assert all(model[name][0] is shared for name in "abc")
+
+
 def test_a_module_that_is_left_is_searched():
     model = encoder(1)
     handle = patch(model, {nn.TransformerEncoderLayer: lambda old, name: None, nn.MultiheadAttention: REFINED})
@@ -437,8 +467,17 @@ def test_nothing_to_replace():
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"model must be an nn.Module, got list"):
         patch([], {nn.MultiheadAttention: REFINED})
-    with pytest.raises(ValueError, match=r"replacements' keys must be nn.Module classes, got MultiheadAttention"):
-        patch(encoder(), {"MultiheadAttention": REFINED})
+    with pytest.raises(ValueError, match=r"keys must be nn.Module classes or names of submodules, got <class 'int'>"):
+        patch(encoder(), {int: REFINED})
+    for key in ("MultiheadAttention", ""):
+        with pytest.raises(ValueError, match=rf"keys must be names of submodules of the model, got '{key}'$"):
+            patch(encoder(), {key: REFINED})
+    with pytest.raises(ValueError, match=r"got 'layer\.1\.self_attn' \(did you mean 'layers\.1\.self_attn' or 'layers"):
+        patch(encoder(), {"layer.1.self_attn": REFINED})
+    with pytest.raises(
+        ValueError, match=r"keys must be names outside of replaced modules, got \['layers\.0\.self_attn'"
+    ):
+        patch(encoder(), {nn.TransformerEncoderLayer: lambda *_: nn.Identity(), "layers.0.self_attn": REFINED})
     with pytest.raises(ValueError, match=r"what replaces layers\.0\.self_attn must be an nn.Module or None, got int"):
         patch(encoder(), {nn.MultiheadAttention: lambda old, name: 3})
     with pytest.raises(ValueError, match=r"options of RefinedSelfAttention must be keywords .*, got \(50,\)"):

@@ -216,8 +216,8 @@ def nothing_to_patch(_):
 
 
 @provoked
-def patched_by_name(_):
-    recattn.patch(nn.Sequential(nn.Linear(2, 2)), {"0": recattn.nn.SinkAttention})
+def patched_by_an_unknown_name(_):
+    recattn.patch(nn.ModuleDict({"attn": nn.MultiheadAttention(2, 1)}), {"attn.0": recattn.nn.SinkAttention})
 
 
 @provoked

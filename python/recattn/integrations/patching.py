@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from recattn._check import expect
 from recattn.nn._projections import MultiheadProjections
 
 Factory = Callable[[nn.Module, str], nn.Module | None]
+Key = TypeVar("Key", bound="type[nn.Module] | str")
 
 
 class _Replacement(NamedTuple):
@@ -25,10 +27,11 @@ class _Replacement(NamedTuple):
     new: Any
 
 
-def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | type[nn.Module]]) -> PatchHandle:
-    """Replace the submodules of `model` that are instances of a key, in place; classes are not changed.
+def patch(model: nn.Module, replacements: Mapping[Key, Factory | type[nn.Module]]) -> PatchHandle:
+    """Replace the submodules of `model` that are instances of a key, or called so, in place; classes are not changed.
 
         handle = recattn.patch(model, {nn.MultiheadAttention: partial(recattn.nn.RefinedSelfAttention, max_len=50)})
+        handle = recattn.patch(model, {"layers.0.self_attn": recattn.nn.SinkAttention})
 
     A value is called as `value(old_module, qualified_name)` and returns the new module, or None to leave the old one.
     `recattn.nn.RefinedSelfAttention` and `recattn.nn.SinkAttention`, or a functools.partial of them with keywords,
@@ -37,7 +40,8 @@ def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | typ
     `handle.added_parameters` are new to it. RefinedSelfAttention does not replace the cross-attention of an
     nn.TransformerDecoderLayer; `handle.left` names the modules that were left.
 
-    The most derived key applies. A module used in several places is replaced by one new module in all of them.
+    A name comes before a class, and the most derived class applies. A module used in several places is replaced by one
+    new module in all of them; by a name, in that place alone.
     Submodules of a replaced module are not searched. Forward hooks of a replaced module do not move to the new one. An
     nn.TransformerEncoder that contains a replaced module no longer makes nested tensors. Your own replacement for
     `nn.TransformerEncoderLayer.self_attn` needs `_qkv_same_embed_dim = False`; otherwise the layer computes plain
@@ -45,31 +49,46 @@ def patch(model: nn.Module, replacements: Mapping[type[nn.Module], Factory | typ
 
     Args:
         model: the model whose submodules are replaced; the model itself is not.
-        replacements: maps a module class to the factory of the new modules.
+        replacements: maps a module class, or the name of a submodule as in `model.named_modules()`, to the factory of
+            the new modules.
 
     Returns:
         A handle that undoes the replacement, also usable as a context manager.
 
     Raises:
-        ValueError: nothing to replace; a key or a result is no module; our classes meet an nn.MultiheadAttention with
-            kdim, vdim, add_bias_kv or add_zero_attn. The model is then unchanged.
+        ValueError: nothing to replace, or no submodule of that name; a key or a result is no module; our classes meet
+            an nn.MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn. The model is then unchanged.
     """
     expect(isinstance(model, nn.Module), "model", "an nn.Module", type(model).__name__)
-    for key in replacements:
-        expect(isinstance(key, type) and issubclass(key, nn.Module), "replacements' keys", "nn.Module classes", key)
+    _expect_keys(model, replacements)
     decoders = (module for module in model.modules() if isinstance(module, nn.TransformerDecoderLayer))
     cross_attentions = {getattr(decoder, "multihead_attn", None) for decoder in decoders}
-    factories = {key: _factory(value, cross_attentions) for key, value in replacements.items()}
+    factories = {_place(model, key): _factory(value, cross_attentions) for key, value in replacements.items()}
     places = list(_replacements(model, "", factories, {}))
     made = [place for place in places if place.new is not None]
     left = [place.name for place in places if place.new is None]
     if not made:
-        keys = " or ".join(key.__name__ for key in factories)
+        keys = " or ".join(key if isinstance(key, str) else key.__name__ for key in replacements)
         found = Counter(type(module).__name__ for module in model.modules() if module is not model)
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "nothing"
         listed += f" (left: {', '.join(left)})" if left else ""
         raise ValueError(f"model must have a {keys} inside that is replaced, got a {type(model).__name__} of {listed}")
+    reached = {place.name for place in places}
+    inside = [key for key in replacements if isinstance(key, str) and key not in reached]
+    expect(not inside, "replacements' keys", "names outside of replaced modules", inside)
     return PatchHandle(model, made, left)
+
+
+def _expect_keys(model: nn.Module, replacements: Mapping[Key, object]) -> None:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    for key in replacements:
+        if isinstance(key, str):
+            close = " or ".join(map(repr, difflib.get_close_matches(key, names)))
+            hint = f" (did you mean {close}?)" if close else ""
+            expect(key in names, "replacements' keys", "names of submodules of the model", f"{key!r}{hint}")
+        else:
+            of_module = isinstance(key, type) and issubclass(key, nn.Module)
+            expect(of_module, "replacements' keys", "nn.Module classes or names of submodules", key)
 
 
 class PatchHandle:
@@ -84,9 +103,11 @@ class PatchHandle:
     def __init__(self, model: nn.Module, replacements: list[_Replacement], left: list[str]) -> None:
         self.replaced: list[str] = [replacement.name for replacement in replacements]
         self.left: list[str] = left
-        self._new_of = {replacement.old: replacement.new for replacement in replacements}
+        self._olds = nn.ModuleList(dict.fromkeys(replacement.old for replacement in replacements))
+        self._news = nn.ModuleList(dict.fromkeys(replacement.new for replacement in replacements))
         self._active = replacements
-        self._shared = [pair for old, new in self._new_of.items() for pair in _shared_parameters(old, new)]
+        pairs = dict.fromkeys((replacement.old, replacement.new) for replacement in replacements)
+        self._shared = [places for old, new in pairs for places in _shared_parameters(old, new)]
         self._nested_encoders = list(_nesting_encoders(model, {replacement.parent for replacement in replacements}))
         for _, parent, attribute, _, new in replacements:
             setattr(parent, attribute, new)
@@ -96,8 +117,8 @@ class PatchHandle:
     @property
     def added_parameters(self) -> list[nn.Parameter]:
         """Parameters of the new modules that the old ones did not have."""
-        known = set(nn.ModuleList(self._new_of).parameters())
-        return [parameter for parameter in nn.ModuleList(self._new_of.values()).parameters() if parameter not in known]
+        known = set(self._olds.parameters())
+        return [parameter for parameter in self._news.parameters() if parameter not in known]
 
     def __repr__(self) -> str:
         return f"PatchHandle(replaced={self.replaced}, left={self.left})"
@@ -153,25 +174,35 @@ def _replace_multihead_attention(
         raise ValueError(f"{name}: {error}") from error
 
 
-def _factory_of(module: nn.Module, factories: Mapping[type, Factory]) -> Factory | None:
-    return next((factories[kind] for kind in type(module).__mro__ if kind in factories), None)
+def _place(model: nn.Module, key: Any) -> Any:
+    """(parent, attribute) of a name, which is one place even if the parent has several names; a class as it is."""
+    if not isinstance(key, str):
+        return key
+    prefix, _, attribute = key.rpartition(".")
+    return model.get_submodule(prefix), attribute
 
 
 def _replacements(
-    parent: nn.Module, prefix: str, factories: Mapping[type, Factory], made: dict[nn.Module, nn.Module | None]
+    parent: nn.Module,
+    prefix: str,
+    factories: Mapping[Any, Factory],
+    made: dict[tuple[nn.Module, int], nn.Module | None],
 ) -> Iterator[_Replacement]:
-    """Replacements for all modules below `parent` of a class to replace; `made` caches the new module of each old."""
+    """Replacements for all modules below `parent` that have a factory; `made` caches what it made of an old module."""
     for attribute, old in parent._modules.items():  # named_children would skip repeated modules
         if old is None:
             continue
         name = prefix + attribute
-        factory = _factory_of(old, factories)
-        if old not in made:
-            made[old] = factory(old, name) if factory else None
-        new = made[old]
-        if new is not None:
-            expect(isinstance(new, nn.Module), f"what replaces {name}", "an nn.Module or None", type(new).__name__)
+        keys = ((parent, attribute), *type(old).__mro__)
+        factory = next((factories[key] for key in keys if key in factories), None)
+        new = None
         if factory is not None:
+            cached = old, id(factory)
+            if cached not in made:
+                made[cached] = factory(old, name)
+            new = made[cached]
+            module = new is None or isinstance(new, nn.Module)
+            expect(module, f"what replaces {name}", "an nn.Module or None", type(new).__name__)
             yield _Replacement(name, parent, attribute, old, new)
         if new is None:
             yield from _replacements(old, f"{name}.", factories, made)
