@@ -18,6 +18,7 @@
 #include "common/check.h"
 #include "cpu/common.h"
 #include "cpu/index_checks.h"
+#include "cpu/sequences.h"
 #include "cpu/simd/isa.h"
 
 namespace recattn {
@@ -39,14 +40,16 @@ namespace {
 // --- Checks and preparation ---
 
 struct Options {
-    bool causal, left_padded;
+    bool causal;
     double scale, dropout_p;
 };
 
 // The optional arguments of both operators.
 struct SinkTensors {
     const Tensor &sink_positions, &inter_sink_bias;
-    const std::optional<Tensor>&sink_logits, &seq_lens, &cu_seqlens, &dropout_seed;
+    const std::optional<Tensor>& sink_logits;
+    LengthTensors lengths;
+    const std::optional<Tensor>& dropout_seed;
 };
 
 // The float32 entries of a floating tensor: itself if it is float32 and contiguous, else a copy.
@@ -86,34 +89,20 @@ class Floats {
 // The sequences of a batch, from copies of the index tensors that are read once and checked.
 class Sequences {
   public:
-    Sequences(const Tensor& q, const SinkTensors& tensors, bool left_padded)
-        : sequences_(tensors.sink_positions.size(0)) {
+    Sequences(const Tensor& q, const SinkTensors& tensors) : sequences_(tensors.sink_positions.size(0)) {
         const int64_t batch = tensors.sink_positions.size(0), count = tensors.sink_positions.size(1);
-        const bool packed = tensors.cu_seqlens.has_value();
+        const bool packed = tensors.lengths.packed();
         const int64_t total = packed ? q.size(0) : q.size(2);
-        std::vector<int64_t> lengths;
-        if (packed) {
-            expect_shape("cu_seqlens", *tensors.cu_seqlens, {{"B+1", batch + 1}});
-            expect_integer("cu_seqlens", *tensors.cu_seqlens);
-            lengths = to_vector(*tensors.cu_seqlens);
-            expect_offsets("cu_seqlens", lengths, total);
-        } else if (tensors.seq_lens) {
-            expect_shape("seq_lens", *tensors.seq_lens, {{"B", batch}});
-            expect_integer("seq_lens", *tensors.seq_lens);
-            lengths = to_vector(*tensors.seq_lens);
-            expect_lengths("seq_lens", lengths, total);
-        }
+        const std::vector<Span> spans = checked_spans(tensors.lengths, batch, total);
         for (int64_t b = 0; b < batch; ++b) {
-            Sequence& sequence = sequences_[b];
-            sequence = {.index = b, .batch = packed ? 0 : b, .start = packed ? lengths[b] : 0, .length = total};
-            if (packed) sequence.length = lengths[b + 1] - lengths[b];
-            if (!packed && tensors.seq_lens) sequence.length = lengths[b];
-            if (!packed && left_padded) sequence.start = total - sequence.length;
+            sequences_[b] = {.index = b, .batch = packed ? 0 : b, .start = spans[b].start, .length = spans[b].length};
         }
         sinks_ = to_vector(tensors.sink_positions);
         const auto limit = [&](int64_t b) { return packed ? sequences_[b].length : total; };
         expect_sink_positions(sinks_.data(), batch, count, packed ? std::nullopt : std::optional(total), limit);
-        for (int64_t b = 0; b < batch; ++b) add_sinks(sequences_[b], sinks_.data() + b * count, count, packed);
+        for (int64_t b = 0; b < batch; ++b) {
+            add_sinks(sequences_[b], sinks_.data() + b * count, count, spans[b].first_position);
+        }
     }
     Sequences(const Sequences&) = delete;
 
@@ -124,10 +113,10 @@ class Sequences {
 
   private:
     // The live sinks are a range, because positions ascend.
-    static void add_sinks(Sequence& sequence, int64_t* positions, int64_t count, bool packed) {
+    static void add_sinks(Sequence& sequence, int64_t* positions, int64_t count, int64_t first_position) {
         int64_t first = 0, last = 0;
         for (int64_t m = 0; m < count && positions[m] >= 0; ++m) {
-            if (!packed) positions[m] -= sequence.start;
+            positions[m] -= first_position;
             first += positions[m] < 0;
             last += positions[m] < sequence.length;
             if (positions[m] >= sequence.length) break;
@@ -144,11 +133,11 @@ class Sequences {
 // Checked inputs of the forward and the backward, as the kernels read them.
 struct Inputs {
     Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const SinkTensors& tensors, const Options& options)
-        : packed(tensors.cu_seqlens.has_value()),
+        : packed(tensors.lengths.packed()),
           q(checked(q, k, v, tensors)),
           k(with_contiguous_rows(k)),
           v(with_contiguous_rows(v)),
-          sequences(q, tensors, options.left_padded),
+          sequences(q, tensors),
           bias("inter_sink_bias", tensors.inter_sink_bias),
           dropout(tensors.dropout_seed, options.dropout_p),
           options(options) {
@@ -168,9 +157,8 @@ struct Inputs {
 
   private:
     static Tensor checked(const Tensor& q, const Tensor& k, const Tensor& v, const SinkTensors& tensors) {
-        const bool packed = tensors.cu_seqlens.has_value();
+        const bool packed = tensors.lengths.packed();
         if (packed) {
-            expect(!tensors.seq_lens, "seq_lens must be None beside cu_seqlens (packed sequences have no padding)");
             expect_shape("q", q, {{"T"}, {"Hq"}, {"D"}});
             expect_shape("k", k, {{"T", q.size(0)}, {"Hkv"}, {"D", q.size(2)}});
             expect_shape("v", v, {{"T", q.size(0)}, {"Hkv", k.size(1)}, {"Dv"}});
@@ -311,15 +299,14 @@ std::vector<QueryBlock> query_blocks(const Sequences& sequences, int64_t heads, 
 }
 
 // out, lse and row_stats.
-std::tuple<Tensor, Tensor, Tensor> sink_attention_cpu_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                          const Tensor& sink_positions, const Tensor& inter_sink_bias,
-                                                          const std::optional<Tensor>& sink_logits,
-                                                          const std::optional<Tensor>& seq_lens,
-                                                          const std::optional<Tensor>& cu_seqlens,
-                                                          const std::optional<Tensor>& dropout_seed, bool causal,
-                                                          bool left_padded, double scale, double dropout_p) {
-    const Inputs inputs(q, k, v, {sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed},
-                        {causal, left_padded, scale, dropout_p});
+std::tuple<Tensor, Tensor, Tensor> sink_attention_cpu_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sink_positions, const Tensor& inter_sink_bias,
+    const std::optional<Tensor>& sink_logits, const std::optional<Tensor>& seq_lens,
+    const std::optional<Tensor>& seq_starts, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& dropout_seed, bool causal, double scale, double dropout_p) {
+    const LengthTensors lengths{seq_lens, seq_starts, cu_seqlens};
+    const Inputs inputs(q, k, v, {sink_positions, inter_sink_bias, sink_logits, lengths, dropout_seed},
+                        {causal, scale, dropout_p});
     const Tensor out = new_out(q, v.size(v.dim() - 1)), lse = new_lse(q), row_stats = new_row_stats(q);
     const std::vector<QueryBlock> blocks = query_blocks(inputs.sequences, q.size(1), k.size(1), causal);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
@@ -346,10 +333,12 @@ std::tuple<Tensor, Tensor, Tensor> sink_attention_cpu_fwd(const Tensor& q, const
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sink_attention_cpu_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& row_stats,
     const Tensor& sink_positions, const Tensor& inter_sink_bias, const std::optional<Tensor>& sink_logits,
-    const std::optional<Tensor>& seq_lens, const std::optional<Tensor>& cu_seqlens,
-    const std::optional<Tensor>& dropout_seed, bool causal, bool left_padded, double scale, double dropout_p) {
-    const Inputs inputs(q, k, v, {sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed},
-                        {causal, left_padded, scale, dropout_p});
+    const std::optional<Tensor>& seq_lens, const std::optional<Tensor>& seq_starts,
+    const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& dropout_seed, bool causal, double scale,
+    double dropout_p) {
+    const LengthTensors lengths{seq_lens, seq_starts, cu_seqlens};
+    const Inputs inputs(q, k, v, {sink_positions, inter_sink_bias, sink_logits, lengths, dropout_seed},
+                        {causal, scale, dropout_p});
     for (const auto& [name, tensor] : {std::pair{"dout", &dout}, std::pair{"out", &out}}) {
         if (inputs.packed) {
             expect_shape(name, *tensor, {{"T", q.size(0)}, {"Hq", q.size(1)}, {"Dv", v.size(2)}});
@@ -424,8 +413,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sink_attention_cpu_bwd(
 }
 
 #define RECATTN_OPTIONS                                                                                          \
-    "Tensor sink_positions, Tensor inter_sink_bias, Tensor? sink_logits, Tensor? seq_lens, Tensor? cu_seqlens, " \
-    "Tensor? dropout_seed, bool causal, bool left_padded, float scale, float dropout_p"
+    "Tensor sink_positions, Tensor inter_sink_bias, Tensor? sink_logits, Tensor? seq_lens, Tensor? seq_starts, " \
+    "Tensor? cu_seqlens, Tensor? dropout_seed, bool causal, float scale, float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
     m.def("sink_attention_cpu_fwd(Tensor q, Tensor k, Tensor v, " RECATTN_OPTIONS ") -> (Tensor, Tensor, Tensor)");

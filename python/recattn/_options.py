@@ -17,7 +17,6 @@ class SinkAttentionOptions(NamedTuple):
     """
 
     causal: bool
-    left_padded: bool
     scale: float
     dropout_p: float = 0.0
     max_seqlen: int | None = None

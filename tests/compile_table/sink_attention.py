@@ -8,6 +8,7 @@ import torch
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 from recattn.triton_kernels.sink_attention import (
+    NO_LENGTHS,
     CorrectionConfig,
     Lengths,
     SinkInputs,
@@ -24,15 +25,15 @@ from tests.compile_table.compilation import ARCHITECTURES, DTYPES, Compilation, 
 # Lengths that nothing divides.
 B, HQ, HKV, N, M = 2, 8, 4, 500, 49
 HEAD_DIMS = (32, 64, 128, 256)
-OPTIONS = SinkAttentionOptions(causal=True, left_padded=False, scale=0.125)
+OPTIONS = SinkAttentionOptions(causal=True, scale=0.125)
 
 
 def shipped_configurations() -> Iterator[Compilation]:
     positions = meta(B, M, dtype=torch.int64)
     q = meta(B, HQ, N, 64)
     for architecture in ARCHITECTURES:
-        arguments = (q, positions, Lengths(None, None))
-        yield from recorded("", architecture, launch_sink_attention_streams, *arguments, left_padded=False)
+        arguments = (q, positions, NO_LENGTHS)
+        yield from recorded("", architecture, launch_sink_attention_streams, *arguments)
     for architecture, dtype, head_dim in itertools.product(ARCHITECTURES, DTYPES, HEAD_DIMS):
         yield from fused(architecture, dtype, head_dim)
         yield from pairs(architecture, dtype, head_dim)
@@ -49,8 +50,8 @@ def tensors(dtype: torch.dtype, head_dim: int, bias_heads: int):
 def fused(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Compilation]:
     q, kv, lse, stats, sinks = tensors(dtype, head_dim, 1)
     streams = Streams(meta(B, N, dtype=torch.int8), meta(B, N, dtype=torch.int32), meta(B, 2, dtype=torch.int32))
-    of_training = Lengths(meta(B, dtype=torch.int64), None), Dropout(meta(1, dtype=torch.int64), 6554)
-    for kind, (lengths, dropout) in (("", (Lengths(None, None), NO_DROPOUT)), (" dropout padded", of_training)):
+    of_training = Lengths(meta(B, dtype=torch.int64)), Dropout(meta(1, dtype=torch.int64), 6554)
+    for kind, (lengths, dropout) in (("", (NO_LENGTHS, NO_DROPOUT)), (" dropout padded", of_training)):
         label = f"{name_of(dtype)} D={head_dim} {{BLOCK_M}}x{{BLOCK_N}}{kind}"
         rest = (sinks, lengths, streams, dropout)
         forward, backward = (q, kv, kv, q, lse, stats), (q, kv, kv, q, q, lse, stats, (q, kv, kv))
@@ -60,7 +61,7 @@ def fused(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Comp
 
 def pairs(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Compilation]:
     q, kv, _, stats, sinks = tensors(dtype, head_dim, HQ)
-    lengths, seed = Lengths(meta(B, dtype=torch.int64), None), meta(1, dtype=torch.int64)
+    lengths, seed = Lengths(meta(B, dtype=torch.int64)), meta(1, dtype=torch.int64)
     kinds = (("corrects", True, NO_DROPOUT), ("fused", False, NO_DROPOUT), ("dropout", False, Dropout(seed, 6554)))
     for kind, corrects, dropout in kinds:
         yield from recorded(
@@ -75,7 +76,7 @@ def pairs(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Comp
 
 def correction(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Compilation]:
     q, kv, lse, stats, sinks = tensors(dtype, head_dim, HQ)
-    lengths = Lengths(meta(B, dtype=torch.int64), None)
+    lengths = Lengths(meta(B, dtype=torch.int64))
     label = f"{name_of(dtype)} D={head_dim}"
     block_k = CorrectionConfig.heuristic(head_dim, dtype, architecture).block_k
     yield from recorded(
@@ -86,4 +87,4 @@ def correction(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator
         options=OPTIONS,
     )
     arguments = (q, q, sinks.positions, stats, lse, lengths)
-    yield from recorded(label, architecture, launch_sink_attention_correction_delta, *arguments, left_padded=False)
+    yield from recorded(label, architecture, launch_sink_attention_correction_delta, *arguments)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif("cpu" in MISSING, reason="needs the compiled ext
 cpu = functools.partial(recattn.sink_attention, impl="cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTHS = (37, 0, 1, 21)
-LAYOUTS = ("dense", "right", "left", "packed", "strided", "token-major")
+LAYOUTS = ("dense", "right", "window", "packed", "strided", "token-major")
 # Key heads of four query heads, heads of the bias, whether there are sink_logits.
 VARIANTS = [(4, 1, False), (2, 4, True), (1, 1, True), (2, 4, False)]
 
@@ -42,7 +42,7 @@ def draw(
     logits=False,
     causal=False,
 ) -> dict:
-    """Arguments of a call. Three sequences in four have sinks missing; left padding hides some."""
+    """Arguments of a call. Three sequences in four have sinks missing; padding hides some."""
     batch, longest = len(lengths), max(lengths)
     positions = torch.full((batch, sinks), -1)
     for b, length in enumerate(lengths):
@@ -58,8 +58,10 @@ def draw(
         inputs["sink_logits"] = torch.randn(heads)
     if layout == "packed":
         inputs["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-    if layout in ("left", "right"):
-        inputs |= {"seq_lens": torch.tensor(lengths, dtype=torch.int32), "padding_side": layout}
+    if layout in ("right", "window"):
+        inputs["seq_lens"] = torch.tensor(lengths, dtype=torch.int32)
+    if layout == "window":
+        inputs["seq_starts"] = (longest - inputs["seq_lens"]) * 2 // 3
     return inputs
 
 
@@ -117,7 +119,7 @@ def test_sizes(length, dim, value_dim, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("layout", ["left", "packed"])
+@pytest.mark.parametrize("layout", ["window", "packed"])
 def test_long_sequences(layout, causal):
     sizes = {"heads": 2, "kv_heads": 1, "dim": 16, "value_dim": 16, "sinks": 150}
     check(draw(layout, **sizes, lengths=(1201, 300), causal=causal))
@@ -125,7 +127,7 @@ def test_long_sequences(layout, causal):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("logits", [False, True])
-@pytest.mark.parametrize("layout", ["dense", "left", "packed"])
+@pytest.mark.parametrize("layout", ["dense", "window", "packed"])
 def test_rows_that_see_no_key(layout, logits, dtype):
     """A sink that a bias of -inf hides from itself is the first token: under a causal mask it sees nothing."""
     lengths = (20, 20)
@@ -185,19 +187,18 @@ def test_strided_bias_and_incoming_gradient():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_never_matters(side, causal):
+@pytest.mark.parametrize("layout", ["right", "window"])
+def test_padding_never_matters(layout, causal):
     """Padding, and the bias of sinks in it, may hold anything: nothing of it reaches a result."""
     lengths = (30, 0, 17)
-    clean = draw(side, kv_heads=2, lengths=lengths, sinks=12, causal=causal)
+    clean = draw(layout, kv_heads=2, lengths=lengths, sinks=12, causal=causal)
     dirty = {name: x.clone() if isinstance(x, Tensor) else x for name, x in clean.items()}
     for b, length in enumerate(lengths):
-        padding = slice(length, 30) if side == "right" else slice(0, 30 - length)
+        start = clean["seq_starts"][b] if layout == "window" else 0
         for name in ("q", "k", "v"):
-            dirty[name][b, :, padding] = math.nan
+            dirty[name][b, :, :start] = dirty[name][b, :, start + length :] = math.nan
         positions = clean["sink_positions"][b]
-        valid = positions < length if side == "right" else positions >= 30 - length
-        ignored = ~valid | (positions < 0)
+        ignored = (positions < max(start, 0)) | (positions >= start + length)
         dirty["inter_sink_bias"][b, :, ignored] = math.nan
         dirty["inter_sink_bias"][b, :, :, ignored] = math.nan
     for p in (0.0, 0.3):
@@ -207,7 +208,8 @@ def test_padding_never_matters(side, causal):
         actual = run(dirty, dropout_p=p)
         assert all(map(torch.equal, actual, expected))
         for x in actual[:4]:
-            assert not x[1].any() and not x[2, :, slice(17, 30) if side == "right" else slice(0, 13)].any()
+            start = 8 if layout == "window" else 0
+            assert not x[1].any() and not x[2, :, :start].any() and not x[2, :, start + 17 :].any()
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])
@@ -237,7 +239,7 @@ def mask_of(inputs: dict, seed: int, dropout_p: float) -> list[Tensor]:
     masks = []
     for b, length in enumerate(lengths.tolist()):
         extent = length if packed else longest
-        start = longest - length if inputs.get("padding_side") == "left" else 0
+        start = inputs["seq_starts"][b] if "seq_starts" in inputs else 0
         mask = torch.ones(1, heads, extent, extent, dtype=torch.float64)
         for h in range(heads):
             weights = dropout_weights(seed, b * heads + h, 0, length, length, dropout_p)
@@ -247,7 +249,7 @@ def mask_of(inputs: dict, seed: int, dropout_p: float) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("layout", ["dense", "right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["dense", "right", "window", "packed"])
 @pytest.mark.parametrize("dtype, dropout_p", [(torch.float32, 0.1), (torch.float32, 0.6), (torch.bfloat16, 0.25)])
 def test_dropout_is_the_reference_with_philoxs_mask(dtype, dropout_p, layout, causal, monkeypatch):
     for kv_heads, bias_heads, logits in VARIANTS[1:3]:
@@ -312,7 +314,7 @@ def test_compiled_dropout_is_the_eager_one():
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("layout", ["dense", "left", "packed"])
+@pytest.mark.parametrize("layout", ["dense", "window", "packed"])
 def test_threads_change_no_bit(layout, causal, dropout_p):
     lengths = (400,) if layout == "dense" else (400, 0, 31, 200, 1, 64, 77)
     sizes = {"dim": 32, "value_dim": 32, "sinks": 60, "logits": True}
@@ -364,7 +366,7 @@ def run_each(cases):
 @pytest.mark.parametrize("capability", CAPABILITIES[:3])
 def test_every_instruction_set(capability, tmp_path):
     cases = []
-    for dtype, causal, layout in itertools.product(DTYPES, (True, False), ("left", "packed")):
+    for dtype, causal, layout in itertools.product(DTYPES, (True, False), ("window", "packed")):
         sizes = {"kv_heads": 2, "dim": 37, "value_dim": 45, "sinks": 20, "bias_heads": 4, "logits": True}
         inputs = draw(layout, dtype, **sizes, lengths=(131, 0, 22), causal=causal)
         out = inputs["q"].new_empty(*inputs["q"].shape[:-1], 45)
@@ -418,14 +420,20 @@ def test_without_the_extension_the_reference_runs(monkeypatch):
         ({"seq_lens": torch.tensor([37, 38, 0, 0])}, "seq_lens must be between 0 and 37, got 38"),
         ({"seq_lens": torch.tensor([37, -1, 0, 0])}, "seq_lens must be between 0 and 37, got -1"),
         ({"seq_lens": torch.tensor([37, 1])}, r"seq_lens must be \[B\] = \[4\], got \[2\]"),
-        ({"seq_lens": torch.ones(4).long(), "cu_seqlens": torch.ones(5).long()}, "seq_lens must be None beside"),
+        ({"seq_lens": torch.full((4,), 9), "seq_starts": torch.arange(4) * 10}, "between 0 and N - .* = 28, got 30 at"),
+        (
+            {"seq_lens": torch.full((4,), 9), "seq_starts": -torch.arange(4)},
+            "between 0 and N - .* = 28, got -1 at",
+        ),
+        ({"seq_lens": torch.ones(4).long(), "seq_starts": torch.ones(3).long()}, r"seq_starts must be \[B\] = \[4\]"),
+        ({"seq_starts": torch.ones(4).long()}, "seq_starts must be None without seq_lens"),
     ],
 )
 def test_operators_refuse_what_does_not_fit(changes, message):
     inputs = draw()
-    names = ("q", "k", "v", "sink_positions", "inter_sink_bias", "sink_logits", "seq_lens", "cu_seqlens")
+    names = ("q", "k", "v", "sink_positions", "inter_sink_bias", "sink_logits", "seq_lens", "seq_starts", "cu_seqlens")
     tensors = {name: inputs.get(name) for name in names} | changes
-    options = (None, True, False, 0.3, 0.0)
+    options = (None, True, 0.3, 0.0)
     with pytest.raises(ValueError, match=message):
         torch.ops.recattn.sink_attention_cpu_fwd(*tensors.values(), *options)
     out, row_stats = torch.zeros(4, 4, 37, 9), torch.zeros(2, 4, 4, 37)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
 from recattn.reference.sink_attention import sink_attention as reference
-from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
+from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.triton_kernels.sink_attention import (
     CorrectionConfig,
+    Lengths,
     PairsConfig,
     SinkInputs,
     as_lengths,
@@ -44,7 +45,7 @@ def random_inputs(
 ) -> dict:
     """Arguments of the reference. Sinks have random positions; each sequence has one sink less than the one before.
 
-    `lengths` are those of B sequences; `layout` is "right" or "left" for padded batches, or "packed".
+    `lengths` are those of B sequences; `layout` is "right", "window" (padding on both sides) or "packed".
     """
     B = B if lengths is None else len(lengths)
     tokens = (B, N)
@@ -55,7 +56,9 @@ def random_inputs(
         tokens = (sum(lengths),)
         inputs["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
     elif lengths is not None:
-        inputs |= {"seq_lens": torch.tensor(lengths), "padding_side": layout}
+        inputs["seq_lens"] = torch.tensor(lengths)
+        if layout == "window":
+            inputs["seq_starts"] = (N - inputs["seq_lens"]) * 2 // 3
     sink_positions = torch.full((B, M), -1)
     for b, extent in enumerate(extents):
         sinks = torch.randperm(extent)[: max(M - b, 0)].sort().values
@@ -109,14 +112,14 @@ def corrected_attention(
     sink_logits=None,
     causal=False,
     seq_lens=None,
-    padding_side="right",
+    seq_starts=None,
     cu_seqlens=None,
     scale=SCALE,
     correction_tiles=CORRECTION_TILES,
     pairs_tiles=PAIRS_TILES,
 ) -> tuple[Tensor, Tensor]:
-    settings = {"causal": causal, "left_padded": padding_side == "left", "scale": scale}
-    tensors = (q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
+    settings = {"causal": causal, "scale": scale}
+    tensors = (q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens)
     return finite_lse(*CorrectedAttention.apply(*tensors, settings, correction_tiles, pairs_tiles))
 
 
@@ -131,12 +134,13 @@ class CorrectedAttention(torch.autograd.Function):
         inter_sink_bias,
         sink_logits,
         seq_lens,
+        seq_starts,
         cu_seqlens,
         settings,
         correction_tiles,
         pairs_tiles,
     ):
-        context = (seq_lens, cu_seqlens)
+        context = (seq_lens, seq_starts, cu_seqlens)
         out, lse = unbiased_attention(q, k, v, sink_logits, *context, **settings)
         sink_stats = launch_sink_attention_correction_fwd(
             *(q, k, v, out, lse, SinkInputs(sink_positions, inter_sink_bias, sink_logits), as_lengths(*context)),
@@ -156,7 +160,6 @@ class CorrectedAttention(torch.autograd.Function):
         backend_lse = lse.clone()
         sink_delta = launch_sink_attention_correction_delta(
             *(out, dout, sink_positions, sink_stats, backend_lse, as_lengths(*context)),
-            left_padded=ctx.settings["left_padded"],
         )
         dq, dk, dv = unbiased_gradients(dout, q, k, v, out, backend_lse, *context, **ctx.settings)
         dbias = launch_sink_attention_pairs_bwd(
@@ -166,16 +169,16 @@ class CorrectedAttention(torch.autograd.Function):
             corrects=True,
             config=ctx.pairs_tiles,
         )
-        return dq, dk, dv, None, dbias.to(inter_sink_bias.dtype), *[None] * 6
+        return dq, dk, dv, None, dbias.to(inter_sink_bias.dtype), *[None] * 7
 
 
 # --- The backend: an attention without bias ---
 
 
-def unbiased_attention(q, k, v, sink_logits, seq_lens, cu_seqlens, *, causal, left_padded, scale):
+def unbiased_attention(q, k, v, sink_logits, seq_lens, seq_starts, cu_seqlens, *, causal, scale):
     """out in the inputs' dtype and lse in float32, computed in float64 so that all error is the kernels' own."""
     packed = cu_seqlens is not None
-    scores = unbiased_scores(q, k, seq_lens, cu_seqlens, causal, left_padded, scale)
+    scores = unbiased_scores(q, k, seq_lens, seq_starts, cu_seqlens, causal, scale)
     lse = scores.logsumexp(-1)
     if sink_logits is not None:
         lse = torch.logaddexp(lse, sink_logits[:, None]).masked_fill(lse.isneginf(), -math.inf)
@@ -185,11 +188,11 @@ def unbiased_attention(q, k, v, sink_logits, seq_lens, cu_seqlens, *, causal, le
     return (out[0].transpose(0, 1).contiguous(), lse[0].T.contiguous()) if packed else (out, lse)
 
 
-def unbiased_gradients(dout, q, k, v, out, lse, seq_lens, cu_seqlens, *, causal, left_padded, scale):
+def unbiased_gradients(dout, q, k, v, out, lse, seq_lens, seq_starts, cu_seqlens, *, causal, scale):
     """dq, dk, dv, from the out and lse of another attention. Rows whose lse is ±inf have no gradient."""
     packed = cu_seqlens is not None
     heads, kv_heads = q.shape[1], k.shape[1]
-    scores = unbiased_scores(q, k, seq_lens, cu_seqlens, causal, left_padded, scale)
+    scores = unbiased_scores(q, k, seq_lens, seq_starts, cu_seqlens, causal, scale)
     lse = dense(lse[..., None], packed)
     weights = (scores - lse.masked_fill(lse.isinf(), math.inf)).exp()
     dout_, q_, k_, v_, out_ = (dense(x, packed) for x in (dout, q, k, v, out))
@@ -200,14 +203,12 @@ def unbiased_gradients(dout, q, k, v, out, lse, seq_lens, cu_seqlens, *, causal,
     return [(x[0].transpose(0, 1) if packed else x).contiguous().to(q.dtype) for x in (dq, dk, dv)]
 
 
-def unbiased_scores(q, k, seq_lens, cu_seqlens, causal, left_padded, scale) -> Tensor:
+def unbiased_scores(q, k, seq_lens, seq_starts, cu_seqlens, causal, scale) -> Tensor:
     """[B, Hq, N, N] in float64, -inf at invisible keys. Packed sequences are one sequence of T tokens."""
     packed = cu_seqlens is not None
     q, k = dense(q, packed), dense(k, packed)
     B, N = q.shape[0], q.shape[2]
-    visible = visible_pairs(
-        valid_tokens(B, N, seq_lens, window_starts("left" if left_padded else "right", N, seq_lens), q.device), causal
-    )
+    visible = visible_pairs(valid_tokens(B, N, seq_lens, seq_starts, q.device), causal)
     if packed:
         sequence = torch.bucketize(torch.arange(N, device=q.device), cu_seqlens[1:], right=True)
         visible = visible & (sequence[:, None] == sequence)
@@ -236,9 +237,13 @@ def live_sinks(inputs: dict, b: int) -> Tensor:
     else:
         N = inputs["q"].shape[2]
         length = inputs["seq_lens"][b].item() if "seq_lens" in inputs else N
-        first = N - length if inputs.get("padding_side") == "left" else 0
+        first = inputs["seq_starts"][b].item() if "seq_starts" in inputs else 0
         end = first + length
     return (positions >= first) & (positions < end)
+
+
+def lengths_of(inputs: dict) -> Lengths:
+    return as_lengths(*(inputs.get(name) for name in Lengths._fields))
 
 
 def strided_copy(x: Tensor) -> Tensor:

@@ -102,9 +102,10 @@ def operators_of_library(library: str, seconds: float) -> None:
     sinks, bias = positions[:6].clone(), torch.randn(6, 1, 3, 3)
     packed, padded = torch.randn(48, 2, dim), torch.randn(6, 2, items, dim)
     sixth, sequence_lengths = torch.arange(7) * items, torch.randint(1, items + 1, (6,), dtype=torch.int32)
+    starts = items - sequence_lengths
 
-    def attend_sinks(tokens, seq_lens, cu_seqlens):
-        others = (sinks, bias, None, seq_lens, cu_seqlens, None, True, False, 0.25, 0.0)
+    def attend_sinks(tokens, seq_lens, seq_starts, cu_seqlens):
+        others = (sinks, bias, None, seq_lens, seq_starts, cu_seqlens, None, True, 0.25, 0.0)
         out, _, row_stats = torch.ops.recattn.sink_attention_cpu_fwd(tokens, tokens, tokens, *others)
         torch.ops.recattn.sink_attention_cpu_bwd(out, tokens, tokens, tokens, out, row_stats, *others)
 
@@ -112,9 +113,9 @@ def operators_of_library(library: str, seconds: float) -> None:
     print("attend", *race(attend, served, seconds))
     print("count", *race(count, served, seconds))
     of_sinks = {"positions": sinks, "cu_seqlens": sixth}
-    print("packed sinks", *race(lambda: attend_sinks(packed, None, sixth), of_sinks, seconds))
-    of_sinks = {"positions": sinks, "seq_lens": sequence_lengths}
-    print("padded sinks", *race(lambda: attend_sinks(padded, sequence_lengths, None), of_sinks, seconds))
+    print("packed sinks", *race(lambda: attend_sinks(packed, None, None, sixth), of_sinks, seconds))
+    of_sinks = {"positions": sinks, "seq_lens": sequence_lengths, "seq_starts": starts}
+    print("padded sinks", *race(lambda: attend_sinks(padded, sequence_lengths, starts, None), of_sinks, seconds))
     print("restore", *race(restore, {"target_offsets": hundred, "seq_lens": longest}, seconds))
     checked = {"seq_lens": lengths, "target_offsets": offsets, "item_ids": histories, "positions": positions}
     print("check", *race(check_values, checked, seconds))

@@ -99,7 +99,7 @@ def test_correction_kernel(corrected, size, causal):
 
 def test_correction_kernel_redoes_what_rounds(corrected):
     """A backend whose scores were rounded otherwise: its log-sum-exp is not one of the kernel's scores."""
-    from recattn.triton_kernels.sink_attention import Lengths, SinkInputs, launch_sink_attention_correction_fwd
+    from recattn.triton_kernels.sink_attention import NO_LENGTHS, SinkInputs, launch_sink_attention_correction_fwd
 
     inputs = corrected.random_inputs(24, 8, B=1, D=16)
     inputs["q"] *= 1e9
@@ -108,8 +108,8 @@ def test_correction_kernel_redoes_what_rounds(corrected):
         out, base_lse = expected.new_full(expected.shape, math.nan), (lse + ulps * 64).contiguous()
         stats = launch_sink_attention_correction_fwd(
             *(inputs[name] for name in "qkv"),
-            *(out, base_lse, SinkInputs(inputs["sink_positions"], inputs["inter_sink_bias"]), Lengths(None, None)),
-            options=SinkAttentionOptions(causal=False, left_padded=False, scale=corrected.SCALE),
+            *(out, base_lse, SinkInputs(inputs["sink_positions"], inputs["inter_sink_bias"]), NO_LENGTHS),
+            options=SinkAttentionOptions(causal=False, scale=corrected.SCALE),
             config=corrected.CORRECTION_TILES,
         )
         sinks = inputs["sink_positions"][0]

@@ -294,15 +294,16 @@ def op_inputs(form: str, dtype=torch.float32):
         else draw(length=20, sinks=5, kv_heads=2, dtype=dtype)
     )
     seq_lens = torch.tensor([20, 7]) if form == "padded" else None
+    seq_starts = torch.tensor([0, 9]) if form == "padded" else None
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias")]
     return [
         *arguments,
         torch.randn(4),
         seq_lens,
+        seq_starts,
         inputs.get("cu_seqlens"),
         None,
         True,
-        False,
         0.25,
         0.0,
         None,
@@ -367,6 +368,10 @@ def test_compiles_with_one_tensor_for_q_k_and_v():
     assert torch.equal(*(torch.autograd.grad(x.sum(), leaf)[0] for x in (out, expected)))
 
 
+def _window(lengths: list[int], starts: list[int]) -> dict[str, torch.Tensor]:
+    return {"seq_lens": torch.tensor(lengths), "seq_starts": torch.tensor(starts)}
+
+
 BAD = {
     "q must be a torch.Tensor, got list": {"q": [1.0]},
     r"q must be \[B, Hq, N, D\] = .* got \[4, 100, 16\]": {"q": torch.zeros(4, 100, 16)},
@@ -391,8 +396,10 @@ BAD = {
     "inter_sink_bias must be float64 .* got int64": {"inter_sink_bias": torch.zeros(2, 1, 20, 20, dtype=torch.long)},
     r"sink_logits must be \[Hq\] = \[4\], got \[2\]": {"sink_logits": torch.zeros(2)},
     "k must be a torch.Tensor, got NoneType": {"k": None},
-    "sink_positions must be a torch.Tensor, got NoneType": {"sink_positions": None},
-    "inter_sink_bias must be a torch.Tensor, got NoneType": {"inter_sink_bias": None},
+    "sink_positions must be a torch.Tensor, got list": {"sink_positions": [3]},
+    "inter_sink_bias must be a torch.Tensor, got list": {"inter_sink_bias": [[0.0]]},
+    "sink_positions must be given with inter_sink_bias, got None": {"sink_positions": None},
+    "inter_sink_bias must be given with sink_positions, got None": {"inter_sink_bias": None},
     "sink_logits must be a torch.Tensor, got list": {"sink_logits": [0.0] * 4},
     "seq_lens must be a torch.Tensor, got list": {"seq_lens": [3, 4]},
     "cu_seqlens must be a torch.Tensor, got list": {"cu_seqlens": [0, 3]},
@@ -400,6 +407,16 @@ BAD = {
     "seq_lens must be int64 or int32, got float32": {"seq_lens": torch.zeros(2)},
     "seq_lens must be between 0 and 100, got 101 at index": {"seq_lens": torch.tensor([3, 101])},
     "padding_side must be 'right' or 'left', got 'top'": {"padding_side": "top"},
+    "seq_lens must be given with seq_starts, got None": {"seq_starts": torch.zeros(2).long()},
+    r"seq_starts must be \[B\] = \[2\], got \[3\]": _window([3, 4], [0, 0, 0]),
+    "seq_starts must be int64 or int32, got float32": {"seq_lens": torch.ones(2).long(), "seq_starts": torch.zeros(2)},
+    "seq_starts.* must be between 0 and .*, got (-1|2) ": _window([3, 4], [-1, 0]),
+    "seq_starts.* must be between 0 and .*, got (97|101) ": _window([3, 4], [0, 97]),
+    "padding_side must be 'right', the default, beside seq_starts": {**_window([3, 4], [0, 1]), "padding_side": "left"},
+    "seq_starts must be None beside cu_seqlens": {
+        "seq_starts": torch.ones(2).long(),
+        "cu_seqlens": torch.tensor([0, 1, 2]),
+    },
     "dropout_p must be at least 0 and below 1, got 1.0": {"dropout_p": 1.0},
     "scale must be finite, got nan": {"scale": math.nan},
     "impl must be None or one of .* got 'fast'": {"impl": "fast"},

@@ -88,8 +88,8 @@ def by(impl: str, backend: str | None = None):
     def attention(
         q, k, v, sink_positions, inter_sink_bias, *, sink_logits=None, causal=False, cu_seqlens=None, max_seqlen=None
     ):
-        options = SinkAttentionOptions(causal, False, 1 / math.sqrt(q.shape[-1]), 0.0, max_seqlen, impl, backend)
-        tensors = (sink_positions, inter_sink_bias, sink_logits, None, cu_seqlens, None)
+        options = SinkAttentionOptions(causal, 1 / math.sqrt(q.shape[-1]), 0.0, max_seqlen, impl, backend)
+        tensors = (sink_positions, inter_sink_bias, sink_logits, None, None, cu_seqlens, None)
         return ops.SinkAttentionFunction.apply(q, k, v, *tensors, options)[0]
 
     return attention
@@ -138,7 +138,7 @@ def test_sink_logits(eager_backend):
 def test_a_backward_takes_any_forward(eager_backend, fwd, bwd):
     """What the choice depends on, such as torch.nn.attention.sdpa_kernel, may change between forward and backward."""
     inputs = draw(batch=1, heads=2, kv_heads=1, length=63, sinks=40, bias_scale=20.0)
-    context = (*list(inputs.values())[3:], None, None, None, None, True, False, 0.25, 0.0, None)
+    context = (*list(inputs.values())[3:], None, None, None, None, None, True, 0.25, 0.0, None)
     qkv = [inputs[name] for name in ("q", "k", "v")]
     results = torch.ops.recattn.sink_attention_fwd(*qkv, *context, *fwd)
     dout = torch.randn_like(results[0])
@@ -153,8 +153,8 @@ def test_a_backward_takes_any_forward(eager_backend, fwd, bwd):
 def test_opcheck(eager_backend):
     inputs = draw(batch=2, heads=2, kv_heads=1, length=20, sinks=5)
     inputs["sink_positions"][1, 3:] = -1
-    options = SinkAttentionOptions(True, False, 0.25, impl="correction", backend="eager")
-    arguments = [*inputs.values(), torch.randn(2), None, None, None, *options]
+    options = SinkAttentionOptions(True, 0.25, impl="correction", backend="eager")
+    arguments = [*inputs.values(), torch.randn(2), None, None, None, None, *options]
     torch.library.opcheck(torch.ops.recattn.sink_attention_fwd.default, arguments)
     results = torch.ops.recattn.sink_attention_fwd(*arguments)
     backward = [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
@@ -224,7 +224,7 @@ def test_dropout_padding_and_float64_are_the_fused_kernels(impl):
     inputs = draw(length=20, sinks=5)
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions")]
     for dropout_p, seq_lens in ((0.1, None), (0.0, torch.tensor([3, 4]))):
-        options = SinkAttentionOptions(False, False, 1.0, dropout_p, impl=impl)
+        options = SinkAttentionOptions(False, 1.0, dropout_p, impl=impl)
         assert dispatch.resolve(options, *arguments, seq_lens, None) == ("triton", None)
 
 
@@ -232,7 +232,7 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     inputs = draw(length=20, sinks=5)
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions")]
-    options = SinkAttentionOptions(False, False, 1.0, impl="correction", backend="flash")
+    options = SinkAttentionOptions(False, 1.0, impl="correction", backend="flash")
     with pytest.raises(
         NotImplementedError, match="cannot run impl='correction:flash' here: it needs float16 or bfloat16"
     ):
@@ -251,7 +251,7 @@ def test_a_short_call_asks_no_backend_and_a_correction_the_best_first(monkeypatc
         unsupported = None if name == "efficient" else "a reason"
         own = lambda call, name=name, unsupported=unsupported: asked.append(name) or unsupported  # noqa: E731
         monkeypatch.setitem(BACKENDS, name, replace(backend, own_unsupported_reason=own))
-    options = SinkAttentionOptions(False, False, 1.0)
+    options = SinkAttentionOptions(False, 1.0)
     assert dispatch.resolve(options, *arguments) == ("triton", None) and asked == []
     assert dispatch.resolve(options._replace(impl="correction"), *arguments) == ("correction", "efficient")
     assert asked == list(BACKENDS)

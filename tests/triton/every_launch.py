@@ -62,8 +62,8 @@ def _empty_lse(q: Tensor) -> Tensor:
 
 def corrected_attention(q, k, v, sink_positions, inter_sink_bias, *, sink_logits=None, cu_seqlens=None) -> Tensor:
     """sink_attention by its correction path; the public call needs a GPU's attention for it."""
-    options = SinkAttentionOptions(True, False, 0.25, 0.0, 2, "correction", "dry")
-    tensors = (sink_positions, inter_sink_bias, sink_logits, None, cu_seqlens, None)
+    options = SinkAttentionOptions(True, 0.25, 0.0, 2, "correction", "dry")
+    tensors = (sink_positions, inter_sink_bias, sink_logits, None, None, cu_seqlens, None)
     return sink_ops.SinkAttentionFunction.apply(q, k, v, *tensors, options)[0]
 
 

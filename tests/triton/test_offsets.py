@@ -114,8 +114,8 @@ def assert_last_alone(operator, inputs: dict[str, Tensor], last: dict[str, Tenso
 
 def sink_attention(q, k, v, dout, sink_positions, inter_sink_bias, cu_seqlens=None) -> dict[str, Tensor]:
     """The fused path, and the correction of its own unbiased output."""
-    lengths, options = Lengths(None, cu_seqlens), SinkAttentionOptions(causal=False, left_padded=False, scale=D**-0.5)
-    streams = launch_sink_attention_streams(q, sink_positions, lengths, left_padded=False)
+    lengths, options = Lengths(cu_seqlens=cu_seqlens), SinkAttentionOptions(causal=False, scale=D**-0.5)
+    streams = launch_sink_attention_streams(q, sink_positions, lengths)
     outs = {}
     for prefix, bias in (("", inter_sink_bias), ("corrected ", torch.zeros(()).expand_as(inter_sink_bias))):
         out, *grads = (torch.empty_like(x) for x in (q, q, k, v))
@@ -128,9 +128,7 @@ def sink_attention(q, k, v, dout, sink_positions, inter_sink_bias, cu_seqlens=No
         sinks, of_pairs = SinkInputs(sink_positions, inter_sink_bias), (None, dk, dv)
         if prefix:
             stats = launch_sink_attention_correction_fwd(q, k, v, out, lse, sinks, lengths, options=options)
-            delta = launch_sink_attention_correction_delta(
-                out, dout, sink_positions, stats, lse, lengths, left_padded=False
-            )
+            delta = launch_sink_attention_correction_delta(out, dout, sink_positions, stats, lse, lengths)
             of_pairs = grads
         dbias = launch_sink_attention_pairs_bwd(
             q, k, v, dout, stats, delta, of_pairs, sinks, lengths, options=options, corrects=bool(prefix)

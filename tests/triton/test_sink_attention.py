@@ -18,7 +18,7 @@ from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.common.dropout import dropout_weights
 from recattn.triton_kernels.common.ragged import number_of_tiles, sequence_of_tile
 from recattn.triton_kernels.sink_attention import (
-    Lengths,
+    NO_LENGTHS,
     SinkAttentionConfig,
     SinkInputs,
     Streams,
@@ -199,7 +199,7 @@ def test_reruns_agree_to_the_bit():
 
 def test_no_tensor_of_n_squared_elements():
     inputs = small(heads=1, length=256, sinks=10)
-    arguments = (*inputs.values(), None, None, None, None, True, False, 0.25, 0.0, None, "triton", None)
+    arguments = (*inputs.values(), *[None] * 5, True, 0.25, 0.0, None, "triton", None)
     with LargestTensor() as forward:
         results = torch.ops.recattn.sink_attention_fwd(*arguments)
     with LargestTensor() as backward:
@@ -326,10 +326,11 @@ def test_opcheck(form):
     inputs = on_device(draw_packed([13, 0], [3, 0], heads=2, kv_heads=1)) if packed else small(length=20, sinks=5)
     heads = inputs["q"].shape[1]
     seq_lens = torch.tensor([7], device=DEVICE) if form == "padded" else None
+    seq_starts = torch.tensor([4], device=DEVICE) if form == "padded" else None
     seed = torch.tensor([5], device=DEVICE)
     arguments = [inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias")]
-    arguments += [torch.randn(heads, device=DEVICE), seq_lens, inputs.get("cu_seqlens"), seed]
-    arguments += [True, False, 0.25, 0.1, None, "triton", None]
+    arguments += [torch.randn(heads, device=DEVICE), seq_lens, seq_starts, inputs.get("cu_seqlens"), seed]
+    arguments += [True, 0.25, 0.1, None, "triton", None]
     torch.library.opcheck(torch.ops.recattn.sink_attention_fwd.default, arguments)
     results = torch.ops.recattn.sink_attention_fwd(*arguments)
     backward = [torch.ones_like(results[0]), *arguments[:3], *results, *arguments[3:]]
@@ -375,17 +376,16 @@ def compilations(B: int, N: int, M: int) -> list[Compilation]:
     q, kv = (torch.empty(B, heads, N, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 4))
     lse, stats = torch.empty(B, 8, N, device="meta"), torch.empty(2, B, 8, M, device="meta")
     positions, bias = torch.empty(B, M, dtype=torch.int64, device="meta"), torch.empty(B, 1, M, M, device="meta")
-    lengths = Lengths(None, None)
     streams = Streams(
         torch.empty(B, N, dtype=torch.int8, device="meta"),
         torch.empty(B, N, dtype=torch.int32, device="meta"),
         torch.empty(B, 2, dtype=torch.int32, device="meta"),
     )
-    rest = (SinkInputs(positions, bias), lengths, streams)
-    options = SinkAttentionOptions(causal=N % 2 == 0, left_padded=False, scale=1 / N)
+    rest = (SinkInputs(positions, bias), NO_LENGTHS, streams)
+    options = SinkAttentionOptions(causal=N % 2 == 0, scale=1 / N)
     backward = (q, kv, kv, q, q, lse, stats, (q, kv, kv))
     return [
-        *recorded("", 90, launch_sink_attention_streams, q, positions, lengths, left_padded=False),
+        *recorded("", 90, launch_sink_attention_streams, q, positions, NO_LENGTHS),
         *recorded("", 90, launch_sink_attention_fwd, q, kv, kv, q, lse, stats, *rest, options=options),
         *recorded("", 90, launch_sink_attention_bwd, *backward, *rest, options=options),
     ]

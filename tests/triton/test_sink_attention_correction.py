@@ -12,9 +12,7 @@ from recattn._options import SinkAttentionOptions
 from recattn.testing import assert_matches_reference, measure_error
 from recattn.triton_kernels.sink_attention import (
     CorrectionConfig,
-    Lengths,
     SinkInputs,
-    as_lengths,
     launch_sink_attention_correction_delta,
     launch_sink_attention_correction_fwd,
 )
@@ -25,6 +23,7 @@ from tests.helpers.corrected_attention import (
     SCALE,
     corrected_attention,
     half_precision_biases,
+    lengths_of,
     live_sinks,
     random_inputs,
     reference_attention,
@@ -38,19 +37,14 @@ from tests.helpers.interpreted import DTYPES, with_dtypes
 
 def unbiased(inputs: dict) -> tuple[Tensor, Tensor]:
     return unbiased_attention(
-        *(inputs.get(name) for name in ("q", "k", "v", "sink_logits", "seq_lens", "cu_seqlens")),
+        *(inputs.get(name) for name in ("q", "k", "v", "sink_logits", "seq_lens", "seq_starts", "cu_seqlens")),
         causal=inputs["causal"],
-        left_padded=inputs.get("padding_side") == "left",
         scale=inputs["scale"],
     )
 
 
 def options_of(inputs: dict) -> SinkAttentionOptions:
-    return SinkAttentionOptions(inputs["causal"], inputs.get("padding_side") == "left", inputs["scale"])
-
-
-def lengths_of(inputs: dict) -> Lengths:
-    return as_lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens"))
+    return SinkAttentionOptions(inputs["causal"], inputs["scale"])
 
 
 def correct(inputs: dict, out: Tensor, lse: Tensor, config: CorrectionConfig | None = CORRECTION_TILES) -> Tensor:
@@ -81,7 +75,7 @@ def test_heads(Hq, Hkv, bias_heads):
     assert_corrects(random_inputs(63, 30, B=1, Hq=Hq, Hkv=Hkv, bias_heads=bias_heads, causal=True))
 
 
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 @pytest.mark.parametrize("bias, causal", [("-50", False), ("30", True)])
 def test_ragged(bias, causal, layout):
     assert_corrects(
@@ -89,7 +83,7 @@ def test_ragged(bias, causal, layout):
     )
 
 
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 def test_ragged_float16(layout):
     assert_corrects(random_inputs(63, 63, lengths=[63, 0, 30], layout=layout, dtype=torch.float16))
 
@@ -149,7 +143,7 @@ def test_small_bias_relative_accuracy(bias):
     assert_matches_reference(lambda **_: out, correction_of_zeros, tensors)
 
 
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 @pytest.mark.parametrize("bias", ["30", "-50"])
 def test_touches_sink_rows_only(bias, layout):
     inputs = with_bias(random_inputs(63, 30, lengths=[63, 0, 41], layout=layout, causal=True), bias)
@@ -167,7 +161,7 @@ def test_touches_sink_rows_only(bias, layout):
         assert not torch.equal(x[rows], y[rows])
 
 
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 @pytest.mark.parametrize("bias", ["small", "-1.5", "all -inf"])
 def test_sink_stats(bias, layout):
     """The probabilities of sink pairs, which rows are marked as recomputed, and nothing where a sink is ignored."""
@@ -178,9 +172,8 @@ def test_sink_stats(bias, layout):
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()
     }
     scores = unbiased_scores(
-        *(promoted.get(name) for name in ("q", "k", "seq_lens", "cu_seqlens")),
+        *(promoted.get(name) for name in ("q", "k", "seq_lens", "seq_starts", "cu_seqlens")),
         causal=True,
-        left_padded=layout == "left",
         scale=SCALE,
     ).double()
     for b in range(3):
@@ -202,7 +195,7 @@ def test_sink_stats(bias, layout):
 
 
 @pytest.mark.parametrize("suppressed", [False, True])
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
     inputs = random_inputs(63, 50, lengths=[63, 0, 41], layout=layout)
     inputs["inter_sink_bias"] -= 50 * suppressed
@@ -288,14 +281,13 @@ def test_nothing_to_do(empty):
     assert sink_stats.shape == (2, B, 2, M)
     launch_sink_attention_correction_delta(
         *(out, out, inputs["sink_positions"], sink_stats, lse, lengths_of(inputs)),
-        left_padded=False,
     )
 
 
 # --- What the backward reads of a sink row ---
 
 
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_delta(dtype, layout):
     inputs = random_inputs(63, 50, lengths=[63, 0, 41], layout=layout, dtype=dtype, Dv=100)
@@ -304,7 +296,7 @@ def test_delta(dtype, layout):
     sink_stats = correct(inputs, out, lse)
     dout, backend_lse = torch.randn_like(out), lse.clone()
     sink_delta = launch_sink_attention_correction_delta(
-        out, dout, inputs["sink_positions"], sink_stats, backend_lse, lengths_of(inputs), left_padded=layout == "left"
+        out, dout, inputs["sink_positions"], sink_stats, backend_lse, lengths_of(inputs)
     )
     delta = (out.double() * dout.double()).sum(-1)  # as lse
     recomputed = torch.zeros_like(lse, dtype=torch.bool)
@@ -340,10 +332,10 @@ def test_no_recompilation(layout):
         sinks = SinkInputs(inputs["sink_positions"], inputs["inter_sink_bias"])
         forward = (*(inputs[name] for name in "qkv"), out, lse, sinks, of_batch)
         backward = (out, out, sinks.positions, stats, lse, of_batch)
-        options = SinkAttentionOptions(causal=N % 2 == 0, left_padded=False, scale=SCALE)
+        options = SinkAttentionOptions(causal=N % 2 == 0, scale=SCALE)
         return [
             *recorded("", 90, launch_sink_attention_correction_fwd, *forward, options=options),
-            *recorded("", 90, launch_sink_attention_correction_delta, *backward, left_padded=False),
+            *recorded("", 90, launch_sink_attention_correction_delta, *backward),
         ]
 
     first = compilations(17, 3, [17, 4, 2])

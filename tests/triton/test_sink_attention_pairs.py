@@ -15,7 +15,13 @@ from recattn._options import SinkAttentionOptions
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
-from recattn.triton_kernels.sink_attention import PairsConfig, SinkInputs, as_lengths, launch_sink_attention_pairs_bwd
+from recattn.triton_kernels.sink_attention import (
+    NO_LENGTHS,
+    Lengths,
+    PairsConfig,
+    SinkInputs,
+    launch_sink_attention_pairs_bwd,
+)
 from tests.compile_table.compilation import recorded
 from tests.helpers.corrected_attention import (
     BIASES,
@@ -24,6 +30,7 @@ from tests.helpers.corrected_attention import (
     corrected_attention,
     expand_heads,
     half_precision_biases,
+    lengths_of,
     live_sinks,
     random_inputs,
     reference_attention,
@@ -59,7 +66,7 @@ def test_heads(suppressed, Hq, Hkv, bias_heads):
     assert_corrects(inputs)
 
 
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 @pytest.mark.parametrize("bias, causal", [("-50", False), ("30", True)])
 def test_ragged(bias, causal, layout):
     assert_corrects(
@@ -67,7 +74,7 @@ def test_ragged(bias, causal, layout):
     )
 
 
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 def test_ragged_float16(layout):
     inputs = random_inputs(63, 63, Hq=1, lengths=[63, 0, 30], layout=layout, dtype=torch.float16)
     inputs["inter_sink_bias"] -= 1.5
@@ -127,8 +134,8 @@ def test_small_bias_relative_accuracy(bias):
     stats = torch.stack([lse.squeeze(-1), torch.ones_like(delta)]).float()
     actual = [torch.zeros_like(x) for x in (q, k, v)]
     launch_sink_attention_pairs_bwd(
-        *(q, k, v, dout, stats, delta.float(), actual, SinkInputs(positions, beta), as_lengths(None, None)),
-        options=SinkAttentionOptions(causal=False, left_padded=False, scale=SCALE),
+        *(q, k, v, dout, stats, delta.float(), actual, SinkInputs(positions, beta), NO_LENGTHS),
+        options=SinkAttentionOptions(causal=False, scale=SCALE),
         **{"corrects": True, "config": PAIRS_TILES},
     )
     for x, y in zip(actual, expected, strict=True):
@@ -145,7 +152,7 @@ def gradients(inputs: dict, dout: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("suppressed", [False, True])
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
     inputs = random_inputs(40, 30, Hq=1, lengths=[40, 0, 25], layout=layout)
     inputs["inter_sink_bias"] -= 50 * suppressed
@@ -159,14 +166,14 @@ def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
         assert (expected[3][b][:, pairs] == 0).all()
     if layout != "packed":
         position = torch.arange(40, device=dout.device)
-        lengths = inputs["seq_lens"][:, None]
-        padding = (position >= lengths if layout == "right" else position < 40 - lengths)[:, None, :, None]
+        starts = inputs.get("seq_starts", torch.zeros_like(inputs["seq_lens"]))[:, None]
+        padding = ((position < starts) | (position >= starts + inputs["seq_lens"][:, None]))[:, None, :, None]
         poisoned |= {name: x.masked_fill(padding, math.nan) for name, x in inputs.items() if name in "qkv"}
         dout = dout.masked_fill(padding, math.nan)
     assert all(map(torch.equal, gradients(poisoned, dout), expected))
 
 
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+@pytest.mark.parametrize("layout", ["right", "window", "packed"])
 def test_touches_sink_rows_only(layout):
     """No row is done again here, and dq, dk and dv of other tokens stay what they are, NaN say."""
     inputs = random_inputs(63, 30, Hkv=2, lengths=[63, 0, 41], layout=layout)
@@ -182,8 +189,8 @@ def test_touches_sink_rows_only(layout):
     dq, dk, dv = (torch.where(is_sink, 1.0, math.nan) for _ in range(3))
     launch_sink_attention_pairs_bwd(
         *(q, inputs["k"], inputs["v"], q, stats, stats[0], (dq, dk, dv), SinkInputs(positions, bias)),
-        as_lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens")),
-        options=SinkAttentionOptions(causal=False, left_padded=layout == "left", scale=SCALE),
+        lengths_of(inputs),
+        options=SinkAttentionOptions(causal=False, scale=SCALE),
         **{"corrects": True, "config": PAIRS_TILES},
     )
     for x in (dq, dk, dv):
@@ -257,7 +264,7 @@ def sink_pairs(sink_positions: Tensor, N: int) -> Tensor:
 def whole_attention(q, k, v, inter_sink_bias, kept, sink_positions, causal, scale, seq_lens) -> Tensor:
     """The reference, with the weights of sink pairs multiplied by kept [B, Hq, M, M]."""
     scores = scale * q @ expand_heads(k, q.shape[1]).mT + dense_bias(sink_positions, inter_sink_bias, q.shape[2])
-    visible = unbiased_scores(q, k, seq_lens, None, causal, False, scale) > -math.inf
+    visible = unbiased_scores(q, k, seq_lens, None, None, causal, scale) > -math.inf
     weights = softmax_or_zeros(scores.masked_fill(~visible, -math.inf))
     kept = dense_bias(sink_positions, kept, q.shape[2]).where(sink_pairs(sink_positions, q.shape[2]), 1)
     return (weights * kept).to(v.dtype) @ expand_heads(v, q.shape[1])
@@ -280,7 +287,7 @@ class WholePairs(torch.autograd.Function):
         causal, scale, dropped = ctx.settings
         q_, k_, v_, dout_, bias, kept = (x.double() for x in (q, k, v, dout, inter_sink_bias, kept))
         pairs = sink_pairs(sink_positions, q.shape[2])
-        scores = unbiased_scores(q, k, seq_lens, None, causal, False, scale)
+        scores = unbiased_scores(q, k, seq_lens, None, None, causal, scale)
         scores = scores + dense_bias(sink_positions, bias, q.shape[2])
         weights = softmax_or_zeros(scores)
         kept = dense_bias(sink_positions, kept, q.shape[2]).where(pairs, 1)
@@ -300,9 +307,9 @@ class WholePairs(torch.autograd.Function):
         row_max, row_sum, delta = (x.float().gather(2, rows).masked_fill(ignored, math.nan) for x in stats)
         dbias = launch_sink_attention_pairs_bwd(
             *(q, k, v, dout, torch.stack([row_max, row_sum]), delta, (None, dk, dv)),
-            *(SinkInputs(sink_positions, inter_sink_bias), as_lengths(seq_lens, None)),
+            *(SinkInputs(sink_positions, inter_sink_bias), Lengths(seq_lens)),
             NO_DROPOUT if seed is None else Dropout(seed, dropped),
-            options=SinkAttentionOptions(causal, left_padded=False, scale=scale),
+            options=SinkAttentionOptions(causal, scale=scale),
             **{"corrects": False, "config": PAIRS_TILES},
         )
         return dq, dk, dv, None, dbias, *[None] * 6
@@ -337,7 +344,6 @@ def test_whole_pairs(dropout_p, causal, dtype):
 @pytest.mark.parametrize("bias", ["30", "-8", "all -inf", "small"])
 def test_whole_pairs_bias_range(bias):
     inputs = random_inputs(63, 63, bias_heads=2, lengths=[63, 40, 0], causal=True)
-    del inputs["padding_side"]
     inputs["inter_sink_bias"] = BIASES[bias](inputs["inter_sink_bias"])
     assert_whole_pairs(inputs, dropout_p=0.3)
 
@@ -355,8 +361,8 @@ def test_no_recompilation(layout, corrects):
         q, k, v, positions, bias = (inputs[name] for name in ("q", "k", "v", "sink_positions", "inter_sink_bias"))
         stats, delta = torch.empty(2, len(lengths), 4, M), torch.empty(len(lengths), 4, M)
         arguments = (q, k, v, q, stats, delta, (q, k, v), SinkInputs(positions, bias))
-        of_batch = as_lengths(inputs.get("seq_lens"), inputs.get("cu_seqlens"))
-        options = SinkAttentionOptions(causal=N % 2 == 0, left_padded=False, scale=SCALE)
+        of_batch = lengths_of(inputs)
+        options = SinkAttentionOptions(causal=N % 2 == 0, scale=SCALE)
         return recorded(
             "", 90, launch_sink_attention_pairs_bwd, *arguments, of_batch, options=options, corrects=corrects
         )

@@ -10,8 +10,9 @@ common.py         what these share
 config.py         tile sizes, warps and pipeline stages
 """
 
+from recattn.triton_kernels.common.ragged import NO_LENGTHS, Lengths, as_lengths
 from recattn.triton_kernels.sink_attention.backward import launch_sink_attention_bwd
-from recattn.triton_kernels.sink_attention.common import Lengths, SinkInputs, as_lengths
+from recattn.triton_kernels.sink_attention.common import SinkInputs
 from recattn.triton_kernels.sink_attention.config import CorrectionConfig, PairsConfig, SinkAttentionConfig, TileConfig
 from recattn.triton_kernels.sink_attention.correction import (
     launch_sink_attention_correction_delta,
@@ -22,6 +23,7 @@ from recattn.triton_kernels.sink_attention.sink_pairs import launch_sink_attenti
 from recattn.triton_kernels.sink_attention.split_tokens import Streams, launch_sink_attention_streams
 
 __all__ = [
+    "NO_LENGTHS",
     "CorrectionConfig",
     "Lengths",
     "PairsConfig",

@@ -16,9 +16,10 @@ from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import launch
 from recattn.triton_kernels.common.ragged import (
+    Lengths,
     Sinks,
     load_sinks,
-    locate_padded_sequence,
+    locate_sequence,
     number_of_tiles,
     padding_tokens,
     sequence_of_tile,
@@ -39,7 +40,6 @@ from recattn.triton_kernels.sink_attention.common import (
     DO_NOT_SPECIALIZE,
     HeadDropout,
     Keys,
-    Lengths,
     QueryTile,
     RowStats,
     SinkInputs,
@@ -114,7 +114,7 @@ def sink_attention_bwd_dq_kernel(
     q, k, v, out, dout, dq,  # BHND
     row_stats, sink_tensors, streams, lengths, dropout_seed,
     stride_lse_b, stride_lse_h, stride_positions_b, stride_bias_b, stride_bias_h, stride_bias_m,
-    B, num_q_heads, group_size, N, M, scale, causal, left_padded, dropout_threshold,
+    B, num_q_heads, group_size, N, M, scale, causal, dropout_threshold,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def sink_attention_bwd_dq_kernel(
     bound allows; row_max and row_sum do not.
     """
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_M, 2)
-    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_sequence(batch, N, lengths)
     head = tl.program_id(1).to(tl.int64)
     bh = batch * num_q_heads + head
     token = first_token(batch, N, start, lengths.cu_seqlens)
@@ -229,7 +229,7 @@ def step_of(rows, heads, x):
 def sink_attention_bwd_dkdv_kernel(
     lse_and_delta, is_sink, lengths, dropout_seed,
     q, k, v, dout, dk, dv,  # BHND; behind the pointers, where Triton 3.6 spills least
-    B, num_q_heads, group_size, N, scale, causal, left_padded, dropout_threshold,
+    B, num_q_heads, group_size, N, scale, causal, dropout_threshold,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one (batch, key head), all their queries in memory order.
@@ -243,7 +243,7 @@ def sink_attention_bwd_dkdv_kernel(
     diagonal of a causal mask, then over those that see all the keys.
     """
     batch, block = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_N, 1)
-    start, length, _ = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, _ = locate_sequence(batch, N, lengths)
     BLOCK_D: tl.constexpr = block_width(HEAD_DIM)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -368,7 +368,7 @@ def launch_sink_attention_bwd(
     stride_b, stride_h, stride_n = row_strides(lse, lengths)
     lse_and_delta = lse.new_empty(*lse.shape, 4)
     sink_tensors, sink_strides = sinks.as_arguments()
-    group_size, causal, left_padded = num_q_heads // num_kv_heads, int(options.causal), int(options.left_padded)
+    group_size, causal = num_q_heads // num_kv_heads, int(options.causal)
 
     def query_grid(blocks: dict[str, object]) -> tuple[int, int]:
         return number_of_tiles(B, N, lengths.cu_seqlens, blocks["BLOCK_M"], 2), num_q_heads
@@ -385,7 +385,7 @@ def launch_sink_attention_bwd(
         q, k, v, out, dout, dq,
         RowStats(lse, stride_n, lse_and_delta, sink_stats, sink_delta), sink_tensors, streams, lengths, dropout.seed,
         stride_b, stride_h, *sink_strides,
-        B, num_q_heads, group_size, N, M, options.scale, causal, left_padded, dropout.threshold,
+        B, num_q_heads, group_size, N, M, options.scale, causal, dropout.threshold,
         HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(k, v), **warps,
     )  # fmt: skip
 
@@ -398,7 +398,7 @@ def launch_sink_attention_bwd(
         kernel, grid,
         lse_and_delta, streams.is_sink, lengths, dropout.seed,
         q, k, v, dout, dk, dv,
-        B, num_q_heads, group_size, N, options.scale, causal, left_padded, dropout.threshold,
+        B, num_q_heads, group_size, N, options.scale, causal, dropout.threshold,
         HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(q, dout), **warps,
     )  # fmt: skip
     return sink_delta

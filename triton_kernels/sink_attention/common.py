@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.common.ragged import load_sinks
+from recattn.triton_kernels.common.ragged import Lengths, load_sinks
 from recattn.triton_kernels.common.softmax import log2e_scale
 from recattn.triton_kernels.common.tiles import BHND, Matrix, Tokens, load_bias, offset
 
@@ -18,18 +18,8 @@ from recattn.triton_kernels.common.tiles import BHND, Matrix, Tokens, load_bias,
 DO_NOT_SPECIALIZE = [
     *("stride_lse_b", "stride_lse_h", "stride_lse_n", "stride_tokens_b", "stride_positions_b"),
     *("stride_bias_b", "stride_bias_h", "stride_bias_m"),
-    *("B", "N", "M", "scale", "causal", "left_padded", "dropout_threshold", "search_steps"),
+    *("B", "N", "M", "scale", "causal", "dropout_threshold", "search_steps"),
 ]
-
-
-class Lengths(NamedTuple):
-    """How the sequences of a batch lie: at most one is given. A launch takes them contiguous."""
-
-    seq_lens: Tensor | None  # [B] valid tokens of each sequence, padded to N
-    cu_seqlens: Tensor | None  # [B + 1] where each sequence begins, packed [T, H, D]
-
-
-_NO_LENGTHS = Lengths(None, None)
 
 
 class SinkTensors(NamedTuple):
@@ -224,10 +214,3 @@ def mark_recomputed(row_sum):
 def is_recomputed(row_sum):
     """True where `mark_recomputed` marked a row of sink_stats: a correction's backward then does all of its keys."""
     return row_sum < 0
-
-
-def as_lengths(seq_lens: Tensor | None, cu_seqlens: Tensor | None) -> Lengths:
-    """The lengths of a batch as a launch takes them: contiguous."""
-    if seq_lens is None and cu_seqlens is None:
-        return _NO_LENGTHS
-    return Lengths(*(None if x is None else x.contiguous() for x in (seq_lens, cu_seqlens)))

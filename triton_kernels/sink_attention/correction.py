@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.ragged import Sinks, is_sink, load_sinks, locate_padded_sequence
+from recattn.triton_kernels.common.ragged import Lengths, Sinks, is_sink, load_sinks, locate_sequence
 from recattn.triton_kernels.common.softmax import exp_increase, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
@@ -28,7 +28,6 @@ from recattn.triton_kernels.common.tiles import (
 )
 from recattn.triton_kernels.sink_attention.common import (
     DO_NOT_SPECIALIZE,
-    Lengths,
     SinkInputs,
     is_recomputed,
     mark_recomputed,
@@ -93,7 +92,7 @@ def sink_attention_correction_fwd_kernel(
     lse, sink_tensors, sink_stats, lengths,
     stride_lse_b, stride_lse_h, stride_lse_n,
     stride_positions_b, stride_bias_b, stride_bias_h, stride_bias_m,
-    num_q_heads, group_size, N, M, scale, causal, left_padded, search_steps,
+    num_q_heads, group_size, N, M, scale, causal, search_steps,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +110,7 @@ def sink_attention_correction_fwd_kernel(
     batch = (tl.program_id(0) // num_q_heads).to(tl.int64)
     head = (tl.program_id(0) % num_q_heads).to(tl.int64)
     kv_head = (tl.program_id(0) % num_q_heads // group_size).to(tl.int64)
-    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_sequence(batch, N, lengths)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
     q, out = head_rows(q, batch, head, start), head_rows(out, batch, head, start)
     k, v = head_rows(k, batch, kv_head, start), head_rows(v, batch, kv_head, start)
@@ -231,7 +230,7 @@ def launch_sink_attention_correction_fwd(
         lse, sink_tensors, sink_stats, lengths,
         *row_strides(lse, lengths), *sink_strides,
         num_q_heads, num_q_heads // num_kv_heads, N, M,
-        options.scale, int(options.causal), int(options.left_padded),
+        options.scale, int(options.causal),
         M.bit_length(),  # search_steps
         HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, host_block_width(head_dim)),
@@ -248,7 +247,7 @@ def sink_attention_correction_delta_kernel(
     out, dout,  # BHND
     sink_positions, sink_stats, base_lse, sink_delta, lengths,
     stride_positions_b, stride_positions_m, stride_lse_b, stride_lse_h, stride_lse_n,
-    num_q_heads, N, M, left_padded,
+    num_q_heads, N, M,
     V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M sink rows of one (batch, head).
@@ -259,7 +258,7 @@ def sink_attention_correction_delta_kernel(
     bh, num_bh = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch = (tl.program_id(0) // num_q_heads).to(tl.int64)
     head = (tl.program_id(0) % num_q_heads).to(tl.int64)
-    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_sequence(batch, N, lengths)
     BLOCK_DV: tl.constexpr = block_width(V_HEAD_DIM)
     out, dout = head_rows(out, batch, head, start), head_rows(dout, batch, head, start)
     base_lse += batch * stride_lse_b + head * stride_lse_h + start * stride_lse_n
@@ -282,8 +281,6 @@ def launch_sink_attention_correction_delta(
     sink_stats: Tensor,
     base_lse: Tensor,
     lengths: Lengths,
-    *,
-    left_padded: bool,
 ) -> Tensor:
     """Returns sink_delta [B, Hq, M] float32, dout · out at the sinks that are not ignored.
 
@@ -301,7 +298,7 @@ def launch_sink_attention_correction_delta(
         bhnd(out, lengths.cu_seqlens), bhnd(dout, lengths.cu_seqlens),
         sink_positions, sink_stats, base_lse, sink_delta, lengths,
         *sink_positions.stride(), *row_strides(base_lse, lengths),
-        num_q_heads, number_of_tokens(out, lengths), M, int(left_padded),
+        num_q_heads, number_of_tokens(out, lengths), M,
         V_HEAD_DIM=out.shape[-1], BLOCK_M=DELTA_BLOCK,
         num_warps=DELTA_WARPS, num_stages=1,
     )  # fmt: skip

@@ -12,9 +12,10 @@ from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_SINK, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import launch
 from recattn.triton_kernels.common.ragged import (
+    Lengths,
     Sinks,
     load_sinks,
-    locate_padded_sequence,
+    locate_sequence,
     number_of_tiles,
     padding_tokens,
     sequence_of_tile,
@@ -33,7 +34,6 @@ from recattn.triton_kernels.sink_attention.common import (
     DO_NOT_SPECIALIZE,
     HeadDropout,
     Keys,
-    Lengths,
     QueryTile,
     RowStats,
     SinkInputs,
@@ -120,7 +120,7 @@ def sink_attention_fwd_kernel(
     q, k, v, out,  # BHND
     row_stats, sink_tensors, streams, lengths, dropout_seed,
     stride_lse_b, stride_lse_h, stride_positions_b, stride_bias_b, stride_bias_h, stride_bias_m,
-    B, num_q_heads, group_size, N, M, scale, causal, left_padded, dropout_threshold,
+    B, num_q_heads, group_size, N, M, scale, causal, dropout_threshold,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr,
@@ -137,7 +137,7 @@ def sink_attention_fwd_kernel(
     scale > 0, which need not precede the maximum of a row.
     """
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK_M, 2)
-    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_sequence(batch, N, lengths)
     head = tl.program_id(1).to(tl.int64)
     bh = batch * num_q_heads + head
     token = first_token(batch, N, start, lengths.cu_seqlens)
@@ -266,7 +266,7 @@ def launch_sink_attention_fwd(
         RowStats(lse, stride_n, None, sink_stats, None), sink_tensors, streams, lengths, dropout.seed,
         stride_b, stride_h, *sink_strides,
         B, num_q_heads, num_q_heads // num_kv_heads, N, M,
-        options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
+        options.scale, int(options.causal), dropout.threshold,
         HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, **blocks, WIDE=needs_int64_offsets(k, v),
         POSITIVE_SCALE=options.scale > 0, **warps,
     )  # fmt: skip

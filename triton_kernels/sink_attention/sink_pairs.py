@@ -18,11 +18,10 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.ragged import Sinks, load_sinks, locate_padded_sequence
+from recattn.triton_kernels.common.ragged import Lengths, Sinks, load_sinks, locate_sequence
 from recattn.triton_kernels.common.tiles import bhnd, block_width, store_rows
 from recattn.triton_kernels.sink_attention.common import (
     DO_NOT_SPECIALIZE,
-    Lengths,
     SinkInputs,
     is_recomputed,
     number_of_tokens,
@@ -223,7 +222,7 @@ def sink_attention_pairs_bwd_kernel(
     q, k, v, dout, dq, dk, dv,  # BHND
     sink_tensors, sink_stats, sink_delta, dbias, lengths, dropout_seed,
     stride_positions_b, stride_bias_b, stride_bias_h, stride_bias_m,
-    num_heads, B, N, M, scale, causal, left_padded, dropout_threshold, search_steps,
+    num_heads, B, N, M, scale, causal, dropout_threshold, search_steps,
     CORRECTS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +241,7 @@ def sink_attention_pairs_bwd_kernel(
     batch = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
 
-    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_sequence(batch, N, lengths)
     first_bh = batch * num_heads.q
     row_max = sink_stats + first_bh * M
     bias = sink_tensors.bias + batch * stride_bias_b
@@ -338,7 +337,7 @@ def launch_sink_attention_pairs_bwd(
         q, k, v, dout, dq, dk, dv,
         sink_tensors, sink_stats, sink_delta, dbias, lengths, dropout.seed,
         *sink_strides,
-        num_heads, B, N, M, options.scale, int(options.causal), int(options.left_padded), dropout.threshold,
+        num_heads, B, N, M, options.scale, int(options.causal), dropout.threshold,
         M.bit_length(),  # search_steps
         CORRECTS=corrects, HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, host_block_width(widest)),

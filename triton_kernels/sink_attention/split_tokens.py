@@ -13,14 +13,15 @@ from torch import Tensor
 
 from recattn.triton_kernels.common.launch import launch
 from recattn.triton_kernels.common.ragged import (
+    Lengths,
     Sinks,
     count_sinks_before,
     load_sinks,
-    locate_padded_sequence,
+    locate_sequence,
     number_of_tiles,
     sequence_of_tile,
 )
-from recattn.triton_kernels.sink_attention.common import DO_NOT_SPECIALIZE, Lengths, first_token, number_of_tokens
+from recattn.triton_kernels.sink_attention.common import DO_NOT_SPECIALIZE, first_token, number_of_tokens
 
 # Tokens a program splits.
 STREAM_BLOCK = 1024
@@ -37,7 +38,7 @@ class Streams(NamedTuple):
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def sink_attention_streams_kernel(
     sink_positions, streams, lengths, stride_positions_b, stride_positions_m,
-    B, N, M, left_padded, search_steps, BLOCK: tl.constexpr,
+    B, N, M, search_steps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK tokens of one sequence, and one token past its end.
 
@@ -47,7 +48,7 @@ def sink_attention_streams_kernel(
     sink_bounds     = first_sink, sinks_before[length] - first_sink
     """
     batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK, 1)
-    start, length, first_position = locate_padded_sequence(batch, N, lengths.seq_lens, lengths.cu_seqlens, left_padded)
+    start, length, first_position = locate_sequence(batch, N, lengths)
     tile_start = tile * BLOCK
     if tile_start > length:
         return
@@ -66,7 +67,7 @@ def sink_attention_streams_kernel(
     tl.store(sink_bounds + 1, sinks_before - first_sink, mask=tokens == length)
 
 
-def launch_sink_attention_streams(q: Tensor, sink_positions: Tensor, lengths: Lengths, *, left_padded: bool) -> Streams:
+def launch_sink_attention_streams(q: Tensor, sink_positions: Tensor, lengths: Lengths) -> Streams:
     """Split the tokens of every sequence into sinks and non-sinks. q is [B, Hq, N, D] or packed [T, Hq, D]."""
     B, M = sink_positions.shape
     N = number_of_tokens(q, lengths)
@@ -78,7 +79,7 @@ def launch_sink_attention_streams(q: Tensor, sink_positions: Tensor, lengths: Le
         sink_attention_streams_kernel, grid,
         sink_positions, streams, lengths,
         *sink_positions.stride(),
-        B, N, M, int(left_padded),
+        B, N, M,
         M.bit_length(),  # search_steps
         BLOCK=STREAM_BLOCK, num_warps=4,
     )  # fmt: skip

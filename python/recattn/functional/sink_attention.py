@@ -12,13 +12,15 @@ from recattn._options import SinkAttentionOptions
 from recattn._typing import PaddingSide, SinkAttentionImpl
 from recattn.functional import validation
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
+from recattn.functional._nested import Packed, accepts_nested, nest_heads
+from recattn.functional._sequences import expect_cu_seqlens, expect_windows, validate_layout, window_starts
 from recattn.ops import sink_attention as ops
 from recattn.ops._library import apply, distinct
 from recattn.ops._support import draw_dropout_seed
 from recattn.ops.backends import BACKENDS
 
 # The tensors of a dense and of a packed call; what does not fit is checked by `_validate`, which says why.
-_TENSORS = {"sink_positions": (check.INTEGER, "B M"), "inter_sink_bias": (check.FLOATING, "B 1|Hq M M")}
+_TENSORS = {"sink_positions": (check.INTEGER, "B M?"), "inter_sink_bias": (check.FLOATING, "B 1|Hq M M?")}
 _TENSORS |= {"sink_logits": (check.FLOATING, "Hq?")}
 _DENSE = check.Layouts(
     q=(check.FLOATING, "B Hq N D"),
@@ -26,6 +28,7 @@ _DENSE = check.Layouts(
     v=(check.SAME, "B Hkv N Dv"),
     **_TENSORS,
     seq_lens=(check.INTEGER, "B?"),
+    seq_starts=(check.INTEGER, "B?"),
 )
 _PACKED = check.Layouts(
     q=(check.FLOATING, "T Hq D"),
@@ -36,17 +39,25 @@ _PACKED = check.Layouts(
 )
 
 
+def _nest(packed: Packed, out: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """Nested [B, Hq, j, Dv], and where it is given the log-sum-exp [B, Hq, j], from [T, Hq, Dv] and [Hq, T]."""
+    if isinstance(out, Tensor):
+        return nest_heads(packed, out)
+    return nest_heads(packed, out[0]), packed.nest(out[1], jagged_dim=2)
+
+
 @overload
 def sink_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sink_positions: Tensor,
-    inter_sink_bias: Tensor,
+    sink_positions: Tensor | None = None,
+    inter_sink_bias: Tensor | None = None,
     *,
     sink_logits: Tensor | None = None,
     causal: bool = False,
     seq_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
     padding_side: PaddingSide = "right",
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -60,12 +71,13 @@ def sink_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sink_positions: Tensor,
-    inter_sink_bias: Tensor,
+    sink_positions: Tensor | None = None,
+    inter_sink_bias: Tensor | None = None,
     *,
     sink_logits: Tensor | None = None,
     causal: bool = False,
     seq_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
     padding_side: PaddingSide = "right",
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -79,12 +91,13 @@ def sink_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sink_positions: Tensor,
-    inter_sink_bias: Tensor,
+    sink_positions: Tensor | None = None,
+    inter_sink_bias: Tensor | None = None,
     *,
     sink_logits: Tensor | None = None,
     causal: bool = False,
     seq_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
     padding_side: PaddingSide = "right",
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -93,16 +106,18 @@ def sink_attention(
     max_seqlen: int | None = None,
     impl: SinkAttentionImpl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@accepts_nested("q", "k", "v", ragged_axis=2, nest=_nest)
 def sink_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sink_positions: Tensor,
-    inter_sink_bias: Tensor,
+    sink_positions: Tensor | None = None,
+    inter_sink_bias: Tensor | None = None,
     *,
     sink_logits: Tensor | None = None,
     causal: bool = False,
     seq_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
     padding_side: PaddingSide = "right",
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -120,15 +135,18 @@ def sink_attention(
     official code). The "attention sink" of other works, a logit in the softmax's denominator, is `sink_logits`.
 
     Args:
-        q: [B, Hq, N, D], float64, float32, bfloat16 or float16; packed: [T, Hq, D].
-        k, v: [B, Hkv, N, D] and [B, Hkv, N, Dv], q's dtype, Hq a multiple of Hkv; packed: [T, Hkv, D] and [T, Hkv, Dv].
-        sink_positions: [B, M] integer. Positions of the sinks on the N axis (packed: within their sequence),
+        q: [B, Hq, N, D], float64, float32, bfloat16 or float16; packed: [T, Hq, D]; or nested (torch.jagged)
+            [B, Hq, j, D], which is computed packed.
+        k, v: [B, Hkv, N, D] and [B, Hkv, N, Dv], q's dtype, Hq a multiple of Hkv; packed: [T, Hkv, D] and [T, Hkv, Dv];
+            or nested as q is.
+        sink_positions: [B, M] integer. Positions of the sinks on the N axis (packed or nested: within their sequence),
             ascending, padded with -1 at the end. Sinks inside padding are ignored.
         inter_sink_bias: [B, 1 or Hq, M, M], any floating dtype, any sign; -inf masks that (query, key). Gets a
-            gradient.
+            gradient. Without it and `sink_positions` this is plain attention.
         sink_logits: [Hq], added to each row's denominator as exp(sink_logits[h]). Gets a gradient.
         causal: query i sees the keys j ≤ i.
         seq_lens: [B] integer. Number of valid tokens per sequence; the padding is on `padding_side`.
+        seq_starts: [B] integer, with `seq_lens`: where on the N axis each sequence begins, instead of `padding_side`.
         padding_side: "right", or "left" (valid tokens at the end).
         cu_seqlens: [B + 1] integer, offsets of packed sequences; excludes `seq_lens`.
         dropout_p: probability of dropping an attention weight, in steps of 1/65536 but for the reference.
@@ -142,9 +160,9 @@ def sink_attention(
             "flash_attn_2", "flash_attn_3" or "flash_attn_4" where installed. On a CPU the reference computes float64.
 
     Returns:
-        [B, Hq, N, Dv] in q's dtype, packed [T, Hq, Dv]; zero at padding and in rows that see no key. With `return_lse`
-        also the log-sum-exp, float32 (float64 for float64 inputs), [B, Hq, N], packed [Hq, T]; it has no gradient,
-        and is -inf at padding and in rows that see no key.
+        [B, Hq, N, Dv] in q's dtype, packed [T, Hq, Dv], nested [B, Hq, j, Dv]; zero at padding and in rows that see no
+        key. With `return_lse` also the log-sum-exp, float32 (float64 for float64 inputs), [B, Hq, N], packed [Hq, T],
+        nested [B, Hq, j]; it has no gradient, and is -inf at padding and in rows that see no key.
 
         Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, with its time
         and memory.
@@ -158,17 +176,27 @@ def sink_attention(
     if autocast_may_be_on():
         check.expect_tensors(q=q, k=k, v=v)
         q, k, v = autocast_inputs(q, k, v)
-    tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
-    if not _fits(q, k, v, *tensors):
-        _validate(q, k, v, *tensors)
     if (
         padding_side != "right"
         or type(dropout_p) is not float
         or dropout_p != 0
         or scale is not None
         or max_seqlen is not None
+        or (seq_lens is not None and cu_seqlens is not None)
+        or seq_starts is not None
     ):
-        _validate_options(padding_side, dropout_p, scale, max_seqlen, cu_seqlens)
+        validate_layout(padding_side, seq_lens, seq_starts, cu_seqlens, max_seqlen)
+        check.expect_probability("dropout_p", dropout_p)
+        check.expect_numbers(scale=scale)
+    tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens)
+    if not _fits(q, k, v, *tensors):
+        _validate(q, k, v, *tensors)
+    if sink_positions is None or inter_sink_bias is None:
+        check.expect(inter_sink_bias is None, "sink_positions", "given with inter_sink_bias", None)
+        check.expect(sink_positions is None, "inter_sink_bias", "given with sink_positions", None)
+        sink_positions, inter_sink_bias = ops.no_sinks(q, cu_seqlens)
+    if padding_side == "left":
+        seq_starts = window_starts(padding_side, q.shape[2], seq_lens)
     reasons = ops.unsupported_reasons(q.device.type, q, v, padded=seq_lens is not None, dropout_p=dropout_p)
     name, backend = parse_implementation(impl)
     if backend is not None and name == "correction":
@@ -178,7 +206,7 @@ def sink_attention(
         check.expect(False, "impl", "without a backend, but for 'correction'", impl)
     # C++ checks values itself, and uses its own copies.
     if chosen != "cpu" and validation.values_are_checked(q.device):
-        sink_positions, seq_lens, cu_seqlens = _checked(q, sink_positions, seq_lens, cu_seqlens)
+        sink_positions, seq_lens, seq_starts, cu_seqlens = _checked(q, sink_positions, seq_lens, seq_starts, cu_seqlens)
     if chosen == "reference":
         return reference.sink_attention(
             q,
@@ -189,15 +217,15 @@ def sink_attention(
             sink_logits=sink_logits,
             causal=causal,
             seq_lens=seq_lens,
-            padding_side=padding_side,
+            seq_starts=seq_starts,
             cu_seqlens=cu_seqlens,
             dropout_p=dropout_p,
             scale=scale,
             return_lse=return_lse,
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    options = SinkAttentionOptions(causal, padding_side == "left", scale, dropout_p, max_seqlen, name, backend)
-    tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens)
+    options = SinkAttentionOptions(causal, scale, dropout_p, max_seqlen, name, backend)
+    tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens)
     seed = draw_dropout_seed(dropout_p, q.device)
     if q is k or k is v or q is v:
         q, k, v = distinct(q, k, v)
@@ -207,13 +235,13 @@ def sink_attention(
     return out, lse.t() if cu_seqlens is not None else lse
 
 
-def _fits(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens) -> bool:
+def _fits(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens) -> bool:
     """Whether the tensors are right. False: ask `_validate` what is wrong."""
     sinks = (sink_positions, inter_sink_bias, sink_logits)
     if cu_seqlens is None:
-        sizes = _DENSE.sizes(q, k, v, *sinks, seq_lens)
+        sizes = _DENSE.sizes(q, k, v, *sinks, seq_lens, seq_starts)
     else:
-        sizes = _PACKED.sizes(q, k, v, cu_seqlens, *sinks) if seq_lens is None else None
+        sizes = _PACKED.sizes(q, k, v, cu_seqlens, *sinks)
     if sizes is None:
         return False
     if cu_seqlens is None:
@@ -223,42 +251,31 @@ def _fits(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_se
     return D > 0 and Hkv > 0 and Dv > 0 and Hq > 0 and Hq % Hkv == 0
 
 
-def _validate_options(padding_side, dropout_p, scale, max_seqlen, cu_seqlens) -> None:
-    check.expect_choice("padding_side", padding_side, ("right", "left"))
-    check.expect_probability("dropout_p", dropout_p)
-    check.expect_numbers(scale=scale)
-    if max_seqlen is not None:
-        check.expect(cu_seqlens is not None, "max_seqlen", "None but with cu_seqlens", max_seqlen)
-        check.expect_count("max_seqlen", max_seqlen)
-
-
 def _checked(
-    q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """sink_positions, seq_lens and cu_seqlens with their values checked, where that costs no synchronisation."""
+    q: Tensor, sink_positions: Tensor, seq_lens: Tensor | None, seq_starts: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The index tensors with their values checked, where that costs no synchronisation."""
     indices = validation.checked_indices(
         q.device,
         seq_len=q.shape[-2] if cu_seqlens is None else None,
         num_tokens=q.shape[0],
         sink_positions=sink_positions,
         seq_lens=seq_lens,
+        seq_starts=seq_starts,
         cu_seqlens=cu_seqlens,
     )
-    return indices.sink_positions, indices.seq_lens, indices.cu_seqlens
+    return indices.sink_positions, indices.seq_lens, indices.seq_starts, indices.cu_seqlens
 
 
-def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens) -> None:
-    check.expect_tensors(q=q, k=k, v=v, inter_sink_bias=inter_sink_bias)
+def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens) -> None:
+    check.expect_tensors(q=q, k=k, v=v)
     sizes: dict[str, int] = {}
     if cu_seqlens is None:
         check.expect_shape(sizes, "q", q, "B Hq N D")
         check.expect_shape(sizes, "k", k, "B Hkv N D")
         check.expect_shape(sizes, "v", v, "B Hkv N Dv")
     else:
-        check.expect(seq_lens is None, "seq_lens", "None beside cu_seqlens (packed sequences have no padding)", "both")
-        check.expect_index(sizes, "cu_seqlens", cu_seqlens, "B+1")
-        check.expect(sizes["B+1"] >= 1, "cu_seqlens", "[B + 1]", "no offset")
-        sizes["B"] = sizes["B+1"] - 1
+        expect_cu_seqlens(sizes, cu_seqlens)
         check.expect_shape(sizes, "q", q, "T Hq D")
         check.expect_shape(sizes, "k", k, "T Hkv D")
         check.expect_shape(sizes, "v", v, "T Hkv Dv")
@@ -268,15 +285,17 @@ def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, c
     check.expect(heads[0] % heads[1] == 0, "(Hq, Hkv) of q and k", "a multiple and its divisor", heads)
     check.expect_dtype("q", q, check.FLOATING)
     check.expect_same_dtype("q", q, k=k, v=v)
-    check.expect_index(sizes, "sink_positions", sink_positions, "B M")
-    check.expect_shape(sizes, "inter_sink_bias", inter_sink_bias, "B 1|Hq M M")
-    check.expect_dtype("inter_sink_bias", inter_sink_bias, check.FLOATING)
+    if sink_positions is not None:
+        check.expect_index(sizes, "sink_positions", sink_positions, "B M")
+    if inter_sink_bias is not None:
+        check.expect_tensors(inter_sink_bias=inter_sink_bias)
+        check.expect_shape(sizes, "inter_sink_bias", inter_sink_bias, "B 1|Hq M M")
+        check.expect_dtype("inter_sink_bias", inter_sink_bias, check.FLOATING)
     if sink_logits is not None:
         check.expect_tensors(sink_logits=sink_logits)
         check.expect_shape(sizes, "sink_logits", sink_logits, "Hq")
         check.expect_dtype("sink_logits", sink_logits, check.FLOATING)
-    if seq_lens is not None:
-        check.expect_index(sizes, "seq_lens", seq_lens, "B")
+    expect_windows(sizes, seq_lens, seq_starts)
     check.expect_same_device(
         "q",
         q,
@@ -286,5 +305,6 @@ def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, c
         inter_sink_bias=inter_sink_bias,
         sink_logits=sink_logits,
         seq_lens=seq_lens,
+        seq_starts=seq_starts,
         cu_seqlens=cu_seqlens,
     )

@@ -17,27 +17,27 @@ from recattn._typing import PaddingSide
 
 @overload
 def sink_attention(
-    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
+    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor | None = None, inter_sink_bias: Tensor | None = None, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0, scale: float | None = None, return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sink_attention(
-    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
+    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor | None = None, inter_sink_bias: Tensor | None = None, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0, scale: float | None = None, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def sink_attention(
-    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
+    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor | None = None, inter_sink_bias: Tensor | None = None, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0, scale: float | None = None, return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def sink_attention(
-    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor, inter_sink_bias: Tensor, *,
+    q: Tensor, k: Tensor, v: Tensor, sink_positions: Tensor | None = None, inter_sink_bias: Tensor | None = None, *,
     sink_logits: Tensor | None = None, causal: bool = False, seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0, scale: float | None = None, return_lse: bool = False,
@@ -58,8 +58,9 @@ def sink_attention(
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
 
-    beta = dense_bias(sink_positions, inter_sink_bias, q.shape[2])  # [B, 1 or Hq, N, N]
-    qk = scale * (q @ k.transpose(-2, -1)) + beta  # [B, Hq, N, N]
+    qk = scale * (q @ k.transpose(-2, -1))  # [B, Hq, N, N]
+    if sink_positions is not None and inter_sink_bias is not None:
+        qk = qk + dense_bias(sink_positions, inter_sink_bias, q.shape[2])
     qk = qk.masked_fill(~visible_pairs(valid, causal), -math.inf)
     if sink_logits is not None:
         column = sink_logits[:, None, None].to(qk.dtype).expand(*qk.shape[:3], 1)
@@ -126,8 +127,8 @@ def _packed(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, cu_se
             q_b,
             k_b,
             v_b,
-            sink_positions[b : b + 1],
-            inter_sink_bias[b : b + 1],
+            None if sink_positions is None else sink_positions[b : b + 1],
+            None if inter_sink_bias is None else inter_sink_bias[b : b + 1],
             sink_logits=sink_logits,
             causal=causal,
             dropout_p=dropout_p,

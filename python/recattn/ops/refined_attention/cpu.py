@@ -173,9 +173,13 @@ def _sum_of_heads(dw: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def _starts(q: Tensor, seq_lens: Tensor | None, options) -> Tensor | None:
+    return window_starts("left" if options.left_padded else "right", q.shape[2], seq_lens)
+
+
 def _attend(q, k, v, seq_lens, dropout_seed, options, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
     """softmax(mask(scale · Q Kᵀ)) V, and row_stats for the backward."""
-    masks = (None, seq_lens, None, dropout_seed, options.causal, options.left_padded)
+    masks = (None, seq_lens, _starts(q, seq_lens, options), None, dropout_seed, options.causal)
     out, _, row_stats = _OPS.sink_attention_cpu_fwd.default(q, k, v, *no_sinks(q), *masks, scale, dropout_p)
     return out, row_stats
 
@@ -184,7 +188,7 @@ def _attend_backward(
     dout, q, k, v, out, row_stats, seq_lens, dropout_seed, options, scale: float, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
-    masks = (None, seq_lens, None, dropout_seed, options.causal, options.left_padded)
+    masks = (None, seq_lens, _starts(q, seq_lens, options), None, dropout_seed, options.causal)
     tensors = (dout, q, k, v, out, row_stats, *no_sinks(q))
     return _OPS.sink_attention_cpu_bwd.default(*tensors, *masks, scale, dropout_p)[:3]
 

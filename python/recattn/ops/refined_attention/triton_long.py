@@ -109,8 +109,10 @@ def _attend(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """softmax(mask(scale · Q Kᵀ)) V."""
-    attention = SinkAttentionOptions(options.causal, options.left_padded, scale, dropout_p, impl=options.impl)
-    return SinkAttentionFunction.apply(q, k, v, *no_sinks(q), None, seq_lens, None, dropout_seed, attention)[0]
+    attention = SinkAttentionOptions(options.causal, scale, dropout_p, impl=options.impl)
+    seq_starts = window_starts("left" if options.left_padded else "right", q.shape[2], seq_lens)
+    tensors = (*no_sinks(q), None, seq_lens, seq_starts, None, dropout_seed)
+    return SinkAttentionFunction.apply(q, k, v, *tensors, attention)[0]
 
 
 # --- Gaussians ---

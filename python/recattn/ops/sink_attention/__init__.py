@@ -19,10 +19,11 @@ from recattn.ops.sink_attention import triton as by_triton
 MAX_HEAD_DIM = 256
 
 
-def no_sinks(q: Tensor) -> tuple[Tensor, Tensor]:
+def no_sinks(q: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sink_positions [B, 0] and inter_sink_bias [B, 1, 0, 0] with which sink_attention is plain attention."""
-    positions = torch.empty(q.shape[0], 0, dtype=torch.int64, device=q.device)
-    return positions, torch.empty(q.shape[0], 1, 0, 0, dtype=torch.float32, device=q.device)
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    positions = q.new_empty((batch, 0), dtype=torch.int64)
+    return positions, q.new_empty((batch, 1, 0, 0), dtype=torch.float32)
 
 
 def unsupported_reasons(
@@ -53,7 +54,9 @@ def _triton_call_reason(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _reference(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, _seed, options) -> Tensor:
+def _reference(
+    q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens, _seed, options
+) -> Tensor:
     refuse_dropout("sink_attention", options.dropout_p)
     return reference.sink_attention(
         q,
@@ -64,7 +67,7 @@ def _reference(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, 
         sink_logits=sink_logits,
         causal=options.causal,
         seq_lens=seq_lens,
-        padding_side="left" if options.left_padded else "right",
+        seq_starts=seq_starts,
         cu_seqlens=cu_seqlens,
         scale=options.scale,
     )
@@ -75,9 +78,20 @@ class SinkAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed, options
+        ctx,
+        q,
+        k,
+        v,
+        sink_positions,
+        inter_sink_bias,
+        sink_logits,
+        seq_lens,
+        seq_starts,
+        cu_seqlens,
+        dropout_seed,
+        options,
     ):
-        tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, cu_seqlens, dropout_seed)
+        tensors = (sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens, dropout_seed)
         out, lse, sink_stats, *streams = sink_attention_fwd(q, k, v, *tensors, options, keeps_streams=True)
         ctx.save_for_backward(q, k, v, *tensors, out, lse, sink_stats)
         ctx.options, ctx.streams = options, streams[0] if streams else None
@@ -94,7 +108,7 @@ class SinkAttentionFunction(torch.autograd.Function):
         dq, dk, dv, dbias, dsink_logits = bwd(
             dout, q, k, v, out, lse, sink_stats, *tensors, ctx.options, streams=ctx.streams
         )
-        return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, None, None, None, None
+        return dq, dk, dv, None, dbias, dsink_logits if ctx.needs_input_grad[5] else None, *[None] * 5
 
 
 # --- The operators ---
@@ -130,9 +144,9 @@ def _fake_bwd(dout, q, k, v, out, lse, sink_stats, _sink_positions, inter_sink_b
 
 
 _ARGUMENTS = (
-    "Tensor sink_positions, Tensor inter_sink_bias, Tensor? sink_logits, Tensor? seq_lens, Tensor? cu_seqlens, "
-    "Tensor? dropout_seed, "
-    "bool causal, bool left_padded, float scale, float dropout_p, SymInt? max_seqlen, str? impl, str? backend"
+    "Tensor sink_positions, Tensor inter_sink_bias, Tensor? sink_logits, Tensor? seq_lens, Tensor? seq_starts, "
+    "Tensor? cu_seqlens, Tensor? dropout_seed, "
+    "bool causal, float scale, float dropout_p, SymInt? max_seqlen, str? impl, str? backend"
 )
 sink_attention_fwd = define(
     f"sink_attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",

@@ -20,8 +20,8 @@ def unsupported_reason(q: Tensor | None) -> str | None:
 def sink_attention_fwd(q: Tensor, k: Tensor, v: Tensor, c: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and row_stats, laid out as by `empty_fwd`."""
     *tensors, options = c
-    causal, left_padded, scale, dropout_p, *_ = options
-    return _OPS.sink_attention_cpu_fwd.default(q, k, v, *tensors, causal, left_padded, scale, dropout_p)
+    causal, scale, dropout_p, *_ = options
+    return _OPS.sink_attention_cpu_fwd.default(q, k, v, *tensors, causal, scale, dropout_p)
 
 
 def sink_attention_bwd(
@@ -29,9 +29,8 @@ def sink_attention_bwd(
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias, dsink_logits (empty without sink_logits)."""
     *tensors, options = c
-    causal, left_padded, scale, dropout_p, *_ = options
-    settings = (causal, left_padded, scale, dropout_p)
-    return _OPS.sink_attention_cpu_bwd.default(dout, q, k, v, out, row_stats, *tensors, *settings)
+    causal, scale, dropout_p, *_ = options
+    return _OPS.sink_attention_cpu_bwd.default(dout, q, k, v, out, row_stats, *tensors, causal, scale, dropout_p)
 
 
 # --- Layouts ---

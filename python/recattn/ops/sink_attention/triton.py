@@ -22,6 +22,7 @@ class Context(NamedTuple):
     inter_sink_bias: Tensor
     sink_logits: Tensor | None
     seq_lens: Tensor | None
+    seq_starts: Tensor | None
     cu_seqlens: Tensor | None
     dropout_seed: Tensor | None
     options: SinkAttentionOptions
@@ -88,7 +89,7 @@ def _fused_fwd(q: Tensor, k: Tensor, v: Tensor, c: Context, keeps_streams: bool)
     if not keeps_streams:  # the kernel writes nothing for a sink that is ignored
         sink_stats.zero_()
     sinks, lengths = _sinks_and_lengths(c)
-    streams = kernels.launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
+    streams = kernels.launch_sink_attention_streams(q, c.sink_positions, lengths)
     dropout = launched_dropout(c.dropout_seed, c.options.dropout_p)
     kernels.launch_sink_attention_fwd(
         q, k, v, out, lse, sink_stats, sinks, lengths, streams, dropout, options=c.options
@@ -102,7 +103,7 @@ def _fused_bwd(dout, q, k, v, out, lse, sink_stats, c: Context, streams) -> tupl
     dq, dk, dv = empty_bwd(q, k, v)
     sinks, lengths = _sinks_and_lengths(c)
     if streams is None:
-        streams = kernels.launch_sink_attention_streams(q, c.sink_positions, lengths, left_padded=c.options.left_padded)
+        streams = kernels.launch_sink_attention_streams(q, c.sink_positions, lengths)
     dropout = launched_dropout(c.dropout_seed, c.options.dropout_p)
     sink_delta = kernels.launch_sink_attention_bwd(
         *(q, k, v, out, dout, lse, sink_stats, (dq, dk, dv), sinks, lengths, streams, dropout), options=c.options
@@ -119,7 +120,7 @@ def _sinks_and_lengths(c: Context):
     """A call's SinkInputs and Lengths, as the launchers take them."""
     kernels = triton_kernels("sink_attention")
     sinks = kernels.SinkInputs(c.sink_positions, c.inter_sink_bias, c.sink_logits)
-    return sinks, kernels.as_lengths(c.seq_lens, c.cu_seqlens)
+    return sinks, kernels.as_lengths(c.seq_lens, c.seq_starts, c.cu_seqlens)
 
 
 # --- The correction ---
@@ -146,7 +147,7 @@ def _correction_bwd(
     sinks, lengths = _sinks_and_lengths(c)
     backend_lse = lse.clone()
     sink_delta = triton_kernels("sink_attention").launch_sink_attention_correction_delta(
-        out, dout, c.sink_positions, sink_stats, backend_lse, lengths, left_padded=c.options.left_padded
+        out, dout, c.sink_positions, sink_stats, backend_lse, lengths
     )
     dq, dk, dv = backend.backward(dout, q, k, v, out, backend_lse, **c.backend_options)
     dbias = triton_kernels("sink_attention").launch_sink_attention_pairs_bwd(
