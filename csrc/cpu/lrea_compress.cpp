@@ -5,32 +5,46 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/common.h"
 #include "cpu/rows.h"
+#include "cpu/sequences.h"
 #include "cpu/simd/isa.h"
 
 namespace recattn {
 namespace {
 
+// The users of a call: where their behaviours lie, and how many those are.
+struct Users {
+    std::vector<Span> spans;
+    std::vector<int64_t> starts;  // running sum of length + 1, by which threads get equal work
+    int64_t longest;              // L where padded, the longest length where packed
+    bool packed;
+
+    int64_t count() const { return static_cast<int64_t>(spans.size()); }
+};
+
 // Arguments of lrea_compress.
 template <class T>
 struct Compress {
-    Rows<T> behaviors;             // of the first user, or the item table and item ids [U, L]
-    int64_t behavior_user_stride;  // 0 with item ids
-    int64_t longest;
+    Rows<T> behaviors;                             // or the item table and item ids
+    int64_t behavior_user_stride, id_user_stride;  // 0 where packed
+    const Span* spans;
     const accumulate_t<T>* w_comp;  // [Lmax, r]
-    const int64_t* starts;          // running sum over the users of length + 1
     T* out;                         // [U, r, d]
     int64_t rank, dim;
 
     Rows<T> history(int64_t user) const {
         Rows<T> rows = behaviors;
-        rows.data += user * behavior_user_stride;
-        if (rows.indices != nullptr) rows.indices += user * longest;
+        if (rows.indices != nullptr) {
+            rows.indices += user * id_user_stride + spans[user].start;
+        } else {
+            rows.data += user * behavior_user_stride + spans[user].start * rows.row_stride;
+        }
         return rows;
     }
 };
@@ -40,13 +54,12 @@ template <class T>
 struct CompressBackward {
     using A = accumulate_t<T>;
     Rows<T> behaviors, dcompressed;  // of the first user
-    int64_t behavior_user_stride, dcompressed_user_stride, longest;
+    int64_t behavior_user_stride, dcompressed_user_stride;
+    int64_t padded_length;  // L; 0 where packed
     const A* w_comp;        // [Lmax, r]
-    const int64_t* starts;  // running sum over the users of length + 1
-    T* dbehaviors;          // [U, L, d]
+    const Span* spans;
+    T* dbehaviors;  // [U, L, d], or [T, d] where packed
     int64_t rank, dim;
-
-    int64_t length(int64_t user) const { return starts[user + 1] - starts[user] - 1; }
 };
 
 // Users and positions of one task of the backward.
@@ -68,44 +81,63 @@ constexpr int64_t kCompressTasks = 16;
 namespace recattn {
 namespace {
 
-// Running sum of (length + 1) over the users, from 0.
-std::vector<int64_t> checked_starts(const std::optional<Tensor>& seq_lens, int64_t users, int64_t longest) {
-    const auto lengths = seq_lens ? to_vector(*seq_lens) : std::vector<int64_t>(users, longest);
-    std::vector<int64_t> starts{0};
-    expect_lengths("seq_lens", lengths, longest);
-    for (const int64_t length : lengths) starts.push_back(starts.back() + length + 1);
-    return starts;
-}
-
-// Checks item_ids [U, longest] except at padded positions.
-void expect_items(const Indices& item_ids, const std::vector<int64_t>& starts, int64_t longest, int64_t size) {
-    for (size_t user = 0; user + 1 < starts.size(); ++user) {
-        const int64_t* ids = item_ids.data() + user * longest;
-        const int64_t length = starts[user + 1] - starts[user] - 1, i = find_invalid(ids, length, size);
-        if (i == length) continue;
-        expect(false, "item_ids must be rows of a table of ", size, ", got ", ids[i], " at index [", user, ", ", i,
-               "]");
+// Checks item_ids [U, L] except at padded positions, or [T].
+void expect_items(const Indices& item_ids, const Users& users, int64_t size) {
+    for (int64_t user = 0; user < users.count(); ++user) {
+        const Span& span = users.spans[user];
+        const int64_t first = users.packed ? span.start : user * users.longest;
+        const int64_t i = find_invalid(item_ids.data() + first, span.length, size);
+        if (i == span.length) continue;
+        const std::string index =
+            users.packed ? std::to_string(first + i) : std::to_string(user) + ", " + std::to_string(i);
+        expect(false, "item_ids must be rows of a table of ", size, ", got ", item_ids.data()[first + i], " at index [",
+               index, "]");
     }
 }
 
-void check_compress(const Tensor& behaviors, const Tensor& w_comp, const std::optional<Tensor>& seq_lens,
+// The users of a call whose tensors fit.
+Users checked_users(const Tensor& behaviors, const Tensor& w_comp, const LengthTensors& lengths,
                     const std::optional<Tensor>& item_ids) {
+    const bool packed = lengths.packed();
     if (item_ids) {
         expect_shape("behaviors", behaviors, {{"I"}, {"d"}});
-        expect_shape("item_ids", *item_ids, {{"U"}, {"L"}});
+        if (packed) {
+            expect_shape("item_ids", *item_ids, {{"T"}});
+        } else {
+            expect_shape("item_ids", *item_ids, {{"U"}, {"L"}});
+        }
         expect_integer("item_ids", *item_ids);
+    } else if (packed) {
+        expect_shape("behaviors", behaviors, {{"T"}, {"d"}});
     } else {
         expect_shape("behaviors", behaviors, {{"U"}, {"L"}, {"d"}});
     }
     expect_shape("w_comp", w_comp, {{"Lmax"}, {"r"}});
+    const int64_t longest = w_comp.size(0);
     const Tensor& histories = item_ids ? *item_ids : behaviors;
-    const int64_t users = histories.size(0), longest = histories.size(1);
-    expect(w_comp.size(0) >= longest, "Lmax of w_comp must be at least L = ", longest, ", got ", w_comp.size(0));
-    expect_dtype_of("behaviors", behaviors, "w_comp", w_comp);
-    if (seq_lens) {
-        expect_shape("seq_lens", *seq_lens, {{"U", users}});
-        expect_integer("seq_lens", *seq_lens);
+    if (!packed) {
+        expect(longest >= histories.size(1), "Lmax of w_comp must be at least L = ", histories.size(1), ", got ",
+               longest);
     }
+    expect_dtype_of("behaviors", behaviors, "w_comp", w_comp);
+    if (lengths.seq_lens && !packed) {
+        expect_shape("seq_lens", *lengths.seq_lens, {{"U", histories.size(0)}});
+        expect_integer("seq_lens", *lengths.seq_lens);
+    }
+    const int64_t count = packed ? lengths.packed_batch() : histories.size(0);
+    Users users{.spans = checked_spans(lengths, count, histories.size(packed ? 0 : 1)),
+                .starts = {0},
+                .longest = 0,
+                .packed = packed};
+    for (int64_t user = 0; user < count; ++user) {
+        const int64_t length = users.spans[user].length;
+        expect(length <= longest, "cu_seqlens must have at most Lmax of w_comp behaviours per user, got ", length,
+               " at index [", user, "] and Lmax = ", longest);
+        users.starts.push_back(users.starts.back() + length + 1);
+        users.longest = std::max(users.longest, length);
+    }
+    if (!packed) users.longest = histories.size(1);
+    return users;
 }
 
 // W contiguous, in the type of the sums.
@@ -117,16 +149,13 @@ Tensor in_accumulate_dtype(const Tensor& w) {
 }
 
 Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::optional<Tensor>& seq_lens,
-                     const std::optional<Tensor>& item_ids) {
-    check_compress(behaviors, w_comp, seq_lens, item_ids);
-    const Tensor& histories = item_ids ? *item_ids : behaviors;
-    const int64_t users = histories.size(0), longest = histories.size(1), dim = behaviors.size(behaviors.dim() - 1),
-                  rank = w_comp.size(1);
-    const auto starts = checked_starts(seq_lens, users, longest);
+                     const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& item_ids) {
+    const Users users = checked_users(behaviors, w_comp, {seq_lens, std::nullopt, cu_seqlens}, item_ids);
+    const int64_t dim = behaviors.size(behaviors.dim() - 1), rank = w_comp.size(1);
     std::optional<Indices> ids;
-    if (item_ids) expect_items(ids.emplace(*item_ids), starts, longest, behaviors.size(0));
+    if (item_ids) expect_items(ids.emplace(*item_ids), users, behaviors.size(0));
     const Tensor e = with_contiguous_rows(behaviors);
-    const Tensor out = new_empty({users, rank, dim}, behaviors.scalar_type());
+    const Tensor out = new_empty({users.count(), rank, dim}, behaviors.scalar_type());
     dispatch_dtype<double, float, BFloat16, Half>("behaviors", behaviors, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;
@@ -134,16 +163,17 @@ Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::o
         const std::vector<T> zeros(ids ? dim : 0, T(0));
         const Compress<T> op{.behaviors = {e.const_data_ptr<T>(), e.stride(e.dim() - 2), ids ? ids->data() : nullptr,
                                            behaviors.size(0), zeros.data()},
-                             .behavior_user_stride = ids ? 0 : e.stride(0),
-                             .longest = longest,
+                             .behavior_user_stride = users.packed ? 0 : e.stride(0),
+                             .id_user_stride = users.packed ? 0 : users.longest,
+                             .spans = users.spans.data(),
                              .w_comp = w.const_data_ptr<A>(),
-                             .starts = starts.data(),
                              .out = out.mutable_data_ptr<T>(),
                              .rank = rank,
                              .dim = dim};
         const auto kernel = RECATTN_PICK(compress<T>);
         // Split by the running sum of lengths, so that threads get equal work; a thread takes the users that start in
         // its range.
+        const auto& starts = users.starts;
         torch::stable::parallel_for(0, starts.back(), grain(rank * dim), [&](int64_t begin, int64_t end) {
             const auto user = [&](int64_t start) {
                 return std::lower_bound(starts.begin(), starts.end() - 1, start) - starts.begin();
@@ -156,14 +186,14 @@ Tensor lrea_compress(const Tensor& behaviors, const Tensor& w_comp, const std::o
 
 // dbehaviors and dw_comp; one that is not wanted is empty.
 std::tuple<Tensor, Tensor> lrea_compress_bwd(const Tensor& dcompressed, const Tensor& behaviors, const Tensor& w_comp,
-                                             const std::optional<Tensor>& seq_lens, bool wants_dbehaviors,
+                                             const std::optional<Tensor>& seq_lens,
+                                             const std::optional<Tensor>& cu_seqlens, bool wants_dbehaviors,
                                              bool wants_dw_comp) {
-    check_compress(behaviors, w_comp, seq_lens, std::nullopt);
-    const int64_t users = behaviors.size(0), longest = behaviors.size(1), dim = behaviors.size(2),
-                  rank = w_comp.size(1);
-    expect_shape("dcompressed", dcompressed, {{"U", users}, {"r", rank}, {"d", dim}});
+    const Users users = checked_users(behaviors, w_comp, {seq_lens, std::nullopt, cu_seqlens}, std::nullopt);
+    const int64_t longest = users.longest, dim = behaviors.size(behaviors.dim() - 1), rank = w_comp.size(1);
+    const auto& starts = users.starts;
+    expect_shape("dcompressed", dcompressed, {{"U", users.count()}, {"r", rank}, {"d", dim}});
     expect_dtype_of("behaviors", behaviors, "dcompressed", dcompressed);
-    const auto starts = checked_starts(seq_lens, users, longest);
     const Tensor e = with_contiguous_rows(behaviors), dc = with_contiguous_rows(dcompressed);
     const auto empty = [&] { return new_empty({0}, behaviors.scalar_type()); };
     const Tensor dbehaviors = wants_dbehaviors ? new_empty(behaviors.sizes(), behaviors.scalar_type()) : empty();
@@ -172,19 +202,19 @@ std::tuple<Tensor, Tensor> lrea_compress_bwd(const Tensor& dcompressed, const Te
         using T = decltype(zero);
         using A = accumulate_t<T>;
         const Tensor w = in_accumulate_dtype<A>(w_comp);
-        const int64_t groups = std::max<int64_t>(1, std::min(users, kCompressTasks));
+        const int64_t groups = std::max<int64_t>(1, std::min(users.count(), kCompressTasks));
         const int64_t parts = (kCompressTasks + groups - 1) / groups;
         const int64_t positions =
             std::max<int64_t>(1, (longest + parts * kPositionBlock - 1) / (parts * kPositionBlock)) * kPositionBlock;
         const int64_t width = (rank + 15) / 16 * 16, size = longest * width;
         const std::unique_ptr<A[]> partials(wants_dw_comp ? new A[groups * size] : nullptr);
-        const CompressBackward<T> op{.behaviors = {e.const_data_ptr<T>(), e.stride(1), nullptr, 0, nullptr},
+        const CompressBackward<T> op{.behaviors = {e.const_data_ptr<T>(), e.stride(e.dim() - 2), nullptr, 0, nullptr},
                                      .dcompressed = {dc.const_data_ptr<T>(), dc.stride(1), nullptr, 0, nullptr},
-                                     .behavior_user_stride = e.stride(0),
+                                     .behavior_user_stride = users.packed ? 0 : e.stride(0),
                                      .dcompressed_user_stride = dc.stride(0),
-                                     .longest = longest,
+                                     .padded_length = users.packed ? 0 : longest,
                                      .w_comp = w.const_data_ptr<A>(),
-                                     .starts = starts.data(),
+                                     .spans = users.spans.data(),
                                      .dbehaviors = wants_dbehaviors ? dbehaviors.mutable_data_ptr<T>() : nullptr,
                                      .rank = rank,
                                      .dim = dim};
@@ -220,9 +250,11 @@ std::tuple<Tensor, Tensor> lrea_compress_bwd(const Tensor& dcompressed, const Te
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
-    m.def("lrea_compress(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? item_ids) -> Tensor");
     m.def(
-        "lrea_compress_bwd(Tensor dcompressed, Tensor behaviors, Tensor w_comp, Tensor? seq_lens, "
+        "lrea_compress(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? cu_seqlens, Tensor? item_ids) -> "
+        "Tensor");
+    m.def(
+        "lrea_compress_bwd(Tensor dcompressed, Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? cu_seqlens, "
         "bool wants_dbehaviors, bool wants_dw_comp) -> (Tensor, Tensor)");
 }
 

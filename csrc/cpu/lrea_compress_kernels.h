@@ -4,7 +4,9 @@
 //   dbehaviors[u] = w_comp dc[u]
 //   dw_comp = sum over u of behaviors[u] dc[u]^T
 //
-// One task is a range of users; in the backward also a range of positions, and each task has its own sum of dw_comp.
+// The behaviours of a user are the first of a row of [U, L, d], or a range of the rows of [T, d]: w_comp counts from
+// its first. One task is a range of users; in the backward also a range of positions, and each task has its own sum of
+// dw_comp.
 
 #include "cpu/simd/matmul.h"
 #include "cpu/simd/rows.h"
@@ -22,7 +24,7 @@ RECATTN_TARGET void compress(const Compress<T>& op, int64_t begin, int64_t end) 
     for (int64_t user = begin; user < end; ++user) {
         std::fill_n(compressed.data(), op.rank * width, A(0));
         const Rows<T> history = op.history(user);
-        const int64_t length = op.starts[user + 1] - op.starts[user] - 1;
+        const int64_t length = op.spans[user].length;
         for (int64_t first = 0; first < length; first += block) {
             const int64_t last = std::min(first + block, length);
             if (history.indices) prefetch_rows(history, last, std::min(last + block, length), op.dim);
@@ -47,10 +49,12 @@ RECATTN_TARGET void compress_backward(const CompressBackward<T>& op, const Compr
     Scratch<A> rows(std::max(block, op.rank) * padded), dc_rows(op.rank * padded), dc_columns(dim * width);
     if (dw != nullptr) std::fill(dw + task.first_position * width, dw + task.end_position * width, A(0));
     for (int64_t user = task.first_user; user < task.end_user; ++user) {
-        const T* behaviors = op.behaviors.data + user * op.behavior_user_stride;
+        const Span& span = op.spans[user];
+        const T* behaviors = op.behaviors.data + user * op.behavior_user_stride + span.start * op.behaviors.row_stride;
         const T* dcompressed = op.dcompressed.data + user * op.dcompressed_user_stride;
-        const int64_t last = std::min(op.length(user), task.end_position);
-        T* dbehaviors = op.dbehaviors == nullptr ? nullptr : op.dbehaviors + user * op.longest * dim;
+        const int64_t last = std::min(span.length, task.end_position);
+        T* dbehaviors =
+            op.dbehaviors == nullptr ? nullptr : op.dbehaviors + (user * op.padded_length + span.start) * dim;
         if (dw != nullptr && task.first_position < last) {
             transpose(as_lhs(dcompressed, op.dcompressed.row_stride, op.rank, dim, rows.data()), op.rank, dim,
                       dc_columns.data(), width);
@@ -69,7 +73,7 @@ RECATTN_TARGET void compress_backward(const CompressBackward<T>& op, const Compr
                             op.rank, dim, rows.data());
             }
         }
-        if (dbehaviors != nullptr) {
+        if (dbehaviors != nullptr && op.padded_length > 0) {
             std::fill(dbehaviors + std::max(last, task.first_position) * dim, dbehaviors + task.end_position * dim,
                       T(0));
         }

@@ -42,6 +42,13 @@ class LreaAttentionOptions(NamedTuple):
     path: str
 
 
+class LreaCompressOptions(NamedTuple):
+    """Options of lrea_compress; `path` as in LreaAttentionOptions."""
+
+    max_seqlen: int | None
+    path: str
+
+
 class RefinedAttentionOptions(NamedTuple):
     """Options of refined_attention.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from recattn.triton_kernels.common.ragged import Lengths
 from recattn.triton_kernels.lrea import attention as launches
 from recattn.triton_kernels.lrea import compress, jagged
 from tests.compile_table.compilation import ARCHITECTURES, DTYPES, Compilation, meta, name_of, recorded
@@ -25,6 +26,8 @@ def shipped_configurations() -> Iterator[Compilation]:
         yield from attention(architecture, torch.bfloat16, 64, "split")
     for architecture, dtype in itertools.product(ARCHITECTURES, DTYPES):
         yield from compression(architecture, dtype, rank=32)
+    for architecture in ARCHITECTURES:
+        yield from compression_packed(architecture, torch.float32, rank=32)
 
 
 def attention(architecture: int, dtype: torch.dtype, rank: int, kind: str) -> Iterator[Compilation]:
@@ -50,7 +53,7 @@ def attention(architecture: int, dtype: torch.dtype, rank: int, kind: str) -> It
 
 
 def compression(architecture: int, dtype: torch.dtype, rank: int) -> Iterator[Compilation]:
-    seq_lens, item_ids = meta(USERS, dtype=torch.int64), meta(USERS, LENGTH, dtype=torch.int64)
+    lengths, item_ids = Lengths(seq_lens=meta(USERS, dtype=torch.int64)), meta(USERS, LENGTH, dtype=torch.int64)
     behaviors, w_comp = meta(USERS, LENGTH, WIDTH, dtype=dtype), meta(LENGTH, rank, dtype=dtype)
     dcompressed = meta(USERS, rank, WIDTH, dtype=dtype)
     name = f"{name_of(dtype)} r={rank}"
@@ -58,11 +61,23 @@ def compression(architecture: int, dtype: torch.dtype, rank: int) -> Iterator[Co
         f"{name} {{BLOCK_R}}x{{BLOCK_L}}",
         architecture,
         compress.launch_lrea_compress_fwd,
-        *(behaviors[0], w_comp, seq_lens, item_ids),
+        *(behaviors[0], w_comp, lengths, item_ids, None),
     )
     tile = "{BLOCK_L}x{BLOCK_D}"
-    by_w_comp = (compress.launch_lrea_compress_bwd_w_comp, dcompressed, behaviors, seq_lens, LENGTH)
+    by_w_comp = (compress.launch_lrea_compress_bwd_w_comp, dcompressed, behaviors, lengths, LENGTH, None)
     yield from recorded(f"{name} dW {tile}", architecture, *by_w_comp)
     if dtype == torch.float32:  # in half precision it needs few registers
-        by_behaviors = (compress.launch_lrea_compress_bwd_behaviors, dcompressed, w_comp, seq_lens, LENGTH)
+        by_behaviors = (compress.launch_lrea_compress_bwd_behaviors, dcompressed, w_comp, lengths, LENGTH, None)
         yield from recorded(f"{name} dE {tile}", architecture, *by_behaviors)
+
+
+def compression_packed(architecture: int, dtype: torch.dtype, rank: int) -> Iterator[Compilation]:
+    lengths = Lengths(cu_seqlens=meta(USERS + 1, dtype=torch.int64))
+    behaviors, w_comp = meta(USERS * LENGTH, WIDTH, dtype=dtype), meta(LENGTH, rank, dtype=dtype)
+    dcompressed, name = meta(USERS, rank, WIDTH, dtype=dtype), f"{name_of(dtype)} r={rank} packed"
+    for label, call in {
+        "": (compress.launch_lrea_compress_fwd, behaviors, w_comp, lengths, None, None),
+        " dW": (compress.launch_lrea_compress_bwd_w_comp, dcompressed, behaviors, lengths, LENGTH, None),
+        " dE": (compress.launch_lrea_compress_bwd_behaviors, dcompressed, w_comp, lengths, len(behaviors), None),
+    }.items():
+        yield from recorded(f"{name}{label}", architecture, *call)

@@ -23,6 +23,15 @@ def draw_compress(users=3, length=100, dim=17, rank=8, longest=None, seq_lens=No
     }
 
 
+def pack(inputs: dict) -> dict:
+    """Padded inputs of lrea_compress with the histories, or their item ids, packed."""
+    lengths = inputs["seq_lens"].tolist()
+    name = "item_ids" if "item_ids" in inputs else "behaviors"
+    packed = torch.cat([history[:length] for history, length in zip(inputs[name], lengths, strict=True)])
+    rest = {other: x for other, x in inputs.items() if other != "seq_lens"}
+    return {**rest, name: packed, "cu_seqlens": offsets_of(lengths)}
+
+
 def draw_restored(counts=(3, 0, 1, 63), heads=2, rank=8, dim=16, value_dim=12, length=100, seq_lens=None, **options):
     dtype = options.get("dtype", torch.float32)
     users = len(counts)

@@ -8,7 +8,7 @@ import torch
 
 import recattn
 from tests.helpers import sink_inputs, wasserstein_inputs
-from tests.helpers.lrea_inputs import draw_absorbed, draw_compress, draw_restored
+from tests.helpers.lrea_inputs import draw_absorbed, draw_compress, draw_restored, pack
 
 NO_OPTIONS: dict = {}
 
@@ -60,6 +60,10 @@ def draw_items() -> dict:
     return history | {"behaviors": torch.randn(9, 4), "item_ids": torch.randint(9, (3, 7))}
 
 
+def draw_packed_history() -> dict:
+    return pack(draw_history())
+
+
 def draw_targets() -> dict:
     return draw_restored(counts=(3, 2, 4), rank=3, dim=4, value_dim=5, length=7, seq_lens=[7, 0, 4])
 
@@ -105,6 +109,7 @@ CASES = {
     "compress": compress(),
     "compress reference": compress(REFERENCE),
     "compress triton": compress(TRITON),
+    "compress packed": Case(recattn.lrea_compress, draw_packed_history, {"num_tokens": 11}),
     "items": items(),
     "items gradient": items(gradient="behaviors"),
     "items triton": items(TRITON),

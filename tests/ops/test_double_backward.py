@@ -15,6 +15,7 @@ import recattn
 from recattn import reference
 from recattn.testing import assert_matches_reference
 from tests.helpers import sink_inputs, wasserstein_inputs
+from tests.helpers.lrea_inputs import pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -103,6 +104,7 @@ CALLS = {
     "wasserstein weights": (WASSERSTEIN, functools.partial(draw_wasserstein, "weights", causal=False)),
     "bias": (BIAS, functools.partial(draw_bias, sink_mask=torch.arange(5) < torch.tensor([[5], [3]]), causal=True)),
     "compress": (COMPRESS, draw_compress),
+    "compress packed": (COMPRESS, lambda: pack(draw_compress())),
     "lrea": (LREA, draw_lrea),
     "lrea padded": (LREA, functools.partial(draw_lrea, seq_lens=torch.tensor([6, 3]))),
 }

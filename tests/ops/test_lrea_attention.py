@@ -19,10 +19,12 @@ from tests.helpers.lrea_inputs import (
     RESTORED_GRADS,
     assert_close_float64,
     assert_compiles,
+    by_item_id,
     compiled_kernels,
     draw_absorbed,
     draw_compress,
     draw_restored,
+    pack,
     strided,
 )
 from tests.helpers.memory import LargestTensor
@@ -66,10 +68,51 @@ def test_compress(length, dtype):
 
 
 @compiled_kernels
-def test_compress_of_many_users():
+@pytest.mark.parametrize("packed", [False, True])
+def test_compress_of_many_users(packed):
     """More users than groups of dW, of which some are empty."""
     inputs = draw_compress(users=40, length=30, seq_lens=[30, 3, 0, 29, 0, 1, 30, 0] * 5)
+    inputs = pack(inputs) if packed else inputs
     assert_matches_reference(recattn.lrea_compress, reference.lrea_compress, inputs, grads=["behaviors", "w_comp"])
+
+
+@compiled_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[129, 0, 63, 1], [100, 64, 200]])
+def test_compress_packed_and_nested_is_that_of_padded(lengths, dtype):
+    padded = draw_compress(len(lengths), 200, longest=210, seq_lens=lengths, dtype=dtype)
+    packed = pack(padded)
+    w_comp, offsets = padded["w_comp"].requires_grad_(), packed["cu_seqlens"]
+    dout = torch.randn(len(lengths), 8, 17, dtype=dtype)
+
+    def run(behaviors, gradients_of, **options):
+        out = recattn.lrea_compress(behaviors, w_comp, **options)
+        return out, *torch.autograd.grad(out, (gradients_of, w_comp), dout)
+
+    leaf = packed["behaviors"].requires_grad_()
+    values = leaf.detach().requires_grad_()
+    nested = torch.nested.nested_tensor_from_jagged(values, offsets)
+    behaviors = padded["behaviors"].requires_grad_()
+    expected, dbehaviors, dw_comp = run(behaviors, behaviors, seq_lens=padded["seq_lens"])
+    dbehaviors = pack({"behaviors": dbehaviors, "seq_lens": padded["seq_lens"]})["behaviors"]
+    for results in (
+        run(leaf, leaf, cu_seqlens=offsets),
+        run(leaf, leaf, cu_seqlens=offsets.int(), max_seqlen=200),
+        run(nested, values),
+    ):
+        assert all(map(torch.equal, results, (expected, dbehaviors, dw_comp)))
+    assert_matches_reference(compress_cpu, reference.lrea_compress, pack(padded), grads=["behaviors", "w_comp"])
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=compiled_kernels)])
+def test_compress_packed_item_ids(impl):
+    padded = by_item_id(draw_compress(seq_lens=[100, 0, 63]), "behaviors")
+    packed = pack(padded)
+    expected = recattn.lrea_compress(**padded, impl="reference")
+    nested = torch.nested.nested_tensor_from_jagged(packed["item_ids"], packed["cu_seqlens"])
+    given = recattn.lrea_compress(**packed, impl=impl)
+    torch.testing.assert_close(given, expected)
+    assert given.equal(recattn.lrea_compress(packed["behaviors"], packed["w_comp"], item_ids=nested, impl=impl))
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=compiled_kernels)])
@@ -324,10 +367,15 @@ def test_opcheck_compiled_kernels(dtype):
     torch.library.opcheck(op, [*views, 0.01, None, None, None])
     for seq_lens in (None, [100, 0, 7]):
         inputs = draw_compress(seq_lens=seq_lens, dtype=dtype)
-        torch.library.opcheck(torch.ops.recattn.lrea_compress.default, [*inputs.values(), None])
+        arguments = [*inputs.values(), None]
+        torch.library.opcheck(torch.ops.recattn.lrea_compress.default, [*arguments, None])
         gradient = torch.randn(3, 8, 17, dtype=dtype)
         for wanted in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(torch.ops.recattn.lrea_compress_bwd.default, [gradient, *inputs.values(), *wanted])
+            torch.library.opcheck(torch.ops.recattn.lrea_compress_bwd.default, [gradient, *arguments, *wanted])
+    inputs = pack(inputs)
+    arguments = [inputs["behaviors"], inputs["w_comp"], None, inputs["cu_seqlens"]]
+    torch.library.opcheck(torch.ops.recattn.lrea_compress.default, [*arguments, None])
+    torch.library.opcheck(torch.ops.recattn.lrea_compress_bwd.default, [gradient, *arguments, True, True])
 
 
 def test_restored_compiles():
@@ -352,6 +400,18 @@ def test_compress_compiles():
         draw_compress(users, length, seq_lens=[length // 2] * users) for users, length in ((2, 20), (3, 63), (5, 30))
     ]
     assert_compiles(recattn.lrea_compress, draws, ["behaviors", "w_comp"])
+    assert_compiles(recattn.lrea_compress, map(pack, draws), ["behaviors", "w_comp"])
+
+
+def test_compress_compiles_with_nested_histories():
+    draws = [pack(draw_compress(seq_lens=lengths)) for lengths in ([3, 0, 100], [50, 20, 7])]
+    compiled = torch.compile(recattn.lrea_compress, fullgraph=True, dynamic=True, backend="aot_eager")
+    for inputs in draws:
+        w_comp = inputs["w_comp"].requires_grad_()
+        nested = torch.nested.nested_tensor_from_jagged(inputs["behaviors"], inputs["cu_seqlens"])
+        out, expected = compiled(nested, w_comp), recattn.lrea_compress(**inputs)
+        gradients = (torch.autograd.grad(x.square().sum(), w_comp)[0] for x in (out, expected))
+        assert out.equal(expected) and torch.equal(*gradients)
 
 
 @compiled_kernels

@@ -15,11 +15,12 @@ from tests.helpers.lrea_inputs import (
     draw_absorbed,
     draw_compress,
     draw_restored,
+    pack,
 )
 
 
 def indices(*values: int) -> Tensor:
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
@@ -173,6 +174,29 @@ def test_quantize_refuses():
 )
 def test_compress_refuses(impl, name, value, message):
     assert_refuses(recattn.lrea_compress, {**draw_compress(), "impl": impl}, name, value, message)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=compiled_kernels)])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("behaviors", torch.randn(1, 140, 17), "behaviors must be [T, d] = [T, d], got [1, 140, 17]"),
+        ("seq_lens", indices(1, 2, 3), "seq_lens must be None beside cu_seqlens (packed sequences have no padding)"),
+        ("cu_seqlens", indices(0, 100, 90, 140), "cu_seqlens must be ascending, got 90 at index [2]"),
+        ("cu_seqlens", indices(0, 139), "cu_seqlens must be offsets from 0 to 140, got offsets from 0 to 139"),
+        ("cu_seqlens", indices(), "cu_seqlens must be [U + 1], got no offset"),
+        (
+            "cu_seqlens",
+            indices(0, 1, 140),
+            "cu_seqlens must have at most Lmax of w_comp behaviours per user, got 139 at index [1] and Lmax = 100",
+        ),
+        ("max_seqlen", -1, "max_seqlen must be an integer of at least 0, got -1"),
+        ("cu_seqlens", None, "max_seqlen must be None but with cu_seqlens, got 100"),
+    ],
+)
+def test_compress_refuses_packed(impl, name, value, message):
+    inputs = {**pack(draw_compress(seq_lens=[100, 40, 0])), "max_seqlen": 100, "impl": impl}
+    assert_refuses(recattn.lrea_compress, inputs, name, value, message)
 
 
 @pytest.mark.parametrize(

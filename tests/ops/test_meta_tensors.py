@@ -8,7 +8,7 @@ import recattn
 from recattn._extension import MISSING
 from tests.helpers.operator_cases import CASES
 
-NAMES = ["sink", "sink dropout", "packed", "refined", "gaussian", "compress", "items"]
+NAMES = ["sink", "sink dropout", "packed", "refined", "gaussian", "compress", "compress packed", "items"]
 NAMES += ["restored", "absorb", "absorbed", "by item"]
 
 

@@ -106,6 +106,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
     matrices = {"w_q": leaf(2, 2), "w_k": leaf(2, 2)}
 
     histories = {"behaviors": leaf(B, 3, 16), "w_comp": leaf(3, 16)}
+    packed_histories = {"behaviors": leaf(2 * B, 16), "w_comp": leaf(3, 16), "cu_seqlens": offsets}
     table = {"behaviors": torch.ones(5, 16), "w_comp": torch.ones(3, 16), "item_ids": torch.zeros(B, 3, **integers)}
     states = {name: leaf(B, 2, 16, 16) for name in ("keys", "values")}
     targets = {"targets": leaf(2 * B, 2, 16), **states, "w_decomp": leaf(16, 3), "target_offsets": offsets}
@@ -137,6 +138,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
         ),
         "wasserstein_attention, refined": lambda: train(wasserstein_attention, gaussians | matrices),
         "lrea_compress": lambda: train(lrea_compress, histories, seq_lens=lengths),
+        "lrea_compress, packed": lambda: train(lrea_compress, packed_histories),
         "lrea_compress by item id": lambda: lrea_compress(**table),
         "lrea_attention": lambda: train(lrea_attention, targets),
         "lrea_attention of ragged histories": lambda: train(lrea_attention, targets, seq_lens=lengths),

@@ -11,12 +11,21 @@ from torch import Tensor
 
 import recattn
 from recattn import reference
+from recattn._options import LreaCompressOptions
 from recattn.functional import validation
 from recattn.ops import lrea_attention as ops
 from recattn.ops.lrea_attention import triton as by_triton
 from recattn.testing import assert_matches_reference
 from tests.helpers.interpreted import DEVICE, DTYPES, with_dtypes
-from tests.helpers.lrea_inputs import RESTORED_GRADS, assert_compiles, draw_compress, draw_restored, strided
+from tests.helpers.lrea_inputs import (
+    RESTORED_GRADS,
+    assert_compiles,
+    by_item_id,
+    draw_compress,
+    draw_restored,
+    pack,
+    strided,
+)
 from tests.helpers.memory import LargestTensor
 from tests.helpers.strategies import ragged_lengths, seeds
 
@@ -185,6 +194,35 @@ def test_compress_of_any_width(dim, rank, dtype):
 @pytest.mark.parametrize("lengths, dtype", with_dtypes([None, [200, 70, 0, 131]]), ids=str)
 def test_compress_in_shares(lengths, dtype, splits):
     check_compress(draw_compress(users=4, length=200, seq_lens=lengths, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths, max_seqlen", [([129, 0, 63, 1], None), ([100, 64, 17], 100)])
+def test_compress_packed(lengths, max_seqlen, dtype):
+    inputs = pack(draw_compress(len(lengths), 129, longest=150, seq_lens=lengths, dtype=dtype))
+    kernel = functools.partial(compress, max_seqlen=max_seqlen)
+    assert_matches_reference(kernel, reference.lrea_compress, here(inputs), grads=COMPRESS_GRADS)
+
+
+def test_compress_packed_in_shares(splits):
+    padded = draw_compress(3, 200, seq_lens=[200, 0, 131])
+    check_compress(pack(padded | {"behaviors": strided(padded["behaviors"])}))
+    check_compress(pack(by_item_id(padded, "behaviors")), grads=[])
+
+
+def test_compress_packed_reads_nothing_out_of_bounds():
+    """On a GPU nobody checks the offsets: lengths stay below max_seqlen and Lmax, and rows below T."""
+    inputs = here(pack(draw_compress(2, 70, longest=65, seq_lens=[70, 40])))
+    behaviors, w_comp = (x.requires_grad_() for x in (inputs["behaviors"], inputs["w_comp"]))
+    offsets = torch.tensor([-3, 70, 300], device=DEVICE)
+    for max_seqlen, rows in ((None, (65, 40)), (50, (50, 40))):
+        options = LreaCompressOptions(max_seqlen, "triton")
+        out = ops.LreaCompressFunction.apply(behaviors, w_comp, None, offsets, options)
+        read = zip((0, 70), rows, strict=True)
+        expected = torch.stack([w_comp[:n].T @ behaviors[first : first + n] for first, n in read])
+        gradients = [torch.autograd.grad(x.sum(), w_comp)[0] for x in (out, expected)]
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -360,13 +398,21 @@ def test_opcheck_compress(lengths):
     behaviors, w_comp, seq_lens = inputs.values()
     ids = torch.randint(3, (3, 20), device=DEVICE)
     dcompressed = torch.randn(3, 8, 17, device=DEVICE)
+    fwd, bwd_behaviors, bwd_w_comp = (
+        getattr(torch.ops.recattn, f"lrea_compress_{name}").default for name in ("fwd", "bwd_behaviors", "bwd_w_comp")
+    )
+    packed, cu_seqlens = behaviors.flatten(0, 1), torch.tensor([0, 25, 40, 60], device=DEVICE)
     for op, arguments in (
-        (torch.ops.recattn.lrea_compress_fwd.default, (behaviors, w_comp, seq_lens, None)),
-        (torch.ops.recattn.lrea_compress_fwd.default, (behaviors[:, 0], w_comp, seq_lens, ids)),
-        (torch.ops.recattn.lrea_compress_bwd_behaviors.default, (dcompressed, w_comp, seq_lens, 20)),
-        (torch.ops.recattn.lrea_compress_bwd_w_comp.default, (dcompressed, behaviors, seq_lens, 20)),
-        (torch.ops.recattn.lrea_compress_bwd_w_comp.default, (dcompressed, behaviors, seq_lens, 30)),
-    ):
+        (fwd, (behaviors, w_comp, seq_lens, None, None, None)),
+        (fwd, (behaviors[:, 0], w_comp, seq_lens, None, ids, None)),
+        (bwd_behaviors, (dcompressed, w_comp, seq_lens, None, 20, None)),
+        (bwd_w_comp, (dcompressed, behaviors, seq_lens, None, 20, None)),
+        (bwd_w_comp, (dcompressed, behaviors, seq_lens, None, 30, None)),
+        (fwd, (packed, w_comp, None, cu_seqlens, None, 25)),
+        (fwd, (packed, w_comp, None, cu_seqlens, ids.flatten(), None)),
+        (bwd_behaviors, (dcompressed, w_comp, None, cu_seqlens, 60, None)),
+        (bwd_w_comp, (dcompressed, packed, None, cu_seqlens, 30, 25)),
+    )[: None if lengths else 5]:
         torch.library.opcheck(op, arguments)
 
 

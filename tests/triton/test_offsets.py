@@ -18,6 +18,7 @@ from recattn._options import (
     WassersteinAttentionOptions,
 )
 from recattn.triton_kernels.common import launch
+from recattn.triton_kernels.common.ragged import NO_LENGTHS
 from recattn.triton_kernels.inter_sink_bias import launch_inter_sink_bias_bwd, launch_inter_sink_bias_fwd
 from recattn.triton_kernels.lrea import compress
 from recattn.triton_kernels.lrea.attention import launch_lrea_attention_bwd, launch_lrea_attention_fwd
@@ -287,9 +288,9 @@ def test_lrea_compress(layout, monkeypatch):
 
     def operator(behaviors, dcompressed) -> dict[str, Tensor]:
         return {
-            "compressed": compress.launch_lrea_compress_fwd(behaviors, w_comp, None, None),
-            "dbehaviors": compress.launch_lrea_compress_bwd_behaviors(dcompressed, w_comp, None, N),
-            "dw_comp": compress.launch_lrea_compress_bwd_w_comp(dcompressed, behaviors, None, N),
+            "compressed": compress.launch_lrea_compress_fwd(behaviors, w_comp, NO_LENGTHS, None, None),
+            "dbehaviors": compress.launch_lrea_compress_bwd_behaviors(dcompressed, w_comp, NO_LENGTHS, N, None),
+            "dw_comp": compress.launch_lrea_compress_bwd_w_comp(dcompressed, behaviors, NO_LENGTHS, N, None),
         }
 
     behaviors, dcompressed = draw(layout, torch.float32), draw("bhnd", torch.float32)
@@ -298,7 +299,7 @@ def test_lrea_compress(layout, monkeypatch):
 
 def compress_items(table, item_ids) -> dict[str, Tensor]:
     w_comp = torch.linspace(-1, 1, N * 8, dtype=table.dtype).view(N, 8)
-    return {"compressed": compress.launch_lrea_compress_fwd(table, w_comp, None, item_ids)}
+    return {"compressed": compress.launch_lrea_compress_fwd(table, w_comp, NO_LENGTHS, item_ids, None)}
 
 
 def test_lrea_compress_by_item_ids():

@@ -6,19 +6,33 @@ import triton.language as tl
 from torch import Tensor
 
 from recattn.triton_kernels.common.launch import TileConfig, cdiv, host_block_width, launch, num_splits, reduce_splits
-from recattn.triton_kernels.common.ragged import locate_padded_sequence
+from recattn.triton_kernels.common.ragged import Lengths, locate_sequence
 from recattn.triton_kernels.common.tiles import load_rows, offset, store_rows
 
 
+@triton.jit
+def locate_history(user, L, num_rows, lengths):
+    """A user's behaviours: (the first, their number), clamped so that no row of W or E is read out of bounds.
+
+    The first counts on the axis of L or, packed, of the num_rows behaviours of all users.
+    """
+    start, length, _ = locate_sequence(user, L, lengths)
+    if lengths.cu_seqlens is not None:
+        start = tl.maximum(start, 0)
+        length = tl.minimum(length, num_rows - start)
+    return start, tl.minimum(length, L)
+
+
 # A new batch must not compile anew.
-@triton.jit(do_not_specialize=["L", "num_items"])
+@triton.jit(do_not_specialize=["L", "num_rows", "num_items"])
 def lrea_compress_fwd_kernel(
     w_comp,
     behaviors,
-    seq_lens,
+    lengths,
     item_ids,
     out,
     L,
+    num_rows,
     num_items,
     stride_wl,
     stride_wr,
@@ -40,26 +54,29 @@ def lrea_compress_fwd_kernel(
         acc += Wᵀ E                                                       [BLOCK_R, BLOCK_D]
     out[split] = acc
 
-    A user's behaviours are the first seq_lens[u] of L. With item_ids the row of E is item_ids[u, l], and zeros where
-    that is not below num_items.
+    A user's behaviours are the first seq_lens[u] of L, or rows cu_seqlens[u] .. cu_seqlens[u + 1] of num_rows. With
+    item_ids the row of E is the behaviour's item id, and zeros where that is not below num_items.
     """
     user = tl.program_id(0).to(tl.int64)
     first_rank = tl.program_id(1) // tl.cdiv(WIDTH, BLOCK_D) * BLOCK_R
     first_column = tl.program_id(1) % tl.cdiv(WIDTH, BLOCK_D) * BLOCK_D
-    _, length, _ = locate_padded_sequence(user, L, seq_lens, None, False)
-    length = tl.minimum(length, L)
+    history, length = locate_history(user, L, num_rows, lengths)
     split_size = tl.cdiv(tl.cdiv(length, BLOCK_L), tl.num_programs(2)) * BLOCK_L
     start = tl.program_id(2) * split_size
     stop = tl.minimum(start + split_size, length)
     w_base = w_comp + offset(first_rank, stride_wr)
     e_base = behaviors + user * stride_eu + offset(first_column, stride_ed)
+    if item_ids is None:
+        e_base += history * stride_el
+    else:
+        item_ids += user * stride_iu + history * stride_il
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for first in range(start, stop, BLOCK_L):
         rows = first + tl.arange(0, BLOCK_L)
         valid = rows < stop
         w_tile = load_rows(w_base, rows, valid, stride_wl, stride_wr, RANK - first_rank, BLOCK_R)  # [BL, BR]
         if item_ids is not None:
-            rows = tl.load(item_ids + user * stride_iu + offset(rows, stride_il), mask=valid, other=-1)
+            rows = tl.load(item_ids + offset(rows, stride_il), mask=valid, other=-1)
             valid = (rows >= 0) & (rows < num_items)
         e_tile = load_rows(e_base, rows, valid, stride_el, stride_ed, WIDTH - first_column, BLOCK_D)  # [BL, BD]
         acc = tl.dot(tl.trans(w_tile), e_tile, acc, input_precision="ieee")
@@ -69,13 +86,14 @@ def lrea_compress_fwd_kernel(
     store_rows(out_base, acc, ranks, ranks < RANK - first_rank, WIDTH, 1, WIDTH - first_column, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "num_rows"])
 def lrea_compress_bwd_behaviors_kernel(
     dcompressed,
     w_comp,
-    seq_lens,
+    lengths,
     dbehaviors,
     L,
+    num_rows,
     rank,
     stride_w,
     WIDTH: tl.constexpr,
@@ -83,7 +101,7 @@ def lrea_compress_bwd_behaviors_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_L behaviours of a user, BLOCK_D columns of dE = W dC; zeros at padding.
+    """One program: BLOCK_L of the up to L behaviours of a user, BLOCK_D columns of dE = W dC; zeros at padding.
 
     for each BLOCK_R ranks:
         acc += W tile [BLOCK_L, BLOCK_R] @ dC tile [BLOCK_R, BLOCK_D]     [BLOCK_L, BLOCK_D]
@@ -93,28 +111,32 @@ def lrea_compress_bwd_behaviors_kernel(
     user = (tl.program_id(0) // blocks).to(tl.int64)
     rows = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     first_column = tl.program_id(1) * BLOCK_D
-    _, length, _ = locate_padded_sequence(user, L, seq_lens, None, False)
+    history, length = locate_history(user, L, num_rows, lengths)
     base = dcompressed + user * rank * WIDTH + first_column
     acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     # rank is no constant: the compiler would unroll the loop and need too many registers.
-    for first_rank in range(0, rank, BLOCK_R):
+    for first_rank in range(0, tl.where(tl.program_id(0) % blocks * BLOCK_L < length, rank, 0), BLOCK_R):
         ranks = first_rank + tl.arange(0, BLOCK_R)
-        w_tile = load_rows(w_comp + first_rank, rows, rows < L, stride_w, 1, rank - first_rank, BLOCK_R)  # [BL, R]
+        w_tile = load_rows(w_comp + first_rank, rows, rows < length, stride_w, 1, rank - first_rank, BLOCK_R)  # [BL, R]
         d_tile = load_rows(base, ranks, ranks < rank, WIDTH, 1, WIDTH - first_column, BLOCK_D)  # [R, BD]
         acc = tl.dot(w_tile, d_tile, acc, input_precision="ieee")
-    gradient = tl.where((rows < length)[:, None], acc, 0.0)
-    out_base = dbehaviors + user * L * WIDTH + first_column
-    store_rows(out_base, gradient, rows, rows < L, WIDTH, 1, WIDTH - first_column, BLOCK_D)
+    if lengths.cu_seqlens is not None:
+        out_base, stored = dbehaviors + history * WIDTH, rows < length
+    else:
+        acc = tl.where((rows < length)[:, None], acc, 0.0)
+        out_base, stored = dbehaviors + user * L * WIDTH, rows < L
+    store_rows(out_base + first_column, acc, rows, stored, WIDTH, 1, WIDTH - first_column, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_users", "L", "Lmax"])
+@triton.jit(do_not_specialize=["num_users", "L", "num_rows", "Lmax"])
 def lrea_compress_bwd_w_comp_kernel(
     dcompressed,
     behaviors,
-    seq_lens,
+    lengths,
     dw,
     num_users,
     L,
+    num_rows,
     Lmax,
     stride_eu,
     stride_el,
@@ -141,9 +163,9 @@ def lrea_compress_bwd_w_comp_kernel(
     for step in range(first_user * STEPS, stop_user * STEPS):
         user = tl.full((), 0, tl.int64) + step // STEPS
         first_column = step % STEPS * BLOCK_D
-        _, length, _ = locate_padded_sequence(user, L, seq_lens, None, False)
-        valid = rows < tl.minimum(length, L)
-        base = behaviors + user * stride_eu + offset(first_column, stride_ed)
+        history, length = locate_history(user, L, num_rows, lengths)
+        valid = rows < length
+        base = behaviors + user * stride_eu + history * stride_el + offset(first_column, stride_ed)
         e_tile = load_rows(base, rows, valid, stride_el, stride_ed, WIDTH - first_column, BLOCK_D)  # [BL, BD]
         d_base = dcompressed + user * RANK * WIDTH + first_column
         d_tile = load_rows(d_base, ranks, ranks < RANK, WIDTH, 1, WIDTH - first_column, BLOCK_D)  # [R, BD]
@@ -155,30 +177,33 @@ def lrea_compress_bwd_w_comp_kernel(
 
 
 def launch_lrea_compress_fwd(
-    behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None
+    behaviors: Tensor, w_comp: Tensor, lengths: Lengths, item_ids: Tensor | None, max_seqlen: int | None
 ) -> Tensor:
-    """[U, r, d] in behaviors' dtype; behaviors [U, L, d], or a table [I, d] of which item_ids [U, L] are the rows."""
+    """[U, r, d] in behaviors' dtype; behaviors [U, L, d], or packed [T, d], or a table [I, d] with the rows item_ids.
+
+    item_ids are [U, L], or packed [T].
+    """
+    width, (longest, rank) = behaviors.shape[-1], w_comp.shape
     if item_ids is None:
-        users, length, width = behaviors.shape
-        stride_eu, stride_el, stride_ed = behaviors.stride()
+        users, longest, num_rows = _bounds(behaviors.shape[:-1], lengths, longest, max_seqlen)
         num_items, stride_iu, stride_il = 0, 0, 0
     else:
-        (users, length), (num_items, width) = item_ids.shape, behaviors.shape
-        stride_eu, (stride_el, stride_ed) = 0, behaviors.stride()
-        stride_iu, stride_il = item_ids.stride()
-    rank = w_comp.shape[1]
+        users, longest, num_rows = _bounds(item_ids.shape, lengths, longest, max_seqlen)
+        num_items, (stride_iu, stride_il) = behaviors.shape[0], (0, *item_ids.stride())[-2:]
     block_l = 32 if behaviors.dtype == torch.float32 else 64
     tile = TileConfig(min(host_block_width(rank), 64), min(host_block_width(width), 64), num_warps=4, num_stages=3)
     tiles = cdiv(rank, tile.block_m) * cdiv(width, tile.block_n)
-    splits = num_splits(users * tiles, cdiv(length, block_l))
+    splits = num_splits(users * tiles, cdiv(longest, block_l))
     out = behaviors.new_empty(splits, users, rank, width, dtype=None if splits == 1 else torch.float32)
     if out.numel() == 0:
         return out[0]
     launch(
         lrea_compress_fwd_kernel,
         (users, tiles, splits),
-        *(w_comp, behaviors, seq_lens, item_ids, out),
-        *(length, num_items, *w_comp.stride(), stride_eu, stride_el, stride_ed, stride_iu, stride_il),
+        *(w_comp, behaviors, lengths, item_ids, out),
+        *(longest, num_rows, num_items, *w_comp.stride()),
+        *((0, *behaviors.stride())[-3:]),
+        *(stride_iu, stride_il),
         RANK=rank,
         WIDTH=width,
         BLOCK_L=block_l,
@@ -190,20 +215,25 @@ def launch_lrea_compress_fwd(
 
 
 def launch_lrea_compress_bwd_behaviors(
-    dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int
+    dcompressed: Tensor, w_comp: Tensor, lengths: Lengths, num_rows: int, max_seqlen: int | None
 ) -> Tensor:
-    """dE [U, L, d] in dcompressed's dtype; dcompressed [U, r, d] and w_comp [Lmax, r] are contiguous."""
+    """dE [U, num_rows, d], or packed [num_rows, d], in dcompressed's dtype; dcompressed [U, r, d] and w_comp [Lmax, r]
+    are contiguous."""
     users, rank, width = dcompressed.shape
     tile = TileConfig(64, min(host_block_width(width), 64), num_warps=4, num_stages=2)
-    dbehaviors = dcompressed.new_empty(users, length, width)
-    grid = (users * cdiv(length, tile.block_m), cdiv(width, tile.block_n))
+    if lengths.cu_seqlens is None:
+        longest, dbehaviors = num_rows, dcompressed.new_empty(users, num_rows, width)
+    else:
+        longest = _longest(num_rows, w_comp.shape[0], max_seqlen)
+        dbehaviors = dcompressed.new_empty(num_rows, width)
+    grid = (users * cdiv(longest, tile.block_m), cdiv(width, tile.block_n))
     if 0 in grid:
         return dbehaviors
     launch(
         lrea_compress_bwd_behaviors_kernel,
         grid,
-        *(dcompressed, w_comp, seq_lens, dbehaviors),
-        *(length, rank, w_comp.stride(0)),
+        *(dcompressed, w_comp, lengths, dbehaviors),
+        *(longest, num_rows, rank, w_comp.stride(0)),
         WIDTH=width,
         BLOCK_L=tile.block_m,
         BLOCK_R=min(host_block_width(rank), 32),
@@ -214,10 +244,11 @@ def launch_lrea_compress_bwd_behaviors(
 
 
 def launch_lrea_compress_bwd_w_comp(
-    dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, longest: int
+    dcompressed: Tensor, behaviors: Tensor, lengths: Lengths, longest: int, max_seqlen: int | None
 ) -> Tensor:
     """dW [longest, r] in behaviors' dtype, zeros behind the behaviours; dcompressed [U, r, d] is contiguous."""
-    (users, rank, width), length = dcompressed.shape, behaviors.shape[1]
+    users, rank, width = dcompressed.shape
+    _, length, num_rows = _bounds(behaviors.shape[:-1], lengths, longest, max_seqlen)
     block_l = 32 if behaviors.dtype == torch.float32 and rank > 128 else 64
     tile = TileConfig(block_l, min(host_block_width(width), 64), num_warps=4, num_stages=3)
     blocks = cdiv(longest, tile.block_m)
@@ -228,8 +259,8 @@ def launch_lrea_compress_bwd_w_comp(
     launch(
         lrea_compress_bwd_w_comp_kernel,
         (blocks, splits),
-        *(dcompressed, behaviors, seq_lens, dw),
-        *(users, length, longest, *behaviors.stride()),
+        *(dcompressed, behaviors, lengths, dw),
+        *(users, length, num_rows, longest, *(0, *behaviors.stride())[-3:]),
         RANK=rank,
         WIDTH=width,
         BLOCK_L=tile.block_m,
@@ -238,3 +269,16 @@ def launch_lrea_compress_bwd_w_comp(
         **tile.launch_options,
     )
     return reduce_splits(dw, behaviors.dtype)
+
+
+def _bounds(histories: torch.Size, lengths: Lengths, Lmax: int, max_seqlen: int | None) -> tuple[int, int, int]:
+    """Of histories [U, L], or packed [T]: users, the most behaviours that one has, and L or T."""
+    num_rows = histories[-1]
+    if lengths.cu_seqlens is None:
+        return histories[0], num_rows, num_rows
+    return lengths.cu_seqlens.shape[0] - 1, _longest(num_rows, Lmax, max_seqlen), num_rows
+
+
+def _longest(num_rows: int, Lmax: int, max_seqlen: int | None) -> int:
+    """The most behaviours that a packed history can have. It bounds the grids: U · T would be quadratic."""
+    return min(num_rows, Lmax, Lmax if max_seqlen is None else max_seqlen)

@@ -221,10 +221,15 @@ def lrea_compress_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
         table = {"behaviors": _normal(200, 32, dtype=dtype), **weights(dtype, 101, 16)}
         return {**table, "item_ids": item_ids, "seq_lens": lengths}
 
+    def packed(dtype) -> Inputs:
+        tensors = {"behaviors": _normal(141, 32, dtype=dtype), **weights(dtype, 101, 16)}
+        return {**tensors, "cu_seqlens": torch.tensor([0, 101, 101, 141])}
+
     grads = ("behaviors", "w_comp")
     return [
         Case("odd", lambda dtype: draw(dtype, 3, 101, 17, 5), grads),
         Case("ragged", lambda dtype: draw(dtype, 3, 101, 32, 16, torch.tensor([101, 0, 40])), grads),
+        Case("packed", packed, grads),
         Case("by item id", by_item),
         Case(REAL, lambda dtype: draw(dtype, 16, 1024, 64, 32, torch.randint(1025, (16,))), grads),
     ]

@@ -5,10 +5,10 @@ from recattn.functional.lrea_attention import (
     lrea_absorb,
     lrea_absorbed_attention,
     lrea_attention,
-    lrea_compress,
     lrea_nonnegativity_loss,
     lrea_quantize,
 )
+from recattn.functional.lrea_compress import lrea_compress
 from recattn.functional.refined_attention import refined_attention
 from recattn.functional.sink_attention import sink_attention
 from recattn.functional.validation import validate

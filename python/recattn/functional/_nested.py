@@ -39,6 +39,7 @@ def accepts_nested(
 
     def decorate(function: _Function) -> _Function:
         parameters = tuple(inspect.signature(function).parameters)
+        position = parameters.index(names[0])
 
         def call(args: tuple, kwargs: dict[str, Any]) -> Any:
             try:
@@ -48,7 +49,7 @@ def accepts_nested(
 
         @functools.wraps(function)
         def of_nested(*args, **kwargs):
-            first = args[0] if args else kwargs.get(names[0])
+            first = args[position] if len(args) > position else kwargs.get(names[0])
             if not (isinstance(first, Tensor) and first.is_nested):
                 return call(args, kwargs)
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}

@@ -10,21 +10,13 @@ from recattn import reference
 from recattn._dispatch import select
 from recattn._options import LreaAttentionOptions
 from recattn._typing import LreaAbsorbedImpl, LreaImpl, Orientation
+from recattn.functional.lrea_compress import add_lack_of_gradient, path_of
 from recattn.functional.validation import Indices, checked_indices, values_are_checked
 from recattn.ops import lrea_attention as ops
 from recattn.ops._library import apply, distinct
 
 INT8_MAX = 127
-# The tensors of a call; what does not fit is checked by a `_validate_...`, which says why.
-_HISTORIES = check.Layouts(
-    behaviors=(check.FLOATING, "U L d"), w_comp=(check.SAME, "Lmax r"), seq_lens=(check.INTEGER, "U?")
-)
-_ITEMS = check.Layouts(
-    behaviors=(check.FLOATING, "I d"),
-    item_ids=(check.INTEGER, "U L"),
-    w_comp=(check.SAME, "Lmax r"),
-    seq_lens=(check.INTEGER, "U?"),
-)
+# The tensors of a call; what does not fit is checked by `_validate_attention`, which says why.
 _RESTORED = check.Layouts(
     targets=(check.FLOATING, "T H d"),
     keys=(check.SAME, "U H r d"),
@@ -33,67 +25,6 @@ _RESTORED = check.Layouts(
     target_offsets=(check.INTEGER, "U+1"),
     seq_lens=(check.INTEGER, "U?"),
 )
-
-
-def lrea_compress(
-    behaviors: Tensor,
-    w_comp: Tensor,
-    seq_lens: Tensor | None = None,
-    *,
-    item_ids: Tensor | None = None,
-    impl: LreaImpl | None = None,
-) -> Tensor:
-    """Compress a history of L behaviours to r rows:
-
-        C_u = W_compᵀ E_u        over the first seq_lens[u] behaviours of user u
-
-    With `item_ids`, behaviour l of user u is row item_ids[u, l] of an embedding table. The table is read in place.
-
-    Source: LREA (arXiv 2503.02542), whose reviews confirm this step. How it treats padding is our reading: padding is
-    left out of the sum.
-
-    Args:
-        behaviors: E [U, L, d], float64, float32, bfloat16 or float16; with `item_ids` a table [I, d].
-        w_comp: [Lmax, r], Lmax ≥ L, behaviors' dtype; its first L rows are used.
-        seq_lens: [U] integer, the number of behaviours of each user; the rest is padding.
-        item_ids: [U, L] integer, rows of the table; padding may hold any number.
-        impl: None chooses; "cpu" (compiled), "triton" or "reference" selects. The kernels have no gradient with
-            `item_ids`, so None takes the reference where a gradient is needed.
-
-    Returns:
-        [U, r, d] in behaviors' dtype, differentiable. Sums are float32 inside (float64 for float64). The kernels read
-        each behaviour once. The backward of impl="cpu" allocates dE and for dW_comp up to 16 partial sums of its size.
-
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, in its time and
-        memory.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit; on a CPU also lengths or item ids out of range. On a GPU the
-            kernels read an item id out of range as zeros and clamp lengths to 0 .. L; `recattn.validate`, or
-            RECATTN_CHECK=1, reports them.
-        NotImplementedError: the selected `impl` does not support the call.
-    """
-    if not _compress_fits(behaviors, w_comp, item_ids, seq_lens):
-        _validate_compress(behaviors, w_comp, item_ids, seq_lens)
-    reasons = ops.unsupported_reasons(behaviors.device.type, "lrea_compress", behaviors.dtype, w_comp.shape[1])
-    if item_ids is not None:
-        reasons = _add_lack_of_gradient(reasons, behaviors, w_comp)
-    path = _path_of(impl)
-    chosen = select("lrea_compress", impl, reasons)
-    if chosen != "cpu":  # the C++ operator checks what it reads
-        indices = checked_indices(
-            behaviors.device,
-            seq_lens=seq_lens,
-            seq_len=(behaviors if item_ids is None else item_ids).shape[1],
-            item_ids=item_ids,
-            num_items=None if item_ids is None else behaviors.shape[0],
-        )
-        seq_lens, item_ids = indices.seq_lens, indices.item_ids
-    if chosen == "reference":
-        return reference.lrea_compress(behaviors, w_comp, seq_lens, item_ids=item_ids)
-    if item_ids is not None:
-        return ops.lrea_compress_items(behaviors, w_comp, seq_lens, item_ids, path)
-    return apply(ops.LreaCompressFunction, behaviors, w_comp, seq_lens, path)
 
 
 def lrea_attention(
@@ -147,7 +78,7 @@ def lrea_attention(
         _validate_attention(targets, keys, values, w_decomp, target_offsets, seq_lens)
     check.expect_numbers(negative_slope=negative_slope, scale=scale)
 
-    path = _path_of(impl)
+    path = path_of(impl)
     reasons = ops.unsupported_reasons(targets.device.type, "lrea_attention", targets.dtype, w_decomp.shape[0])
     chosen = select("lrea_attention", impl, reasons)
     if chosen != "cpu":  # the C++ operator checks what it reads
@@ -325,7 +256,7 @@ def lrea_absorbed_attention(
     check.expect_tensors(targets=targets)
     check.expect_numbers(negative_slope=negative_slope)
     reasons = ops.unsupported_reasons(targets.device.type, "lrea_absorbed_attention")
-    reasons = _add_lack_of_gradient(reasons, targets, state_keys, state_values, key_scales, value_scales)
+    reasons = add_lack_of_gradient(reasons, targets, state_keys, state_values, key_scales, value_scales)
     chosen = select("lrea_absorbed_attention", impl, reasons)
     # The C++ operators check their arguments, with the same words: checks here would take longer than the call.
     if chosen == "reference" or (targets.is_cuda and values_are_checked(targets.device)):
@@ -447,33 +378,6 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
     return reference.lrea_nonnegativity_loss(w_decomp, compressed)
 
 
-def _compress_fits(behaviors, w_comp, item_ids, seq_lens) -> bool:
-    """Whether the tensors are right. False: ask `_validate_compress` what is wrong."""
-    if item_ids is None:
-        sizes = _HISTORIES.sizes(behaviors, w_comp, seq_lens)  # U, L, d, Lmax, r
-        return sizes is not None and sizes[3] >= sizes[1]
-    sizes = _ITEMS.sizes(behaviors, item_ids, w_comp, seq_lens)  # I, d, U, L, Lmax, r
-    return sizes is not None and sizes[4] >= sizes[3]
-
-
-def _validate_compress(behaviors, w_comp, item_ids, seq_lens) -> None:
-    check.expect_tensors(behaviors=behaviors, w_comp=w_comp)
-    sizes: dict[str, int] = {}
-    if item_ids is None:
-        check.expect_shape(sizes, "behaviors", behaviors, "U L d")
-    else:
-        check.expect_shape(sizes, "behaviors", behaviors, "I d")
-        check.expect_index(sizes, "item_ids", item_ids, "U L")
-    check.expect_shape(sizes, "w_comp", w_comp, "Lmax r")
-    if sizes["Lmax"] < sizes["L"]:  # a message made beforehand would fix the sizes in a compiled graph
-        raise ValueError(f"Lmax of w_comp must be at least L = {sizes['L']}, got {sizes['Lmax']}")
-    check.expect_dtype("behaviors", behaviors, check.FLOATING)
-    check.expect_same_dtype("behaviors", behaviors, w_comp=w_comp)
-    if seq_lens is not None:
-        check.expect_index(sizes, "seq_lens", seq_lens, "U")
-    check.expect_same_device("behaviors", behaviors, w_comp=w_comp, seq_lens=seq_lens, item_ids=item_ids)
-
-
 def _attention_fits(targets, keys, values, w_decomp, target_offsets, seq_lens) -> bool:
     """Whether the tensors are right. False: ask `_validate_attention` what is wrong."""
     sizes = _RESTORED.sizes(targets, keys, values, w_decomp, target_offsets, seq_lens)
@@ -507,16 +411,3 @@ def _validate_attention(targets, keys, values, w_decomp, target_offsets, seq_len
 def _expect_offsets(sizes: dict[str, int], target_offsets: Tensor) -> None:
     sizes["U+1"] = sizes["U"] + 1
     check.expect_index(sizes, "target_offsets", target_offsets, "U+1")
-
-
-def _add_lack_of_gradient(reasons: dict[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
-    """`reasons`, with one more for all but the reference where a tensor needs a gradient."""
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
-        return reasons
-    no_gradient = 'it has no gradient; call it under torch.no_grad(), or take impl="reference"'
-    return {impl: reason or (None if impl == "reference" else no_gradient) for impl, reason in reasons.items()}
-
-
-def _path_of(impl: LreaImpl | None) -> str:
-    """What the operators are told. On a CPU only an explicit impl="triton" takes Triton's interpreter."""
-    return "triton" if impl == "triton" else "auto"

@@ -20,11 +20,18 @@ from recattn._typing import Orientation
 
 
 def lrea_compress(
-    behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None = None, *, item_ids: Tensor | None = None
-) -> Tensor:
+    behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None = None, *,
+    item_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """c = w_compᵀ behaviors, [U, r, d]; see `recattn.lrea_compress`."""
     if item_ids is not None:
         behaviors = gather_rows(behaviors, _without_padding(item_ids, seq_lens))
+    if cu_seqlens is not None:
+        histories = behaviors.split(cu_seqlens.diff().tolist())
+        # `expand` sums the users' gradients at once, which rounds less than one by one.
+        copies = w_comp.expand(len(histories), -1, -1).unbind()
+        compressed = [w[: len(e)].T @ e for w, e in zip(copies, histories, strict=True)]
+        return torch.stack(compressed) if compressed else behaviors.new_zeros(0, w_comp.shape[1], behaviors.shape[1])
     _, length, _ = behaviors.shape
     if seq_lens is not None:
         padding = torch.arange(length, device=behaviors.device) >= seq_lens[:, None]  # [U, L]

@@ -20,7 +20,7 @@ from recattn import reference
 from recattn._check import expect_same_device
 from recattn._dispatch import is_transformed
 from recattn._extension import MISSING
-from recattn._options import LreaAttentionOptions
+from recattn._options import LreaAttentionOptions, LreaCompressOptions
 from recattn.ops._library import define, differentiable_again, is_traced
 from recattn.ops._support import resolve_scale
 from recattn.ops.lrea_attention import triton as by_triton
@@ -87,42 +87,52 @@ class LreaAttentionFunction(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def _compress_reference(behaviors, w_comp, seq_lens, _path) -> Tensor:
-    return reference.lrea_compress(behaviors, w_comp, seq_lens)
+def _compress_reference(behaviors, w_comp, seq_lens, cu_seqlens, _options) -> Tensor:
+    return reference.lrea_compress(behaviors, w_comp, seq_lens, cu_seqlens=cu_seqlens)
 
 
 class LreaCompressFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, behaviors, w_comp, seq_lens, path):
-        ctx.save_for_backward(behaviors, w_comp, seq_lens)
-        ctx.options = path
-        return lrea_compress_items(behaviors, w_comp, seq_lens, None, path)
+    def forward(ctx, behaviors, w_comp, seq_lens, cu_seqlens, options: LreaCompressOptions):
+        ctx.save_for_backward(behaviors, w_comp, seq_lens, cu_seqlens)
+        ctx.options = options
+        return lrea_compress_items(behaviors, w_comp, seq_lens, cu_seqlens, None, options)
 
     @staticmethod
     @differentiable_again(_compress_reference)
     def backward(ctx, dcompressed):
-        behaviors, w_comp, seq_lens = ctx.saved_tensors
+        behaviors, w_comp, *lengths = ctx.saved_tensors
+        max_seqlen, path = ctx.options
         wants_dbehaviors, wants_dw_comp, *_ = ctx.needs_input_grad
-        if not _takes_triton(behaviors, ctx.options):
-            dbehaviors, dw_comp = torch.ops.recattn.lrea_compress_bwd.default(
-                dcompressed, behaviors, w_comp, seq_lens, wants_dbehaviors, wants_dw_comp
-            )
-            return dbehaviors if wants_dbehaviors else None, dw_comp if wants_dw_comp else None, None, None
         dbehaviors = dw_comp = None
-        if wants_dbehaviors:
-            dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, seq_lens, behaviors.shape[1])
-        if wants_dw_comp:
-            dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, seq_lens, w_comp.shape[0])
-        return dbehaviors, dw_comp, None, None
+        if not _takes_triton(behaviors, path):
+            gradients = torch.ops.recattn.lrea_compress_bwd.default(
+                dcompressed, behaviors, w_comp, *lengths, wants_dbehaviors, wants_dw_comp
+            )
+            wanted = zip(gradients, (wants_dbehaviors, wants_dw_comp), strict=True)
+            dbehaviors, dw_comp = (x if wants else None for x, wants in wanted)
+        else:
+            if wants_dbehaviors:
+                num_rows = behaviors.shape[-2]
+                dbehaviors = lrea_compress_bwd_behaviors(dcompressed, w_comp, *lengths, num_rows, max_seqlen)
+            if wants_dw_comp:
+                dw_comp = lrea_compress_bwd_w_comp(dcompressed, behaviors, *lengths, w_comp.shape[0], max_seqlen)
+        return dbehaviors, dw_comp, None, None, None
 
 
 def lrea_compress_items(
-    table: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None, path: str
+    table: Tensor,
+    w_comp: Tensor,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    item_ids: Tensor | None,
+    options: LreaCompressOptions,
 ) -> Tensor:
-    """lrea_compress without a gradient. item_ids None: the table is behaviors [U, L, d]."""
-    if _takes_triton(table, path):
-        return lrea_compress_fwd(table, w_comp, seq_lens, item_ids)
-    return torch.ops.recattn.lrea_compress.default(table, w_comp, seq_lens, item_ids)
+    """lrea_compress without a gradient. item_ids None: the table is behaviors [U, L, d], or packed [T, d]."""
+    tensors = (table, w_comp, seq_lens, cu_seqlens, item_ids)
+    if _takes_triton(table, options.path):
+        return lrea_compress_fwd(*tensors, options.max_seqlen)
+    return torch.ops.recattn.lrea_compress.default(*tensors)
 
 
 def absorb_values(values: Tensor, w_decomp: Tensor, seq_lens: Tensor | None, negative_slope: float) -> Tensor:
@@ -208,50 +218,45 @@ lrea_gram_bwd = define(
 # --- Compression ---
 
 
-def _compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
-    return by_triton.compress_fwd(behaviors, w_comp, seq_lens, item_ids)
-
-
-def _compress_bwd_behaviors(dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int) -> Tensor:
-    """dE = W dC [U, L, d]"""
-    return by_triton.compress_bwd_behaviors(dcompressed, w_comp, seq_lens, length)
-
-
-def _compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, longest: int) -> Tensor:
-    """dW = Σ E dCᵀ over users [longest, r]"""
-    return by_triton.compress_bwd_w_comp(dcompressed, behaviors, seq_lens, longest)
-
-
-def _compress_fake(behaviors, w_comp, seq_lens, item_ids):
-    users = behaviors.shape[0] if item_ids is None else item_ids.shape[0]
+def _compress_fake(behaviors, w_comp, seq_lens, cu_seqlens, item_ids, max_seqlen=None):
+    if cu_seqlens is not None:
+        users = cu_seqlens.shape[0] - 1
+    else:
+        users = behaviors.shape[0] if item_ids is None else item_ids.shape[0]
     return behaviors.new_empty(users, w_comp.shape[1], behaviors.shape[-1])
 
 
-def _compress_bwd_behaviors_fake(dcompressed, w_comp, seq_lens, length):
-    return dcompressed.new_empty(dcompressed.shape[0], length, dcompressed.shape[2])
+def _compress_bwd_behaviors_fake(dcompressed, w_comp, seq_lens, cu_seqlens, num_rows, max_seqlen):
+    users = () if cu_seqlens is not None else dcompressed.shape[:1]
+    return dcompressed.new_empty(*users, num_rows, dcompressed.shape[2])
 
 
-def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens, longest):
+def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens, cu_seqlens, longest, max_seqlen):
     return behaviors.new_empty(longest, dcompressed.shape[1])
 
 
 # Triton's. The C++ operators are recattn::lrea_compress and lrea_compress_bwd.
+_LENGTHS = "Tensor? seq_lens, Tensor? cu_seqlens"
 lrea_compress_fwd = define(
-    "lrea_compress_fwd(Tensor behaviors, Tensor w_comp, Tensor? seq_lens, Tensor? item_ids) -> Tensor",
-    cpu=_compress_fwd,
-    cuda=_compress_fwd,
+    f"lrea_compress_fwd(Tensor behaviors, Tensor w_comp, {_LENGTHS}, Tensor? item_ids, SymInt? max_seqlen) -> Tensor",
+    cpu=by_triton.compress_fwd,
+    cuda=by_triton.compress_fwd,
     fake=_compress_fake,
 )
+# dE = W dC, [U, num_rows, d], or packed [num_rows, d]
 lrea_compress_bwd_behaviors = define(
-    "lrea_compress_bwd_behaviors(Tensor dcompressed, Tensor w_comp, Tensor? seq_lens, SymInt length) -> Tensor",
-    cpu=_compress_bwd_behaviors,
-    cuda=_compress_bwd_behaviors,
+    f"lrea_compress_bwd_behaviors(Tensor dcompressed, Tensor w_comp, {_LENGTHS}, SymInt num_rows, SymInt? max_seqlen)"
+    " -> Tensor",
+    cpu=by_triton.compress_bwd_behaviors,
+    cuda=by_triton.compress_bwd_behaviors,
     fake=_compress_bwd_behaviors_fake,
 )
+# dW = Σ E dCᵀ over the users, [longest, r]
 lrea_compress_bwd_w_comp = define(
-    "lrea_compress_bwd_w_comp(Tensor dcompressed, Tensor behaviors, Tensor? seq_lens, SymInt longest) -> Tensor",
-    cpu=_compress_bwd_w_comp,
-    cuda=_compress_bwd_w_comp,
+    f"lrea_compress_bwd_w_comp(Tensor dcompressed, Tensor behaviors, {_LENGTHS}, SymInt longest, SymInt? max_seqlen)"
+    " -> Tensor",
+    cpu=by_triton.compress_bwd_w_comp,
+    cuda=by_triton.compress_bwd_w_comp,
     fake=_compress_bwd_w_comp_fake,
 )
 
@@ -262,7 +267,7 @@ if "cpu" not in MISSING:
     torch.library.register_fake("recattn::lrea_compress", _compress_fake)
 
     @torch.library.register_fake("recattn::lrea_compress_bwd")
-    def _compress_bwd_fake(dcompressed, behaviors, w_comp, seq_lens, wants_dbehaviors, wants_dw_comp):
+    def _compress_bwd_fake(dcompressed, behaviors, w_comp, seq_lens, cu_seqlens, wants_dbehaviors, wants_dw_comp):
         wanted = ((behaviors, wants_dbehaviors), (w_comp, wants_dw_comp))
         return tuple(x.new_empty(x.shape if wants else (0,)) for x, wants in wanted)
 

@@ -83,20 +83,48 @@ lrea_attention_bwd = define(
 # --- Compression ---
 
 
-def compress_fwd(behaviors: Tensor, w_comp: Tensor, seq_lens: Tensor | None, item_ids: Tensor | None) -> Tensor:
+def compress_fwd(
+    behaviors: Tensor,
+    w_comp: Tensor,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    item_ids: Tensor | None,
+    max_seqlen: int | None,
+) -> Tensor:
     from recattn.triton_kernels.lrea.compress import launch_lrea_compress_fwd
 
-    return launch_lrea_compress_fwd(behaviors, w_comp, contiguous(seq_lens), item_ids)
+    return launch_lrea_compress_fwd(behaviors, w_comp, _as_lengths(seq_lens, cu_seqlens), item_ids, max_seqlen)
 
 
-def compress_bwd_behaviors(dcompressed: Tensor, w_comp: Tensor, seq_lens: Tensor | None, length: int) -> Tensor:
+def compress_bwd_behaviors(
+    dcompressed: Tensor,
+    w_comp: Tensor,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_rows: int,
+    max_seqlen: int | None,
+) -> Tensor:
     from recattn.triton_kernels.lrea.compress import launch_lrea_compress_bwd_behaviors
 
-    tensors = (dcompressed.contiguous(), w_comp.contiguous(), contiguous(seq_lens))
-    return launch_lrea_compress_bwd_behaviors(*tensors, length)
+    tensors = (dcompressed.contiguous(), w_comp.contiguous(), _as_lengths(seq_lens, cu_seqlens))
+    return launch_lrea_compress_bwd_behaviors(*tensors, num_rows, max_seqlen)
 
 
-def compress_bwd_w_comp(dcompressed: Tensor, behaviors: Tensor, seq_lens: Tensor | None, longest: int) -> Tensor:
+def compress_bwd_w_comp(
+    dcompressed: Tensor,
+    behaviors: Tensor,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    max_seqlen: int | None,
+) -> Tensor:
     from recattn.triton_kernels.lrea.compress import launch_lrea_compress_bwd_w_comp
 
-    return launch_lrea_compress_bwd_w_comp(dcompressed.contiguous(), behaviors, contiguous(seq_lens), longest)
+    tensors = (dcompressed.contiguous(), behaviors, _as_lengths(seq_lens, cu_seqlens))
+    return launch_lrea_compress_bwd_w_comp(*tensors, longest, max_seqlen)
+
+
+def _as_lengths(seq_lens: Tensor | None, cu_seqlens: Tensor | None):
+    from recattn.triton_kernels.common.ragged import as_lengths
+
+    return as_lengths(seq_lens, None, cu_seqlens)
