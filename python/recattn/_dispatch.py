@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 
 import torch
+from torch.autograd import forward_ad
 
 from recattn._extension import MISSING
 from recattn._graphs import constant_in_graphs
@@ -13,8 +14,17 @@ _has_warned = False
 
 
 def is_transformed() -> bool:
-    """Whether the call is inside a transform of torch.func, which only plain PyTorch supports."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether torch.func or forward-mode differentiation may see the call: plain PyTorch supports both."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def transform_unsupported_reason() -> str | None:
+    """Why kernels cannot run inside the transforms that are active (None: they can)."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives (jvp, dual numbers) need impl='reference'"
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func inside torch.compile needs impl='reference'"
+    return None
 
 
 def first_supported(unsupported_reasons: Mapping[str, str | None]) -> str:
@@ -29,7 +39,7 @@ def select(op: str, impl: str | None, unsupported_reasons: Mapping[str, str | No
     it can).
     """
     if impl is None:
-        if is_transformed():
+        if transform_unsupported_reason():
             return "reference"
         chosen = first_supported(unsupported_reasons)
         if "cpu" in MISSING and unsupported_reasons["cpu"] == MISSING["cpu"]:
@@ -39,8 +49,9 @@ def select(op: str, impl: str | None, unsupported_reasons: Mapping[str, str | No
         raise ValueError(f"impl must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
     if impl not in unsupported_reasons:
         raise NotImplementedError(f"{op} has no impl={impl!r}; it has {', '.join(map(repr, unsupported_reasons))}")
-    if unsupported_reasons[impl] is not None:
-        raise NotImplementedError(f"{op} cannot run impl={impl!r} here: {unsupported_reasons[impl]}")
+    reason = unsupported_reasons[impl] or (None if impl == "reference" else transform_unsupported_reason())
+    if reason is not None:
+        raise NotImplementedError(f"{op} cannot run impl={impl!r} here: {reason}")
     return impl
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
-from recattn._dispatch import select
+from recattn._dispatch import is_transformed, select
 from recattn._options import LreaCompressOptions
 from recattn._typing import LreaImpl
 from recattn.functional._nested import accepts_nested
@@ -166,10 +166,13 @@ def _expect_lengths(lengths: Tensor, longest: int) -> None:
 
 
 def add_lack_of_gradient(reasons: dict[str, str | None], *tensors: Tensor | None) -> dict[str, str | None]:
-    """`reasons`, with one more for all but the reference where a tensor needs a gradient."""
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+    """`reasons`, with one more for all but the reference where a tensor needs, or may need, a gradient."""
+    if is_transformed():
+        no_gradient = 'it has no transforms of torch.func; take impl="reference"'
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        no_gradient = 'it has no gradient; call it under torch.no_grad(), or take impl="reference"'
+    else:
         return reasons
-    no_gradient = 'it has no gradient; call it under torch.no_grad(), or take impl="reference"'
     return {impl: reason or (None if impl == "reference" else no_gradient) for impl, reason in reasons.items()}
 
 

@@ -109,6 +109,11 @@ def expect_values(holds: Tensor, expected: str, got: Callable[..., object]) -> N
     """
     if torch.compiler.is_compiling():
         assert_on_device(holds.all(), expected)
+    elif torch._C._functorch.is_functorch_wrapped_tensor(holds):
+        while torch._C._functorch.is_functorch_wrapped_tensor(holds):  # vmap refuses to read values
+            holds = torch._C._functorch.get_unwrapped(holds)
+        if not bool(holds.all()):
+            raise ValueError(expected)
     elif not bool(holds.all()):
         raise ValueError(f"{expected}, got {got(*torch.nonzero(~holds)[0].tolist())}")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 import recattn._extension  # noqa: F401  (registers the compiled operators)
 from recattn import _native
 from recattn._typing import as_many
+from recattn.ops import _transforms
 
 _LIBRARY = torch.library.Library("recattn", "FRAGMENT")
 
@@ -66,7 +67,9 @@ def is_traced(*args: object) -> bool:
 
 def apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args), without autograd's several microseconds where no argument needs a gradient."""
-    if is_traced(*args) or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
+        return _transforms.apply(function, *args)
+    if is_traced(*args):
         return function.apply(*args)
     if _native.needs_autograd(args):
         # Without the checks for torch.func, in a base class that torch has no stub for.
@@ -128,6 +131,7 @@ def differentiable_again(reference: Callable) -> Callable:
                 return backward(ctx, *douts)
             return *_reference_gradients(ctx, reference, douts), None
 
+        vars(differentiable_backward).update(kernel=backward, reference=reference)  # for _transforms
         return differentiable_backward
 
     return decorate

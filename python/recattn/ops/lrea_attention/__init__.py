@@ -18,10 +18,10 @@ from torch.nn.functional import leaky_relu
 
 from recattn import reference
 from recattn._check import expect_same_device
-from recattn._dispatch import is_transformed
+from recattn._dispatch import transform_unsupported_reason
 from recattn._extension import MISSING
 from recattn._options import LreaAttentionOptions, LreaCompressOptions
-from recattn.ops._library import define, differentiable_again, is_traced
+from recattn.ops._library import apply, define, differentiable_again
 from recattn.ops._support import resolve_scale
 from recattn.ops.lrea_attention import triton as by_triton
 
@@ -171,11 +171,9 @@ class GramMatricesFunction(torch.autograd.Function):
 
 
 def _gram_matrices(lhs: Tensor, rhs: Tensor, seq_lens: Tensor) -> Tensor:
-    if is_transformed():
+    if transform_unsupported_reason():
         return _gram_reference(lhs, rhs, seq_lens, None)
-    if is_traced(lhs) or (torch.is_grad_enabled() and (lhs.requires_grad or rhs.requires_grad)):
-        return GramMatricesFunction.apply(lhs, rhs, seq_lens, None)
-    return _gram_fwd(lhs, rhs, seq_lens)
+    return apply(GramMatricesFunction, lhs, rhs, seq_lens, None)
 
 
 # A length's Gram matrix is that of the next shorter length plus the columns between: each column is multiplied once.

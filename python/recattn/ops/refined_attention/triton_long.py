@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions, SinkAttentionOptions, WassersteinAttentionOptions
-from recattn.ops._library import define, differentiable_again
+from recattn.ops._library import apply, define, differentiable_again
 from recattn.ops._support import contiguous, resolve_scale, triton_unsupported_reason
 from recattn.ops.refined_attention.chunked import gaussians, gaussians_backward
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttentionFunction, no_sinks
@@ -41,7 +41,7 @@ def refined_attention(q, k, v, w_q, w_k, seq_lens, dropout_seed, options) -> Ten
     width = w_q.shape[-1]
     if options.mechanism == "simple":  # the columns of zeros change no product
         return _attend(x_q, x_k, v, seq_lens, options, 1 / math.sqrt(width), dropout_seed, options.dropout_p)
-    queries, keys = GaussianVectorsFunction.apply(x_q[..., :width], x_k[..., :width], seq_lens)
+    queries, keys = apply(GaussianVectorsFunction, x_q[..., :width], x_k[..., :width], seq_lens)
     # -W²/√R = 2 (g_i·g_j - ‖g_j‖²/2)/√R, up to the query's own term, which changes no softmax.
     return _attend(queries, keys, v, seq_lens, options, 2 / math.sqrt(width // 2), dropout_seed, options.dropout_p)
 
@@ -66,7 +66,7 @@ def _projections(q, k, w_q, w_k, seq_lens, options) -> list[Tensor]:
     """[A W_q, A W_k], or the two as one [A W_q | A W_k]; each padded with columns of zeros as in `_joined`."""
     if options.source == "logits":
         settings = (options.causal, options.left_padded, options.scale)
-        return [RefinedProjectionFunction.apply(q, k, _joined([w_q, w_k], q), seq_lens, settings)]
+        return [apply(RefinedProjectionFunction, q, k, _joined([w_q, w_k], q), seq_lens, settings)]
     scale = resolve_scale(options.scale, q.shape[-1])
     fits = 2 * _aligned(w_q.shape[-1]) <= MAX_HEAD_DIM
     groups = [[w_q, w_k]] if fits else [[w_q], [w_k]]
@@ -112,7 +112,7 @@ def _attend(
     attention = SinkAttentionOptions(options.causal, scale, dropout_p, impl=options.impl)
     seq_starts = window_starts("left" if options.left_padded else "right", q.shape[2], seq_lens)
     tensors = (*no_sinks(q), None, seq_lens, seq_starts, None, dropout_seed)
-    return SinkAttentionFunction.apply(q, k, v, *tensors, attention)[0]
+    return apply(SinkAttentionFunction, q, k, v, *tensors, attention)[0]
 
 
 # --- Gaussians ---
