@@ -34,7 +34,7 @@ def state_table(ranker: Ranker, ratings: Ratings, hyper: Hyperparameters, dtype:
     state = lrea.export_state(behaviors, batch.lengths, dtype=dtype)
     sizes = {"heads": lrea.num_heads, "rank": lrea.rank, "dim": lrea.target_dim, "value_dim": lrea.head_dim}
     table = StateTable(len(behaviors), **sizes, dtype=dtype)
-    table.put(torch.arange(len(behaviors)), state.keys, state.values, state.key_scales, state.value_scales)
+    table.put(torch.arange(len(behaviors)), state)
     return table
 
 

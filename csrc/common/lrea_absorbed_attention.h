@@ -32,8 +32,12 @@ inline AbsorbedSizes check_absorbed(const torch::stable::Tensor& targets, const 
     expect_shape("state_keys", state_keys, {{"S"}, {"H", heads}, {"r"}, {"d", query_dim}});
     const int64_t table_size = state_keys.size(0), rank = state_keys.size(2);
     expect_shape("state_values", state_values, {{"S", table_size}, {"H", heads}, {"r", rank}, {"dv"}});
-    const bool quantized = state_keys.scalar_type() == ScalarType::Char;
-    if (!quantized) expect_dtype_of("targets", targets, "state_keys", state_keys);
+    const ScalarType state_dtype = state_keys.scalar_type();
+    const bool quantized = state_dtype == ScalarType::Char;
+    const bool is_half = state_dtype == ScalarType::BFloat16 || state_dtype == ScalarType::Half;
+    if (!quantized && !(is_half && targets.scalar_type() == ScalarType::Float)) {
+        expect_dtype_of("targets", targets, "state_keys", state_keys);
+    }
     expect_dtype_of("state_keys", state_keys, "state_values", state_values);
     const int given = key_scales.has_value() + value_scales.has_value();
     expect(given == (quantized ? 2 : 0),

@@ -40,7 +40,7 @@ struct StateTable {
     }
 };
 
-// Arguments of lrea_absorbed_attention: targets of type T, states of type S (T or int8).
+// Arguments of lrea_absorbed_attention: targets of type T, states of type S (T, int8, or half precision beside float).
 template <class T, class S>
 struct AbsorbedAttention {
     Rows<T> targets;  // of the first head
@@ -187,8 +187,14 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
         torch::stable::parallel_for(first, last, grain(cost),
                                     [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
     };
-    dispatch_dtype<double, float, BFloat16, Half>(
-        "targets", targets, [&](auto zero) { sizes.quantized ? run(zero, int8_t{}) : run(zero, zero); });
+    dispatch_dtype<double, float, BFloat16, Half>("targets", targets, [&](auto zero) {
+        if (sizes.quantized) return run(zero, int8_t{});
+        if constexpr (std::is_same_v<decltype(zero), float>) {
+            if (state_keys.scalar_type() == ScalarType::BFloat16) return run(zero, BFloat16{});
+            if (state_keys.scalar_type() == ScalarType::Half) return run(zero, Half{});
+        }
+        run(zero, zero);
+    });
     return out;
 }
 

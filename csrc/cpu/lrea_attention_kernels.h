@@ -97,7 +97,7 @@ RECATTN_TARGET void store_output(AttendScratch<E>& scratch, int64_t rows, int64_
 template <class T, class S, class E>
 RECATTN_TARGET void attend_head(const AbsorbedAttention<T, S>& op, AttendScratch<E>& scratch, int64_t slot,
                                 int64_t next_slot, int64_t head, int64_t begin, int64_t end) {
-    constexpr bool quantized = !std::is_same_v<S, T>;
+    constexpr bool quantized = std::is_same_v<S, int8_t>;
     const int64_t first = begin, count = end - begin;
     const int64_t rank = round_up_to_lanes<E>(op.rank), width = round_up_to_lanes<E>(op.value_dim);
     const int64_t depth = elements<E>(op.query_dim), out_row = op.heads * op.value_dim;

@@ -83,14 +83,14 @@ __device__ void stage(const State* data, int columns, int64_t column_stride, flo
 }
 
 // Stages `rows` rank rows of a user's state from `first` on, some columns from `first_column` on; dequantizes int8.
-template <class T, int kPiece, int kStride>
+template <class State, int kPiece, int kStride>
 __device__ void stage_state(const StateTable& table, const Tile& tile, int first, int rows, int first_column,
                             int columns, float (*out)[kStride]) {
     const int64_t start =
         tile.slot * table.slot + tile.head * table.head + first * table.row + first_column * table.column;
     const auto row = [&](int m) { return m < rows ? m * table.row : -1; };
     if (table.scales == nullptr) {
-        stage<kWidth, kPiece, kThreads>(static_cast<const T*>(table.data) + start, columns, table.column, out, row,
+        stage<kWidth, kPiece, kThreads>(static_cast<const State*>(table.data) + start, columns, table.column, out, row,
                                         [](int) { return 1.f; });
     } else {
         const float* scales =
@@ -170,8 +170,9 @@ __device__ inline void add_values(const float (*scores)[kLeftStride], const floa
     }
 }
 
-// kPiece: 4 if rows can be read and written in aligned pieces of four numbers, else 1.
-template <class T, int kPiece>
+// Targets T, states State unless they have scales: then int8. kPiece: 4 if rows can be read and written in aligned
+// pieces of four numbers, else 1.
+template <class T, class State, int kPiece>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attention_kernel(const Operands<T> op) {
     RECATTN_SHARED_MEMORY(SharedMemory, shared);
     const Block block = block_of(op);
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attent
         for (int k = 0; k < op.rank; k += kWidth) {
             const int ranks = min(kWidth, op.rank - k);
             if (first_column > 0 || k > 0) __syncthreads();
-            stage_state<T, kPiece>(op.values, tile, k, ranks, first_column, columns, shared.values);
+            stage_state<State, kPiece>(op.values, tile, k, ranks, first_column, columns, shared.values);
             if (first_column > 0 && op.rank <= kWidth) {  // the scores are those of the last columns
                 __syncthreads();
             } else {
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) absorbed_attent
                 for (int c = 0; c == 0 || c < op.query_dim; c += kWidth) {
                     const int depth = min(kWidth, op.query_dim - c);
                     if (c > 0) __syncthreads();
-                    stage_state<T, kPiece>(op.keys, tile, k, ranks, c, depth, shared.keys);
+                    stage_state<State, kPiece>(op.keys, tile, k, ranks, c, depth, shared.keys);
                     stage<kRowsPerWarp, kPiece, kLanes>(
                         op.targets + c * op.target_column, depth, op.target_column, left,
                         [&](int i) { return rows[i]; }, [](int) { return 1.f; });

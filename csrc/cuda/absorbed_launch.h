@@ -39,9 +39,10 @@ void launch(void (*kernel)(Operands<T>), Operands<T> op, int log2_tile_rows, int
 // How the last axes of targets and states may be read.
 enum class Access { kNumbers, kQuads, kTensorCores };
 
-template <class T>
+template <class T, class State>
 void launch_fma(const Operands<T>& op, bool in_quads, cudaStream_t stream) {
-    const auto kernel = in_quads ? fma::absorbed_attention_kernel<T, fma::kQuad> : fma::absorbed_attention_kernel<T, 1>;
+    const auto kernel =
+        in_quads ? fma::absorbed_attention_kernel<T, State, fma::kQuad> : fma::absorbed_attention_kernel<T, State, 1>;
     launch(kernel, op, fma::kLog2TileRows, fma::kThreads, 0, stream);
 }
 
@@ -60,14 +61,15 @@ void launch_mma(const Operands<T>& op, cudaStream_t stream) {
     launch_rank(op, stream);
 }
 
-template <class T>
+// Targets T, states State, or int8 if they have scales.
+template <class T, class State = T>
 void launch_absorbed_attention(const Operands<T>& op, Access access, cudaStream_t stream) {
     if constexpr (!std::is_same_v<T, float>) {
         if (access == Access::kTensorCores) {
             return (op.keys.scales ? launch_mma<T, int8_t> : launch_mma<T, T>)(op, stream);
         }
     }
-    launch_fma(op, access != Access::kNumbers, stream);
+    launch_fma<T, State>(op, access != Access::kNumbers, stream);
 }
 
 }  // namespace recattn

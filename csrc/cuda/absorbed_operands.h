@@ -24,7 +24,7 @@ struct Indices {
     }
 };
 
-// [S, H, r, d] in the targets' dtype, or int8 with a scale for each row.
+// [S, H, r, d] in the targets' dtype, half precision beside float, or int8 with a scale for each row.
 struct StateTable {
     const void* data;
     int64_t slot, head, row, column;  // strides

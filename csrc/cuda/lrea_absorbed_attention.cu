@@ -86,8 +86,8 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
     const OptionalTensor ids_row = item_ids ? OptionalTensor(make_contiguous(*item_ids)) : std::nullopt;
     const cudaStream_t stream = current_stream(targets.get_device_index());
     auto* counter = invalid ? static_cast<unsigned long long*>(invalid->mutable_data_ptr()) : nullptr;
-    const auto run_as = [&](auto zero) {
-        using T = decltype(zero);
+    const auto run_as = [&](auto target, auto state) {
+        using T = decltype(target);
         const Operands<T> op{.targets = static_cast<const T*>(targets.const_data_ptr()),
                              .target_row = targets.stride(0),
                              .target_head = targets.stride(1),
@@ -108,17 +108,24 @@ Tensor absorbed_attention(const Tensor& targets, const Tensor& state_keys, const
                              .query_dim = static_cast<int>(sizes.query_dim),
                              .value_dim = static_cast<int>(sizes.value_dim),
                              .negative_slope = static_cast<float>(negative_slope)};
-        launch_absorbed_attention(op, access_of(targets, state_keys, state_values, sizes), stream);
+        launch_absorbed_attention<T, decltype(state)>(op, access_of(targets, state_keys, state_values, sizes), stream);
     };
+    const ScalarType state_dtype = state_keys.scalar_type();
     switch (targets.scalar_type()) {
         case ScalarType::Float:
-            run_as(float{});
+            if (state_dtype == ScalarType::Half) {
+                run_as(float{}, __half{});
+            } else if (state_dtype == ScalarType::BFloat16) {
+                run_as(float{}, __nv_bfloat16{});
+            } else {
+                run_as(float{}, float{});
+            }
             break;
         case ScalarType::Half:
-            run_as(__half{});
+            run_as(__half{}, __half{});
             break;
         case ScalarType::BFloat16:
-            run_as(__nv_bfloat16{});
+            run_as(__nv_bfloat16{}, __nv_bfloat16{});
             break;
         default:
             expect(false, "targets must be float32 or bfloat16 or float16, got ", dtype_name(targets.scalar_type()));

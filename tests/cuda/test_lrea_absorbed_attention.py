@@ -77,6 +77,16 @@ def test_int8_states(rank, dim, value_dim, dtype):
     assert_right(quantized(inputs))
 
 
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank, dim, value_dim", [(1, 3, 5), (20, 80, 32), (100, 64, 64)])
+def test_float32_targets_of_half_precision_states(rank, dim, value_dim, state_dtype):
+    inputs = draw(rank=rank, dim=dim, value_dim=value_dim)
+    inputs |= {name: inputs[name].to(state_dtype) for name in ("state_keys", "state_values")}
+    assert_right(inputs)
+    exact = {name: inputs[name].float() for name in ("state_keys", "state_values")}
+    assert attend(**inputs).equal(attend(**{**inputs, **exact}))
+
+
 def test_int8_states_of_small_values_do_not_vanish_in_float16():
     inputs = draw(rank=32, dim=64, value_dim=64)
     rows = quantized({**inputs, "state_values": inputs["state_values"] * 1e-4})

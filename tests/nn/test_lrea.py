@@ -92,6 +92,12 @@ def test_loss():
 # --- The absorbed form ---
 
 
+def test_attend_builds_no_graph():
+    lrea = module(dtype=torch.float32, impl="cpu")  # whose kernel has no gradient
+    state = lrea.export_state(torch.randn(USERS, 9, E))
+    assert not lrea.attend(torch.randn(USERS, T_DIM, requires_grad=True), state).requires_grad
+
+
 @pytest.mark.parametrize("orientation", ["scores", "weights"])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_absorbed_form_by_hand(heads, orientation):

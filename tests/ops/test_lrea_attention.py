@@ -137,6 +137,19 @@ def test_absorbed(rank, dim, value_dim, dtype):
 
 
 @compiled_kernels
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank, dim, value_dim", [(1, 1, 1), (32, 64, 64), (8, 16, 33)])
+def test_absorbed_float32_targets_of_half_precision_states(rank, dim, value_dim, state_dtype):
+    inputs = draw_absorbed((1, 0, 2, 100, 63), rank=rank, dim=dim, value_dim=value_dim)
+    inputs |= {name: inputs[name].to(state_dtype) for name in ("state_keys", "state_values")}
+    assert_matches_reference(absorbed_cpu, reference.lrea_absorbed_attention, inputs)
+    exact = {name: inputs[name].float() for name in ("state_keys", "state_values")}
+    assert absorbed_cpu(**inputs).equal(absorbed_cpu(**{**inputs, **exact}))
+    with pytest.raises(ValueError, match="state_keys must have the dtype of targets, float64, got"):
+        absorbed_cpu(**{**inputs, "targets": inputs["targets"].double()})
+
+
+@compiled_kernels
 @pytest.mark.parametrize("operator", ["absorbed", "compress"])
 def test_float64(operator):
     if operator == "absorbed":

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recattn.reference
+from recattn.nn import LREA
 from recattn.serving import StateTable
 from recattn.testing import assert_matches_reference
 from tests.helpers.state_tables import (
@@ -67,6 +68,49 @@ def test_gathers_targets_and_meets_the_reference():
 
     inputs = {"targets": torch.randn(5, H, D), "keys": keys, "values": values}
     assert_matches_reference(serve, reference, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_item", [False, True])
+def test_serves_float32_targets_from_a_table_of_any_dtype(dtype, by_item):
+    table = make_table(4, dtype)
+    table.put(ids(7, 8, 9), *random_states(3))
+    targets, offsets = torch.randn(6, H, D), torch.tensor([0, 3, 5, 6])
+    items = {"item_ids": torch.tensor([4, 0, 4, 1, 2, 3])} if by_item else {}
+    with table.request(ids(9, 7, 8)) as request:
+        out = request.attend(targets, offsets, **items)
+        keys, values, *scales = request.tables
+        scales = dict(zip(("key_scales", "value_scales"), scales, strict=True))
+        if dtype != torch.int8:
+            keys, values = keys.float(), values.float()
+        expected = recattn.lrea_absorbed_attention(targets, keys, values, request.slots, offsets, **items, **scales)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_puts_a_state(dtype):
+    lrea = LREA(D, max_len=9, rank=R, num_heads=H, head_dim=DV)
+    state = lrea.export_state(torch.randn(3, 9, D), dtype=dtype)
+    by_state, by_tensors = make_table(4, dtype), make_table(4, dtype)
+    by_state.put(ids(1, 2, 3), state)
+    by_tensors.put(ids(1, 2, 3), *state[:4])
+    for actual, expected in zip(by_state.state_dict().values(), by_tensors.state_dict().values(), strict=True):
+        assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match="values must be None beside a state, which has it, got both"):
+        by_state.put(ids(1, 2, 3), state, state.values)
+    with pytest.raises(ValueError, match=r"keys must be \[U, H, r, d\] = \[2, 2, 4, 8\], got \[3, 2, 4, 8\]"):
+        by_state.put(ids(1, 2), state)
+
+
+def test_attend_builds_no_graph():
+    """So the compiled kernel runs, which has no gradient."""
+    table = make_table()
+    table.put(ids(7, 8), *random_states(2))
+    targets, offsets = torch.randn(6, H, D, requires_grad=True), torch.tensor([0, 3, 6])
+    assert not table.attend(targets, ids(7, 8), offsets, impl="cpu").requires_grad
+    with table.request(ids(7, 8)) as request:
+        assert not request.attend(targets, offsets, impl="cpu").requires_grad
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -301,6 +345,8 @@ def test_nbytes(dtype, per_row):
     [
         ({"user_ids": torch.tensor([1.0, 2.0])}, "user_ids must be int64 or int32, got float32"),
         ({"user_ids": torch.tensor([[1, 2]])}, r"user_ids must be \[U\] = \[U\], got \[1, 2\]"),
+        ({"keys": {}}, "keys must be a torch.Tensor or an LREAState, got dict"),
+        ({"values": None}, "values must be a torch.Tensor, got NoneType"),
         ({"user_ids": [1, 2]}, "user_ids must be a torch.Tensor, got list"),
         ({"user_ids": torch.empty(2, dtype=torch.int64, device="meta")}, "user_ids must be on the CPU, got meta"),
         ({"user_ids": ids(1)}, r"keys must be \[U, H, r, d\] = \[1, 2, 4, 8\], got \[2, 2, 4, 8\]"),

@@ -231,7 +231,8 @@ def lrea_absorbed_attention(
     Args:
         targets: q [T, H, d], float64, float32, bfloat16 or float16; user u owns rows target_offsets[u] up to
             target_offsets[u + 1]. With `item_ids` a table [I, H, d]. The head axis may be expanded.
-        state_keys: table [S, H, r, d], targets' dtype or int8; the scale of the scores is folded in.
+        state_keys: table [S, H, r, d], targets' dtype or int8, beside float32 targets also bfloat16 or float16; the
+            scale of the scores is folded in.
         state_values: table [S, H, r, dv], state_keys' dtype.
         slots: [U] integer, the row of each user in the tables; users may share a row.
         target_offsets: [U + 1] integer, ascending from 0 to T.
@@ -243,7 +244,8 @@ def lrea_absorbed_attention(
             gradient, so None takes the reference where a gradient is needed.
 
     Returns:
-        [T, H, dv] in targets' dtype. Sums are float32 inside (float64 for float64). Int8 rows are exact, but a CPU with
+        [T, H, dv] in targets' dtype. Sums are float32 inside (float64 for float64). On tensor cores only where targets
+        are in half precision: cast a table of float32 items once, not at each call. Int8 rows are exact, but a CPU with
         VNNI rounds float32 and float16 targets, and their scores, to 16 bits: 1/258 of an int8 row's step.
 
     Raises:
@@ -310,7 +312,7 @@ def _checked_absorbed(
     check.expect_shape(sizes, "state_values", state_values, "S H r dv")
     check.expect_dtype("targets", targets, check.FLOATING)
     quantized = state_keys.dtype == torch.int8
-    if not quantized:
+    if not (quantized or (targets.dtype == torch.float32 and state_keys.dtype in (torch.bfloat16, torch.float16))):
         check.expect_same_dtype("targets", targets, state_keys=state_keys)
     check.expect_same_dtype("state_keys", state_keys, state_values=state_values)
     scales = {name: x for name, x in (("key_scales", key_scales), ("value_scales", value_scales)) if x is not None}

@@ -263,6 +263,7 @@ class LREA(nn.Module):
         compressed = state.compressed + rows[:, :, None] * behavior.to(rows.dtype)[:, None, :]
         return self._make_state(compressed, lengths + 1, state.keys.dtype)
 
+    @torch.no_grad()
     def attend(
         self,
         targets: Tensor,
@@ -271,6 +272,8 @@ class LREA(nn.Module):
         target_offsets: Tensor | None = None,
     ) -> Tensor:
         """The absorbed form, h = φ(e_t keys[s]ᵀ) values[s] with s = slots[u], in O(r) a target.
+
+        It has no gradient, whatever requires one, so that the compiled kernel runs: train with `forward`.
 
         Args:
             targets: e_t [T, target_dim] with target_offsets; without them [U, target_dim] or [U, n, target_dim].

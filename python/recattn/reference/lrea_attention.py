@@ -87,7 +87,7 @@ def lrea_absorbed_attention(
     if item_ids is not None:
         targets = gather_rows(targets, item_ids)
     outputs = []
-    states = (gather_rows(table, slots).unbind() for table in (state_keys, state_values))
+    states = (gather_rows(table, slots).to(targets.dtype).unbind() for table in (state_keys, state_values))
     for keys, values, q in zip(*states, _by_user(targets, target_offsets), strict=True):
         scores = leaky_relu(q @ keys.mT, negative_slope)  # [H, n, r]
         outputs.append(scores @ values)

@@ -14,6 +14,7 @@ from recattn._check import FLOATING, expect, expect_choice, expect_dtype, expect
 from recattn._typing import LreaAbsorbedImpl
 from recattn.functional import lrea_absorbed_attention, lrea_quantize
 from recattn.functional.lrea_attention import INT8_MAX
+from recattn.nn.lrea import LREAState
 from recattn.serving import saved_table
 from recattn.serving.slot_map import SlotMap
 
@@ -65,6 +66,9 @@ class Request:
     ) -> Tensor:
         """`recattn.lrea_absorbed_attention` of the targets over the states of these users, in the order of the request.
 
+        It has no gradient, whatever requires one, so that the compiled kernel runs: train with `recattn.nn.LREA`.
+        Float32 targets are served from a table of any dtype.
+
         With the counter `invalid`, item ids and offsets out of range are counted and their targets give zeros, instead
         of an error for the whole batch. Keep one counter for the life of the service:
 
@@ -80,19 +84,13 @@ class Request:
         """
         if self._ended:
             raise RuntimeError("this request is over: its rows may be other users' by now")
-        return lrea_absorbed_attention(
-            targets,
-            self.tables.keys,
-            self.tables.values,
-            self.slots,
-            target_offsets,
-            item_ids=item_ids,
-            key_scales=self.tables.key_scales,
-            value_scales=self.tables.value_scales,
-            negative_slope=negative_slope,
-            invalid=invalid,
-            impl=impl,
-        )
+        keys, values, key_scales, value_scales = self.tables
+        scales = {"key_scales": key_scales, "value_scales": value_scales}
+        options = {"negative_slope": negative_slope, "invalid": invalid, "impl": impl}
+        with torch.no_grad():
+            return lrea_absorbed_attention(
+                targets, keys, values, self.slots, target_offsets, item_ids=item_ids, **scales, **options
+            )
 
 
 class StateTable:
@@ -149,8 +147,8 @@ class StateTable:
     def put(
         self,
         user_ids: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Tensor | LREAState,
+        values: Tensor | None = None,
         key_scales: Tensor | None = None,
         value_scales: Tensor | None = None,
         *,
@@ -158,14 +156,16 @@ class StateTable:
     ) -> Tensor:
         """Write states of users, replacing their previous ones. If a user is given twice, the last state counts.
 
+            table.put(user_ids, lrea.export_state(behaviors, seq_lens, dtype=table.dtype))
+
         A state is invalid if the table cannot hold it: an entry is NaN or infinite, or overflows in the table's dtype,
         or a scale is negative. The check takes one pass over the states and, on CUDA, a synchronisation.
 
         Args:
             user_ids: [U] int64 or int32 on the CPU, any numbers.
-            keys: [U, H, r, d] floating on any device, rounded to the table's dtype (int8: by `lrea_quantize`); or int8
-                with scales.
-            values: [U, H, r, dv], as keys.
+            keys: a state of U users from `LREA.export_state` or `append`, or its keys: [U, H, r, d] floating on any
+                device, rounded to the table's dtype (int8: by `lrea_quantize`); or int8 with scales.
+            values: [U, H, r, dv], as keys; these and the scales are None beside a state.
             key_scales, value_scales: [U, H, r] float32, the scales of int8 keys and values.
             on_invalid: "raise", or "missing" to erase users with an invalid state, including their previous state, and
                 put the others.
@@ -181,6 +181,12 @@ class StateTable:
         expect_choice("on_invalid", on_invalid, ("raise", "missing"))
         ids = _user_ids(user_ids)
         given = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+        if isinstance(keys, LREAState):
+            for name in ("values", "key_scales", "value_scales"):
+                expect(given[name] is None, name, "None beside a state, which has it", "both")
+            given = {name: getattr(keys, name) for name in given}
+        else:
+            expect(isinstance(keys, Tensor), "keys", "a torch.Tensor or an LREAState", type(keys).__name__)
         states = self._to_storage(len(ids), given)
         missing = torch.empty(0, dtype=torch.int64)
         if invalid := self._invalid_positions(states):
