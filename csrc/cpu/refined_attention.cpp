@@ -26,9 +26,9 @@ struct RefinedAttention {
     Tokens<const T> q, k, v, dout;
     Tokens<T> out, dq, dk, dv;
     const PackedWeights& weights;
-    const int64_t* lengths;
-    int64_t heads, n, dim, value_dim, r;
-    bool folded, has_values, adds_source, softmax_source, causal, left_padded;
+    const Span* spans;
+    int64_t heads, padded_length, positions, dim, value_dim, r;  // padded_length and positions: see Batch
+    bool folded, has_values, adds_source, softmax_source, causal;
     float scale;
     Dropout dropout;  // of p; rows and columns count from a sequence's first token
 
@@ -117,24 +117,21 @@ void PackedWeights::unpack_gradients(float* partials, int64_t count, const Weigh
 namespace {
 
 struct Options {
-    bool adds_source, softmax_source, causal, left_padded;
+    bool adds_source, softmax_source, causal;
     std::optional<double> scale;
     Dropout dropout;
 };
 
-Weights checked_weights(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
-                        const std::optional<Tensor>& w_v) {
-    expect_shape("q", q, {{"B"}, {"H"}, {"N"}, {"D"}});
-    const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2);
-    expect_shape("k", k, {{"B", batch}, {"H", heads}, {"N", n}, {"D", q.size(3)}});
-    expect_shape("v", v, {{"B", batch}, {"H", heads}, {"N", n}, {"Dv"}});
-    expect(q.size(3) > 0, "D of q and k must be at least 1, got 0");
+Weights checked_weights(const Batch& batch, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q,
+                        const Tensor& w_k, const std::optional<Tensor>& w_v) {
+    const int64_t heads = batch.heads, n = batch.positions;
+    expect_tokens_like_q("v", v, q, {"Dv"});
     expect_matrix("w_q", w_q, heads, {"Nmax"}, {"R"});
-    const int64_t longest = w_q.size(w_q.dim() - 2), rank = w_q.size(w_q.dim() - 1);
-    expect_matrix("w_k", w_k, heads, {"Nmax", longest}, {"R", rank});
-    expect(longest >= n, "Nmax of w_q and w_k must be at least N = ", n, ", got ", longest);
+    const int64_t rows = w_q.size(w_q.dim() - 2), rank = w_q.size(w_q.dim() - 1);
+    expect_matrix("w_k", w_k, heads, {"Nmax", rows}, {"R", rank});
+    batch.expect_rows(rows);
     expect(rank > 0, "R of w_q and w_k must be at least 1, got 0");
-    if (w_v) expect_matrix("w_v", *w_v, heads, {"Nmax", longest}, {"Nmax", longest});
+    if (w_v) expect_matrix("w_v", *w_v, heads, {"Nmax", rows}, {"Nmax", rows});
     expect_dtype_of("q", q, "k", k);
     expect_dtype_of("q", q, "v", v);
     expect_dtype_of("q", q, "w_q", w_q);
@@ -149,19 +146,22 @@ Weights checked_weights(const Tensor& q, const Tensor& k, const Tensor& v, const
 // Checked inputs of the forward and the backward, as the kernels read them.
 struct Inputs {
     Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
-           const std::optional<Tensor>& w_v, const std::optional<Tensor>& seq_lens, const Options& options)
-        : weights(checked_weights(q, k, v, w_q, w_k, w_v)),
+           const std::optional<Tensor>& w_v, const LengthTensors& lengths, const Options& options)
+        : batch(checked_batch(q, k, lengths)),
+          weights(checked_weights(batch, q, k, v, w_q, w_k, w_v)),
           options(options),
-          lengths(checked_lengths(seq_lens, q.size(0), q.size(2))),
           q(with_contiguous_rows(q)),
           k(with_contiguous_rows(k)),
           v(with_contiguous_rows(v)),
           packed(weights),
-          groups(lengths, q.size(1), q.size(3) + v.size(3) + packed.all_columns()) {}
+          groups(batch.spans, batch.heads, dim() + value_dim() + packed.all_columns()) {}
 
+    int64_t dim() const { return q.size(q.dim() - 1); }
+    int64_t value_dim() const { return v.size(v.dim() - 1); }
+
+    Batch batch;
     Weights weights;
     Options options;
-    std::vector<int64_t> lengths;
     Tensor q, k, v;
     PackedWeights packed;
     Groups groups;
@@ -170,7 +170,6 @@ struct Inputs {
 template <class T>
 RefinedAttention<T> make_arguments(Inputs& inputs) {
     const Options& options = inputs.options;
-    const int64_t dim = inputs.q.size(3);
     inputs.packed.pack<T>(inputs.weights);
     return {.q = tokens<T>(inputs.q),
             .k = tokens<T>(inputs.k),
@@ -181,29 +180,30 @@ RefinedAttention<T> make_arguments(Inputs& inputs) {
             .dk = {},
             .dv = {},
             .weights = inputs.packed,
-            .lengths = inputs.lengths.data(),
-            .heads = inputs.q.size(1),
-            .n = inputs.q.size(2),
-            .dim = dim,
-            .value_dim = inputs.v.size(3),
+            .spans = inputs.batch.spans.data(),
+            .heads = inputs.batch.heads,
+            .padded_length = inputs.batch.padded_length,
+            .positions = inputs.batch.positions,
+            .dim = inputs.dim(),
+            .value_dim = inputs.value_dim(),
             .r = inputs.packed.columns(kQueries),
             .folded = inputs.weights.folded(),
             .has_values = inputs.weights.w_v.has_value(),
             .adds_source = options.adds_source,
             .softmax_source = options.softmax_source,
             .causal = options.causal,
-            .left_padded = options.left_padded,
-            .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(dim)))),
+            .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(inputs.dim())))),
             .dropout = options.dropout};
 }
 
 Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q,
                                    const Tensor& w_k, const std::optional<Tensor>& w_v,
-                                   const std::optional<Tensor>& seq_lens, bool adds_source, bool softmax_source,
-                                   bool causal, bool left_padded, std::optional<double> scale,
-                                   const std::optional<Tensor>& dropout_seed, double dropout_p) {
-    Inputs inputs(q, k, v, w_q, w_k, w_v, seq_lens,
-                  {adds_source, softmax_source, causal, left_padded, scale, {dropout_seed, dropout_p}});
+                                   const std::optional<Tensor>& seq_lens, const std::optional<Tensor>& seq_starts,
+                                   const std::optional<Tensor>& cu_seqlens, bool adds_source, bool softmax_source,
+                                   bool causal, std::optional<double> scale, const std::optional<Tensor>& dropout_seed,
+                                   double dropout_p) {
+    Inputs inputs(q, k, v, w_q, w_k, w_v, {seq_lens, seq_starts, cu_seqlens},
+                  {adds_source, softmax_source, causal, scale, {dropout_seed, dropout_p}});
     const Groups& groups = inputs.groups;
     const Tensor out = new_contiguous(v);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
@@ -219,12 +219,12 @@ Tensor refined_attention_pairs_fwd(const Tensor& q, const Tensor& k, const Tenso
 // dq, dk, dv and the gradients of the matrices; that of w_v is empty without w_v.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> refined_attention_pairs_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w_q, const Tensor& w_k,
-    const std::optional<Tensor>& w_v, const std::optional<Tensor>& seq_lens, bool adds_source, bool softmax_source,
-    bool causal, bool left_padded, std::optional<double> scale, const std::optional<Tensor>& dropout_seed,
-    double dropout_p) {
-    Inputs inputs(q, k, v, w_q, w_k, w_v, seq_lens,
-                  {adds_source, softmax_source, causal, left_padded, scale, {dropout_seed, dropout_p}});
-    expect_shape("dout", dout, {{"B", q.size(0)}, {"H", q.size(1)}, {"N", q.size(2)}, {"Dv", v.size(3)}});
+    const std::optional<Tensor>& w_v, const std::optional<Tensor>& seq_lens, const std::optional<Tensor>& seq_starts,
+    const std::optional<Tensor>& cu_seqlens, bool adds_source, bool softmax_source, bool causal,
+    std::optional<double> scale, const std::optional<Tensor>& dropout_seed, double dropout_p) {
+    Inputs inputs(q, k, v, w_q, w_k, w_v, {seq_lens, seq_starts, cu_seqlens},
+                  {adds_source, softmax_source, causal, scale, {dropout_seed, dropout_p}});
+    expect_tokens_like_q("dout", dout, q, {"Dv", inputs.value_dim()});
     expect_dtype_of("q", q, "dout", dout);
     const PackedWeights& packed = inputs.packed;
     const Groups& groups = inputs.groups;
@@ -249,9 +249,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> refined_attention_pai
     return {dq, dk, dv, dw_q, dw_k, dw_v ? *dw_v : new_empty({0}, q.scalar_type())};
 }
 
-#define RECATTN_OPTIONS                                                                                       \
-    "Tensor q, Tensor k, Tensor v, Tensor w_q, Tensor w_k, Tensor? w_v, Tensor? seq_lens, bool adds_source, " \
-    "bool softmax_source, bool causal, bool left_padded, float? scale, Tensor? dropout_seed, float dropout_p"
+#define RECATTN_OPTIONS                                                                                            \
+    "Tensor q, Tensor k, Tensor v, Tensor w_q, Tensor w_k, Tensor? w_v, Tensor? seq_lens, Tensor? seq_starts, "    \
+    "Tensor? cu_seqlens, bool adds_source, bool softmax_source, bool causal, float? scale, Tensor? dropout_seed, " \
+    "float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
     m.def("refined_attention_pairs_fwd(" RECATTN_OPTIONS ") -> Tensor");

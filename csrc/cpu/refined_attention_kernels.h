@@ -68,43 +68,43 @@ struct BackwardMatrices {
     }
 };
 
-// One (batch, head): its n tokens begin at position `start`; causal matrices are triangular.
+// One (batch, head): its n tokens begin at `start` of the N or T axis, the first at position `first_position` of W;
+// causal matrices are triangular.
 template <class T>
 struct BatchHead {
     const RefinedAttention<T>& op;
-    int64_t batch, head, n, start;
+    int64_t batch, head, n, start, first_position;
     Triangle lower, upper;
 
     RECATTN_TARGET BatchHead(const RefinedAttention<T>& op, int64_t index)
         : op(op),
           batch(index / op.heads),
           head(index % op.heads),
-          n(op.lengths[batch]),
-          start(op.left_padded ? op.n - n : 0),
+          n(op.spans[batch].length),
+          start(op.spans[batch].start),
+          first_position(op.spans[batch].first_position),
           lower(op.causal ? Triangle::lower : Triangle::full),
           upper(op.causal ? Triangle::upper : Triangle::full) {}
 
     RECATTN_TARGET int64_t num_visible(int64_t row) const { return op.causal ? row + 1 : n; }
     RECATTN_TARGET const T* tokens(const Tokens<const T>& tensor) const { return tensor.at(batch, head, start); }
     RECATTN_TARGET Rhs<float> weights(int64_t part) const {
-        return {op.weights.at(head, part, start), op.weights.row_stride};
+        return {op.weights.at(head, part, first_position), op.weights.row_stride};
     }
     RECATTN_TARGET Rhs<float> weights_t(int64_t part) const {
-        return {op.weights.transposed_at(head, part, start), op.weights.transposed_row_stride};
+        return {op.weights.transposed_at(head, part, first_position), op.weights.transposed_row_stride};
     }
     RECATTN_TARGET Out<float> dweights(float* partial, int64_t part) const {
-        return {partial + op.weights.offset(head, part, start), op.weights.row_stride, true};
+        return {partial + op.weights.offset(head, part, first_position), op.weights.row_stride, true};
     }
 
     // Stores the rows of `values` as tokens of `tensor`, zeros at padded positions.
     RECATTN_TARGET void store_tokens(const Tokens<T>& tensor, Matrix values, int64_t columns) const {
-        for (int64_t i = 0; i < op.n; ++i) {
-            T* row = tensor.at(batch, head, i);
-            if (i < start || i >= start + n) {
-                std::fill(row, row + columns, T(0));
-            } else {
-                copy_row(values.data + (i - start) * values.row_stride, columns, row);
-            }
+        for (int64_t i = 0; i < n; ++i) {
+            copy_row(values.data + i * values.row_stride, columns, tensor.at(batch, head, start + i));
+        }
+        for (int64_t i = 0; i < op.padded_length; ++i) {
+            if (i < start || i >= start + n) std::fill_n(tensor.at(batch, head, i), columns, T(0));
         }
     }
 
@@ -289,7 +289,7 @@ inline RECATTN_TARGET void unfold(const float* dproduct, int64_t row_stride, int
 template <class T>
 RECATTN_TARGET void refined_forward(const RefinedAttention<T>& op, int64_t begin, int64_t end) {
     Arena sizes(nullptr);
-    ForwardMatrices(op, op.n, sizes);
+    ForwardMatrices(op, op.positions, sizes);
     Scratch<float> memory(sizes.used());
     for (int64_t index = begin; index < end; ++index) forward_batch_head(BatchHead<T>(op, index), memory.data());
 }
@@ -299,8 +299,8 @@ template <class T>
 RECATTN_TARGET void refined_backward(const RefinedAttention<T>& op, const Groups& groups, int64_t begin, int64_t end,
                                      float* dweights) {
     Arena sizes(nullptr);
-    ForwardMatrices(op, op.n, sizes);
-    BackwardMatrices(op, op.n, sizes);
+    ForwardMatrices(op, op.positions, sizes);
+    BackwardMatrices(op, op.positions, sizes);
     Scratch<float> memory(sizes.used());
     for (int64_t group = begin; group < end; ++group) {
         float* partial = dweights + group * op.weights.size();

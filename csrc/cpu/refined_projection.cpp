@@ -26,9 +26,9 @@ struct RefinedProjection {
     Tokens<const float> dqueries, dkeys;
     Tokens<T> dq, dk;
     const float* w;  // [W_q | W_k], [N, width] of each head or of all
-    const int64_t* lengths;
-    int64_t heads, n, dim, rank, width, w_row_stride, w_size;
-    bool per_head, causal, left_padded, backward;
+    const Span* spans;
+    int64_t heads, padded_length, positions, dim, rank, width, w_row_stride, w_size;  // the first: see Batch
+    bool per_head, causal, backward;
     float scale;
 };
 
@@ -43,38 +43,34 @@ namespace {
 
 // Checked inputs of the forward and the backward.
 struct Inputs {
-    Inputs(const Tensor& q, const Tensor& k, const Tensor& w_q, const Tensor& w_k,
-           const std::optional<Tensor>& seq_lens)
-        : lengths(checked_inputs(q, k, w_q, w_k, seq_lens)),
+    Inputs(const Tensor& q, const Tensor& k, const Tensor& w_q, const Tensor& w_k, const LengthTensors& lengths)
+        : batch(checked_inputs(q, k, w_q, w_k, lengths)),
           q(with_contiguous_rows(q)),
           k(with_contiguous_rows(k)),
           matrices{WeightMatrix(w_q, w_q.size(w_q.dim() - 1)), WeightMatrix(w_k, w_k.size(w_k.dim() - 1))},
           per_head(w_q.dim() == 3 || w_k.dim() == 3),
-          n(q.size(2)),
+          n(batch.positions),
           part((matrices[0].columns + 15) / 16 * 16),
           row_stride(2 * part + 16),
           size((per_head ? q.size(1) : 1) * n * row_stride),
           w(size),
-          groups(lengths, q.size(1), 1) {}
+          groups(batch.spans, batch.heads, 1) {}
 
-    // The lengths.
-    static std::vector<int64_t> checked_inputs(const Tensor& q, const Tensor& k, const Tensor& w_q, const Tensor& w_k,
-                                               const std::optional<Tensor>& seq_lens) {
-        expect_shape("q", q, {{"B"}, {"H"}, {"N"}, {"D"}});
-        const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2);
-        expect_shape("k", k, {{"B", batch}, {"H", heads}, {"N", n}, {"D", q.size(3)}});
-        expect(q.size(3) > 0, "D of q and k must be at least 1, got 0");
-        expect_matrix("w_q", w_q, heads, {"Nmax"}, {"R"});
-        const int64_t longest = w_q.size(w_q.dim() - 2);
-        expect_matrix("w_k", w_k, heads, {"Nmax", longest}, {"R", w_q.size(w_q.dim() - 1)});
-        expect(longest >= n, "Nmax of w_q and w_k must be at least N = ", n, ", got ", longest);
+    static Batch checked_inputs(const Tensor& q, const Tensor& k, const Tensor& w_q, const Tensor& w_k,
+                                const LengthTensors& lengths) {
+        Batch batch = checked_batch(q, k, lengths);
+        expect_matrix("w_q", w_q, batch.heads, {"Nmax"}, {"R"});
+        const int64_t rows = w_q.size(w_q.dim() - 2);
+        expect_matrix("w_k", w_k, batch.heads, {"Nmax", rows}, {"R", w_q.size(w_q.dim() - 1)});
+        batch.expect_rows(rows);
         expect_dtype_of("q", q, "k", k);
         expect_dtype_of("q", q, "w_q", w_q);
         expect_dtype_of("q", q, "w_k", w_k);
-        return checked_lengths(seq_lens, batch, n);
+        return batch;
     }
 
-    int64_t heads() const { return per_head ? q.size(1) : 1; }
+    int64_t dim() const { return q.size(q.dim() - 1); }
+    int64_t heads() const { return per_head ? batch.heads : 1; }  // of W
 
     template <class T>
     void pack_weights() {
@@ -87,7 +83,7 @@ struct Inputs {
         }
     }
 
-    std::vector<int64_t> lengths;
+    Batch batch;
     Tensor q, k;
     WeightMatrix matrices[2];
     bool per_head;
@@ -97,14 +93,13 @@ struct Inputs {
 };
 
 struct Options {
-    bool causal, left_padded;
+    bool causal;
     std::optional<double> scale;
 };
 
 template <class T>
 RefinedProjection<T> make_arguments(Inputs& inputs, const Options& options) {
     inputs.pack_weights<T>();
-    const int64_t dim = inputs.q.size(3);
     return {.q = tokens<T>(inputs.q),
             .k = tokens<T>(inputs.k),
             .queries = {},
@@ -114,35 +109,38 @@ RefinedProjection<T> make_arguments(Inputs& inputs, const Options& options) {
             .dq = {},
             .dk = {},
             .w = inputs.w.data(),
-            .lengths = inputs.lengths.data(),
-            .heads = inputs.q.size(1),
-            .n = inputs.n,
-            .dim = dim,
+            .spans = inputs.batch.spans.data(),
+            .heads = inputs.batch.heads,
+            .padded_length = inputs.batch.padded_length,
+            .positions = inputs.n,
+            .dim = inputs.dim(),
             .rank = inputs.matrices[0].columns,
             .width = 2 * inputs.part,
             .w_row_stride = inputs.row_stride,
             .w_size = inputs.size,
             .per_head = inputs.per_head,
             .causal = options.causal,
-            .left_padded = options.left_padded,
             .backward = false,
-            .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(dim))))};
+            .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(inputs.dim()))))};
 }
 
-// A W_q and A W_k, [B, H, N, R] float32; any numbers at padding.
+// A W_q and A W_k, [B, H, N, R] or packed [T, H, R], float32; any numbers at padding.
 std::tuple<Tensor, Tensor> refined_projection_cpu_fwd(const Tensor& q, const Tensor& k, const Tensor& w_q,
                                                       const Tensor& w_k, const std::optional<Tensor>& seq_lens,
-                                                      bool causal, bool left_padded, std::optional<double> scale) {
-    Inputs inputs(q, k, w_q, w_k, seq_lens);
-    const std::array<int64_t, 4> sizes{q.size(0), q.size(1), q.size(2), inputs.matrices[0].columns};
+                                                      const std::optional<Tensor>& seq_starts,
+                                                      const std::optional<Tensor>& cu_seqlens, bool causal,
+                                                      std::optional<double> scale) {
+    Inputs inputs(q, k, w_q, w_k, {seq_lens, seq_starts, cu_seqlens});
+    std::vector<int64_t> sizes(q.sizes().begin(), q.sizes().end());
+    sizes.back() = inputs.matrices[0].columns;
     const Tensor queries = new_empty(sizes, ScalarType::Float), keys = new_empty(sizes, ScalarType::Float);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
         using T = decltype(zero);
-        auto op = make_arguments<T>(inputs, {causal, left_padded, scale});
+        auto op = make_arguments<T>(inputs, {causal, scale});
         op.queries = mutable_tokens<float>(queries);
         op.keys = mutable_tokens<float>(keys);
         const auto kernel = RECATTN_PICK(projection_forward<T>);
-        torch::stable::parallel_for(0, q.size(0) * q.size(1), grain(inputs.n * op.dim * op.width),
+        torch::stable::parallel_for(0, inputs.batch.size() * op.heads, grain(inputs.n * op.dim * op.width),
                                     [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
     });
     return {queries, keys};
@@ -151,11 +149,11 @@ std::tuple<Tensor, Tensor> refined_projection_cpu_fwd(const Tensor& q, const Ten
 // dq, dk, dw_q and dw_k.
 std::tuple<Tensor, Tensor, Tensor, Tensor> refined_projection_cpu_bwd(
     const Tensor& dqueries, const Tensor& dkeys, const Tensor& q, const Tensor& k, const Tensor& w_q, const Tensor& w_k,
-    const std::optional<Tensor>& seq_lens, bool causal, bool left_padded, std::optional<double> scale) {
-    Inputs inputs(q, k, w_q, w_k, seq_lens);
+    const std::optional<Tensor>& seq_lens, const std::optional<Tensor>& seq_starts,
+    const std::optional<Tensor>& cu_seqlens, bool causal, std::optional<double> scale) {
+    Inputs inputs(q, k, w_q, w_k, {seq_lens, seq_starts, cu_seqlens});
     for (const auto& [name, gradient] : {std::pair("dqueries", &dqueries), std::pair("dkeys", &dkeys)}) {
-        expect_shape(name, *gradient,
-                     {{"B", q.size(0)}, {"H", q.size(1)}, {"N", q.size(2)}, {"R", inputs.matrices[0].columns}});
+        expect_tokens_like_q(name, *gradient, q, {"R", inputs.matrices[0].columns});
         expect(gradient->scalar_type() == ScalarType::Float, name, " must be float32, got ",
                dtype_name(gradient->scalar_type()));
     }
@@ -165,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refined_projection_cpu_bwd(
     const Tensor partials = new_empty({groups.count() * inputs.size}, ScalarType::Float);
     dispatch_dtype<float, BFloat16, Half>("q", q, [&](auto zero) {
         using T = decltype(zero);
-        auto op = make_arguments<T>(inputs, {causal, left_padded, scale});
+        auto op = make_arguments<T>(inputs, {causal, scale});
         op.backward = true;
         op.dqueries = tokens<float>(dqueries_rows);
         op.dkeys = tokens<float>(dkeys_rows);
@@ -192,8 +190,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refined_projection_cpu_bwd(
     return {dq, dk, dw_q, dw_k};
 }
 
-#define RECATTN_OPTIONS \
-    "Tensor q, Tensor k, Tensor w_q, Tensor w_k, Tensor? seq_lens, bool causal, bool left_padded, float? scale"
+#define RECATTN_OPTIONS                                                                                           \
+    "Tensor q, Tensor k, Tensor w_q, Tensor w_k, Tensor? seq_lens, Tensor? seq_starts, Tensor? cu_seqlens, bool " \
+    "causal, float? scale"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recattn, m) {
     m.def("refined_projection_cpu_fwd(" RECATTN_OPTIONS ") -> (Tensor, Tensor)");

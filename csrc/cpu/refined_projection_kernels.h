@@ -32,7 +32,7 @@ struct Buffer {
     RECATTN_TARGET Out<float> out(bool accumulate) const { return {data, row_stride, accumulate}; }
 };
 
-// One (batch, head): its n tokens begin at position `start`.
+// One (batch, head): its n tokens begin at `start` of the N or T axis, the first at position `first_position` of W.
 template <class T>
 class Projection {
   public:
@@ -114,11 +114,14 @@ class Projection {
     RECATTN_TARGET void locate(int64_t index) {
         batch_ = index / op_.heads;
         head_ = index % op_.heads;
-        n_ = op_.lengths[batch_];
-        start_ = op_.left_padded ? op_.n - n_ : 0;
+        n_ = op_.spans[batch_].length;
+        start_ = op_.spans[batch_].start;
+        first_position_ = op_.spans[batch_].first_position;
     }
 
-    RECATTN_TARGET int64_t w_offset() const { return ((op_.per_head ? head_ * op_.n : 0) + start_) * op_.w_row_stride; }
+    RECATTN_TARGET int64_t w_offset() const {
+        return ((op_.per_head ? head_ * op_.positions : 0) + first_position_) * op_.w_row_stride;
+    }
     RECATTN_TARGET Buffer w(int64_t first) const {
         return {const_cast<float*>(op_.w) + w_offset() + first * op_.w_row_stride, op_.w_row_stride};
     }
@@ -239,10 +242,8 @@ class Projection {
     }
 
     RECATTN_TARGET void write_padding(const Tokens<T>& tensor) const {
-        for (int64_t i = 0; i < op_.n; ++i) {
-            if (i >= start_ && i < start_ + n_) continue;
-            T* row = tensor.at(batch_, head_, i);
-            std::fill(row, row + op_.dim, T(0));
+        for (int64_t i = 0; i < op_.padded_length; ++i) {
+            if (i < start_ || i >= start_ + n_) std::fill_n(tensor.at(batch_, head_, i), op_.dim, T(0));
         }
     }
 
@@ -250,7 +251,7 @@ class Projection {
     // x_ is dx in the backward, state_ there dS, and state_t_ S^T and then dS^T.
     Buffer q_, k_, k_t_, a_, x_, state_, state_t_, w_t_, da_, out_;
     Scratch<float> memory_;
-    int64_t batch_ = 0, head_ = 0, n_ = 0, start_ = 0;
+    int64_t batch_ = 0, head_ = 0, n_ = 0, start_ = 0, first_position_ = 0;
 };
 
 // --- Tasks ---

@@ -7,8 +7,10 @@
 #include <array>
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "cpu/common.h"
+#include "cpu/sequences.h"
 
 namespace recattn {
 
@@ -42,6 +44,47 @@ inline void expect_matrix(const char* name, const Tensor& w, int64_t heads, Axis
     } else {
         expect_shape(name, w, {rows, columns});
     }
+}
+
+// The sequences of a call.
+struct Batch {
+    std::vector<Span> spans;
+    int64_t heads;
+    int64_t padded_length;  // N; 0 where packed
+    int64_t positions;      // N, or the length of the longest packed sequence: the rows of W that are used
+
+    int64_t size() const { return static_cast<int64_t>(spans.size()); }
+
+    void expect_rows(int64_t rows) const {
+        expect(rows >= positions, "Nmax of w_q and w_k must be at least ",
+               padded_length > 0 ? "N = " : "the longest sequence, ", positions, ", got ", rows);
+    }
+};
+
+// A tensor [B, H, N, columns], or packed [T, H, columns], like q.
+inline void expect_tokens_like_q(const char* name, const Tensor& x, const Tensor& q, Axis columns) {
+    if (q.dim() == 3) {
+        expect_shape(name, x, {{"T", q.size(0)}, {"H", q.size(1)}, columns});
+    } else {
+        expect_shape(name, x, {{"B", q.size(0)}, {"H", q.size(1)}, {"N", q.size(2)}, columns});
+    }
+}
+
+inline Batch checked_batch(const Tensor& q, const Tensor& k, const LengthTensors& lengths) {
+    const bool packed = lengths.packed();
+    if (packed) {
+        expect_shape("q", q, {{"T"}, {"H"}, {"D"}});
+    } else {
+        expect_shape("q", q, {{"B"}, {"H"}, {"N"}, {"D"}});
+    }
+    const int64_t dim = q.size(q.dim() - 1);
+    expect_tokens_like_q("k", k, q, {"D", dim});
+    expect(dim > 0, "D of q and k must be at least 1, got 0");
+    const int64_t total = q.size(packed ? 0 : 2);
+    Batch batch{checked_spans(lengths, packed ? lengths.packed_batch() : q.size(0), total), q.size(1),
+                packed ? 0 : total, packed ? 0 : total};
+    for (const Span& span : batch.spans) batch.positions = std::max(batch.positions, span.length);
+    return batch;
 }
 
 // The matrices of a call.

@@ -59,9 +59,9 @@ class RefinedAttentionOptions(NamedTuple):
     mechanism: Mechanism
     source: Source
     causal: bool
-    left_padded: bool
     scale: float | None
     dropout_p: float = 0.0
+    max_seqlen: int | None = None
     impl: str | None = None
 
 
@@ -76,5 +76,6 @@ class WassersteinAttentionOptions(NamedTuple):
     left_padded: bool
     scale: float | None
     dropout_p: float = 0.0
+    max_seqlen: int | None = None
     impl: str | None = None
     refined: bool = False

@@ -9,6 +9,7 @@ import torch
 from recattn._options import RefinedAttentionOptions
 from recattn.triton_kernels.common.dropout import Dropout
 from recattn.triton_kernels.common.launch import host_block_width
+from recattn.triton_kernels.common.ragged import Lengths
 from recattn.triton_kernels.refined_attention import (
     largest_n,
     launch_refined_attention_bwd,
@@ -39,8 +40,9 @@ def of_tokens(N: int, head_dim: int, mechanism: str, dtype: torch.dtype, archite
     size, w_v = host_block_width(N), None if mechanism == "simple" else w_v
     squares = meta(1 if w_v is None else 2, size, size, dtype=dtype)
     dropout = Dropout(meta(1, dtype=torch.int64), 100)
-    inputs = (q, q, q, squares, w_v, meta(1, dtype=torch.int64))
-    options = RefinedAttentionOptions(mechanism, "weights", causal=True, left_padded=False, scale=0.125)
+    ones = meta(2, dtype=torch.int64)
+    inputs = (q, q, q, squares, w_v, Lengths(ones, ones))
+    options = RefinedAttentionOptions(mechanism, "weights", causal=True, scale=0.125)
     fwd = partial(launch_refined_attention_fwd, *inputs, options, dropout=dropout)
     yield from recorded(label, architecture, fwd)
     bwd = partial(launch_refined_attention_bwd, q, *inputs, options, dropout=dropout)
@@ -50,6 +52,13 @@ def of_tokens(N: int, head_dim: int, mechanism: str, dtype: torch.dtype, archite
             of_source = options._replace(source=source)
             bwd = partial(launch_refined_attention_bwd, q, *inputs, of_source)
             yield from recorded(f"{label} stage {{STAGE}} {source} no dropout", architecture, bwd)
+    if head_dim == 64:
+        tokens, lengths = meta(N, HEADS, head_dim, dtype=dtype), Lengths(cu_seqlens=ones)
+        inputs = (tokens, tokens, tokens, squares, w_v, lengths, options._replace(max_seqlen=N))
+        fwd = partial(launch_refined_attention_fwd, *inputs, dropout=dropout)
+        yield from recorded(f"{label} packed", architecture, fwd)
+        bwd = partial(launch_refined_attention_bwd, tokens, *inputs, dropout=dropout)
+        yield from recorded(f"{label} stage {{STAGE}} packed", architecture, bwd)
 
 
 def of_weights(N: int, dtype: torch.dtype, architecture: int) -> Iterator[Compilation]:

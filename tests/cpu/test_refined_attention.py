@@ -15,7 +15,7 @@ from recattn.testing import assert_matches_reference
 from tests.helpers.instruction_sets import CAPABILITIES, results_at
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three
 from tests.helpers.philox import dropout_weights
-from tests.helpers.refined_inputs import cpu, views_of
+from tests.helpers.refined_inputs import cpu, packed, views_of
 
 MECHANISMS = ("simple", "value", "additive")
 SOURCES = ("logits", "weights")
@@ -231,6 +231,70 @@ def test_a_sequence_never_sees_another(mechanism_and_n):
             assert torch.equal(actual[1::2], clean[1::2])
 
 
+# --- Windows, and packed sequences ---
+
+
+@pytest.mark.parametrize("rank", [5, 24])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows_and_packed(rank, causal, mechanism_and_n):
+    """Windows that begin anywhere on the N axis, and packed sequences, some of them empty."""
+    mechanism, n = mechanism_and_n
+    for source in SOURCES:
+        options = {"mechanism": mechanism, "source": source, "causal": causal}
+        inputs = draw(mechanism, b=4, n=n, r=rank, per_head=causal)
+        starts, lengths = torch.tensor([2, n, 7, 1]), torch.tensor([n - 2, 0, 9, n - 3])
+        check(inputs, **options, seq_lens=lengths, seq_starts=starts)
+        check_packed(packed(inputs, [0, n, 9, n - 3]), **options)
+
+
+def check_packed(inputs, **options):
+    kernel, low = (functools.partial(f, **options) for f in (cpu, reference.refined_attention))
+    grads = [name for name in inputs if name != "cu_seqlens"]
+    longest = int(inputs["cu_seqlens"].diff().max())
+    long = longest > on_cpu._LONGEST_IN_CPP
+    assert_matches = assert_matches_reference_twice_of_three if long else assert_matches_reference
+    assert_matches(functools.partial(kernel, max_seqlen=longest), low, inputs, grads=grads)
+
+
+def test_packed_reruns_and_neighbours(mechanism_and_n):
+    """The bits of a sequence depend neither on the run nor on the other sequences, even if these are NaN."""
+    mechanism, n = mechanism_and_n
+    inputs = draw(mechanism, b=4, n=n)
+    options = {"mechanism": mechanism, "cu_seqlens": torch.tensor([0, 0, 9, 9 + n, 14 + n])}
+    inputs |= {name: packed(inputs, [0, 9, n, 5])[name] for name in "qkv"}
+    first, second = (run(cpu, inputs, **options) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    for name in "qkv":
+        inputs[name] = inputs[name].clone()
+        inputs[name][9 : 9 + n] = math.nan
+    for actual, clean in zip(run(cpu, inputs, **options)[:4], first, strict=False):
+        assert torch.equal(actual[:9], clean[:9]) and torch.equal(actual[9 + n :], clean[9 + n :])
+
+
+@compiled_kernels
+@pytest.mark.parametrize("mechanism, n", [("value", 21), ("simple", 263)])
+def test_packed_dropout_is_that_of_the_padded(mechanism, n):
+    lengths = [n, n // 2, 0]
+    inputs = draw(mechanism, n=n)
+    results = []
+    cu = packed(inputs, lengths)["cu_seqlens"]
+    for options in ({"seq_lens": torch.tensor(lengths)}, {"cu_seqlens": cu}):
+        torch.manual_seed(7)
+        tensors = inputs if "seq_lens" in options else {**inputs, **{x: packed(inputs, lengths)[x] for x in "qkv"}}
+        leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+        out = cpu(**leaves, mechanism=mechanism, dropout_p=0.3, **options)
+        gradients = torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        named = {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+        if "seq_lens" in options:
+            named |= {"q": named["q"], "k": named["k"], "v": named["v"]}
+            flat = packed(named, lengths)
+            flat["out"] = packed({x: named["out"] for x in "qkv"}, lengths)["q"]
+            named = {name: flat[name] for name in named}
+        results.append(named)
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, msg=name)
+
+
 # --- Dropout ---
 
 
@@ -406,6 +470,9 @@ def test_all_is_chunked_without_the_extension(served_by, monkeypatch):
     assert set(served_by) == {"chunked_fwd", "chunked_bwd"}
 
 
+PACKED = {"q": torch.zeros(40, 2, 13), "k": torch.zeros(40, 2, 13), "v": torch.zeros(40, 2, 7)}
+
+
 @compiled_kernels
 @pytest.mark.parametrize(
     "changes, message",
@@ -421,12 +488,21 @@ def test_all_is_chunked_without_the_extension(served_by, monkeypatch):
         ({"seq_lens": torch.tensor([21, 22, 0])}, "seq_lens must be between 0 and 21, got 22"),
         ({"seq_lens": torch.tensor([21, -1, 0])}, "seq_lens must be between 0 and 21, got -1"),
         ({"seq_lens": torch.tensor([21, 1])}, r"seq_lens must be \[B\] = \[3\], got \[2\]"),
+        (
+            {"seq_lens": torch.tensor([21, 2, 0]), "seq_starts": torch.tensor([0, 20, 0])},
+            r"seq_starts must be between 0 and N - seq_lens = 19, got 20 at index \[1\]",
+        ),
+        ({"seq_starts": torch.tensor([0, 2, 0])}, "seq_starts must be None without seq_lens"),
+        ({"cu_seqlens": torch.tensor([0, 21])}, r"q must be \[T, H, D\] = .* got \[3, 2, 21, 13\]"),
+        (PACKED | {"cu_seqlens": torch.tensor([0, 8, 42])}, "cu_seqlens must be offsets from 0 to 40"),
+        (PACKED | {"cu_seqlens": torch.tensor([0, 24, 40])}, "Nmax of .* at least the longest sequence, 24, got 23"),
+        (PACKED | {"cu_seqlens": torch.tensor([0, 20, 8, 40])}, r"cu_seqlens must be ascending, got 8 at index \[2\]"),
     ],
 )
 def test_operators_refuse_what_does_not_fit(changes, message):
     inputs = draw("simple")
-    tensors = {**inputs, "w_v": None, "seq_lens": None, **changes}
-    options = (False, False, True, True, None, None, 0.0)
+    tensors = {**inputs, **dict.fromkeys(("w_v", "seq_lens", "seq_starts", "cu_seqlens")), **changes}
+    options = (False, False, True, None, None, 0.0)
     with pytest.raises(ValueError, match=message):
         torch.ops.recattn.refined_attention_pairs_fwd(*tensors.values(), *options)
     with pytest.raises(ValueError, match=message):

@@ -14,6 +14,7 @@ from recattn._options import RefinedAttentionOptions, WassersteinAttentionOption
 from recattn.ops import refined_attention as refined_ops
 from recattn.ops import wasserstein_attention as ops
 from recattn.ops.refined_attention import cpu as on_cpu
+from recattn.reference.sink_attention import window_starts
 from recattn.testing import assert_matches_reference
 from tests.helpers.instruction_sets import CAPABILITIES, results_at
 from tests.helpers.refined_inputs import views_of
@@ -138,11 +139,12 @@ def with_mask(function, *, keep, **inputs):
 
 def dropped(kind, seed, seq_lens, padding_side, p, **inputs):
     mechanism, _, source = kind.partition(" ")
-    options = (source or "logits", True, padding_side == "left", None, p, "cpu")
+    options = (source or "logits", True, padding_side == "left", None, p, None, "cpu")
     if mechanism == "stochastic":
         tensors = [inputs[name] for name in ("q", "k", "v", "w_q", "w_k")]
-        options = RefinedAttentionOptions("stochastic", *options)
-        return refined_ops.refined_attention(*tensors, None, seq_lens, seed, options)
+        options = RefinedAttentionOptions("stochastic", source or "logits", True, None, p, impl="cpu")
+        seq_starts = window_starts(padding_side, inputs["q"].shape[2], seq_lens)
+        return refined_ops.refined_attention(*tensors, None, seq_lens, seq_starts, None, seed, options)
     tensors = [inputs.get(name) for name in (*NAMES, "w_q", "w_k")]
     return ops.wasserstein_attention(*tensors, seq_lens, seed, WassersteinAttentionOptions(*options))
 

@@ -103,7 +103,7 @@ def sparse(x: Tensor) -> Tensor:
 
 
 # Arguments that may be nested.
-NESTED = {"items": ("behaviors", "item_ids")}
+NESTED = {"refined": ("q",), "items": ("behaviors", "item_ids")}
 
 
 @pytest.mark.parametrize("name", ["sink", "packed", "refined", "gaussian", "items", "restored", "absorb", "by item"])

@@ -9,7 +9,7 @@ from benchmarks.harness.memory import cpu_allocations, peak_memory
 from recattn import reference, refined_attention
 from recattn.testing import assert_matches_reference
 from tests.helpers.by_differences import stochastic_by_differences
-from tests.helpers.refined_inputs import cpu, views_of
+from tests.helpers.refined_inputs import cpu, packed, views_of
 
 MECHANISMS = ("simple", "value", "additive", "stochastic")
 SOURCES = ("logits", "weights")
@@ -314,18 +314,72 @@ def test_memory_is_at_most_half_of_the_reference():
     assert ours - shared <= (eager - shared) / 2
 
 
+# --- Packed and nested sequences ---
+
+
+@pytest.mark.parametrize("function", [cpu, reference.refined_attention])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_packed_is_padded(mechanism, source, causal, function):
+    """Outputs and every gradient, in float64."""
+    inputs = draw(mechanism, b=5, r=4, n_max=12, per_head=("w_k",) if causal else (), dtype=torch.float64)
+    options = {"mechanism": mechanism, "source": source, "causal": causal}
+    lengths = [0, 9, 1, 0, 4]
+    dense = gradients_of_tokens(function, inputs, **options, seq_lens=torch.tensor(lengths))
+    tokens = packed(inputs, lengths)
+    cu_seqlens = tokens.pop("cu_seqlens")
+    actual = gradients_of_tokens(function, tokens, **options, cu_seqlens=cu_seqlens)
+    expected = packed(dense, lengths) | {"out": packed({**dense, "q": dense["out"]}, lengths)["q"]}
+    for name, x in actual.items():
+        torch.testing.assert_close(x, expected[name], atol=1e-12, rtol=0)
+
+
+def gradients_of_tokens(function, inputs, **options):
+    """The output and the gradients of a sum that padding adds nothing to."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = function(**leaves, **options)
+    gradients = torch.autograd.grad(out.square().sum(), [*leaves.values()])
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("function", ["eager", "compiled"])
+def test_nested(function):
+    """As packed, without a copy of the tokens; in one graph for all sizes."""
+    torch.compiler.reset()
+    call = functools.partial(refined_attention, mechanism="additive")
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 0, 9, 2], [3, 8, 1, 1, 7]):
+        inputs = draw("additive", b=len(lengths), n=max(lengths), n_max=12)
+        tokens = packed(inputs, lengths)
+        cu_seqlens = tokens.pop("cu_seqlens").long()
+        expected = gradients_of_tokens(call, tokens, cu_seqlens=cu_seqlens)
+        leaves = {name: x.detach().requires_grad_() for name, x in tokens.items()}
+        nested = {
+            name: torch.nested.nested_tensor_from_jagged(leaves[name], cu_seqlens).transpose(1, 2) for name in "qkv"
+        }
+        out = (compiled if function == "compiled" else call)(**{**leaves, **nested})
+        assert out.is_nested and out.shape[1] == 2
+        values = out.transpose(1, 2).values()
+        torch.testing.assert_close(values, expected["out"])
+        for name, gradient in zip(leaves, torch.autograd.grad(values.square().sum(), [*leaves.values()]), strict=True):
+            torch.testing.assert_close(gradient, expected[name])
+
+
 # --- The operators ---
 
 
-def operator_inputs(mechanism, left_padded):
-    inputs = draw(mechanism)
-    tensors = [inputs.get(name) for name in TENSORS]
-    return (*tensors, torch.tensor([9, 0, 4]), None, mechanism, "logits", True, left_padded, 0.4, 0.0, "cpu")
-
-
+@pytest.mark.parametrize("layout", ["windows", "packed"])
 @pytest.mark.parametrize("mechanism", ["simple", "value"])
-def test_opcheck(mechanism):
-    arguments = operator_inputs(mechanism, left_padded=True)
+def test_opcheck(mechanism, layout):
+    inputs = draw(mechanism)
+    lengths = (torch.tensor([9, 0, 4]), torch.tensor([0, 9, 3]), None)
+    if layout == "packed":
+        inputs = packed(inputs, [9, 0, 4])
+        lengths = (None, None, inputs["cu_seqlens"])
+    max_seqlen = 9 if layout == "packed" else None
+    options = (mechanism, "logits", True, 0.4, 0.0, max_seqlen, "cpu")
+    arguments = (*(inputs.get(name) for name in TENSORS), *lengths, None, *options)
     torch.library.opcheck(torch.ops.recattn.refined_attention_fwd.default, arguments)
     dout = torch.randn_like(arguments[2])
     torch.library.opcheck(torch.ops.recattn.refined_attention_bwd.default, (dout, *arguments))
@@ -375,6 +429,9 @@ def zeros(*shape):
     return torch.zeros(shape)
 
 
+PACKED = {"q": zeros(13, 2, 16), "k": zeros(13, 2, 16), "v": zeros(13, 2, 5), "cu_seqlens": torch.tensor([0, 9, 13])}
+
+
 @pytest.mark.parametrize(
     "mechanism, changes, message",
     [
@@ -408,6 +465,18 @@ def zeros(*shape):
         ("simple", {"seq_lens": zeros(3)}, "seq_lens must be int64 or int32, got float32"),
         ("simple", {"seq_lens": torch.tensor([9, 10, 0])}, "seq_lens must be between 0 and 9, got 10"),
         ("simple", {"seq_lens": torch.tensor([9, -1, 0])}, "seq_lens must be between 0 and 9, got -1"),
+        ("simple", {"seq_starts": torch.tensor([0, 1, 0])}, "seq_lens must be given with seq_starts, got None"),
+        ("simple", {"cu_seqlens": torch.tensor([0, 9])}, r"q must be \[T, H, D\] = .* got \[3, 2, 9, 16\]"),
+        ("simple", {"max_seqlen": 9}, "max_seqlen must be None but with cu_seqlens, got 9"),
+        ("simple", PACKED | {"seq_lens": torch.tensor([9, 4])}, "seq_lens must be None beside cu_seqlens"),
+        ("simple", PACKED | {"cu_seqlens": torch.tensor([], dtype=torch.int64)}, r"cu_seqlens must be \[B \+ 1\]"),
+        ("simple", PACKED | {"cu_seqlens": torch.tensor([0, 9, 12])}, "cu_seqlens must be offsets from 0 to 13"),
+        (
+            "simple",
+            PACKED | {"cu_seqlens": torch.tensor([0, 10, 13])},
+            "Nmax of w_q and w_k must be at least the longest",
+        ),
+        ("simple", PACKED | {"max_seqlen": 8}, "max_seqlen must be at least the longest"),
     ],
 )
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -13,9 +13,11 @@ pytest.importorskip("triton")
 from recattn import reference
 from recattn._options import RefinedAttentionOptions
 from recattn.ops.refined_attention import triton_long as long
+from recattn.reference.sink_attention import window_starts
 from recattn.testing import assert_matches_reference
 from tests.helpers.interpreted import DEVICE, DTYPES, assert_matches_reference_twice_of_three, with_dtypes
 from tests.helpers.memory import LargestTensor
+from tests.helpers.refined_inputs import packed
 from tests.triton.test_sink_attention import dropout_mask
 
 GRADS = ["q", "k", "v", "w_q", "w_k"]
@@ -43,14 +45,18 @@ def by_triton(
     mechanism,
     source,
     causal=True,
-    seq_lens=None,
-    padding_side="right",
     scale=None,
     dropout_p=0.0,
     seed=None,
+    max_seqlen=None,
+    **lengths,
 ) -> Tensor:
-    options = RefinedAttentionOptions(mechanism, source, causal, padding_side == "left", scale, dropout_p, "triton")
-    return long.refined_attention(q, k, v, w_q, w_k, seq_lens, seed, options)
+    options = RefinedAttentionOptions(mechanism, source, causal, scale, dropout_p, max_seqlen, "triton")
+    return long.refined_attention(q, k, v, w_q, w_k, length_tensors(q, **lengths), seed, options)
+
+
+def length_tensors(q, seq_lens=None, seq_starts=None, padding_side="right", cu_seqlens=None) -> long.LengthTensors:
+    return seq_lens, window_starts(padding_side, q.shape[-2], seq_lens, seq_starts), cu_seqlens
 
 
 def check(inputs: dict, function=by_triton) -> None:
@@ -83,6 +89,18 @@ def test_padded(mechanism, source, causal):
     inputs = draw(mechanism, source, b=3, n=70, dtype=torch.float16)
     lengths = torch.tensor([66, 0, 1], device=DEVICE)
     check({**inputs, "seq_lens": lengths, "padding_side": padding_side, "causal": causal})
+
+
+@pytest.mark.parametrize("mechanism, source", EVERY)
+def test_windows_and_packed(mechanism, source):
+    """Windows that begin anywhere, and packed sequences with a bound above the longest; causal in turn."""
+    causal = (MECHANISMS.index(mechanism) + SOURCES.index(source)) % 2 == 0
+    inputs = draw(mechanism, source, b=4, h=2, n=70, n_max=73, per_head=("w_k",), dtype=torch.float16)
+    inputs |= {"causal": causal}
+    starts, lengths = (torch.tensor(x, device=DEVICE) for x in ([9, 70, 3, 69], [60, 0, 20, 1]))
+    check({**inputs, "seq_lens": lengths, "seq_starts": starts})
+    of_packed = functools.partial(by_triton, max_seqlen=72)
+    check(packed(inputs, [66, 0, 1, 37]), of_packed)
 
 
 @pytest.mark.parametrize("per_head", [("w_q", "w_k"), ("w_k",)])
@@ -220,7 +238,9 @@ def test_compiles_to_one_graph_without_recompiling(mechanism, source):
 def test_project(rank, source):
     inputs = draw("simple", source, n=20, r=rank)
     arguments = [inputs[name] for name in ("q", "k", "w_q", "w_k")]
-    x = long.project(*arguments, None, RefinedAttentionOptions("simple", source, True, False, 0.5, 0.0, "triton"))
+    x = long.project(
+        *arguments, (None, None, None), RefinedAttentionOptions("simple", source, True, 0.5, impl="triton")
+    )
     logits = 0.5 * inputs["q"] @ inputs["k"].mT
     future = torch.ones(20, 20, dtype=torch.bool, device=DEVICE).triu(1)
     a = logits.tril() if source == "logits" else logits.masked_fill(future, -math.inf).softmax(-1)

@@ -14,6 +14,7 @@ from recattn.ops import refined_attention as ops
 from recattn.ops.refined_attention import chunked
 from recattn.ops.refined_attention import triton_long as long
 from recattn.ops.refined_attention import triton_short as short
+from recattn.reference.sink_attention import window_starts
 from recattn.testing import assert_matches_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,19 +98,20 @@ def test_chunks_that_read_no_lengths(mechanism, padding_side, causal, monkeypatc
 
     class Chunked(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, options):
-            ctx.save_for_backward(q, k, v, w_q, w_k, w_v, seq_lens)
-            ctx.options = options
-            return chunked.refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options)
+        def forward(ctx, *inputs):
+            *tensors, ctx.options = inputs
+            ctx.save_for_backward(*tensors)
+            return chunked.refined_attention_fwd(*inputs)
 
         @staticmethod
         def backward(ctx, dout):
             gradients = chunked.refined_attention_bwd(dout, *ctx.saved_tensors, ctx.options)
-            return *gradients, *[None] * (8 - len(gradients))
+            return *gradients, *[None] * (10 - len(gradients))
 
     def in_chunks(q, k, v, w_q, w_k, w_v=None, **inputs):
-        options = RefinedAttentionOptions(mechanism, "logits", causal, padding_side == "left", 0.25)
-        return Chunked.apply(q, k, v, w_q, w_k, w_v, inputs["seq_lens"], options)
+        options, seq_lens = RefinedAttentionOptions(mechanism, "logits", causal, 0.25), inputs["seq_lens"]
+        seq_starts = window_starts(padding_side, q.shape[2], seq_lens)
+        return Chunked.apply(q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, None, options)
 
     inputs = draw(mechanism, device="cpu", padding_side=padding_side, causal=causal, scale=0.25)
     inputs["seq_lens"] = torch.tensor([20, 0])
@@ -123,7 +125,8 @@ def test_opcheck(mechanism, dropout_p):
     inputs = draw(mechanism)
     tensors = [inputs.get(name) for name in ("q", "k", "v", "w_q", "w_k", "w_v", "seq_lens")]
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
-    arguments = (*tensors, seed, mechanism, "logits", True, True, 0.25, dropout_p, "triton")
+    starts = torch.tensor([0, 3], device=DEVICE)
+    arguments = (*tensors, starts, None, seed, mechanism, "logits", True, 0.25, dropout_p, None, "triton")
     torch.library.opcheck(torch.ops.recattn.refined_attention_fwd.default, arguments)
     dout = torch.randn_like(inputs["v"])
     torch.library.opcheck(torch.ops.recattn.refined_attention_bwd.default, (dout, *arguments))

@@ -101,6 +101,8 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
         inputs = {name: leaf(sequences, 1, N, 16, **options) for name in "qkv"}
         return inputs | {f"w_{name}": leaf(N, N, **options) for name in "qkv"[:matrices]}
 
+    packed_refined = {name: leaf(2 * packed, 2, 16) for name in "qkv"} | {"w_q": leaf(3, 4), "w_k": leaf(3, 4)}
+
     names = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
     gaussians, long_gaussians = ({name: leaf(B, 1, N, 8) for name in names} for N in (2, 129))
     matrices = {"w_q": leaf(2, 2), "w_k": leaf(2, 2)}
@@ -127,6 +129,7 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
         "refined_attention, additive": lambda: train(
             refined_attention, refined(20, 3), mechanism="additive", **seed_and_padding
         ),
+        "refined_attention, packed": lambda: train(refined_attention, packed_refined, cu_seqlens=tokens["cu_seqlens"]),
         "refined_attention of many sequences": lambda: train(refined_attention, refined(2, sequences=40)),
         "refined_attention in three launches": lambda: train(
             refined_attention, refined(100, 3), mechanism="value", source="weights"

@@ -200,10 +200,10 @@ def test_wasserstein_attention(layout):
 
 def refined_attention_of(w: Tensor):
     def operator(q, k, v, dout) -> dict[str, Tensor]:
-        options = RefinedAttentionOptions("additive", "logits", causal=True, left_padded=False, scale=D**-0.5)
+        options = RefinedAttentionOptions("additive", "logits", causal=True, scale=D**-0.5)
         # As launch_weights_product, of which not all programs are interpreted here.
         g = (w.float() @ w.float().T / w.shape[1] ** 0.5).to(w.dtype)
-        inputs = (q, k, v, torch.stack([g, w]), w, None, options)
+        inputs = (q, k, v, torch.stack([g, w]), w, NO_LENGTHS, options)
         out = launch_refined_attention_fwd(*inputs)
         gradients = short_backward.launch_refined_attention_bwd(dout, *inputs)
         return {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=False))}
@@ -213,7 +213,7 @@ def refined_attention_of(w: Tensor):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refined_attention(layout, monkeypatch):
-    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: len(q))  # all in one launch
+    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, N, groups: len(q))  # all in one launch
     sizes = {"b": 1_200_000, "n": 16, "d": 128}  # the sums that each pair then has of its own stay small
     inputs = {name: draw(layout, **sizes) for name in ("q", "k", "v", "dout")}
     assert_last_alone(refined_attention_of(torch.randn(16, 16).half() / 16), inputs)
@@ -221,7 +221,7 @@ def test_refined_attention(layout, monkeypatch):
 
 def test_refined_attention_in_three_launches(monkeypatch):
     """The workspace between the launches has more than 2**31 elements."""
-    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: len(q))
+    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, N, groups: len(q))
     batch, length = 15_000, 128
     assert batch * len(short_backward.Workspace._fields) * length**2 > 2**31
     names = ("q", "k", "v", "dout")
@@ -237,9 +237,9 @@ def test_refined_projection(layout, monkeypatch):
     w = torch.randn(length, D).half()
 
     def operator(q, k, dx) -> dict[str, Tensor]:
-        mask = projection.Mask(None, causal=True, left_padded=False)
-        x = projection.launch_refined_projection_fwd(q, k, w, mask, 1 / D)
-        dq, dk, dw = projection.launch_refined_projection_bwd(dx, q, k, w, mask, 1 / D)
+        sequences = projection.Batch(batch, length, NO_LENGTHS, causal=True)
+        x = projection.launch_refined_projection_fwd(q, k, w, sequences, 1 / D)
+        dq, dk, dw = projection.launch_refined_projection_bwd(dx, q, k, w, sequences, 1 / D)
         return {"x": x, "dq": dq, "dk": dk, "dw": dw}
 
     assert_last_alone(operator, {name: draw(layout, b=batch, n=length) for name in ("q", "k", "dx")})

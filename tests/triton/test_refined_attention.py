@@ -16,10 +16,13 @@ import recattn
 from recattn import reference
 from recattn._options import RefinedAttentionOptions
 from recattn.ops.refined_attention.triton_short import unsupported_reason
+from recattn.reference.sink_attention import window_starts
 from recattn.testing import assert_matches_reference
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import ARCHITECTURES
+from recattn.triton_kernels.common.ragged import NO_LENGTHS, Lengths, as_lengths
 from recattn.triton_kernels.refined_attention import (
+    batch_sizes,
     launch_refined_attention_bwd,
     launch_refined_attention_fwd,
     launch_weights_bwd,
@@ -41,15 +44,16 @@ class Launched(torch.autograd.Function):
     """The launchers as one differentiable function."""
 
     @staticmethod
-    def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, options, launch):
-        squares = launch_weights_product(w_q, w_k, w_v, q.shape[2])
-        ctx.weights, ctx.arguments, ctx.launch = (w_q, w_k, w_v), (q, k, v, squares, w_v, seq_lens, options), launch
+    def forward(ctx, q, k, v, w_q, w_k, w_v, lengths, options, launch):
+        ctx.positions = batch_sizes(q, lengths, options)[2]
+        squares = launch_weights_product(w_q, w_k, w_v, ctx.positions)
+        ctx.weights, ctx.arguments, ctx.launch = (w_q, w_k, w_v), (q, k, v, squares, w_v, lengths, options), launch
         return launch_refined_attention_fwd(*ctx.arguments, **launch)
 
     @staticmethod
     def backward(ctx, dout):
         grads = launch_refined_attention_bwd(dout, *ctx.arguments, **ctx.launch)
-        dweights = launch_weights_bwd(*ctx.weights, grads.dg, grads.dw_v, dout.shape[2])
+        dweights = launch_weights_bwd(*ctx.weights, grads.dg, grads.dw_v, ctx.positions)
         return grads.dq, grads.dk, grads.dv, *dweights, *([None] * (6 - len(dweights)))
 
 
@@ -57,7 +61,7 @@ class Launched(torch.autograd.Function):
 def several_launches_of_the_backward(monkeypatch):
     """The interpreter's batches are small."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: 3)
+        monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, N, groups: 3)
 
 
 def launched(
@@ -71,15 +75,19 @@ def launched(
     mechanism="simple",
     source="logits",
     causal=True,
-    seq_lens=None,
-    padding_side="right",
     scale=None,
     dropout=NO_DROPOUT,
     config=None,
+    **lengths,
 ):
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    options = RefinedAttentionOptions(mechanism, source, causal, padding_side == "left", scale)
-    return Launched.apply(q, k, v, w_q, w_k, w_v, seq_lens, options, {"dropout": dropout, "config": config})
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    options = RefinedAttentionOptions(mechanism, source, causal, scale, max_seqlen=w_q.shape[-2])
+    launch = {"dropout": dropout, "config": config}
+    return Launched.apply(q, k, v, w_q, w_k, w_v, kernel_lengths(q, **lengths), options, launch)
+
+
+def kernel_lengths(q, seq_lens=None, seq_starts=None, padding_side="right", cu_seqlens=None) -> Lengths:
+    return as_lengths(seq_lens, window_starts(padding_side, q.shape[-2], seq_lens, seq_starts), cu_seqlens)
 
 
 def draw(mechanism="simple", b=2, h=1, n=20, d=16, dv=None, r=None, n_max=None, per_head=(), dtype=torch.float32):
@@ -159,6 +167,41 @@ def test_more_than_64_tokens(mechanism, source, causal, side):
     check({**inputs, "source": source, "causal": causal, "seq_lens": lengths(70, 0, 41), "padding_side": side})
 
 
+def packed(mechanism: str, lengths: list[int], dtype: torch.dtype, **sizes) -> dict:
+    """Packed sequences; with matrices for up to 3 tokens more than the longest."""
+    inputs = draw(mechanism, b=1, h=2, n=sum(lengths), n_max=max(lengths) + 3, dtype=dtype, **sizes)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    return inputs | {name: inputs[name][0].transpose(0, 1) for name in "qkv"} | {"cu_seqlens": offsets}
+
+
+@pytest.mark.parametrize("mechanism, source, causal, dtype", with_dtypes(MECHANISMS, SOURCES, [True, False]), ids=str)
+def test_packed(mechanism, source, causal, dtype):
+    inputs = packed(mechanism, [0, 19, 1, 0, 27, 0], dtype, d=24, dv=20, r=9, per_head=("w_k",) if causal else ())
+    check({**inputs, "source": source, "causal": causal})
+
+
+@pytest.mark.parametrize("mechanism", ["simple", "additive"])
+def test_windows_and_packed_in_blocks_of_rows(mechanism):
+    """Windows that begin anywhere on the N axis, and packed sequences; a backward of three launches."""
+    stages = tuple(StageConfig(16, 16, 4, stage) for stage in (1, 2, 3))
+    kernel = functools.partial(launched, config=RefinedAttentionConfig(TileConfig(16, 16, 4), stages))
+    windows = {"seq_lens": lengths(20, 0, 5), "seq_starts": lengths(3, 27, 16)}
+    for inputs in (draw(mechanism, b=3, n=27) | windows, packed(mechanism, [5, 0, 25], torch.float32)):
+        grads = [name for name in TENSORS if name in inputs]
+        assert_matches_reference(kernel, reference.refined_attention, inputs, grads=grads)
+
+
+def test_packed_tokens_beside_others_are_left_alone():
+    """Tokens of a neighbour, and rows of W that no sequence reaches, may hold anything but NaN in W."""
+    inputs = packed("value", [5, 9, 7], torch.float32)
+    clean = gradients(launched, inputs)
+    dirty = {name: inputs[name].clone() for name in ("q", "k", "v")}
+    for x in dirty.values():
+        x[5:14] = math.nan
+    for actual, expected in zip(gradients(launched, inputs | dirty)[:4], clean, strict=False):
+        assert torch.equal(actual[:5], expected[:5]) and torch.equal(actual[14:], expected[14:])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d, dv, r", [(7, 13, 3), (64, 32, 90), (20, 256, 256)])
 def test_dimensions(d, dv, r, dtype):
@@ -232,7 +275,7 @@ def test_partial_sums_that_are_not_loaded_at_once(block_p, n, per_head, monkeypa
     """Sums of dG and dW_v of 11 programs: more than 2 · block_p are first reduced by a launch of its own."""
     block_m = 16 if n == 5 else 32
     monkeypatch.setattr(short_weights, "LOADED", block_p * block_m * short_weights.BLOCK_K.value)
-    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, groups: 33)
+    monkeypatch.setattr(short_backward, "pairs_per_launch", lambda q, N, groups: 33)
     check(draw("value", b=11, h=1 if not per_head else 2, n=n, n_max=n + 2, r=7, per_head=per_head))
 
 
@@ -304,14 +347,14 @@ def signature(B: int, N: int, R: int) -> list:
     """What the launches of these sizes compile for, all of one BLOCK_N."""
     shapes = ((B, 8, N, 64), (N + R, R), (N + R, N + R), (2, 64, 64))
     q, w, w_v, squares = (meta(*shape, dtype=torch.bfloat16) for shape in shapes)
-    options = RefinedAttentionOptions("value", "logits", causal=N % 2 == 0, left_padded=False, scale=1 / N)
+    options = RefinedAttentionOptions("value", "logits", causal=N % 2 == 0, scale=1 / N)
     config = RefinedAttentionConfig(TileConfig(64, 32, 4), (StageConfig(64, 32, 4),))
     dg = meta(20 * B, 1, 64, 64)
 
     def launch() -> None:
         launch_weights_product(w, w, w_v, N)
-        launch_refined_attention_fwd(q, q, q, squares, w_v, None, options, config=config)
-        launch_refined_attention_bwd(q, q, q, q, squares, w_v, None, options, config=config)
+        launch_refined_attention_fwd(q, q, q, squares, w_v, NO_LENGTHS, options, config=config)
+        launch_refined_attention_bwd(q, q, q, q, squares, w_v, NO_LENGTHS, options, config=config)
         launch_weights_bwd(w, w, w_v, dg, dg, N)
 
     made = [(c.kernel, c.signature, c.constexprs) for c in recorded("", 90, launch)]
@@ -326,7 +369,7 @@ def test_no_recompile_for_other_sizes():
 def test_what_is_refused():
     def why(mechanism="simple", dtype=torch.float16, n=20, d=16, dv=16):
         q, v = (torch.empty(1, 1, n, width, dtype=dtype, device=DEVICE) for width in (d, dv))
-        return unsupported_reason(q, v, mechanism)
+        return unsupported_reason(q, v, n, mechanism)
 
     assert why() is None and why("additive", n=64) is None and why(dtype=torch.float32, n=32) is None
     assert why("stochastic") == "it has no mechanism 'stochastic'"

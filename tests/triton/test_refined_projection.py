@@ -1,6 +1,7 @@
 """The projection A W of raw attention logits, on a GPU or by Triton's interpreter, against float64."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from recattn.ops.refined_attention.triton_long import (
 )
 from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
 from recattn.testing import assert_matches_reference
+from recattn.triton_kernels.common.ragged import NO_LENGTHS
 from recattn.triton_kernels.refined_attention import projection as kernels
 from tests.compile_table.compilation import meta, recorded
 from tests.helpers.memory import LargestTensor
@@ -30,13 +32,17 @@ def draw(b=2, h=1, n=63, d=16, p=24, n_max=None, per_head=False, dtype=torch.flo
     return {name: torch.randn(shape, device=DEVICE).to(dtype) for name, shape in shapes.items()}
 
 
-def by_triton(q, k, w, seq_lens=None, causal=True, padding_side="right", scale=None) -> Tensor:
-    return RefinedProjectionFunction.apply(q, k, w, seq_lens, (causal, padding_side == "left", scale))
+def by_triton(q, k, w, seq_lens=None, seq_starts=None, cu_seqlens=None, causal=True, padding_side="right", scale=None):
+    seq_starts = window_starts(padding_side, q.shape[-2], seq_lens, seq_starts)
+    return RefinedProjectionFunction.apply(q, k, w, seq_lens, seq_starts, cu_seqlens, (causal, scale, None))
 
 
-def in_full(q, k, w, seq_lens=None, causal=True, padding_side="right", scale=None) -> Tensor:
+def in_full(q, k, w, seq_lens=None, seq_starts=None, cu_seqlens=None, causal=True, padding_side="right", scale=None):
+    if cu_seqlens is not None:
+        sequences = [[q[s:e].transpose(0, 1)[None], k[s:e].transpose(0, 1)[None]] for s, e in pairwise(cu_seqlens)]
+        return torch.cat([in_full(*x, w, causal=causal, scale=scale)[0].transpose(0, 1) for x in sequences])
     n = q.shape[2]
-    valid = valid_tokens(q.shape[0], n, seq_lens, window_starts(padding_side, n, seq_lens), q.device)
+    valid = valid_tokens(q.shape[0], n, seq_lens, window_starts(padding_side, n, seq_lens, seq_starts), q.device)
     q, k = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k))
     a = (1 / math.sqrt(q.shape[3]) if scale is None else scale) * (q @ k.mT)
     return a.masked_fill(~visible_pairs(valid, causal), 0) @ w[..., :n, :]
@@ -72,6 +78,19 @@ def test_padded(padding_side, causal, dtype):
     lengths = torch.tensor([70, 0, 37, 1], dtype=torch.int32, device=DEVICE)
     inputs = draw(b=4, n=70, per_head=causal, dtype=dtype)
     check({**inputs, "seq_lens": lengths, "padding_side": padding_side, "causal": causal})
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_windows_and_packed(dtype, causal):
+    """Windows that begin anywhere, and packed sequences of up to three segments: rows of W count from their starts."""
+    starts, lengths = (torch.tensor(x, device=DEVICE) for x in ([3, 70, 30, 65], [60, 0, 37, 1]))
+    inputs = draw(b=4, n=70, per_head=causal, dtype=dtype)
+    check({**inputs, "seq_lens": lengths, "seq_starts": starts, "causal": causal})
+    cu_seqlens = torch.tensor([0, 70, 70, 71, 200], dtype=torch.int32, device=DEVICE)
+    tensors = {name: torch.randn(200, 2, 16, device=DEVICE).to(dtype) for name in ("q", "k")}
+    w = draw(h=2, n=140, per_head=causal, dtype=dtype)["w"]
+    check({**tensors, "w": w, "cu_seqlens": cu_seqlens, "causal": causal})
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -121,9 +140,10 @@ def test_padding_may_hold_anything(padding_side, causal):
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_incoming_gradients_of_padding_are_ignored(padding_side):
     inputs = draw(n=70, dtype=torch.float16)
-    arguments = (*inputs.values(), torch.tensor([66, 3], device=DEVICE), True, padding_side == "left", None)
-    seq_starts = window_starts(padding_side, 70, arguments[3])
-    valid = valid_tokens(2, 70, arguments[3], seq_starts, torch.device(DEVICE))[:, None, :, None]
+    seq_lens = torch.tensor([66, 3], device=DEVICE)
+    seq_starts = window_starts(padding_side, 70, seq_lens)
+    arguments = (*inputs.values(), seq_lens, seq_starts, None, True, None, None)
+    valid = valid_tokens(2, 70, seq_lens, seq_starts, torch.device(DEVICE))[:, None, :, None]
     dx = torch.randn(2, 1, 70, 24, device=DEVICE).half()
     clean, dirty = (refined_projection_bwd(dx.masked_fill(~valid, value), *arguments) for value in (0, math.nan))
     assert all(map(torch.equal, clean, dirty))
@@ -138,7 +158,7 @@ def test_views_that_are_not_contiguous():
     }
     check({**inputs, **views})
     dx = torch.randn(1, 70, 2, 12, device=DEVICE).half().transpose(1, 2)
-    arguments = (*inputs.values(), None, True, False, None)
+    arguments = (*inputs.values(), None, None, None, True, None, None)
     strided, dense = (refined_projection_bwd(x, *arguments) for x in (dx, dx.contiguous()))
     assert all(map(torch.equal, strided, dense))
 
@@ -158,7 +178,7 @@ def test_nothing_to_do(sizes, causal, per_head):
 
 def test_memory_is_linear_in_the_positions():
     inputs = draw(b=1, n=512, d=8, p=8, dtype=torch.float16)
-    arguments = (*inputs.values(), None, True, False, None)
+    arguments = (*inputs.values(), None, None, None, True, None, None)
     with LargestTensor() as largest:
         refined_projection_bwd(refined_projection_fwd(*arguments), *arguments)
     assert largest.elements <= 512 * 8 * 8  # partial sums of dW
@@ -166,8 +186,9 @@ def test_memory_is_linear_in_the_positions():
 
 @pytest.mark.parametrize("per_head", [True, False])
 def test_opcheck(per_head):
-    lengths = torch.tensor([20, 7], device=DEVICE) if per_head else None
-    arguments = (*draw(h=2, n=20, n_max=22, per_head=per_head).values(), lengths, per_head, per_head, None)
+    lengths = torch.tensor([18, 7], device=DEVICE) if per_head else None
+    starts = None if lengths is None else 19 - lengths
+    arguments = (*draw(h=2, n=20, n_max=22, per_head=per_head).values(), lengths, starts, None, per_head, None, None)
     operators = torch.ops.recattn
     torch.library.opcheck(operators.refined_projection_fwd.default, arguments)
     dx = torch.randn(2, 2, 20, 24, device=DEVICE)
@@ -178,13 +199,13 @@ def signatures(b: int, n: int) -> list:
     """What the launches of these sizes compile for."""
     q, x = (meta(b, 8, n, width, dtype=torch.bfloat16) for width in (64, 128))
     w = meta(n, 128, dtype=torch.bfloat16).expand_as(x)
-    mask = kernels.Mask(None, causal=True, left_padded=n % 2 == 0)
+    batch = kernels.Batch(b, n, NO_LENGTHS, causal=True)
     states, partials = meta(b * 8, n // 128, 64, 128, dtype=torch.bfloat16), meta(b, 1, n, 128)
     group = kernels.Group(8, b * 8, 8, b)
 
     def launch() -> None:
-        kernels.launch_states(q, w, mask)
-        kernels.launch_product(q, q, x, states, partials, mask, 1 / n, reversed=True, summed_over=group)
+        kernels.launch_states(q, w, batch)
+        kernels.launch_product(q, q, x, states, partials, batch, 1 / n, reversed=True, summed_over=group)
 
     return [(c.kernel, c.signature, c.constexprs) for c in recorded("", 90, launch)]
 

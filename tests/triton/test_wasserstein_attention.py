@@ -71,7 +71,7 @@ def test_short_sequences(n, d, dv, causal):
 
 def test_short_sequences_take_two_launches():
     """And no vectors: their size is the sign of it."""
-    options = ("logits", True, False, None, 0.0, "triton", False)
+    options = ("logits", True, False, None, 0.0, None, "triton", False)
     for n, count in ((128, 0), (129, 2 * 4 * 129 * 32)):
         inputs = draw_here(b=2, h=2, n=n, d=16, dv=16, dtype=torch.float16)
         vectors = ops.wasserstein_attention_fwd(*inputs.values(), None, None, WassersteinAttentionOptions(*options))[2]
@@ -219,7 +219,7 @@ def test_dropout_is_of_both_products(causal, dtype):
     factors = torch.empty(2, 2, n, n, device=DEVICE)
     factors_kernel[(4,)](seed, factors, round(p * 65536), n, BLOCK=64)
     assert 0.45 < (factors == 0).float().mean() < 0.55
-    options = WassersteinAttentionOptions("logits", causal, False, None, p, "triton")
+    options = WassersteinAttentionOptions("logits", causal, False, None, p, impl="triton")
 
     def seeded(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v):
         return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, None, None, None, seed, options)

@@ -9,17 +9,18 @@ config.py             tile sizes, warps and pipeline stages
 
 from recattn.triton_kernels.refined_attention.config import LARGEST_HEAD_DIM, largest_n
 from recattn.triton_kernels.refined_attention.projection import (
-    Mask,
+    Batch,
     launch_refined_projection_bwd,
     launch_refined_projection_fwd,
 )
-from recattn.triton_kernels.refined_attention.short import launch_refined_attention_fwd
+from recattn.triton_kernels.refined_attention.short import batch_sizes, launch_refined_attention_fwd
 from recattn.triton_kernels.refined_attention.short_backward import launch_refined_attention_bwd
 from recattn.triton_kernels.refined_attention.short_weights import launch_weights_bwd, launch_weights_product
 
 __all__ = [
     "LARGEST_HEAD_DIM",
-    "Mask",
+    "Batch",
+    "batch_sizes",
     "largest_n",
     "launch_refined_attention_bwd",
     "launch_refined_attention_fwd",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, launch
-from recattn.triton_kernels.common.tiles import bhnd
+from recattn.triton_kernels.common.ragged import Lengths
+from recattn.triton_kernels.common.tiles import BHND, bhnd
 from recattn.triton_kernels.refined_attention.config import RefinedProjectionConfig, segment_length
 from recattn.triton_kernels.refined_attention.projection_kernels import (
     refined_projection_product_kernel,
@@ -17,12 +18,13 @@ from recattn.triton_kernels.refined_attention.projection_kernels import (
 FULL_GRID = 512
 
 
-class Mask(NamedTuple):
-    """The mask of A."""
+class Batch(NamedTuple):
+    """The sequences of a call, and the mask of A."""
 
-    seq_lens: Tensor | None
+    size: int  # B
+    positions: int  # N; where packed, a bound of the lengths
+    lengths: Lengths
     causal: bool
-    left_padded: bool
 
 
 class Group(NamedTuple):
@@ -34,19 +36,20 @@ class Group(NamedTuple):
     num_splits: int
 
 
-def launch_refined_projection_fwd(q: Tensor, k: Tensor, w: Tensor, mask: Mask, scale: float) -> Tensor:
+def launch_refined_projection_fwd(q: Tensor, k: Tensor, w: Tensor, batch: Batch, scale: float) -> Tensor:
     """x [B, H, N, P] = A W with A = mask(scale · Q Kᵀ), zero at future and padded entries; zero at padding.
 
-    q, k [B, H, N, D]; w [Nmax, P] or [H, Nmax, P], of which the first N rows are used; any strides.
+    q, k [B, H, N, D]; w [Nmax, P] or [H, Nmax, P], of which the first N rows are used; any strides. Packed [T, H, D]
+    gives [T, H, P].
     """
-    w = rows_of_weights(w, q)
-    x = q.new_empty(*q.shape[:3], w.shape[3])
-    launch_product(q, k, w, launch_states(k, w, mask), x, mask, scale)
+    w = rows_of_weights(w, q, batch)
+    x = q.new_empty(*q.shape[:-1], w.shape[3])
+    launch_product(q, k, w, launch_states(k, w, batch), x, batch, scale)
     return x
 
 
 def launch_refined_projection_bwd(
-    dx: Tensor, q: Tensor, k: Tensor, w: Tensor, mask: Mask, scale: float
+    dx: Tensor, q: Tensor, k: Tensor, w: Tensor, batch: Batch, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dw from dx, in the dtypes of q, k and w; zero at padding and in the rows of w beyond N.
 
@@ -54,44 +57,50 @@ def launch_refined_projection_bwd(
     """
     dw = w.new_zeros(w.shape)
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    rows = rows_of_weights(w, q)
-    states = launch_states(k, rows, mask)  # [B·H, ., D, P]
-    launch_product(dx, rows, k, None if states is None else states.mT, dq, mask, scale)
+    rows = rows_of_weights(w, q, batch)
+    states = launch_states(k, rows, batch)  # [B·H, ., D, P]
+    launch_product(dx, rows, k, None if states is None else states.mT, dq, batch, scale)
     del states  # frees its memory
-    states = launch_states(q, dx, mask, reversed=True)
-    launch_product(rows, dx, q, None if states is None else states.mT, dk, mask, scale, reversed=True)
-    dw[..., : q.shape[2], :] = launch_dw(k, q, dx, states, mask, scale, shared=w.dim() == 2)
+    states = launch_states(q, dx, batch, reversed=True)
+    launch_product(rows, dx, q, None if states is None else states.mT, dk, batch, scale, reversed=True)
+    dw[..., : batch.positions, :] = launch_dw(k, q, dx, states, batch, scale, shared=w.dim() == 2)
     return dq, dk, dw
 
 
 def launch_dw(
-    k: Tensor, q: Tensor, dx: Tensor, states: Tensor | None, mask: Mask, scale: float, *, shared: bool
+    k: Tensor, q: Tensor, dx: Tensor, states: Tensor | None, batch: Batch, scale: float, *, shared: bool
 ) -> Tensor:
     """dW, summed over the batch, and with `shared` over the heads: float32 [H, N, P], or [N, P]."""
-    B, H, N, D = k.shape
-    P = dx.shape[3]
+    B, N, H, D, P = batch.size, batch.positions, k.shape[1], k.shape[-1], dx.shape[-1]
     groups, heads, size = (1, H, B * H) if shared else (H, 1, B)
     config = RefinedProjectionConfig.of_product(D, P, k.dtype, architecture_of(k))
     tiles = cdiv(N, config.block_m) * cdiv(P, config.block_f) * groups
     per_split = cdiv(size, min(size, cdiv(FULL_GRID, max(tiles, 1)))) if size > 0 else 1
     group = Group(heads, size, per_split, cdiv(size, per_split))
     partials = k.new_empty(group.num_splits, groups, N, P, dtype=torch.float32)
-    launch_product(k, q, dx, states, partials, mask, scale, reversed=True, summed_over=group)
+    launch_product(k, q, dx, states, partials, batch, scale, reversed=True, summed_over=group)
     total = partials.sum(0)
     return total[0] if shared else total
 
 
-def rows_of_weights(w: Tensor, q: Tensor) -> Tensor:
-    """[Nmax, P] or [H, Nmax, P] -> [B, H, N, P], a view."""
-    return w[..., : q.shape[2], :].expand(*q.shape[:3], w.shape[-1])
+def rows_of_weights(w: Tensor, q: Tensor, batch: Batch) -> Tensor:
+    """[Nmax, P] or [H, Nmax, P] -> [B, H, N, P], a view whose batch stride is 0."""
+    return w[..., : batch.positions, :].expand(batch.size, q.shape[1], -1, -1)
 
 
-def launch_states(b: Tensor, c: Tensor, mask: Mask, *, reversed: bool = False) -> Tensor | None:
+def slabs(x: Tensor) -> BHND:
+    """x [B, H, N, D] as a kernel argument. Packed [T, H, D] counts batches by the first tokens of sequences."""
+    if x.dim() == 4:
+        return bhnd(x)
+    stride_t, stride_h, stride_d = x.stride()
+    return BHND(x, stride_t, stride_h, stride_t, stride_d)
+
+
+def launch_states(b: Tensor, c: Tensor, batch: Batch, *, reversed: bool = False) -> Tensor | None:
     """The states at the boundaries between segments, [B·H, boundaries, E, F]; None if there is one segment."""
-    B, H, N, E = b.shape
-    F = c.shape[3]
+    B, N, H, E, F = batch.size, batch.positions, b.shape[1], b.shape[-1], c.shape[-1]
     boundaries = (N - 1) // segment_length(E, F)
-    if not mask.causal:
+    if not batch.causal:
         boundaries = min(boundaries, 1)
     if b.numel() == 0 or boundaries < 1:
         return None
@@ -100,14 +109,14 @@ def launch_states(b: Tensor, c: Tensor, mask: Mask, *, reversed: bool = False) -
     launch(
         refined_projection_states_kernel,
         (B * H * cdiv(E, config.block_e) * cdiv(F, config.block_f),),
-        *(bhnd(b), bhnd(c), states, mask.seq_lens, H, N, boundaries, int(mask.left_padded)),
+        *(slabs(b), slabs(c), states, batch.lengths, H, N, boundaries),
         E=E,
         F=F,
         BLOCK_N=config.block_n,
         BLOCK_E=config.block_e,
         BLOCK_F=config.block_f,
         SEGMENT=segment_length(E, F),
-        CAUSAL=mask.causal,
+        CAUSAL=batch.causal,
         REVERSED=reversed,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -122,17 +131,16 @@ def launch_product(
     c: Tensor,
     states: Tensor | None,
     out: Tensor,
-    mask: Mask,
+    batch: Batch,
     scale: float,
     *,
     reversed: bool = False,
     summed_over: Group | None = None,
 ) -> None:
-    """Write out [B, H, N, F]; with `summed_over` the partial sums [num_splits, groups, N, F]."""
+    """Write out [B, H, N, F] or [T, H, F]; with `summed_over` the partial sums [num_splits, groups, N, F]."""
     if out.numel() == 0:
         return
-    B, H, N, E = a.shape
-    F = c.shape[3]
+    B, N, H, E, F = batch.size, batch.positions, a.shape[1], a.shape[-1], c.shape[-1]
     config = RefinedProjectionConfig.of_product(E, F, a.dtype, architecture_of(a))
     num_tiles = cdiv(N, config.block_m)
     group, groups = (Group(H, B * H, 1, B * H), 1) if summed_over is None else (summed_over, out.shape[1])
@@ -140,8 +148,8 @@ def launch_product(
     launch(
         refined_projection_product_kernel,
         (num_tiles * cdiv(F, config.block_f) * group.num_splits * groups,),
-        *(bhnd(a), bhnd(b), bhnd(c), states, bhnd(out), mask.seq_lens, *state_strides, H, *group, num_tiles),
-        *(N, boundaries, scale, int(mask.left_padded)),
+        *(slabs(a), slabs(b), slabs(c), states, slabs(out), batch.lengths, *state_strides, H, *group, num_tiles),
+        *(N, boundaries, scale),
         E=E,
         F=F,
         BLOCK_M=config.block_m,
@@ -149,7 +157,7 @@ def launch_product(
         BLOCK_E=config.block_e,
         BLOCK_F=config.block_f,
         SEGMENT=segment_length(E, F),
-        CAUSAL=mask.causal,
+        CAUSAL=batch.causal,
         REVERSED=reversed,
         SUMMED=summed_over is not None,
         num_warps=config.num_warps,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from recattn.triton_kernels.common.ragged import locate_padded_sequence
+from recattn.triton_kernels.common.ragged import locate_sequence
 from recattn.triton_kernels.common.tiles import (
     Matrix,
     Tokens,
@@ -32,16 +32,20 @@ from recattn.triton_kernels.common.tiles import (
 
 
 class Span(NamedTuple):
-    """The positions of a sequence's tokens: first to end - 1."""
+    """The positions of a sequence's tokens: first to end - 1, and where they lie."""
 
     first: tl.tensor
     end: tl.tensor
+    slab: tl.tensor  # steps of stride_b of a BHND to position 0: the batch, or the first token of a packed sequence
 
 
 @triton.jit
-def token_span(batch, N, seq_lens, left_padded):
-    _, length, first = locate_padded_sequence(batch, N, seq_lens, None, left_padded)
-    return Span(first, tl.minimum(first + length, N))
+def token_span(batch, N, lengths):
+    start, length, first = locate_sequence(batch, N, lengths)
+    slab = batch
+    if lengths.cu_seqlens is not None:
+        slab = start
+    return Span(first, tl.minimum(first + length, N), slab)
 
 
 @triton.jit
@@ -57,7 +61,7 @@ def load_columns(x, rows, first_column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.con
     return load_rows(base, rows.positions, rows.valid, x.row_stride, x.column_stride, width, BLOCK_WIDTH)
 
 
-DO_NOT_SPECIALIZE = ["num_heads", "N", "boundaries", "left_padded"]
+DO_NOT_SPECIALIZE = ["num_heads", "N", "boundaries"]
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -65,11 +69,10 @@ def refined_projection_states_kernel(
     b,
     c,
     states,
-    seq_lens,
+    lengths,
     num_heads,
     N,
     boundaries,
-    left_padded,
     E: tl.constexpr,
     F: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -93,8 +96,8 @@ def refined_projection_states_kernel(
     batch, head = bh // num_heads, bh % num_heads
     first_e = blocks // F_BLOCKS * BLOCK_E
     first_f = blocks % F_BLOCKS * BLOCK_F
-    b, c = head_rows(b, batch, head, 0), head_rows(c, batch, head, 0)
-    span = token_span(batch, N, seq_lens, left_padded)
+    span = token_span(batch, N, lengths)
+    b, c = head_rows(b, span.slab, head, 0), head_rows(c, span.slab, head, 0)
     e = first_e + tl.arange(0, BLOCK_E)
     f = first_f + tl.arange(0, BLOCK_F)
     states += bh.to(tl.int64) * boundaries * E * F + e[:, None] * F + f[None, :]
@@ -217,7 +220,7 @@ def refined_projection_product_kernel(
     c,
     states,
     out,
-    seq_lens,
+    lengths,
     stride_se,
     stride_sf,
     num_heads,
@@ -229,7 +232,6 @@ def refined_projection_product_kernel(
     N,
     boundaries,
     scale,
-    left_padded,
     E: tl.constexpr,
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -275,11 +277,11 @@ def refined_projection_product_kernel(
         for i in range(0, num_members if SUMMED else 1):
             batch = (first_member + i) // heads_per_group
             head = group + (first_member + i) % heads_per_group
-            span = token_span(batch, N, seq_lens, left_padded)
+            span = token_span(batch, N, lengths)
             first_state = (batch * num_heads + head).to(tl.int64) * boundaries
             acc = add_state(
                 acc,
-                head_rows(a, batch, head, 0),
+                head_rows(a, span.slab, head, 0),
                 states,
                 first_state,
                 tokens_within(rows, span),
@@ -302,28 +304,32 @@ def refined_projection_product_kernel(
             batch = member // heads_per_group
             head = group + member % heads_per_group
             start = first + step % num_blocks * BLOCK_N
-            span = token_span(batch, N, seq_lens, left_padded)
-            a_rows, b_rows = head_rows(a, batch, head, 0), head_rows(b, batch, head, 0)
-            c_rows, tokens = head_rows(c, batch, head, 0), tokens_within(rows, span)
+            span = token_span(batch, N, lengths)
+            a_rows, b_rows = head_rows(a, span.slab, head, 0), head_rows(b, span.slab, head, 0)
+            c_rows, tokens = head_rows(c, span.slab, head, 0), tokens_within(rows, span)
             acc = add_block(
                 acc, a_rows, b_rows, c_rows, tokens, start, span, first_f, E, F, BLOCK_N, BLOCK_E, CAUSAL, REVERSED
             )
     elif BLOCKS:
         batch, head = first_member // heads_per_group, first_member % heads_per_group
-        span = token_span(batch, N, seq_lens, left_padded)
+        span = token_span(batch, N, lengths)
         tokens = tokens_within(rows, span)
         first = tl.maximum(first, span.first // BLOCK_N * BLOCK_N)
         # Rows of padding see nothing.
         end = tl.where(tl.max(tokens.valid.to(tl.int32), 0) > 0, tl.minimum(end, span.end), 0)
         for start in range(first, end, BLOCK_N):
-            a_rows, b_rows = head_rows(a, batch, head, 0), head_rows(b, batch, head, 0)
-            c_rows = head_rows(c, batch, head, 0)
+            a_rows, b_rows = head_rows(a, span.slab, head, 0), head_rows(b, span.slab, head, 0)
+            c_rows = head_rows(c, span.slab, head, 0)
             acc = add_block(
                 acc, a_rows, b_rows, c_rows, tokens, start, span, first_f, E, F, BLOCK_N, BLOCK_E, CAUSAL, REVERSED
             )
+    stored = N  # zeros at padding
     if SUMMED:
         out = head_rows(out, split, group, 0)
     else:
-        out = head_rows(out, first_member // heads_per_group, first_member % heads_per_group, 0)
+        span = token_span(first_member // heads_per_group, N, lengths)
+        out = head_rows(out, span.slab, first_member % heads_per_group, 0)
+        if lengths.cu_seqlens is not None:
+            stored = span.end
     base = out.base + first_f * out.column_stride
-    store_rows(base, acc * scale, rows, rows < N, out.row_stride, out.column_stride, F - first_f, BLOCK_F)
+    store_rows(base, acc * scale, rows, rows < stored, out.row_stride, out.column_stride, F - first_f, BLOCK_F)

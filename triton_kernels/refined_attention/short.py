@@ -19,7 +19,7 @@ from torch import Tensor
 from recattn._options import RefinedAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.ragged import locate_padded_sequence
+from recattn.triton_kernels.common.ragged import Lengths, locate_sequence
 from recattn.triton_kernels.common.softmax import masked_softmax
 from recattn.triton_kernels.common.tiles import (
     Matrix,
@@ -40,9 +40,12 @@ class BatchHead(NamedTuple):
     batch: tl.tensor
     head: tl.tensor
     index: tl.tensor  # batch · heads + head
-    N: tl.tensor
+    N: tl.tensor  # positions in memory; where packed those of the sequence
     first: tl.tensor  # position of the first token
     end: tl.tensor  # position after the last token
+    token: tl.tensor  # index on the N or T axis of position 0
+    row: tl.tensor  # likewise among all rows of a contiguous tensor
+    row_step: tl.tensor  # rows from one position to the next
     causal: tl.tensor
 
 
@@ -82,15 +85,25 @@ class Refined(NamedTuple):
 
 
 @triton.jit
-def load_batch_head(batch, head, num_heads, N, seq_lens, left_padded, causal):
-    _, length, first = locate_padded_sequence(batch, N, seq_lens, None, left_padded)
-    return BatchHead(batch, head, batch * num_heads + head, N, first, first + length, causal)
+def load_batch_head(batch, head, num_heads, N, lengths, causal):
+    start, length, first = locate_sequence(batch, N, lengths)
+    index = batch * num_heads + head
+    token, row, row_step = batch * 0, index * N, tl.full((), 1, tl.int32)
+    if lengths.cu_seqlens is not None:
+        N, token, row, row_step = length, start, start * num_heads + head, num_heads
+    return BatchHead(batch, head, index, N, first, first + length, token, row, row_step, causal)
+
+
+@triton.jit
+def tokens_of(bh, x):
+    """The rows [N, D] of a batch and head of a BHND, as a Matrix."""
+    return head_rows(x, bh.batch, bh.head, bh.token)
 
 
 @triton.jit
 def contiguous_rows(bh, base, WIDTH: tl.constexpr):
     """The rows [N, WIDTH] of a batch and head of a contiguous tensor, as a Matrix."""
-    return Matrix(base + bh.index * (bh.N * WIDTH), WIDTH, 1)
+    return Matrix(base + bh.row * WIDTH, bh.row_step * WIDTH, 1)
 
 
 @triton.jit
@@ -214,20 +227,19 @@ def after_dropout(p, dropout):
 # --- Forward ---
 
 
-@triton.jit(do_not_specialize=["num_heads", "N", "causal", "left_padded", "dropout_threshold"])
+@triton.jit(do_not_specialize=["num_heads", "N", "causal", "dropout_threshold"])
 def refined_attention_fwd_kernel(
     q,
     k,
     v,
     out,
     squares,
-    seq_lens,
+    lengths,
     dropout_seed,
     num_heads,
     N,
     scale,
     causal,
-    left_padded,
     dropout_threshold,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -246,7 +258,7 @@ def refined_attention_fwd_kernel(
     """
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
     head = (tl.program_id(0) % num_heads).to(tl.int64)
-    bh = load_batch_head(batch, head, num_heads, N, seq_lens, left_padded, causal)
+    bh = load_batch_head(batch, head, num_heads, N, lengths, causal)
     positions = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tokens_at(bh, positions)
     keys = tokens_at(bh, tl.arange(0, BLOCK_N))
@@ -254,7 +266,8 @@ def refined_attention_fwd_kernel(
     if w_v is not None:
         w_v += squares.first_w_v + head * squares.stride_wh
     g = squares.g + head * squares.stride_gh
-    x = Inputs(head_rows(q, batch, head, 0), head_rows(k, batch, head, 0), head_rows(v, batch, head, 0), g, w_v)
+    q, k, v = tokens_of(bh, q), tokens_of(bh, k), tokens_of(bh, v)
+    x = Inputs(q, k, v, g, w_v)
     dropout = Dropout(dropout_seed, dropout_threshold)
 
     refined = refine_rows(bh, rows, keys, x, scale, dropout, HEAD_DIM, FROM_WEIGHTS, ADDS_SOURCE, BLOCK_D)
@@ -269,27 +282,29 @@ def launch_refined_attention_fwd(
     v: Tensor,
     squares: Tensor,
     w_v: Tensor | None,
-    seq_lens: Tensor | None,
+    lengths: Lengths,
     options: RefinedAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
     config: RefinedAttentionConfig | None = None,
 ) -> Tensor:
-    """out [B, H, N, Dv], zero at padding.
+    """out [B, H, N, Dv], zero at padding; packed [T, H, Dv].
 
-    q, k [B, H, N, D]; v [B, H, N, Dv]; the squares of `launch_weights_product`; w_v [Nmax, Nmax] or [H, Nmax, Nmax], or
-    None for the simple mechanism; seq_lens [B] or None. `options.scale` is a number. No axis is empty.
+    q, k [B, H, N, D] or packed [T, H, D]; v [B, H, N, Dv] or [T, H, Dv]; the squares of `launch_weights_product`; w_v
+    [Nmax, Nmax] or [H, Nmax, Nmax], or None for the simple mechanism. `options.scale` is a number, and
+    `options.max_seqlen` where packed. No axis is empty.
     """
-    B, H, N, D = q.shape
+    B, H, N, D = batch_sizes(q, lengths, options)
     out = contiguous_like(v)
-    tile = (config or choose_config(q, v, options, dropout)).fwd
+    tile = (config or choose_config(q, v, N, options, dropout)).fwd
     launch(
         refined_attention_fwd_kernel,
         (B * H, cdiv(N, tile.block_m)),
-        *(bhnd(q), bhnd(k), bhnd(v), out, squares_of(squares, w_v), seq_lens, dropout.seed),
-        *(H, N, options.scale, int(options.causal), int(options.left_padded), dropout.threshold),
+        *(bhnd(x, lengths.cu_seqlens) for x in (q, k, v)),
+        *(out, squares_of(squares, w_v), lengths, dropout.seed),
+        *(H, N, options.scale, int(options.causal), dropout.threshold),
         HEAD_DIM=D,
-        VALUE_DIM=v.shape[3],
+        VALUE_DIM=v.shape[-1],
         FROM_WEIGHTS=options.source == "weights",
         ADDS_SOURCE=options.mechanism == "additive",
         BLOCK_M=tile.block_m,
@@ -302,8 +317,17 @@ def launch_refined_attention_fwd(
     return out
 
 
-def choose_config(q: Tensor, v: Tensor, options: RefinedAttentionOptions, dropout: Dropout) -> RefinedAttentionConfig:
-    size, head_dim = host_block_width(q.shape[2]), max(q.shape[3], v.shape[3])
+def batch_sizes(q: Tensor, lengths: Lengths, options: RefinedAttentionOptions) -> tuple[int, int, int, int]:
+    """(B, H, N, D); where packed, N is a bound of the lengths."""
+    if lengths.cu_seqlens is None:
+        return q.shape
+    return lengths.cu_seqlens.shape[0] - 1, q.shape[1], options.max_seqlen, q.shape[2]
+
+
+def choose_config(
+    q: Tensor, v: Tensor, N: int, options: RefinedAttentionOptions, dropout: Dropout
+) -> RefinedAttentionConfig:
+    size, head_dim = host_block_width(N), max(q.shape[-1], v.shape[-1])
     kind = (options.mechanism, dropout.seed is not None)
     return RefinedAttentionConfig.heuristic(size, head_dim, q.dtype, architecture_of(q), *kind)
 

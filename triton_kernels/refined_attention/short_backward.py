@@ -13,15 +13,18 @@ from torch import Tensor
 from recattn._options import RefinedAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, Dropout
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, cdiv, host_block_width, launch
-from recattn.triton_kernels.common.tiles import bhnd, head_rows
+from recattn.triton_kernels.common.ragged import Lengths
+from recattn.triton_kernels.common.tiles import bhnd
 from recattn.triton_kernels.refined_attention.config import RefinedAttentionConfig, num_multiprocessors
 from recattn.triton_kernels.refined_attention.short import (
     Inputs,
+    batch_sizes,
     choose_config,
     contiguous_like,
     load_batch_head,
     squares_of,
     tokens_at,
+    tokens_of,
 )
 from recattn.triton_kernels.refined_attention.short_gradients import (
     Gradients,
@@ -47,7 +50,6 @@ TO_K: tl.constexpr = tl.constexpr(3)  # dK, dG and dW_v
         "N",
         "first_bh",
         "causal",
-        "left_padded",
         "dropout_threshold",
     ]
 )
@@ -59,14 +61,13 @@ def refined_attention_bwd_kernel(
     grads,
     workspace,
     squares,
-    seq_lens,
+    lengths,
     dropout_seed,
     num_heads,
     N,
     first_bh,
     scale,
     causal,
-    left_padded,
     dropout_threshold,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -91,7 +92,7 @@ def refined_attention_bwd_kernel(
     index = first_bh + tl.program_id(0)
     batch = (index // heads).to(tl.int64)
     head = (tl.program_id(1) * heads + index % heads).to(tl.int64)
-    bh = load_batch_head(batch, head, num_heads, N, seq_lens, left_padded, causal)
+    bh = load_batch_head(batch, head, num_heads, N, lengths, causal)
     columns = tl.arange(0, BLOCK_N)
     row_positions = tl.arange(0, BLOCK_M)
     if BLOCK_M < BLOCK_N:
@@ -103,12 +104,13 @@ def refined_attention_bwd_kernel(
         row_positions[:, None] * BLOCK_N + columns[None, :],
         row_positions[:, None] + columns[None, :] * BLOCK_N,
     )
-    dout = head_rows(dout, batch, head, 0)
     w_v = squares.w_v
     if w_v is not None:
         w_v += squares.first_w_v + head * squares.stride_wh
     g = squares.g + head * squares.stride_gh
-    x = Inputs(head_rows(q, batch, head, 0), head_rows(k, batch, head, 0), head_rows(v, batch, head, 0), g, w_v)
+    dout = tokens_of(bh, dout)
+    q, k, v = tokens_of(bh, q), tokens_of(bh, k), tokens_of(bh, v)
+    x = Inputs(q, k, v, g, w_v)
     dropout = Dropout(dropout_seed, dropout_threshold)
     accumulates = first_bh > 0
 
@@ -177,7 +179,7 @@ def launch_refined_attention_bwd(
     v: Tensor,
     squares: Tensor,
     w_v: Tensor | None,
-    seq_lens: Tensor | None,
+    lengths: Lengths,
     options: RefinedAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
@@ -187,13 +189,13 @@ def launch_refined_attention_bwd(
 
     The arguments are those of the forward. No axis is empty.
     """
-    B, H, N, D = q.shape
+    B, H, N, D = batch_sizes(q, lengths, options)
     dq, dk, dv = contiguous_like(q), contiguous_like(k), contiguous_like(v)
-    config = config or choose_config(q, v, options, dropout)
+    config = config or choose_config(q, v, N, options, dropout)
     # Heads with matrices of their own are a group each; else all heads are one.
     groups = H if squares.shape[0] > (1 if w_v is None else 2) else 1
     count = B * H // groups
-    per_launch = min(count, pairs_per_launch(q, groups))
+    per_launch = min(count, pairs_per_launch(q, N, groups))
     size = squares.shape[1]
     dg = torch.empty((per_launch, groups, size, size), dtype=torch.float32, device=q.device)
     grads = Gradients(dq, dk, dv, dg, None if w_v is None else torch.empty_like(dg))
@@ -201,17 +203,18 @@ def launch_refined_attention_bwd(
     if len(config.bwd) > 1:
         shape = (per_launch, groups, len(Workspace._fields), size, size)
         workspace = torch.empty(shape, dtype=q.dtype, device=q.device)
-    inputs = (bhnd(dout), bhnd(q), bhnd(k), bhnd(v), grads, workspace, squares_of(squares, w_v))
-    flags = (options.scale, int(options.causal), int(options.left_padded), dropout.threshold)
+    tokens = [bhnd(x, lengths.cu_seqlens) for x in (dout, q, k, v)]
+    inputs = (*tokens, grads, workspace, squares_of(squares, w_v), lengths, dropout.seed)
+    flags = (options.scale, int(options.causal), dropout.threshold)
     for i in range(int(cdiv(count, per_launch))):
         first_bh = i * per_launch
         for tile in config.bwd:
             launch(
                 refined_attention_bwd_kernel,
                 (min(per_launch, count - first_bh), groups, size // tile.block_m),
-                *(*inputs, seq_lens, dropout.seed, H, N, first_bh, *flags),
+                *(*inputs, H, N, first_bh, *flags),
                 HEAD_DIM=D,
-                VALUE_DIM=v.shape[3],
+                VALUE_DIM=v.shape[-1],
                 FROM_WEIGHTS=options.source == "weights",
                 ADDS_SOURCE=options.mechanism == "additive",
                 BLOCK_M=tile.block_m,
@@ -229,9 +232,9 @@ def launch_refined_attention_bwd(
 PARTIAL_WAVES = {16: 32, 32: 16, 64: 8, 128: 2}
 
 
-def pairs_per_launch(q: Tensor, groups: int) -> int:
+def pairs_per_launch(q: Tensor, N: int, groups: int) -> int:
     """How many batch-heads of a group a launch of the backward takes.
 
     Each has sums of its own, which should stay in the cache until the next launch adds to them.
     """
-    return cdiv(PARTIAL_WAVES[host_block_width(q.shape[2])] * num_multiprocessors(q.device.index), groups)
+    return cdiv(PARTIAL_WAVES[host_block_width(N)] * num_multiprocessors(q.device.index), groups)

@@ -158,6 +158,11 @@ def refined_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
         weights = {name: _normal(length, n, dtype=dtype, std=length**-0.5 / 2) for name, n in widths.items()}
         return inputs | weights | options
 
+    def draw_packed(dtype, lengths, dim, rank) -> Inputs:
+        inputs = draw(dtype, 1, sum(lengths), dim, rank)
+        tokens = {name: inputs[name][0].transpose(0, 1).contiguous() for name in ("q", "k", "v")}
+        return inputs | tokens | {"cu_seqlens": _offsets(lengths)}
+
     left: Inputs = {"seq_lens": torch.tensor([32, 0, 17]), "padding_side": "left"}
     right: Inputs = {"seq_lens": torch.tensor([100, 1, 64]), "causal": False}
     of_weights: Inputs = {"source": "weights"}
@@ -176,6 +181,7 @@ def refined_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
         ),
         Case("stochastic", lambda dtype: draw(dtype, 2, 40, 32, 40, mechanism="stochastic", **of_weights), plain),
         Case("long", lambda dtype: draw(dtype, 1, 300, 64, 64), plain),
+        Case("packed", lambda dtype: draw_packed(dtype, [50, 0, 7, 33], 64, 40), plain),
         Case(REAL, lambda dtype: draw(dtype, 16, 50, 64, 50), plain),
     ]
 

@@ -8,23 +8,37 @@ from recattn._dispatch import select
 from recattn._options import RefinedAttentionOptions
 from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
-from recattn.functional.validation import checked_indices
+from recattn.functional._nested import accepts_nested, nest_heads
+from recattn.functional._sequences import expect_cu_seqlens, expect_windows, validate_layout, window_starts
+from recattn.functional.validation import checked_indices, expect_values, values_are_checked
 from recattn.ops import refined_attention as ops
 from recattn.ops._support import draw_dropout_seed
 
 _MECHANISMS = ("simple", "value", "additive", "stochastic")
-# What does not fit is checked by `_validate`, which says why.
-_TENSORS = check.Layouts(
+# The tensors of a padded and of a packed call; what does not fit is checked by `_validate`, which says why.
+_MATRICES = {
+    "w_q": (check.SAME, "[H] Nmax R"),
+    "w_k": (check.SAME, "[H] Nmax R"),
+    "w_v": (check.SAME, "[H] Nmax Nmax?"),
+}
+_PADDED = check.Layouts(
     q=(check.FLOATING, "B H N D"),
     k=(check.SAME, "B H N D"),
     v=(check.SAME, "B H N Dv"),
-    w_q=(check.SAME, "[H] Nmax R"),
-    w_k=(check.SAME, "[H] Nmax R"),
-    w_v=(check.SAME, "[H] Nmax Nmax?"),
+    **_MATRICES,
     seq_lens=(check.INTEGER, "B?"),
+    seq_starts=(check.INTEGER, "B?"),
+)
+_PACKED = check.Layouts(
+    q=(check.FLOATING, "T H D"),
+    k=(check.SAME, "T H D"),
+    v=(check.SAME, "T H Dv"),
+    **_MATRICES,
+    cu_seqlens=(check.INTEGER, "B+1"),
 )
 
 
+@accepts_nested("q", "k", "v", ragged_axis=2, nest=nest_heads)
 def refined_attention(
     q: Tensor,
     k: Tensor,
@@ -37,9 +51,12 @@ def refined_attention(
     source: Source = "logits",
     causal: bool = True,
     seq_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
     padding_side: PaddingSide = "right",
+    cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    max_seqlen: int | None = None,
     impl: RefinedAttentionImpl | None = None,
 ) -> Tensor:
     """Attention whose weight matrix A is refined into M by a second attention over it:
@@ -61,25 +78,31 @@ def refined_attention(
     2-Wasserstein distance. To refine STOSA's own attention see `recattn.wasserstein_attention`.
 
     Args:
-        q, k: [B, H, N, D], float64, float32, bfloat16 or float16.
-        v: [B, H, N, Dv], q's dtype.
+        q, k: [B, H, N, D], float64, float32, bfloat16 or float16; packed: [T, H, D]; or nested (torch.jagged)
+            [B, H, j, D], which is computed packed.
+        v: [B, H, N, Dv], packed [T, H, Dv], or nested; q's dtype.
         w_q, w_k: [Nmax, R], or [H, Nmax, R] for matrices per head, Nmax ≥ N, q's dtype ("stochastic": [.., Nmax, 2R]).
-            The first N rows are used: a row is a position on the N axis, on whichever side the padding is.
+            The first N rows are used: a row is a position on the N axis, wherever the padding is. Packed or nested, a
+            row is a position in its sequence, counted from its start, and no sequence is longer than Nmax.
         w_v: [Nmax, Nmax] or [H, Nmax, Nmax], of which the first N rows and columns are used; for "value" and
             "additive", None for the others.
         mechanism: "simple", "value", "additive" or "stochastic".
         source: "logits" or "weights".
         causal: query i sees the keys j ≤ i.
         seq_lens: [B] integer, the number of valid tokens per sequence; the padding is on `padding_side`.
+        seq_starts: [B] integer, with `seq_lens`: where on the N axis each sequence begins, instead of `padding_side`.
         padding_side: "right" or "left".
+        cu_seqlens: [B + 1] integer, offsets of packed sequences; excludes `seq_lens`.
         dropout_p: probability of dropping each of the final weights, in kernels in steps of 1/65536. On a CPU float64
             with dropout runs the reference.
         scale: of the logits, 1/√D by default.
+        max_seqlen: upper bound on the lengths of packed sequences, known on the host; min(T, Nmax) without it. On a GPU
+            it chooses the kernels and their tiles.
         impl: None chooses; or "cpu", "triton", "chunked" (PyTorch matmuls, on a GPU or without C++) or "reference". If
             it does not support the call, you get an error.
 
     Returns:
-        [B, H, N, Dv] in q's dtype; zero at padding.
+        [B, H, N, Dv] in q's dtype, packed [T, H, Dv], nested [B, H, j, Dv]; zero at padding.
 
         On a CPU arithmetic is float32 (float64 for float64). Up to N = 256, and for any N with dropout, a thread holds
         about twelve N × N matrices of one batch and head; for "stochastic" up to N = 1024, or with source="weights" or
@@ -92,28 +115,46 @@ def refined_attention(
         On a GPU Triton kernels compute N ≤ 128 (64 below Hopper, 32 in float32) in one program per batch and head, and
         save the inputs and W_q W_kᵀ. Longer "simple" and "stochastic" with up to 256 columns in w_q take memory linear
         in N: A W_q, A W_k, the output and one number per row are saved. Everything else runs as chunked PyTorch matmuls
-        in float32, in chunks of 2^25 elements or of the N × N matrices of one batch and head.
+        in float32, in chunks of 2^25 elements or of the N × N matrices of one batch and head. Where sequences are
+        packed or nested, N is the longest, and chunked matmuls compute one sequence after another.
 
         Second derivatives (`create_graph=True`) and `torch.func` transforms run the reference, in its time and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (on a GPU
-            `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
+            `recattn.validate` checks them, or RECATTN_CHECK=1 at every call) or beyond Nmax or `max_seqlen`.
         NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after dropout in a
             kernel.
     """
-    _validate_options(mechanism, source, padding_side, dropout_p, scale)
+    _validate_options(mechanism, source, dropout_p, scale)
+    if padding_side != "right" or seq_starts is not None or cu_seqlens is not None or max_seqlen is not None:
+        validate_layout(padding_side, seq_lens, seq_starts, cu_seqlens, max_seqlen)
     if autocast_may_be_on():
         matrices = {"w_q": w_q, "w_k": w_k} | ({} if w_v is None else {"w_v": w_v})
         check.expect_tensors(q=q, k=k, v=v, **matrices)
         q, k, v, w_q, w_k = autocast_inputs(q, k, v, w_q, w_k)
         w_v = None if w_v is None else autocast_inputs(w_v)[0]
-    if not _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens):
-        _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens)
-    reasons = ops.unsupported_reasons(q.device.type, q, v, w_q, mechanism=mechanism, dropout_p=dropout_p, impl=impl)
+    lengths = (seq_lens, seq_starts, cu_seqlens)
+    if not _fits(q, k, v, w_q, w_k, w_v, mechanism, *lengths):
+        _validate(q, k, v, w_q, w_k, w_v, mechanism, *lengths)
+    if padding_side == "left":
+        seq_starts = window_starts(padding_side, q.shape[2], seq_lens)
+        lengths = (seq_lens, seq_starts, None)
+    reasons = ops.unsupported_reasons(
+        q.device.type,
+        q,
+        v,
+        w_q,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        mechanism=mechanism,
+        dropout_p=dropout_p,
+        impl=impl,
+    )
     chosen = select("refined_attention", impl, reasons)
-    if chosen != "cpu" and seq_lens is not None:  # the CPU implementation checks them itself
-        seq_lens = checked_indices(q.device, seq_len=q.shape[2], seq_lens=seq_lens).seq_lens
+    # The CPU implementation checks them itself.
+    if chosen != "cpu" and (seq_lens is not None or cu_seqlens is not None) and values_are_checked(q.device):
+        lengths = seq_lens, seq_starts, cu_seqlens = _checked(q, w_q, *lengths, max_seqlen)
     if chosen == "reference":
         return reference.refined_attention(
             q,
@@ -126,45 +167,83 @@ def refined_attention(
             source=source,
             causal=causal,
             seq_lens=seq_lens,
-            padding_side=padding_side,
+            seq_starts=seq_starts,
+            cu_seqlens=cu_seqlens,
             dropout_p=dropout_p,
             scale=scale,
         )
-    options = RefinedAttentionOptions(mechanism, source, causal, padding_side == "left", scale, dropout_p, chosen)
+    options = RefinedAttentionOptions(mechanism, source, causal, scale, dropout_p, max_seqlen, chosen)
     seed = draw_dropout_seed(dropout_p, q.device)
-    return ops.refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, seed, options)
+    return ops.refined_attention(q, k, v, w_q, w_k, w_v, *lengths, seed, options)
 
 
-def _validate_options(mechanism, source, padding_side, dropout_p, scale) -> None:
+def _validate_options(mechanism, source, dropout_p, scale) -> None:
     check.expect_choice("mechanism", mechanism, _MECHANISMS)
     check.expect_choice("source", source, ("logits", "weights"))
-    check.expect_choice("padding_side", padding_side, ("right", "left"))
     check.expect_numbers(scale=scale)
     check.expect_probability("dropout_p", dropout_p)
 
 
-def _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens) -> bool:
+def _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens, seq_starts, cu_seqlens) -> bool:
     """Whether the tensors are right. False: ask `_validate` what is wrong."""
     if (w_v is not None) != (mechanism in ("value", "additive")):
         return False
-    sizes = _TENSORS.sizes(q, k, v, w_q, w_k, w_v, seq_lens)
-    if sizes is None:
-        return False
-    _, _, N, D, _, n_max, columns = sizes
+    tensors = (q, k, v, w_q, w_k, w_v)
+    if cu_seqlens is None:
+        sizes = _PADDED.sizes(*tensors, seq_lens, seq_starts)
+        if sizes is None:
+            return False
+        _, _, N, D, _, n_max, columns = sizes
+    else:
+        sizes = _PACKED.sizes(*tensors, cu_seqlens)
+        if sizes is None:
+            return False
+        _, _, D, _, n_max, columns, offsets = sizes
+        if offsets < 1:
+            return False
+        N = 0  # lengths are checked where they are known
     return D > 0 and n_max >= N and columns > 0 and (mechanism != "stochastic" or columns % 2 == 0)
 
 
-def _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens) -> None:
+def _checked(
+    q: Tensor,
+    w_q: Tensor,
+    seq_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """seq_lens, seq_starts and cu_seqlens with their values checked."""
+    if cu_seqlens is None:
+        indices = checked_indices(q.device, seq_len=q.shape[2], seq_lens=seq_lens, seq_starts=seq_starts)
+        return indices.seq_lens, indices.seq_starts, None
+    cu_seqlens = checked_indices(q.device, num_tokens=q.shape[0], cu_seqlens=cu_seqlens).cu_seqlens
+    lengths = cu_seqlens.diff()
+    bounds = {"Nmax of w_q and w_k": w_q.shape[-2], "max_seqlen": max_seqlen}
+    for name, bound in bounds.items():
+        if bound is not None:
+            expected = f"{name} must be at least the longest sequence of cu_seqlens"
+            expect_values(lengths <= bound, expected, lambda b, bound=bound: f"{bound} for {int(lengths[b])} tokens")
+    return None, None, cu_seqlens
+
+
+def _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens, seq_starts, cu_seqlens) -> None:
     check.expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k)
     sizes: dict[str, int] = {}
-    check.expect_shape(sizes, "q", q, "B H N D")
-    check.expect_shape(sizes, "k", k, "B H N D")
-    check.expect_shape(sizes, "v", v, "B H N Dv")
+    if cu_seqlens is None:
+        check.expect_shape(sizes, "q", q, "B H N D")
+        check.expect_shape(sizes, "k", k, "B H N D")
+        check.expect_shape(sizes, "v", v, "B H N Dv")
+    else:
+        expect_cu_seqlens(sizes, cu_seqlens)
+        check.expect_shape(sizes, "q", q, "T H D")
+        check.expect_shape(sizes, "k", k, "T H D")
+        check.expect_shape(sizes, "v", v, "T H Dv")
     check.expect(sizes["D"] > 0, "D of q and k", "at least 1", 0)
     columns = "2R" if mechanism == "stochastic" else "R"
     check.expect_shape(sizes, "w_q", w_q, f"{_head_axis(w_q)} Nmax {columns}")
     check.expect_shape(sizes, "w_k", w_k, f"{_head_axis(w_k)} Nmax {columns}")
-    if sizes["Nmax"] < sizes["N"]:  # torch.compile specializes on a size that is formatted
+    if cu_seqlens is None and sizes["Nmax"] < sizes["N"]:  # torch.compile specializes on a size that is formatted
         check.expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
     check.expect(sizes[columns] > 0, f"{columns} of w_q and w_k", "at least 1", 0)
     if mechanism == "stochastic":
@@ -176,9 +255,9 @@ def _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens) -> None:
         check.expect(w_v is None, "w_v", f"None for mechanism={mechanism!r}", "a tensor")
     check.expect_dtype("q", q, check.FLOATING)
     check.expect_same_dtype("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v)
-    if seq_lens is not None:
-        check.expect_index(sizes, "seq_lens", seq_lens, "B")
-    check.expect_same_device("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v, seq_lens=seq_lens)
+    expect_windows(sizes, seq_lens, seq_starts)
+    lengths = {"seq_lens": seq_lens, "seq_starts": seq_starts, "cu_seqlens": cu_seqlens}
+    check.expect_same_device("q", q, k=k, v=v, w_q=w_q, w_k=w_k, w_v=w_v, **lengths)
 
 
 def _head_axis(w: Tensor) -> str:

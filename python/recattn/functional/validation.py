@@ -149,9 +149,7 @@ def _checked(
         seq_lens = ops.checked_lengths("seq_lens", seq_lens, _given("seq_len", seq_len, "seq_lens"))
     if seq_starts is not None:
         expect(seq_lens is not None, "seq_lens", "given with seq_starts", None)
-        longest = _given("seq_len", seq_len, "seq_starts")
-        ends = ops.checked_lengths("seq_starts + seq_lens", seq_starts + seq_lens, longest)
-        seq_starts = ops.checked_lengths("seq_starts", ends - seq_lens, longest)
+        seq_starts = ops.checked_starts(seq_starts, seq_lens, _given("seq_len", seq_len, "seq_starts"))
     if sink_positions is not None:
         longest = _given("seq_len", seq_len, "sink_positions") if cu_seqlens is None else None
         sink_positions = ops.checked_sink_positions(sink_positions, longest, cu_seqlens)

@@ -117,7 +117,7 @@ def wasserstein_attention(
             scale=scale,
         )
     scale = None if scale is None else float(scale)
-    options = WassersteinAttentionOptions(source, causal, padding_side == "left", scale, dropout_p, chosen)
+    options = WassersteinAttentionOptions(source, causal, padding_side == "left", scale, dropout_p, impl=chosen)
     seed = draw_dropout_seed(dropout_p, mean_q.device)
     gaussians = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
     if torch.compiler.is_compiling():

@@ -3,11 +3,13 @@
 import functools
 import importlib
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from recattn import _versions
+from recattn._check import expect
 from recattn._graphs import constant_in_graphs
 
 
@@ -62,6 +64,39 @@ def triton_kernels(name: str):
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The scale of the scores, 1/√D where none is given."""
     return 1 / math.sqrt(head_dim) if scale is None else scale
+
+
+def length_bound(x: Tensor, w: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
+    """N of x [B, H, N, D]; of packed [T, H, D] what bounds the lengths, known without a synchronisation.
+
+    No sequence is longer than w [..., Nmax, R] has rows.
+    """
+    if cu_seqlens is None:
+        return x.shape[2]
+    longest = min(x.shape[0], w.shape[-2])
+    return longest if max_seqlen is None else min(max_seqlen, longest)
+
+
+def packed_sequences(cu_seqlens: Tensor, w_q: Tensor, max_seqlen: int | None) -> list[slice]:
+    """The tokens of each packed sequence. Their lengths are checked; on a GPU reading them synchronizes."""
+    sequences = [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
+    longest = max((tokens.stop - tokens.start for tokens in sequences), default=0)
+    rows = w_q.shape[-2]
+    expect(longest <= rows, "Nmax of w_q and w_k", f"at least the longest sequence, {longest}", rows)
+    expect(max_seqlen is None or longest <= max_seqlen, "max_seqlen", f"at least the longest, {longest}", max_seqlen)
+    return sequences
+
+
+def sequence_indices(cu_seqlens: Tensor, total: int) -> Tensor:
+    """[T]: which sequence each packed token is of."""
+    indices = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+    return indices.repeat_interleave(cu_seqlens.diff(), output_size=total)
+
+
+def token_positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """[T]: the position of each packed token in its sequence."""
+    starts = cu_seqlens[sequence_indices(cu_seqlens, total)]
+    return torch.arange(total, device=cu_seqlens.device) - starts
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -35,3 +35,9 @@ checked_offsets = _define("checked_offsets(str name, Tensor offsets, SymInt tota
 checked_rows = _define(
     "checked_rows(str name, Tensor rows, SymInt table_size, Tensor? seq_lens) -> Tensor", _check.checked_rows
 )
+
+
+def checked_starts(seq_starts: Tensor, seq_lens: Tensor, longest: int) -> Tensor:
+    """Where windows of `seq_lens` tokens, checked already, begin: at 0 or later, and they end by `longest`."""
+    ends = checked_lengths("seq_starts + seq_lens", seq_starts + seq_lens, longest)
+    return checked_lengths("seq_starts", ends - seq_lens, longest)

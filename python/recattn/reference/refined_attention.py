@@ -10,7 +10,9 @@ out = softmax(M + mask) v
 """
 
 import math
+from itertools import pairwise
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -27,15 +29,18 @@ from recattn.reference.wasserstein_attention import (
 def refined_attention(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None = None, *,
     mechanism: Mechanism = "simple", source: Source = "logits", causal: bool = True, seq_lens: Tensor | None = None,
-    seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", dropout_p: float = 0.0,
-    scale: float | None = None,
+    seq_starts: Tensor | None = None, padding_side: PaddingSide = "right", cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """out = softmax(M + mask) v, with M refined from A.
 
     M, shapes and arguments: `recattn.refined_attention`.
     """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if cu_seqlens is not None:
+        options = {"mechanism": mechanism, "source": source, "causal": causal, "dropout_p": dropout_p, "scale": scale}
+        return _packed(q, k, v, (w_q, w_k, w_v), cu_seqlens, options)
     n = q.shape[2]
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     seq_starts = window_starts(padding_side, n, seq_lens, seq_starts)
     valid = valid_tokens(q.shape[0], n, seq_lens, seq_starts, q.device)  # [B, N]
     if seq_lens is not None:  # padding may hold anything, even NaN: keep it out of the products
@@ -56,3 +61,14 @@ def refined_attention(
         m = a + m
     p = masked_softmax(m, hidden)
     return F.dropout(p, dropout_p) @ v
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, matrices: tuple[Tensor | None, ...], cu_seqlens: Tensor, options: dict
+) -> Tensor:
+    """Packed input [T, H, D]: one sequence at a time."""
+    outs = [v[:0]]
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        sequence = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        outs.append(refined_attention(*sequence, *matrices, **options)[0].transpose(0, 1))
+    return torch.cat(outs)

@@ -12,7 +12,7 @@ from recattn import reference
 from recattn._extension import MISSING
 from recattn._options import RefinedAttentionOptions
 from recattn.ops._library import apply, define, differentiable_again, distinct, refuse_dropout
-from recattn.ops._support import triton_unsupported_reason
+from recattn.ops._support import length_bound, triton_unsupported_reason
 from recattn.ops.refined_attention import chunked, cpu, triton_long, triton_short
 
 
@@ -22,6 +22,8 @@ def unsupported_reasons(
     v: Tensor | None = None,
     w_q: Tensor | None = None,
     *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     mechanism: str = "simple",
     dropout_p: float = 0.0,
     impl: str | None = None,
@@ -34,7 +36,7 @@ def unsupported_reasons(
     triton = triton_unsupported_reason(device_type)
     # A CPU never chooses Triton. Reading sizes, which torch.compile would then fix in its graph, is left out there.
     if q is not None and v is not None and w_q is not None and (device_type != "cpu" or impl == "triton"):
-        triton = triton or _triton_call_reason(q, v, w_q, mechanism)
+        triton = triton or _triton_call_reason(q, v, w_q, length_bound(q, w_q, cu_seqlens, max_seqlen), mechanism)
     has_chunked = device_type == "cuda" or (device_type == "cpu" and "cpu" in MISSING)  # with C++ a part of "cpu"
     chunked = ("it has no dropout" if dropout_p > 0 else None) if has_chunked else elsewhere
     if device_type == "cpu":
@@ -42,8 +44,8 @@ def unsupported_reasons(
     return {"triton": triton, "chunked": chunked, "cpu": elsewhere, "reference": None}
 
 
-def _triton_call_reason(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str | None:
-    of_short = triton_short.unsupported_reason(q, v, mechanism)
+def _triton_call_reason(q: Tensor, v: Tensor, w_q: Tensor, length: int, mechanism: str) -> str | None:
+    of_short = triton_short.unsupported_reason(q, v, length, mechanism)
     if of_short is None:
         return None
     of_long = triton_long.unsupported_reason(q, v, w_q, mechanism)
@@ -51,19 +53,22 @@ def _triton_call_reason(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> st
     return of_long and (of_short if mechanism in ("value", "additive") else of_long)
 
 
-def refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor:
+def refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, dropout_seed, options) -> Tensor:
     """The call by `options.impl`, which supports it."""
+    lengths = (seq_lens, seq_starts, cu_seqlens)
     tensors = (q, k, v, w_q, w_k)
     if torch.compiler.is_compiling():
         tensors = distinct(*tensors)
-    if options.impl == "triton" and triton_short.unsupported_reason(q, v, options.mechanism) is not None:
-        # On a GPU any implementation of plain attention may serve; the interpreter has Triton's alone.
-        impl = None if q.device.type == "cuda" else "triton"
-        return triton_long.refined_attention(*tensors, seq_lens, dropout_seed, options._replace(impl=impl))
-    return apply(RefinedAttentionFunction, *tensors, w_v, seq_lens, dropout_seed, options)
+    if options.impl == "triton":
+        longest = length_bound(q, w_q, cu_seqlens, options.max_seqlen)
+        if triton_short.unsupported_reason(q, v, longest, options.mechanism) is not None:
+            # On a GPU any implementation of plain attention may serve; the interpreter has Triton's alone.
+            options = options._replace(impl=None if q.device.type == "cuda" else "triton")
+            return triton_long.refined_attention(*tensors, lengths, dropout_seed, options)
+    return apply(RefinedAttentionFunction, *tensors, w_v, *lengths, dropout_seed, options)
 
 
-def _reference(q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, options) -> Tensor:
+def _reference(q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, _dropout_seed, options) -> Tensor:
     refuse_dropout("refined_attention", options.dropout_p)
     return reference.refined_attention(
         q,
@@ -76,15 +81,16 @@ def _reference(q, k, v, w_q, w_k, w_v, seq_lens, _dropout_seed, options) -> Tens
         source=options.source,
         causal=options.causal,
         seq_lens=seq_lens,
-        padding_side="left" if options.left_padded else "right",
+        seq_starts=seq_starts,
+        cu_seqlens=cu_seqlens,
         scale=options.scale,
     )
 
 
 class RefinedAttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options):
-        tensors = (q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed)
+    def forward(ctx, q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, dropout_seed, options):
+        tensors = (q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, dropout_seed)
         out = refined_attention_fwd(*tensors, options)
         out, saved = out if isinstance(out, tuple) else (out, ())
         ctx.save_for_backward(*tensors, *saved)
@@ -95,32 +101,33 @@ class RefinedAttentionFunction(torch.autograd.Function):
     @differentiable_again(_reference)
     def backward(ctx, dout):
         saved = ctx.saved_tensors  # read once: checkpointing allows no more
-        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *saved[:8], ctx.options, saved=saved[8:])
-        return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None
+        dq, dk, dv, dw_q, dw_k, *dw_v = refined_attention_bwd(dout, *saved[:10], ctx.options, saved=saved[10:])
+        return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None, None, None
 
 
-def _fwd(q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+def _fwd(*inputs) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and in a tuple what the kernels keep for the backward."""
-    tensors = (q, k, v, w_q, w_k, w_v, seq_lens)
+    *tensors, _dropout_seed, options = inputs
     if options.impl == "triton":
-        return triton_short.refined_attention_fwd(*tensors, dropout_seed, options)
+        return triton_short.refined_attention_fwd(*inputs)
     if options.impl == "cpu":
-        return cpu.refined_attention_fwd(*tensors, dropout_seed, options)
+        return cpu.refined_attention_fwd(*inputs)
     return chunked.refined_attention_fwd(*tensors, options)
 
 
-def _bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, dropout_seed, options, saved=()) -> list[Tensor]:
-    tensors = (dout, q, k, v, w_q, w_k, w_v, seq_lens)
+def _bwd(*inputs, saved=()) -> list[Tensor]:
+    *tensors, _dropout_seed, options = inputs
     if options.impl == "triton":
-        return triton_short.refined_attention_bwd(*tensors, dropout_seed, options, *saved)
+        return triton_short.refined_attention_bwd(*inputs, *saved)
     if options.impl == "cpu":
-        return cpu.refined_attention_bwd(*tensors, dropout_seed, options, saved)
+        return cpu.refined_attention_bwd(*inputs, saved)
     return chunked.refined_attention_bwd(*tensors, options)
 
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor w_q, Tensor w_k, Tensor? w_v, Tensor? seq_lens, Tensor? dropout_seed, "
-    "str mechanism, str source, bool causal, bool left_padded, float? scale, float dropout_p, str? impl"
+    "Tensor q, Tensor k, Tensor v, Tensor w_q, Tensor w_k, Tensor? w_v, Tensor? seq_lens, Tensor? seq_starts, "
+    "Tensor? cu_seqlens, Tensor? dropout_seed, "
+    "str mechanism, str source, bool causal, float? scale, float dropout_p, SymInt? max_seqlen, str? impl"
 )
 
 refined_attention_fwd = define(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions
-from recattn.ops._support import resolve_scale
+from recattn.ops._support import packed_sequences, resolve_scale
 from recattn.reference.wasserstein_attention import centre_
 
 # Rows of a block, in the linear form its positions.
@@ -52,33 +52,48 @@ class Chunk(NamedTuple):
         tensor[self.batch_heads, self.positions] = values.to(tensor.dtype)
 
 
-def cut_chunks(
-    count: int, n: int, lengths: Tensor | None, left_padded: bool, width: int, device: torch.device
-) -> Iterator[Chunk]:
-    """Cut `count` batch-heads of `n` positions into chunks; on a CPU by similar `lengths` [count]."""
-    if lengths is None or device.type != "cpu":  # sorting the lengths would synchronize with a GPU
+class Windows(NamedTuple):
+    """The positions of each batch-head's tokens."""
+
+    starts: Tensor  # [B·H]
+    lengths: Tensor
+
+    def at(self, batch_heads: slice | Tensor) -> "Windows":
+        return Windows(self.starts[batch_heads], self.lengths[batch_heads])
+
+    def padding(self, positions: slice) -> Tensor:
+        """[s, n], True at padding."""
+        position = torch.arange(positions.start, positions.stop, device=self.lengths.device)
+        start = self.starts.unsqueeze(1)
+        return (position < start) | (position >= start + self.lengths.unsqueeze(1))
+
+
+def windows_of(seq_lens: Tensor | None, seq_starts: Tensor | None, heads: int) -> Windows | None:
+    """The windows of sequences, each for all of `heads`; None: all have all positions."""
+    if seq_lens is None:
+        return None
+    starts = torch.zeros_like(seq_lens) if seq_starts is None else seq_starts
+    return Windows(starts.repeat_interleave(heads), seq_lens.repeat_interleave(heads))
+
+
+def cut_chunks(count: int, n: int, windows: Windows | None, width: int, device: torch.device) -> Iterator[Chunk]:
+    """Cut `count` batch-heads of `n` positions into chunks; on a CPU by similar lengths."""
+    if windows is None or device.type != "cpu":  # sorting the lengths would synchronize with a GPU
         size = _batch_heads_per_chunk(n, width, device)
         for first in range(0, count if n else 0, size):
-            batch_heads = slice(first, first + size)
-            padding = None if lengths is None else _padding(n, lengths[batch_heads], left_padded)
-            yield Chunk(batch_heads, slice(0, n), padding)
+            batch_heads, positions = slice(first, first + size), slice(0, n)
+            padding = None if windows is None else windows.at(batch_heads).padding(positions)
+            yield Chunk(batch_heads, positions, padding)
         return
-    order = lengths.argsort(descending=True, stable=True)
-    descending = lengths[order].tolist()
-    first = 0
-    while first < count and descending[first] > 0:
-        longest = descending[first]
-        batch_heads = order[first : first + _batch_heads_per_chunk(longest, width, device)]
-        start = n - longest if left_padded else 0
-        padding = _padding(longest, lengths[batch_heads], left_padded)
-        yield Chunk(batch_heads, slice(start, start + longest), padding)
+    order = windows.lengths.argsort(descending=True, stable=True)
+    descending = windows.lengths[order].tolist()
+    first, count = 0, count - descending.count(0)
+    while first < count:
+        batch_heads = order[first : min(count, first + _batch_heads_per_chunk(descending[first], width, device))]
+        chunk = windows.at(batch_heads)
+        positions = slice(int(chunk.starts.min()), int((chunk.starts + chunk.lengths).max()))
+        yield Chunk(batch_heads, positions, chunk.padding(positions))
         first += len(batch_heads)
-
-
-def _padding(n: int, lengths: Tensor, left_padded: bool) -> Tensor:
-    """[s, n], True at padding."""
-    positions = torch.arange(n, device=lengths.device)
-    return (n - 1 - positions if left_padded else positions) >= lengths.unsqueeze(1)
 
 
 def _batch_heads_per_chunk(n: int, width: int, device: torch.device) -> int:
@@ -461,13 +476,12 @@ def leading(matrices: list[Tensor], head: int | None, n: int) -> list[Tensor]:
 
 
 def _head_chunks(
-    q: Tensor, v: Tensor, seq_lens: Tensor | None, head: int | None, options: RefinedAttentionOptions, weights: Weights
+    q: Tensor, v: Tensor, seq_lens: Tensor | None, seq_starts: Tensor | None, head: int | None, weights: Weights
 ) -> Iterator[Chunk]:
-    batch, heads, n, _ = q.shape
-    if head is None:
-        batch, seq_lens = batch * heads, None if seq_lens is None else seq_lens.repeat_interleave(heads)
+    batch, all_heads, n, _ = q.shape
+    heads = all_heads if head is None else 1
     width = max(q.shape[3], v.shape[3], sum(w.shape[1] for w in weights.matrices))
-    return cut_chunks(batch, n, seq_lens, options.left_padded, width, q.device)
+    return cut_chunks(batch * heads, n, windows_of(seq_lens, seq_starts, heads), width, q.device)
 
 
 def chunked_fwd(
@@ -476,14 +490,14 @@ def chunked_fwd(
     v: Tensor,
     matrices: list[Tensor],
     seq_lens: Tensor | None,
+    seq_starts: Tensor | None,
     plan: Plan,
-    options: RefinedAttentionOptions,
 ) -> Tensor:
-    out, future = new_output(v, seq_lens), future_in_block(q.shape[2], options.causal, matrices[0])
+    out, future = new_output(v, seq_lens), future_in_block(q.shape[2], plan.causal, matrices[0])
     for head in heads_apart(q, matrices):
         weights = Weights(plan, *leading(matrices, head, q.shape[2]))
         inputs, out_batch_heads = [batch_heads_of(x, head) for x in (q, k, v)], batch_heads_of(out, head)
-        for chunk in _head_chunks(q, v, seq_lens, head, options, weights):
+        for chunk in _head_chunks(q, v, seq_lens, seq_starts, head, weights):
             q_chunk, k_chunk, v_chunk = (chunk.load(x, matrices[0].dtype) for x in inputs)
             mask = Mask(future, chunk.padding)
             out_chunk = _forward_chunk(
@@ -493,16 +507,16 @@ def chunked_fwd(
     return out
 
 
-def chunked_bwd(dout, q, k, v, matrices, seq_lens, plan, options) -> list[Tensor]:
+def chunked_bwd(dout, q, k, v, matrices, seq_lens, seq_starts, plan) -> list[Tensor]:
     """dq, dk, dv and the gradients of the matrices."""
     dq, dk, dv = (new_output(x, seq_lens) for x in (q, k, v))
     dmatrices = [torch.zeros_like(w) for w in matrices]
-    future = future_in_block(q.shape[2], options.causal, matrices[0])
+    future = future_in_block(q.shape[2], plan.causal, matrices[0])
     for head in heads_apart(q, matrices):
         weights = Weights(plan, *leading(matrices, head, q.shape[2]))
         inputs = [batch_heads_of(x, head) for x in (dout, q, k, v)]
         dq_batch_heads, dk_batch_heads, dv_batch_heads = (batch_heads_of(x, head) for x in (dq, dk, dv))
-        for chunk in _head_chunks(q, v, seq_lens, head, options, weights):
+        for chunk in _head_chunks(q, v, seq_lens, seq_starts, head, weights):
             dout_chunk, q_chunk, k_chunk, v_chunk = (chunk.load(x, matrices[0].dtype) for x in inputs)
             mask = Mask(future, chunk.padding)
             w = weights.rows(chunk.positions)
@@ -537,11 +551,40 @@ def in_compute_dtype(*weights: Tensor | None) -> list[Tensor]:
 # --- The operators' kernels ---
 
 
-def refined_attention_fwd(q, k, v, w_q, w_k, w_v, seq_lens, options: RefinedAttentionOptions) -> Tensor:
-    return chunked_fwd(q, k, v, in_compute_dtype(w_q, w_k, w_v), seq_lens, plan_of(q, w_q, options), options)
-
-
-def refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, seq_lens, options: RefinedAttentionOptions) -> list[Tensor]:
+def refined_attention_fwd(
+    q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, options: RefinedAttentionOptions
+) -> Tensor:
     matrices = in_compute_dtype(w_q, w_k, w_v)
-    dq, dk, dv, *dmatrices = chunked_bwd(dout, q, k, v, matrices, seq_lens, plan_of(q, w_q, options), options)
+    if cu_seqlens is None:
+        return chunked_fwd(q, k, v, matrices, seq_lens, seq_starts, plan_of(q, w_q, options))
+    out = v.new_empty(v.shape)
+    for tokens in packed_sequences(cu_seqlens, w_q, options.max_seqlen):
+        q_b, k_b, v_b = (_as_batch(x[tokens]) for x in (q, k, v))
+        out_b = chunked_fwd(q_b, k_b, v_b, matrices, None, None, plan_of(q_b, w_q, options))
+        out[tokens] = out_b[0].transpose(0, 1)
+    return out
+
+
+def refined_attention_bwd(
+    dout, q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, options: RefinedAttentionOptions
+) -> list[Tensor]:
+    matrices = in_compute_dtype(w_q, w_k, w_v)
+    if cu_seqlens is None:
+        plan = plan_of(q, w_q, options)
+        dq, dk, dv, *dmatrices = chunked_bwd(dout, q, k, v, matrices, seq_lens, seq_starts, plan)
+    else:
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dmatrices = [torch.zeros_like(w) for w in matrices]
+        for tokens in packed_sequences(cu_seqlens, w_q, options.max_seqlen):
+            dout_b, q_b, k_b, v_b = (_as_batch(x[tokens]) for x in (dout, q, k, v))
+            gradients = chunked_bwd(dout_b, q_b, k_b, v_b, matrices, None, None, plan_of(q_b, w_q, options))
+            for gradient, gradient_b in zip((dq, dk, dv), gradients, strict=False):
+                gradient[tokens] = gradient_b[0].transpose(0, 1)
+            for dmatrix, dmatrix_b in zip(dmatrices, gradients[3:], strict=True):
+                dmatrix += dmatrix_b
     return [dq, dk, dv, *(dmatrix.to(w_q.dtype) for dmatrix in dmatrices)]
+
+
+def _as_batch(x: Tensor) -> Tensor:
+    """[n, H, D] -> [1, H, n, D]"""
+    return x.transpose(0, 1).unsqueeze(0)

@@ -8,16 +8,24 @@ Plain attention is sink_attention without sinks.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions, SinkAttentionOptions, WassersteinAttentionOptions
 from recattn.ops._library import apply, define, differentiable_again
-from recattn.ops._support import contiguous, resolve_scale, triton_unsupported_reason
+from recattn.ops._support import (
+    length_bound,
+    resolve_scale,
+    sequence_indices,
+    token_positions,
+    triton_kernels,
+    triton_unsupported_reason,
+)
 from recattn.ops.refined_attention.chunked import gaussians, gaussians_backward
 from recattn.ops.sink_attention import MAX_HEAD_DIM, SinkAttentionFunction, no_sinks
-from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
+from recattn.reference.sink_attention import valid_tokens, visible_pairs
 from recattn.reference.wasserstein_attention import attention_matrix, centre_
 
 
@@ -35,15 +43,20 @@ def unsupported_reason(q: Tensor, v: Tensor, w_q: Tensor, mechanism: str) -> str
     return triton_unsupported_reason(q.device.type, q.dtype)
 
 
-def refined_attention(q, k, v, w_q, w_k, seq_lens, dropout_seed, options) -> Tensor:
+# Of a call: seq_lens, seq_starts, cu_seqlens.
+LengthTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def refined_attention(q, k, v, w_q, w_k, lengths: LengthTensors, dropout_seed, options) -> Tensor:
     """`options.impl` is that of sink_attention."""
-    x_q, x_k = _halves(_projections(q, k, w_q, w_k, seq_lens, options))
+    options = options._replace(max_seqlen=_max_seqlen(q, w_q, lengths, options))
+    x_q, x_k = _halves(_projections(q, k, w_q, w_k, lengths, options))
     width = w_q.shape[-1]
     if options.mechanism == "simple":  # the columns of zeros change no product
-        return _attend(x_q, x_k, v, seq_lens, options, 1 / math.sqrt(width), dropout_seed, options.dropout_p)
-    queries, keys = apply(GaussianVectorsFunction, x_q[..., :width], x_k[..., :width], seq_lens)
+        return _attend(x_q, x_k, v, lengths, options, 1 / math.sqrt(width), dropout_seed, options.dropout_p)
+    queries, keys = apply(GaussianVectorsFunction, x_q[..., :width], x_k[..., :width], lengths[0], lengths[2])
     # -W²/√R = 2 (g_i·g_j - ‖g_j‖²/2)/√R, up to the query's own term, which changes no softmax.
-    return _attend(queries, keys, v, seq_lens, options, 2 / math.sqrt(width // 2), dropout_seed, options.dropout_p)
+    return _attend(queries, keys, v, lengths, options, 2 / math.sqrt(width // 2), dropout_seed, options.dropout_p)
 
 
 def project(
@@ -51,28 +64,31 @@ def project(
     k: Tensor,
     w_q: Tensor,
     w_k: Tensor,
-    seq_lens: Tensor | None,
+    lengths: LengthTensors,
     options: RefinedAttentionOptions | WassersteinAttentionOptions,
 ) -> Tensor:
-    """x = A [W_q | W_k]: [B, H, N, P], zero at padding."""
+    """x = A [W_q | W_k]: [B, H, N, P], zero at padding; packed [T, H, P]."""
     width = w_q.shape[-1]
-    projections = _projections(q, k, w_q, w_k, seq_lens, options)
+    options = options._replace(max_seqlen=_max_seqlen(q, w_q, lengths, options))
+    projections = _projections(q, k, w_q, w_k, lengths, options)
     if len(projections) == 1 and _aligned(width) == width:
         return projections[0]
     return torch.cat([x[..., :width] for x in _halves(projections)], dim=-1)
 
 
-def _projections(q, k, w_q, w_k, seq_lens, options) -> list[Tensor]:
+def _max_seqlen(q: Tensor, w_q: Tensor, lengths: LengthTensors, options) -> int | None:
+    return None if lengths[2] is None else length_bound(q, w_q, lengths[2], options.max_seqlen)
+
+
+def _projections(q, k, w_q, w_k, lengths: LengthTensors, options) -> list[Tensor]:
     """[A W_q, A W_k], or the two as one [A W_q | A W_k]; each padded with columns of zeros as in `_joined`."""
     if options.source == "logits":
-        settings = (options.causal, options.left_padded, options.scale)
-        return [apply(RefinedProjectionFunction, q, k, _joined([w_q, w_k], q), seq_lens, settings)]
+        settings = (options.causal, options.scale, options.max_seqlen)
+        return [apply(RefinedProjectionFunction, q, k, _joined([w_q, w_k], q, options), *lengths, settings)]
     scale = resolve_scale(options.scale, q.shape[-1])
     fits = 2 * _aligned(w_q.shape[-1]) <= MAX_HEAD_DIM
     groups = [[w_q, w_k]] if fits else [[w_q], [w_k]]
-    return [
-        _attend(q, k, _joined(matrices, q).expand(*q.shape[:3], -1), seq_lens, options, scale) for matrices in groups
-    ]
+    return [_attend(q, k, _as_values(_joined(x, q, options), q, lengths[2]), lengths, options, scale) for x in groups]
 
 
 def _halves(projections: list[Tensor]) -> tuple[Tensor, ...]:
@@ -84,13 +100,21 @@ def _aligned(width: int) -> int:
     return width + -width % 16
 
 
-def _joined(matrices: list[Tensor], q: Tensor) -> Tensor:
+def _joined(matrices: list[Tensor], q: Tensor, options) -> Tensor:
     """The first N rows side by side, each padded with columns of zeros to an aligned width: [N, P], or [H, N, P] if
-    any matrix is [H, ...]."""
-    rows = [w[..., : q.shape[2], :] for w in matrices]
+    any matrix is [H, ...]. Where packed, the first max_seqlen rows."""
+    count = q.shape[2] if options.max_seqlen is None else options.max_seqlen
+    rows = [w[..., :count, :] for w in matrices]
     if any(w.dim() == 3 for w in rows):
         rows = [w.expand(q.shape[1], -1, -1) for w in rows]
     return torch.cat([part for w in rows for part in (w, _missing_columns(w))], dim=-1)
+
+
+def _as_values(w: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The rows of w at the positions of all tokens, [B, H, N, P] or packed [T, H, P]."""
+    if cu_seqlens is None:
+        return w.expand(*q.shape[:3], -1)
+    return w[..., token_positions(cu_seqlens, q.shape[0]), :].expand(q.shape[1], -1, -1).transpose(0, 1)
 
 
 def _missing_columns(x: Tensor) -> Tensor:
@@ -102,17 +126,16 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seq_lens: Tensor | None,
+    lengths: LengthTensors,
     options: RefinedAttentionOptions | WassersteinAttentionOptions,
     scale: float,
     dropout_seed: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """softmax(mask(scale · Q Kᵀ)) V."""
-    attention = SinkAttentionOptions(options.causal, scale, dropout_p, impl=options.impl)
-    seq_starts = window_starts("left" if options.left_padded else "right", q.shape[2], seq_lens)
-    tensors = (*no_sinks(q), None, seq_lens, seq_starts, None, dropout_seed)
-    return apply(SinkAttentionFunction, q, k, v, *tensors, attention)[0]
+    attention = SinkAttentionOptions(options.causal, scale, dropout_p, options.max_seqlen, impl=options.impl)
+    tensors = (q, k, v, *no_sinks(q, lengths[2]), None, *lengths, dropout_seed)
+    return apply(SinkAttentionFunction, *tensors, attention)[0]
 
 
 # --- Gaussians ---
@@ -128,9 +151,9 @@ class GaussianVectorsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_q, x_k, seq_lens):
+    def forward(ctx, x_q, x_k, seq_lens, cu_seqlens):
         gaussian_q, gaussian_k = gaussians(x_q.float()), gaussians(x_k.float())
-        mean = centre_(gaussian_q, gaussian_k, seq_lens)
+        mean = centre_tokens_(gaussian_q, gaussian_k, seq_lens, cu_seqlens)
         gaussian_q, gaussian_k = gaussian_q.to(x_q.dtype), gaussian_k.to(x_k.dtype)
         column = gaussian_k.float().square().sum(-1, keepdim=True) / -2
         columns = [column.to(x_k.dtype)]
@@ -150,7 +173,20 @@ class GaussianVectorsFunction(torch.autograd.Function):
         dgaussian_k = dkeys[..., :width].float() - gaussian_k * dkeys[..., width : width + 1].float()
         dx_q = gaussians_backward(dqueries[..., :width].float(), queries[..., :width], mean)
         dx_k = gaussians_backward(dgaussian_k, gaussian_k, mean)
-        return dx_q.to(queries.dtype), dx_k.to(keys.dtype), None
+        return dx_q.to(queries.dtype), dx_k.to(keys.dtype), None, None
+
+
+def centre_tokens_(query: Tensor, key: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """`centre_`; of packed [T, ..., D] the mean key of each token's sequence."""
+    if cu_seqlens is None:
+        return centre_(query, key, seq_lens)
+    counts = cu_seqlens.diff().clamp(min=1).view(-1, *[1] * (key.dim() - 1))
+    # Its sums are in one order, those of index_add_ are not.
+    sums = torch.segment_reduce(key.detach().float(), "sum", offsets=cu_seqlens, axis=0, unsafe=True)
+    mean = (sums / counts).nan_to_num_(0, 0, 0)[sequence_indices(cu_seqlens, key.shape[0])].to(key.dtype)
+    query -= mean
+    key -= mean
+    return mean
 
 
 def _filled(parts: list[Tensor]) -> Tensor:
@@ -162,55 +198,72 @@ def _filled(parts: list[Tensor]) -> Tensor:
 # --- The projection ---
 
 
-def projection_reference(q, k, w, seq_lens, source, causal, left_padded, scale) -> Tensor:
+def projection_reference(q, k, w, seq_lens, seq_starts, source, causal, scale) -> Tensor:
     """A W with A the logits scale · Q Kᵀ or their softmax. Holds A in memory."""
-    seq_starts = window_starts("left" if left_padded else "right", q.shape[2], seq_lens)
     valid = valid_tokens(q.shape[0], q.shape[2], seq_lens, seq_starts, q.device)
     if seq_lens is not None:
         q, k = (x.masked_fill(~valid[:, None, :, None], 0) for x in (q, k))
     return attention_matrix(scale * (q @ k.mT), ~visible_pairs(valid, causal), source) @ w
 
 
-def _projection_reference(q, k, w, seq_lens, settings) -> Tensor:
-    causal, left_padded, scale = settings
-    return projection_reference(q, k, w, seq_lens, "logits", causal, left_padded, resolve_scale(scale, q.shape[-1]))
+def _projection_reference(q, k, w, seq_lens, seq_starts, cu_seqlens, settings) -> Tensor:
+    causal, scale, _ = settings
+    scale = resolve_scale(scale, q.shape[-1])
+    if cu_seqlens is None:
+        return projection_reference(q, k, w, seq_lens, seq_starts, "logits", causal, scale)
+    outs = [q.new_zeros(0, q.shape[1], w.shape[-1])]
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        q_b, k_b = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k))
+        out = projection_reference(q_b, k_b, w[..., : stop - start, :], None, None, "logits", causal, scale)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
 
 
 class RefinedProjectionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, w, seq_lens, settings):
-        ctx.save_for_backward(q, k, w, seq_lens)
+    def forward(ctx, q, k, w, seq_lens, seq_starts, cu_seqlens, settings):
+        tensors = (q, k, w, seq_lens, seq_starts, cu_seqlens)
+        ctx.save_for_backward(*tensors)
         ctx.options = settings
-        return refined_projection_fwd(q, k, w, seq_lens, *settings)
+        return refined_projection_fwd(*tensors, *settings)
 
     @staticmethod
     @differentiable_again(_projection_reference)
     def backward(ctx, dx):
         dq, dk, dw = refined_projection_bwd(dx, *ctx.saved_tensors, *ctx.options)
-        return dq, dk, dw, None, None
+        return dq, dk, dw, None, None, None, None
 
 
-def _fwd(q, k, w, seq_lens, causal, left_padded, scale) -> Tensor:
-    from recattn.triton_kernels.refined_attention.projection import Mask, launch_refined_projection_fwd
-
-    mask = Mask(contiguous(seq_lens), causal, left_padded)
-    return launch_refined_projection_fwd(q, k, w, mask, resolve_scale(scale, q.shape[-1]))
-
-
-def _bwd(dx, q, k, w, seq_lens, causal, left_padded, scale) -> tuple[Tensor, Tensor, Tensor]:
-    from recattn.triton_kernels.refined_attention.projection import Mask, launch_refined_projection_bwd
-
-    mask = Mask(contiguous(seq_lens), causal, left_padded)
-    return launch_refined_projection_bwd(dx, q, k, w, mask, resolve_scale(scale, q.shape[-1]))
+def _fwd(q, k, w, seq_lens, seq_starts, cu_seqlens, causal, scale, max_seqlen) -> Tensor:
+    batch = _batch(q, w, (seq_lens, seq_starts, cu_seqlens), causal, max_seqlen)
+    kernels = triton_kernels("refined_attention")
+    return kernels.launch_refined_projection_fwd(q, k, w, batch, resolve_scale(scale, q.shape[-1]))
 
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor w, Tensor? seq_lens, bool causal, bool left_padded, float? scale"
+def _bwd(dx, q, k, w, seq_lens, seq_starts, cu_seqlens, causal, scale, max_seqlen) -> tuple[Tensor, Tensor, Tensor]:
+    batch = _batch(q, w, (seq_lens, seq_starts, cu_seqlens), causal, max_seqlen)
+    kernels = triton_kernels("refined_attention")
+    return kernels.launch_refined_projection_bwd(dx, q, k, w, batch, resolve_scale(scale, q.shape[-1]))
+
+
+def _batch(q: Tensor, w: Tensor, lengths: LengthTensors, causal: bool, max_seqlen: int | None):
+    cu_seqlens = lengths[2]
+    size = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    positions = length_bound(q, w, cu_seqlens, max_seqlen)
+    tensors = triton_kernels("common.ragged").as_lengths(*lengths)
+    return triton_kernels("refined_attention").Batch(size, positions, tensors, causal)
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor w, Tensor? seq_lens, Tensor? seq_starts, Tensor? cu_seqlens, bool causal, "
+    "float? scale, SymInt? max_seqlen"
+)
 
 refined_projection_fwd = define(
     f"refined_projection_fwd({_ARGUMENTS}) -> Tensor",
     cpu=_fwd,
     cuda=_fwd,
-    fake=lambda q, k, w, *_: q.new_empty(*q.shape[:3], w.shape[-1]),
+    fake=lambda q, k, w, *_: q.new_empty(*q.shape[:-1], w.shape[-1]),
 )
 
 refined_projection_bwd = define(

@@ -94,7 +94,8 @@ def _project(gaussians, w_q, w_k, seq_lens, options: WassersteinAttentionOptions
     """A [W_q | W_k], [B, H, N, 4R], with A_ij = -scale · W²_ij or its softmax."""
     queries, keys = apply(WassersteinFactorsFunction, *gaussians, seq_lens, options)
     scale = resolve_scale(options.scale, gaussians[0].shape[-1])
-    return project(queries, keys, w_q, w_k, seq_lens, options._replace(scale=scale))
+    seq_starts = window_starts("left" if options.left_padded else "right", queries.shape[2], seq_lens)
+    return project(queries, keys, w_q, w_k, (seq_lens, seq_starts, None), options._replace(scale=scale))
 
 
 def _distance_factors(query: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -186,7 +187,10 @@ def _fake_bwd(dmean, dcov, mean, cov, vectors, row_stats, *tensors):
     return tuple(x.new_empty(x.shape) for x in tensors[:6])
 
 
-_OPTIONS = "str source, bool causal, bool left_padded, float? scale, float dropout_p, str? impl, bool refined"
+_OPTIONS = (
+    "str source, bool causal, bool left_padded, float? scale, float dropout_p, SymInt? max_seqlen, str? impl, "
+    "bool refined"
+)
 _ARGUMENTS = (
     "Tensor mean_q, Tensor cov_q, Tensor mean_k, Tensor cov_k, Tensor mean_v, Tensor cov_v, "
     f"Tensor? seq_lens, Tensor? dropout_seed, {_OPTIONS}"
