@@ -179,7 +179,7 @@ class SASRec(nn.Module):
 def attention_factory(name: str, hyper: Hyperparameters, impl: str | None) -> Callable[[], nn.Module]:
     if name == PLAIN:
         return lambda: nn.MultiheadAttention(hyper.dim, hyper.heads, batch_first=True)
-    return lambda: RefinedSelfAttention(hyper.dim, hyper.heads, hyper.length, mechanism=name, impl=impl)
+    return lambda: RefinedSelfAttention(hyper.dim, hyper.heads, max_len=hyper.length, mechanism=name, impl=impl)
 
 
 # --- Training and ranking ---

@@ -113,7 +113,7 @@ def mask_per_head(valid, causal, heads=HEADS):
 
 
 def masked_attention(causal, **options):
-    module = MaskedSelfAttention(E, HEADS, N, causal=causal, **{"dtype": torch.float64} | options)
+    module = MaskedSelfAttention(E, HEADS, max_len=N, causal=causal, **{"dtype": torch.float64} | options)
     nn.init.normal_(module.in_proj_bias)
     nn.init.normal_(module.out_proj.bias)
     return module

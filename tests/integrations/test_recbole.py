@@ -154,7 +154,7 @@ def test_the_layers_and_the_state_dict_are_the_old_ones():
     assert all(ours[name] is parameter for name, parameter in theirs.items())
     assert layer.attn_dropout.p == layer.out_dropout.p == 0.25 and not layer.training
     assert layer.w_q.shape == (H, N, 3) and layer.w_q.dtype == torch.float64
-    assert "mechanism='value'" in repr(layer) and "padding_side='right'" in repr(layer)
+    assert "mechanism='value'" in repr(layer)
 
 
 def test_both_dropouts_are_of_training(recbole):
@@ -178,9 +178,10 @@ def test_both_dropouts_are_of_training(recbole):
 def test_lengths_of_the_mask(bidirectional, side, recbole):
     items = sequences(torch.tensor([8, 5, 1, 0, 7]))
     items = items.flip(1) if side == "left" else items
-    visible = read_attention_mask(mask_of(items, bidirectional, recbole), torch.empty(B, N, E), side)
-    assert visible["seq_lens"].tolist() == [8, 5, 1, 0, 7]
-    assert visible["causal"] is not bidirectional and visible["padding_side"] == side
+    visible, valid = read_attention_mask(mask_of(items, bidirectional, recbole), torch.empty(B, N, E))
+    assert visible["seq_lens"].tolist() == [8, 5, 1, 0, 7] and torch.equal(valid, items > 0)
+    assert visible["seq_starts"].tolist() == ([0, 3, 7, 0, 1] if side == "left" else [0] * 5)
+    assert visible["causal"] is not bidirectional
 
 
 def test_other_masks_are_refused(recbole):
@@ -190,28 +191,24 @@ def test_other_masks_are_refused(recbole):
     hole = items.clone()
     hole[1, 2] = 0
     with pytest.raises(
-        ValueError, match=r"hide later keys and padding on the left .* shows key 0 to query 0 of sequence 1"
+        ValueError, match=r"hide padding before and after the tokens and no other key, got one that .*sequence 1"
     ):
-        read_attention_mask(causal, x, "left")
-    with pytest.raises(
-        ValueError, match=r"padding on the right and no other key, got one that hides key 2 .*sequence 1"
-    ):
-        read_attention_mask(mask_of(hole, True, recbole), x, "right")
+        read_attention_mask(mask_of(hole, True, recbole), x)
     with pytest.raises(ValueError, match=r"must hide later keys .* got one that shows key 1 to query 0 of sequence 0"):
-        read_attention_mask(both.expand(B, 1, N, N), x, "right")
+        read_attention_mask(both.expand(B, 1, N, N), x)
     with pytest.raises(ValueError, match=r"0 where visible and -10000 where hidden, got -5000\.0"):
-        read_attention_mask(causal / 2, x, "right")
+        read_attention_mask(causal / 2, x)
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, 1, 1 or N, N\] = .*, got \[5, 1, 7, 8\]"):
-        read_attention_mask(causal[:, :, 1:], x, "right")
+        read_attention_mask(causal[:, :, 1:], x)
     with pytest.raises(ValueError, match=r"attention_mask must be a torch.Tensor, got NoneType"):
-        read_attention_mask(None, x, "right")
+        read_attention_mask(None, x)
     layer = RefinedMultiHeadAttention(attention(), N)
     with pytest.raises(ValueError, match=r"input_tensor must be \[B, N, E\] = \[5, 8, 16\], got \[5, 8, 15\]"):
         layer(x[..., 1:], causal)
     with pytest.raises(ValueError, match="max_len must be an integer of at least 1, got 0"):
         RefinedMultiHeadAttention(attention(), 0)
-    with pytest.raises(ValueError, match="padding_side must be 'right' or 'left', got 'both'"):
-        RefinedMultiHeadAttention(attention(), N, padding_side="both")
+    with pytest.warns(FutureWarning, match="padding_side goes in the next release"):
+        RefinedMultiHeadAttention(attention(), N, padding_side="left")
 
 
 def test_values_are_not_read_where_that_synchronises(recbole):

@@ -75,8 +75,10 @@ def test_wrong_calls():
         model(**batch)
     handle.restore()
     handle = enabled(model, padding_side="left")
-    with pytest.raises(ValueError, match="attention_mask must be padded on the left, as padding_side says"):
-        model(**batch)
+    holed = batch["attention_mask"].clone()
+    holed[1, 3] = 0
+    with pytest.raises(ValueError, match=r"must have no gap, as padding_side says, got \[1, 1, 1, 0, 1, .* in row 1"):
+        model(**batch | {"attention_mask": holed})
     with pytest.raises(ValueError, match=r"sink_positions must be \[B, M\] = \[3, 2\], got \[2, 2\]"):
         model(**batch, sink_positions=torch.tensor([[0, 1], [0, 1]]))
     embeddings = torch.randn(3, 24, 32, dtype=torch.float64)

@@ -41,12 +41,12 @@ def sink(**options) -> Layer:
 
 
 def refined(mechanism: str, **options) -> Layer:
-    inner = recattn.nn.RefinedSelfAttention(E, H, N, mechanism=mechanism, padding_side="right", **options)
+    inner = recattn.nn.RefinedSelfAttention(E, H, max_len=N, mechanism=mechanism, padding_side="right", **options)
     return Layer(inner, lambda m, x: m(x.sin(), x, x, is_causal=True, key_padding_mask=PADDING)[0])
 
 
 def stochastic(**options) -> Layer:
-    inner = recattn.nn.StochasticRefinedSelfAttention(E, H, N, rank=3, padding_side="right", **options)
+    inner = recattn.nn.StochasticRefinedSelfAttention(E, H, max_len=N, rank=3, padding_side="right", **options)
     return Layer(inner, lambda m, x: torch.cat(m(x, x.cos(), seq_lens=LENGTHS), dim=-1))
 
 

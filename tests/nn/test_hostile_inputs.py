@@ -106,16 +106,26 @@ CASES = {
         has_reference=False,
     ),
     "RefinedSelfAttention": Case(
-        lambda: recattn.nn.RefinedSelfAttention(E, H, N), by_mask, (X, X), (True, True), side="left"
+        lambda: recattn.nn.RefinedSelfAttention(E, H, max_len=N), by_mask, (X, X), (True, True), side="left"
     ),
     "RefinedSelfAttention, value": Case(
-        lambda: recattn.nn.RefinedSelfAttention(E, H, N, mechanism="value"), by_mask, (X, X), (True, True), side="left"
+        lambda: recattn.nn.RefinedSelfAttention(E, H, max_len=N, mechanism="value"),
+        by_mask,
+        (X, X),
+        (True, True),
+        side="left",
     ),
     "StochasticRefinedSelfAttention": Case(
-        lambda: recattn.nn.StochasticRefinedSelfAttention(E, H, N), gaussians, (X, X), (True, True), side="left"
+        lambda: recattn.nn.StochasticRefinedSelfAttention(E, H, max_len=N, padding_side="left"),
+        gaussians,
+        (X, X),
+        (True, True),
+        side="left",
     ),
     "StochasticRefinedSelfAttention, STOSA's": Case(
-        lambda: recattn.nn.StochasticRefinedSelfAttention(E, H, N, refine=False, causal=False, padding_side="right"),
+        lambda: recattn.nn.StochasticRefinedSelfAttention(
+            E, H, max_len=N, refine=False, causal=False, padding_side="right"
+        ),
         gaussians,
         (X, X),
         (True, True),

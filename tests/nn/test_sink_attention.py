@@ -394,8 +394,8 @@ def test_wrong_arguments_are_refused():
         attention(x, x[:, 1:], x[:, 1:], attn_mask=CAUSAL)
     with pytest.raises(NotImplementedError, match=r"SinkAttention cannot run impl='reference' here: PyTorch attends"):
         module(impl="reference")(x, x[:, 1:], x[:, 1:])
-    nested = torch.nested.nested_tensor([torch.randn(3, E)], layout=torch.jagged)
-    with pytest.raises(ValueError, match=r"query must be a dense tensor .*, got a nested one"):
+    nested = torch.nested.nested_tensor([torch.randn(3, E)], layout=torch.strided)
+    with pytest.raises(ValueError, match=r"query must be nested of layout=torch.jagged .*, got layout=torch.strided"):
         attention(nested, nested, nested)
 
 
@@ -403,8 +403,8 @@ def test_wrong_masks_are_refused():
     attention = module()
     x, *_ = inputs(torch.float32)
     call = functools.partial(attention, x, x, x)
-    with pytest.raises(ValueError, match=r"key_padding_mask must be True at the ends .*'right'\), got \[1, 1, 1, 1"):
-        call(key_padding_mask=padding("left", torch.tensor([1, 4, 0, 1])))
+    with pytest.raises(ValueError, match=r"key_padding_mask must be False at tokens without a gap, .*, got \[0, 1, 0"):
+        call(key_padding_mask=padding("right", torch.tensor([1, 4, 0, 1])) ^ (torch.arange(N) == 2))
     with pytest.raises(ValueError, match=r"attn_mask must be the causal mask.*got one that shows key 1 to query 0"):
         call(attn_mask=torch.zeros(N, N, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"attn_mask must be \[Nq, Nk\] = \[9, 9\], got \[24, 9, 9\]"):

@@ -34,7 +34,7 @@ def by_hand(module, mean, cov, seq_lens=None):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("padding_side, causal", [("left", True), ("right", False)])
 def test_is_the_layer_by_hand(padding_side, causal, form):
-    module = StochasticRefinedSelfAttention(8, 2, 10, rank=4, padding_side=padding_side, causal=causal, **form)
+    module = StochasticRefinedSelfAttention(8, 2, max_len=10, rank=4, padding_side=padding_side, causal=causal, **form)
     inputs, seq_lens = draw(), torch.tensor([6, 0, 4])
     actual = module(*inputs, seq_lens=seq_lens)
     for a, e in zip(actual, by_hand(module, *inputs, seq_lens), strict=True):
@@ -46,7 +46,7 @@ def test_is_the_layer_by_hand(padding_side, causal, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form):
-    module = StochasticRefinedSelfAttention(2, 2, 4, rank=1, dtype=torch.float64, **form)
+    module = StochasticRefinedSelfAttention(2, 2, max_len=4, rank=1, padding_side="left", dtype=torch.float64, **form)
     inputs = draw(b=2, n=3, e=2, dtype=torch.float64)
     names = list(dict(module.named_parameters()))
     leaves = [x.requires_grad_() for x in (*inputs, *module.parameters())]
@@ -60,7 +60,7 @@ def test_gradcheck(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_are_those_of_the_outputs(form):
-    module = StochasticRefinedSelfAttention(8, 2, 6, **form)
+    module = StochasticRefinedSelfAttention(8, 2, max_len=6, padding_side="left", **form)
     inputs, seq_lens = draw(), torch.tensor([6, 1, 4])
     mean, cov, weights = module(*inputs, seq_lens=seq_lens, need_weights=True)
     assert weights.shape == (3, 2, 6, 6)
@@ -78,7 +78,7 @@ def test_weights_are_those_of_the_outputs(form):
 @pytest.mark.parametrize("length, embed_dim, heads, rank", [(50, 64, 4, None), (100, 64, 1, None), (200, 32, 2, 16)])
 def test_begins_unsaturated(length, embed_dim, heads, rank, source):
     """At initialization rows have nine tenths of the entropy of equal weights, as in STOSA's own attention."""
-    module = StochasticRefinedSelfAttention(embed_dim, heads, length, rank=rank, source=source)
+    module = StochasticRefinedSelfAttention(embed_dim, heads, max_len=length, rank=rank, source=source)
     *_, weights = module(*draw(b=2, n=length, e=embed_dim), need_weights=True)
     entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)  # [B, H, N]
     assert (entropy[..., 1:] > 0.9 * torch.arange(2, length + 1).log()).float().mean() > 0.95
@@ -86,7 +86,7 @@ def test_begins_unsaturated(length, embed_dim, heads, rank, source):
 
 
 def test_dropout_is_of_training():
-    module = StochasticRefinedSelfAttention(8, 2, 30, dropout=0.5)
+    module = StochasticRefinedSelfAttention(8, 2, max_len=30, dropout=0.5)
     inputs = draw(n=30)
     trained = module(*inputs)[0]
     module.eval()
@@ -97,7 +97,7 @@ def test_dropout_is_of_training():
 
 @pytest.mark.parametrize("form", [{"refine": False}, {"rank": 5, "source": "weights", "bias": False}])
 def test_state_dict_round_trip(form):
-    module, other = (StochasticRefinedSelfAttention(8, 2, 6, **form) for _ in range(2))
+    module, other = (StochasticRefinedSelfAttention(8, 2, max_len=6, **form) for _ in range(2))
     other.load_state_dict(module.state_dict())
     for a, b in zip(module(*draw()), other(*draw()), strict=True):
         assert a.shape == b.shape
@@ -107,7 +107,7 @@ def test_state_dict_round_trip(form):
 
 
 def test_autocast():
-    module = StochasticRefinedSelfAttention(8, 2, 6)
+    module = StochasticRefinedSelfAttention(8, 2, max_len=6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mean, cov = module(*draw())
     assert mean.dtype == cov.dtype == torch.bfloat16
@@ -115,9 +115,9 @@ def test_autocast():
 
 
 def test_repr():
-    module = StochasticRefinedSelfAttention(8, 2, 6, rank=3, dropout=0.1)
+    module = StochasticRefinedSelfAttention(8, 2, max_len=6, rank=3, dropout=0.1)
     assert "embed_dim=8, num_heads=2, max_len=6, rank=3, source='logits', causal=True" in repr(module)
-    assert "refine=False" in repr(StochasticRefinedSelfAttention(8, 2, 6, refine=False))
+    assert "refine=False" in repr(StochasticRefinedSelfAttention(8, 2, max_len=6, refine=False))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_bad_constructor(changes, message):
 
 
 def test_bad_input():
-    module = StochasticRefinedSelfAttention(8, 2, 6)
+    module = StochasticRefinedSelfAttention(8, 2, max_len=6)
     mean, cov = draw()
     with pytest.raises(ValueError, match=r"mean must be \[B, N, E\] = .* got \[3, 6, 7\]"):
         module(mean[..., :7], cov)

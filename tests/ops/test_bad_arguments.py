@@ -75,8 +75,8 @@ def test_max_seqlen_is_a_number():
     [
         (lambda value: recattn.nn.LREA(8, 10, 4, negative_slope=value), "negative_slope"),
         (lambda value: recattn.nn.SinkAttention(8, 2, dropout=value), "dropout"),
-        (lambda value: recattn.nn.RefinedSelfAttention(8, 2, 10, dropout=value), "dropout"),
-        (lambda value: recattn.nn.StochasticRefinedSelfAttention(8, 2, 10, dropout=value), "dropout"),
+        (lambda value: recattn.nn.RefinedSelfAttention(8, 2, max_len=10, dropout=value), "dropout"),
+        (lambda value: recattn.nn.StochasticRefinedSelfAttention(8, 2, max_len=10, dropout=value), "dropout"),
         (lambda value: recattn.nn.InterSinkBias(8, 2, dropout=value), "dropout"),
         (lambda value: recattn.nn.InterSinkBias(8, 2, bias_scale=value), "bias_scale"),
     ],
@@ -103,7 +103,12 @@ def sparse(x: Tensor) -> Tensor:
 
 
 # Arguments that may be nested.
-NESTED = {"refined": ("q",), "items": ("behaviors", "item_ids")}
+NESTED = {
+    "sink": ("q",),
+    "packed": ("q",),
+    "refined": ("q",),
+    "items": ("behaviors", "item_ids"),
+}
 
 
 @pytest.mark.parametrize("name", ["sink", "packed", "refined", "gaussian", "items", "restored", "absorb", "by item"])

@@ -144,7 +144,7 @@ def devices(_):
 
 @provoked
 def nested(_):
-    call_sink_attention(q=torch.nested.nested_tensor([torch.ones(3, 4)], layout=torch.jagged))
+    call_sink_attention(q=torch.nested.nested_tensor([torch.ones(3, 4, 16)], layout=torch.jagged))
 
 
 @provoked
@@ -192,10 +192,10 @@ def too_few_rows_of_w_q(_):
 
 
 @provoked
-def padding_on_the_other_side(_):
+def padding_between_tokens(_):
     attention = recattn.nn.SinkAttention(8, 2)
     x = torch.ones(1, 4, 8)
-    attention(x, x, x, key_padding_mask=torch.tensor([[True, True, False, False]]))
+    attention(x, x, x, key_padding_mask=torch.tensor([[False, True, False, False]]))
 
 
 @provoked
@@ -208,6 +208,15 @@ def mask_that_is_not_causal(_):
 @provoked
 def dropout_in_third_place(_):
     recattn.nn.RefinedSelfAttention(32, 1, 0.2)
+
+
+@provoked
+def lengths_without_a_side(_):
+    attention = recattn.nn.RefinedSelfAttention(8, 2, max_len=4)
+    x = torch.ones(1, 4, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        attention(x, x, x, seq_lens=torch.tensor([3]))
 
 
 @provoked

@@ -69,7 +69,8 @@ def _unpack(tensors: dict[str, Tensor], ragged_axis: int) -> Packed:
     for name, x in tensors.items():
         same = f"nested like {first_name}"
         expect(isinstance(x, Tensor) and x.is_nested, name, same, "a dense tensor" if isinstance(x, Tensor) else x)
-        expect(x.layout == torch.jagged, name, "nested of layout=torch.jagged", f"layout={x.layout}")
+        jagged = "nested of layout=torch.jagged (nn.TransformerEncoder: set use_nested_tensor to False)"
+        expect(x.layout == torch.jagged, name, jagged, f"layout={x.layout}")
         axis = x._ragged_idx  # pyright: ignore[reportAttributeAccessIssue] (no public name)
         if axis != ragged_axis:  # formatted sizes would be static in a compiled graph
             hint = ": move the heads before the tokens by transpose(1, 2)" if ragged_axis == 2 else ""
@@ -78,7 +79,10 @@ def _unpack(tensors: dict[str, Tensor], ragged_axis: int) -> Packed:
         if x.offsets() is not first.offsets() and x.shape[ragged_axis] != first.shape[ragged_axis]:
             given = "other offsets: build them from one offsets tensor"
             expect(False, name, f"nested with the offsets of {first_name}", given)
-    values = {name: x.values().movedim(ragged_axis - 1, 0) for name, x in tensors.items()}
+    values: dict[str, Tensor] = {}
+    for name, x in tensors.items():  # a tensor given twice is unpacked once: modules project it once
+        same = next((known for known in values if tensors[known] is x), None)
+        values[name] = x.values().movedim(ragged_axis - 1, 0) if same is None else values[same]
     return Packed(values, first.offsets(), getattr(first, "_maybe_max_seqlen", None))
 
 

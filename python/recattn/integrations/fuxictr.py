@@ -124,11 +124,14 @@ class MaskedSelfAttention(RefinedSelfAttention):
 
     Args:
         causal: whether such masks are causal. None: such a mask is an error.
+        padding_side: "left" or "right", the side that padding moves to, and where it is if only `seq_lens` is given.
         arguments, options: as in `recattn.nn.RefinedSelfAttention`.
     """
 
-    def __init__(self, *arguments: Any, causal: bool | None = None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(
+        self, *arguments: Any, causal: bool | None = None, padding_side: PaddingSide = "left", **options: Any
+    ) -> None:
+        super().__init__(*arguments, padding_side=padding_side, **options)
         self.causal = causal
 
     def forward(
@@ -157,8 +160,8 @@ class MaskedSelfAttention(RefinedSelfAttention):
         expect(not others, "attn_mask [B·H, N, N]", "the only option", others)
         expect(query is key is value, "key and value", "query itself, with attn_mask [B·H, N, N]", "other tensors")
         expect(self.batch_first, "batch_first", "True, with attn_mask [B·H, N, N]", self.batch_first)
-        batch, length, _ = self._expect_inputs(query, key, value)
-        valid = self._read_valid(attn_mask, batch, length)
+        sizes = self._expect_inputs(query, key, value)
+        valid = self._read_valid(attn_mask, sizes["B"], sizes["N"])
         order = valid_first(valid if self.padding_side == "right" else ~valid)
         x = query.take_along_dim(order, dim=1)
         out, _ = super().forward(x, x, x, seq_lens=valid.sum(dim=1), is_causal=bool(self.causal))
@@ -215,8 +218,8 @@ def refine_self_attention(
     Args:
         model: a FuxiCTR BaseModel, or any module with PyTorch's attention.
         max_len: the longest sequence; for BST FuxiCTR's max_len + 1, as the target is part of it.
-        padding_side: where the data are padded: "left" (padding="pre", LongCTRDataLoader's default) or "right" ("post",
-            FeatureProcessor's). For BST leave it at "left", wherever its behaviours are padded.
+        padding_side: for BST, the side that the padding of its sequences moves to; leave it at "left", wherever its
+            behaviours are padded. The masks of the others say where the padding is.
         causal: whether a mask per user and head is causal; None: `model.use_causal_mask`, which BST has.
         refinement: `mechanism`, `source`, `rank`, `per_head` and `impl` of `recattn.nn.RefinedSelfAttention`.
 

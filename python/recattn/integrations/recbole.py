@@ -4,13 +4,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recattn._check import expect_choice, expect_same_device, expect_shape, expect_tensors
+from recattn._check import expect_same_device, expect_shape, expect_tensors
+from recattn._deprecation import warn_of_change
 from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
 from recattn.functional.validation import expect_values, values_are_checked
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
+from recattn.nn._masks import find_windows
 from recattn.nn._refinement import Refinement
-from recattn.reference.sink_attention import valid_tokens, window_starts
+from recattn.reference.sink_attention import valid_tokens
 
 _HIDDEN = -10000.0  # RecBole's value for hidden keys, where others use -inf
 
@@ -29,8 +31,7 @@ def patch_recbole(
     Args:
         model: a RecBole model, or any module with its TransformerEncoder.
         max_len: the longest sequence; the model's `max_seq_length` by default.
-        options: `mechanism`, `source`, `rank`, `per_head`, `padding_side` (RecBole's data loaders pad on the right) and
-            `impl` of `RefinedMultiHeadAttention`.
+        options: `mechanism`, `source`, `rank`, `per_head` and `impl` of `RefinedMultiHeadAttention`.
 
     Raises:
         ImportError: RecBole is not installed, or a module that it imports.
@@ -63,7 +64,7 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
             probabilities, are shared.
         max_len: the longest sequence.
         mechanism, source, rank, per_head, impl: as in `recattn.nn.RefinedSelfAttention`.
-        padding_side: "right" or "left".
+        padding_side: deprecated; the mask says where the padding is.
     """
 
     def __init__(
@@ -75,13 +76,13 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         source: Source = "logits",
         rank: int | None = None,
         per_head: bool = False,
-        padding_side: PaddingSide = "right",
+        padding_side: PaddingSide | None = None,
         impl: RefinedAttentionImpl | None = None,
     ) -> None:
         super().__init__()
-        expect_choice("padding_side", padding_side, ("right", "left"))
+        if padding_side is not None:
+            warn_of_change("padding_side goes in the next release: the mask says where the padding is; leave it out")
         self.num_heads: int = attention.num_attention_heads
-        self.padding_side: PaddingSide = padding_side
         self.impl: RefinedAttentionImpl | None = impl
         self.query, self.key, self.value = attention.query, attention.key, attention.value
         self.attn_dropout: nn.Dropout = attention.attn_dropout
@@ -108,10 +109,7 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         """
         expect_tensors(input_tensor=input_tensor)
         expect_shape({"E": self.dense.in_features}, "input_tensor", input_tensor, "B N E")
-        masks = read_attention_mask(attention_mask, input_tensor, self.padding_side)
-        batch, length, _ = input_tensor.shape
-        seq_starts = window_starts(self.padding_side, length, masks["seq_lens"])
-        valid = valid_tokens(batch, length, masks["seq_lens"], seq_starts, input_tensor.device)
+        masks, valid = read_attention_mask(attention_mask, input_tensor)
         input_tensor = input_tensor.where(valid[..., None], 0)  # NaN would reach gradients, also through the residual
         q, k, v = (self._split_heads(project(input_tensor)) for project in (self.query, self.key, self.value))
         dropout_p = self.attn_dropout.p if self.training else 0.0
@@ -122,7 +120,7 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, max_len={self.max_len}, rank={self.rank}, mechanism={self.mechanism!r}, "
-            f"source={self.source!r}, per_head={self.per_head}, padding_side={self.padding_side!r}"
+            f"source={self.source!r}, per_head={self.per_head}"
         )
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -130,26 +128,25 @@ class RefinedMultiHeadAttention(Refinement, nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def read_attention_mask(attention_mask: Tensor, x: Tensor, padding_side: PaddingSide) -> dict[str, Any]:
-    """RecBole's mask over the tokens x [B, N, E] as the arguments `causal`, `seq_lens` and `padding_side`."""
+def read_attention_mask(attention_mask: Tensor, x: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """RecBole's mask over the tokens x [B, N, E] as the operator's arguments, and the valid tokens [B, N]."""
     batch, length, _ = x.shape
     expect_tensors(attention_mask=attention_mask)
     expect_shape({"B": batch, "N": length}, "attention_mask", attention_mask, "B 1 1|N N")
     expect_same_device("input_tensor", x, attention_mask=attention_mask)
     hidden = attention_mask[:, 0] != 0  # [B, 1 or N, N]
     causal = length > 1 and hidden.shape[1] == length
-    seq_lens = (~hidden[:, -1]).sum(dim=-1)  # the last query sees all but the padding
+    windows = find_windows(~hidden[:, -1])  # the last query sees all but the padding
     if values_are_checked(x.device):
         expect_values(
             ~hidden | (attention_mask[:, 0] == _HIDDEN),
             f"attention_mask must be 0 where visible and {_HIDDEN:.0f} where hidden",
             lambda row, i, j: attention_mask[row, 0, i, j].item(),
         )
-        seq_starts = window_starts(padding_side, length, seq_lens)
-        expected = ~valid_tokens(batch, length, seq_lens, seq_starts, x.device)[:, None]  # [B, 1, N]
+        expected = ~valid_tokens(batch, length, windows.seq_lens, windows.seq_starts, x.device)[:, None]  # [B, 1, N]
         if causal:
             expected = expected | hidden.new_ones(length, length).triu(diagonal=1)
-        hideable = f"{'later keys and ' if causal else ''}padding on the {padding_side}"
+        hideable = f"{'later keys and ' if causal else ''}padding before and after the tokens"
         expect_values(
             hidden == expected,
             f"attention_mask must hide {hideable} and no other key",
@@ -158,4 +155,4 @@ def read_attention_mask(attention_mask: Tensor, x: Tensor, padding_side: Padding
                 f"{'from' if hidden[row, i, j] else 'to'} query {i} of sequence {row}"
             ),
         )
-    return {"causal": causal, "seq_lens": seq_lens, "padding_side": padding_side}
+    return {"causal": causal, "seq_lens": windows.seq_lens, "seq_starts": windows.seq_starts}, windows.valid

@@ -9,7 +9,7 @@ from recattn._check import expect
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import patch
 from recattn.nn import RefinedSelfAttention
-from recattn.nn._masks import read_seq_lens
+from recattn.nn._masks import read_windows
 
 with importing("RecTools", module="rectools", extra="rectools"):
     from rectools.models.nn.transformers.sasrec import (  # pyright: ignore[reportMissingImports] (not in dev.txt)
@@ -23,8 +23,9 @@ class _BlockAttention(RefinedSelfAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor, **kwargs: Any) -> Any:
         batch, length, _ = query.shape
-        seq_lens = read_seq_lens(key_padding_mask, batch, length, self.padding_side)
-        return super().forward(query, key, value, seq_lens=seq_lens, **kwargs)
+        windows = read_windows(key_padding_mask, batch, length)
+        lengths = {"seq_lens": windows.seq_lens, "seq_starts": windows.seq_starts}
+        return super().forward(query, key, value, **lengths, **kwargs)
 
 
 class RefinedSASRecLayers(SASRecTransformerLayers):
@@ -36,7 +37,7 @@ class RefinedSASRecLayers(SASRecTransformerLayers):
             transformer_layers_kwargs={"max_len": 50, "mechanism": "simple"},
         )
 
-    Padding, which RecTools puts on the left, is always hidden. (RecTools' own layers hide it only with
+    Padding is always hidden; RecTools puts it on the left. (RecTools' own layers hide it only with
     `use_key_padding_mask`, which must not be set here.) When training starts, RecTools draws all matrices anew (Xavier,
     normal), including those of the refinement. Tested with RecTools 0.19.0.
 
@@ -50,7 +51,7 @@ class RefinedSASRecLayers(SASRecTransformerLayers):
         self, n_blocks: int, n_factors: int, n_heads: int, dropout_rate: float, *, max_len: int, **refinement: Any
     ) -> None:
         super().__init__(n_blocks, n_factors, n_heads, dropout_rate)
-        refined = functools.partial(_BlockAttention, max_len=max_len, padding_side="left", **refinement)
+        refined = functools.partial(_BlockAttention, max_len=max_len, **refinement)
         patch(self, {nn.MultiheadAttention: refined})
 
     def forward(

@@ -1,15 +1,15 @@
 """Masks of the modules: nn.MultiheadAttention's as the operators' arguments, masks of tokens and of sinks."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recattn._check import expect, expect_dtype, expect_shape, expect_tensors
 from recattn._dispatch import is_transformed
-from recattn._typing import PaddingSide
 from recattn.functional.validation import expect_values, values_are_checked
-from recattn.reference.sink_attention import valid_tokens, window_starts
+from recattn.reference.sink_attention import valid_tokens
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -21,22 +21,42 @@ def read_padding_mask(key_padding_mask: Tensor, batch: int, length: int) -> Tens
     return _to_bool("key_padding_mask", key_padding_mask)
 
 
-def read_seq_lens(key_padding_mask: Tensor, batch: int, length: int, padding_side: PaddingSide) -> Tensor:
-    """The valid tokens per sequence, [B], from a padding mask [B, N], True (or -inf) at padding.
+class Windows(NamedTuple):
+    """Where the tokens of each padded sequence lie."""
 
-    All padding must be on `padding_side`.
+    seq_lens: Tensor  # [B]
+    seq_starts: Tensor  # [B]
+    valid: Tensor  # [B, N] bool
+
+
+def read_windows(key_padding_mask: Tensor, batch: int, length: int) -> Windows:
+    """The tokens of each sequence from a padding mask [B, N], True (or -inf) at padding.
+
+    They are one run without a gap, with padding before it, after it, or both. A row of padding only has length 0.
     """
-    hidden = read_padding_mask(key_padding_mask, batch, length)
-    lengths = (~hidden).sum(dim=1)
-    if values_are_checked(hidden.device):
-        valid = valid_tokens(batch, length, lengths, window_starts(padding_side, length, lengths), hidden.device)
-        end = "starts" if padding_side == "left" else "ends"
+    valid = ~read_padding_mask(key_padding_mask, batch, length)
+    windows = find_windows(valid)
+    if values_are_checked(valid.device):
         expect_values(
-            (hidden != valid).all(dim=1),
-            f"key_padding_mask must be True at the {end} of the sequences only (padding_side={padding_side!r})",
-            lambda row: f"{hidden[row].int().tolist()} in row {row}",
+            are_windows(windows),
+            "key_padding_mask must be False at tokens without a gap, and True before and after them",
+            lambda row: f"{(~valid[row]).int().tolist()} in row {row}",
         )
-    return lengths
+    return windows
+
+
+def find_windows(valid: Tensor) -> Windows:
+    """The first valid token and the number of valid tokens per row of a mask [B, N], True at tokens."""
+    # argmax needs an entry; of equal ones it takes the first.
+    starts = valid.byte().argmax(dim=1) if valid.shape[1] else valid.sum(dim=1)
+    return Windows(valid.sum(dim=1), starts, valid)
+
+
+def are_windows(windows: Windows) -> Tensor:
+    """[B] bool: whether the tokens of each row have no gap."""
+    batch, length = windows.valid.shape
+    without_gap = valid_tokens(batch, length, windows.seq_lens, windows.seq_starts, windows.valid.device)
+    return (windows.valid == without_gap).all(dim=1)
 
 
 def zero_padding(valid: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from recattn._check import expect, expect_index, expect_same_device, expect_shape, expect_tensors
+from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
 from recattn._typing import PaddingSide, RefinedAttentionImpl, SinkAttentionImpl
+from recattn.functional._nested import Packed
 from recattn.nn._constructor_checks import expect_attention_options, expect_heads
-from recattn.nn._masks import is_causal_mask, read_seq_lens, zero_padding
-from recattn.reference.sink_attention import valid_tokens, window_starts
+from recattn.nn._masks import is_causal_mask, zero_padding
+from recattn.nn._sequences import Sequences, read_sequences
 
 Module = TypeVar("Module", bound="MultiheadProjections")
 
@@ -37,7 +38,7 @@ class MultiheadProjections(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         batch_first: bool = True,
-        padding_side: PaddingSide = "right",
+        padding_side: PaddingSide | None = "right",
         impl: SinkAttentionImpl | RefinedAttentionImpl | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -51,7 +52,7 @@ class MultiheadProjections(nn.Module):
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
         self.dropout, self.batch_first = dropout, batch_first
-        self.padding_side: PaddingSide = padding_side
+        self.padding_side: PaddingSide | None = padding_side
         self.impl: Any = impl  # of the operator of a subclass
 
         options = {"device": device, "dtype": dtype}
@@ -117,50 +118,38 @@ class MultiheadProjections(nn.Module):
         return self.dropout if self.training else 0.0
 
     def _expect_inputs(
-        self, query: Tensor, key: Tensor, value: Tensor, same_tokens: bool = True
-    ) -> tuple[int, int, int]:
-        """Check the inputs; return B, the number of queries and of keys. With `same_tokens` both must be equal."""
-        dense = "a dense tensor (nn.TransformerEncoder: set use_nested_tensor to False)"
-        expect(not (isinstance(query, Tensor) and query.is_nested), "query", dense, "a nested one")
+        self, query: Tensor, key: Tensor, value: Tensor, *, same_tokens: bool = True, packed: bool = False
+    ) -> dict[str, int]:
+        """Check the inputs; return their sizes B and N, or Nq and Nk without `same_tokens`, or T if packed."""
         expect_tensors(query=query, key=key, value=value)
         sizes = {"embed_dim": self.embed_dim}
         nq, nk = ("N", "N") if same_tokens else ("Nq", "Nk")
         for name, x, n in (("query", query, nq), ("key", key, nk), ("value", value, nk)):
-            expect_shape(sizes, name, x, f"B {n} embed_dim" if self.batch_first else f"{n} B embed_dim")
-        return sizes["B"], sizes[nq], sizes[nk]
+            dense = f"B {n} embed_dim" if self.batch_first else f"{n} B embed_dim"
+            expect_shape(sizes, name, x, "T embed_dim" if packed else dense)
+        return sizes
 
     def _read_masks(
         self,
-        batch: int,
-        length: int,
+        sizes: dict[str, int],
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
-        seq_lens: Tensor | None,
-    ) -> dict[str, Any]:
-        """The masks of a self-attention as the operators' arguments `causal`, `seq_lens` and `padding_side`."""
-        if key_padding_mask is not None:
-            expect(seq_lens is None, "seq_lens", "None beside a key_padding_mask", "both")
-            seq_lens = read_seq_lens(key_padding_mask, batch, length, self.padding_side)
-        elif seq_lens is not None:
-            expect_index({"B": batch}, "seq_lens", seq_lens, "B")
-        masks = {"key_padding_mask": key_padding_mask, "seq_lens": seq_lens}
-        expect_same_device("the parameters", self.in_proj_weight, **masks)
-        causal = is_causal or (attn_mask is not None and is_causal_mask(attn_mask, length, length))
-        return {"causal": causal, "seq_lens": seq_lens, "padding_side": self.padding_side}
+        sequences: Sequences,
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """The masks of a self-attention as the operators' arguments, and the valid tokens as of `read_sequences`."""
+        tensors = {"key_padding_mask": key_padding_mask, **sequences._asdict()}
+        del tensors["max_seqlen"]
+        masks, valid = read_sequences(sizes, key_padding_mask, sequences, self.padding_side)
+        expect_same_device("the parameters", self.in_proj_weight, **tensors)
+        if attn_mask is not None and not is_causal:
+            expect("N" in sizes, "attn_mask", "None beside packed sequences: give is_causal", "both")
+            is_causal = is_causal_mask(attn_mask, sizes["N"], sizes["N"])
+        return {"causal": is_causal, **masks}, valid
 
-    def _zero_own_padding(
-        self, masks: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs of a self-attention, with zeros at padding."""
-        seq_lens = masks["seq_lens"]
-        if seq_lens is None or not torch.is_grad_enabled():  # padding matters only to the gradients of the projections
-            return query, key, value
-        batch, length = query.shape[:2] if self.batch_first else query.shape[1::-1]
-        seq_starts = window_starts(self.padding_side, length, seq_lens)
-        valid = valid_tokens(batch, length, seq_lens, seq_starts, seq_lens.device)
-        query, key, value = zero_padding(self._like_inputs(valid), query, key, value)
-        return query, key, value
+    def _zero_padding(self, valid: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The inputs with zeros where `valid` [B, N] is False."""
+        return inputs if valid is None else zero_padding(self._like_inputs(valid), *inputs)
 
     def _like_inputs(self, valid: Tensor) -> Tensor:
         """A mask [B, N] in the layout of the inputs."""
@@ -180,7 +169,7 @@ class MultiheadProjections(nn.Module):
         return {"attn_mask": visible}
 
     def _project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, projected and split into heads [B, H, N, D].
+        """Queries, keys and values, projected and split into heads [B, H, N, D], packed [T, H, D].
 
         Inputs that are the same tensor share one matmul: all three, or key and value as in SASRec.
         """
@@ -198,13 +187,23 @@ class MultiheadProjections(nn.Module):
         return q, k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """[B, N, H·D] or [N, B, H·D] -> [B, H, N, D], a view."""
+        """[B, N, H·D] or [N, B, H·D] -> [B, H, N, D]; packed [T, H·D] -> [T, H, D]. A view."""
         x = x.unflatten(-1, (-1, self.head_dim))
+        if x.dim() == 3:
+            return x
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _project_output(self, x: Tensor) -> Tensor:
-        """[B, H, N, D] -> the output projection, in the layout of the query."""
-        return self.out_proj((x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2))
+        """[B, H, N, D] or [T, H, D] -> the output projection, in the layout of the query."""
+        if x.dim() == 4:
+            x = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
+        return self.out_proj(x.flatten(-2))
+
+
+def nest_output(packed: Packed, results: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """The output of a module, nested; its weights are None."""
+    out, weights = results
+    return packed.nest(out), weights
 
 
 def identity_values(k: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ class Refinement:
     ) -> None:
         expect_choice("mechanism", mechanism, ("simple", "value", "additive", "stochastic"))
         expect_choice("source", source, ("logits", "weights"))
-        # An integer: nn.MultiheadAttention has its dropout at this position.
         expect(isinstance(max_len, int) and max_len > 0, "max_len", "an integer of at least 1", max_len)
         rank = max_len if rank is None else rank
         expect_positive(rank=rank)

@@ -12,8 +12,14 @@ from recattn._check import expect_choice, expect_index, expect_same_device, expe
 from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
-from recattn.nn._constructor_checks import expect_attention_options, expect_heads, expect_positive
+from recattn.nn._constructor_checks import (
+    expect_attention_options,
+    expect_heads,
+    expect_positive,
+    takes_max_len_by_name,
+)
 from recattn.nn._masks import zero_padding
+from recattn.nn._sequences import side_of_lengths
 from recattn.reference.sink_attention import valid_tokens, window_starts
 
 
@@ -38,23 +44,25 @@ class StochasticRefinedSelfAttention(nn.Module):
         source: "logits", or "weights" to refine the softmax of the distances.
         dropout: dropout probability of the weights P, in training.
         causal: token i sees the tokens j ≤ i.
-        padding_side: "left" (as in SASRec and STOSA) or "right", the side of the padding.
+        padding_side: "left" (as in SASRec and STOSA) or "right", the side of the padding. Without it that is "left",
+            with a warning, and "right" from the next release on.
         bias: whether the linear maps have a bias.
         impl: as in `recattn.wasserstein_attention`.
     """
 
+    @takes_max_len_by_name
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
-        max_len: int,
         *,
+        max_len: int,
         rank: int | None = None,
         refine: bool = True,
         source: Source = "logits",
         dropout: float = 0.0,
         causal: bool = True,
-        padding_side: PaddingSide = "left",
+        padding_side: PaddingSide | None = None,
         bias: bool = True,
         impl: WassersteinAttentionImpl | None = None,
         device: torch.device | str | None = None,
@@ -69,7 +77,7 @@ class StochasticRefinedSelfAttention(nn.Module):
         self.embed_dim, self.num_heads, self.max_len, self.rank = embed_dim, num_heads, max_len, rank
         self.refine, self.dropout, self.causal = refine, dropout, causal
         self.source: Source = source
-        self.padding_side: PaddingSide = padding_side
+        self.padding_side: PaddingSide | None = padding_side
         self.impl: WassersteinAttentionImpl | None = impl
 
         options = {"device": device, "dtype": dtype}
@@ -113,6 +121,7 @@ class StochasticRefinedSelfAttention(nn.Module):
         Raises:
             ValueError: a shape, dtype or device does not match.
         """
+        padding_side = "right"
         expect_tensors(mean=mean, cov=cov)
         sizes = {"E": self.embed_dim}
         expect_shape(sizes, "mean", mean, "B N E")
@@ -120,7 +129,8 @@ class StochasticRefinedSelfAttention(nn.Module):
         expect_same_device("mean", mean, cov=cov, seq_lens=seq_lens)
         if seq_lens is not None:
             expect_index(sizes, "seq_lens", seq_lens, "B")
-            seq_starts = window_starts(self.padding_side, sizes["N"], seq_lens)
+            padding_side = side_of_lengths(self.padding_side)
+            seq_starts = window_starts(padding_side, sizes["N"], seq_lens)
             valid = valid_tokens(sizes["B"], sizes["N"], seq_lens, seq_starts, mean.device)
             mean, cov = zero_padding(valid, mean, cov)
         means = self._split_heads(self.mean_in_proj(mean))
@@ -132,7 +142,7 @@ class StochasticRefinedSelfAttention(nn.Module):
             "source": self.source,
             "causal": self.causal,
             "seq_lens": seq_lens,
-            "padding_side": self.padding_side,
+            "padding_side": padding_side,
         }
         dropout_p = self.dropout if self.training else 0.0
         mean, cov = wasserstein_attention(

@@ -8,21 +8,20 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import expect
-from recattn._typing import PaddingSide
 from recattn.functional import sink_attention
-from recattn.ops.sink_attention import no_sinks
 from recattn.reference.sink_attention import dense_bias, softmax_or_zeros
 
 NAME = "recattn_sink"
 
 
 class Sinks(NamedTuple):
-    """The sinks and the padding of a batch, shared by all layers. `padding_side` None: known only from the mask."""
+    """The sinks and the padding of a batch, shared by all layers."""
 
     positions: Tensor | None  # [B, M]; None if no query is a sink
     valid: Tensor | None  # [B, M] bool
-    seq_lens: Tensor | None  # [B]; None if nothing is padding
-    padding_side: PaddingSide | None
+    seq_lens: Tensor | None = None  # [B]; None if nothing is padding
+    seq_starts: Tensor | None = None  # [B]
+    needs_mask: bool = False  # the lengths do not say all that the mask says
 
 
 def sink_attention_forward(
@@ -77,7 +76,7 @@ def attend(
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The output [B, Nq, H, D] by `recattn.sink_attention` where that serves; the weights need dense attention."""
-    unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and sinks.padding_side)
+    unmasked = attention_mask is None or (attention_mask.dim() == 2 and sinks is not None and not sinks.needs_mask)
     positions = None if sinks is None else sinks.positions
     if sinks is None or not unmasked or weights_wanted or query.shape[2] != key.shape[2]:
         bias = None
@@ -89,11 +88,11 @@ def attend(
         query,
         key,
         value,
-        *(no_sinks(query) if inter_sink_bias is None or positions is None else (positions, inter_sink_bias)),
+        *((None, None) if inter_sink_bias is None else (positions, inter_sink_bias)),
         sink_logits=sink_logits,
         causal=causal,
         seq_lens=None if attention_mask is None else sinks.seq_lens,
-        padding_side=sinks.padding_side or "right",
+        seq_starts=None if attention_mask is None else sinks.seq_starts,
         dropout_p=dropout,
         scale=scaling,
     )

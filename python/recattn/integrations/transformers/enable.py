@@ -111,8 +111,9 @@ def enable_sink_attention(
         dropout: dropout probability of the softmax weights of the bias, by default that of the model's attention.
         max_sinks: the largest number of sinks per sequence in `input_ids`. Without it each batch is read, which costs a
             synchronisation on a GPU and a graph break in a compiled model.
-        padding_side: "left" or "right", the padding side of the attention mask. With None each batch is read; a
-            compiled model then uses dense masks for masked batches.
+        padding_side: "left" or "right" says that the tokens of each row of an attention mask have no gap, and saves the
+            reading of each batch (on a GPU a synchronisation). With None a batch whose tokens have gaps runs with dense
+            masks, and is an error in a compiled model.
 
     Returns:
         A handle, whose `restore()` undoes everything.

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from recattn._check import expect, expect_index
-from recattn._typing import PaddingSide
 from recattn.functional.validation import assert_on_device, checked_indices, expect_values, values_are_checked
 from recattn.integrations.transformers.architectures import BIAS, is_causal
 from recattn.integrations.transformers.attention import NAME, Sinks
 from recattn.integrations.transformers.generations._adapter import Adapter
-from recattn.reference.sink_attention import valid_tokens, window_starts
+from recattn.nn._masks import are_windows, find_windows
 
 
 class SinkReader:
@@ -62,9 +61,9 @@ class SinkReader:
         cache = arguments.get("cache") if cache is None else cache  # its name from 5.24
         tokens = embeddings if input_ids is None else input_ids
         if tokens is None:  # transformers raises for it
-            return Sinks(None, None, None, None)
+            return Sinks(None, None, needs_mask=True)
         if cache is not None and self._follows_prompt(cache.get_seq_length(), tokens.shape[1], input_ids, positions):
-            return Sinks(None, None, None, None)
+            return Sinks(None, None, needs_mask=True)
         visible = _read_valid_tokens(mask)
         positions = self._find_positions(input_ids, visible) if positions is None else self._checked(positions, tokens)
         valid = positions >= 0
@@ -74,7 +73,7 @@ class SinkReader:
             self._expect_unpacked(arguments.get("position_ids"), valid)
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
             return Sinks(positions, valid, *self._read_padding(visible))
-        return Sinks(positions, valid, None, None)
+        return Sinks(positions, valid, needs_mask=True)
 
     def _is_sink(self, input_ids: Tensor | None) -> Tensor | None:
         """Whether each token is a sink, [B, N]; None if unknown."""
@@ -103,10 +102,11 @@ class SinkReader:
         else:
             most = self.max_sinks
             self._expect_at_most(most, counts)
-        length = input_ids.shape[1]
-        tokens = torch.arange(length, device=input_ids.device)
-        positions = torch.where(is_sink, tokens, length).sort(dim=1).values[:, :most]
-        return positions.masked_fill(positions == length, -1)
+        batch, length = input_ids.shape
+        tokens = torch.arange(length, device=input_ids.device).expand(batch, length)
+        column = torch.where(is_sink, is_sink.cumsum(dim=1) - 1, most)  # an extra column for all other tokens
+        positions = tokens.new_full((batch, most + 1), -1).scatter(1, column, tokens)
+        return positions[:, :most]
 
     @staticmethod
     def _expect_at_most(most: int, counts: Tensor) -> None:
@@ -124,21 +124,23 @@ class SinkReader:
         expected = "position_ids must be ascending by 1 in sequences with sinks"
         expect_values(unpacked, expected, lambda: "packed sequences")
 
-    def _read_padding(self, mask: Tensor | None) -> tuple[Tensor | None, PaddingSide | None]:
-        """seq_lens and the padding side of a mask [B, N] that is True at tokens."""
+    def _read_padding(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
+        """seq_lens, seq_starts and needs_mask of `Sinks`, from a mask [B, N] that is True at tokens."""
         if mask is None:
-            return None, "right"
-        side = self.padding_side
-        if side is None:
-            if torch.compiler.is_compiling():
-                return None, None
-            if mask.all():
-                return None, "right"
-            side = _find_padding_side(mask)
-        elif values_are_checked(mask.device):
-            expected = f"attention_mask must be padded on the {side}, as padding_side says"
-            expect_values(_with_padding_on(mask, side) == mask, expected, lambda row, _: f"{mask[row].int().tolist()}")
-        return (None if side is None else mask.sum(dim=1)), side
+            return None, None, False
+        windows = find_windows(mask)
+        if self.padding_side is not None:
+            if values_are_checked(mask.device):
+                expected = "the tokens of an attention_mask must have no gap, as padding_side says"
+                expect_values(are_windows(windows), expected, lambda row: f"{mask[row].int().tolist()} in row {row}")
+        elif torch.compiler.is_compiling():
+            expected = "the tokens of an attention_mask must have no gap in a compiled model"
+            assert_on_device(are_windows(windows).all(), expected)
+        elif mask.all():
+            return None, None, False
+        elif not are_windows(windows).all():
+            return None, None, True
+        return windows.seq_lens, windows.seq_starts, False
 
     def _follows_prompt(
         self, seen: int | Tensor, length: int, input_ids: Tensor | None, positions: Tensor | None
@@ -216,16 +218,3 @@ def _read_valid_tokens(mask: Any) -> Tensor | None:
         return mask.bool()
     own = mask[:, 0].diagonal(dim1=1, dim2=2)
     return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
-
-
-def _find_padding_side(mask: Tensor) -> PaddingSide | None:
-    """The padding side of a mask; None if the padding is on both sides or between tokens."""
-    sides: tuple[PaddingSide, ...] = ("right", "left")
-    return next((side for side in sides if torch.equal(_with_padding_on(mask, side), mask)), None)
-
-
-def _with_padding_on(mask: Tensor, side: PaddingSide) -> Tensor:
-    """The mask with the same number of tokens per row and all its padding on `side`."""
-    batch, length = mask.shape
-    lengths = mask.sum(dim=1)
-    return valid_tokens(batch, length, lengths, window_starts(side, length, lengths), mask.device)
