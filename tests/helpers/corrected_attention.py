@@ -246,6 +246,13 @@ def lengths_of(inputs: dict) -> Lengths:
     return as_lengths(*(inputs.get(name) for name in Lengths._fields))
 
 
+def padding_of(inputs: dict) -> Tensor:
+    """[B, 1, N, 1], True at padding."""
+    q = inputs["q"]
+    valid = valid_tokens(q.shape[0], q.shape[2], inputs["seq_lens"], inputs.get("seq_starts"), q.device)
+    return ~valid[:, None, :, None]
+
+
 def strided_copy(x: Tensor) -> Tensor:
     """The same values with the axes reversed in memory and NaN, or the largest integer, between them."""
     gap = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max

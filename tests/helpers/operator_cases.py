@@ -122,4 +122,4 @@ CASES = {
     "by item": by_item(),
     "by item gradient": by_item(gradient="targets"),
 }
-INDICES = ("sink_positions", "seq_lens", "cu_seqlens", "target_offsets", "slots", "item_ids")
+INDICES = ("sink_positions", "seq_lens", "seq_starts", "cu_seqlens", "target_offsets", "slots", "item_ids")

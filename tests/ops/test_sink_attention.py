@@ -1,11 +1,13 @@
 """sink_attention: the reference against a formula written apart from it, what runs on a CPU against the reference."""
 
+import functools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F  # noqa: N812
 
 import recattn
 from recattn import reference
@@ -42,22 +44,27 @@ def by_loops(q, k, v, sink_positions, inter_sink_bias, sink_logits, causal, vali
     return out
 
 
+def windows_of(lengths: list[int], starts: list[int] | None) -> dict:
+    return {"seq_lens": torch.tensor(lengths), "seq_starts": None if starts is None else torch.tensor(starts)}
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("with_logits", [False, True])
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_reference_is_the_equation(causal, with_logits, padding_side):
+@pytest.mark.parametrize("layout", ["right", "left", "window"])
+def test_reference_is_the_equation(causal, with_logits, layout):
     inputs = draw(
         batch=3, heads=4, kv_heads=2, length=9, dim=5, value_dim=3, sinks=4, bias_heads=4, dtype=torch.float64
     )
     inputs["inter_sink_bias"] = inputs["inter_sink_bias"].double()
     inputs["sink_positions"][1, 2:] = -1
     logits = torch.randn(4, dtype=torch.float64) if with_logits else None
-    seq_lens = torch.tensor([9, 6, 0])
-    valid = [[p < n if padding_side == "right" else p >= 9 - n for p in range(9)] for n in seq_lens.tolist()]
+    starts = {"right": [0, 0, 0], "left": [0, 3, 9], "window": [0, 2, 4]}[layout]
+    valid = [[start <= p < start + n for p in range(9)] for start, n in zip(starts, (9, 6, 0), strict=True)]
+    windows = windows_of([9, 6, 0], starts if layout == "window" else None)
+    if layout != "window":
+        windows["padding_side"] = layout
     expected = by_loops(**inputs, sink_logits=logits, causal=causal, valid=valid, scale=0.3)
-    got = reference.sink_attention(
-        **inputs, sink_logits=logits, causal=causal, seq_lens=seq_lens, padding_side=padding_side, scale=0.3
-    )
+    got = reference.sink_attention(**inputs, sink_logits=logits, causal=causal, scale=0.3, **windows)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -132,12 +139,68 @@ def test_extreme_bias(dtype, causal, bias, sinks):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_padded(dtype, causal, padding_side):
+@pytest.mark.parametrize("starts", [None, [0, 50, 5, 20, 36, 1]], ids=str)
+def test_padded(dtype, causal, starts):
     inputs = draw(batch=6, sinks=30, bias_scale=3.0, bias_heads=4, kv_heads=2, dtype=dtype)
     inputs["sink_positions"][1, 20:] = -1
-    inputs |= {"seq_lens": torch.tensor([100, 0, 37, 1, 63, 64]), "padding_side": padding_side, "causal": causal}
+    inputs |= windows_of([100, 0, 37, 1, 63, 64], starts) | {"causal": causal}
     assert_matches_reference(recattn.sink_attention, reference.sink_attention, inputs, grads=GRADS)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_left_padding_is_windows_at_the_end(impl):
+    inputs = draw(batch=3, heads=2, kv_heads=1, length=33, sinks=9) | {"causal": True, "impl": impl}
+    lengths = torch.tensor([33, 0, 20])
+    left = with_gradients(recattn.sink_attention, inputs | {"seq_lens": lengths, "padding_side": "left"})
+    windows = with_gradients(recattn.sink_attention, inputs | {"seq_lens": lengths, "seq_starts": 33 - lengths})
+    assert all(map(torch.equal, left, windows))
+
+
+def with_gradients(function, inputs: dict, grads=GRADS) -> list[torch.Tensor]:
+    """The output and gradients of a call."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in grads}
+    out = function(**(inputs | leaves))
+    out = out[0] if isinstance(out, tuple) else out
+    return [out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_sinks_it_is_plain_attention(packed, impl):
+    q, k, v = (torch.randn(3, heads, 20, 8) for heads in (4, 2, 2))
+    expected = with_gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        {"q": q, "k": k, "v": v},
+        grads="qkv",
+    )
+    inputs = {"q": q, "k": k, "v": v, "causal": True, "impl": impl}
+    if packed:
+        inputs |= {name: inputs[name].transpose(1, 2).flatten(0, 1) for name in "qkv"}
+        inputs["cu_seqlens"] = torch.arange(4) * 20
+    results = with_gradients(recattn.sink_attention, inputs, grads="qkv")
+    if packed:
+        results = [x.unflatten(0, (3, 20)).transpose(1, 2) for x in results]
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nested_is_packed(compiled):
+    """To the bit, with the log-sum-exp and every gradient, in one graph for batches of any size."""
+    call = functools.partial(recattn.sink_attention, causal=True, return_lse=True)
+    torch._dynamo.reset()
+    on_nested = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    for seq_lens, sinks in (([7, 0, 12], [3, 0, 5]), ([9, 1], [4, 1])):
+        inputs = draw_packed(seq_lens, sinks, heads=4, kv_heads=2, dim=8) | {"sink_logits": torch.randn(4)}
+        offsets = inputs.pop("cu_seqlens")
+        leaves = {name: inputs[name].requires_grad_() for name in (*GRADS, "sink_logits")}
+        nested = {name: torch.nested.nested_tensor_from_jagged(inputs[name], offsets).transpose(1, 2) for name in "qkv"}
+        out, lse = on_nested(**inputs | nested)
+        expected, expected_lse = call(**inputs, cu_seqlens=offsets)
+        assert out.shape[:2] == lse.shape[:2] == (len(seq_lens), 4) and out.is_nested
+        assert torch.equal(out.transpose(1, 2).values(), expected) and torch.equal(lse.values(), expected_lse)
+        gradients = torch.autograd.grad(out.values().square().sum(), list(leaves.values()))
+        assert all(map(torch.equal, gradients, torch.autograd.grad(expected.square().sum(), list(leaves.values()))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -331,7 +394,8 @@ def test_opcheck_permuted():
     torch.library.opcheck(torch.ops.recattn.sink_attention_fwd.default, arguments)
 
 
-def test_compiles_to_one_graph_without_recompiling():
+@pytest.mark.parametrize("layout", ["dense", "window"])
+def test_compiles_to_one_graph_without_recompiling(layout):
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda **inputs: recattn.sink_attention(**inputs, causal=True),
@@ -341,6 +405,9 @@ def test_compiles_to_one_graph_without_recompiling():
     )
     for batch, length, sinks in ((2, 40, 5), (3, 63, 9), (5, 100, 30)):
         inputs = draw(batch=batch, length=length, sinks=sinks)
+        if layout == "window":
+            inputs["seq_lens"] = torch.randint(length + 1, (batch,))
+            inputs["seq_starts"] = (length - inputs["seq_lens"]) // 2
         leaves = {name: inputs[name].requires_grad_() for name in GRADS}
         with torch.compiler.set_stance("fail_on_recompile" if batch > 2 else "default"):
             out = compiled(**inputs)
@@ -366,10 +433,6 @@ def test_compiles_with_one_tensor_for_q_k_and_v():
     expected = itself(**inputs)
     assert torch.equal(out, expected)
     assert torch.equal(*(torch.autograd.grad(x.sum(), leaf)[0] for x in (out, expected)))
-
-
-def _window(lengths: list[int], starts: list[int]) -> dict[str, torch.Tensor]:
-    return {"seq_lens": torch.tensor(lengths), "seq_starts": torch.tensor(starts)}
 
 
 BAD = {
@@ -408,11 +471,14 @@ BAD = {
     "seq_lens must be between 0 and 100, got 101 at index": {"seq_lens": torch.tensor([3, 101])},
     "padding_side must be 'right' or 'left', got 'top'": {"padding_side": "top"},
     "seq_lens must be given with seq_starts, got None": {"seq_starts": torch.zeros(2).long()},
-    r"seq_starts must be \[B\] = \[2\], got \[3\]": _window([3, 4], [0, 0, 0]),
+    r"seq_starts must be \[B\] = \[2\], got \[3\]": windows_of([3, 4], [0, 0, 0]),
     "seq_starts must be int64 or int32, got float32": {"seq_lens": torch.ones(2).long(), "seq_starts": torch.zeros(2)},
-    "seq_starts.* must be between 0 and .*, got (-1|2) ": _window([3, 4], [-1, 0]),
-    "seq_starts.* must be between 0 and .*, got (97|101) ": _window([3, 4], [0, 97]),
-    "padding_side must be 'right', the default, beside seq_starts": {**_window([3, 4], [0, 1]), "padding_side": "left"},
+    "seq_starts.* must be between 0 and .*, got (-1|2) ": windows_of([3, 4], [-1, 0]),
+    "seq_starts.* must be between 0 and .*, got (97|101) ": windows_of([3, 4], [0, 97]),
+    "padding_side must be 'right', the default, beside seq_starts": {
+        **windows_of([3, 4], [0, 1]),
+        "padding_side": "left",
+    },
     "seq_starts must be None beside cu_seqlens": {
         "seq_starts": torch.ones(2).long(),
         "cu_seqlens": torch.tensor([0, 1, 2]),

@@ -91,11 +91,13 @@ def test_any_scale(scale, dtype):
     assert_fused({**inputs, "scale": scale, "causal": True})
 
 
-@pytest.mark.parametrize("padding_side, causal, dtype", with_dtypes(["right", "left"], [False, True]), ids=str)
-def test_padded(padding_side, causal, dtype):
+@pytest.mark.parametrize("layout, causal, dtype", with_dtypes(["right", "window"], [False, True]), ids=str)
+def test_padded(layout, causal, dtype):
     inputs = small(batch=5, length=70, sinks=30, bias_scale=3.0, dtype=dtype)
     inputs["sink_positions"][1, 20:] = -1
-    inputs |= {"seq_lens": torch.tensor([70, 0, 37, 1, 64], device=DEVICE), "padding_side": padding_side}
+    inputs["seq_lens"] = torch.tensor([70, 0, 37, 1, 64], device=DEVICE)
+    if layout == "window":
+        inputs["seq_starts"] = torch.tensor([0, 50, 20, 69, 5], device=DEVICE)
     assert_fused({**inputs, "causal": causal})
 
 
@@ -131,20 +133,21 @@ def test_sink_logits_of_rows_without_other_mass():
     assert_fused({**inputs, "sink_logits": torch.randn(2, device=DEVICE)}, [*GRADS, "sink_logits"])
 
 
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_padding_may_hold_anything(padding_side):
+@pytest.mark.parametrize("starts", [[0, 0], [4, 50]], ids=["right", "window"])
+def test_padding_may_hold_anything(starts):
     inputs = {**small(batch=2, sinks=30), "seq_lens": torch.tensor([40, 13], device=DEVICE), "causal": True}
+    inputs["seq_starts"] = torch.tensor(starts, device=DEVICE)
     dirty = {name: inputs[name].clone() for name in GRADS}
-    for b, n in enumerate((40, 13)):
-        padding = slice(n, None) if padding_side == "right" else slice(0, 63 - n)
+    for b, (start, n) in enumerate(zip(starts, (40, 13), strict=True)):
         for name in ("q", "k", "v"):
-            dirty[name][b, :, padding] = math.nan
-        ignored = torch.isin(inputs["sink_positions"][b], torch.arange(63, device=DEVICE)[padding])
+            dirty[name][b, :, :start] = dirty[name][b, :, start + n :] = math.nan
+        sinks = inputs["sink_positions"][b]
+        ignored = (sinks < start) | (sinks >= start + n)
         dirty["inter_sink_bias"][b].masked_fill_(ignored[:, None] | ignored, math.nan)
     results = []
     for values in ({}, dirty):
         leaves = {name: {**inputs, **values}[name].clone().requires_grad_() for name in GRADS}
-        out = fused(**{**inputs, **leaves}, padding_side=padding_side)
+        out = fused(**{**inputs, **leaves})
         results.append((out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))))
     assert all(map(torch.equal, *results))
 
@@ -266,6 +269,29 @@ def test_dropout(causal, dtype):
         return fused(**arguments, dropout_p=0.3)
 
     assert_matches_reference(kernel, attention_with_mask, {**inputs, "keep": keep, "causal": causal}, grads=GRADS)
+
+
+def test_dropout_of_windows_is_that_of_packed_sequences():
+    lengths, starts = [33, 0, 20], torch.tensor([7, 5, 40], device=DEVICE)
+    packed = on_device(draw_packed(lengths, [9, 0, 4], heads=2, kv_heads=1))
+    cu_seqlens, positions = packed["cu_seqlens"], packed["sink_positions"]
+    windows = {name: x for name, x in packed.items() if name != "cu_seqlens"}
+    windows |= {"seq_lens": cu_seqlens.diff(), "seq_starts": starts}
+    windows["sink_positions"] = torch.where(positions < 0, -1, positions + starts[:, None])
+    tokens = torch.cat([start + torch.arange(n, device=DEVICE) for start, n in zip(starts, lengths, strict=True)])
+    sequence = torch.repeat_interleave(torch.arange(3, device=DEVICE), cu_seqlens.diff())
+    for name in ("q", "k", "v"):
+        windows[name] = torch.full((3, 63, *packed[name].shape[1:]), math.nan, device=DEVICE)
+        windows[name] = windows[name].index_put((sequence, tokens), packed[name]).transpose(1, 2)
+    results = []
+    for inputs in (packed, windows):
+        torch.manual_seed(7)
+        leaves = {name: inputs[name].clone().requires_grad_() for name in GRADS}
+        out = fused(**{**inputs, **leaves}, causal=True, dropout_p=0.3)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))])
+    results[1][:4] = (x.transpose(1, 2)[sequence, tokens] for x in results[1][:4])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_keeps_the_mean_and_follows_the_seed():

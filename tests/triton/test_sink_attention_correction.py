@@ -25,6 +25,7 @@ from tests.helpers.corrected_attention import (
     half_precision_biases,
     lengths_of,
     live_sinks,
+    padding_of,
     random_inputs,
     reference_attention,
     strided_copy,
@@ -211,10 +212,8 @@ def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
         }
         actual = [torch.cat([x, torch.full_like(x[:5], math.nan)]) for x in unbiased(inputs)]
     else:
-        position = torch.arange(63, device=inputs["q"].device)
-        lengths = inputs["seq_lens"][:, None]
-        padding = position >= lengths if layout == "right" else position < 63 - lengths
-        poisoned |= {n: x.masked_fill(padding[:, None, :, None], math.nan) for n, x in inputs.items() if n in "qkv"}
+        padding = padding_of(inputs)
+        poisoned |= {n: x.masked_fill(padding, math.nan) for n, x in inputs.items() if n in "qkv"}
         actual = unbiased(inputs)
     correct(poisoned, *actual)
     assert all(torch.equal(x[: len(y)], y) for x, y in zip(actual, expected, strict=True))

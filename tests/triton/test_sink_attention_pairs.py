@@ -32,6 +32,7 @@ from tests.helpers.corrected_attention import (
     half_precision_biases,
     lengths_of,
     live_sinks,
+    padding_of,
     random_inputs,
     reference_attention,
     strided_copy,
@@ -165,9 +166,7 @@ def test_ignored_sinks_and_padding_are_not_read(layout, suppressed):
         poisoned["inter_sink_bias"][b].masked_fill_(pairs, math.nan)
         assert (expected[3][b][:, pairs] == 0).all()
     if layout != "packed":
-        position = torch.arange(40, device=dout.device)
-        starts = inputs.get("seq_starts", torch.zeros_like(inputs["seq_lens"]))[:, None]
-        padding = ((position < starts) | (position >= starts + inputs["seq_lens"][:, None]))[:, None, :, None]
+        padding = padding_of(inputs)
         poisoned |= {name: x.masked_fill(padding, math.nan) for name, x in inputs.items() if name in "qkv"}
         dout = dout.masked_fill(padding, math.nan)
     assert all(map(torch.equal, gradients(poisoned, dout), expected))

@@ -76,9 +76,10 @@ def sink_attention_cases(device: str, _dtype: torch.dtype) -> list[Case]:
     def odd(dtype) -> Inputs:
         return _dense(dtype, 2, 4, 2, 129, 40, 13, bias_heads=4) | {"sink_logits": torch.randn(4), "causal": True}
 
-    def left_padded(dtype) -> Inputs:
-        padding = {"seq_lens": torch.tensor([100, 0, 63]), "padding_side": "left"}
-        return _dense(dtype, 3, 2, 2, 100, 64, 11, lengths=(100, 0, 63), left=True) | padding
+    def windows(dtype) -> Inputs:
+        lengths, starts = (100, 0, 63), (0, 40, 21)
+        padding = {"seq_lens": torch.tensor(lengths), "seq_starts": torch.tensor(starts)}
+        return _dense(dtype, 3, 2, 2, 100, 64, 11, lengths=lengths, starts=starts) | padding
 
     def suppressed(dtype):  # a negative bias makes the kernels recompute rows
         inputs = _packed(dtype, (100, 0, 63, 1), 2, 64, 11)
@@ -86,7 +87,7 @@ def sink_attention_cases(device: str, _dtype: torch.dtype) -> list[Case]:
 
     return [
         Case("odd", odd, (*_QKV, "sink_logits")),
-        Case("ragged", left_padded, _QKV),
+        Case("ragged", windows, _QKV),
         Case("packed", suppressed, _QKV, {"max_seqlen": 100}),
         Case(REAL, lambda dtype: _dense(dtype, *real) | {"causal": True}, _QKV),
     ]
@@ -103,15 +104,13 @@ def _dense(
     *,
     bias_heads: int = 1,
     lengths: Sequence[int] | None = None,
-    left: bool = False,
+    starts: Sequence[int] | None = None,
 ) -> Inputs:
-    lengths = lengths or (length,) * batch
-    starts = [length - n if left else 0 for n in lengths]
     return {
         "q": _normal(batch, heads, length, dim, dtype=dtype),
         "k": _normal(batch, kv_heads, length, dim, dtype=dtype),
         "v": _normal(batch, kv_heads, length, dim, dtype=dtype),
-        "sink_positions": _sinks(starts, lengths, sinks),
+        "sink_positions": _sinks(starts or (0,) * batch, lengths or (length,) * batch, sinks),
         "inter_sink_bias": torch.randn(batch, bias_heads, sinks, sinks),
     }
 
