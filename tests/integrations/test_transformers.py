@@ -374,10 +374,25 @@ def test_compiles_without_a_graph_break(name):
     enabled(model, max_sinks=6)
     parameters = list(model.parameters())
     eager = hidden_of(model, batch)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch)[0][batch["attention_mask"].bool()]
+    graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="the tokens of an attention_mask must have no gap in a compiled model"):
+        graph(**batch | {"attention_mask": batch["attention_mask"].index_fill(1, torch.tensor([3]), 0)})
+    compiled = graph(**batch)[0][batch["attention_mask"].bool()]
     assert (compiled - eager).abs().max() <= 1e-5
     for gradient, reference in zip(
         *(torch.autograd.grad(x.square().sum(), parameters, allow_unused=True) for x in (compiled, eager)), strict=True
     ):
         if reference is not None:
             assert (gradient - reference).abs().max() <= 1e-4 * (1 + reference.abs().max())
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="older models do not export")
+def test_exports_for_lengths_below_max_sinks():
+    model = model_of("bert", "AutoModelForTokenClassification", dtype=torch.float32, num_hidden_layers=1)
+    enabled(model, max_sinks=12)
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2, max=64)}
+    batch = batch_of("left")
+    exported = torch.export.export(model, (), batch, dynamic_shapes=dict.fromkeys(batch, sizes), strict=False).module()
+    for side, length in (("right", 24), ("left", 40)):
+        batch = {name: x[:, :9] if side == "right" else x for name, x in batch_of(side, length).items()}
+        torch.testing.assert_close(exported(**batch)[0], model(**batch)[0])

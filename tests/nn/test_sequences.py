@@ -141,6 +141,37 @@ def test_wrong_sequences_are_refused(name):
             module(x[0], x[0], x[0], attn_mask=mask, cu_seqlens=offsets)
 
 
+@pytest.mark.parametrize(
+    "keyword, answer",
+    [
+        ("dropout_p", r" \(scaled_dot_product_attention\): use dropout"),
+        ("kdim", r" \(nn.MultiheadAttention\): keys have embed_dim columns"),
+        ("paddingside", r": did you mean padding_side\?"),
+        ("blue", ": it has embed_dim, num_heads, "),
+    ],
+)
+@every_module
+def test_keywords_of_other_constructors(name, keyword, answer):
+    with pytest.raises(TypeError, match=rf"^{name}\(\) has no keyword {keyword}{answer}"):
+        MODULES[name](**{keyword: 0.1})
+
+
+@pytest.mark.parametrize(
+    "keyword, answer",
+    [
+        ("causal", r" \(the functions\): use is_causal"),
+        ("softmax_scale", r" \(flash-attn\): the scale is 1/√D"),
+        ("attention_mask", r" \(transformers\): use key_padding_mask; True is padding"),
+    ],
+)
+@pytest.mark.parametrize("kind", [SinkAttention, RefinedSelfAttention])
+def test_keywords_of_other_calls(kind, keyword, answer):
+    x = torch.randn(1, N, E)
+    module = MODULES[kind.__name__]()
+    with pytest.raises(TypeError, match=rf"^{kind.__name__}\.forward\(\) has no keyword {keyword}{answer}"):
+        module(x, x, x, **{keyword: None})
+
+
 # --- What changes in the next release ---
 
 

@@ -46,6 +46,21 @@ _FOREIGN: dict[str, tuple[str, str | None, str | None]] = {
 }
 
 
+# Where the modules answer something else.
+_FOREIGN_TO_MODULES: dict[str, tuple[str, str | None, str | None]] = {
+    "causal": ("the functions", "is_causal", None),
+    "dropout_p": (_SDPA, "dropout", None),
+    "scale": (_SDPA, None, "the scale is 1/√D"),
+    "softmax_scale": (_FLASH_ATTN, None, "the scale is 1/√D"),
+    "attention_mask": ("transformers", "key_padding_mask", "True is padding: attention_mask == 0"),
+    "attn_bias": (_XFORMERS, None, "a causal mask is is_causal=True; padding is key_padding_mask"),
+    "kdim": (_MULTIHEAD, None, "keys have embed_dim columns"),
+    "vdim": (_MULTIHEAD, None, "values have embed_dim columns"),
+    "add_bias_kv": (_MULTIHEAD, None, "there is no such key"),
+    "add_zero_attn": (_MULTIHEAD, None, "there is no such key"),
+}
+
+
 def explain_keywords(function: _Function) -> _Function:
     """Decorator: the TypeError of an unknown keyword names ours."""
     parameters = inspect.signature(function).parameters
@@ -55,7 +70,8 @@ def explain_keywords(function: _Function) -> _Function:
         try:
             return function(*args, **kwargs)
         except TypeError as error:
-            raise explanation(function.__name__, parameters, kwargs) or error from None
+            name = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
+            raise explanation(name, parameters, kwargs) or error from None
 
     return cast("_Function", explained)
 
@@ -65,7 +81,9 @@ def explanation(name: str, parameters: Collection[str], given: Collection[str]) 
     unknown = next((keyword for keyword in given if keyword not in parameters), None)
     if unknown is None:
         return None
-    whose, ours, remark = _FOREIGN.get(unknown, (None, None, None))
+    foreign = _FOREIGN | _FOREIGN_TO_MODULES if "self" in parameters else _FOREIGN
+    parameters = [parameter for parameter in parameters if parameter != "self"]
+    whose, ours, remark = foreign.get(unknown, (None, None, None))
     close = difflib.get_close_matches(unknown, parameters, 1)
     if ours in parameters:
         answer = f"use {ours}"

@@ -45,7 +45,7 @@ def accepts_nested(
             try:
                 return function(*args, **kwargs)
             except TypeError as error:
-                raise explanation(function.__name__, parameters, kwargs) or error from None
+                raise explanation(function.__qualname__, parameters, kwargs) or error from None
 
         @functools.wraps(function)
         def of_nested(*args, **kwargs):

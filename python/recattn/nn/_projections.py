@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
 from recattn._typing import PaddingSide, RefinedAttentionImpl, SinkAttentionImpl
+from recattn.functional._keywords import explain_keywords
 from recattn.functional._nested import Packed
 from recattn.nn._constructor_checks import expect_attention_options, expect_heads
 from recattn.nn._masks import is_causal_mask, zero_padding
@@ -29,6 +30,7 @@ class MultiheadProjections(nn.Module):
     # Whether the module accepts keys that are other tokens than the queries.
     cross_attends: ClassVar[bool]
 
+    @explain_keywords
     def __init__(
         self,
         embed_dim: int,

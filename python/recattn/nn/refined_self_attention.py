@@ -5,6 +5,7 @@ from torch import Tensor
 
 from recattn._check import expect
 from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
+from recattn.functional._keywords import explain_keywords
 from recattn.functional._nested import accepts_nested
 from recattn.nn._constructor_checks import takes_max_len_by_name
 from recattn.nn._projections import MultiheadProjections, nest_output
@@ -40,6 +41,7 @@ class RefinedSelfAttention(Refinement, MultiheadProjections):
     cross_attends = False
 
     @takes_max_len_by_name
+    @explain_keywords
     def __init__(
         self,
         embed_dim: int,
