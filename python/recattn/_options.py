@@ -68,12 +68,12 @@ class RefinedAttentionOptions(NamedTuple):
 class WassersteinAttentionOptions(NamedTuple):
     """Options of wasserstein_attention; see RefinedAttentionOptions.
 
+    `max_seqlen`: bound of the lengths of packed sequences; None: T.
     `refined`: cov_q and cov_k are x of Σ = elu(x) + 1, as a refinement's matrices give them.
     """
 
     source: Source
     causal: bool
-    left_padded: bool
     scale: float | None
     dropout_p: float = 0.0
     max_seqlen: int | None = None

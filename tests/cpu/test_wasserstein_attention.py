@@ -139,14 +139,15 @@ def with_mask(function, *, keep, **inputs):
 
 def dropped(kind, seed, seq_lens, padding_side, p, **inputs):
     mechanism, _, source = kind.partition(" ")
-    options = (source or "logits", True, padding_side == "left", None, p, None, "cpu")
+    seq_starts = window_starts(padding_side, next(iter(inputs.values())).shape[2], seq_lens)
     if mechanism == "stochastic":
         tensors = [inputs[name] for name in ("q", "k", "v", "w_q", "w_k")]
         options = RefinedAttentionOptions("stochastic", source or "logits", True, None, p, impl="cpu")
-        seq_starts = window_starts(padding_side, inputs["q"].shape[2], seq_lens)
         return refined_ops.refined_attention(*tensors, None, seq_lens, seq_starts, None, seed, options)
     tensors = [inputs.get(name) for name in (*NAMES, "w_q", "w_k")]
-    return ops.wasserstein_attention(*tensors, seq_lens, seed, WassersteinAttentionOptions(*options))
+    lengths = (seq_lens, seq_starts, None)
+    options = WassersteinAttentionOptions(source or "logits", True, None, p, impl="cpu")
+    return ops.wasserstein_attention(tuple(tensors[:6]), *tensors[6:], lengths, seed, options)
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])

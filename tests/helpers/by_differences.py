@@ -32,12 +32,14 @@ def stochastic_by_differences(q, k, v, w_q, w_k, *, source="logits", scale=None,
     return softmax(refined(scores, w_q, w_k, seen, source), seen) @ v
 
 
-def mask_of(x, causal=True, seq_lens=None, padding_side="right") -> tuple[Tensor, Tensor]:
+def mask_of(x, causal=True, seq_lens=None, padding_side="right", seq_starts=None) -> tuple[Tensor, Tensor]:
     """For x [B, H, N, D]: the valid tokens [B, 1, N, 1], and the visible keys [B, 1, N, N]."""
     b, _, n, _ = x.shape
     lengths = torch.full((b,), n) if seq_lens is None else seq_lens.cpu()
     positions = torch.arange(n) if padding_side == "right" else torch.arange(n).flip(0)
-    tokens = (positions < lengths[:, None])[:, None, :, None].to(x.device)
+    if seq_starts is not None:
+        positions = (positions - seq_starts.cpu()[:, None]) % n  # those before the first come last
+    tokens = (positions < lengths.view(-1, 1))[:, None, :, None].to(x.device)
     seen = tokens & tokens.mT
     return tokens, seen.tril() if causal else seen
 

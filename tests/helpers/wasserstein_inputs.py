@@ -37,12 +37,41 @@ def with_offset(inputs: dict[str, Tensor], part: str, offset: float) -> dict[str
     return inputs | {name: x.to(inputs[name].dtype) for name, x in moved.items()}
 
 
-def gradients(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    """Both outputs, and the gradients of all inputs for fixed incoming gradients."""
+def pack(x: Tensor, lengths: list[int]) -> Tensor:
+    """The first tokens of each sequence of [B, H, N, D], packed [T, H, D]."""
+    return torch.cat([x[b, :, :length].transpose(0, 1) for b, length in enumerate(lengths)])
+
+
+def packed(inputs: dict[str, Tensor], lengths: list[int]) -> dict[str, Tensor]:
+    """Padded inputs, packed; w_q and w_k as they are."""
+    return {name: pack(x, lengths) if name in NAMES else x for name, x in inputs.items()}
+
+
+def offsets_of(lengths: list[int], device="cpu") -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def assert_packed_equals_padded(function, inputs: dict[str, Tensor], lengths: list[int], **tolerances) -> None:
+    """Both outputs and every gradient of a packed batch are those of the same sequences padded on the right."""
+    device, shape = inputs["mean_v"].device, inputs["mean_v"].shape
+    incoming = [torch.randn(shape).to(inputs["mean_v"]) for _ in range(2)]
+    torch.manual_seed(3)  # of dropout
+    expected = gradients(function, inputs, incoming, seq_lens=torch.tensor(lengths, device=device))
+    torch.manual_seed(3)
+    options = {"cu_seqlens": offsets_of(lengths, device), "max_seqlen": max(lengths)}
+    actual = gradients(function, packed(inputs, lengths), [pack(x, lengths) for x in incoming], **options)
+    for name, x in expected.items():
+        x = pack(x, lengths) if x.dim() == 4 else x
+        torch.testing.assert_close(actual[name], x, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
+
+
+def gradients(function, inputs: dict[str, Tensor], incoming: list[Tensor] | None = None, **options):
+    """Both outputs, and the gradients of all inputs for fixed incoming gradients, by their names."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     outs = function(**leaves, **options)
-    torch.manual_seed(7)
-    incoming = [torch.randn(out.shape).to(out) for out in outs]
+    if incoming is None:
+        torch.manual_seed(7)
+        incoming = [torch.randn(out.shape).to(out) for out in outs]
     grads = torch.autograd.grad(outs, list(leaves.values()), incoming)
     outs = {"mean": outs[0].detach(), "cov": outs[1].detach()}
     return outs | {f"d{name}": gradient for name, gradient in zip(leaves, grads, strict=True)}

@@ -11,10 +11,22 @@ import recattn
 from recattn import reference
 from recattn.testing import assert_matches_reference
 from tests.helpers.by_differences import wasserstein_by_differences
-from tests.helpers.wasserstein_inputs import NAMES, assert_reruns_agree, draw, gradients, largest_tensor, with_offset
+from tests.helpers.wasserstein_inputs import (
+    NAMES,
+    assert_packed_equals_padded,
+    assert_reruns_agree,
+    draw,
+    gradients,
+    largest_tensor,
+    offsets_of,
+    pack,
+    packed,
+    with_offset,
+)
 
 SOURCES = ("logits", "weights")
-PADDINGS = [(None, "right"), ([3, 0], "right"), ([3, 0], "left")]
+# Lengths, and where the tokens begin.
+PADDINGS = [(None, None), ([3, 0], None), ([3, 0], [2, 5]), ([3, 1], [1, 3])]
 cpu = functools.partial(recattn.wasserstein_attention, impl="cpu")
 DTYPE = {reference.wasserstein_attention: torch.float64, cpu: torch.float32}
 
@@ -33,7 +45,8 @@ def by_hand(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q=None, w_k=None, *, 
     b, h, n, _ = mean_q.shape
     for pair in product(range(b), range(h)):
         length = n if lengths is None else lengths[pair[0]]
-        tokens = range(length) if o["padding_side"] == "right" else range(n - length, n)
+        start = 0 if o["starts"] is None else o["starts"][pair[0]]
+        tokens = range(start, start + length)
         seen = {i: [j for j in tokens if j <= i or not causal] for i in tokens}
         queries = {i: (mean_q[pair][i], cov_q[pair][i]) for i in tokens}
         keys = {j: (mean_k[pair][j], cov_k[pair][j]) for j in tokens}
@@ -75,26 +88,26 @@ BY_TENSORS = [reference.wasserstein_attention, wasserstein_by_differences]
 
 @pytest.mark.parametrize("function", BY_TENSORS)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths, padding_side", PADDINGS)
-def test_by_hand(causal, lengths, padding_side, function):
+@pytest.mark.parametrize("lengths, starts", PADDINGS)
+def test_by_hand(causal, lengths, starts, function):
     inputs = draw()
-    seq_lens = None if lengths is None else torch.tensor(lengths)
-    options = {"causal": causal, "padding_side": padding_side, "scale": 0.3}
-    actual = function(**inputs, seq_lens=seq_lens, **options)
-    for a, e in zip(actual, by_hand(**inputs, lengths=lengths, **options), strict=True):
+    seq_lens, seq_starts = (None if x is None else torch.tensor(x) for x in (lengths, starts))
+    options = {"causal": causal, "scale": 0.3}
+    actual = function(**inputs, seq_lens=seq_lens, seq_starts=seq_starts, **options)
+    for a, e in zip(actual, by_hand(**inputs, lengths=lengths, starts=starts, **options), strict=True):
         torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("function", BY_TENSORS)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths, padding_side", PADDINGS)
+@pytest.mark.parametrize("lengths, starts", PADDINGS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_refined_by_hand(source, causal, lengths, padding_side, function):
+def test_refined_by_hand(source, causal, lengths, starts, function):
     inputs = draw(rank=3, n_max=7, per_head=("w_k",), source=source)
-    seq_lens = None if lengths is None else torch.tensor(lengths)
-    options = {"source": source, "causal": causal, "padding_side": padding_side, "scale": 0.8}
-    actual = function(**inputs, seq_lens=seq_lens, **options)
-    for a, e in zip(actual, by_hand(**inputs, lengths=lengths, **options), strict=True):
+    seq_lens, seq_starts = (None if x is None else torch.tensor(x) for x in (lengths, starts))
+    options = {"source": source, "causal": causal, "scale": 0.8}
+    actual = function(**inputs, seq_lens=seq_lens, seq_starts=seq_starts, **options)
+    for a, e in zip(actual, by_hand(**inputs, lengths=lengths, starts=starts, **options), strict=True):
         torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
 
 
@@ -217,6 +230,97 @@ def test_the_past_never_sees_the_future(rank, source, function):
         assert not torch.allclose(b[:, :, 7:], a[:, :, 7:])
 
 
+# --- Windows, packed and nested sequences ---
+
+KINDS = [(None, "logits"), (5, "logits"), (5, "weights")]
+LENGTHS = [7, 0, 20, 1, 13]
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("rank, source", KINDS)
+def test_windows(rank, source, function):
+    """A window gives what padding on the right gives to the same tokens, with the rows of W from its start on."""
+    inputs = draw(n=20, rank=rank, n_max=26, source=source, dtype=DTYPE[function])
+    function = functools.partial(function, source=source)
+    window = {"seq_lens": torch.tensor([9, 0]), "seq_starts": torch.tensor([6, 20])}
+    rows = {name: inputs[name][6:] for name in ("w_q", "w_k") if rank is not None}
+    tokens = {name: torch.cat([inputs[name][:, :, 6:], inputs[name][:, :, :6]], 2) for name in NAMES}
+    expected = function(**tokens, **rows, seq_lens=torch.tensor([9, 0]))
+    for actual, e in zip(function(**inputs, **window), expected, strict=True):
+        torch.testing.assert_close(actual, torch.cat([e[:, :, 14:], e[:, :, :14]], 2))
+    check({name: x.float() for name, x in inputs.items()}, source=source, **window)
+    dirty = {name: x.clone() for name, x in inputs.items()}
+    for name in NAMES:
+        dirty[name][0, :, :6] = dirty[name][0, :, 15:] = math.nan
+        dirty[name][1] = math.inf
+    clean = gradients(function, inputs, **window)
+    for name, x in gradients(function, dirty, **window).items():
+        torch.testing.assert_close(x, clean[name], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rank, source", KINDS)
+def test_packed_equals_padded(rank, source, causal, dropout_p):
+    inputs = draw(b=5, n=20, d=9, dv=7, rank=rank, per_head=("w_q",), source=source, dtype=torch.float32)
+    function = functools.partial(cpu, causal=causal, source=source, dropout_p=dropout_p)
+    assert_packed_equals_padded(function, inputs, LENGTHS, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("rank, source", KINDS)
+def test_reference_of_packed_equals_padded(rank, source):
+    inputs = draw(b=5, n=20, d=9, dv=7, rank=rank, source=source)
+    function = functools.partial(recattn.wasserstein_attention, source=source)
+    assert_packed_equals_padded(function, inputs, LENGTHS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank, source", KINDS)
+def test_cpu_packed_error(rank, source, dtype):
+    inputs = packed(draw(b=5, n=140, d=9, dv=7, rank=rank, source=source, dtype=dtype), [140, *LENGTHS[1:]])
+    check(inputs, source=source, cu_seqlens=offsets_of([140, *LENGTHS[1:]]))
+
+
+@pytest.mark.parametrize("function", [reference.wasserstein_attention, cpu])
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_empty_packed_batches(lengths, rank, function):
+    inputs = packed(draw(b=max(len(lengths), 1), rank=rank, dtype=DTYPE[function]), lengths or [0])
+    results = gradients(function, inputs, cu_seqlens=offsets_of(lengths))
+    assert results["mean"].shape == results["cov"].shape == (0, 2, 2)
+    for name, x in inputs.items():
+        assert results[f"d{name}"].shape == x.shape and not results[f"d{name}"].any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_nested(rank, compiled):
+    """Nested in, nested out, with the bits of a packed batch; other lengths compile nothing anew."""
+    function = cpu
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(cpu, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths, stance in (([7, 0, 12], "default"), ([3, 20, 5, 1], "fail_on_recompile")):
+        inputs = draw(b=len(lengths), n=20, d=9, dv=7, rank=rank, dtype=torch.float32)
+        expected = gradients(cpu, packed(inputs, lengths), cu_seqlens=offsets_of(lengths))
+        leaves = {name: pack(x, lengths) if name in NAMES else x for name, x in inputs.items()}
+        leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+        nested, offsets = dict(leaves), offsets_of(lengths).long()
+        for name in NAMES:
+            x = torch.nested.nested_tensor_from_jagged(leaves[name], offsets, min_seqlen=0, max_seqlen=max(lengths))
+            nested[name] = x.transpose(1, 2)
+        with torch.compiler.set_stance(stance if compiled else "default"):
+            outs = function(**nested)
+        assert all(out.is_nested and out.shape[:2] == (len(lengths), 2) for out in outs)
+        values = [out.transpose(1, 2).values() for out in outs]
+        torch.manual_seed(7)
+        grads = torch.autograd.grad(values, list(leaves.values()), [torch.randn(x.shape) for x in values])
+        actual = dict(zip(("mean", "cov"), values, strict=True))
+        actual |= {f"d{name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
+        for name, x in actual.items():
+            torch.testing.assert_close(x.detach(), expected[name], atol=0, rtol=0)
+
+
 # --- Offsets, which change no distance but are lost digits of ‖q‖² + ‖k‖² - 2 q·k ---
 
 
@@ -331,14 +435,19 @@ def test_cpu_has_no_tensor_of_n_squared_elements(rank, source):
 # --- The operators ---
 
 
+@pytest.mark.parametrize("layout", ["windows", "packed"])
 @pytest.mark.parametrize("rank", [None, 3])
-def test_opcheck(rank):
+def test_opcheck(rank, layout):
     inputs = draw(n=9, rank=rank, dtype=torch.float32)
     tensors = [inputs.get(name) for name in (*NAMES, "w_q", "w_k")]
-    lengths = (torch.tensor([9, 4]), torch.tensor([0, 5]), None)
+    if layout == "packed":
+        tensors, lengths = list(packed(inputs, [9, 4]).values()), (None, None, offsets_of([9, 4]))
+        tensors += [None] * (8 - len(tensors))
+    else:
+        lengths = (torch.tensor([9, 4]), torch.tensor([0, 5]), None)
     arguments = (*tensors, *lengths, torch.tensor([3]), True, True, None, 0.1)
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_pairs_fwd.default, arguments)
-    douts = torch.randn_like(inputs["mean_v"]), torch.randn_like(inputs["cov_v"])
+    douts = torch.randn_like(tensors[4]), torch.randn_like(tensors[4])
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_pairs_bwd.default, (*douts, *arguments))
 
 
@@ -417,9 +526,40 @@ def zeros(*shape):
         ({"seq_lens": torch.tensor([5])}, r"seq_lens must be \[B\] = \[2\], got \[1\]"),
         ({"seq_lens": torch.tensor([5, 6])}, "seq_lens must be between 0 and 5, got 6"),
         ({"seq_lens": torch.tensor([5, -1])}, "seq_lens must be between 0 and 5, got -1"),
+        ({"seq_starts": torch.tensor([0, 0])}, "seq_lens must be given with seq_starts, got None"),
+        ({"seq_lens": torch.tensor([5, 1]), "seq_starts": torch.tensor([0, 5])}, "seq_starts"),
+        ({"seq_lens": torch.tensor([5, 1]), "seq_starts": torch.tensor([0])}, r"seq_starts must be \[B\] = \[2\]"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, r"mean_q must be \[T, H, D\] = .*, got \[2, 2, 5, 3\]"),
+        ({"max_seqlen": 5}, "max_seqlen must be None but with cu_seqlens, got 5"),
+        ({"cu_seqlens": torch.tensor([0, 5]), "seq_lens": torch.tensor([5, 5])}, "seq_lens must be None beside cu_seq"),
     ],
 )
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_bad_input(changes, message, impl):
     with pytest.raises(ValueError, match=message):
         recattn.wasserstein_attention(**{**draw(rank=4), "impl": impl, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"cu_seqlens": torch.tensor([0, 5, 9])}, "cu_seqlens must be offsets from 0 to 10, got offsets from 0 to 9"),
+        ({"cu_seqlens": torch.tensor([0, 7, 5, 10])}, "cu_seqlens must be ascending, got 5 at index"),
+        ({"cu_seqlens": torch.zeros(2, 2).long()}, r"cu_seqlens must be \[B\+1\]"),
+        ({"mean_k": zeros(9, 2, 3)}, r"mean_k must be \[T, H, D\] = \[10, 2, 3\], got \[9, 2, 3\]"),
+        ({"cu_seqlens": torch.tensor([0, 4, 10])}, "Nmax of w_q and w_k must be at least the longest sequence, .*5"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_bad_packed_input(changes, message, impl):
+    dtype = torch.float32 if impl == "cpu" else torch.float64
+    inputs = packed(draw(rank=4, dtype=dtype), [5, 5]) | {"cu_seqlens": torch.tensor([0, 5, 10])}
+    changes = {name: x.to(dtype) if x.is_floating_point() else x for name, x in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        recattn.wasserstein_attention(**{**inputs, "impl": impl, **changes})
+
+
+def test_a_max_seqlen_that_is_no_bound():
+    inputs = packed(draw(), [5, 5])
+    with pytest.raises(ValueError, match=r"max_seqlen must be at least the longest sequence, got 4 and a length of 5"):
+        recattn.wasserstein_attention(**inputs, cu_seqlens=offsets_of([5, 5]), max_seqlen=4)

@@ -105,6 +105,8 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
 
     names = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
     gaussians, long_gaussians = ({name: leaf(B, 1, N, 8) for name in names} for N in (2, 129))
+    packed_gaussians = {name: leaf(2 * packed, 1, 8) for name in names}
+    packed_gaussians |= {"cu_seqlens": tokens["cu_seqlens"]}
     matrices = {"w_q": leaf(2, 2), "w_k": leaf(2, 2)}
 
     histories = {"behaviors": leaf(B, 3, 16), "w_comp": leaf(3, 16)}
@@ -140,6 +142,8 @@ def calls(sequences: int, packed: int) -> dict[str, Callable[[], None]]:
             wasserstein_attention, long_gaussians, **seed_and_padding
         ),
         "wasserstein_attention, refined": lambda: train(wasserstein_attention, gaussians | matrices),
+        "wasserstein_attention, packed": lambda: train(wasserstein_attention, packed_gaussians | matrices),
+        "wasserstein_attention, packed and short": lambda: train(wasserstein_attention, packed_gaussians, max_seqlen=2),
         "lrea_compress": lambda: train(lrea_compress, histories, seq_lens=lengths),
         "lrea_compress, packed": lambda: train(lrea_compress, packed_histories),
         "lrea_compress by item id": lambda: lrea_compress(**table),

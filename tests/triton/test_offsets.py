@@ -174,16 +174,16 @@ def test_inter_sink_bias(layout):
 
 def wasserstein_attention(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, dmean, dcov) -> dict[str, Tensor]:
     inputs = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
-    options = WassersteinAttentionOptions("logits", causal=True, left_padded=False, scale=1 / D)
+    options = WassersteinAttentionOptions("logits", causal=True, scale=1 / D)
     made = {name: torch.empty_like(x) for name, x in zip(("mean", "cov"), (mean_v, cov_v), strict=True)}
     *sizes, head_dim = mean_q.shape
     vectors = mean_q.new_empty(2, *sizes, 2 * head_dim)
     forward = Forward(*inputs, *made.values(), vectors, torch.empty(2, *sizes))
-    launch_wasserstein_attention_vectors(forward, None, options)
-    launch_wasserstein_attention_fwd(forward, None, options)
+    launch_wasserstein_attention_vectors(forward, NO_LENGTHS, options)
+    launch_wasserstein_attention_fwd(forward, NO_LENGTHS, options)
     names = ("dmean_q", "dcov_q", "dmean_k", "dcov_k", "dmean_v", "dcov_v")
     gradients = {name: x.new_empty(x.shape) for name, x in zip(names, inputs, strict=True)}
-    launch_wasserstein_attention_bwd(forward, dmean, dcov, tuple(gradients.values()), None, options)
+    launch_wasserstein_attention_bwd(forward, dmean, dcov, tuple(gradients.values()), NO_LENGTHS, options)
     return made | gradients
 
 

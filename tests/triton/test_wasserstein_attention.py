@@ -11,7 +11,17 @@ from recattn import reference
 from recattn._options import WassersteinAttentionOptions
 from recattn.ops import wasserstein_attention as ops
 from tests.helpers.interpreted import DEVICE, DTYPES, assert_matches_reference_twice_of_three, with_dtypes
-from tests.helpers.wasserstein_inputs import NAMES, assert_reruns_agree, draw, gradients, largest_tensor, with_offset
+from tests.helpers.wasserstein_inputs import (
+    NAMES,
+    assert_packed_equals_padded,
+    assert_reruns_agree,
+    draw,
+    gradients,
+    largest_tensor,
+    offsets_of,
+    packed,
+    with_offset,
+)
 
 pytest.importorskip("triton")
 
@@ -19,6 +29,7 @@ import triton
 import triton.language as tl
 
 from recattn.triton_kernels.common.dropout import dropout_weights
+from recattn.triton_kernels.common.ragged import NO_LENGTHS
 from recattn.triton_kernels.wasserstein_attention import (
     Forward,
     launch_wasserstein_attention_bwd,
@@ -71,10 +82,15 @@ def test_short_sequences(n, d, dv, causal):
 
 def test_short_sequences_take_two_launches():
     """And no vectors: their size is the sign of it."""
-    options = ("logits", True, False, None, 0.0, None, "triton", False)
+    options = WassersteinAttentionOptions("logits", True, None)
     for n, count in ((128, 0), (129, 2 * 4 * 129 * 32)):
         inputs = draw_here(b=2, h=2, n=n, d=16, dv=16, dtype=torch.float16)
-        vectors = ops.wasserstein_attention_fwd(*inputs.values(), None, None, WassersteinAttentionOptions(*options))[2]
+        vectors = ops.wasserstein_attention_fwd(*inputs.values(), *[None] * 4, options)[2]
+        assert vectors.numel() == count
+    tokens = packed(inputs, [100, 128]).values()
+    for max_seqlen, count in ((128, 0), (None, 2 * 228 * 2 * 32)):  # without a bound, T
+        lengths = (None, None, offsets_of([100, 128], DEVICE), None)
+        vectors = ops.wasserstein_attention_fwd(*tokens, *lengths, options._replace(max_seqlen=max_seqlen))[2]
         assert vectors.numel() == count
 
 
@@ -89,6 +105,39 @@ def test_refined_ragged(source, padding_side):
     rank = 40 if padding_side == "right" else 10
     inputs = draw_here(b=3, n=40, d=6, dv=16, rank=rank, per_head=("w_k",), source=source)
     check(inputs, source=source, seq_lens=lengths(33, 0, 1), padding_side=padding_side)
+
+
+@pytest.mark.parametrize("rank, dtype", [(4, torch.float32)] + [(None, dtype) for dtype in DTYPES], ids=str)
+def test_windows(rank, dtype):
+    inputs = draw_here(b=3, h=1, n=20, d=6, dv=5, rank=rank, dtype=dtype)
+    check(inputs, seq_lens=lengths(9, 0, 17), seq_starts=lengths(6, 20, 1))
+
+
+@pytest.mark.parametrize("causal, dropout_p", [(True, 0.0), (False, 0.3)])
+@pytest.mark.parametrize(
+    "counts, dtype",
+    [((70, 0, 7, 33), torch.float32)] + [(counts, torch.float16) for counts in ((20, 0, 7, 33), (130, 0, 7, 33))],
+    ids=str,
+)
+def test_packed_equals_padded(counts, dtype, causal, dropout_p):
+    """To the bit. Of half precision 33 tokens are short."""
+    inputs = draw_here(b=4, h=2, n=max(counts), d=6, dv=5, dtype=dtype)
+    function = functools.partial(by_triton, causal=causal, dropout_p=dropout_p)
+    assert_packed_equals_padded(function, inputs, list(counts), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["logits", "weights"])
+def test_refined_packed_equals_padded(source):
+    inputs = draw_here(b=3, h=2, n=20, d=6, dv=5, rank=4, per_head=("w_k",), source=source)
+    assert_packed_equals_padded(functools.partial(by_triton, source=source), inputs, [20, 0, 7], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [[], [0, 0]], ids=str)
+def test_empty_packed_batches(counts):
+    inputs = packed(draw_here(b=2), [0, 0])
+    results = gradients(by_triton, inputs, cu_seqlens=offsets_of(counts, DEVICE))
+    for name, x in inputs.items():
+        assert results[f"d{name}"].shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -219,10 +268,10 @@ def test_dropout_is_of_both_products(causal, dtype):
     factors = torch.empty(2, 2, n, n, device=DEVICE)
     factors_kernel[(4,)](seed, factors, round(p * 65536), n, BLOCK=64)
     assert 0.45 < (factors == 0).float().mean() < 0.55
-    options = WassersteinAttentionOptions("logits", causal, False, None, p, impl="triton")
+    options = WassersteinAttentionOptions("logits", causal, None, p, impl="triton")
 
-    def seeded(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v):
-        return ops.wasserstein_attention(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, None, None, None, seed, options)
+    def seeded(**gaussians):
+        return ops.wasserstein_attention(tuple(gaussians.values()), None, None, (None, None, None), seed, options)
 
     expected = functools.partial(with_factors, causal=causal)
     assert_matches_reference_twice_of_three(
@@ -242,19 +291,28 @@ def test_dropout_follows_the_generator():
 # --- The operators and their launches ---
 
 
+def of_layout(layout, inputs):
+    """Inputs of three sequences of 9, 0 and 4 tokens, with seq_lens, seq_starts and cu_seqlens."""
+    if layout == "windows":
+        return [*inputs.values(), lengths(9, 0, 4), lengths(0, 3, 2), None]
+    return [*packed(inputs, [9, 0, 4]).values(), None, None, offsets_of([9, 0, 4], DEVICE)]
+
+
+@pytest.mark.parametrize("layout", ["windows", "packed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype):
-    inputs = draw_here(b=3, n=9, d=3, dv=4, dtype=dtype)
-    options = ("logits", True, True, None, 0.1, "triton", False)
-    arguments = (*inputs.values(), lengths(9, 0, 4), torch.tensor([5], device=DEVICE), *options)
+def test_opcheck(dtype, layout):
+    options = ("logits", True, None, 0.1, 9 if layout == "packed" else None, "triton", False)
+    tokens = of_layout(layout, draw_here(b=3, n=9, d=3, dv=4, dtype=dtype))
+    arguments = (*tokens, torch.tensor([5], device=DEVICE), *options)
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_fwd.default, arguments)
     outs = torch.ops.recattn.wasserstein_attention_fwd(*arguments)
     torch.library.opcheck(torch.ops.recattn.wasserstein_attention_bwd.default, (*outs[:2], *outs, *arguments))
 
 
-def test_opcheck_factors():
-    gaussians = list(draw_here(b=3, n=9, d=3, dtype=torch.float16).values())[:4]
-    arguments = (*gaussians, lengths(9, 0, 4), True)
+@pytest.mark.parametrize("layout", ["windows", "packed"])
+def test_opcheck_factors(layout):
+    inputs = draw_here(b=3, n=9, d=3, dtype=torch.float16)
+    arguments = of_layout(layout, {name: inputs[name] for name in NAMES[:4]})
     torch.library.opcheck(torch.ops.recattn.wasserstein_factors_fwd.default, arguments)
     factors = torch.ops.recattn.wasserstein_factors_fwd(*arguments)
     torch.library.opcheck(torch.ops.recattn.wasserstein_factors_bwd.default, (*factors, *factors, *arguments))
@@ -278,10 +336,10 @@ def test_launches_compile_alike_for_any_batch_and_length():
     for b, h, n, scale, causal in ((2, 2, 16, 1.0, True), (3, 1, 17, 0.3, False)):
         x = meta(b, h, n, 32)
         forward = Forward(*[x] * 8, meta(2, b, h, n, 64), meta(2, b, h, n))
-        options = WassersteinAttentionOptions("logits", causal, False, scale)
-        made = recorded("", 90, functools.partial(launch_wasserstein_attention_vectors, forward, None, options))
-        made += recorded("", 90, functools.partial(launch_wasserstein_attention_fwd, forward, None, options))
-        backward = functools.partial(launch_wasserstein_attention_bwd, forward, x, x, [x] * 6, None, options)
+        options = WassersteinAttentionOptions("logits", causal, scale)
+        made = recorded("", 90, functools.partial(launch_wasserstein_attention_vectors, forward, NO_LENGTHS, options))
+        made += recorded("", 90, functools.partial(launch_wasserstein_attention_fwd, forward, NO_LENGTHS, options))
+        backward = functools.partial(launch_wasserstein_attention_bwd, forward, x, x, [x] * 6, NO_LENGTHS, options)
         made += recorded("", 90, backward)
         signatures.append([(c.kernel, c.signature, c.constexprs) for c in made])
     assert len(signatures[0]) == 4 and signatures[0] == signatures[1]

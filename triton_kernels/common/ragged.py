@@ -59,28 +59,6 @@ def locate_sequence(batch, N, lengths):
 
 
 @triton.jit
-def locate_padded_sequence(batch, N, seq_lens, cu_seqlens, left_padded):
-    """One sequence: (its first token on the N axis, its length, the position at which its first token is counted).
-
-    Positions count from the sequence's start where it is packed (cu_seqlens), along the N axis where it is padded
-    (seq_lens).
-    """
-    if cu_seqlens is not None:
-        start = tl.load(cu_seqlens + batch).to(tl.int64)
-        length = (tl.load(cu_seqlens + batch + 1) - start).to(tl.int32)
-        first_position = length * 0
-    elif seq_lens is not None:
-        length = tl.load(seq_lens + batch).to(tl.int32)
-        first_position = tl.where(left_padded != 0, N - length, 0)
-        start = first_position.to(tl.int64)
-    else:
-        length = tl.full((), 0, tl.int32) + N
-        first_position = length * 0
-        start = first_position.to(tl.int64)
-    return start, length, first_position
-
-
-@triton.jit
 def sequence_of_tile(tile, B, N, cu_seqlens, BLOCK: tl.constexpr, SPARE: tl.constexpr):
     """(the sequence that a tile belongs to, the tile's number in that sequence).
 

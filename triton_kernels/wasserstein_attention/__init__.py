@@ -19,6 +19,7 @@ dmean_q = dq[:, :D]                             dcov_q  = dq[:, D:] / (2 √cov_
 With REFINED, cov_q and cov_k are x of Σ = elu(x) + 1, and √Σ - 1 takes the place of √Σ.
 """
 
+from recattn.triton_kernels.common.ragged import as_lengths
 from recattn.triton_kernels.wasserstein_attention.backward import launch_wasserstein_attention_bwd
 from recattn.triton_kernels.wasserstein_attention.config import is_short
 from recattn.triton_kernels.wasserstein_attention.factors import (
@@ -36,6 +37,7 @@ from recattn.triton_kernels.wasserstein_attention.vectors import launch_wasserst
 
 __all__ = [
     "Forward",
+    "as_lengths",
     "factors_width",
     "is_short",
     "launch_wasserstein_attention_bwd",

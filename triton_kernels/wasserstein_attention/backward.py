@@ -9,7 +9,8 @@ from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
-from recattn.triton_kernels.common.launch import cdiv, launch
+from recattn.triton_kernels.common.launch import launch
+from recattn.triton_kernels.common.ragged import Lengths
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import bhnd
 from recattn.triton_kernels.wasserstein_attention.config import launch_constants
@@ -18,13 +19,16 @@ from recattn.triton_kernels.wasserstein_attention.shared import (
     Forward,
     dot_of_rows,
     end_of_keys,
+    grid_of_tiles,
     last_key_of,
+    load_row,
     load_tile,
     qk_block,
+    scalars_of,
     second_half,
-    sequence_of,
-    sizes_and_options,
+    sizes_of,
     store_tile,
+    tile_of,
 )
 from recattn.triton_kernels.wasserstein_attention.vectors import store_gradients
 
@@ -72,9 +76,8 @@ def p_and_ds(rows, keys, scale, bh, dropout):
 @triton.jit
 def load_row_stats(row_stats, seq, rows):
     """row_max and 1 / row_sum of a block of queries."""
-    valid = rows < seq.length
-    row_max = tl.load(row_stats + seq.first + rows, mask=valid, other=0.0)
-    row_sum = tl.load(second_half(row_stats, seq.N, 1) + seq.first + rows, mask=valid, other=1.0)
+    row_max = load_row(row_stats, seq, rows, 0.0)
+    row_sum = load_row(second_half(row_stats, seq, 1), seq, rows, 1.0)
     return row_max, 1 / row_sum
 
 
@@ -92,13 +95,13 @@ def wasserstein_attention_bwd_dq_kernel(
     cov_q,
     dmean_q,
     dcov_q,
-    seq_lens,
+    lengths,
     dropout_seed,
+    B,
     num_heads,
     N,
     scale,
     causal,
-    left_padded,
     dropout_threshold,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -108,7 +111,7 @@ def wasserstein_attention_bwd_dq_kernel(
     BLOCK_N: tl.constexpr,
     REFINED: tl.constexpr,
 ):
-    """Program (i, j): BLOCK_M queries of batch-head i, the last tiles first; all the keys that they see.
+    """One program: BLOCK_M queries of a batch-head, the last tiles first; all the keys that they see.
 
     delta    = rowsum(dmean * mean) + 2 rowsum(dcov * cov)                 also stored, for dk and dv
     for each block of BLOCK_N keys:
@@ -116,19 +119,18 @@ def wasserstein_attention_bwd_dq_kernel(
         acc += ds @ k                                                      [BLOCK_M, W]
     dq       = 2 scale * (acc - rowsum(ds) q)                              stored as dmean_q and dcov_q
     """
-    bh = tl.program_id(0)
-    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    bh, seq, tile = tile_of(B, num_heads, N, lengths, BLOCK_M, True)
+    if lengths.cu_seqlens is not None and tile * BLOCK_M >= seq.length:
+        return
     WIDTH: tl.constexpr = 2 * HEAD_DIM
-    key = second_half(vectors, N, WIDTH)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    key = second_half(vectors, seq, WIDTH)
     row_positions = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_valid = row_positions < seq.length
     dmean_tile = load_tile(dmean, seq, row_positions, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
     dcov_tile = load_tile(dcov, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
     mean_tile = load_tile(mean, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
     cov_tile = load_tile(cov, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
     row_delta = dot_of_rows(dmean_tile, mean_tile) + 2 * dot_of_rows(dcov_tile, cov_tile)  # [BM]
-    tl.store(delta + seq.first + row_positions, row_delta, mask=row_valid)
+    tl.store(delta + seq.first + row_positions * seq.step, row_delta, mask=row_positions < seq.length)
     row_max, inv_row_sum = load_row_stats(row_stats, seq, row_positions)
     q_tile = load_tile(vectors, seq, row_positions, WIDTH, BLOCK_W)  # [BM, W]
     last_key = last_key_of(row_positions, seq.length, causal)
@@ -166,13 +168,13 @@ def wasserstein_attention_bwd_dkdv_kernel(
     dcov_k,
     dmean_v,
     dcov_v,
-    seq_lens,
+    lengths,
     dropout_seed,
+    B,
     num_heads,
     N,
     scale,
     causal,
-    left_padded,
     dropout_threshold,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -182,7 +184,7 @@ def wasserstein_attention_bwd_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     REFINED: tl.constexpr,
 ):
-    """Program (i, j): BLOCK_N keys of batch-head i; all the queries that see them.
+    """One program: BLOCK_N keys of a batch-head; all the queries that see them.
 
     for each block of BLOCK_M queries:
         p, ds as in the kernel of dq                                       [BLOCK_M, BLOCK_N]
@@ -190,11 +192,12 @@ def wasserstein_attention_bwd_dkdv_kernel(
         dmean_v += p.T @ dmean        dcov_v += (p * p).T @ dcov           [BLOCK_N, Dv]
     dk           = 2 scale * (dk - colsum(ds) k)                           stored as dmean_k and dcov_k
     """
-    bh = tl.program_id(0)
-    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    bh, seq, tile = tile_of(B, num_heads, N, lengths, BLOCK_N, False)
+    if lengths.cu_seqlens is not None and tile * BLOCK_N >= seq.length:
+        return
     WIDTH: tl.constexpr = 2 * HEAD_DIM
-    key = second_half(vectors, N, WIDTH)
-    first_key = tl.program_id(1) * BLOCK_N
+    key = second_half(vectors, seq, WIDTH)
+    first_key = tile * BLOCK_N
     key_positions = first_key + tl.arange(0, BLOCK_N)
     k_tile = load_tile(key, seq, key_positions, WIDTH, BLOCK_W)  # [BN, W]
     mean_v_tile = load_tile(mean_v, seq, key_positions, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
@@ -211,10 +214,9 @@ def wasserstein_attention_bwd_dkdv_kernel(
     steps = tl.maximum(tl.cdiv(seq.length - first_row, BLOCK_M), 1)
     for step in range(0, steps):
         row_positions = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_valid = row_positions < seq.length
         q_tile = load_tile(vectors, seq, row_positions, WIDTH, BLOCK_W)  # [BM, W]
         row_max, inv_row_sum = load_row_stats(row_stats, seq, row_positions)
-        row_delta = tl.load(delta + seq.first + row_positions, mask=row_valid, other=0.0)
+        row_delta = load_row(delta, seq, row_positions, 0.0)
         dmean_tile = load_tile(dmean, seq, row_positions, V_HEAD_DIM, BLOCK_DV)  # [BM, Dv]
         dcov_tile = load_tile(dcov, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
         last_key = last_key_of(row_positions, seq.length, causal)
@@ -237,7 +239,7 @@ def launch_wasserstein_attention_bwd(
     dmean: Tensor,
     dcov: Tensor,
     gradients: Sequence[Tensor],
-    seq_lens: Tensor | None,
+    lengths: Lengths,
     options: WassersteinAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
@@ -247,24 +249,24 @@ def launch_wasserstein_attention_bwd(
     dmean, dcov and gradients are contiguous, `options` as in the forward.
     """
     mean_q, cov_q, _, cov_k, mean_v, cov_v, mean, cov, vectors, row_stats = forward
-    B, H, N, head_dim = mean_q.shape
+    B, H, N, head_dim = sizes = sizes_of(mean_q, lengths)
     if B * H * N == 0:
         return
     dmean_q, dcov_q, dmean_k, dcov_k, dmean_v, dcov_v = gradients
-    delta = row_stats.new_empty(B, H, N)
-    sizes = sizes_and_options(H, N, head_dim, options, dropout)
-    _, _, dq, dkdv = launch_constants(head_dim, mean_v.shape[3], mean_q.dtype, options.refined)
+    delta = row_stats.new_empty(mean_q.shape[:-1])
+    scalars = scalars_of(sizes, options, dropout)
+    _, _, dq, dkdv = launch_constants(head_dim, mean_v.shape[-1], mean_q.dtype, options.refined)
     launch(
         wasserstein_attention_bwd_dq_kernel,
-        (B * H, cdiv(N, dq["BLOCK_M"])),
+        grid_of_tiles(B, H, N, lengths, dq["BLOCK_M"]),
         *(vectors, mean_v, cov_v, mean, cov, row_stats, dmean, dcov, delta),
-        *(bhnd(cov_q), dmean_q, dcov_q, seq_lens, dropout.seed, *sizes),
+        *(bhnd(cov_q, lengths.cu_seqlens), dmean_q, dcov_q, lengths, dropout.seed, *scalars),
         **dq,
     )
     launch(
         wasserstein_attention_bwd_dkdv_kernel,
-        (B * H, cdiv(N, dkdv["BLOCK_N"])),
+        grid_of_tiles(B, H, N, lengths, dkdv["BLOCK_N"]),
         *(vectors, mean_v, cov_v, row_stats, dmean, dcov, delta),
-        *(bhnd(cov_k), dmean_k, dcov_k, dmean_v, dcov_v, seq_lens, dropout.seed, *sizes),
+        *(bhnd(cov_k, lengths.cu_seqlens), dmean_k, dcov_k, dmean_v, dcov_v, lengths, dropout.seed, *scalars),
         **dkdv,
     )

@@ -56,13 +56,20 @@ def launch_constants(head_dim: int, value_dim: int, dtype: torch.dtype, refined:
 LARGEST_SHORT_HEAD_DIM = {80: (32, 0, 0), 90: (64, 64, 32), 100: (64, 32, 0)}
 
 
-def is_short(mean_q: Tensor, mean_v: Tensor, has_more: bool) -> bool:
+def longest_of(mean_q: Tensor, max_seqlen: int | None) -> int:
+    """A bound of the lengths: N of mean_q [B, H, N, D]; packed [T, H, D] `max_seqlen`, or T."""
+    if mean_q.dim() == 4:
+        return mean_q.shape[2]
+    return mean_q.shape[0] if max_seqlen is None else max_seqlen
+
+
+def is_short(mean_q: Tensor, mean_v: Tensor, max_seqlen: int | None, has_more: bool) -> bool:
     """Whether the kernels of short sequences serve a call. Float32 matmuls would need too many registers."""
-    N, widest = mean_q.shape[2], max(mean_q.shape[3], mean_v.shape[3])
-    if mean_q.dtype == torch.float32 or N > 128:
+    longest, widest = longest_of(mean_q, max_seqlen), max(mean_q.shape[-1], mean_v.shape[-1])
+    if mean_q.dtype == torch.float32 or longest > 128:
         return False
     limits = LARGEST_SHORT_HEAD_DIM[architecture_of(mean_q)]
-    return widest <= limits[0 if N <= 64 else 2 if has_more else 1]
+    return widest <= limits[0 if longest <= 64 else 2 if has_more else 1]
 
 
 class ShortConstants(NamedTuple):

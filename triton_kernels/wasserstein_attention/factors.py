@@ -12,10 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recattn.triton_kernels.common.launch import cdiv, launch
+from recattn.triton_kernels.common.launch import launch
+from recattn.triton_kernels.common.ragged import Lengths
 from recattn.triton_kernels.common.tiles import bhnd, block_width, head_rows, load_rows, store_rows
 from recattn.triton_kernels.wasserstein_attention.config import VECTORS_OPTIONS, VECTORS_TILE
-from recattn.triton_kernels.wasserstein_attention.shared import rows_of, sequence_of
+from recattn.triton_kernels.wasserstein_attention.shared import (
+    grid_of_tiles,
+    rows_of,
+    sequence_of,
+    sizes_of,
+    tile_of,
+)
 from recattn.triton_kernels.wasserstein_attention.vectors import load_columns, mean_of_columns, store_gradients
 
 
@@ -57,7 +64,7 @@ def store_factors(
         tl.store(to_ones + 1, ones.to(dtype), mask=stored)
 
 
-@triton.jit(do_not_specialize=["num_heads", "N", "left_padded"])
+@triton.jit(do_not_specialize=["num_heads", "N"])
 def wasserstein_factors_fwd_kernel(
     mean_q,
     cov_q,
@@ -65,10 +72,9 @@ def wasserstein_factors_fwd_kernel(
     cov_k,
     queries,
     keys,
-    seq_lens,
+    lengths,
     num_heads,
     N,
-    left_padded,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -77,12 +83,12 @@ def wasserstein_factors_fwd_kernel(
     """Program i: all tokens of batch-head i, BLOCK_N at a time, after a pass over the keys for their mean."""
     bh = tl.program_id(0)
     batch, head = bh // num_heads, bh % num_heads
-    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    seq = sequence_of(bh, num_heads, N, lengths)
     mean_q, cov_q = head_rows(mean_q, batch, head, seq.start), head_rows(cov_q, batch, head, seq.start)
     mean_k, cov_k = head_rows(mean_k, batch, head, seq.start), head_rows(cov_k, batch, head, seq.start)
     means = mean_of_columns(mean_k, seq, False, False, HEAD_DIM, BLOCK_D, BLOCK_N)
     stds = mean_of_columns(cov_k, seq, True, False, HEAD_DIM, BLOCK_D, BLOCK_N)
-    for first in range(0, N, BLOCK_N):
+    for first in range(0, seq.N, BLOCK_N):
         store_factors(queries, mean_q, cov_q, means, stds, first, seq, False, HEAD_DIM, WIDTH, BLOCK_D, BLOCK_N)
         store_factors(keys, mean_k, cov_k, means, stds, first, seq, True, HEAD_DIM, WIDTH, BLOCK_D, BLOCK_N)
 
@@ -106,16 +112,16 @@ def store_factor_gradients(
     """The gradients of the mean and cov of a block of tokens from those of the queries or the keys."""
     factor: tl.constexpr = 1.0 if IS_KEY else 2.0
     NORMS: tl.constexpr = 2 * HEAD_DIM + (WIDTH // 2 - HEAD_DIM if IS_KEY else 0)
-    valid = tokens < seq.length
+    valid, rows = tokens < seq.length, tokens * seq.step
     factors, dfactors = factors + seq.first * WIDTH, dfactors + seq.first * WIDTH
-    vectors = load_rows(factors, tokens, valid, WIDTH, 1, 2 * HEAD_DIM, BLOCK_W).to(tl.float32) / factor
-    dvectors = load_rows(dfactors, tokens, valid, WIDTH, 1, 2 * HEAD_DIM, BLOCK_W).to(tl.float32) * factor
-    dnorms = tl.load(dfactors + tokens.to(tl.int64) * WIDTH + NORMS, mask=valid, other=0.0).to(tl.float32)
+    vectors = load_rows(factors, rows, valid, WIDTH, 1, 2 * HEAD_DIM, BLOCK_W).to(tl.float32) / factor
+    dvectors = load_rows(dfactors, rows, valid, WIDTH, 1, 2 * HEAD_DIM, BLOCK_W).to(tl.float32) * factor
+    dnorms = tl.load(dfactors + rows.to(tl.int64) * WIDTH + NORMS, mask=valid, other=0.0).to(tl.float32)
     dvectors -= 2 * dnorms[:, None] * vectors
     store_gradients(dmean, dcov, dvectors, cov, seq, bh, num_heads, tokens, HEAD_DIM, BLOCK_W, False)
 
 
-@triton.jit(do_not_specialize=["num_heads", "N", "left_padded"])
+@triton.jit(do_not_specialize=["B", "num_heads", "N"])
 def wasserstein_factors_bwd_kernel(
     dqueries,
     dkeys,
@@ -127,19 +133,18 @@ def wasserstein_factors_bwd_kernel(
     dcov_q,
     dmean_k,
     dcov_k,
-    seq_lens,
+    lengths,
+    B,
     num_heads,
     N,
-    left_padded,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (i, j): BLOCK_N tokens of batch-head i."""
-    bh = tl.program_id(0)
-    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
-    tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One program: BLOCK_N tokens of a batch-head."""
+    bh, seq, tile = tile_of(B, num_heads, N, lengths, BLOCK_N, False)
+    tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     store_factor_gradients(
         dqueries, queries, cov_q, dmean_q, dcov_q, seq, bh, num_heads, tokens, False, HEAD_DIM, WIDTH, BLOCK_W
     )
@@ -154,20 +159,20 @@ def factors_width(head_dim: int, dtype: torch.dtype) -> int:
 
 
 def launch_wasserstein_factors_fwd(
-    gaussians: Sequence[Tensor], queries: Tensor, keys: Tensor, seq_lens: Tensor | None, left_padded: bool
+    gaussians: Sequence[Tensor], queries: Tensor, keys: Tensor, lengths: Lengths
 ) -> None:
     """Write queries and keys, contiguous, of mean_q, cov_q, mean_k, cov_k; zeros at padding."""
-    B, H, N, head_dim = gaussians[0].shape
+    B, H, N, head_dim = sizes_of(gaussians[0], lengths)
     if B * H * N == 0:
         return
     block_d = block_width(head_dim)
     launch(
         wasserstein_factors_fwd_kernel,
         (B * H,),
-        *map(bhnd, gaussians),
-        *(queries, keys, seq_lens, H, N, int(left_padded)),
+        *[bhnd(x, lengths.cu_seqlens) for x in gaussians],
+        *(queries, keys, lengths, H, N),
         HEAD_DIM=head_dim,
-        WIDTH=queries.shape[3],
+        WIDTH=queries.shape[-1],
         BLOCK_D=block_d,
         BLOCK_N=VECTORS_TILE // 2 // block_d,
         **VECTORS_OPTIONS,
@@ -182,22 +187,21 @@ def launch_wasserstein_factors_bwd(
     cov_q: Tensor,
     cov_k: Tensor,
     gradients: Sequence[Tensor],
-    seq_lens: Tensor | None,
-    left_padded: bool,
+    lengths: Lengths,
 ) -> None:
     """Write `gradients`, of mean_q, cov_q, mean_k, cov_k; all contiguous, but cov_q and cov_k. Zeros at padding."""
-    B, H, N, head_dim = cov_q.shape
+    B, H, N, head_dim = sizes_of(cov_q, lengths)
     if B * H * N == 0:
         return
     block_w = block_width(2 * head_dim)
     block_n = VECTORS_TILE // block_w
     launch(
         wasserstein_factors_bwd_kernel,
-        (B * H, cdiv(N, block_n)),
-        *(dqueries, dkeys, queries, keys, bhnd(cov_q), bhnd(cov_k)),
-        *(*gradients, seq_lens, H, N, int(left_padded)),
+        grid_of_tiles(B, H, N, lengths, block_n),
+        *(dqueries, dkeys, queries, keys, bhnd(cov_q, lengths.cu_seqlens), bhnd(cov_k, lengths.cu_seqlens)),
+        *(*gradients, lengths, B, H, N),
         HEAD_DIM=head_dim,
-        WIDTH=queries.shape[3],
+        WIDTH=queries.shape[-1],
         BLOCK_W=block_w,
         BLOCK_N=block_n,
         **VECTORS_OPTIONS,

@@ -2,25 +2,27 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
-from recattn.triton_kernels.common.launch import cdiv, launch
+from recattn.triton_kernels.common.launch import launch
+from recattn.triton_kernels.common.ragged import Lengths
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
 from recattn.triton_kernels.wasserstein_attention.config import launch_constants
 from recattn.triton_kernels.wasserstein_attention.shared import (
     DO_NOT_SPECIALIZE,
     Forward,
     end_of_keys,
+    grid_of_tiles,
     last_key_of,
     load_tile,
     qk_block,
+    scalars_of,
     second_half,
-    sequence_of,
-    sizes_and_options,
+    sizes_of,
     store_row,
     store_tile,
+    tile_of,
 )
 
 
@@ -32,13 +34,13 @@ def wasserstein_attention_fwd_kernel(
     mean,
     cov,
     row_stats,
-    seq_lens,
+    lengths,
     dropout_seed,
+    B,
     num_heads,
     N,
     scale,
     causal,
-    left_padded,
     dropout_threshold,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -47,7 +49,7 @@ def wasserstein_attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (i, j): BLOCK_M queries of batch-head i, the last tiles first; all the keys that they see.
+    """One program: BLOCK_M queries of a batch-head, the last tiles first; all the keys that they see.
 
     for each block of BLOCK_N keys:
         qk       = scale * (2 q @ k.T - |k|^2)                            [BLOCK_M, BLOCK_N], W components
@@ -56,13 +58,13 @@ def wasserstein_attention_fwd_kernel(
         cov_acc  = row_scale^2 * cov_acc + p^2 @ cov_v
     mean, cov    = mean_acc / row_sum, cov_acc / row_sum^2
     """
-    bh = tl.program_id(0)
-    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # with a causal mask the last tiles have the most keys
+    bh, seq, tile = tile_of(B, num_heads, N, lengths, BLOCK_M, True)
+    if lengths.cu_seqlens is not None and tile * BLOCK_M >= seq.length:
+        return
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     WIDTH: tl.constexpr = 2 * HEAD_DIM
     q_tile = load_tile(vectors, seq, rows, WIDTH, BLOCK_W)  # [BM, W]
-    key = second_half(vectors, N, WIDTH)
+    key = second_half(vectors, seq, WIDTH)
     scale *= log2e_scale(q_tile)
     mean_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     cov_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -94,12 +96,12 @@ def wasserstein_attention_fwd_kernel(
     store_tile(mean, mean_acc * inv_row_sum[:, None], seq, rows, V_HEAD_DIM, BLOCK_DV)
     store_tile(cov, cov_acc * (inv_row_sum * inv_row_sum)[:, None], seq, rows, V_HEAD_DIM, BLOCK_DV)
     store_row(row_stats, row_max, seq, rows)
-    store_row(second_half(row_stats, N, 1), row_sum, seq, rows)
+    store_row(second_half(row_stats, seq, 1), row_sum, seq, rows)
 
 
 def launch_wasserstein_attention_fwd(
     forward: Forward,
-    seq_lens: Tensor | None,
+    lengths: Lengths,
     options: WassersteinAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
@@ -107,15 +109,14 @@ def launch_wasserstein_attention_fwd(
     """Write mean = P μ_v, cov = (P∘P) Σ_v and the row statistics of `forward`, whose vectors are written; zeros at
     padding."""
     mean_q, _, _, _, mean_v, cov_v, mean, cov, vectors, row_stats = forward
-    B, H, N, head_dim = mean_q.shape
+    B, H, N, head_dim = sizes = sizes_of(mean_q, lengths)
     if B * H * N == 0:
         return
-    constants = launch_constants(head_dim, mean_v.shape[3], mean_q.dtype, options.refined).fwd
-    # Only the first axis of a grid can be longer than 65535.
+    constants = launch_constants(head_dim, mean_v.shape[-1], mean_q.dtype, options.refined).fwd
     launch(
         wasserstein_attention_fwd_kernel,
-        (B * H, cdiv(N, constants["BLOCK_M"])),
-        *(vectors, mean_v, cov_v, mean, cov, row_stats, seq_lens, dropout.seed),
-        *sizes_and_options(H, N, head_dim, options, dropout),
+        grid_of_tiles(B, H, N, lengths, constants["BLOCK_M"]),
+        *(vectors, mean_v, cov_v, mean, cov, row_stats, lengths, dropout.seed),
+        *scalars_of(sizes, options, dropout),
         **constants,
     )

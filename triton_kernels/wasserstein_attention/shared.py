@@ -9,12 +9,13 @@ from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.dropout import Dropout
-from recattn.triton_kernels.common.ragged import locate_padded_sequence
+from recattn.triton_kernels.common.launch import cdiv
+from recattn.triton_kernels.common.ragged import Lengths, locate_sequence, number_of_tiles, sequence_of_tile
 from recattn.triton_kernels.common.tiles import load_rows, store_rows
 
 
 class Forward(NamedTuple):
-    """The inputs and outputs of the forward; contiguous, but for the first four."""
+    """The inputs and outputs of the forward; contiguous, but for the first four. Packed, [B, H, N] is [T, H]."""
 
     mean_q: Tensor  # [B, H, N, D]
     cov_q: Tensor
@@ -29,36 +30,79 @@ class Forward(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """The tokens of one sequence and head, as rows of contiguous tensors [B, H, N, ·]."""
+    """The tokens of one sequence and head, as rows of contiguous tensors [B, H, N, ·] or packed [T, H, ·]."""
 
     first: tl.tensor  # row of the first token
+    step: tl.tensor  # rows from one token to the next
     length: tl.tensor
-    start: tl.tensor  # position of the first token on the N axis
-    N: tl.tensor
+    start: tl.tensor  # of the first token on the N or T axis
+    padding_before: tl.tensor  # tokens of padding before the first, of the N - length in all
+    N: tl.tensor  # `length` where packed
+    rows: tl.tensor  # of all sequences and heads
 
 
 @triton.jit
-def sequence_of(bh, num_heads, N, seq_lens, left_padded):
-    start, length, _ = locate_padded_sequence(bh // num_heads, N, seq_lens, None, left_padded)
-    return Sequence(bh.to(tl.int64) * N + start, length, start.to(tl.int32), N)
+def sequence_of(bh, num_heads, N, lengths):
+    """The sequence of a batch-head. Packed, N is T; else B·H is the first axis of the grid."""
+    start, length, first_position = locate_sequence(bh // num_heads, N, lengths)
+    if lengths.cu_seqlens is not None:
+        rows = N.to(tl.int64) * num_heads
+        seq = Sequence(start * num_heads + bh % num_heads, num_heads, length, start, 0, length, rows)
+    else:
+        rows = tl.num_programs(0).to(tl.int64) * N
+        seq = Sequence(bh.to(tl.int64) * N + start, 1, length, first_position, first_position, N, rows)
+    return seq
 
 
 @triton.jit
-def second_half(x, N, WIDTH: tl.constexpr):
-    """The second [B, H, N, WIDTH] of a contiguous [2, B, H, N, WIDTH]; B·H is the first axis of the grid."""
-    return x + tl.num_programs(0).to(tl.int64) * N * WIDTH
+def tile_of(B, num_heads, N, lengths, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(batch-head, its sequence, tile of BLOCK tokens) of a program in a grid by `grid_of_tiles`.
+
+    LAST_FIRST: a sequence's last tiles come first. With a causal mask they have the most keys.
+    """
+    if lengths.cu_seqlens is not None:
+        batch, tile = sequence_of_tile(tl.program_id(0), B, N, lengths.cu_seqlens, BLOCK, 1)
+        bh = batch.to(tl.int32) * num_heads + tl.program_id(1)
+        seq = sequence_of(bh, num_heads, N, lengths)
+        tiles = tl.cdiv(seq.length, BLOCK)
+    else:
+        bh, tile = tl.program_id(0), tl.program_id(1)
+        seq = sequence_of(bh, num_heads, N, lengths)
+        tiles = tl.num_programs(1)
+    if LAST_FIRST:
+        tile = tl.where(tile < tiles, tiles - 1 - tile, tile)
+    return bh, seq, tile
+
+
+def grid_of_tiles(B: int, num_heads: int, N: int, lengths: Lengths, block: int) -> tuple[int, int]:
+    """A program for each tile of `block` tokens of each batch-head. Packed, N is T, and some tiles are past the end."""
+    if lengths.cu_seqlens is not None:
+        return number_of_tiles(B, N, lengths.cu_seqlens, block, 1), num_heads
+    return B * num_heads, cdiv(N, block)  # only the first axis of a grid can be longer than 65535
+
+
+@triton.jit
+def second_half(x, seq, WIDTH: tl.constexpr):
+    """The second half of a contiguous [2, B, H, N, WIDTH], packed [2, T, H, WIDTH]."""
+    return x + seq.rows * WIDTH
 
 
 @triton.jit
 def load_tile(x, seq, tokens, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """[tokens, BLOCK_WIDTH] of the sequence in a contiguous tensor; zeros past its end."""
-    return load_rows(x + seq.first * WIDTH, tokens, tokens < seq.length, WIDTH, 1, WIDTH, BLOCK_WIDTH)
+    return load_rows(x + seq.first * WIDTH, tokens, tokens < seq.length, WIDTH * seq.step, 1, WIDTH, BLOCK_WIDTH)
+
+
+@triton.jit
+def load_row(x, seq, tokens, other):
+    """A number for each token; `other` past the sequence's end."""
+    return tl.load(x + seq.first + tokens * seq.step, mask=tokens < seq.length, other=other)
 
 
 @triton.jit
 def rows_of(seq, tokens):
     """Rows, from that of the first token on, for all N tokens: those past the sequence's end are its padding."""
-    return tl.where(tokens < seq.length, tokens, tl.where(seq.start > 0, tokens - seq.N, tokens))
+    return tl.where(tokens < seq.N - seq.padding_before, tokens, tokens - seq.N) * seq.step
 
 
 @triton.jit
@@ -117,12 +161,21 @@ def qk_block(q_tile, k_tile, scale):
 
 
 # Arguments that change with N, B and H, or from call to call.
-DO_NOT_SPECIALIZE = ["num_heads", "N", "scale", "causal", "left_padded", "dropout_threshold"]
+DO_NOT_SPECIALIZE = ["B", "num_heads", "N", "scale", "causal", "dropout_threshold"]
 
 
-def sizes_and_options(
-    num_heads: int, N: int, head_dim: int, options: WassersteinAttentionOptions, dropout: Dropout
-) -> tuple:
-    """num_heads, N, scale, causal, left_padded, dropout_threshold"""
+def sizes_of(mean_q: Tensor, lengths: Lengths) -> tuple[int, int, int, int]:
+    """B, H, N and D of mean_q [B, H, N, D]. Packed [T, H, D], N is T."""
+    if lengths.cu_seqlens is None:
+        return mean_q.shape
+    T, H, head_dim = mean_q.shape
+    return lengths.cu_seqlens.shape[0] - 1, H, T, head_dim
+
+
+def scalars_of(
+    sizes: tuple[int, int, int, int], options: WassersteinAttentionOptions, dropout: Dropout
+) -> tuple[int, int, int, float, int, int]:
+    """B, num_heads, N, scale, causal, dropout_threshold"""
+    B, H, N, head_dim = sizes
     scale = 1 / math.sqrt(head_dim) if options.scale is None else options.scale
-    return num_heads, N, scale, int(options.causal), int(options.left_padded), dropout.threshold
+    return B, H, N, scale, int(options.causal), dropout.threshold

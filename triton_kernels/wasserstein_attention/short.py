@@ -14,13 +14,15 @@ from torch import Tensor
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.dropout import NO_DROPOUT, PER_TOKEN, Dropout, dropout_weights
 from recattn.triton_kernels.common.launch import architecture_of, host_block_width, launch
+from recattn.triton_kernels.common.ragged import Lengths
 from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import Tokens, bhnd, head_rows, load_tokens
-from recattn.triton_kernels.wasserstein_attention.config import ShortConstants, short_constants
+from recattn.triton_kernels.wasserstein_attention.config import ShortConstants, longest_of, short_constants
 from recattn.triton_kernels.wasserstein_attention.shared import (
     DO_NOT_SPECIALIZE,
+    scalars_of,
     sequence_of,
-    sizes_and_options,
+    sizes_of,
     squared_norms,
     store_tile,
 )
@@ -112,13 +114,13 @@ def wasserstein_attention_short_fwd_kernel(
     cov_v,
     mean,
     cov,
-    seq_lens,
+    lengths,
     dropout_seed,
+    B,
     num_heads,
     N,
     scale,
     causal,
-    left_padded,
     dropout_threshold,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -127,7 +129,7 @@ def wasserstein_attention_short_fwd_kernel(
     BLOCK_N: tl.constexpr,
     REFINED: tl.constexpr,
 ):
-    """Program i: all N <= BLOCK_N tokens of batch-head i.
+    """Program i: all tokens of batch-head i, at most BLOCK_N.
 
     q, k      = the vectors                                [BLOCK_N, D], means and standard deviations apart
     p         = exp(qk - row_max)                          [BLOCK_N, BLOCK_N]
@@ -136,7 +138,7 @@ def wasserstein_attention_short_fwd_kernel(
     The first six are BHND; mean and cov are contiguous.
     """
     bh = tl.program_id(0)
-    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    seq = sequence_of(bh, num_heads, N, lengths)
     problem = Problem(seq, bh, num_heads, causal, scale)
     tokens = tl.arange(0, BLOCK_N)
     # All loads first, so that they are in flight together.
@@ -193,13 +195,13 @@ def wasserstein_attention_short_bwd_kernel(
     dcov_k,
     dmean_v,
     dcov_v,
-    seq_lens,
+    lengths,
     dropout_seed,
+    B,
     num_heads,
     N,
     scale,
     causal,
-    left_padded,
     dropout_threshold,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -208,7 +210,7 @@ def wasserstein_attention_short_bwd_kernel(
     BLOCK_N: tl.constexpr,
     REFINED: tl.constexpr,
 ):
-    """Program i: all N <= BLOCK_N tokens of batch-head i.
+    """Program i: all tokens of batch-head i, at most BLOCK_N.
 
     q, k             as in the forward, p too, normalized
     dmean_v, dcov_v  = p.T @ dmean, (p * p).T @ dcov                         [BLOCK_N, Dv]
@@ -219,7 +221,7 @@ def wasserstein_attention_short_bwd_kernel(
     The first eight are BHND; the gradients are contiguous.
     """
     bh = tl.program_id(0)
-    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    seq = sequence_of(bh, num_heads, N, lengths)
     problem = Problem(seq, bh, num_heads, causal, scale)
     tokens = tl.arange(0, BLOCK_N)
     queries = load_gaussians(mean_q, cov_q, problem, tokens, HEAD_DIM, BLOCK_D)
@@ -259,7 +261,7 @@ def wasserstein_attention_short_bwd_kernel(
 
 def constants_of(inputs: Sequence[Tensor], options: WassersteinAttentionOptions, dropout: Dropout) -> ShortConstants:
     mean_q, mean_v = inputs[0], inputs[4]
-    sizes = host_block_width(mean_q.shape[2]), mean_q.shape[3], mean_v.shape[3]
+    sizes = host_block_width(longest_of(mean_q, options.max_seqlen)), mean_q.shape[-1], mean_v.shape[-1]
     return short_constants(*sizes, options.refined, dropout.seed is not None, architecture_of(mean_q))
 
 
@@ -267,21 +269,21 @@ def launch_wasserstein_attention_short_fwd(
     inputs: Sequence[Tensor],
     mean: Tensor,
     cov: Tensor,
-    seq_lens: Tensor | None,
+    lengths: Lengths,
     options: WassersteinAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
 ) -> None:
     """Write mean = P μ_v and cov = (P∘P) Σ_v, contiguous, of mean_q, cov_q, mean_k, cov_k, mean_v, cov_v; zeros at
     padding."""
-    B, H, N, head_dim = inputs[0].shape
+    B, H, N, _ = sizes = sizes_of(inputs[0], lengths)
     if B * H * N == 0:
         return
     launch(
         wasserstein_attention_short_fwd_kernel,
         (B * H,),
-        *map(bhnd, inputs),
-        *(mean, cov, seq_lens, dropout.seed, *sizes_and_options(H, N, head_dim, options, dropout)),
+        *[bhnd(x, lengths.cu_seqlens) for x in inputs],
+        *(mean, cov, lengths, dropout.seed, *scalars_of(sizes, options, dropout)),
         **constants_of(inputs, options, dropout).fwd,
     )
 
@@ -291,19 +293,19 @@ def launch_wasserstein_attention_short_bwd(
     dcov: Tensor,
     inputs: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    seq_lens: Tensor | None,
+    lengths: Lengths,
     options: WassersteinAttentionOptions,
     *,
     dropout: Dropout = NO_DROPOUT,
 ) -> None:
     """Write `gradients`, contiguous, those of `inputs`; zeros at padding."""
-    B, H, N, head_dim = inputs[0].shape
+    B, H, N, _ = sizes = sizes_of(inputs[0], lengths)
     if B * H * N == 0:
         return
     launch(
         wasserstein_attention_short_bwd_kernel,
         (B * H,),
-        *map(bhnd, (dmean, dcov, *inputs)),
-        *(*gradients, seq_lens, dropout.seed, *sizes_and_options(H, N, head_dim, options, dropout)),
+        *[bhnd(x, lengths.cu_seqlens) for x in (dmean, dcov, *inputs)],
+        *(*gradients, lengths, dropout.seed, *scalars_of(sizes, options, dropout)),
         **constants_of(inputs, options, dropout).bwd,
     )

@@ -2,14 +2,14 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.triton_kernels.common.launch import launch
+from recattn.triton_kernels.common.ragged import Lengths
 from recattn.triton_kernels.common.softmax import expm1_series
 from recattn.triton_kernels.common.tiles import Tokens, bhnd, head_rows, load_tokens, offset, store_rows
 from recattn.triton_kernels.wasserstein_attention.config import launch_constants
-from recattn.triton_kernels.wasserstein_attention.shared import Forward, rows_of, second_half, sequence_of
+from recattn.triton_kernels.wasserstein_attention.shared import Forward, rows_of, second_half, sequence_of, sizes_of
 
 # Of float32. A smaller covariance counts as this number.
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)
@@ -115,7 +115,7 @@ def store_centred(
     x_q, x_k = head_rows(x_q, batch, head, seq.start), head_rows(x_k, batch, head, seq.start)
     centre = mean_of_columns(x_k, seq, IS_COV, REFINED, HEAD_DIM, BLOCK_D, BLOCK_N)
     query = vectors + seq.first * (2 * HEAD_DIM) + (HEAD_DIM if IS_COV else 0)
-    key = second_half(query, seq.N, 2 * HEAD_DIM)
+    key = second_half(query, seq, 2 * HEAD_DIM)
     for first in range(0, seq.N, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         rows, stored, valid = rows_of(seq, tokens), tokens < seq.N, (tokens < seq.length)[:, None]
@@ -125,17 +125,16 @@ def store_centred(
         store_rows(key, tl.where(valid, k_tile, 0.0), rows, stored, 2 * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_heads", "N", "left_padded"])
+@triton.jit(do_not_specialize=["num_heads", "N"])
 def wasserstein_attention_vectors_kernel(
     mean_q,
     cov_q,
     mean_k,
     cov_k,
     vectors,
-    seq_lens,
+    lengths,
     num_heads,
     N,
-    left_padded,
     REFINED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -149,7 +148,7 @@ def wasserstein_attention_vectors_kernel(
     """
     bh = tl.program_id(0)
     batch, head = bh // num_heads, bh % num_heads
-    seq = sequence_of(bh, num_heads, N, seq_lens, left_padded)
+    seq = sequence_of(bh, num_heads, N, lengths)
     if tl.program_id(1) == 0:
         store_centred(mean_q, mean_k, vectors, seq, batch, head, False, REFINED, HEAD_DIM, BLOCK_D, BLOCK_N)
     else:
@@ -186,17 +185,17 @@ def store_gradients(
 
 
 def launch_wasserstein_attention_vectors(
-    forward: Forward, seq_lens: Tensor | None, options: WassersteinAttentionOptions
+    forward: Forward, lengths: Lengths, options: WassersteinAttentionOptions
 ) -> None:
     """Write `forward.vectors`; zeros at padding."""
     mean_q, cov_q, mean_k, cov_k, mean_v, *_, vectors, _ = forward
-    B, H, N, head_dim = mean_q.shape
+    B, H, N, head_dim = sizes_of(mean_q, lengths)
     if B * H * N == 0:
         return
     launch(
         wasserstein_attention_vectors_kernel,
         (B * H, 2),
-        *(bhnd(mean_q), bhnd(cov_q), bhnd(mean_k), bhnd(cov_k)),
-        *(vectors, seq_lens, H, N, int(options.left_padded)),
-        **launch_constants(head_dim, mean_v.shape[3], mean_q.dtype, options.refined).vectors,
+        *[bhnd(x, lengths.cu_seqlens) for x in (mean_q, cov_q, mean_k, cov_k)],
+        *(vectors, lengths, H, N),
+        **launch_constants(head_dim, mean_v.shape[-1], mean_q.dtype, options.refined).vectors,
     )

@@ -11,22 +11,37 @@ from recattn._dispatch import select
 from recattn._options import WassersteinAttentionOptions
 from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
-from recattn.functional.validation import checked_indices
+from recattn.functional._nested import Packed, accepts_nested, nest_heads
+from recattn.functional._sequences import expect_cu_seqlens, expect_windows, validate_layout, window_starts
+from recattn.functional.validation import checked_indices, expect_values, values_are_checked
 from recattn.ops import wasserstein_attention as ops
 from recattn.ops._library import distinct
 from recattn.ops._support import draw_dropout_seed
 
 _GAUSSIANS = ("mean_q", "cov_q", "mean_k", "cov_k", "mean_v", "cov_v")
-# What does not fit is checked by `_validated`, which says why.
-_TENSORS = check.Layouts(
-    mean_q=(check.FLOATING, "B H N D"),
-    **{name: (check.SAME, "B H N D") for name in _GAUSSIANS[1:4]},
-    **{name: (check.SAME, "B H N Dv") for name in _GAUSSIANS[4:]},
-    **{name: (check.SAME, "[H] Nmax 2R?") for name in ("w_q", "w_k")},
-    seq_lens=(check.INTEGER, "B?"),
-)
+_LENGTHS = ("seq_lens", "seq_starts", "cu_seqlens")
 
 
+def _layouts(tokens: str, lengths: dict[str, tuple[object, str]]) -> check.Layouts:
+    return check.Layouts(
+        mean_q=(check.FLOATING, f"{tokens} D"),
+        **{name: (check.SAME, f"{tokens} D") for name in _GAUSSIANS[1:4]},
+        **{name: (check.SAME, f"{tokens} Dv") for name in _GAUSSIANS[4:]},
+        **{name: (check.SAME, "[H] Nmax 2R?") for name in ("w_q", "w_k")},
+        **lengths,
+    )
+
+
+# The tensors of a padded and of a packed call. What does not fit is checked by `_validated`, which says why.
+_PADDED = _layouts("B H N", {name: (check.INTEGER, "B?") for name in _LENGTHS[:2]})
+_PACKED = _layouts("T H", {"cu_seqlens": (check.INTEGER, "B+1")})
+
+
+def _nest_both(packed: Packed, outs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return nest_heads(packed, outs[0]), nest_heads(packed, outs[1])
+
+
+@accepts_nested(*_GAUSSIANS, ragged_axis=2, nest=_nest_both)
 def wasserstein_attention(
     mean_q: Tensor,
     cov_q: Tensor,
@@ -40,7 +55,10 @@ def wasserstein_attention(
     source: Source = "logits",
     causal: bool = True,
     seq_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
     padding_side: PaddingSide = "right",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     impl: WassersteinAttentionImpl | None = None,
@@ -64,107 +82,143 @@ def wasserstein_attention(
     Args:
         mean_q, cov_q, mean_k, cov_k: [B, H, N, D], float64, float32, bfloat16 or float16, the same for all; autocast
             casts them. A covariance is given by its diagonal, which is not negative. Entries below the smallest normal
-            number (of float32 for half precision) count as that number and get no gradient.
-        mean_v, cov_v: [B, H, N, Dv], the same dtype.
-        w_q, w_k: [Nmax, 2R], or [H, Nmax, 2R] for matrices per head, Nmax ≥ N, the same dtype. The first N rows are
-            used: a row is a position on the N axis, on whichever side the padding is.
+            number (of float32 for half precision) count as that number and get no gradient. Packed: [T, H, D].
+        mean_v, cov_v: [B, H, N, Dv], packed [T, H, Dv], the same dtype.
+        w_q, w_k: [Nmax, 2R], or [H, Nmax, 2R] for matrices per head, the same dtype. A row is a position: on the N
+            axis, wherever the padding is, so that Nmax ≥ N; packed, from the sequence's own start, so that Nmax ≥ every
+            length.
         source: "logits" or "weights".
         causal: query i sees the keys j ≤ i.
         seq_lens: [B] integer, the number of valid tokens per sequence; the padding is on `padding_side`.
+        seq_starts: [B] integer, where the valid tokens of each sequence begin on the N axis, instead of `padding_side`.
         padding_side: "right" or "left".
+        cu_seqlens: [B + 1] integer, offsets of packed sequences; excludes `seq_lens`.
+        max_seqlen: upper bound on the lengths of packed sequences, known on the host. Half precision on a GPU is faster
+            with it where it is at most 128; without it the bound is T, with w_q at most Nmax.
         dropout_p: probability of dropping each of the weights P, in steps of 1/65536.
         scale: of the distances, 1/√D by default.
         impl: None chooses; or "cpu" (C++; no float64), "triton" (on CUDA devices; no float64; 2D, 2Dv and 2R up to 256,
             with w_q 2D up to 252) or "reference". If it does not support the call, you get an error.
 
+    The six Gaussians may also be nested tensors (layout=torch.jagged) [B, H, j, D] instead of `cu_seqlens`.
+
     Returns:
-        Mean and covariance, [B, H, N, Dv]; zero at padding. No N × N tensor is held in memory, but by the reference,
-        which computes float64 on a CPU. Arithmetic is float32; a CPU saves only the inputs for the backward.
+        Mean and covariance, [B, H, N, Dv], packed [T, H, Dv], nested as the Gaussians are; zero at padding. No N × N
+        tensor is held in memory, but by the reference, which computes float64 on a CPU. Arithmetic is float32; a CPU
+        saves only the inputs for the backward.
 
         Second derivatives (`create_graph=True`) and `torch.func` transforms run the reference, in its time and memory.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (on a GPU
-            `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
+        ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths or offsets out of range
+            (on a GPU `recattn.validate` checks them, or RECATTN_CHECK=1 at every call).
         NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after dropout in a
             kernel.
     """
-    _validate_options(source, padding_side, dropout_p, scale)
+    check.expect_choice("source", source, ("logits", "weights"))
+    check.expect_numbers(scale=scale)
+    check.expect_probability("dropout_p", dropout_p)
+    if padding_side != "right" or seq_starts is not None or cu_seqlens is not None or max_seqlen is not None:
+        validate_layout(padding_side, seq_lens, seq_starts, cu_seqlens, max_seqlen)
     gaussians = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
-    if autocast_may_be_on() or not _fits(*gaussians, w_q, w_k, seq_lens):
-        tensors = _validated(gaussians, w_q, w_k, seq_lens)
-        mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = tensors[:6]
+    lengths = (seq_lens, seq_starts, cu_seqlens)
+    if autocast_may_be_on() or not _fits(gaussians, w_q, w_k, lengths):
+        tensors = _validated(gaussians, w_q, w_k, lengths)
+        gaussians = tensors[:6]
         w_q, w_k = tensors[6:] or (None, None)
-    reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, mean_v, w_q)
+    mean_q = gaussians[0]
+    if padding_side == "left":
+        lengths = (seq_lens, window_starts(padding_side, mean_q.shape[2], seq_lens), None)
+    reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, gaussians[4], w_q)
     chosen = select("wasserstein_attention", impl, reasons)
-    if chosen != "cpu" and seq_lens is not None:  # the CPU implementation checks them itself
-        seq_lens = checked_indices(mean_q.device, seq_len=mean_q.shape[2], seq_lens=seq_lens).seq_lens
+    if chosen != "cpu" and (seq_lens is not None or cu_seqlens is not None):  # C++ checks them itself
+        lengths = _checked(mean_q, w_q, lengths, max_seqlen)
     if chosen == "reference":
         return reference.wasserstein_attention(
-            mean_q,
-            cov_q,
-            mean_k,
-            cov_k,
-            mean_v,
-            cov_v,
+            *gaussians,
             w_q=w_q,
             w_k=w_k,
             source=source,
             causal=causal,
-            seq_lens=seq_lens,
-            padding_side=padding_side,
+            seq_lens=lengths[0],
+            seq_starts=lengths[1],
+            cu_seqlens=lengths[2],
             dropout_p=dropout_p,
             scale=scale,
         )
     scale = None if scale is None else float(scale)
-    options = WassersteinAttentionOptions(source, causal, padding_side == "left", scale, dropout_p, impl=chosen)
+    options = WassersteinAttentionOptions(source, causal, scale, dropout_p, max_seqlen, chosen)
     seed = draw_dropout_seed(dropout_p, mean_q.device)
-    gaussians = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v)
     if torch.compiler.is_compiling():
         gaussians = distinct(*gaussians)
-    return ops.wasserstein_attention(*gaussians, w_q, w_k, seq_lens, seed, options)
+    return ops.wasserstein_attention(gaussians, w_q, w_k, lengths, seed, options)
 
 
-def _fits(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens) -> bool:
+def _fits(gaussians: tuple[Tensor, ...], w_q, w_k, lengths: tuple[Tensor | None, ...]) -> bool:
     """Whether the tensors are right. False: ask `_validated` what is wrong."""
-    sizes = _TENSORS.sizes(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens)
-    if sizes is None or (w_q is None) != (w_k is None):
+    seq_lens, seq_starts, cu_seqlens = lengths
+    if (w_q is None) != (w_k is None):
         return False
-    _, _, N, D, _, n_max, columns = sizes
+    if cu_seqlens is None:
+        sizes = _PADDED.sizes(*gaussians, w_q, w_k, seq_lens, seq_starts)
+        if sizes is None:
+            return False
+        _, _, N, D, _, n_max, columns = sizes
+    else:
+        sizes = _PACKED.sizes(*gaussians, w_q, w_k, cu_seqlens)
+        if sizes is None:
+            return False
+        _, _, D, _, n_max, columns, _ = sizes
+        N = 0
     return D > 0 and (w_q is None or (n_max >= N and columns > 0 and columns % 2 == 0))
 
 
-def _validate_options(source, padding_side, dropout_p, scale) -> None:
-    check.expect_choice("source", source, ("logits", "weights"))
-    check.expect_choice("padding_side", padding_side, ("right", "left"))
-    check.expect_numbers(scale=scale)
-    check.expect_probability("dropout_p", dropout_p)
+def _checked(
+    mean_q: Tensor, w_q: Tensor | None, lengths: tuple[Tensor | None, ...], max_seqlen: int | None
+) -> tuple[Tensor | None, ...]:
+    """The lengths with their values checked, where that costs no synchronisation."""
+    cu_seqlens = lengths[2]
+    by_name = dict(zip(_LENGTHS, lengths, strict=True))
+    indices = checked_indices(mean_q.device, seq_len=mean_q.shape[-2], num_tokens=mean_q.shape[0], **by_name)
+    if cu_seqlens is not None and values_are_checked(mean_q.device):
+        n_max = None if w_q is None else w_q.shape[-2]
+        for name, bound in (("Nmax of w_q and w_k", n_max), ("max_seqlen", max_seqlen)):
+            if bound is not None:
+                _expect_bound(name, bound, cu_seqlens.diff())
+    return indices.seq_lens, indices.seq_starts, indices.cu_seqlens
 
 
-def _validated(gaussians: tuple[Tensor, ...], w_q, w_k, seq_lens) -> tuple[Tensor, ...]:
+def _expect_bound(name: str, bound: int, seq_lens: Tensor) -> None:
+    expected = f"{name} must be at least the longest sequence"
+    expect_values(seq_lens <= bound, expected, lambda i: f"{bound} and a length of {seq_lens[i]} at index [{i}]")
+
+
+def _validated(gaussians: tuple[Tensor, ...], w_q, w_k, lengths: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """The tensors, cast by autocast; w_q and w_k if there are any."""
     tensors = dict(zip(_GAUSSIANS, gaussians, strict=True))
     if w_q is not None or w_k is not None:
         tensors |= cast("dict[str, Tensor]", {"w_q": w_q, "w_k": w_k})
     check.expect_tensors(**tensors)
     sizes: dict[str, int] = {}
+    seq_lens, seq_starts, cu_seqlens = lengths
+    if cu_seqlens is not None:
+        expect_cu_seqlens(sizes, cu_seqlens)
     for name, x in tensors.items():
-        check.expect_shape(sizes, name, x, _layout(name, x))
+        check.expect_shape(sizes, name, x, _layout(name, x, "B H N" if cu_seqlens is None else "T H"))
         check.expect_dtype(name, x, check.FLOATING)
     check.expect(sizes["D"] > 0, "D of mean_q and mean_k", "at least 1", 0)
     if "w_q" in tensors:
-        if sizes["Nmax"] < sizes["N"]:  # torch.compile specializes on a size that is formatted
+        if cu_seqlens is None and sizes["Nmax"] < sizes["N"]:  # torch.compile specializes on a size that is formatted
             check.expect(False, "Nmax of w_q and w_k", f"at least N = {sizes['N']}", sizes["Nmax"])
         check.expect(sizes["2R"] > 0 and sizes["2R"] % 2 == 0, "2R of w_q and w_k", "even and at least 2", sizes["2R"])
-    if seq_lens is not None:
-        check.expect_index(sizes, "seq_lens", seq_lens, "B")
-    check.expect_same_device("mean_q", tensors["mean_q"], **tensors, seq_lens=seq_lens)
+    expect_windows(sizes, seq_lens, seq_starts)
+    check.expect_same_device("mean_q", tensors["mean_q"], **tensors, **dict(zip(_LENGTHS, lengths, strict=True)))
     autocast = autocast_inputs(*tensors.values())
     check.expect_same_dtype("mean_q", autocast[0], **dict(zip(tensors, autocast, strict=True)))
     return autocast
 
 
-def _layout(name: str, x: Tensor) -> str:
+def _layout(name: str, x: Tensor, tokens: str) -> str:
     if name in ("w_q", "w_k"):
         return "H Nmax 2R" if x.dim() == 3 else "Nmax 2R"
-    return "B H N Dv" if name.endswith("v") else "B H N D"
+    return f"{tokens} Dv" if name.endswith("v") else f"{tokens} D"

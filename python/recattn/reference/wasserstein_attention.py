@@ -6,6 +6,8 @@ out_mean = p mean_v,   out_cov = (p∘p) cov_v
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,7 +32,8 @@ def wasserstein_attention(
     tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
     if cu_seqlens is not None:
         options = {"w_q": w_q, "w_k": w_k, "source": source, "causal": causal, "dropout_p": dropout_p, "scale": scale}
-        return _packed(tensors, cu_seqlens, options)
+        mean, cov = each_sequence(partial(wasserstein_attention, **options), tensors, cu_seqlens)
+        return mean, cov
     n = mean_q.shape[2]
     seq_starts = window_starts(padding_side, n, seq_lens, seq_starts)
     valid = valid_tokens(mean_q.shape[0], n, seq_lens, seq_starts, mean_q.device)  # [B, N]
@@ -49,14 +52,11 @@ def wasserstein_attention(
     return p @ mean_v, p.square() @ cov_v
 
 
-def _packed(tensors: tuple[Tensor, ...], cu_seqlens: Tensor, options: dict) -> tuple[Tensor, Tensor]:
-    """Packed input [T, H, D]: one sequence at a time."""
-    outs = [(tensors[4][:0], tensors[5][:0])]
-    for start, stop in pairwise(cu_seqlens.tolist()):
-        mean, cov = wasserstein_attention(*(x[start:stop].transpose(0, 1).unsqueeze(0) for x in tensors), **options)
-        outs.append((mean[0].transpose(0, 1), cov[0].transpose(0, 1)))
-    means, covs = zip(*outs, strict=True)
-    return torch.cat(means), torch.cat(covs)
+def each_sequence(function: Callable, tensors: tuple[Tensor, ...], cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+    """The packed results of a function of [1, H, n, D], called for each sequence of packed tensors [T, H, D]."""
+    bounds = list(pairwise(cu_seqlens.tolist())) or [(0, 0)]
+    outs = [function(*(x[start:stop].transpose(0, 1).unsqueeze(0) for x in tensors)) for start, stop in bounds]
+    return tuple(torch.cat([out[0].transpose(0, 1) for out in parts]) for parts in zip(*outs, strict=True))
 
 
 def squared_wasserstein_distance(mean_q: Tensor, std_q: Tensor, mean_k: Tensor, std_k: Tensor, valid: Tensor) -> Tensor:

@@ -3,17 +3,24 @@
 CPU: C++ (`cpu`). GPU: Triton, with w_q and w_k after a projection x = A [W_q | W_k], which gives other Gaussians.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from recattn._options import WassersteinAttentionOptions
 from recattn.ops._library import apply, define, differentiable_again, refuse_dropout
-from recattn.ops._support import resolve_scale, triton_kernels, triton_unsupported_reason
+from recattn.ops._support import length_bound, resolve_scale, triton_kernels, triton_unsupported_reason
 from recattn.ops.refined_attention.triton_long import project
 from recattn.ops.sink_attention import MAX_HEAD_DIM
 from recattn.ops.wasserstein_attention import cpu, triton
-from recattn.reference.sink_attention import valid_tokens, visible_pairs, window_starts
-from recattn.reference.wasserstein_attention import centre_, masked_softmax, squared_wasserstein_distance
+from recattn.reference.sink_attention import valid_tokens, visible_pairs
+from recattn.reference.wasserstein_attention import (
+    centre_,
+    each_sequence,
+    masked_softmax,
+    squared_wasserstein_distance,
+)
 
 
 def unsupported_reasons(
@@ -38,39 +45,42 @@ def _triton_call_reason(mean_q: Tensor, mean_v: Tensor, w_q: Tensor | None) -> s
     if mean_q.dtype == torch.float64:
         return "its kernels compute in float32, and mean_q is float64"
     # The vectors of a projection have up to four more columns.
-    widest = 2 * max(mean_q.shape[3], mean_v.shape[3])
+    widest = 2 * max(mean_q.shape[-1], mean_v.shape[-1])
     if w_q is not None:
-        widest = max(widest, 2 * mean_q.shape[3] + 4, w_q.shape[-1])
+        widest = max(widest, 2 * mean_q.shape[-1] + 4, w_q.shape[-1])
     if widest > MAX_HEAD_DIM:
         return f"its kernels hold 2D (to refine 2D + 4), 2Dv and 2R up to {MAX_HEAD_DIM}, and one is {widest}"
     return None
 
 
 def wasserstein_attention(
-    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, dropout_seed, options
+    gaussians: tuple[Tensor, ...],
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    lengths: tuple[Tensor | None, ...],
+    dropout_seed: Tensor | None,
+    options: WassersteinAttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """The call by `options.impl`, "cpu" or "triton", which supports it."""
+    """The call by `options.impl`, "cpu" or "triton", which supports it; lengths: seq_lens, seq_starts, cu_seqlens."""
     if options.impl == "cpu":
-        seq_starts = window_starts("left" if options.left_padded else "right", mean_q.shape[2], seq_lens)
-        tensors = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, w_q, w_k, seq_lens, seq_starts, None)
-        return apply(cpu.WassersteinAttentionFunction, *tensors, dropout_seed, options)
-    gaussians = mean_q, cov_q, mean_k, cov_k
+        return apply(cpu.WassersteinAttentionFunction, *gaussians, w_q, w_k, *lengths, dropout_seed, options)
     if w_q is not None:
-        x = _project(gaussians, w_q, w_k, seq_lens, options)
-        gaussians, options = x.chunk(4, dim=-1), options._replace(scale=None, refined=True)
-    return apply(WassersteinAttentionFunction, *gaussians, mean_v, cov_v, seq_lens, dropout_seed, options)
+        if lengths[2] is not None:
+            bound = length_bound(gaussians[0], w_q, lengths[2], options.max_seqlen)
+            options = options._replace(max_seqlen=bound)
+        x = _project(gaussians[:4], w_q, w_k, lengths, options)
+        gaussians, options = (*x.chunk(4, dim=-1), *gaussians[4:]), options._replace(scale=None, refined=True)
+    return apply(WassersteinAttentionFunction, *gaussians, *lengths, dropout_seed, options)
 
 
 # --- Gaussians as vectors ---
 
 
-def _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options) -> tuple[Tensor, Tensor]:
+def _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, seq_starts, options) -> tuple[Tensor, Tensor]:
     """[μ, √Σ] of queries and keys, without the mean over the keys; at least float32."""
     tensors = mean_q, cov_q, mean_k, cov_k
     # NaN in padding would reach the gradients of other tokens. A projection is 0 there.
     if seq_lens is not None and not options.refined:
-        side = "left" if options.left_padded else "right"
-        seq_starts = window_starts(side, mean_q.shape[2], seq_lens)
         valid = valid_tokens(mean_q.shape[0], mean_q.shape[2], seq_lens, seq_starts, mean_q.device)[:, None, :, None]
         tensors = [x.masked_fill(~valid, 0) for x in tensors]
     mean_q, cov_q, mean_k, cov_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
@@ -90,12 +100,11 @@ def _refined_standard_deviations(x: Tensor) -> Tensor:
     return torch.where(x > 0, positive / ((1 + positive).sqrt() + 1), (negative / 2).expm1())
 
 
-def _project(gaussians, w_q, w_k, seq_lens, options: WassersteinAttentionOptions) -> Tensor:
-    """A [W_q | W_k], [B, H, N, 4R], with A_ij = -scale · W²_ij or its softmax."""
-    queries, keys = apply(WassersteinFactorsFunction, *gaussians, seq_lens, options)
+def _project(gaussians, w_q, w_k, lengths, options: WassersteinAttentionOptions) -> Tensor:
+    """A [W_q | W_k], [B, H, N, 4R] or packed [T, H, 4R], with A_ij = -scale · W²_ij or its softmax."""
+    queries, keys = apply(WassersteinFactorsFunction, *gaussians, *lengths, options)
     scale = resolve_scale(options.scale, gaussians[0].shape[-1])
-    seq_starts = window_starts("left" if options.left_padded else "right", queries.shape[2], seq_lens)
-    return project(queries, keys, w_q, w_k, (seq_lens, seq_starts, None), options._replace(scale=scale))
+    return project(queries, keys, w_q, w_k, lengths, options._replace(scale=scale))
 
 
 def _distance_factors(query: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -113,12 +122,18 @@ def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # --- Autograd ---
 
+_MASKS = ("seq_lens", "seq_starts", "cu_seqlens", "_dropout_seed")
 
-def _attention_reference(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, _dropout_seed, options):
+
+def _attention_reference(
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, seq_starts, cu_seqlens, _dropout_seed, options
+):
     refuse_dropout("wasserstein_attention", options.dropout_p)
-    query, key = (x.to(mean_v.dtype) for x in _vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options))
-    side = "left" if options.left_padded else "right"
-    seq_starts = window_starts(side, query.shape[2], seq_lens)
+    tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
+    if cu_seqlens is not None:
+        of_one = partial(_attention_reference, **dict.fromkeys(_MASKS), options=options)
+        return each_sequence(of_one, tensors, cu_seqlens)
+    query, key = (x.to(mean_v.dtype) for x in _vectors(*tensors[:4], seq_lens, seq_starts, options))
     valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, seq_starts, query.device)
     if seq_lens is not None:
         mean_v, cov_v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (mean_v, cov_v))
@@ -133,8 +148,8 @@ class WassersteinAttentionFunction(torch.autograd.Function):
     """P μ_v and (P∘P) Σ_v with P = softmax(mask(-scale · W²)), by Triton."""
 
     @staticmethod
-    def forward(ctx, mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, options):
-        tensors = (mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed)
+    def forward(ctx, *inputs):
+        *tensors, options = inputs
         mean, cov, vectors, row_stats = wasserstein_attention_fwd(*tensors, options)
         ctx.save_for_backward(*tensors, mean, cov, vectors, row_stats)
         ctx.options = options
@@ -145,20 +160,24 @@ class WassersteinAttentionFunction(torch.autograd.Function):
     def backward(ctx, dmean, dcov):
         *tensors, mean, cov, vectors, row_stats = ctx.saved_tensors
         gradients = wasserstein_attention_bwd(dmean, dcov, mean, cov, vectors, row_stats, *tensors, ctx.options)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None, None
 
 
-def _factors_reference(mean_q, cov_q, mean_k, cov_k, seq_lens, options) -> tuple[Tensor, Tensor]:
-    return _distance_factors(*_vectors(mean_q, cov_q, mean_k, cov_k, seq_lens, options), mean_q.dtype)
+def _factors_reference(mean_q, cov_q, mean_k, cov_k, seq_lens, seq_starts, cu_seqlens, options):
+    tensors = mean_q, cov_q, mean_k, cov_k
+    if cu_seqlens is not None:
+        of_one = partial(_factors_reference, **dict.fromkeys(_MASKS[:3]), options=options)
+        return each_sequence(of_one, tensors, cu_seqlens)
+    return _distance_factors(*_vectors(*tensors, seq_lens, seq_starts, options), mean_q.dtype)
 
 
 class WassersteinFactorsFunction(torch.autograd.Function):
     """Queries and keys whose products are -W², by Triton: those of `_distance_factors`, zeros at padding."""
 
     @staticmethod
-    def forward(ctx, mean_q, cov_q, mean_k, cov_k, seq_lens, options):
-        tensors = (mean_q, cov_q, mean_k, cov_k, seq_lens)
-        queries, keys = wasserstein_factors_fwd(*tensors, options.left_padded)
+    def forward(ctx, *inputs):
+        *tensors, options = inputs
+        queries, keys = wasserstein_factors_fwd(*tensors)
         ctx.save_for_backward(*tensors, queries, keys)
         ctx.options = options
         return queries, keys
@@ -167,17 +186,18 @@ class WassersteinFactorsFunction(torch.autograd.Function):
     @differentiable_again(_factors_reference)
     def backward(ctx, dqueries, dkeys):
         *tensors, queries, keys = ctx.saved_tensors
-        gradients = wasserstein_factors_bwd(dqueries, dkeys, queries, keys, *tensors, ctx.options.left_padded)
-        return *gradients, None, None
+        gradients = wasserstein_factors_bwd(dqueries, dkeys, queries, keys, *tensors)
+        return *gradients, None, None, None, None
 
 
 # --- Registration ---
 
 
-def _fake_fwd(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, dropout_seed, *options):
+def _fake_fwd(mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, _lens, _starts, _offsets, dropout_seed, options):
     *sizes, head_dim = mean_q.shape
     outs = mean_v.new_empty(mean_v.shape), cov_v.new_empty(cov_v.shape)
-    if triton_kernels("wasserstein_attention").is_short(mean_q, mean_v, options[-1] or dropout_seed is not None):
+    has_more = options.refined or dropout_seed is not None
+    if triton_kernels("wasserstein_attention").is_short(mean_q, mean_v, options.max_seqlen, has_more):
         return *outs, mean_q.new_empty(0), mean_q.new_empty(0, dtype=torch.float32)
     vectors, row_stats = mean_q.new_empty(2, *sizes, 2 * head_dim), mean_q.new_empty(2, *sizes, dtype=torch.float32)
     return *outs, vectors, row_stats
@@ -187,13 +207,11 @@ def _fake_bwd(dmean, dcov, mean, cov, vectors, row_stats, *tensors):
     return tuple(x.new_empty(x.shape) for x in tensors[:6])
 
 
-_OPTIONS = (
-    "str source, bool causal, bool left_padded, float? scale, float dropout_p, SymInt? max_seqlen, str? impl, "
-    "bool refined"
-)
+_OPTIONS = "str source, bool causal, float? scale, float dropout_p, SymInt? max_seqlen, str? impl, bool refined"
+_LENGTHS = "Tensor? seq_lens, Tensor? seq_starts, Tensor? cu_seqlens"
 _ARGUMENTS = (
     "Tensor mean_q, Tensor cov_q, Tensor mean_k, Tensor cov_k, Tensor mean_v, Tensor cov_v, "
-    f"Tensor? seq_lens, Tensor? dropout_seed, {_OPTIONS}"
+    f"{_LENGTHS}, Tensor? dropout_seed, {_OPTIONS}"
 )
 wasserstein_attention_fwd = define(
     f"wasserstein_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -218,7 +236,7 @@ def _fake_factors(mean_q, *_):
     return tuple(mean_q.new_empty(*sizes, 2 * head_dim + columns) for _ in range(2))
 
 
-_FACTORS = "Tensor mean_q, Tensor cov_q, Tensor mean_k, Tensor cov_k, Tensor? seq_lens, bool left_padded"
+_FACTORS = f"Tensor mean_q, Tensor cov_q, Tensor mean_k, Tensor cov_k, {_LENGTHS}"
 wasserstein_factors_fwd = define(
     f"wasserstein_factors_fwd({_FACTORS}) -> (Tensor, Tensor)",
     cpu=triton.wasserstein_factors_fwd,
