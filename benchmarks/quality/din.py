@@ -220,7 +220,7 @@ class Ranker(nn.Module):
             return self.score(h, targets), targets.new_zeros(())
         compressed = self.attention.compress(behaviors, batch.lengths)
         h = self.attention(targets, behaviors, seq_lens=batch.lengths, compressed=compressed)
-        penalty = nonnegativity * self.attention.loss(compressed) / len(behaviors)
+        penalty = nonnegativity * self.attention.loss(compressed, "sum") / len(behaviors)
         return self.score(h, targets), penalty
 
     def score(self, h: Tensor, targets: Tensor) -> Tensor:

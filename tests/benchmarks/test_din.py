@@ -178,7 +178,7 @@ def test_the_penalty_is_that_of_lrea_alone(ratings):
     batch = ratings.batch(torch.tensor([[30, 5], [31, 20]]), HYPER.length)
     ranker = din.Ranker("LREA 4", HYPER)
     _, behaviors = ranker.embed(batch)
-    loss = ranker.attention.loss(ranker.attention.compress(behaviors, batch.lengths))
+    loss = ranker.attention.loss(ranker.attention.compress(behaviors, batch.lengths), "sum")
     torch.testing.assert_close(ranker(batch, 0.5)[1], 0.5 * loss / 2)
     assert din.Ranker(din.DIN, HYPER)(batch, 0.5)[1] == 0
 

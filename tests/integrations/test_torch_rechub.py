@@ -59,7 +59,7 @@ def test_without_padding_keeps_the_order_and_serves():
     target = torch.randn(B, D, dtype=torch.float64)
     state = linear.lrea.export_state(behaviors, seq_lens)
     torch.testing.assert_close(linear.lrea.attend(target, state), linear(history, target), atol=1e-11, rtol=0)
-    assert lrea_unit.lrea.loss(lrea_unit.lrea.compress(behaviors, seq_lens)) > 0
+    assert lrea_unit.lrea.loss(lrea_unit.lrea.compress(behaviors, seq_lens), "mean") > 0
 
 
 def test_refused():

@@ -53,7 +53,7 @@ def stochastic(**options) -> Layer:
 def lrea(**options) -> Layer:
     def run(module: nn.Module, x: Tensor) -> Tensor:
         compressed = module.compress(x, LENGTHS)
-        return module(x[:, :2], None, seq_lens=LENGTHS, compressed=compressed) + module.loss(compressed)
+        return module(x[:, :2], None, seq_lens=LENGTHS, compressed=compressed) + module.loss(compressed, "mean")
 
     module = recattn.nn.LREA(E, N, 3, H, **options)
     with torch.no_grad():

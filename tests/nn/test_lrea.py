@@ -83,9 +83,12 @@ def test_a_history_without_lengths_is_as_long_as_its_tensor():
 def test_loss():
     lrea = module(dtype=torch.float32)
     compressed = torch.randn(USERS, R, E, dtype=torch.bfloat16)
-    negative = [x[x < 0].double().square().sum() for x in (lrea.w_decomp, compressed)]
-    torch.testing.assert_close(lrea.loss(compressed).double(), sum(negative), rtol=1e-5, atol=0)
-    lrea.loss(compressed).backward()
+    of_w, of_users = (x[x < 0].double().square().sum() for x in (lrea.w_decomp, compressed))
+    for reduction, expected in (("mean", of_w + of_users / USERS), ("sum", of_w + of_users)):
+        torch.testing.assert_close(lrea.loss(compressed, reduction).double(), expected, rtol=1e-5, atol=0)
+    with pytest.warns(FutureWarning, match="now the mean over users"):
+        assert lrea.loss(compressed).equal(lrea.loss(compressed, reduction="mean"))
+    lrea.loss(compressed, "mean").backward()
     assert torch.equal(lrea.w_decomp.grad != 0, lrea.w_decomp < 0)
 
 
@@ -254,7 +257,7 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         compressed = lrea.compress(behaviors, LENGTHS)
         out = lrea(targets, behaviors, OFFSETS, seq_lens=LENGTHS, compressed=compressed)
-        loss = out.float().sum() + lrea.loss(compressed)
+        loss = out.float().sum() + lrea.loss(compressed, "mean")
         state = lrea.export_state(behaviors, LENGTHS)
     assert out.dtype == compressed.dtype == torch.bfloat16
     exact = lrea(targets, behaviors, OFFSETS, seq_lens=LENGTHS)

@@ -218,7 +218,9 @@ def test_absorb_refuses(name, value, message):
 def test_nonnegativity_loss_refuses():
     inputs = {"w_decomp": torch.randn(8, 10), "compressed": torch.randn(3, 8, 4)}
     message = "compressed must be [U, r, d] = [3, 8, 4], got [3, 7, 4]"
-    assert_refuses(recattn.lrea_nonnegativity_loss, inputs, "compressed", torch.randn(3, 7, 4), message)
+    function = functools.partial(recattn.lrea_nonnegativity_loss, reduction="mean")
+    assert_refuses(function, inputs, "compressed", torch.randn(3, 7, 4), message)
+    assert_refuses(function, inputs, "reduction", "none", "reduction must be 'mean' or 'sum', got 'none'")
 
 
 @compiled_kernels

@@ -1,5 +1,7 @@
 """LREA: the reference beside formulas written apart from it, int8 states, the absorbed form beside the restored."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -100,11 +102,19 @@ def test_absorb(absorb, seq_lens, orientation):
 
 def test_nonnegativity_loss():
     w, c = torch.randn(4, 9, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
-    expected = sum(x * x for x in [*w.flatten().tolist(), *c.flatten().tolist()] if x < 0)
-    assert_close_float64(recattn.lrea_nonnegativity_loss(w, c), torch.tensor(expected, dtype=torch.float64))
-    assert recattn.lrea_nonnegativity_loss(w.abs(), c.abs()) == 0
-    leaves = [w.requires_grad_(), c.requires_grad_()]
-    assert torch.autograd.gradcheck(recattn.lrea_nonnegativity_loss, leaves)
+    of_w, of_users = (sum(x * x for x in entries.flatten().tolist() if x < 0) for entries in (w, c))
+    for reduction, expected in (("mean", of_w + of_users / 3), ("sum", of_w + of_users)):
+        loss = functools.partial(recattn.lrea_nonnegativity_loss, reduction=reduction)
+        assert_close_float64(loss(w, c), torch.tensor(expected, dtype=torch.float64))
+        assert loss(w.abs(), c.abs()) == 0 and loss(w.abs(), c[:0]) == 0
+        assert torch.autograd.gradcheck(loss, [w.clone().requires_grad_(), c.clone().requires_grad_()])
+
+
+def test_nonnegativity_loss_warns_that_it_is_a_mean_now():
+    w, c = torch.randn(4, 9), torch.randn(3, 4, 5)
+    with pytest.warns(FutureWarning, match="now the mean over users; it was their sum. Pass reduction=") as warned:
+        assert recattn.lrea_nonnegativity_loss(w, c).equal(recattn.lrea_nonnegativity_loss(w, c, reduction="mean"))
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def gradcheck(function, inputs, names):

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
+from recattn._deprecation import warn_of_change
 from recattn._dispatch import select
 from recattn._options import LreaAttentionOptions
-from recattn._typing import LreaAbsorbedImpl, LreaImpl, Orientation
+from recattn._typing import LossReduction, LreaAbsorbedImpl, LreaImpl, Orientation
 from recattn.functional.lrea_compress import add_lack_of_gradient, path_of
 from recattn.functional.validation import Indices, checked_indices, values_are_checked
 from recattn.ops import lrea_attention as ops
@@ -353,23 +354,35 @@ def _checked_absorbed(
     )
 
 
-def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
+def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor, *, reduction: LossReduction | None = None) -> Tensor:
     """A regularizer: where it is zero, W_decomp and C are nonnegative, and absorption is exact.
 
-        ‖max(0, −W_decomp)‖² + ‖max(0, −C)‖²        C = W_compᵀ E
+        reduction="mean"    ‖max(0, −W_decomp)‖² + mean over users u of ‖max(0, −C_u)‖²        C_u = W_compᵀ E_u
+        reduction="sum"     ‖max(0, −W_decomp)‖² + sum over users u of ‖max(0, −C_u)‖²
+
+    Start with a weight of 0.01 beside a binary cross-entropy. On MovieLens-100k that took the relative error of
+    absorption from 0.16–0.56 to at most 0.003 at the same AUC; weights of 1 and 10 cost AUC (docs/lrea_attention.md).
 
     Source: LREA (arXiv 2503.02542), whose reviews confirm both terms.
 
     Args:
         w_decomp: [r, Lmax], float64, float32, bfloat16 or float16.
         compressed: C [U, r, d] of `lrea_compress`, w_decomp's dtype.
+        reduction: "mean" or "sum" over the users. None is "mean" and warns, in this release, that it was "sum".
 
     Returns:
-        A scalar, summed over all entries, differentiable.
+        A scalar, differentiable. With "mean" it does not grow with the batch.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes, devices or the reduction do not fit.
     """
+    if reduction is None:
+        warn_of_change(
+            "the nonnegativity loss of LREA is now the mean over users; it was their sum. Pass reduction='mean' or "
+            "reduction='sum' to silence this warning"
+        )
+        reduction = "mean"
+    check.expect_choice("reduction", reduction, ("mean", "sum"))
     check.expect_tensors(w_decomp=w_decomp, compressed=compressed)
     sizes: dict[str, int] = {}
     check.expect_shape(sizes, "w_decomp", w_decomp, "r Lmax")
@@ -377,7 +390,7 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
     check.expect_dtype("w_decomp", w_decomp, check.FLOATING)
     check.expect_same_dtype("w_decomp", w_decomp, compressed=compressed)
     check.expect_same_device("w_decomp", w_decomp, compressed=compressed)
-    return reference.lrea_nonnegativity_loss(w_decomp, compressed)
+    return reference.lrea_nonnegativity_loss(w_decomp, compressed, reduction=reduction)
 
 
 def _attention_fits(targets, keys, values, w_decomp, target_offsets, seq_lens) -> bool:

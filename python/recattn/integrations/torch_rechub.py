@@ -48,7 +48,7 @@ def without_padding(history: Tensor) -> tuple[Tensor, Tensor]:
     """Move the nonzero rows of history [B, N, D] to the front; returns behaviors [B, N, D] and seq_lens [B].
 
     The result is what `LREA` takes: train with the term
-    `unit.lrea.loss(unit.lrea.compress(*without_padding(history)))`, serve from
+    `unit.lrea.loss(unit.lrea.compress(*without_padding(history)), "mean")`, serve from
     `unit.lrea.export_state(*without_padding(history))`.
     """
     expect_tensors(history=history)

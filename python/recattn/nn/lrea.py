@@ -21,7 +21,7 @@ from recattn._check import (
     expect_shape,
     expect_tensors,
 )
-from recattn._typing import LreaImpl, Orientation
+from recattn._typing import LossReduction, LreaImpl, Orientation
 from recattn.functional._autocast import autocast_inputs, without_autocast
 from recattn.nn._constructor_checks import expect_positive
 from recattn.nn.lrea_fidelity import Fidelity, Score, are_finite, measure_fidelity
@@ -185,10 +185,18 @@ class LREA(nn.Module):
         )
         return self._reshape_like(targets, out)
 
-    def loss(self, compressed: Tensor) -> Tensor:
-        """‖max(0, −W_decomp)‖² + ‖max(0, −C)‖² with C [U, r, embed_dim] from `compress`: a scalar, over all users."""
+    def loss(self, compressed: Tensor, reduction: LossReduction | None = None) -> Tensor:
+        """‖max(0, −W_decomp)‖² + the mean over users of ‖max(0, −C_u)‖², a scalar: C [U, r, embed_dim] of `compress`.
+
+        Start with a weight of 0.01 beside a binary cross-entropy: `recattn.lrea_nonnegativity_loss` says why.
+
+        Args:
+            compressed: C [U, r, embed_dim].
+            reduction: "mean" or "sum" over the users. None is "mean" and warns, in this release, that it was "sum".
+        """
         expect_tensors(compressed=compressed)
-        return functional.lrea_nonnegativity_loss(self.w_decomp, compressed.to(self.w_decomp.dtype))
+        compressed = compressed.to(self.w_decomp.dtype)
+        return functional.lrea_nonnegativity_loss(self.w_decomp, compressed, reduction=reduction)
 
     @torch.no_grad()
     def export_state(

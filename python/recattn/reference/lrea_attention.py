@@ -94,9 +94,12 @@ def lrea_absorbed_attention(
     return _join(outputs, targets, state_values)
 
 
-def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor) -> Tensor:
-    """Σ relu(-w_decomp)² + Σ relu(-compressed)²; see `recattn.lrea_nonnegativity_loss`."""
-    return relu(-w_decomp).square().sum() + relu(-compressed).square().sum()
+def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Σ relu(-w_decomp)² + Σ relu(-compressed)², or its mean over users; see `recattn.lrea_nonnegativity_loss`."""
+    of_users = relu(-compressed).square().sum()
+    if reduction == "mean":
+        of_users = of_users / max(len(compressed), 1)
+    return relu(-w_decomp).square().sum() + of_users
 
 
 def _without_padding(item_ids: Tensor, seq_lens: Tensor | None) -> Tensor:
