@@ -69,6 +69,37 @@ def test_compressed_in_the_place_of_the_behaviours():
         assert torch.equal(lrea(targets, given, OFFSETS, seq_lens=LENGTHS, compressed=compressed), expected)
 
 
+def test_packed_and_nested_histories_are_padded_ones():
+    lrea = module()
+    targets, behaviors = inputs()
+    leaves = list(lrea.parameters())
+    packed = torch.cat([row[:n] for row, n in zip(behaviors, LENGTHS.tolist(), strict=True)])
+    offsets = torch.cat([LENGTHS.new_zeros(1), LENGTHS.cumsum(0)])
+    nested = torch.nested.nested_tensor_from_jagged(packed, offsets)
+    compressed = lrea.compress(behaviors, LENGTHS)
+    expected = lrea(targets, behaviors, OFFSETS, seq_lens=LENGTHS)
+    gradients = torch.autograd.grad(expected.sum(), leaves)
+    state = lrea.export_state(behaviors, LENGTHS)
+    (fidelity,) = lrea.fidelity(targets, behaviors, OFFSETS, seq_lens=LENGTHS)
+    compiled = torch.compile(lrea, fullgraph=True, backend="aot_eager")
+    for given, options in ((packed, {"cu_seqlens": offsets, "max_seqlen": LMAX}), (nested, {})):
+        assert torch.equal(lrea.compress(given, **options), compressed)
+        out = lrea(targets, given, OFFSETS, **options)
+        assert torch.equal(out, expected) and torch.equal(compiled(targets, given, OFFSETS, **options), expected)
+        assert all(map(torch.equal, torch.autograd.grad(out.sum(), leaves), gradients))
+        again = lrea(targets, given, OFFSETS, compressed=compressed, **options)
+        assert torch.equal(again, expected)
+        for ours, other in zip(lrea.export_state(given, **options)[:6], state, strict=True):
+            assert ours is other is None or torch.equal(ours, other)
+        assert lrea.fidelity(targets, given, OFFSETS, **options)[0] == pytest.approx(fidelity, nan_ok=True)
+    table, item_ids = torch.randn(7, E, dtype=torch.float64), torch.randint(7, (len(packed),))
+    state = lrea.export_state(table[item_ids], cu_seqlens=offsets)
+    items = torch.nested.nested_tensor_from_jagged(item_ids, offsets)
+    assert lrea.export_state(table, item_ids=items).values.equal(state.values)
+    with pytest.raises(ValueError, match="seq_lens must be None beside"):
+        lrea(targets, packed, OFFSETS, seq_lens=LENGTHS, cu_seqlens=offsets)
+
+
 def test_a_history_without_lengths_is_as_long_as_its_tensor():
     lrea = module()
     targets, _ = inputs()

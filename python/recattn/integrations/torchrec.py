@@ -6,15 +6,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn import functional
 from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
-from recattn.functional._autocast import autocast_inputs
 from recattn.integrations._imports import importing
 from recattn.nn import LREA, SinkAttention
 from recattn.nn.lrea import LREAState
 
 with importing("TorchRec", module="torchrec", extra="torchrec"):
     from torchrec import JaggedTensor
-
-_BLOCK = 64  # behaviours of a user that are one matmul in training
 
 
 class JaggedLREA(nn.Module):
@@ -23,9 +20,7 @@ class JaggedLREA(nn.Module):
         embeddings = embedding_collection(features)      features: a KeyedJaggedTensor
         h = JaggedLREA(LREA(64, max_len=500, rank=16))(embeddings["candidates"], embeddings["history"])
 
-    The numbers are those of the LREA with padded histories. In serving, which needs no gradient, the kernel reads the
-    embeddings in place. In training they are copied in blocks of 64 behaviours of a user, so that a user is padded by
-    less than 64.
+    The numbers are those of the LREA with padded histories. Histories stay packed: nothing is padded or copied.
 
     Weights of a JaggedTensor are ignored: an EmbeddingCollection with `need_indices` has ids there.
 
@@ -72,12 +67,7 @@ class JaggedLREA(nn.Module):
             ValueError: a shape, dtype or device does not match, or a history is longer than max_len.
         """
         values, longest = self._expect_history(history)
-        values, w_comp = autocast_inputs(values, self.lrea.w_comp)
-        lengths, offsets = history.lengths(), history.offsets()
-        if torch.is_grad_enabled() and (values.requires_grad or w_comp.requires_grad):
-            return _compress_blocks(values, w_comp, lengths, offsets)
-        rows = _rows(offsets, longest)
-        return functional.lrea_compress(values, w_comp, lengths, item_ids=rows, impl=self.lrea.impl)
+        return self.lrea.compress(values, cu_seqlens=history.offsets(), max_seqlen=longest)
 
     def export_state(self, history: JaggedTensor, *, dtype: torch.dtype | None = None) -> LREAState:
         """`recattn.nn.LREA.export_state` of each user. The embeddings are read in place.
@@ -86,8 +76,7 @@ class JaggedLREA(nn.Module):
             ValueError: a shape, dtype or device does not match, or a history is longer than max_len.
         """
         values, longest = self._expect_history(history)
-        rows = _rows(history.offsets(), longest)
-        return self.lrea.export_state(values, history.lengths(), dtype=dtype, item_ids=rows)
+        return self.lrea.export_state(values, dtype=dtype, cu_seqlens=history.offsets(), max_seqlen=longest)
 
     def _expect_history(self, history: JaggedTensor) -> tuple[Tensor, int]:
         """Its values and the length of the longest, which a GPU is waited for."""
@@ -167,25 +156,3 @@ def _expect_values(name: str, jagged: JaggedTensor, width_name: str, width: int,
     expect_shape({width_name: width}, label, values, f"T {width_name}")
     expect_same_device("the parameters", parameter, **{label: values})
     return values
-
-
-def _rows(offsets: Tensor, longest: int) -> Tensor:
-    """Rows of the values [U, longest], as `item_ids` of lrea_compress. Behind a user's last they are never read."""
-    return offsets[:-1, None] + torch.arange(longest, dtype=offsets.dtype, device=offsets.device)
-
-
-def _compress_blocks(values: Tensor, w_comp: Tensor, lengths: Tensor, offsets: Tensor) -> Tensor:
-    """W_compᵀ E of each user, summed over blocks of its behaviours: a matmul each, all in one batch.
-
-    values [T, d], w_comp [Lmax, r] -> [U, r, d]
-    """
-    blocks = (lengths + _BLOCK - 1) // _BLOCK  # [U]
-    users = torch.arange(len(lengths), device=lengths.device).repeat_interleave(blocks)  # [K]
-    numbers = torch.arange(len(users), device=users.device) - (blocks.cumsum(0) - blocks)[users]  # within the user
-    positions = numbers[:, None] * _BLOCK + torch.arange(_BLOCK, device=users.device)  # [K, _BLOCK]
-    padding = positions >= lengths[users, None]
-    rows = (offsets[users, None] + positions).masked_fill(padding, 0)
-    e = values[rows].masked_fill(padding[..., None], 0)  # [K, _BLOCK, d]
-    w = w_comp[positions.masked_fill(padding, 0)]  # [K, _BLOCK, r]
-    out = values.new_zeros(len(lengths), w_comp.shape[1], values.shape[1])
-    return out.index_add(0, users, w.mT @ e)

@@ -11,6 +11,7 @@ from recattn import functional
 from recattn._check import (
     FLOATING,
     checked_lengths,
+    checked_offsets,
     expect,
     expect_choice,
     expect_dtype,
@@ -23,6 +24,7 @@ from recattn._check import (
 )
 from recattn._typing import LossReduction, LreaImpl, Orientation
 from recattn.functional._autocast import autocast_inputs, without_autocast
+from recattn.functional._nested import accepts_nested
 from recattn.nn._constructor_checks import expect_positive
 from recattn.nn.lrea_fidelity import Fidelity, Score, are_finite, measure_fidelity
 
@@ -120,16 +122,29 @@ class LREA(nn.Module):
         for weight in (self.w_q, self.w_k, self.w_v):
             nn.init.xavier_uniform_(weight)
 
-    def compress(self, behaviors: Tensor, seq_lens: Tensor | None = None) -> Tensor:
+    @accepts_nested("behaviors", ragged_axis=1)
+    def compress(
+        self,
+        behaviors: Tensor,
+        seq_lens: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
         """C = W_compᵀ E: behaviors [U, L, embed_dim] -> [U, r, embed_dim], over the first seq_lens[u] of user u.
 
-        Raises:
-            ValueError: a shape, dtype or device does not match, or L > max_len; on a CPU also lengths out of range.
-        """
-        expect_tensors(behaviors=behaviors)
-        expect_shape({"embed_dim": self.embed_dim}, "behaviors", behaviors, "U L embed_dim")
-        return functional.lrea_compress(*autocast_inputs(behaviors, self.w_comp), seq_lens, impl=self.impl)
+        Also of packed behaviors [T, embed_dim] with cu_seqlens [U + 1], or nested [U, j, embed_dim] (torch.jagged), as
+        in `recattn.lrea_compress`.
 
+        Raises:
+            ValueError: a shape, dtype or device does not match, or L > max_len; on a CPU also lengths or offsets out of
+                range.
+        """
+        self._expect_behaviors(behaviors, cu_seqlens)
+        options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "impl": self.impl}
+        return functional.lrea_compress(*autocast_inputs(behaviors, self.w_comp), seq_lens, **options)
+
+    @accepts_nested("behaviors", ragged_axis=1)
     def forward(
         self,
         targets: Tensor,
@@ -138,18 +153,23 @@ class LREA(nn.Module):
         *,
         seq_lens: Tensor | None = None,
         compressed: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """The restored form, h = φ(q (W_decompᵀ K)ᵀ/√D) (W_decompᵀ V), differentiable in every input and parameter.
 
         Args:
             targets: e_t [T, target_dim] with target_offsets; without them [U, target_dim], one per user, or
                 [U, n, target_dim]. In the dtype of the parameters, unless autocast casts both.
-            behaviors: E [U, L, embed_dim], L ≤ max_len, the oldest first.
+            behaviors: E [U, L, embed_dim], L ≤ max_len, the oldest first; packed [T, embed_dim] with cu_seqlens, or
+                nested [U, j, embed_dim] (torch.jagged).
             target_offsets: [U + 1] integer, from 0 to T, never descending; user u has the rows
                 target_offsets[u]:target_offsets[u + 1] of `targets`.
             seq_lens: [U] integer, the number of behaviours per user; the rest is padding. L by default.
             compressed: C [U, r, embed_dim], if `compress` was already called. `behaviors` may then be None; without it
-                and without `seq_lens` every history has max_len behaviours.
+                and without `seq_lens` or `cu_seqlens` every history has max_len behaviours.
+            cu_seqlens: [U + 1] integer, of packed behaviors: user u owns rows cu_seqlens[u] up to cu_seqlens[u + 1].
+            max_seqlen: with cu_seqlens, an upper bound of the lengths, max_len by default.
 
         Returns:
             [T, H·D], [U, H·D] or [U, n, H·D]; zeros for a user without behaviours.
@@ -160,7 +180,10 @@ class LREA(nn.Module):
         if compressed is None:
             if behaviors is None:
                 raise ValueError("behaviors must be given where compressed is not, got None")
-            compressed = self.compress(behaviors, seq_lens)
+            compressed = self.compress(behaviors, seq_lens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        if cu_seqlens is not None:
+            expect(seq_lens is None, "seq_lens", "None beside cu_seqlens (packed sequences have no padding)", "both")
+            seq_lens = cu_seqlens.diff()
         w_decomp = self.w_decomp
         # With lengths no column beyond them is read, and slicing would make L static in a compiled graph.
         if behaviors is not None and seq_lens is None:
@@ -198,6 +221,8 @@ class LREA(nn.Module):
         compressed = compressed.to(self.w_decomp.dtype)
         return functional.lrea_nonnegativity_loss(self.w_decomp, compressed, reduction=reduction)
 
+    @accepts_nested("behaviors", ragged_axis=1)
+    @accepts_nested("item_ids", ragged_axis=1)
     @torch.no_grad()
     def export_state(
         self,
@@ -206,6 +231,8 @@ class LREA(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         item_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> LREAState:
         """The state of each user, which `attend` reads and `append` updates:
 
@@ -215,11 +242,13 @@ class LREA(nn.Module):
         bytes per user, are needed by `append` but not by serving: you can store them elsewhere or drop them.
 
         Args:
-            behaviors: E [U, L, embed_dim], the oldest first; with `item_ids` an embedding table [I, embed_dim].
+            behaviors: E [U, L, embed_dim], packed or nested, as in `forward`; with `item_ids` an embedding table
+                [I, embed_dim].
             seq_lens: [U] integer, the number of behaviours per user. L by default.
             dtype: dtype of keys and values: bfloat16, float16, float32, float64, or int8 with one scale per row
                 (`recattn.lrea_quantize`). By default that of the parameters.
-            item_ids: [U, L] integer, rows of the table; ids at padding are ignored.
+            item_ids: [U, L] integer, packed [T] or nested [U, j]: rows of the table; ids at padding are ignored.
+            cu_seqlens, max_seqlen: of packed behaviors or item_ids, as in `forward`.
 
         Raises:
             ValueError: a shape, dtype or device does not match; on a CPU also lengths or item ids out of range.
@@ -227,14 +256,17 @@ class LREA(nn.Module):
         dtype = self.w_comp.dtype if dtype is None else dtype
         choices = (*FLOATING, torch.int8)
         expect(dtype in choices, "dtype", " or ".join(str(choice) for choice in choices), dtype)
-        expect_tensors(behaviors=behaviors)
-        layout = "U L embed_dim" if item_ids is None else "I embed_dim"
-        expect_shape({"embed_dim": self.embed_dim}, "behaviors", behaviors, layout)
+        self._expect_behaviors(behaviors, cu_seqlens, item_ids)
+        options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "impl": self.impl}
         with without_autocast(behaviors):  # the precision of a state is that of its dtype
-            compressed = functional.lrea_compress(behaviors, self.w_comp, seq_lens, item_ids=item_ids, impl=self.impl)
+            compressed = functional.lrea_compress(behaviors, self.w_comp, seq_lens, item_ids=item_ids, **options)
         compressed = compressed.to(torch.promote_types(compressed.dtype, torch.float32))
-        users, length, *_ = behaviors.shape if item_ids is None else item_ids.shape
-        return self._make_state(compressed, self._lengths(users, length, seq_lens, behaviors.device), dtype)
+        if cu_seqlens is None:
+            users, length, *_ = behaviors.shape if item_ids is None else item_ids.shape
+            lengths = self._lengths(users, length, seq_lens, behaviors.device)
+        else:
+            lengths = cu_seqlens.long().diff()
+        return self._make_state(compressed, lengths, dtype)
 
     @torch.no_grad()
     def append(self, state: LREAState, behavior: Tensor) -> LREAState:
@@ -351,6 +383,7 @@ class LREA(nn.Module):
         smaller.w_decomp.copy_((signs[:, None] * w_decomp)[:rank])
         return smaller
 
+    @accepts_nested("behaviors", ragged_axis=1)
     @torch.no_grad()
     def fidelity(
         self,
@@ -364,6 +397,8 @@ class LREA(nn.Module):
         score: Score | None = None,
         rare: Tensor | None = None,
         probes: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> list[Fidelity]:
         """Compare the absorbed form with the restored one on these users, for each rank ρ.
 
@@ -390,7 +425,8 @@ class LREA(nn.Module):
         finite and ĥ overflowed (in float16, for example), relative_error is inf.
 
         Args:
-            targets, behaviors, target_offsets, seq_lens: as in `forward`. The targets are the candidates.
+            targets, behaviors, target_offsets, seq_lens, cu_seqlens, max_seqlen: as in `forward`. The targets are the
+                candidates. Packed behaviors are padded here.
             ranks: ranks to compare, each at most r; only r by default.
             dtype: dtype of the states, as in `export_state`, to measure bfloat16 or int8 states.
             score: the rest of a model: maps outputs [T, H·D] and targets [T, target_dim] to scores [T]. By default
@@ -404,7 +440,12 @@ class LREA(nn.Module):
             ValueError: as in `forward` and `export_state`; ranks out of range; `rare` outside the history.
         """
         sizes = {"rank": self.rank, "embed_dim": self.embed_dim, "target_dim": self.target_dim}
-        expect_tensors(targets=targets, behaviors=behaviors)
+        expect_tensors(targets=targets)
+        self._expect_behaviors(behaviors, cu_seqlens)
+        if cu_seqlens is not None:
+            expect(seq_lens is None, "seq_lens", "None beside cu_seqlens (packed sequences have no padding)", "both")
+            seq_lens = checked_offsets("cu_seqlens", cu_seqlens, len(behaviors)).diff()
+            behaviors = nn.utils.rnn.pad_sequence(behaviors.split(seq_lens.tolist()), batch_first=True)
         expect_shape(sizes, "behaviors", behaviors, "U L embed_dim")
         expect(sizes["L"] > 0, "L of behaviors", "at least 1", 0)
         rows, target_offsets = self._pack_targets(targets, target_offsets, sizes["U"])
@@ -431,6 +472,14 @@ class LREA(nn.Module):
             f"target_dim={self.target_dim}, head_dim={self.head_dim}, negative_slope={self.negative_slope}, "
             f"orientation={self.orientation!r}"
         )
+
+    def _expect_behaviors(self, behaviors: Tensor, cu_seqlens: Tensor | None, item_ids: Tensor | None = None) -> None:
+        expect_tensors(behaviors=behaviors)
+        layout = "U L embed_dim" if cu_seqlens is None else "T embed_dim"
+        layout = layout if item_ids is None else "I embed_dim"
+        expect_shape({"embed_dim": self.embed_dim}, "behaviors", behaviors, layout)
+        if cu_seqlens is not None:
+            expect_index({}, "cu_seqlens", cu_seqlens, "U+1")
 
     def _pack_targets(self, targets: Tensor, target_offsets: Tensor | None, users: int) -> tuple[Tensor, Tensor]:
         """Targets in any of their shapes as [T, target_dim], with offsets."""
