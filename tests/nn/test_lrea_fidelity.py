@@ -50,6 +50,15 @@ def test_figures_of_the_forms():
     assert other.rank_correlation == pytest.approx(sum(expected) / 2)
 
 
+@pytest.mark.parametrize("candidates", [2, 7, 44])
+def test_no_rank_correlation_exceeds_one(candidates):
+    """With these numbers of candidates, rounding takes the correlation of equal ranks above 1."""
+    lrea = module()
+    targets, behaviors = torch.randn(USERS, candidates, T_DIM, dtype=torch.float64), inputs()[1]
+    (report,) = lrea.fidelity(targets, behaviors, seq_lens=LENGTHS, score=lambda outputs, rows: rows[:, 0])
+    assert report.rank_correlation == 1
+
+
 def test_rank_correlation_of_ties():
     """Restored scores 1 2 2 3, absorbed 1 3 3 1: ranks 1 2.5 2.5 4 and 1.5 3.5 3.5 1.5."""
     lrea = module()

@@ -445,7 +445,7 @@ class LREA(nn.Module):
         if cu_seqlens is not None:
             expect(seq_lens is None, "seq_lens", "None beside cu_seqlens (packed sequences have no padding)", "both")
             seq_lens = checked_offsets("cu_seqlens", cu_seqlens, len(behaviors)).diff()
-            behaviors = nn.utils.rnn.pad_sequence(behaviors.split(seq_lens.tolist()), batch_first=True)
+            behaviors = nn.utils.rnn.pad_sequence(list(behaviors.split(seq_lens.tolist())), batch_first=True)
         expect_shape(sizes, "behaviors", behaviors, "U L embed_dim")
         expect(sizes["L"] > 0, "L of behaviors", "at least 1", 0)
         rows, target_offsets = self._pack_targets(targets, target_offsets, sizes["U"])
