@@ -55,7 +55,8 @@ inline void expect_shape(const char* name, const torch::stable::Tensor& tensor, 
         symbols.push_back(axis.symbol);
         expected.push_back(axis.size == kAnySize ? any : std::to_string(axis.size));
     }
-    expect(false, name, " must be ", format_list(symbols), " = ", format_list(expected), ", got ", format_list(got));
+    const std::string sizes = symbols == expected ? "" : " = " + format_list(expected);
+    expect(false, name, " must be ", format_list(symbols), sizes, ", got ", format_list(got));
 }
 
 inline void expect_dtype_of(const char* like_name, const torch::stable::Tensor& like, const char* name,

@@ -81,7 +81,8 @@ def expect_shape(sizes: dict[str, int], name: str, tensor: Tensor, layout: str) 
             elif not _fits(size, axis, sizes):
                 fits = False
     if not fits:
-        expected = f"[{', '.join(axes)}] = [{', '.join(_describe(axis, sizes) for axis in axes)}]"
+        described = [_describe(axis, sizes) for axis in axes]
+        expected = f"[{', '.join(axes)}]" + (f" = [{', '.join(described)}]" if described != axes else "")
         raise ValueError(f"{name} must be {expected.replace('|', ' or ')}, got {list(tensor.shape)}")
 
 

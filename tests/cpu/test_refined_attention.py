@@ -493,7 +493,7 @@ PACKED = {"q": torch.zeros(40, 2, 13), "k": torch.zeros(40, 2, 13), "v": torch.z
             r"seq_starts must be between 0 and N - seq_lens = 19, got 20 at index \[1\]",
         ),
         ({"seq_starts": torch.tensor([0, 2, 0])}, "seq_starts must be None without seq_lens"),
-        ({"cu_seqlens": torch.tensor([0, 21])}, r"q must be \[T, H, D\] = .* got \[3, 2, 21, 13\]"),
+        ({"cu_seqlens": torch.tensor([0, 21])}, r"q must be \[T, H, D\], got \[3, 2, 21, 13\]"),
         (PACKED | {"cu_seqlens": torch.tensor([0, 8, 42])}, "cu_seqlens must be offsets from 0 to 40"),
         (PACKED | {"cu_seqlens": torch.tensor([0, 24, 40])}, "Nmax of .* at least the longest sequence, 24, got 23"),
         (PACKED | {"cu_seqlens": torch.tensor([0, 20, 8, 40])}, r"cu_seqlens must be ascending, got 8 at index \[2\]"),

@@ -198,7 +198,7 @@ def test_the_counter_is_checked(impl):
     function = recattn.lrea_absorbed_attention
     message = "invalid must be int64, got int32"
     assert_refuses(function, inputs, "invalid", torch.zeros(1, dtype=torch.int32, device=device), message)
-    message = "invalid must be [1] = [1], got [2]"
+    message = "invalid must be [1], got [2]"
     assert_refuses(function, inputs, "invalid", torch.zeros(2, dtype=torch.int64, device=device), message)
     inputs |= {"slots": inputs["slots"][:0], "target_offsets": inputs["target_offsets"][:1]}
     message = "target_offsets must be offsets from 0 to 107, got offsets of no user"

@@ -68,7 +68,7 @@ SINK = (
 BAD = {
     "sink": (
         *SINK,
-        Bad("q", lambda x: x[0], "q must be [B, Hq, N, D] = [B, Hq, N, D], got [2, 7, 4]"),
+        Bad("q", lambda x: x[0], "q must be [B, Hq, N, D], got [2, 7, 4]"),
         Bad("k", narrower, "k must be [B, Hkv, N, D] = [3, 1, 7, 4], got [3, 1, 7, 3]"),
         Bad("sink_positions", entry((0, 0), 9), "sink_positions must be below the sequence length 7, got 9 at"),
         Bad("inter_sink_bias", narrower, "inter_sink_bias must be [B, 1 or Hq, M, M] = [3, 1 or 2, 3, 3], got"),
@@ -79,7 +79,7 @@ BAD = {
     ),
     "packed": (
         *SINK,
-        Bad("q", lambda x: x[0], "q must be [T, Hq, D] = [T, Hq, D], got [2, 4]"),
+        Bad("q", lambda x: x[0], "q must be [T, Hq, D], got [2, 4]"),
         Bad("k", narrower, "k must be [T, Hkv, D] = [12, 2, 4], got [12, 2, 3]"),
         Bad("sink_positions", entry((0, 0), 9), "sink_positions must be below the sequence length of each sequence"),
         Bad("inter_sink_bias", narrower, "inter_sink_bias must be [B, 1 or Hq, M, M] = [3, 1 or 2, 3, 3], got"),
@@ -89,7 +89,7 @@ BAD = {
         Bad("max_seqlen", given(-1), "max_seqlen must be an integer of at least 0, got -1"),
     ),
     "bias": (
-        Bad("q_s", lambda x: x[0], "q_s must be [B, H, M, D] = [B, H, M, D], got [1, 3, 4]"),
+        Bad("q_s", lambda x: x[0], "q_s must be [B, H, M, D], got [1, 3, 4]"),
         Bad("k_s", narrower, "k_s must be [B, H, M, D] = [2, 1, 3, 4], got [2, 1, 3, 3]"),
         Bad("k_s", Tensor.double, "k_s must have the dtype of q_s, float32, got float64"),
         Bad("sink_mask", Tensor.float, "sink_mask must be bool, got float32"),

@@ -344,7 +344,7 @@ def test_nbytes(dtype, per_row):
     "change, message",
     [
         ({"user_ids": torch.tensor([1.0, 2.0])}, "user_ids must be int64 or int32, got float32"),
-        ({"user_ids": torch.tensor([[1, 2]])}, r"user_ids must be \[U\] = \[U\], got \[1, 2\]"),
+        ({"user_ids": torch.tensor([[1, 2]])}, r"user_ids must be \[U\], got \[1, 2\]"),
         ({"keys": {}}, "keys must be a torch.Tensor or an LREAState, got dict"),
         ({"values": None}, "values must be a torch.Tensor, got NoneType"),
         ({"user_ids": [1, 2]}, "user_ids must be a torch.Tensor, got list"),
