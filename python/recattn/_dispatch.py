@@ -22,7 +22,7 @@ def transform_unsupported_reason() -> str | None:
     """Why kernels cannot run inside the transforms that are active (None: they can)."""
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives (jvp, dual numbers) need impl='reference'"
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
         return "torch.func inside torch.compile needs impl='reference'"
     return None
 

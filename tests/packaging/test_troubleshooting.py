@@ -254,6 +254,19 @@ def second_derivative_after_dropout(_):
 
 
 @provoked
+def second_derivative_of_a_compiled_function(_):
+    x = torch.ones(2, requires_grad=True)
+    (slope,) = torch.autograd.grad(torch.compile(torch.sin, backend="aot_eager")(x).sum(), x, create_graph=True)
+    slope.sum().backward()
+
+
+@provoked
+def forward_mode_by_a_kernel(_):
+    q = torch.ones(2, 4, 8, 16)
+    torch.func.jvp(lambda q: call_sink_attention(q=q, impl="cpu"), (q,), (q,))
+
+
+@provoked
 def gradient_of_a_served_target(_):
     keys = torch.ones(2, 1, 2, 4)
     targets = torch.ones(1, 1, 4, requires_grad=True)

@@ -60,7 +60,7 @@ def inter_sink_bias(
     Returns:
         [B, 1, M, M], float32 (float64 for float64 inputs): one bias for all heads of the attention.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, with its time
+        Second derivatives (`create_graph=True`) and forward-mode ones (`torch.func.jvp`) run the reference, in its time
         and memory.
 
     Raises:

@@ -66,8 +66,8 @@ def lrea_attention(
     Returns:
         [T, H, dv] in targets' dtype, differentiable in targets, keys, values and w_decomp.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, in its time and
-        memory.
+        Second derivatives (`create_graph=True`) and forward-mode ones (`torch.func.jvp`) run the reference, in its time
+        and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; on a CPU also offsets that do not ascend from 0 to T,

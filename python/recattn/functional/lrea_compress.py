@@ -71,8 +71,8 @@ def lrea_compress(
         [U, r, d] in behaviors' dtype, differentiable. Sums are float32 inside (float64 for float64). The kernels read
         each behaviour once. The backward of impl="cpu" allocates dE and for dW_comp up to 16 partial sums of its size.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, in its time and
-        memory.
+        Second derivatives (`create_graph=True`) and forward-mode ones (`torch.func.jvp`) run the reference, in its time
+        and memory.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; on a CPU also lengths, offsets or item ids out of range, or a

@@ -164,7 +164,7 @@ def sink_attention(
         key. With `return_lse` also the log-sum-exp, float32 (float64 for float64 inputs), [B, Hq, N], packed [Hq, T],
         nested [B, Hq, j]; it has no gradient, and is -inf at padding and in rows that see no key.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` run the reference, with its time
+        Second derivatives (`create_graph=True`) and forward-mode ones (`torch.func.jvp`) run the reference, in its time
         and memory.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from recattn._check import expect, expect_index
 from recattn._graphs import constant_in_graphs
@@ -109,9 +110,9 @@ def expect_values(holds: Tensor, expected: str, got: Callable[..., object]) -> N
     """
     if torch.compiler.is_compiling():
         assert_on_device(holds.all(), expected)
-    elif torch._C._functorch.is_functorch_wrapped_tensor(holds):
-        while torch._C._functorch.is_functorch_wrapped_tensor(holds):  # vmap refuses to read values
-            holds = torch._C._functorch.get_unwrapped(holds)
+    elif is_functorch_wrapped_tensor(holds):
+        while is_functorch_wrapped_tensor(holds):  # vmap refuses to read values
+            holds = get_unwrapped(holds)
         if not bool(holds.all()):
             raise ValueError(expected)
     elif not bool(holds.all()):

@@ -107,7 +107,8 @@ def wasserstein_attention(
         tensor is held in memory, but by the reference, which computes float64 on a CPU. Arithmetic is float32; a CPU
         saves only the inputs for the backward.
 
-        Second derivatives (`create_graph=True`) and `torch.func` transforms run the reference, in its time and memory.
+        Second derivatives (`create_graph=True`) and forward-mode ones (`torch.func.jvp`) run the reference, in its time
+        and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths or offsets out of range

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def is_traced(*args: object) -> bool:
     return torch.compiler.is_compiling() or _native.is_traced(args)
 
 
-def apply(function: type[torch.autograd.Function], *args):
+def apply(function: type[torch.autograd.Function], *args) -> Any:
     """function.apply(*args), without autograd's several microseconds where no argument needs a gradient."""
     if torch._C._are_functorch_transforms_active():
         return _transforms.apply(function, *args)

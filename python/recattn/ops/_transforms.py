@@ -19,7 +19,7 @@ from recattn import _native
 Function = type[torch.autograd.Function]
 
 
-def apply(function: Function, *args):
+def apply(function: Function, *args) -> Any:
     """function.apply(*args) inside a transform."""
     *results, call = _transformable(function).apply(*args)
     return results[0] if call.num_outs is None else tuple(results[: call.num_outs])
@@ -97,22 +97,26 @@ class _Mapped(torch.autograd.Function):
     @classmethod
     def vmap(cls, info, in_dims, *operands):
         """The kernel is called for each element."""
-        if info.batch_size == 0:
-            raise NotImplementedError("vmap over an axis of size 0 needs impl='reference'")
-        batches = [
-            x.unbind(dim) if isinstance(x, Tensor) and dim is not None else [x] * info.batch_size
-            for x, dim in zip(operands, in_dims, strict=True)
-        ]
         # The last transform calls kernels, without autograd's part of `apply`.
         is_last = not torch._C._are_functorch_transforms_active() and not _native.needs_autograd(operands)
-        call = torch.no_grad()(cls.forward) if is_last else cls.apply
-        calls = [call(*element) for element in zip(*batches, strict=True)]
-        results = tuple(torch.stack(xs) if isinstance(xs[0], Tensor) else xs[0] for xs in zip(*calls, strict=True))
-        return results, tuple(0 if isinstance(x, Tensor) else None for x in results)
+        return map_elements(torch.no_grad()(cls.forward) if is_last else cls.apply, info, in_dims, *operands)
 
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError("forward-mode derivatives (jvp) need impl='reference'")
+
+
+def map_elements(call: Callable, info, in_dims: tuple, *operands) -> tuple[tuple, tuple]:
+    """The rule of vmap for `call`, which returns a tuple: results with a first axis of elements, and their axes."""
+    if info.batch_size == 0:
+        raise NotImplementedError("recattn supports no vmap over an axis of size 0")
+    batches = [
+        x.unbind(dim) if isinstance(x, Tensor) and dim is not None else [x] * info.batch_size
+        for x, dim in zip(operands, in_dims, strict=True)
+    ]
+    elements = [call(*element) for element in zip(*batches, strict=True)]
+    results = tuple(torch.stack(xs) if isinstance(xs[0], Tensor) else xs[0] for xs in zip(*elements, strict=True))
+    return results, tuple(0 if isinstance(x, Tensor) else None for x in results)
 
 
 @functools.cache
@@ -189,7 +193,7 @@ def _transformable_backward(backward: Any) -> Function:
                 douts = saved_and_douts[num_saved:]
                 return _reference_gradients(backward.reference, inputs, forward.options, wanted, douts)
 
-            results, pull_back = vjp(gradients, *(tensors[i] for i in variables))
+            results, pull_back = vjp(gradients, *(tensors[i] for i in variables))[:2]
             values = pull_back(_filled([dgradients[i] for i in wanted], results))
             return None, None, *_replaced([None] * len(tensors), variables, values)
 
@@ -207,7 +211,7 @@ def _reference_gradients(
 
     first = next(x for x in douts if x is not None)
     with torch.autocast(first.device.type, enabled=False):
-        results, pull_back = vjp(outs, *(inputs[i] for i in wanted))
+        results, pull_back = vjp(outs, *(inputs[i] for i in wanted))[:2]
         return pull_back(_filled(douts[: len(results)], results))
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from recattn import _check
+from recattn._extension import MISSING
 from recattn.ops._library import define, is_traced
+from recattn.ops._transforms import map_elements
 
 
 def _define(schema: str, check: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -41,3 +43,16 @@ def checked_starts(seq_starts: Tensor, seq_lens: Tensor, longest: int) -> Tensor
     """Where windows of `seq_lens` tokens, checked already, begin: at 0 or later, and they end by `longest`."""
     ends = checked_lengths("seq_starts + seq_lens", seq_starts + seq_lens, longest)
     return checked_lengths("seq_starts", ends - seq_lens, longest)
+
+
+def _map_in_vmap(operator: torch._ops.OpOverload) -> None:
+    def rule(info, in_dims, *args):
+        (checked,), (axis,) = map_elements(lambda *element: (operator(*element),), info, in_dims, *args)
+        return checked, axis
+
+    torch.library.register_vmap(operator, rule)
+
+
+if "cpu" not in MISSING:
+    for _name in ("checked_sink_positions", "checked_lengths", "checked_offsets", "checked_rows"):
+        _map_in_vmap(getattr(torch.ops.recattn, f"{_name}_cpu").default)
