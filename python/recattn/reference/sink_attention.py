@@ -88,7 +88,8 @@ def window_starts(
     padding_side: PaddingSide, length: int, seq_lens: Tensor | None, seq_starts: Tensor | None = None
 ) -> Tensor | None:
     """The seq_starts [B] of sequences that are padded to `length`; None: they begin at 0."""
-    return length - seq_lens if padding_side == "left" and seq_lens is not None else seq_starts
+    # rsub: the operator `length - seq_lens` costs several microseconds more.
+    return torch.rsub(seq_lens, length) if padding_side == "left" and seq_lens is not None else seq_starts
 
 
 def visible_pairs(valid: Tensor, causal: bool) -> Tensor:
