@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import recattn
 from benchmarks.data.movielens import ITEMS
+from benchmarks.harness import jagged
 from benchmarks.harness.goals import AVX2, AVX512, CeilingGoal, LatencyGoal, MemoryGoal, TimeGoal
 from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import (
@@ -288,6 +289,7 @@ COMPRESS = register(
     ),
 )
 COMPRESS.add_recattn(recattn.lrea_compress, partial(unsupported_reasons, op="lrea_compress"))
+jagged.add_recattn(COMPRESS, recattn.lrea_compress, reference.lrea_compress, ("behaviors",))
 
 
 def prepare_valid(inputs: Inputs) -> Inputs:

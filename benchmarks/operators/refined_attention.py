@@ -5,12 +5,14 @@ Limit: plain attention.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import recattn
+from benchmarks.harness import jagged
 from benchmarks.harness.goals import CeilingGoal, Goal, MemoryGoal, TimeGoal
 from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import CUDA, REFINED, Draw, RefinedWorkload
@@ -93,7 +95,7 @@ def gpu_goals() -> Iterator[Goal]:
 
 REFINED_ATTENTION = register(
     "refined_attention",
-    reference.refined_attention,
+    partial(reference.refined_attention, causal=True),
     draw_inputs,
     cost,
     grads=("q", "k", "v", "w_q", "w_k", "w_v"),
@@ -111,10 +113,17 @@ REFINED_ATTENTION = register(
             for source in ("logits", "weights")
             for direction in (FORWARD, TRAINING)
         ),
+        *jagged.goals("sasrec"),
         *gpu_goals(),
     ),
 )
-REFINED_ATTENTION.add_recattn(recattn.refined_attention, unsupported_reasons)
+REFINED_ATTENTION.add_recattn(partial(recattn.refined_attention, causal=True), unsupported_reasons)
+jagged.add_recattn(
+    REFINED_ATTENTION,
+    partial(recattn.refined_attention, causal=True),
+    partial(reference.refined_attention, causal=True),
+    "qkv",
+)
 
 
 def prepare_mask(inputs: Inputs) -> Inputs:

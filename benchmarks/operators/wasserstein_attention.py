@@ -4,12 +4,14 @@ The two outputs are concatenated into one tensor, for every implementation.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import recattn
+from benchmarks.harness import jagged
 from benchmarks.harness.goals import TimeGoal
 from benchmarks.harness.registry import COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
 from benchmarks.harness.workloads import WASSERSTEIN, Draw, RefinedWorkload
@@ -56,25 +58,34 @@ def side_by_side(outputs: tuple[Tensor, Tensor]) -> Tensor:
 
 WASSERSTEIN_ATTENTION = register(
     "wasserstein_attention",
-    lambda **inputs: side_by_side(reference.wasserstein_attention(**inputs)),
+    lambda **inputs: side_by_side(reference.wasserstein_attention(**inputs, causal=True)),
     draw_inputs,
     cost,
     grads=(*GAUSSIANS, "w_q", "w_k"),
     workloads=WASSERSTEIN,
-    goals=tuple(
-        TimeGoal(
-            workload=workload.name,
-            direction=direction,
-            against=(EAGER, COMPILED),
-            time_ratio=1 / 1.5 if workload.mechanism == "plain" else 1 / 2,
-        )
-        for workload in WASSERSTEIN
-        if "cpu" in workload.devices and workload.tier != "quick"
-        for direction in (FORWARD, TRAINING)
+    goals=(
+        *jagged.goals("stosa"),
+        *(
+            TimeGoal(
+                workload=workload.name,
+                direction=direction,
+                against=(EAGER, COMPILED),
+                time_ratio=1 / 1.5 if workload.mechanism == "plain" else 1 / 2,
+            )
+            for workload in WASSERSTEIN
+            if "cpu" in workload.devices and workload.tier != "quick"
+            for direction in (FORWARD, TRAINING)
+        ),
     ),
 )
 WASSERSTEIN_ATTENTION.add_recattn(
-    lambda **inputs: side_by_side(recattn.wasserstein_attention(**inputs)), unsupported_reasons
+    lambda **inputs: side_by_side(recattn.wasserstein_attention(**inputs, causal=True)), unsupported_reasons
+)
+jagged.add_recattn(
+    WASSERSTEIN_ATTENTION,
+    partial(recattn.wasserstein_attention, causal=True),
+    partial(reference.wasserstein_attention, causal=True),
+    GAUSSIANS,
 )
 
 

@@ -6,6 +6,17 @@ import warnings
 from recattn._graphs import constant_in_graphs
 
 
+def causal_or_old_default(name: str, causal: bool | None) -> bool:
+    """`causal`, and True where it was not given."""
+    if causal is not None:
+        return causal
+    warn_of_change(
+        f"{name} without causal is causal=True, and from the next release on causal=False, as everywhere else: "
+        "give causal"
+    )
+    return True
+
+
 @constant_in_graphs  # torch.compile gives the warning while it traces
 def warn_of_change(message: str) -> None:
     """A FutureWarning at the line that called recattn, perhaps through torch. Python shows it once per line."""

@@ -11,6 +11,7 @@ from recattn._deprecation import warn_of_change
 from recattn._dispatch import select
 from recattn._options import LreaAttentionOptions
 from recattn._typing import LossReduction, LreaAbsorbedImpl, LreaImpl, Orientation
+from recattn.functional._keywords import explain_keywords
 from recattn.functional.lrea_compress import add_lack_of_gradient, path_of
 from recattn.functional.validation import Indices, checked_indices, values_are_checked
 from recattn.ops import lrea_attention as ops
@@ -28,6 +29,7 @@ _RESTORED = check.Layouts(
 )
 
 
+@explain_keywords
 def lrea_attention(
     targets: Tensor,
     keys: Tensor,
@@ -108,6 +110,7 @@ def lrea_attention(
     return apply(ops.LreaAttentionFunction, targets, keys, values, w_decomp, target_offsets, seq_lens, options)
 
 
+@explain_keywords
 def lrea_absorb(
     keys: Tensor,
     values: Tensor,
@@ -199,6 +202,7 @@ def lrea_quantize(state: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / steps).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales
 
 
+@explain_keywords
 def lrea_absorbed_attention(
     targets: Tensor,
     state_keys: Tensor,
@@ -354,6 +358,7 @@ def _checked_absorbed(
     )
 
 
+@explain_keywords
 def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor, *, reduction: LossReduction | None = None) -> Tensor:
     """A regularizer: where it is zero, W_decomp and C are nonnegative, and absorption is exact.
 

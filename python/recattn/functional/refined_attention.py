@@ -4,6 +4,7 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
+from recattn._deprecation import causal_or_old_default
 from recattn._dispatch import select
 from recattn._options import RefinedAttentionOptions
 from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
@@ -49,7 +50,7 @@ def refined_attention(
     *,
     mechanism: Mechanism = "simple",
     source: Source = "logits",
-    causal: bool = True,
+    causal: bool | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
     padding_side: PaddingSide = "right",
@@ -88,7 +89,8 @@ def refined_attention(
             "additive", None for the others.
         mechanism: "simple", "value", "additive" or "stochastic".
         source: "logits" or "weights".
-        causal: query i sees the keys j ≤ i.
+        causal: query i sees the keys j ≤ i. The default is True in this release, with a warning, and False from the
+            next on, as everywhere else.
         seq_lens: [B] integer, the number of valid tokens per sequence; the padding is on `padding_side`.
         seq_starts: [B] integer, with `seq_lens`: where on the N axis each sequence begins, instead of `padding_side`.
         padding_side: "right" or "left".
@@ -126,6 +128,7 @@ def refined_attention(
         NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after dropout in a
             kernel.
     """
+    causal = causal_or_old_default("refined_attention", causal)
     _validate_options(mechanism, source, dropout_p, scale)
     if padding_side != "right" or seq_starts is not None or cu_seqlens is not None or max_seqlen is not None:
         validate_layout(padding_side, seq_lens, seq_starts, cu_seqlens, max_seqlen)

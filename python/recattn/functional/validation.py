@@ -10,6 +10,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from recattn._check import expect, expect_index
 from recattn._graphs import constant_in_graphs
+from recattn.functional._keywords import explain_keywords
 from recattn.ops import index_checks as ops
 
 
@@ -25,6 +26,7 @@ class Indices(NamedTuple):
     seq_starts: Any = None
 
 
+@explain_keywords
 def validate(
     *,
     sink_positions: Tensor | None = None,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
+from recattn._deprecation import causal_or_old_default
 from recattn._dispatch import select
 from recattn._options import WassersteinAttentionOptions
 from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
@@ -53,7 +54,7 @@ def wasserstein_attention(
     w_q: Tensor | None = None,
     w_k: Tensor | None = None,
     source: Source = "logits",
-    causal: bool = True,
+    causal: bool | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
     padding_side: PaddingSide = "right",
@@ -88,7 +89,8 @@ def wasserstein_attention(
             axis, wherever the padding is, so that Nmax ≥ N; packed, from the sequence's own start, so that Nmax ≥ every
             length.
         source: "logits" or "weights".
-        causal: query i sees the keys j ≤ i.
+        causal: query i sees the keys j ≤ i. The default is True in this release, with a warning, and False from the
+            next on, as everywhere else.
         seq_lens: [B] integer, the number of valid tokens per sequence; the padding is on `padding_side`.
         seq_starts: [B] integer, where the valid tokens of each sequence begin on the N axis, instead of `padding_side`.
         padding_side: "right" or "left".
@@ -116,6 +118,7 @@ def wasserstein_attention(
         NotImplementedError: an explicit `impl` that does not support the call; `create_graph=True` after dropout in a
             kernel.
     """
+    causal = causal_or_old_default("wasserstein_attention", causal)
     check.expect_choice("source", source, ("logits", "weights"))
     check.expect_numbers(scale=scale)
     check.expect_probability("dropout_p", dropout_p)

@@ -9,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
 from recattn._check import expect_choice, expect_index, expect_same_device, expect_shape, expect_tensors
+from recattn._deprecation import causal_or_old_default
 from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
@@ -43,7 +44,8 @@ class StochasticRefinedSelfAttention(nn.Module):
         refine: whether P is refined.
         source: "logits", or "weights" to refine the softmax of the distances.
         dropout: dropout probability of the weights P, in training.
-        causal: token i sees the tokens j ≤ i.
+        causal: token i sees the tokens j ≤ i. The default is True in this release, with a warning, and False from the
+            next on, as everywhere else.
         padding_side: "left" (as in SASRec and STOSA) or "right", the side of the padding. Without it that is "left",
             with a warning, and "right" from the next release on.
         bias: whether the linear maps have a bias.
@@ -61,7 +63,7 @@ class StochasticRefinedSelfAttention(nn.Module):
         refine: bool = True,
         source: Source = "logits",
         dropout: float = 0.0,
-        causal: bool = True,
+        causal: bool | None = None,
         padding_side: PaddingSide | None = None,
         bias: bool = True,
         impl: WassersteinAttentionImpl | None = None,
@@ -75,7 +77,8 @@ class StochasticRefinedSelfAttention(nn.Module):
         rank = max_len if rank is None else rank
         expect_positive(max_len=max_len, rank=rank)
         self.embed_dim, self.num_heads, self.max_len, self.rank = embed_dim, num_heads, max_len, rank
-        self.refine, self.dropout, self.causal = refine, dropout, causal
+        self.refine, self.dropout = refine, dropout
+        self.causal = causal_or_old_default("StochasticRefinedSelfAttention", causal)
         self.source: Source = source
         self.padding_side: PaddingSide | None = padding_side
         self.impl: WassersteinAttentionImpl | None = impl
