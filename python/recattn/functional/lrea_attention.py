@@ -366,7 +366,7 @@ def lrea_nonnegativity_loss(w_decomp: Tensor, compressed: Tensor, *, reduction: 
         reduction="sum"     ‖max(0, −W_decomp)‖² + sum over users u of ‖max(0, −C_u)‖²
 
     Start with a weight of 0.01 beside a binary cross-entropy. On MovieLens-100k that took the relative error of
-    absorption from 0.16–0.56 to at most 0.003 at the same AUC; weights of 1 and 10 cost AUC (docs/lrea_attention.md).
+    absorption from 0.05–0.56 to at most 0.003 at the same AUC; a weight of 10 cost AUC (docs/lrea_attention.md).
 
     Source: LREA (arXiv 2503.02542), whose reviews confirm both terms.
 
