@@ -17,10 +17,12 @@ BIAS = 3 * torch.randn(B, 1, 2, 2, dtype=torch.float64, generator=torch.Generato
 MODULES = {
     "SinkAttention": lambda **options: SinkAttention(E, H, **options),
     "RefinedSelfAttention": lambda **options: RefinedSelfAttention(E, H, max_len=N, mechanism="value", **options),
-    "StochasticRefinedSelfAttention": lambda **options: StochasticRefinedSelfAttention(E, H, max_len=N, **options),
+    "StochasticRefinedSelfAttention": lambda **options: StochasticRefinedSelfAttention(
+        E, H, max_len=N, causal=True, **options
+    ),
 }
-every_module = pytest.mark.parametrize("name", ["SinkAttention", "RefinedSelfAttention"])
-refining_modules = pytest.mark.parametrize("name", ["RefinedSelfAttention"])
+every_module = pytest.mark.parametrize("name", MODULES)
+refining_modules = pytest.mark.parametrize("name", [name for name in MODULES if "Refined" in name])
 
 
 def build(name, dtype=torch.float64, **options):

@@ -42,7 +42,7 @@ def read_sequences(
     elif seq_lens is not None:
         expect_windows({"B": batch}, seq_lens, seq_starts)
         if seq_starts is None:
-            seq_starts = window_starts(side_of_lengths(padding_side), length, seq_lens)
+            seq_starts = window_starts(_side_of_lengths(padding_side), length, seq_lens)
     if seq_lens is None or not torch.is_grad_enabled():  # padding matters only to the gradients of the projections
         valid = None
     elif valid is None:
@@ -50,7 +50,7 @@ def read_sequences(
     return {"seq_lens": seq_lens, "seq_starts": seq_starts}, valid
 
 
-def side_of_lengths(padding_side: PaddingSide | None) -> PaddingSide:
+def _side_of_lengths(padding_side: PaddingSide | None) -> PaddingSide:
     if padding_side is not None:
         return padding_side
     warn_of_change(

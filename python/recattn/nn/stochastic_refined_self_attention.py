@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
-from recattn._check import expect_choice, expect_index, expect_same_device, expect_shape, expect_tensors
+from recattn._check import expect, expect_choice, expect_same_device, expect_shape, expect_tensors
 from recattn._deprecation import causal_or_old_default
 from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
+from recattn.functional._keywords import explain_keywords
+from recattn.functional._nested import accepts_nested
 from recattn.nn._constructor_checks import (
     expect_attention_options,
     expect_heads,
@@ -20,8 +22,7 @@ from recattn.nn._constructor_checks import (
     takes_max_len_by_name,
 )
 from recattn.nn._masks import zero_padding
-from recattn.nn._sequences import side_of_lengths
-from recattn.reference.sink_attention import valid_tokens, window_starts
+from recattn.nn._sequences import Sequences, read_sequences
 
 
 class StochasticRefinedSelfAttention(nn.Module):
@@ -46,13 +47,14 @@ class StochasticRefinedSelfAttention(nn.Module):
         dropout: dropout probability of the weights P, in training.
         causal: token i sees the tokens j ≤ i. The default is True in this release, with a warning, and False from the
             next on, as everywhere else.
-        padding_side: "left" (as in SASRec and STOSA) or "right", the side of the padding. Without it that is "left",
-            with a warning, and "right" from the next release on.
+        padding_side: "left" (as in SASRec and STOSA) or "right", the side of the padding where only `seq_lens` says how
+            long the sequences are. Without it that is "left", with a warning, and "right" from the next release on.
         bias: whether the linear maps have a bias.
         impl: as in `recattn.wasserstein_attention`.
     """
 
     @takes_max_len_by_name
+    @explain_keywords
     def __init__(
         self,
         embed_dim: int,
@@ -107,34 +109,53 @@ class StochasticRefinedSelfAttention(nn.Module):
             for matrix in self._matrices():
                 nn.init.normal_(matrix, std=(math.sqrt(self.rank) * squares) ** -0.5)
 
+    @accepts_nested("mean", "cov", ragged_axis=1, nest=lambda packed, results: tuple(map(packed.nest, results)))
     def forward(
-        self, mean: Tensor, cov: Tensor, *, seq_lens: Tensor | None = None, need_weights: bool = False
+        self,
+        mean: Tensor,
+        cov: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        seq_starts: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        need_weights: bool = False,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            mean, cov: [B, N, E], the inputs of the linear maps, so `cov` need not be positive. Padding may hold
-                anything, NaN included: it changes neither the output nor a gradient, and its own gradients are zero.
+            mean, cov: [B, N, E], packed [T, E], or nested, the inputs of the linear maps, so `cov` need not be
+                positive. Padding may hold anything, NaN included: it changes neither the output nor a gradient, and its
+                own gradients are zero.
+            key_padding_mask: [B, N], True (or -inf, else 0) at padding. The tokens of a row have no gap, wherever they
+                begin: their position on the N axis chooses the rows of the matrices.
             seq_lens: [B] integer, the number of valid tokens per sequence.
-            need_weights: also return P before dropout, computed by the reference.
+            seq_starts: [B] integer, the position of the first valid token of each; without it the padding is on the
+                `padding_side` of the module.
+            cu_seqlens: [B + 1] integer, offsets of packed sequences in inputs [T, E]; excludes masks and `seq_lens`.
+                Nested inputs [B, j, E] (layout torch.jagged) need none of these, and the output is nested.
+            max_seqlen: upper bound on the lengths of packed sequences, known on the host.
+            need_weights: also return P before dropout, computed by the reference; not if packed.
 
         Returns:
-            Mean and covariance, [B, N, E], equal to the biases of the output maps at padding; and with need_weights P,
-            [B, H, N, N], zero at padding.
+            Mean and covariance, in the shape of the inputs, equal to the biases of the output maps at padding; and with
+            need_weights P, [B, H, N, N], zero at padding.
 
         Raises:
-            ValueError: a shape, dtype or device does not match.
+            ValueError: a shape, dtype or device does not match; on a CPU (elsewhere under RECATTN_CHECK=1) also a mask
+                whose tokens have a gap.
         """
-        padding_side = "right"
+        packed = cu_seqlens is not None
+        expect(not (packed and need_weights), "need_weights", "False with packed sequences", need_weights)
         expect_tensors(mean=mean, cov=cov)
         sizes = {"E": self.embed_dim}
-        expect_shape(sizes, "mean", mean, "B N E")
-        expect_shape(sizes, "cov", cov, "B N E")
-        expect_same_device("mean", mean, cov=cov, seq_lens=seq_lens)
-        if seq_lens is not None:
-            expect_index(sizes, "seq_lens", seq_lens, "B")
-            padding_side = side_of_lengths(self.padding_side)
-            seq_starts = window_starts(padding_side, sizes["N"], seq_lens)
-            valid = valid_tokens(sizes["B"], sizes["N"], seq_lens, seq_starts, mean.device)
+        for name, x in (("mean", mean), ("cov", cov)):
+            expect_shape(sizes, name, x, "T E" if packed else "B N E")
+        sequences = Sequences(seq_lens, seq_starts, cu_seqlens, max_seqlen)
+        masks, valid = read_sequences(sizes, key_padding_mask, sequences, self.padding_side)
+        expect_same_device("mean", mean, cov=cov, key_padding_mask=key_padding_mask, seq_lens=seq_lens)
+        expect_same_device("mean", mean, seq_starts=seq_starts, cu_seqlens=cu_seqlens)
+        if valid is not None:
             mean, cov = zero_padding(valid, mean, cov)
         means = self._split_heads(self.mean_in_proj(mean))
         covs = [F.elu(x) + 1 for x in self._split_heads(self.cov_in_proj(cov))]
@@ -144,8 +165,7 @@ class StochasticRefinedSelfAttention(nn.Module):
             **dict(zip(("w_q", "w_k"), matrices, strict=False)),
             "source": self.source,
             "causal": self.causal,
-            "seq_lens": seq_lens,
-            "padding_side": padding_side,
+            **masks,
         }
         dropout_p = self.dropout if self.training else 0.0
         mean, cov = wasserstein_attention(
@@ -167,12 +187,13 @@ class StochasticRefinedSelfAttention(nn.Module):
         )
 
     def _split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[B, N, 3E] -> three of [B, H, N, D]."""
-        return x.unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        """[B, N, 3E] -> three of [B, H, N, D]; packed [T, 3E] -> three of [T, H, D]."""
+        x = x.unflatten(-1, (3, self.num_heads, -1))
+        return x.unbind(1) if x.dim() == 4 else x.transpose(1, 3).unbind(2)
 
     def _merge_heads(self, x: Tensor) -> Tensor:
-        """[B, H, N, D] -> [B, N, E]."""
-        return x.transpose(1, 2).flatten(-2)
+        """[B, H, N, D] -> [B, N, E]; packed [T, H, D] -> [T, E]."""
+        return (x if x.dim() == 3 else x.transpose(1, 2)).flatten(-2)
 
     def _matrices(self) -> list[Tensor]:
         return [w for w in (self.w_q, self.w_k) if w is not None]
