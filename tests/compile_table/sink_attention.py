@@ -47,10 +47,14 @@ def tensors(dtype: torch.dtype, head_dim: int, bias_heads: int):
     return q, kv, meta(B, HQ, N), meta(2, B, HQ, M), sinks
 
 
+def windows() -> Lengths:
+    return Lengths(meta(B, dtype=torch.int64), meta(B, dtype=torch.int64))
+
+
 def fused(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Compilation]:
     q, kv, lse, stats, sinks = tensors(dtype, head_dim, 1)
     streams = Streams(meta(B, N, dtype=torch.int8), meta(B, N, dtype=torch.int32), meta(B, 2, dtype=torch.int32))
-    of_training = Lengths(meta(B, dtype=torch.int64)), Dropout(meta(1, dtype=torch.int64), 6554)
+    of_training = windows(), Dropout(meta(1, dtype=torch.int64), 6554)
     for kind, (lengths, dropout) in (("", (NO_LENGTHS, NO_DROPOUT)), (" dropout padded", of_training)):
         label = f"{name_of(dtype)} D={head_dim} {{BLOCK_M}}x{{BLOCK_N}}{kind}"
         rest = (sinks, lengths, streams, dropout)
@@ -61,7 +65,7 @@ def fused(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Comp
 
 def pairs(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Compilation]:
     q, kv, _, stats, sinks = tensors(dtype, head_dim, HQ)
-    lengths, seed = Lengths(meta(B, dtype=torch.int64)), meta(1, dtype=torch.int64)
+    lengths, seed = windows(), meta(1, dtype=torch.int64)
     kinds = (("corrects", True, NO_DROPOUT), ("fused", False, NO_DROPOUT), ("dropout", False, Dropout(seed, 6554)))
     for kind, corrects, dropout in kinds:
         yield from recorded(
@@ -76,7 +80,7 @@ def pairs(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Comp
 
 def correction(architecture: int, dtype: torch.dtype, head_dim: int) -> Iterator[Compilation]:
     q, kv, lse, stats, sinks = tensors(dtype, head_dim, HQ)
-    lengths = Lengths(meta(B, dtype=torch.int64))
+    lengths = windows()
     label = f"{name_of(dtype)} D={head_dim}"
     block_k = CorrectionConfig.heuristic(head_dim, dtype, architecture).block_k
     yield from recorded(

@@ -171,7 +171,7 @@ class Layer(nn.Module):
         super().__init__()
         self.bias = recattn.nn.InterSinkBias(8, 2, impl="cpu")
         self.attention = recattn.nn.SinkAttention(8, 2, impl="cpu")
-        self.refined = recattn.nn.RefinedSelfAttention(8, 2, 6, impl="cpu")
+        self.refined = recattn.nn.RefinedSelfAttention(8, 2, max_len=6, impl="cpu")
 
     def forward(self, x: Tensor, sinks: Tensor, padding: Tensor) -> Tensor:
         x, sinks, padding = x[None], sinks[None], padding[None]

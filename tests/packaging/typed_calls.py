@@ -28,7 +28,7 @@ def call_modules() -> None:
     x, positions = torch.randn(1, 5, 8), torch.tensor([[1, 3]])
     attention = nn.SinkAttention(8, 2, padding_side="left")
     assert_type(attention.forward(x, x, x), tuple[Tensor, Tensor | None])
-    assert_type(attention.padding_side, PaddingSide)
+    assert_type(attention.padding_side, PaddingSide | None)
     assert_type(nn.InterSinkBias(8, 2).forward(x, positions), Tensor)
     assert_type(nn.TargetAttention(8, pooling="softmax").forward(x[0], x.expand(5, 5, 8)), Tensor)
     lrea = nn.LREA(8, 5, 3, 2, orientation="weights")

@@ -64,14 +64,11 @@ def accepts_nested(
     return decorate
 
 
-def _unpack(tensors: dict[str, Tensor], ragged_axis: int) -> Packed:
+def _unpack(tensors: dict[str, Any], ragged_axis: int) -> Packed:
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        same = f"nested like {first_name}"
-        expect(isinstance(x, Tensor) and x.is_nested, name, same, "a dense tensor" if isinstance(x, Tensor) else x)
-        jagged = "nested of layout=torch.jagged (nn.TransformerEncoder: set use_nested_tensor to False)"
-        expect(x.layout == torch.jagged, name, jagged, f"layout={x.layout}")
-        axis = x._ragged_idx  # pyright: ignore[reportAttributeAccessIssue] (no public name)
+        _expect_jagged(name, x, first_name)
+        axis = x._ragged_idx  # it has no public name
         if axis != ragged_axis:  # formatted sizes would be static in a compiled graph
             hint = ": move the heads before the tokens by transpose(1, 2)" if ragged_axis == 2 else ""
             expect(False, name, f"nested with sequences on axis {ragged_axis}{hint}", f"one with them on axis {axis}")
@@ -84,6 +81,13 @@ def _unpack(tensors: dict[str, Tensor], ragged_axis: int) -> Packed:
         same = next((known for known in values if tensors[known] is x), None)
         values[name] = x.values().movedim(ragged_axis - 1, 0) if same is None else values[same]
     return Packed(values, first.offsets(), getattr(first, "_maybe_max_seqlen", None))
+
+
+def _expect_jagged(name: str, x: object, like: str) -> None:
+    is_tensor = isinstance(x, Tensor)
+    expect(is_tensor and x.is_nested, name, f"nested like {like}", "a dense tensor" if is_tensor else x)
+    jagged = "nested of layout=torch.jagged (nn.TransformerEncoder: set use_nested_tensor to False)"
+    expect(is_tensor and x.layout == torch.jagged, name, jagged, f"layout={getattr(x, 'layout', None)}")
 
 
 def nest_heads(packed: Packed, out: Tensor) -> Tensor:

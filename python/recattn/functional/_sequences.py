@@ -4,9 +4,10 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn._typing import PaddingSide
+from recattn.functional.validation import checked_indices, expect_values, values_are_checked
 from recattn.reference.sink_attention import window_starts
 
-__all__ = ["expect_cu_seqlens", "expect_windows", "validate_layout", "window_starts"]
+__all__ = ["checked_sequences", "expect_cu_seqlens", "expect_windows", "validate_layout", "window_starts"]
 
 
 def validate_layout(
@@ -42,3 +43,27 @@ def expect_windows(sizes: dict[str, int], seq_lens: Tensor | None, seq_starts: T
     for name, lengths in (("seq_lens", seq_lens), ("seq_starts", seq_starts)):
         if lengths is not None:
             check.expect_index(sizes, name, lengths, "B")
+
+
+def checked_sequences(
+    x: Tensor, lengths: tuple[Tensor | None, ...], w: Tensor | None, max_seqlen: int | None
+) -> tuple[Tensor | None, ...]:
+    """seq_lens, seq_starts and cu_seqlens with their values checked, where that costs no synchronisation.
+
+    x is [B, H, N, D], or packed [T, H, D]. Packed sequences are no longer than `max_seqlen` and than the rows of `w`.
+    """
+    seq_lens, seq_starts, cu_seqlens = lengths
+    if cu_seqlens is None:
+        indices = checked_indices(x.device, seq_len=x.shape[2], seq_lens=seq_lens, seq_starts=seq_starts)
+        return indices.seq_lens, indices.seq_starts, None
+    cu_seqlens = checked_indices(x.device, num_tokens=x.shape[0], cu_seqlens=cu_seqlens).cu_seqlens
+    if values_are_checked(x.device):
+        _expect_bound("Nmax of w_q and w_k", None if w is None else w.shape[-2], cu_seqlens.diff())
+        _expect_bound("max_seqlen", max_seqlen, cu_seqlens.diff())
+    return None, None, cu_seqlens
+
+
+def _expect_bound(name: str, bound: int | None, seq_lens: Tensor) -> None:
+    if bound is not None:
+        expected = f"{name} must be at least the longest sequence"
+        expect_values(seq_lens <= bound, expected, lambda i: f"{bound} and a length of {seq_lens[i]} at index [{i}]")

@@ -10,8 +10,13 @@ from recattn._options import RefinedAttentionOptions
 from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional._nested import accepts_nested, nest_heads
-from recattn.functional._sequences import expect_cu_seqlens, expect_windows, validate_layout, window_starts
-from recattn.functional.validation import checked_indices, expect_values, values_are_checked
+from recattn.functional._sequences import (
+    checked_sequences,
+    expect_cu_seqlens,
+    expect_windows,
+    validate_layout,
+    window_starts,
+)
 from recattn.ops import refined_attention as ops
 from recattn.ops._support import draw_dropout_seed
 
@@ -120,7 +125,8 @@ def refined_attention(
         in float32, in chunks of 2^25 elements or of the N × N matrices of one batch and head. Where sequences are
         packed or nested, N is the longest, and chunked matmuls compute one sequence after another.
 
-        Second derivatives (`create_graph=True`) and `torch.func` transforms run the reference, in its time and memory.
+        Second derivatives (`create_graph=True`) and forward-mode ones (`torch.func.jvp`) run the reference, in its time
+        and memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU also lengths out of range (on a GPU
@@ -156,8 +162,8 @@ def refined_attention(
     )
     chosen = select("refined_attention", impl, reasons)
     # The CPU implementation checks them itself.
-    if chosen != "cpu" and (seq_lens is not None or cu_seqlens is not None) and values_are_checked(q.device):
-        lengths = seq_lens, seq_starts, cu_seqlens = _checked(q, w_q, *lengths, max_seqlen)
+    if chosen != "cpu" and (seq_lens is not None or cu_seqlens is not None):
+        lengths = seq_lens, seq_starts, cu_seqlens = checked_sequences(q, lengths, w_q, max_seqlen)
     if chosen == "reference":
         return reference.refined_attention(
             q,
@@ -177,7 +183,7 @@ def refined_attention(
         )
     options = RefinedAttentionOptions(mechanism, source, causal, scale, dropout_p, max_seqlen, chosen)
     seed = draw_dropout_seed(dropout_p, q.device)
-    return ops.refined_attention(q, k, v, w_q, w_k, w_v, *lengths, seed, options)
+    return ops.refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, seed, options)
 
 
 def _validate_options(mechanism, source, dropout_p, scale) -> None:
@@ -206,28 +212,6 @@ def _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens, seq_starts, cu_seqlens) -
             return False
         N = 0  # lengths are checked where they are known
     return D > 0 and n_max >= N and columns > 0 and (mechanism != "stochastic" or columns % 2 == 0)
-
-
-def _checked(
-    q: Tensor,
-    w_q: Tensor,
-    seq_lens: Tensor | None,
-    seq_starts: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """seq_lens, seq_starts and cu_seqlens with their values checked."""
-    if cu_seqlens is None:
-        indices = checked_indices(q.device, seq_len=q.shape[2], seq_lens=seq_lens, seq_starts=seq_starts)
-        return indices.seq_lens, indices.seq_starts, None
-    cu_seqlens = checked_indices(q.device, num_tokens=q.shape[0], cu_seqlens=cu_seqlens).cu_seqlens
-    lengths = cu_seqlens.diff()
-    bounds = {"Nmax of w_q and w_k": w_q.shape[-2], "max_seqlen": max_seqlen}
-    for name, bound in bounds.items():
-        if bound is not None:
-            expected = f"{name} must be at least the longest sequence of cu_seqlens"
-            expect_values(lengths <= bound, expected, lambda b, bound=bound: f"{bound} for {int(lengths[b])} tokens")
-    return None, None, cu_seqlens
 
 
 def _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens, seq_starts, cu_seqlens) -> None:

@@ -151,7 +151,8 @@ def _checked(
     if seq_lens is not None:
         seq_lens = ops.checked_lengths("seq_lens", seq_lens, _given("seq_len", seq_len, "seq_lens"))
     if seq_starts is not None:
-        expect(seq_lens is not None, "seq_lens", "given with seq_starts", None)
+        if seq_lens is None:
+            raise ValueError("seq_lens must be given with seq_starts, got None")
         seq_starts = ops.checked_starts(seq_starts, seq_lens, _given("seq_len", seq_len, "seq_starts"))
     if sink_positions is not None:
         longest = _given("seq_len", seq_len, "sink_positions") if cu_seqlens is None else None

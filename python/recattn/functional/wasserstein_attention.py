@@ -13,8 +13,13 @@ from recattn._options import WassersteinAttentionOptions
 from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional._nested import Packed, accepts_nested, nest_heads
-from recattn.functional._sequences import expect_cu_seqlens, expect_windows, validate_layout, window_starts
-from recattn.functional.validation import checked_indices, expect_values, values_are_checked
+from recattn.functional._sequences import (
+    checked_sequences,
+    expect_cu_seqlens,
+    expect_windows,
+    validate_layout,
+    window_starts,
+)
 from recattn.ops import wasserstein_attention as ops
 from recattn.ops._library import distinct
 from recattn.ops._support import draw_dropout_seed
@@ -136,7 +141,7 @@ def wasserstein_attention(
     reasons = ops.unsupported_reasons(mean_q.device.type, mean_q, gaussians[4], w_q)
     chosen = select("wasserstein_attention", impl, reasons)
     if chosen != "cpu" and (seq_lens is not None or cu_seqlens is not None):  # C++ checks them itself
-        lengths = _checked(mean_q, w_q, lengths, max_seqlen)
+        lengths = checked_sequences(mean_q, lengths, w_q, max_seqlen)
     if chosen == "reference":
         return reference.wasserstein_attention(
             *gaussians,
@@ -175,26 +180,6 @@ def _fits(gaussians: tuple[Tensor, ...], w_q, w_k, lengths: tuple[Tensor | None,
         _, _, D, _, n_max, columns, _ = sizes
         N = 0
     return D > 0 and (w_q is None or (n_max >= N and columns > 0 and columns % 2 == 0))
-
-
-def _checked(
-    mean_q: Tensor, w_q: Tensor | None, lengths: tuple[Tensor | None, ...], max_seqlen: int | None
-) -> tuple[Tensor | None, ...]:
-    """The lengths with their values checked, where that costs no synchronisation."""
-    cu_seqlens = lengths[2]
-    by_name = dict(zip(_LENGTHS, lengths, strict=True))
-    indices = checked_indices(mean_q.device, seq_len=mean_q.shape[-2], num_tokens=mean_q.shape[0], **by_name)
-    if cu_seqlens is not None and values_are_checked(mean_q.device):
-        n_max = None if w_q is None else w_q.shape[-2]
-        for name, bound in (("Nmax of w_q and w_k", n_max), ("max_seqlen", max_seqlen)):
-            if bound is not None:
-                _expect_bound(name, bound, cu_seqlens.diff())
-    return indices.seq_lens, indices.seq_starts, indices.cu_seqlens
-
-
-def _expect_bound(name: str, bound: int, seq_lens: Tensor) -> None:
-    expected = f"{name} must be at least the longest sequence"
-    expect_values(seq_lens <= bound, expected, lambda i: f"{bound} and a length of {seq_lens[i]} at index [{i}]")
 
 
 def _validated(gaussians: tuple[Tensor, ...], w_q, w_k, lengths: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

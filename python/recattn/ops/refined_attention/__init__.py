@@ -112,7 +112,7 @@ def _fwd(*inputs) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         return triton_short.refined_attention_fwd(*inputs)
     if options.impl == "cpu":
         return cpu.refined_attention_fwd(*inputs)
-    return chunked.refined_attention_fwd(*tensors, options)
+    return chunked.refined_attention_fwd(*tensors, options=options)
 
 
 def _bwd(*inputs, saved=()) -> list[Tensor]:
@@ -120,8 +120,8 @@ def _bwd(*inputs, saved=()) -> list[Tensor]:
     if options.impl == "triton":
         return triton_short.refined_attention_bwd(*inputs, *saved)
     if options.impl == "cpu":
-        return cpu.refined_attention_bwd(*inputs, saved)
-    return chunked.refined_attention_bwd(*tensors, options)
+        return cpu.refined_attention_bwd(*inputs, saved=saved)
+    return chunked.refined_attention_bwd(*tensors, options=options)
 
 
 _ARGUMENTS = (

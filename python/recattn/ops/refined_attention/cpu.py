@@ -227,7 +227,7 @@ def refined_attention_fwd(
         seq_lens = checked_lengths("seq_lens", seq_lens, longest)
         seq_starts = None if seq_starts is None else checked_starts(seq_starts, seq_lens, longest)
         lengths = (seq_lens, seq_starts, None)
-    return chunked.refined_attention_fwd(q, k, v, w_q, w_k, w_v, *lengths, options)
+    return chunked.refined_attention_fwd(q, k, v, w_q, w_k, w_v, *lengths, options=options)
 
 
 def refined_attention_bwd(
@@ -253,7 +253,7 @@ def refined_attention_bwd(
             if options.mechanism == "stochastic":
                 return stochastic_bwd(dout, q, k, v, w_q, w_k, lengths, dropout_seed, options)
             return cpp_bwd(dout, q, k, v, w_q, w_k, w_v, lengths, dropout_seed, options)
-    return chunked.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, *lengths, options)
+    return chunked.refined_attention_bwd(dout, q, k, v, w_q, w_k, w_v, *lengths, options=options)
 
 
 def _checked(
