@@ -107,6 +107,7 @@ NESTED = {
     "sink": ("q",),
     "packed": ("q",),
     "refined": ("q",),
+    "gaussian": ("mean_q",),
     "items": ("behaviors", "item_ids"),
 }
 
