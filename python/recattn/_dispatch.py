@@ -1,6 +1,5 @@
 """Which implementation runs a call. An explicit `impl=` never falls back."""
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -8,6 +7,7 @@ from torch.autograd import forward_ad
 
 from recattn._extension import MISSING
 from recattn._graphs import constant_in_graphs
+from recattn._warnings import warn_caller
 
 IMPLEMENTATIONS = ("reference", "correction", "triton", "chunked", "cuda", "cpu")
 _has_warned = False
@@ -62,7 +62,7 @@ def _warn_of_missing_kernels(op: str, chosen: str) -> None:
     if not _has_warned:
         _has_warned = True
         without = f"recattn runs without compiled kernels, and slower: {op} by impl={chosen!r}"
-        warnings.warn(f"{without}. {MISSING['cpu']}", RuntimeWarning, stacklevel=4)
+        warn_caller(f"{without}. {MISSING['cpu']}", RuntimeWarning)
 
 
 def format_implementation(impl: str, backend: str | None) -> str:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
-from recattn._deprecation import warn_of_change
 from recattn._dispatch import select
 from recattn._options import LreaAttentionOptions
 from recattn._typing import LossReduction, LreaAbsorbedImpl, LreaImpl, Orientation
+from recattn._warnings import warn_of_change
 from recattn.functional._keywords import explain_keywords
 from recattn.functional.lrea_compress import add_lack_of_gradient, path_of
 from recattn.functional.validation import Indices, checked_indices, values_are_checked

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from recattn import _check as check
 from recattn import reference
-from recattn._deprecation import causal_or_old_default
 from recattn._dispatch import select
 from recattn._options import RefinedAttentionOptions
 from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
+from recattn._warnings import causal_or_old_default
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional._nested import accepts_nested, nest_heads
 from recattn.functional._sequences import (

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from recattn._check import expect_same_device, expect_shape, expect_tensors
-from recattn._deprecation import warn_of_change
 from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
+from recattn._warnings import warn_of_change
 from recattn.functional.validation import expect_values, values_are_checked
 from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch

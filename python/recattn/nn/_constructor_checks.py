@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 from recattn._check import expect, expect_choice, expect_probability
-from recattn._deprecation import warn_of_change
 from recattn._typing import PaddingSide
+from recattn._warnings import warn_of_change
 
 _Init = TypeVar("_Init", bound=Callable)
 

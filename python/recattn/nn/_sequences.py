@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from recattn._check import expect
-from recattn._deprecation import warn_of_change
 from recattn._typing import PaddingSide
+from recattn._warnings import warn_of_change
 from recattn.functional._sequences import expect_cu_seqlens, expect_windows, validate_layout
 from recattn.nn._masks import read_windows
 from recattn.reference.sink_attention import valid_tokens, window_starts

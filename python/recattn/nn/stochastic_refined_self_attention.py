@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn import reference
 from recattn._check import expect, expect_choice, expect_same_device, expect_shape, expect_tensors
-from recattn._deprecation import causal_or_old_default
 from recattn._typing import PaddingSide, Source, WassersteinAttentionImpl
+from recattn._warnings import causal_or_old_default
 from recattn.functional import wasserstein_attention
 from recattn.functional._autocast import autocast_inputs
 from recattn.functional._keywords import explain_keywords
