@@ -237,7 +237,7 @@ def test_refined_projection(layout, monkeypatch):
     w = torch.randn(length, D).half()
 
     def operator(q, k, dx) -> dict[str, Tensor]:
-        sequences = projection.Batch(batch, length, NO_LENGTHS, causal=True)
+        sequences = projection.Batch(len(q), length, NO_LENGTHS, causal=True)
         x = projection.launch_refined_projection_fwd(q, k, w, sequences, 1 / D)
         dq, dk, dw = projection.launch_refined_projection_bwd(dx, q, k, w, sequences, 1 / D)
         return {"x": x, "dq": dq, "dk": dk, "dw": dw}
