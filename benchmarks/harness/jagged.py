@@ -1,24 +1,15 @@
 """Contestants without padding: padded inputs as packed ones, and packed ones as nested tensors."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.harness.goals import TimeGoal
-from benchmarks.harness.registry import FORWARD, TRAINING, Inputs, Operator
+from benchmarks.harness.registry import Inputs, Operator
 from recattn.reference.sink_attention import valid_tokens, window_starts
 
 PACKED, NESTED = "recattn, cu_seqlens", "recattn, nested"
-
-
-def goals(workload: str) -> Iterator[TimeGoal]:
-    """Packed is no slower than padded, and nested within 5% of packed."""
-    for direction in (FORWARD, TRAINING):
-        goal = {"workload": workload, "direction": direction}
-        yield TimeGoal(**goal, against=("recattn",), time_ratio=1.0, implementation=PACKED)
-        yield TimeGoal(**goal, against=(PACKED,), time_ratio=1.05, implementation=NESTED)
 
 
 def add_recattn(operator: Operator, function: Callable, reference: Callable, names: Sequence[str]) -> None:

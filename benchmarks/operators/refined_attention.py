@@ -113,7 +113,6 @@ REFINED_ATTENTION = register(
             for source in ("logits", "weights")
             for direction in (FORWARD, TRAINING)
         ),
-        *jagged.goals("sasrec"),
         *gpu_goals(),
     ),
 )

@@ -39,6 +39,7 @@ def float64_bytes(name: str, workload: Workload) -> int:
     references = {
         (i.reference or operator.reference, tuple(name for name in i.grads or operator.grads if name in inputs))
         for i in operator.implementations.values()
+        if i.applies(workload)
     }
     return max(
         peak_memory(partial(Oracle.of, function, inputs, grads=grads), draw().device) for function, grads in references
