@@ -120,7 +120,7 @@ HIDDEN = torch.zeros(4, 4).masked_fill(FUTURE, -torch.inf)
 
 
 MASKS = [
-    ("key_padding_mask", HOLES & False, HOLES, "key_padding_mask must be True at the ends of the sequences only"),
+    ("key_padding_mask", HOLES & False, HOLES, "key_padding_mask must be False at tokens without a gap"),
     ("attn_mask", FUTURE, LATER_FUTURE, "attn_mask must be the causal mask"),
     ("attn_mask", HIDDEN, FUTURE.float(), "attn_mask must be 0 where visible and -inf where hidden"),
 ]
