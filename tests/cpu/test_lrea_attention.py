@@ -275,12 +275,15 @@ def test_refusals_of_the_operators():
         absorbed(*[*inputs.values()][:5], float("inf"), None, None, None)
     behaviors, w_comp = torch.randn(50, 45), torch.randn(120, 9)
     for arguments, message in (
-        ((behaviors, w_comp, None, None), "behaviors must be [U, L, d]"),
-        ((behaviors, w_comp, None, torch.zeros(3, 4)), "item_ids must be int64 or int32, got float32"),
-        ((behaviors, w_comp, None, torch.zeros(3)), "item_ids must be [U, L]"),
-        ((behaviors, w_comp, None, torch.zeros(3, 130).long()), "Lmax of w_comp must be at least L = 130, got 120"),
-        ((behaviors, w_comp.half(), None, torch.zeros(3, 4).long()), "w_comp must have the dtype of behaviors"),
-        ((behaviors, w_comp, torch.ones(2).long(), torch.zeros(3, 4).long()), "seq_lens must be [U] = [3], got [2]"),
+        ((behaviors, w_comp, None, None, None), "behaviors must be [U, L, d]"),
+        ((behaviors, w_comp, None, None, torch.zeros(3, 4)), "item_ids must be int64 or int32, got float32"),
+        ((behaviors, w_comp, None, None, torch.zeros(3)), "item_ids must be [U, L]"),
+        (
+            (behaviors, w_comp, None, None, torch.zeros(3, 130).long()),
+            "Lmax of w_comp must be at least L = 130, got 120",
+        ),
+        ((behaviors, w_comp.half(), None, None, torch.zeros(3, 4).long()), "w_comp must have the dtype of behaviors"),
+        ((behaviors, w_comp, torch.ones(2).long(), None, torch.zeros(3, 4).long()), "seq_lens must be [U] = [3], got"),
     ):
         with pytest.raises(ValueError) as error:
             torch.ops.recattn.lrea_compress(*arguments)
