@@ -13,11 +13,12 @@ namespace recattn {
 // Splits all (batch, head) indices into groups of about equal cost. The groups do not depend on the number of threads.
 class Groups {
   public:
-    Groups(const std::vector<int64_t>& lengths, int64_t heads, int64_t columns) {
-        const int64_t batch_heads = static_cast<int64_t>(lengths.size()) * heads;
+    Groups(const std::vector<Span>& spans, int64_t heads, int64_t columns) {
+        const int64_t batch_heads = static_cast<int64_t>(spans.size()) * heads;
         std::vector<int64_t> costs{0};  // running sum of multiply-adds
-        for (const int64_t length : lengths) {
-            for (int64_t head = 0; head < heads; ++head) costs.push_back(costs.back() + length * length * columns + 1);
+        for (const Span& span : spans) {
+            const int64_t cost = span.length * span.length * columns + 1;
+            for (int64_t head = 0; head < heads; ++head) costs.push_back(costs.back() + cost);
         }
         const int64_t wanted = std::clamp<int64_t>(batch_heads / kBatchHeadsPerGroup, kMinGroups, kMaxGroups);
         const int64_t count = std::clamp<int64_t>(batch_heads, 1, wanted);
@@ -36,16 +37,7 @@ class Groups {
         torch::stable::parallel_for(0, count(), grain(cost_), function);
     }
 
-    Groups(const std::vector<Span>& spans, int64_t heads, int64_t columns)
-        : Groups(lengths_of(spans), heads, columns) {}
-
   private:
-    static std::vector<int64_t> lengths_of(const std::vector<Span>& spans) {
-        std::vector<int64_t> lengths;
-        for (const Span& span : spans) lengths.push_back(span.length);
-        return lengths;
-    }
-
     // Each group has its own sum of dW; few groups keep that memory below that of the tokens.
     static constexpr int64_t kBatchHeadsPerGroup = 8, kMinGroups = 16, kMaxGroups = 64;
     std::vector<int64_t> starts_;
