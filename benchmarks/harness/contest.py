@@ -15,7 +15,7 @@ from benchmarks.harness.correctness import Error, Gate, gradients, passes
 from benchmarks.harness.goals import Goal, Measured, NeverSlowerGoal, Outcome
 from benchmarks.harness.memory import peak_memory
 from benchmarks.harness.records import FAILED, NOT_RUN, REFUSED, Row, dtype_name
-from benchmarks.harness.registry import BACKWARD, FORWARD, Implementation, Inputs, Operator
+from benchmarks.harness.registry import BACKWARD, FORWARD, Implementation, Inputs, Operator, Outputs
 from benchmarks.harness.workloads import Draw, Workload
 from recattn.testing import largest
 
@@ -217,10 +217,11 @@ def timed_call(
     for inputs in prepared:
         inputs.update({name: inputs[name].detach().requires_grad_() for name in names})
     with torch.no_grad():
-        incoming = torch.randn_like(implementation.run(**prepared[0]))
+        outputs = implementation.run(**prepared[0])
+        incoming = [torch.randn_like(x) for x in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
-    def differentiate(output: Tensor, inputs: Inputs) -> None:
-        torch.autograd.grad(output, [inputs[name] for name in names], incoming)
+    def differentiate(outputs: Outputs, inputs: Inputs) -> None:
+        torch.autograd.grad(outputs, [inputs[name] for name in names], incoming)
 
     def backward(turn: int) -> Callable[[], None]:
         inputs = prepared[turn % len(prepared)]

@@ -26,6 +26,7 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 EAGER, COMPILED = "eager", "eager, torch.compile"
 
 Inputs = dict[str, object]
+Outputs = Tensor | tuple[Tensor, ...]
 # Device type -> for each implementation, best first, why it cannot run there (None if it can).
 UnsupportedReasons = Callable[[str], dict[str, str | None]]
 OPERATORS: dict[str, "Operator"] = {}
@@ -43,14 +44,14 @@ class Implementation:
     """One way to compute the operator. `run` takes the result of `prepare`, which is not timed."""
 
     name: str
-    run: Callable[..., Tensor]
+    run: Callable[..., Outputs]
     # Whether it is meant for the workload.
     applies: Callable[[Workload], bool] = lambda workload: True
     # Why it cannot run the workload on this device; None if it can.
     unsupported_reason: Callable[[Workload, torch.device], str | None] = lambda workload, device: None
-    # Converts the inputs to its own layout, and the output back for the correctness gate.
+    # Converts the inputs to its own layout, and what it returns to one tensor for the correctness gate.
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
-    restore: Callable[[Tensor, Inputs], Tensor] = lambda output, inputs: output
+    restore: Callable[[Outputs, Inputs], Tensor] = lambda output, inputs: output
     # A limit computes less than the operator. It has its own reference, and gradients only for the inputs it uses.
     reference: Callable[..., Tensor] | None = None
     grads: tuple[str, ...] | None = None

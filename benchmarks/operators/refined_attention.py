@@ -114,6 +114,7 @@ REFINED_ATTENTION = register(
             for direction in (FORWARD, TRAINING)
         ),
         *gpu_goals(),
+        *jagged.goals(REFINED),
     ),
 )
 REFINED_ATTENTION.add_recattn(partial(recattn.refined_attention, causal=True), unsupported_reasons)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import recattn
+from benchmarks.harness import jagged
 from benchmarks.harness.compiled import compiled
 from benchmarks.harness.goals import ExtraMemoryGoal, Goal, MemoryGoal, TimeGoal
 from benchmarks.harness.registry import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, Cost, Inputs, register
@@ -167,6 +168,7 @@ def goals() -> Iterator[Goal]:
     yield ExtraMemoryGoal(
         workload="gpu_memory", direction=TRAINING, against=UNBIASED, device="cuda", extra_bytes=46_000_000
     )
+    yield from jagged.goals(SINK)
 
 
 GRADS = ("q", "k", "v", "inter_sink_bias")
@@ -194,6 +196,7 @@ for path in PATHS:
     SINK_ATTENTION.implementation(
         f"recattn {path}", prepare=with_longest, unsupported_reason=needs_cuda, devices=CUDA, ours=True
     )(partial(recattn.sink_attention, impl=path))
+jagged.add_nested(SINK_ATTENTION, recattn.sink_attention, "qkv", with_longest)
 
 
 def pad(inputs: Inputs) -> Inputs:

@@ -95,3 +95,55 @@ def test_layouts_agree(op):
         assert all(map(torch.equal, outs, packed)), (layout, compiled)
         for name, gradient in layout_gradients.items():
             assert torch.equal(gradient, packed_gradients[name]), (name, layout, compiled)
+
+
+def nested_call(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    w_q, w_k = (draw("refined_attention")[1][name] for name in ("w_q", "w_k"))
+    return recattn.refined_attention(q, k, v, w_q, w_k, causal=True, **options)
+
+
+def nested_inputs() -> list[Tensor]:
+    return [nest(x).detach() for x in draw("refined_attention")[0].values()]
+
+
+def kernel_of(out: Tensor) -> torch.autograd.graph.Node:
+    """The kernel's node in the graph of a nested output."""
+    node = out.grad_fn
+    while not hasattr(node, "needs_input_grad"):
+        node = node.next_functions[0][0]
+    return node
+
+
+def test_gradients_of_nested_leaves():
+    """A nested leaf gets a nested gradient; for one that needs none the kernel computes none."""
+    q, k, v = nested_inputs()
+    out = nested_call(q, k.requires_grad_(), v)
+    assert kernel_of(out).needs_input_grad[:3] == (False, True, False)
+    out.values().sum().backward()
+    assert k.grad.is_nested and k.grad.shape == k.shape and q.grad is None
+
+    packed = [x.values().transpose(0, 1).detach().requires_grad_() for x in (q, k, v)]
+    nested_call(*packed, cu_seqlens=OFFSETS).sum().backward()
+    assert k.grad.values().transpose(0, 1).equal(packed[1].grad)
+
+
+def test_nested_without_gradients():
+    q, k, v = nested_inputs()
+    assert not nested_call(q, k, v).requires_grad
+    q.requires_grad_()
+    with torch.no_grad():
+        assert not nested_call(q, k, v).requires_grad
+    with torch.inference_mode():
+        assert nested_call(q, k, v).is_nested
+
+
+@pytest.mark.parametrize("changed", ["q", "k", "out"])
+def test_nested_tensors_changed_in_place(changed):
+    """The backward reads what the forward read and wrote, or raises."""
+    q, k, v = nested_inputs()
+    k.requires_grad_()
+    out = recattn.sink_attention(q, k, v, causal=True)
+    with torch.no_grad():
+        {"q": q, "k": k, "out": out}[changed].mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.values().sum().backward()

@@ -43,7 +43,7 @@ def _nest(packed: Packed, out: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple
     """Nested [B, Hq, j, Dv], and where it is given the log-sum-exp [B, Hq, j], from [T, Hq, Dv] and [Hq, T]."""
     if isinstance(out, Tensor):
         return nest_heads(packed, out)
-    return nest_heads(packed, out[0]), packed.nest(out[1], jagged_dim=2)
+    return nest_heads(packed, out[0]), packed.nest(out[1].transpose(0, 1), ragged_axis=2)
 
 
 @overload
