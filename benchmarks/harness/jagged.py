@@ -68,7 +68,7 @@ def goals(workloads: Sequence[Workload]) -> tuple[TimeGoal, ...]:
             direction=direction,
             implementation=NESTED_COMPILED,
             against=(PACKED_COMPILED,),
-            time_ratio=1.05,
+            time_ratio=1.1,
         )
         for workload in workloads
         if of_histories(workload) and "cpu" in workload.devices

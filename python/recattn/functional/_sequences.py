@@ -7,7 +7,7 @@ from recattn._typing import PaddingSide
 from recattn.functional.validation import checked_indices, expect_values, values_are_checked
 from recattn.reference.sink_attention import window_starts
 
-__all__ = ["checked_sequences", "expect_cu_seqlens", "expect_windows", "validate_layout", "window_starts"]
+__all__ = ["checked_sequences", "expect_cu_seqlens", "expect_qkv", "expect_windows", "validate_layout", "window_starts"]
 
 
 def validate_layout(
@@ -36,6 +36,18 @@ def expect_cu_seqlens(sizes: dict[str, int], cu_seqlens: Tensor) -> None:
     check.expect_index(sizes, "cu_seqlens", cu_seqlens, "B+1")
     check.expect(sizes["B+1"] >= 1, "cu_seqlens", "[B + 1]", "no offset")
     sizes["B"] = sizes["B+1"] - 1
+
+
+def expect_qkv(
+    sizes: dict[str, int], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, heads: tuple[str, str]
+) -> None:
+    """Check q and k [B, H, N, D] and v [B, H, N, Dv], or packed ones. `heads`: H of q, and of k and v, by name."""
+    check.expect_tensors(q=q, k=k, v=v)
+    if cu_seqlens is not None:
+        expect_cu_seqlens(sizes, cu_seqlens)
+    of_q, of_kv = heads
+    for name, x, h, dim in (("q", q, of_q, "D"), ("k", k, of_kv, "D"), ("v", v, of_kv, "Dv")):
+        check.expect_shape(sizes, name, x, f"B {h} N {dim}" if cu_seqlens is None else f"T {h} {dim}")
 
 
 def expect_windows(sizes: dict[str, int], seq_lens: Tensor | None, seq_starts: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional._nested import accepts_nested, nest_heads
 from recattn.functional._sequences import (
     checked_sequences,
-    expect_cu_seqlens,
+    expect_qkv,
     expect_windows,
     validate_layout,
     window_starts,
@@ -215,17 +215,9 @@ def _fits(q, k, v, w_q, w_k, w_v, mechanism, seq_lens, seq_starts, cu_seqlens) -
 
 
 def _validate(q, k, v, w_q, w_k, w_v, mechanism, seq_lens, seq_starts, cu_seqlens) -> None:
-    check.expect_tensors(q=q, k=k, v=v, w_q=w_q, w_k=w_k)
     sizes: dict[str, int] = {}
-    if cu_seqlens is None:
-        check.expect_shape(sizes, "q", q, "B H N D")
-        check.expect_shape(sizes, "k", k, "B H N D")
-        check.expect_shape(sizes, "v", v, "B H N Dv")
-    else:
-        expect_cu_seqlens(sizes, cu_seqlens)
-        check.expect_shape(sizes, "q", q, "T H D")
-        check.expect_shape(sizes, "k", k, "T H D")
-        check.expect_shape(sizes, "v", v, "T H Dv")
+    expect_qkv(sizes, q, k, v, cu_seqlens, ("H", "H"))
+    check.expect_tensors(w_q=w_q, w_k=w_k)
     check.expect(sizes["D"] > 0, "D of q and k", "at least 1", 0)
     columns = "2R" if mechanism == "stochastic" else "R"
     check.expect_shape(sizes, "w_q", w_q, f"{_head_axis(w_q)} Nmax {columns}")

@@ -13,7 +13,7 @@ from recattn._typing import PaddingSide, SinkAttentionImpl
 from recattn.functional import validation
 from recattn.functional._autocast import autocast_inputs, autocast_may_be_on
 from recattn.functional._nested import Packed, accepts_nested, nest_heads
-from recattn.functional._sequences import expect_cu_seqlens, expect_windows, validate_layout, window_starts
+from recattn.functional._sequences import expect_qkv, expect_windows, validate_layout, window_starts
 from recattn.ops import sink_attention as ops
 from recattn.ops._library import apply, distinct
 from recattn.ops._support import draw_dropout_seed
@@ -268,17 +268,8 @@ def _checked(
 
 
 def _validate(q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens) -> None:
-    check.expect_tensors(q=q, k=k, v=v)
     sizes: dict[str, int] = {}
-    if cu_seqlens is None:
-        check.expect_shape(sizes, "q", q, "B Hq N D")
-        check.expect_shape(sizes, "k", k, "B Hkv N D")
-        check.expect_shape(sizes, "v", v, "B Hkv N Dv")
-    else:
-        expect_cu_seqlens(sizes, cu_seqlens)
-        check.expect_shape(sizes, "q", q, "T Hq D")
-        check.expect_shape(sizes, "k", k, "T Hkv D")
-        check.expect_shape(sizes, "v", v, "T Hkv Dv")
+    expect_qkv(sizes, q, k, v, cu_seqlens, ("Hq", "Hkv"))
     for size in ("Hq", "Hkv", "D", "Dv"):
         check.expect(sizes[size] > 0, f"{size} of q, k and v", "at least 1", 0)
     heads = (sizes["Hq"], sizes["Hkv"])

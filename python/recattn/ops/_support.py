@@ -80,11 +80,21 @@ def length_bound(x: Tensor, w: Tensor, cu_seqlens: Tensor | None, max_seqlen: in
 def packed_sequences(cu_seqlens: Tensor, w_q: Tensor, max_seqlen: int | None) -> list[slice]:
     """The tokens of each packed sequence. Their lengths are checked; on a GPU reading them synchronizes."""
     sequences = [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
-    longest = max((tokens.stop - tokens.start for tokens in sequences), default=0)
+    _expect_fits(max((x.stop - x.start for x in sequences), default=0), w_q, max_seqlen)
+    return sequences
+
+
+def longest_sequence(cu_seqlens: Tensor, w_q: Tensor, max_seqlen: int | None) -> int:
+    """The length of the longest packed sequence, checked; without a loop in Python."""
+    longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    _expect_fits(longest, w_q, max_seqlen)
+    return longest
+
+
+def _expect_fits(longest: int, w_q: Tensor, max_seqlen: int | None) -> None:
     rows = w_q.shape[-2]
     expect(longest <= rows, "Nmax of w_q and w_k", f"at least the longest sequence, {longest}", rows)
     expect(max_seqlen is None or longest <= max_seqlen, "max_seqlen", f"at least the longest, {longest}", max_seqlen)
-    return sequences
 
 
 def sequence_indices(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recattn._extension import MISSING
 from recattn._options import RefinedAttentionOptions, WassersteinAttentionOptions
-from recattn.ops._support import packed_sequences, resolve_scale, sequence_indices, token_positions
+from recattn.ops._support import longest_sequence, resolve_scale, sequence_indices, token_positions
 from recattn.ops.index_checks import checked_lengths, checked_offsets, checked_starts
 from recattn.ops.refined_attention import chunked
 from recattn.ops.sink_attention import no_sinks
@@ -264,5 +264,4 @@ def _checked(
     if cu_seqlens is None:
         return lengths, q.shape[2]
     cu_seqlens = checked_offsets("cu_seqlens", cu_seqlens, q.shape[0])
-    longest = max((x.stop - x.start for x in packed_sequences(cu_seqlens, w_q, options.max_seqlen)), default=0)
-    return (seq_lens, seq_starts, cu_seqlens), longest
+    return (seq_lens, seq_starts, cu_seqlens), longest_sequence(cu_seqlens, w_q, options.max_seqlen)
