@@ -76,37 +76,44 @@ class Accepted:
 
 OLDER, NEWER, EITHER = ("3.6.0",), ("3.7.1",), ("3.6.0", "3.7.1")
 FEW_BYTES = "8 to 24 bytes a thread, which the other Triton keeps in registers"
+FEW_AMPERE_BYTES = "8 to 32 bytes a thread, on sm_80 alone"
 FEW_PADDED_BYTES = "8 to 40 bytes a thread, with seq_lens and dropout together alone"
 # An entry that no configuration needs any more fails the check.
 ACCEPTED = (
     Accepted(
-        "stale",
-        r"^(sink_attention|refined_attention|refined_projection|refined_weights|wasserstein|lrea_compress)_",
-        EITHER,
-        "they read windows and packed sequences now, and --write takes 40 minutes on two cores",
-    ),
-    Accepted(
         "spills",
-        r"^sink_attention_bwd_dq_kernel sm_90 float32 D=(32 32x32|64 32x16) dropout padded ",
+        r"^sink_attention_bwd_dq_kernel sm_90 float32 D=(32 32x32|64 32x16|128 16x16) dropout padded ",
         EITHER,
         FEW_PADDED_BYTES,
     ),
-    Accepted("spills", r"^sink_attention_fwd_kernel sm_90 float32 D=32 32x32 dropout padded ", NEWER, FEW_PADDED_BYTES),
+    Accepted(
+        "spills",
+        r"^sink_attention_bwd_dq_kernel sm_80 float32 D=(32 32x32|64 32x16) dropout padded ",
+        EITHER,
+        FEW_PADDED_BYTES,
+    ),
+    Accepted(
+        "spills",
+        r"^sink_attention_fwd_kernel sm_90 float32 D=(32 32x32|64 16x16) dropout padded ",
+        NEWER,
+        FEW_PADDED_BYTES,
+    ),
     Accepted(
         "spills", r"^sink_attention_fwd_kernel sm_100 float32 D=256 16x16 dropout padded ", NEWER, FEW_PADDED_BYTES
     ),
     Accepted(
         "spills", r"^sink_attention_bwd_dq_kernel sm_100 float32 D=32 32x32 dropout padded ", OLDER, FEW_PADDED_BYTES
     ),
-    Accepted(
-        "spills", r"^sink_attention_bwd_dkdv_kernel sm_100 bfloat16 D=32 64x64 dropout padded ", OLDER, FEW_PADDED_BYTES
-    ),
     Accepted("spills", r"^sink_attention_fwd_kernel sm_80 float32 D=256 32x32 warps", OLDER, FEW_BYTES),
     Accepted("spills", r"^sink_attention_fwd_kernel sm_100 bfloat16 D=32 128x64 warps", NEWER, FEW_BYTES),
     Accepted("spills", r"^sink_attention_fwd_kernel sm_100 bfloat16 D=64 128x64 warps", OLDER, FEW_BYTES),
     Accepted("spills", r"^sink_attention_bwd_dq_kernel sm_100 bfloat16 D=256 64x32 ", OLDER, FEW_BYTES),
     Accepted("spills", r"^sink_attention_pairs_bwd_kernel sm_100 bfloat16 D=256 dropout ", NEWER, FEW_BYTES),
-    Accepted("spills", r"^wasserstein_attention_bwd_dq_kernel sm_80 bfloat16 W=128 .* dropout ", OLDER, FEW_BYTES),
+    Accepted("spills", r"^wasserstein_attention_bwd_dq_kernel sm_80 bfloat16 W=128 Dv=64 ", EITHER, FEW_AMPERE_BYTES),
+    Accepted(
+        "spills", r"^wasserstein_attention_bwd_dq_kernel sm_80 bfloat16 W=256 .* dropout ", EITHER, FEW_AMPERE_BYTES
+    ),
+    Accepted("spills", r"^wasserstein_attention_short_bwd_kernel sm_90 bfloat16 N=128 D=32 dropout ", OLDER, FEW_BYTES),
     Accepted("spills", r"^wasserstein_attention_fwd_kernel sm_80 bfloat16 W=256 .* dropout ", OLDER, FEW_BYTES),
     Accepted("spills", r"^wasserstein_attention_fwd_kernel sm_100 float32 W=64 .* dropout ", NEWER, FEW_BYTES),
 )
