@@ -121,14 +121,14 @@ def bias_and_attention(s: Sizes, length: int) -> Call:
 def refined_attention(s: Sizes, length: int) -> Call:
     tensors = {name: leaf(s.batch, s.heads, length, s.dim, like=s) for name in "qkv"}
     tensors |= {name: leaf(length, length, like=s) for name in ("w_q", "w_k")}
-    return Call(recattn.refined_attention, tensors, tuple(tensors), gradients(tensors["v"]))
+    return Call(recattn.refined_attention, tensors | {"causal": True}, tuple(tensors), gradients(tensors["v"]))
 
 
 def wasserstein_attention(s: Sizes, length: int) -> Call:
     names = [f"{part}_{name}" for name in "qkv" for part in ("mean", "cov")]
     tensors = {name: leaf(s.batch, s.heads, length, s.dim, like=s) for name in names}
     douts = gradients(tensors["mean_v"], tensors["cov_v"])
-    return Call(recattn.wasserstein_attention, tensors, tuple(tensors), douts)
+    return Call(recattn.wasserstein_attention, tensors | {"causal": True}, tuple(tensors), douts)
 
 
 def lrea_compress(s: Sizes, length: int) -> Call:

@@ -6,11 +6,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.harness.goals import TimeGoal
 from benchmarks.harness.registry import FORWARD, TRAINING, Inputs, Operator, Outputs
-from benchmarks.harness.workloads import CPU, Workload
+from benchmarks.harness.workloads import CPU, Workload, offsets
 from recattn.reference.sink_attention import valid_tokens, window_starts
 
 PACKED, NESTED = "recattn, cu_seqlens", "recattn, nested"
@@ -24,10 +23,9 @@ def add_recattn(operator: Operator, function: Callable, reference: Callable, nam
     """
     to_packed, restore = partial(pack, names), partial(unpack, names[0])
     own_reference = packed_reference(reference, names)
-    add = operator.implementation(
+    operator.implementation(
         PACKED, prepare=to_packed, restore=restore, reference=own_reference, applies=of_histories, ours=True
-    )
-    add(function)
+    )(function)
     add_nested(operator, function, names, to_packed, restore, own_reference)
 
 
@@ -81,8 +79,7 @@ def pack(names: Sequence[str], inputs: Inputs) -> Inputs:
     valid, lengths = _valid(inputs, names[0]), inputs["seq_lens"]
     others = {name: x for name, x in inputs.items() if name not in ("seq_lens", "padding_side")}
     packed = {name: _tokens_first(inputs[name])[valid] for name in names}
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    return {**others, **packed, "cu_seqlens": offsets, "max_seqlen": int(lengths.max())}
+    return {**others, **packed, "cu_seqlens": offsets(lengths), "max_seqlen": int(lengths.max())}
 
 
 def unpack(name: str, output: Outputs, inputs: Inputs) -> Tensor:
@@ -109,11 +106,11 @@ def packed_reference(reference: Callable, names: Sequence[str]) -> Callable:
 def nest(names: Sequence[str], inputs: Inputs) -> Inputs:
     """Packed [T, H, D] and [T, d] to nested [B, H, j, D] and [B, j, d]."""
     others = {name: x for name, x in inputs.items() if name not in ("cu_seqlens", "max_seqlen")}
-    offsets, longest = inputs["cu_seqlens"], inputs["max_seqlen"]
+    cu_seqlens, longest = inputs["cu_seqlens"], inputs["max_seqlen"]
 
     def nested(x: Tensor) -> Tensor:
         tokens, axis = (x.transpose(0, 1), 2) if x.dim() == 3 else (x, 1)
-        return torch.nested.nested_tensor_from_jagged(tokens, offsets, jagged_dim=axis, max_seqlen=longest)
+        return torch.nested.nested_tensor_from_jagged(tokens, cu_seqlens, jagged_dim=axis, max_seqlen=longest)
 
     return {**others, **{name: nested(inputs[name]) for name in names}}
 
@@ -121,11 +118,11 @@ def nest(names: Sequence[str], inputs: Inputs) -> Inputs:
 def _with_shared_offsets(inputs: Inputs) -> Inputs:
     """With one offsets tensor for all sets of inputs: nested tensors of different offsets have different shapes."""
     cu_seqlens = inputs["cu_seqlens"]
-    return {**inputs, "cu_seqlens": _offsets(tuple(cu_seqlens.tolist()), cu_seqlens.device)}
+    return {**inputs, "cu_seqlens": _shared(tuple(cu_seqlens.tolist()), cu_seqlens.device)}
 
 
 @functools.cache
-def _offsets(values: tuple[int, ...], device: torch.device) -> Tensor:
+def _shared(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 

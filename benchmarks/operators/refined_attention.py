@@ -93,9 +93,10 @@ def gpu_goals() -> Iterator[Goal]:
         yield MemoryGoal(**goal, memory_ratio=ratio)
 
 
+OURS, REFERENCE = (partial(module.refined_attention, causal=True) for module in (recattn, reference))
 REFINED_ATTENTION = register(
     "refined_attention",
-    partial(reference.refined_attention, causal=True),
+    REFERENCE,
     draw_inputs,
     cost,
     grads=("q", "k", "v", "w_q", "w_k", "w_v"),
@@ -117,13 +118,8 @@ REFINED_ATTENTION = register(
         *jagged.goals(REFINED),
     ),
 )
-REFINED_ATTENTION.add_recattn(partial(recattn.refined_attention, causal=True), unsupported_reasons)
-jagged.add_recattn(
-    REFINED_ATTENTION,
-    partial(recattn.refined_attention, causal=True),
-    partial(reference.refined_attention, causal=True),
-    "qkv",
-)
+REFINED_ATTENTION.add_recattn(OURS, unsupported_reasons)
+jagged.add_recattn(REFINED_ATTENTION, OURS, REFERENCE, "qkv")
 
 
 def prepare_mask(inputs: Inputs) -> Inputs:

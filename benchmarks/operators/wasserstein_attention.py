@@ -1,6 +1,7 @@
 """wasserstein_attention (STOSA's attention between Gaussians, and its refinement) against eager PyTorch.
 
-The two outputs are concatenated into one tensor, for every implementation.
+The two outputs are concatenated into one tensor, for every implementation but packed and nested ones: those are
+concatenated when they are checked.
 """
 
 import math
@@ -56,9 +57,10 @@ def side_by_side(outputs: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat(outputs, dim=-1)
 
 
+OURS, REFERENCE = (partial(module.wasserstein_attention, causal=True) for module in (recattn, reference))
 WASSERSTEIN_ATTENTION = register(
     "wasserstein_attention",
-    lambda **inputs: side_by_side(reference.wasserstein_attention(**inputs, causal=True)),
+    lambda **inputs: side_by_side(REFERENCE(**inputs)),
     draw_inputs,
     cost,
     grads=(*GAUSSIANS, "w_q", "w_k"),
@@ -78,15 +80,8 @@ WASSERSTEIN_ATTENTION = register(
         *jagged.goals(WASSERSTEIN),
     ),
 )
-WASSERSTEIN_ATTENTION.add_recattn(
-    lambda **inputs: side_by_side(recattn.wasserstein_attention(**inputs, causal=True)), unsupported_reasons
-)
-jagged.add_recattn(
-    WASSERSTEIN_ATTENTION,
-    partial(recattn.wasserstein_attention, causal=True),
-    partial(reference.wasserstein_attention, causal=True),
-    GAUSSIANS,
-)
+WASSERSTEIN_ATTENTION.add_recattn(lambda **inputs: side_by_side(OURS(**inputs)), unsupported_reasons)
+jagged.add_recattn(WASSERSTEIN_ATTENTION, OURS, REFERENCE, GAUSSIANS)
 
 
 def with_visible(inputs: Inputs) -> Inputs:

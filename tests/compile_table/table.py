@@ -5,15 +5,14 @@ python tests/compile_table/table.py --write      writes triton_VERSION.json for 
 python tests/compile_table/table.py --check      fails if a configuration spills, has its wgmma serialized, rounds
                                                  float32 to tf32, exceeds its architecture's shared or tensor memory,
                                                  or differs from the table
-    --sampled N      compiles what changed since the table was written, and N configurations of the rest; of a kernel
-                     that ACCEPTED lists as stale, one for each architecture, without comparing its figures
+    --sampled N      compiles what changed since the table was written, and N configurations of the rest
     --only REGEX     compiles the configurations whose name matches, such as "fwd_kernel sm_90 bfloat16"
 python tests/compile_table/table.py --one-of-each-kind    checks under any Triton, without a table: each kernel once for
                                                  each architecture, and once for each dtype and option; spills and
                                                  serialized wgmma are notes
 
 To use another Triton, put it first on PYTHONPATH. ACCEPTED lists the spills and serialized wgmma that are accepted, and
-the kernels that are newer than their rows, and why. Columns:
+why. Columns:
 
 registers, spilled_bytes    per thread
 shared_bytes, tensor_columns    per block
@@ -66,10 +65,10 @@ TOOLS = ("compilation", "compiled_kernel", "table")
 
 @dataclass(frozen=True)
 class Accepted:
-    """Configurations that may spill or serialize wgmma for now, or kernels that may be newer than their rows."""
+    """Configurations that may spill or serialize wgmma for now."""
 
-    what: str  # "spills", the code by which ptxas says that it serializes wgmma, or "stale"
-    where: str  # a regular expression, found in the names of configurations, or of kernels
+    what: str  # "spills", or the code by which ptxas says that it serializes wgmma
+    where: str  # a regular expression, found in their names
     tritons: tuple[str, ...]
     why: str
 
@@ -187,21 +186,6 @@ def one_of_each_kind(keys: list[str]) -> list[int]:
     return sorted(chosen)
 
 
-def stale_kernels(table: dict, kernels: dict[str, str], accepted: Sequence[Accepted]) -> tuple[set[str], list[str]]:
-    """The kernels that changed since the table was written and may, and the entries of ACCEPTED that none needs."""
-    changed = {kernel for kernel, fingerprint in kernels.items() if table["kernels"].get(kernel) != fingerprint}
-    entries = [entry for entry in accepted if entry.what == "stale"]
-    covered = {entry: {kernel for kernel in changed if re.search(entry.where, kernel)} for entry in entries}
-    unneeded = [f"stale of {entry.where!r}: {UNNEEDED}" for entry, kernels in covered.items() if not kernels]
-    return set().union(*covered.values()), unneeded
-
-
-def one_of_each_architecture(keys: list[str], kernels: set[str]) -> set[int]:
-    """Indices of a configuration for each architecture of the kernels."""
-    first = {tuple(name.split()[:2]): i for i, name in reversed([*enumerate(keys)]) if name.split()[0] in kernels}
-    return set(first.values())
-
-
 def measure_or_say_why(modules: tuple[str, ...], index: int) -> Row | str:
     try:
         return compiled_kernel.measure(compilations(modules)[index])
@@ -246,7 +230,7 @@ def slow(rows: dict[str, Row], accepted: Sequence[Accepted]) -> list[str]:
     found += [
         (name, code, f"ptxas serializes its wgmma, {code}") for name, row in rows.items() for code in row["serialized"]
     ]
-    problems, needed = [], {entry for entry in accepted if entry.what == "stale"}
+    problems, needed = [], set()
     for name, what, said in sorted(found):
         covering = [entry for entry in accepted if entry.what == what and re.search(entry.where, name)]
         needed.update(covering)
@@ -313,27 +297,18 @@ def main() -> int:
     modules = tuple(options.module or kernel_modules())
     keys, kernels = all_keys(modules), fingerprints(modules)
     # Rows that are taken from the table are checked too.
-    kept, indices, stale = {}, range(len(keys)), set()
-    problems = []
+    kept, indices = {}, range(len(keys))
     if options.one_of_each_kind:
         indices = one_of_each_kind(keys)
     elif (options.write or options.sampled) and table.get("triton") == triton_version:
         kept = unchanged_rows(table, keys, kernels)
         again = sample(kept, options.sampled, kernels)
-        if options.check:
-            stale, problems = stale_kernels(table, kernels, [a for a in ACCEPTED if triton_version in a.tritons])
-        compiled_of_stale = one_of_each_architecture(keys, stale)
-        indices = [
-            i
-            for i in indices
-            if (i in compiled_of_stale if keys[i].split()[0] in stale else keys[i] not in kept or keys[i] in again)
-        ]
+        indices = [i for i in indices if keys[i] not in kept or keys[i] in again]
     if options.only:
         indices = [i for i in indices if re.search(options.only, keys[i])]
 
-    partial = options.module or options.only or stale
-    rows, unreadable = measure_each(modules, options.jobs, indices)
-    problems = [*unreadable, *(p for p in problems if not options.module)]
+    partial = options.module or options.only
+    rows, problems = measure_each(modules, options.jobs, indices)
     held, notes = dict(sorted({**kept, **rows}.items())), []
     if options.one_of_each_kind:
         notes = slow(held, [])
@@ -347,8 +322,7 @@ def main() -> int:
         # Compare with the table's rows of these modules' kernels only.
         own = {name.split()[0] for name in keys} if options.module and not options.table else None
         recorded = {name: row for name, row in table["rows"].items() if own is None or name.split()[0] in own}
-        problems += [p for p in compare(rows, keys, recorded) if p.split()[0] not in stale]
-        notes += [f"{kernel}: changed since the table was written" for kernel in sorted(stale)]
+        problems += compare(rows, keys, recorded)
     elif options.write and len(held) == len(keys):
         # Written even with problems: --check reports them, and a fixed kernel is then compiled alone.
         path.write_text(to_json(triton_version, kernels, held))

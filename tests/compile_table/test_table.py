@@ -188,23 +188,6 @@ def test_kernels_that_changed_are_compiled_again(tmp_path):
     assert planted_table.read_bytes() == written
 
 
-def test_kernels_that_may_be_newer_than_their_rows():
-    recorded, now = (
-        {"a_kernel": "1", "b_kernel": "1", "c_kernel": "1"},
-        {"a_kernel": "2", "b_kernel": "2", "c_kernel": "1"},
-    )
-    entries = [
-        table.Accepted(what, f"^{kernel}_", (), "")
-        for what, kernel in (("stale", "a"), ("spills", "b"), ("stale", "c"))
-    ]
-    assert table.stale_kernels({"kernels": recorded}, now, entries) == (
-        {"a_kernel"},
-        [f"stale of '^c_': {table.UNNEEDED}"],
-    )
-    keys = ["a_kernel sm_80 x", "a_kernel sm_90 x", "a_kernel sm_90 y", "b_kernel sm_80 x"]
-    assert table.one_of_each_architecture(keys, {"a_kernel"}) == {0, 1}
-
-
 def test_other_rows_are_sampled_after_a_change():
     rows = {f"a_kernel {i}": row(8) for i in range(100)}
     samples = [table.sample(rows, 10, {"a_kernel": fingerprint}) for fingerprint in ("one", "one", "other")]

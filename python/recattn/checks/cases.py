@@ -155,7 +155,7 @@ def refined_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]:
         inputs["v"] = _normal(batch, 2, length, value_dim or dim, dtype=dtype)
         widths = {"w_q": rank, "w_k": rank} | ({"w_v": length} if w_v else {})
         weights = {name: _normal(length, n, dtype=dtype, std=length**-0.5 / 2) for name, n in widths.items()}
-        return inputs | weights | options
+        return inputs | weights | {"causal": True} | options
 
     def draw_packed(dtype, lengths, dim, rank) -> Inputs:
         inputs = draw(dtype, 1, sum(lengths), dim, rank)
@@ -196,7 +196,7 @@ def wasserstein_attention_cases(_device: str, _dtype: torch.dtype) -> list[Case]
         if rank is not None:
             squares = 1 if options.get("source") == "weights" else length * dim
             inputs |= {w: torch.randn(length, 2 * rank) * (rank**0.5 * squares) ** -0.5 for w in ("w_q", "w_k")}
-        return {name: x.to(dtype) for name, x in inputs.items()} | options
+        return {name: x.to(dtype) for name, x in inputs.items()} | {"causal": True} | options
 
     left: Inputs = {"seq_lens": torch.tensor([50, 0, 17]), "padding_side": "left"}
     refined = (*plain, "w_q", "w_k")

@@ -44,9 +44,13 @@ class _Values(torch.autograd.Function):
         return tuple(None if gradient is None else _nest(gradient, x, x._ragged_idx) for gradient, x in pairs)
 
 
+def _is_eager() -> bool:
+    return not (torch.compiler.is_compiling() or is_transformed())
+
+
 def _unnest(nested: Sequence[NestedTensor]) -> Sequence[Tensor]:
     """The values [T, ...]."""
-    if torch.compiler.is_compiling() or is_transformed():
+    if not _is_eager():
         return [x.values().movedim(x._ragged_idx - 1, 0) for x in nested]
     if torch.is_grad_enabled():
         return _Values.apply(*nested)
@@ -56,11 +60,12 @@ def _unnest(nested: Sequence[NestedTensor]) -> Sequence[Tensor]:
 def _nest(values: Tensor, like: NestedTensor, ragged_axis: int) -> Tensor:
     """Nested [B, ..., j, ...] with the offsets of `like` and j on `ragged_axis`, from [T, ...]."""
     values = values.movedim(0, ragged_axis - 1)
-    if torch.compiler.is_compiling() or is_transformed() or torch.is_grad_enabled():
-        return torch.nested.nested_tensor_from_jagged(
-            values, like.offsets(), jagged_dim=ragged_axis, max_seqlen=like._maybe_max_seqlen
-        )
-    return NestedTensor(values, like.offsets(), _ragged_idx=ragged_axis, _metadata_cache=like._metadata_cache)
+    if _is_eager() and not torch.is_grad_enabled():
+        return NestedTensor(values, like.offsets(), _ragged_idx=ragged_axis, _metadata_cache=like._metadata_cache)
+    # With gradients a view, so that the backward raises if the result was changed in place.
+    return torch.nested.nested_tensor_from_jagged(
+        values, like.offsets(), jagged_dim=ragged_axis, max_seqlen=like._maybe_max_seqlen
+    )
 
 
 class Packed(NamedTuple):

@@ -140,9 +140,8 @@ class MultiheadProjections(nn.Module):
         sequences: Sequences,
     ) -> tuple[dict[str, Any], Tensor | None]:
         """The masks of a self-attention as the operators' arguments, and the valid tokens as of `read_sequences`."""
-        tensors = {"key_padding_mask": key_padding_mask, **sequences._asdict()}
-        del tensors["max_seqlen"]
         masks, valid = read_sequences(sizes, key_padding_mask, sequences, self.padding_side)
+        tensors = {"key_padding_mask": key_padding_mask, **sequences.tensors()}
         expect_same_device("the parameters", self.in_proj_weight, **tensors)
         if attn_mask is not None and not is_causal:
             expect("N" in sizes, "attn_mask", "None beside packed sequences: give is_causal", "both")

@@ -21,6 +21,10 @@ class Sequences(NamedTuple):
     cu_seqlens: Tensor | None
     max_seqlen: int | None
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """By name, to check their devices."""
+        return {"seq_lens": self.seq_lens, "seq_starts": self.seq_starts, "cu_seqlens": self.cu_seqlens}
+
 
 def read_sequences(
     sizes: dict[str, int], key_padding_mask: Tensor | None, sequences: Sequences, padding_side: PaddingSide | None

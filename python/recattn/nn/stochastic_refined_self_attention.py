@@ -153,8 +153,7 @@ class StochasticRefinedSelfAttention(nn.Module):
             expect_shape(sizes, name, x, "T E" if packed else "B N E")
         sequences = Sequences(seq_lens, seq_starts, cu_seqlens, max_seqlen)
         masks, valid = read_sequences(sizes, key_padding_mask, sequences, self.padding_side)
-        expect_same_device("mean", mean, cov=cov, key_padding_mask=key_padding_mask, seq_lens=seq_lens)
-        expect_same_device("mean", mean, seq_starts=seq_starts, cu_seqlens=cu_seqlens)
+        expect_same_device("mean", mean, cov=cov, key_padding_mask=key_padding_mask, **sequences.tensors())
         if valid is not None:
             mean, cov = zero_padding(valid, mean, cov)
         means = self._split_heads(self.mean_in_proj(mean))
