@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import recattn
 from recattn import _dispatch, _extension, _versions
-from recattn.integrations._imports import importing
+from recattn._imports import importing
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.integrations.transformers.generations import find_generation
 from recattn.ops import _support

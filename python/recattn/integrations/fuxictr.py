@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
+from recattn._imports import importing
 from recattn._typing import PaddingSide
 from recattn.functional.validation import expect_values, values_are_checked
 from recattn.integrations._behaviors import move_to_front, valid_first
-from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn import LREA, RefinedSelfAttention
 

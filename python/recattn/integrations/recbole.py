@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from recattn._check import expect_same_device, expect_shape, expect_tensors
+from recattn._imports import importing
 from recattn._typing import Mechanism, PaddingSide, RefinedAttentionImpl, Source
 from recattn._warnings import warn_of_change
 from recattn.functional.validation import expect_values, values_are_checked
-from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn._masks import find_windows
 from recattn.nn._refinement import Refinement

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recattn._check import expect
-from recattn.integrations._imports import importing
+from recattn._imports import importing
 from recattn.integrations.patching import patch
 from recattn.nn import RefinedSelfAttention
 from recattn.nn._masks import read_windows

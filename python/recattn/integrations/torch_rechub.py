@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from recattn._check import expect, expect_shape, expect_tensors
+from recattn._imports import importing
 from recattn.integrations._behaviors import move_to_front
-from recattn.integrations._imports import importing
 from recattn.integrations.patching import PatchHandle, patch
 from recattn.nn import LREA
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from recattn import functional
 from recattn._check import expect, expect_same_device, expect_shape, expect_tensors
-from recattn.integrations._imports import importing
+from recattn._imports import importing
 from recattn.nn import LREA, SinkAttention
 from recattn.nn.lrea import LREAState
 

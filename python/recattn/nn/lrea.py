@@ -30,14 +30,17 @@ from recattn.nn.lrea_fidelity import Fidelity, Score, are_finite, measure_fideli
 
 
 class LREAState(NamedTuple):
-    """State of each user. Serving reads keys, values and their scales; `append` also needs compressed and lengths."""
+    """State of each user. Serving reads keys, values and their scales; `append` also needs compressed and lengths.
+
+    The last two are None in a state that is only served.
+    """
 
     keys: Tensor  # [U, H, r, target_dim], with W_Q and the scale folded in
     values: Tensor  # [U, H, r, head_dim], with W_decomp W_decompᵀ folded in
     key_scales: Tensor | None  # [U, H, r] float32, for int8 keys
     value_scales: Tensor | None  # [U, H, r] float32, for int8 values
-    compressed: Tensor  # C [U, r, embed_dim], float32 (float64 for a float64 module)
-    lengths: Tensor  # [U] int64
+    compressed: Tensor = None  # type: ignore[assignment]  # C [U, r, embed_dim], float32 (float64 for a float64 module)
+    lengths: Tensor = None  # type: ignore[assignment]  # [U] int64
 
 
 class LREA(nn.Module):

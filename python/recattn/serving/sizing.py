@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from recattn._arguments import positive
-from recattn.serving.state_table import STATE_DTYPES
+from recattn.serving.state_values import STATE_DTYPES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STATE_DTYPES}
 TARGET_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating_point)

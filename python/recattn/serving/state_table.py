@@ -1,6 +1,5 @@
 """The states read by `lrea_absorbed_attention`, one row per user, in preallocated tensors."""
 
-import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,16 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recattn._check import FLOATING, expect, expect_choice, expect_dtype, expect_index, expect_shape, expect_tensors
+from recattn._check import expect, expect_choice, expect_dtype, expect_shape, expect_tensors
 from recattn._typing import LreaAbsorbedImpl
-from recattn.functional import lrea_absorbed_attention, lrea_quantize
-from recattn.functional.lrea_attention import INT8_MAX
+from recattn.functional import lrea_absorbed_attention
 from recattn.nn.lrea import LREAState
 from recattn.serving import saved_table
 from recattn.serving.slot_map import SlotMap
-
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-LARGEST_SCALE = torch.finfo(torch.float32).max / INT8_MAX  # with a larger scale, scale · entry may overflow
+from recattn.serving.state_values import (
+    STATE_DTYPES,
+    as_stored,
+    invalid_positions,
+    raise_invalid,
+    user_ids_on_host,
+)
 
 
 class Tables(NamedTuple):
@@ -179,7 +181,7 @@ class StateTable:
             RuntimeError: more users than rows, or requests pin too many rows. The table is unchanged.
         """
         expect_choice("on_invalid", on_invalid, ("raise", "missing"))
-        ids = _user_ids(user_ids)
+        ids = user_ids_on_host(user_ids)
         given = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
         if isinstance(keys, LREAState):
             for name in ("values", "key_scales", "value_scales"):
@@ -187,14 +189,14 @@ class StateTable:
             given = {name: getattr(keys, name) for name in given}
         else:
             expect(isinstance(keys, Tensor), "keys", "a torch.Tensor or an LREAState", type(keys).__name__)
-        states = self._to_storage(len(ids), given)
+        states = as_stored(given, {"U": len(ids), **self._sizes}, self.dtype, self.device)
         missing = torch.empty(0, dtype=torch.int64)
-        if invalid := self._invalid_positions(states):
+        if invalid := invalid_positions(states, self.dtype):
             ids = ids.tolist()
             last = {user: position for position, user in enumerate(ids)}
             invalid = [position for position in invalid if last[ids[position]] == position]
             if invalid and on_invalid == "raise":
-                self._raise_invalid(ids[invalid[0]], invalid[0], given, states, len(invalid))
+                raise_invalid(ids[invalid[0]], invalid[0], given, states, self.dtype, len(invalid))
             missing = torch.tensor([ids[position] for position in invalid], dtype=torch.int64)
             kept = sorted(set(last.values()).difference(invalid))
             ids, states = [ids[position] for position in kept], {name: state[kept] for name, state in states.items()}
@@ -227,7 +229,7 @@ class StateTable:
         Raises:
             ValueError: `out` has another shape, dtype or device.
         """
-        ids = _user_ids(user_ids)
+        ids = user_ids_on_host(user_ids)
         if out is not None:
             expect_tensors(out=out)
             expect_shape({"U": len(ids)}, "out", out, "U")
@@ -251,11 +253,11 @@ class StateTable:
 
     def contains(self, user_ids: Tensor) -> Tensor:
         """Whether each user is in the table, [U] bool on the CPU. Does not count as a use of the user for eviction."""
-        return torch.from_numpy(self._slot_map.contains(_user_ids(user_ids)))
+        return torch.from_numpy(self._slot_map.contains(user_ids_on_host(user_ids)))
 
     def erase(self, user_ids: Tensor) -> int:
         """Remove users. Returns how many were in the table."""
-        return self._slot_map.erase(_user_ids(user_ids))
+        return self._slot_map.erase(user_ids_on_host(user_ids))
 
     def grow(self, capacity: int) -> None:
         """Increase the capacity by copying all rows to new tensors.
@@ -347,70 +349,6 @@ class StateTable:
             table[-1].zero_()
         return tables
 
-    def _to_storage(self, num_users: int, given: dict[str, Any]) -> dict[str, Tensor]:
-        """The states in the dtype and on the device of the tables."""
-        sizes = {"U": num_users, **self._sizes}
-        keys, values = given["keys"], given["values"]
-        expect_tensors(keys=keys, values=values)
-        expect_shape(sizes, "keys", keys, "U H r d")
-        expect_shape(sizes, "values", values, "U H r dv")
-        states = dict(given)
-        if self.dtype == torch.int8 and keys.dtype == torch.int8:
-            expect_dtype("values", values, (torch.int8,))
-            for name in ("key_scales", "value_scales"):
-                expect_tensors(**{name: states[name]})
-                expect_shape(sizes, name, states[name], "U H r")
-                expect_dtype(name, states[name], (torch.float32,))
-        else:
-            expect_dtype("keys", keys, FLOATING)
-            expect_dtype("values", values, FLOATING)
-            for name in ("key_scales", "value_scales"):
-                expect(states[name] is None, name, "None: they belong to int8 states in an int8 table", states[name])
-            if self.dtype == torch.int8:
-                states["keys"], states["key_scales"] = lrea_quantize(keys)
-                states["values"], states["value_scales"] = lrea_quantize(values)
-        return {
-            name: states[name].detach().to(table.device, table.dtype) for name, table in self._tables.named().items()
-        }
-
-    def _invalid_positions(self, states: dict[str, Tensor]) -> list[int]:
-        """Positions of the users whose state the table cannot hold."""
-        if self.dtype == torch.int8:
-            scales = torch.stack((states["key_scales"], states["value_scales"]), 1)  # [U, 2, H, r]
-            low, high = scales.aminmax() if scales.numel() else (0.0, 0.0)
-            if low >= 0 and high <= LARGEST_SCALE:  # False for NaN
-                return []
-            return (~_valid_scales(scales).all((1, 2, 3))).nonzero()[:, 0].tolist()
-        keys, values = states["keys"], states["values"]
-        # The cheapest check: a finite sum means finite entries. A sum that overflows only leads to the full check.
-        if all(math.isfinite(x.sum(dtype=torch.float32)) for x in (keys, values)):
-            return []
-        valid = keys.isfinite().all((1, 2, 3)) & values.isfinite().all((1, 2, 3))
-        return (~valid).nonzero()[:, 0].tolist()
-
-    def _raise_invalid(
-        self, user: int, position: int, given: dict[str, Any], states: dict[str, Tensor], count: int
-    ) -> NoReturn:
-        """Raise a ValueError that names the worst entry of an invalid state, in the tensor that the caller gave."""
-        for name, scales_name in (("keys", "key_scales"), ("values", "value_scales")):
-            if self.dtype == torch.int8:
-                valid = _valid_scales(states[scales_name][position])
-            else:
-                valid = states[name][position].isfinite()
-            if not valid.all():
-                break
-        largest = torch.finfo(torch.float32 if self.dtype == torch.int8 else self.dtype).max
-        expected = f"finite in the table's {self.dtype}, so at most {largest:g}"
-        if given[scales_name] is not None:
-            name, expected = scales_name, f"between 0 and {LARGEST_SCALE:g}"
-        entries = given[name][position].detach()
-        entries = entries[~valid.to(entries.device)].flatten()
-        worst = entries[entries.abs().argmax()].item()
-        raise ValueError(
-            f"{name} of user {user} must be {expected}, got {worst:g} (invalid states: {count}); mend them, or store "
-            'such users as missing by put(..., on_invalid="missing")'
-        )
-
     def _write(self, ids: object, states: dict[str, Tensor]) -> None:
         """Write to rows that no request reads, then publish them. If a user is given twice, the last state counts."""
         rows = self._slot_map.reserve(ids)
@@ -445,18 +383,7 @@ def _write_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
     table.index_copy_(0, index, rows)
 
 
-def _valid_scales(scales: Tensor) -> Tensor:
-    return scales.clamp(0, LARGEST_SCALE).eq(scales)  # False for NaN
-
-
 def _expect_saved(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
     got = f"{tensor.dtype} {list(tensor.shape)}"
     expected = f"{dtype} {shape}"
     expect(got == expected, f"{name} of state", f"{expected} (load it into a table like the one that was saved)", got)
-
-
-def _user_ids(user_ids: Tensor):
-    """User ids as the slot map reads them, an array on the host that shares the tensor's memory."""
-    expect_index({}, "user_ids", user_ids, "U")
-    expect(user_ids.device.type == "cpu", "user_ids", "on the CPU", user_ids.device)
-    return user_ids.numpy()

@@ -11,7 +11,7 @@ import importlib
 import re
 from types import ModuleType
 
-from recattn.integrations._imports import importing
+from recattn._imports import importing
 
 # The first version of each generation, newest first.
 GENERATIONS = {(5, 4): "v5_4", (5, 1): "v5_1", (5, 0): "v5_0", (4, 53): "v4_53", (4, 48): "v4_48"}

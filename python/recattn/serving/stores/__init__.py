@@ -1,0 +1,1 @@
+"""Stores of user states: one interface, and an engine behind it."""

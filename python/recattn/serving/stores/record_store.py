@@ -1,0 +1,78 @@
+"""What the stores share that hold states as records: a record of the state and one of the history per user."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recattn.serving.stores.records import HEADER, Buffer, Kind, RecordFormat, Unpacked
+from recattn.serving.stores.schema import StateSchema, as_state
+from recattn.serving.stores.store import NO_EVENT, StateInfo, StateStore, StoredStates, alive
+
+
+class RecordStore(StateStore):
+    def __init__(self, schema: StateSchema) -> None:
+        self.schema = schema
+        self._formats = {kind: RecordFormat(schema, kind) for kind in Kind}
+
+    def _get(self, ids: np.ndarray, histories: bool) -> tuple[StoredStates, dict[int, str]]:
+        kinds = (Kind.STATE, Kind.HISTORY) if histories else (Kind.STATE,)
+        read, *rest = self._read(ids, kinds)
+        found, refusals = read.found & alive(read.headers["expires"]), dict(read.refusals)
+        state = as_state(read.tensors)
+        if histories:
+            history = rest[0]
+            # Two reads of Redis may see two versions. An append then finds that the state is another one by now.
+            state = state._replace(**history.tensors)
+            found &= history.found
+            refusals |= {position: f"has a history that {reason}" for position, reason in history.refusals.items()}
+        if not found.all():
+            missing = torch.from_numpy(~found)
+            for tensor in state:
+                if tensor is not None:
+                    tensor[missing] = 0
+        return StoredStates(state, *_columns(read.headers, found, "event_id", "expires")), refusals
+
+    def _put(
+        self,
+        ids: np.ndarray,
+        tensors: dict[str, Tensor],
+        event_ids: np.ndarray,
+        expires: int,
+        build: int,
+        replaces: np.ndarray | None,
+    ) -> np.ndarray:
+        kinds = (Kind.STATE, Kind.HISTORY) if self.schema.appendable else (Kind.STATE,)
+        records = [self._formats[kind].pack(ids, tensors, event_ids, expires, build) for kind in kinds]
+        return self._write(ids, records, expires, replaces)
+
+    def _info(self, ids: np.ndarray) -> StateInfo:
+        heads = self._read_headers(ids)
+        found = np.fromiter((self._formats[Kind.STATE].has_identity(head) for head in heads), bool, len(ids))
+        nobody = bytes(HEADER.itemsize)
+        joined = b"".join(head if here and head else nobody for head, here in zip(heads, found, strict=True))
+        headers = np.frombuffer(joined, HEADER)
+        found &= alive(headers["expires"])
+        return StateInfo(*_columns(headers, found, "event_id", "expires", "build"))
+
+    @abstractmethod
+    def _read(self, ids: np.ndarray, kinds: Sequence[Kind]) -> list[Unpacked]: ...
+
+    @abstractmethod
+    def _read_headers(self, ids: np.ndarray) -> list[Buffer | None]:
+        """The first 64 bytes of each state's record, or None."""
+
+    @abstractmethod
+    def _write(
+        self, ids: np.ndarray, records: list[np.ndarray], expires: int, replaces: np.ndarray | None
+    ) -> np.ndarray:
+        """Write each user's records (a state, and a history or none) together. Returns which were written."""
+
+
+def _columns(headers: np.ndarray, found: np.ndarray, *names: str) -> list[Tensor]:
+    """`found` and columns of the headers, as of nobody where a user is not found."""
+    missing = {"event_id": NO_EVENT}
+    columns = (np.where(found, headers[name].astype(np.int64), missing.get(name, 0)) for name in names)
+    return [torch.from_numpy(column) for column in (found, *columns)]

@@ -1,0 +1,155 @@
+"""States as bytes: one record per user, 64 bytes that say what it is, then the tensors of its state.
+
+Little endian, as on every processor that PyTorch runs on. The history of a user is a record of its own.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recattn._imports import importing
+from recattn.serving.stores.schema import DTYPE_CODES, FORMAT_VERSION, MODEL_BYTES, StateSchema
+
+with importing("xxhash", module="xxhash", extra="lmdb", user="a store of recattn.serving"):
+    from xxhash import xxh3_64_intdigest
+
+HEADER = np.dtype(
+    [
+        ("checksum", "<u8"),  # XXH3-64 of all that follows
+        ("magic", "S2"),
+        ("version", "<u2"),
+        ("kind", "u1"),
+        ("dtype", "u1"),
+        ("heads", "<u2"),
+        ("rank", "<u2"),
+        ("dim", "<u2"),
+        ("value_dim", "<u2"),
+        ("embed_dim", "<u2"),
+        ("model", f"S{MODEL_BYTES}"),
+        ("user_id", "<i8"),
+        ("event_id", "<i8"),  # of the newest event in the state, -1 for none
+        ("expires", "<u4"),  # seconds since 1970, 0 for never
+        ("build", "<u4"),  # CRC-32 of the name of the build that wrote it, 0 for none
+    ]
+)
+MAGIC = b"RS"
+_OFFSETS = {name: offset for name, (_, offset, *_) in (HEADER.fields or {}).items()}
+IDENTITY = slice(_OFFSETS["magic"], _OFFSETS["user_id"])  # what all records of a schema share
+EVENT_ID = slice(_OFFSETS["event_id"], _OFFSETS["expires"])
+ALIGNMENT = 16
+Buffer = Any  # bytes, bytearray or memoryview
+
+
+class Kind(IntEnum):
+    STATE = 0
+    HISTORY = 1
+
+
+class Unpacked(NamedTuple):
+    headers: np.ndarray  # [U] of HEADER
+    tensors: dict[str, Tensor]  # views of one buffer, [U, ...]; zeros where a record is missing or invalid
+    found: np.ndarray  # [U] bool: a valid record
+    refusals: dict[int, str]  # what is wrong with the record at a position
+
+
+class RecordFormat:
+    """The records of one kind and schema: `nbytes` each."""
+
+    def __init__(self, schema: StateSchema, kind: Kind) -> None:
+        self.schema = schema
+        self._fields = schema.fields
+        if kind == Kind.HISTORY:
+            rows = (torch.float32, (schema.rank, schema.embed_dim))
+            self._fields = {"lengths": (torch.int64, ()), "compressed": rows}
+        self._slices = {}
+        self.nbytes = HEADER.itemsize
+        for name, (dtype, shape) in self._fields.items():
+            width = dtype.itemsize * int(np.prod(shape))
+            self._slices[name] = slice(self.nbytes, self.nbytes + width)
+            self.nbytes += -(-width // ALIGNMENT) * ALIGNMENT
+        header = np.zeros(1, HEADER)
+        header["magic"], header["version"], header["kind"] = MAGIC, FORMAT_VERSION, kind
+        header["dtype"], header["model"] = DTYPE_CODES[schema.dtype], schema.model.encode()
+        for name in ("heads", "rank", "dim", "value_dim", "embed_dim"):
+            header[name] = getattr(schema, name)
+        self._header = header
+        self._identity = header.tobytes()[IDENTITY]
+        self._missing = bytes(self.nbytes)
+
+    def pack(
+        self, user_ids: np.ndarray, tensors: dict[str, Tensor], event_ids: np.ndarray, expires: int, build: int
+    ) -> np.ndarray:
+        """Records [U, nbytes] of uint8. The tensors have the schema's shapes and dtypes, on the CPU."""
+        records = np.zeros((len(user_ids), self.nbytes), np.uint8)
+        headers = records[:, : HEADER.itemsize].view(HEADER)[:, 0]
+        headers[:] = self._header
+        headers["user_id"], headers["event_id"] = user_ids, event_ids
+        headers["expires"], headers["build"] = expires, build
+        for name, view in self._views(records).items():
+            view.copy_(tensors[name])
+        seen = records.reshape(-1).data
+        starts = range(0, seen.nbytes, self.nbytes)
+        headers["checksum"] = [xxh3_64_intdigest(seen[start + 8 : start + self.nbytes]) for start in starts]
+        return records
+
+    def unpack(self, user_ids: np.ndarray, records: Sequence[Buffer | None]) -> Unpacked:
+        """One copy of all records, and what is wrong with those of another schema or user and with damaged ones."""
+        users = len(user_ids)
+        found = np.fromiter((record is not None for record in records), bool, users)
+        refusals = {}
+        parts = [self._missing if record is None else record for record in records]
+        for position, part in enumerate(parts):
+            if len(part) != self.nbytes:
+                refusals[position] = self._describe_refusal(bytes(part[: HEADER.itemsize]), int(user_ids[position]))
+                parts[position] = self._missing
+        joined = bytearray().join(parts)
+        rows = np.frombuffer(joined, np.uint8).reshape(users, self.nbytes)
+        headers = rows[:, : HEADER.itemsize].view(HEADER)[:, 0]
+        checksums, seen = headers["checksum"].tolist(), memoryview(joined)
+        right = found & (headers["user_id"] == user_ids)
+        right &= (rows[:, IDENTITY] == np.frombuffer(self._identity, np.uint8)).all(1)
+        for position in right.nonzero()[0].tolist():
+            start = position * self.nbytes
+            right[position] = xxh3_64_intdigest(seen[start + 8 : start + self.nbytes]) == checksums[position]
+        for position in (found & ~right).nonzero()[0].tolist():
+            header = rows[position, : HEADER.itemsize].tobytes()
+            refusals.setdefault(position, self._describe_refusal(header, int(user_ids[position])))
+            rows[position] = 0
+        return Unpacked(headers, self._views(rows), right, refusals)
+
+    def has_identity(self, record: Buffer | None) -> bool:
+        """Whether a record, or its first 64 bytes, is of this kind and schema."""
+        return record is not None and record[IDENTITY] == self._identity
+
+    def _views(self, records: np.ndarray) -> dict[str, Tensor]:
+        """The tensors in records [U, nbytes], each [U, ...], without a copy."""
+        rows = torch.from_numpy(records)
+        views = {name: rows[:, self._slices[name]].view(dtype) for name, (dtype, _) in self._fields.items()}
+        return {
+            name: views[name].unflatten(1, shape) if shape else views[name][:, 0]
+            for name, (_, shape) in self._fields.items()
+        }
+
+    def _describe_refusal(self, header: bytes, user_id: int) -> str:
+        """What a record with this header is, instead of a record of the schema."""
+        if len(header) < HEADER.itemsize or header[IDENTITY][: len(MAGIC)] != MAGIC:
+            return "is not a record of recattn"
+        got, expected = np.frombuffer(header, HEADER)[0], self._header[0]
+        for name in ("version", "model", "dtype", "heads", "rank", "dim", "value_dim", "embed_dim", "kind"):
+            if got[name] != expected[name]:
+                return f"has {name} {_printable(name, got[name])}, not {_printable(name, expected[name])}"
+        if got["user_id"] != user_id:
+            return f"is that of user {got['user_id']}"
+        return "is damaged: its checksum does not match"
+
+
+def _printable(name: str, value: Any) -> str:
+    if name == "dtype":
+        return next((str(dtype) for dtype, code in DTYPE_CODES.items() if code == value), f"number {value}")
+    if name == "model":
+        return repr(bytes(value).decode(errors="replace"))
+    return str(value)

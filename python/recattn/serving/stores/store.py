@@ -1,0 +1,236 @@
+"""What a service needs of a store of states, whatever engine holds them."""
+
+import math
+import time
+import zlib
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recattn._check import expect, expect_choice, expect_dtype, expect_index, expect_shape, expect_tensors
+from recattn.nn.lrea import LREAState
+from recattn.serving.state_values import as_stored, invalid_positions, raise_invalid, user_ids_on_host
+from recattn.serving.stores.schema import StateSchema
+
+NO_EVENT = -1
+OnInvalid = Literal["raise", "missing"]
+
+
+class StoreError(RuntimeError):
+    """A store did not do what it was asked to. What it acknowledged before is safe."""
+
+
+class StoreUnavailableError(StoreError):
+    """The engine cannot be reached, or does not answer."""
+
+
+class StoreFullError(StoreError):
+    """The engine has no room."""
+
+
+class StateRefusedError(StoreError):
+    """A record that is damaged, or of another format version, model, dtype or size than the store's schema."""
+
+
+class StoredStates(NamedTuple):
+    """What `get_many` read, in the order of the user ids. Users who were not found have zeros."""
+
+    state: LREAState  # with compressed and lengths if the histories were asked for
+    found: Tensor  # [U] bool
+    event_ids: Tensor  # [U] int64, the newest event in each state, -1 for none
+    expires: Tensor  # [U] int64, seconds since 1970, 0 for never
+
+
+class StateInfo(NamedTuple):
+    """What `info_many` read: found, event_ids and expires as in StoredStates."""
+
+    found: Tensor
+    event_ids: Tensor
+    expires: Tensor
+    builds: Tensor  # [U] int64, `build_number` of the build that wrote the state, 0 for none
+
+
+class StateStore(ABC):
+    """States of users in an engine: `get_many`, `put_many`, `delete_many`, and `info_many` for who is there.
+
+    All methods are thread-safe. What `put_many` and `delete_many` did when they return is acknowledged: it survives the
+    end of this process, and that of the engine if that is set up to (see docs/serving.md).
+
+    Source: our own.
+
+    Attributes:
+        schema: of all states that it holds.
+    """
+
+    schema: StateSchema
+
+    def get_many(self, user_ids: Tensor, *, histories: bool = False, on_invalid: OnInvalid = "raise") -> StoredStates:
+        """The states of users, packed: [U, H, r, d] and so on, zeros where one is not found or has expired.
+
+        Args:
+            user_ids: [U] int64 or int32 on the CPU; a user may appear twice.
+            histories: also read `compressed` and `lengths`, which `LREA.append` needs.
+            on_invalid: what to do with a state that is damaged or of another schema: "raise", or "missing" to treat it
+                as not found.
+
+        Raises:
+            StateRefusedError: such a state, with on_invalid="raise". The message names user, record and schema.
+            StoreUnavailableError: the engine cannot be reached.
+            ValueError: an argument does not fit; histories of a schema without them.
+        """
+        expect_choice("on_invalid", on_invalid, ("raise", "missing"))
+        expect(self.schema.appendable or not histories, "histories", "False: the schema has no embed_dim", histories)
+        ids = user_ids_on_host(user_ids).astype(np.int64)
+        stored, refusals = self._get(ids, histories)
+        if refusals and on_invalid == "raise":
+            position, reason = min(refusals.items())
+            raise StateRefusedError(
+                f"the state of user {ids[position]} {reason} (refused: {len(refusals)}; the schema here: "
+                f"{self.schema}): build it anew, open the store with the schema that it was written with, or treat "
+                'such states as missing by on_invalid="missing"'
+            )
+        return stored
+
+    def put_many(
+        self,
+        user_ids: Tensor,
+        state: LREAState,
+        *,
+        event_ids: Tensor | None = None,
+        ttl: float | None = None,
+        build: str | None = None,
+        replaces: Tensor | None = None,
+        on_invalid: OnInvalid = "raise",
+    ) -> Tensor:
+        """Write the states of users. Each user's state is replaced whole, or not at all.
+
+        Args:
+            user_ids: [U] int64 or int32 on the CPU. If a user appears twice, the last state counts.
+            state: as from `LREA.export_state`; floating keys and values are cast to the schema's dtype, or quantized.
+                `compressed` and `lengths` are stored if the schema has an embed_dim.
+            event_ids: [U] int64, not negative: the newest event in each state.
+            ttl: seconds, rounded up, until the states expire; never by default.
+            build: name of the build that writes them.
+            replaces: [U] int64: write a state only if the newest event in the stored one is still this (-1: none, or no
+                state). For updates that read first, each user once.
+            on_invalid: what to do with states that the schema's dtype cannot hold, NaN and overflow included: "raise",
+                or "missing" to delete what is stored of those users.
+
+        Returns:
+            [U] bool: whether each state was written: False for an invalid one, and where `replaces` did not match.
+
+        Raises:
+            ValueError: an argument does not fit, or a state is invalid. Nothing is written.
+            StoreUnavailableError, StoreFullError: some states may be written, others not: put all of them again.
+        """
+        expect_choice("on_invalid", on_invalid, ("raise", "missing"))
+        ids = user_ids_on_host(user_ids).astype(np.int64)
+        users = len(ids)
+        expect(isinstance(state, LREAState), "state", "an LREAState", type(state).__name__)
+        given = {name: getattr(state, name) for name in ("keys", "values", "key_scales", "value_scales")}
+        tensors = as_stored(given, {"U": users, **self.schema.sizes}, self.schema.dtype, torch.device("cpu"))
+        written = np.ones(users, bool)
+        if invalid := invalid_positions(tensors, self.schema.dtype):
+            if on_invalid == "raise":
+                raise_invalid(int(ids[invalid[0]]), invalid[0], given, tensors, self.schema.dtype, len(invalid))
+            written[invalid] = False
+            self._delete(ids[invalid])
+        if self.schema.appendable:
+            tensors |= self._histories(state, users)
+        events = _events("event_ids", event_ids, users)
+        expected = None if replaces is None else _events("replaces", replaces, users)
+        expires = 0 if ttl is None else _expiry(ttl)
+        valid = written.nonzero()[0]
+        if len(valid) < users:
+            ids, events = ids[valid], events[valid]
+            tensors = {name: tensor[torch.from_numpy(valid)] for name, tensor in tensors.items()}
+            expected = None if expected is None else expected[valid]
+        written[valid] = self._put(ids, tensors, events, expires, build_number(build), expected)
+        return torch.from_numpy(written)
+
+    def delete_many(self, user_ids: Tensor) -> int:
+        """Delete all that is stored of users. Returns how many of them were there.
+
+        Raises:
+            StoreUnavailableError: the engine cannot be reached. Delete again.
+        """
+        return self._delete(np.unique(user_ids_on_host(user_ids).astype(np.int64)))
+
+    def info_many(self, user_ids: Tensor) -> StateInfo:
+        """Which users have a state of this schema, without reading it (nor whether it is damaged)."""
+        return self._info(user_ids_on_host(user_ids).astype(np.int64))
+
+    def delete_expired(self) -> int:
+        """Delete the states whose time is over, and return how many: run it now and then. `get_many` never returns
+        them, but they take room until then. Redis does this itself."""
+        return 0
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of the engine."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _histories(self, state: LREAState, users: int) -> dict[str, Tensor]:
+        compressed, lengths = state.compressed, state.lengths
+        expect_tensors(**{"state.compressed": compressed})
+        sizes = {"U": users, "r": self.schema.rank, "embed_dim": self.schema.embed_dim}
+        expect_shape(sizes, "state.compressed", compressed, "U r embed_dim")
+        expect_dtype("state.compressed", compressed, (torch.float32,))
+        expect_index(sizes, "state.lengths", lengths, "U")
+        return {"compressed": compressed.cpu(), "lengths": lengths.cpu().long()}
+
+    @abstractmethod
+    def _get(self, ids: np.ndarray, histories: bool) -> tuple[StoredStates, dict[int, str]]:
+        """The states, and what is wrong with those at some positions, which count as not found."""
+
+    @abstractmethod
+    def _put(
+        self,
+        ids: np.ndarray,
+        tensors: dict[str, Tensor],
+        event_ids: np.ndarray,
+        expires: int,
+        build: int,
+        replaces: np.ndarray | None,
+    ) -> np.ndarray:
+        """Write states, with their histories if the schema has them. Returns which were written."""
+
+    @abstractmethod
+    def _delete(self, ids: np.ndarray) -> int: ...
+
+    @abstractmethod
+    def _info(self, ids: np.ndarray) -> StateInfo: ...
+
+
+def build_number(build: str | None) -> int:
+    """The number that records carry for the name of a build."""
+    return 0 if build is None else zlib.crc32(build.encode()) or 1
+
+
+def alive(expires: np.ndarray) -> np.ndarray:
+    return (expires == 0) | (expires > time.time())
+
+
+def _expiry(ttl: float) -> int:
+    expect(isinstance(ttl, int | float) and 0 < ttl < 1 << 31, "ttl", "a positive number of seconds", ttl)
+    return math.ceil(time.time() + ttl)
+
+
+def _events(name: str, event_ids: Tensor | None, users: int) -> np.ndarray:
+    if event_ids is None:
+        return np.full(users, NO_EVENT)
+    expect_index({"U": users}, name, event_ids, "U")
+    events = event_ids.cpu().numpy().astype(np.int64)
+    least = 0 if name == "event_ids" else NO_EVENT
+    expect(not len(events) or events.min() >= least, name, f"at least {least}", events.min(initial=0))
+    return events
