@@ -1,0 +1,1 @@
+"""Serving from stores of states: servers to measure with, loads and faults."""
