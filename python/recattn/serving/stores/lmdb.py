@@ -8,9 +8,9 @@ import numpy as np
 
 from recattn._imports import importing
 from recattn.serving.stores.record_store import RecordStore
-from recattn.serving.stores.records import EVENT_ID, HEADER, Buffer, Kind, Unpacked
+from recattn.serving.stores.records import CHECKSUM, HEADER, Buffer, Kind, Unpacked
 from recattn.serving.stores.schema import StateSchema
-from recattn.serving.stores.store import NO_EVENT, StoreError, StoreFullError, alive
+from recattn.serving.stores.store import Marks, StoreError, StoreFullError, alive
 
 with importing("LMDB", module="lmdb", extra="lmdb", user="recattn.serving.LMDBStore"):
     import lmdb
@@ -86,23 +86,21 @@ class LMDBStore(RecordStore):
             records = (txn.get(key, None, self._databases[Kind.STATE]) for key in _keys(ids))
             return [None if record is None else bytes(record[: HEADER.itemsize]) for record in records]
 
-    def _write(
-        self, ids: np.ndarray, records: list[np.ndarray], expires: int, replaces: np.ndarray | None
-    ) -> np.ndarray:
+    def _write(self, ids: np.ndarray, records: list[np.ndarray], marks: Marks) -> np.ndarray:
         written = np.ones(len(ids), bool)
         keys = _keys(ids)
         states, histories = records[0], records[1] if len(records) > 1 else None
         with self._writing() as txn:
             for position in np.argsort(ids, kind="stable").tolist():  # neighbours share pages of the tree
                 key = keys[position]
-                if replaces is not None and self._event_id(txn, key) != replaces[position]:
+                if marks.replaces is not None and self._version(txn, key) != marks.replaces[position]:
                     written[position] = False
                     continue
                 self._forget(txn, key)
                 txn.put(key, states[position].data, db=self._databases[Kind.STATE])
                 if histories is not None:
                     txn.put(key, histories[position].data, db=self._databases[Kind.HISTORY])
-                if expires:
+                if expires := int(marks.expires[position]):
                     txn.put(_expiry_key(expires, key), b"", db=self._expiries)
         return written
 
@@ -110,9 +108,9 @@ class LMDBStore(RecordStore):
         with self._writing() as txn:
             return sum(self._forget(txn, key) for key in _keys(ids))
 
-    def _event_id(self, txn: lmdb.Transaction, key: bytes) -> int:
+    def _version(self, txn: lmdb.Transaction, key: bytes) -> int:
         record = txn.get(key, db=self._databases[Kind.STATE])
-        return NO_EVENT if record is None else int.from_bytes(record[EVENT_ID], "little", signed=True)
+        return 0 if record is None else int.from_bytes(record[CHECKSUM], "little", signed=True)
 
     def _forget(self, txn: lmdb.Transaction, key: bytes) -> bool:
         """Delete a user's records and its entry among the expiries."""

@@ -1,5 +1,6 @@
 """States in this process: a StateTable, and beside it what the table does not hold."""
 
+import itertools
 import threading
 from typing import NamedTuple
 
@@ -8,18 +9,19 @@ import torch
 from torch import Tensor
 
 from recattn.serving.stores.schema import StateSchema, as_state
-from recattn.serving.stores.store import NO_EVENT, StateInfo, StateStore, StoredStates, alive
+from recattn.serving.stores.store import NO_EVENT, Marks, StateInfo, StateStore, StoredStates, alive
 
 
 class _Entry(NamedTuple):
     event_id: int
     expires: int
     build: int
+    version: int
     length: int
     compressed: Tensor | None
 
 
-_NOBODY = _Entry(NO_EVENT, 0, 0, 0, None)
+_NOBODY = _Entry(NO_EVENT, 0, 0, 0, 0, None)
 
 
 class MemoryStore(StateStore):
@@ -32,6 +34,7 @@ class MemoryStore(StateStore):
         self.schema = schema
         self._table = schema.make_table(capacity)
         self._entries: dict[int, _Entry] = {}
+        self._versions = itertools.count(1)
         self._lock = threading.RLock()  # table and entries change together
 
     def _get(self, ids: np.ndarray, histories: bool) -> tuple[StoredStates, dict[int, str]]:
@@ -47,22 +50,14 @@ class MemoryStore(StateStore):
             compressed = torch.stack(rows) if rows else nothing.new_empty(0, *nothing.shape)
             lengths = torch.tensor([entry.length for entry in entries], dtype=torch.int64)
             state = state._replace(compressed=compressed, lengths=lengths)
-        return StoredStates(state, info.found, info.event_ids, info.expires), {}
+        return StoredStates(state, info), {}
 
-    def _put(
-        self,
-        ids: np.ndarray,
-        tensors: dict[str, Tensor],
-        event_ids: np.ndarray,
-        expires: int,
-        build: int,
-        replaces: np.ndarray | None,
-    ) -> np.ndarray:
+    def _put(self, ids: np.ndarray, tensors: dict[str, Tensor], marks: Marks) -> np.ndarray:
         compressed, lengths = tensors.get("compressed"), tensors.get("lengths")
         with self._lock:
             written = np.ones(len(ids), bool)
-            if replaces is not None:
-                written = self._info(ids).event_ids.numpy() == replaces
+            if marks.replaces is not None:
+                written = self._info(ids).versions.numpy() == marks.replaces
             needed = len(self._table) + len(ids)  # an update takes a second row until it is published
             if needed > self._table.capacity:
                 self._table.grow(max(needed, 2 * self._table.capacity))
@@ -72,7 +67,9 @@ class MemoryStore(StateStore):
             for row in rows.tolist():
                 length = 0 if lengths is None else int(lengths[row])
                 history = None if compressed is None else compressed[row].clone()
-                self._entries[int(ids[row])] = _Entry(int(event_ids[row]), expires, build, length, history)
+                event_id, expires, build = (int(column[row]) for column in marks[:3])
+                version = next(self._versions)
+                self._entries[int(ids[row])] = _Entry(event_id, expires, build, version, length, history)
         return written
 
     def _delete(self, ids: np.ndarray) -> int:
@@ -89,7 +86,7 @@ class MemoryStore(StateStore):
     def _info(self, ids: np.ndarray) -> StateInfo:
         with self._lock:
             entries = [self._entries.get(user) for user in ids.tolist()]
-        columns = np.array([(_NOBODY if entry is None else entry)[:3] for entry in entries], np.int64).reshape(-1, 3)
+        columns = np.array([(_NOBODY if entry is None else entry)[:4] for entry in entries], np.int64).reshape(-1, 4)
         found = np.fromiter((entry is not None for entry in entries), bool, len(ids)) & alive(columns[:, 1])
-        columns[~found] = _NOBODY[:3]
+        columns[~found] = _NOBODY[:4]
         return StateInfo(torch.from_numpy(found), *torch.from_numpy(columns).unbind(1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recattn.serving.stores.records import HEADER, Buffer, Kind, RecordFormat, Unpacked
 from recattn.serving.stores.schema import StateSchema, as_state
-from recattn.serving.stores.store import NO_EVENT, StateInfo, StateStore, StoredStates, alive
+from recattn.serving.stores.store import NO_EVENT, Marks, StateInfo, StateStore, StoredStates, alive
 
 
 class RecordStore(StateStore):
@@ -33,20 +33,12 @@ class RecordStore(StateStore):
             for tensor in state:
                 if tensor is not None:
                     tensor[missing] = 0
-        return StoredStates(state, *_columns(read.headers, found, "event_id", "expires")), refusals
+        return StoredStates(state, _info(read.headers, found)), refusals
 
-    def _put(
-        self,
-        ids: np.ndarray,
-        tensors: dict[str, Tensor],
-        event_ids: np.ndarray,
-        expires: int,
-        build: int,
-        replaces: np.ndarray | None,
-    ) -> np.ndarray:
+    def _put(self, ids: np.ndarray, tensors: dict[str, Tensor], marks: Marks) -> np.ndarray:
         kinds = (Kind.STATE, Kind.HISTORY) if self.schema.appendable else (Kind.STATE,)
-        records = [self._formats[kind].pack(ids, tensors, event_ids, expires, build) for kind in kinds]
-        return self._write(ids, records, expires, replaces)
+        records = [self._formats[kind].pack(ids, tensors, marks) for kind in kinds]
+        return self._write(ids, records, marks)
 
     def _info(self, ids: np.ndarray) -> StateInfo:
         heads = self._read_headers(ids)
@@ -55,7 +47,7 @@ class RecordStore(StateStore):
         joined = b"".join(head if here and head else nobody for head, here in zip(heads, found, strict=True))
         headers = np.frombuffer(joined, HEADER)
         found &= alive(headers["expires"])
-        return StateInfo(*_columns(headers, found, "event_id", "expires", "build"))
+        return _info(headers, found)
 
     @abstractmethod
     def _read(self, ids: np.ndarray, kinds: Sequence[Kind]) -> list[Unpacked]: ...
@@ -65,14 +57,13 @@ class RecordStore(StateStore):
         """The first 64 bytes of each state's record, or None."""
 
     @abstractmethod
-    def _write(
-        self, ids: np.ndarray, records: list[np.ndarray], expires: int, replaces: np.ndarray | None
-    ) -> np.ndarray:
+    def _write(self, ids: np.ndarray, records: list[np.ndarray], marks: Marks) -> np.ndarray:
         """Write each user's records (a state, and a history or none) together. Returns which were written."""
 
 
-def _columns(headers: np.ndarray, found: np.ndarray, *names: str) -> list[Tensor]:
-    """`found` and columns of the headers, as of nobody where a user is not found."""
-    missing = {"event_id": NO_EVENT}
-    columns = (np.where(found, headers[name].astype(np.int64), missing.get(name, 0)) for name in names)
-    return [torch.from_numpy(column) for column in (found, *columns)]
+def _info(headers: np.ndarray, found: np.ndarray) -> StateInfo:
+    """Columns of the headers, as of nobody where a user is not found."""
+    columns = [headers[name].astype(np.int64) for name in ("event_id", "expires", "build", "checksum")]
+    nobody = (NO_EVENT, 0, 0, 0)
+    kept = (np.where(found, column, missing) for column, missing in zip(columns, nobody, strict=True))
+    return StateInfo(torch.from_numpy(found), *map(torch.from_numpy, kept))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recattn._imports import importing
 from recattn.serving.stores.schema import DTYPE_CODES, FORMAT_VERSION, MODEL_BYTES, StateSchema
+from recattn.serving.stores.store import Marks
 
 with importing("xxhash", module="xxhash", extra="lmdb", user="a store of recattn.serving"):
     from xxhash import xxh3_64_intdigest
@@ -39,7 +40,7 @@ HEADER = np.dtype(
 MAGIC = b"RS"
 _OFFSETS = {name: offset for name, (_, offset, *_) in (HEADER.fields or {}).items()}
 IDENTITY = slice(_OFFSETS["magic"], _OFFSETS["user_id"])  # what all records of a schema share
-EVENT_ID = slice(_OFFSETS["event_id"], _OFFSETS["expires"])
+CHECKSUM = slice(0, _OFFSETS["magic"])  # also the version of a state
 ALIGNMENT = 16
 Buffer = Any  # bytes, bytearray or memoryview
 
@@ -80,20 +81,18 @@ class RecordFormat:
         self._identity = header.tobytes()[IDENTITY]
         self._missing = bytes(self.nbytes)
 
-    def pack(
-        self, user_ids: np.ndarray, tensors: dict[str, Tensor], event_ids: np.ndarray, expires: int, build: int
-    ) -> np.ndarray:
+    def pack(self, user_ids: np.ndarray, tensors: dict[str, Tensor], marks: Marks) -> np.ndarray:
         """Records [U, nbytes] of uint8. The tensors have the schema's shapes and dtypes, on the CPU."""
         records = np.zeros((len(user_ids), self.nbytes), np.uint8)
         headers = records[:, : HEADER.itemsize].view(HEADER)[:, 0]
         headers[:] = self._header
-        headers["user_id"], headers["event_id"] = user_ids, event_ids
-        headers["expires"], headers["build"] = expires, build
+        headers["user_id"], headers["event_id"] = user_ids, marks.event_ids
+        headers["expires"], headers["build"] = marks.expires, marks.builds
         for name, view in self._views(records).items():
             view.copy_(tensors[name])
         seen = records.reshape(-1).data
         starts = range(0, seen.nbytes, self.nbytes)
-        headers["checksum"] = [xxh3_64_intdigest(seen[start + 8 : start + self.nbytes]) for start in starts]
+        headers["checksum"] = [xxh3_64_intdigest(seen[start + CHECKSUM.stop : start + self.nbytes]) for start in starts]
         return records
 
     def unpack(self, user_ids: np.ndarray, records: Sequence[Buffer | None]) -> Unpacked:
@@ -114,7 +113,9 @@ class RecordFormat:
         right &= (rows[:, IDENTITY] == np.frombuffer(self._identity, np.uint8)).all(1)
         for position in right.nonzero()[0].tolist():
             start = position * self.nbytes
-            right[position] = xxh3_64_intdigest(seen[start + 8 : start + self.nbytes]) == checksums[position]
+            right[position] = (
+                xxh3_64_intdigest(seen[start + CHECKSUM.stop : start + self.nbytes]) == checksums[position]
+            )
         for position in (found & ~right).nonzero()[0].tolist():
             header = rows[position, : HEADER.itemsize].tobytes()
             refusals.setdefault(position, self._describe_refusal(header, int(user_ids[position])))

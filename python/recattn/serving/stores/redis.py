@@ -9,20 +9,20 @@ import numpy as np
 from recattn._check import expect
 from recattn._imports import importing
 from recattn.serving.stores.record_store import RecordStore
-from recattn.serving.stores.records import EVENT_ID, HEADER, Buffer, Kind, Unpacked
+from recattn.serving.stores.records import CHECKSUM, HEADER, Buffer, Kind, Unpacked
 from recattn.serving.stores.schema import StateSchema
-from recattn.serving.stores.store import StoreError, StoreFullError, StoreUnavailableError
+from recattn.serving.stores.store import Marks, StoreError, StoreFullError, StoreUnavailableError
 
 with importing("redis-py", module="redis", extra="redis", user="recattn.serving.RedisStore"):
     import redis
     from redis import exceptions
 
 # A user's two keys have one hash slot, by the braces, and change together. ARGV: state, history or "", expiry or 0, and
-# the event id that the stored state must have, or "". A state that is not there counts as one of event -1.
+# the version of the state to replace, or "". A state that is not there has version 0.
 PUT = f"""
 if ARGV[4] ~= '' then
-  local held = redis.call('GETRANGE', KEYS[1], {EVENT_ID.start}, {EVENT_ID.stop - 1})
-  if held == '' then held = string.rep('\\255', 8) end
+  local held = redis.call('GETRANGE', KEYS[1], {CHECKSUM.start}, {CHECKSUM.stop - 1})
+  if held == '' then held = string.rep('\\0', 8) end
   if held ~= ARGV[4] then return 0 end
 end
 for i = 1, 2 do
@@ -113,15 +113,14 @@ class RedisStore(RecordStore):
         commands = [("GETRANGE", key, 0, HEADER.itemsize - 1) for key in self._keys(ids, Kind.STATE)]
         return [head or None for head in self._pipeline(commands)]
 
-    def _write(
-        self, ids: np.ndarray, records: list[np.ndarray], expires: int, replaces: np.ndarray | None
-    ) -> np.ndarray:
+    def _write(self, ids: np.ndarray, records: list[np.ndarray], marks: Marks) -> np.ndarray:
         states, histories = records[0], records[1] if len(records) > 1 else None
         commands = []
         for position, keys in enumerate(self._key_pairs(ids)):
             history = b"" if histories is None else histories[position].data
-            expected = b"" if replaces is None else replaces[position].astype("<i8").tobytes()
-            commands.append(("EVAL", PUT, 2, *keys, states[position].data, history, expires, expected))
+            version = b"" if marks.replaces is None else marks.replaces[position].astype("<i8").tobytes()
+            expires = int(marks.expires[position])
+            commands.append(("EVAL", PUT, 2, *keys, states[position].data, history, expires, version))
         per_user = sum(record.shape[1] for record in records)
         return np.array(self._pipeline(commands, max(1, BATCH_BYTES // per_user)), bool)
 

@@ -36,22 +36,40 @@ class StateRefusedError(StoreError):
     """A record that is damaged, or of another format version, model, dtype or size than the store's schema."""
 
 
-class StoredStates(NamedTuple):
-    """What `get_many` read, in the order of the user ids. Users who were not found have zeros."""
+class StateInfo(NamedTuple):
+    """What a store knows of users' states."""
 
-    state: LREAState  # with compressed and lengths if the histories were asked for
     found: Tensor  # [U] bool
     event_ids: Tensor  # [U] int64, the newest event in each state, -1 for none
     expires: Tensor  # [U] int64, seconds since 1970, 0 for never
+    builds: Tensor  # [U] int64, `build_number` of the build that wrote it, 0 for none
+    versions: Tensor  # [U] int64, which changes with every change of a state, 0 if there is none
 
 
-class StateInfo(NamedTuple):
-    """What `info_many` read: found, event_ids and expires as in StoredStates."""
+class StoredStates(NamedTuple):
+    """What `get_many` read, in the order of the user ids."""
 
-    found: Tensor
-    event_ids: Tensor
-    expires: Tensor
-    builds: Tensor  # [U] int64, `build_number` of the build that wrote the state, 0 for none
+    state: LREAState  # zeros for users who were not found; compressed and lengths if the histories were asked for
+    info: StateInfo
+
+    @property
+    def found(self) -> Tensor:
+        """[U] bool."""
+        return self.info.found
+
+
+class Marks(NamedTuple):
+    """What is written beside a state."""
+
+    event_ids: np.ndarray
+    expires: np.ndarray
+    builds: np.ndarray
+    replaces: np.ndarray | None  # versions of the states to replace
+
+    def of(self, positions: np.ndarray) -> "Marks":
+        events, expires, builds, replaces = self
+        replaces = None if replaces is None else replaces[positions]
+        return Marks(events[positions], expires[positions], builds[positions], replaces)
 
 
 class StateStore(ABC):
@@ -103,7 +121,7 @@ class StateStore(ABC):
         event_ids: Tensor | None = None,
         ttl: float | None = None,
         build: str | None = None,
-        replaces: Tensor | None = None,
+        replaces: StateInfo | None = None,
         on_invalid: OnInvalid = "raise",
     ) -> Tensor:
         """Write the states of users. Each user's state is replaced whole, or not at all.
@@ -115,8 +133,8 @@ class StateStore(ABC):
             event_ids: [U] int64, not negative: the newest event in each state.
             ttl: seconds, rounded up, until the states expire; never by default.
             build: name of the build that writes them.
-            replaces: [U] int64: write a state only if the newest event in the stored one is still this (-1: none, or no
-                state). For updates that read first, each user once.
+            replaces: what `get_many` or `info_many` said of these users, each once: write a state only where the stored
+                one is still that. Without `ttl` it keeps its expiry, without `build` its build.
             on_invalid: what to do with states that the schema's dtype cannot hold, NaN and overflow included: "raise",
                 or "missing" to delete what is stored of those users.
 
@@ -141,15 +159,12 @@ class StateStore(ABC):
             self._delete(ids[invalid])
         if self.schema.appendable:
             tensors |= self._histories(state, users)
-        events = _events("event_ids", event_ids, users)
-        expected = None if replaces is None else _events("replaces", replaces, users)
-        expires = 0 if ttl is None else _expiry(ttl)
+        marks = _marks(users, event_ids, ttl, build, replaces)
         valid = written.nonzero()[0]
         if len(valid) < users:
-            ids, events = ids[valid], events[valid]
+            ids, marks = ids[valid], marks.of(valid)
             tensors = {name: tensor[torch.from_numpy(valid)] for name, tensor in tensors.items()}
-            expected = None if expected is None else expected[valid]
-        written[valid] = self._put(ids, tensors, events, expires, build_number(build), expected)
+        written[valid] = self._put(ids, tensors, marks)
         return torch.from_numpy(written)
 
     def delete_many(self, user_ids: Tensor) -> int:
@@ -194,15 +209,7 @@ class StateStore(ABC):
         """The states, and what is wrong with those at some positions, which count as not found."""
 
     @abstractmethod
-    def _put(
-        self,
-        ids: np.ndarray,
-        tensors: dict[str, Tensor],
-        event_ids: np.ndarray,
-        expires: int,
-        build: int,
-        replaces: np.ndarray | None,
-    ) -> np.ndarray:
+    def _put(self, ids: np.ndarray, tensors: dict[str, Tensor], marks: Marks) -> np.ndarray:
         """Write states, with their histories if the schema has them. Returns which were written."""
 
     @abstractmethod
@@ -221,16 +228,21 @@ def alive(expires: np.ndarray) -> np.ndarray:
     return (expires == 0) | (expires > time.time())
 
 
-def _expiry(ttl: float) -> int:
-    expect(isinstance(ttl, int | float) and 0 < ttl < 1 << 31, "ttl", "a positive number of seconds", ttl)
-    return math.ceil(time.time() + ttl)
-
-
-def _events(name: str, event_ids: Tensor | None, users: int) -> np.ndarray:
-    if event_ids is None:
-        return np.full(users, NO_EVENT)
-    expect_index({"U": users}, name, event_ids, "U")
-    events = event_ids.cpu().numpy().astype(np.int64)
-    least = 0 if name == "event_ids" else NO_EVENT
-    expect(not len(events) or events.min() >= least, name, f"at least {least}", events.min(initial=0))
-    return events
+def _marks(
+    users: int, event_ids: Tensor | None, ttl: float | None, build: str | None, replaces: StateInfo | None
+) -> Marks:
+    events = np.full(users, NO_EVENT)
+    if event_ids is not None:
+        expect_index({"U": users}, "event_ids", event_ids, "U")
+        events = event_ids.cpu().numpy().astype(np.int64)
+        expect(events.min(initial=0) >= 0, "event_ids", "at least 0", events.min(initial=0))
+    expires, builds, versions = np.zeros(users, np.int64), np.full(users, build_number(build)), None
+    if replaces is not None:
+        expect(isinstance(replaces, StateInfo), "replaces", "a StateInfo", type(replaces).__name__)
+        expect_shape({"U": users}, "replaces.versions", replaces.versions, "U")
+        versions, expires = replaces.versions.numpy(), replaces.expires.numpy()
+        builds = replaces.builds.numpy() if build is None else builds
+    if ttl is not None:
+        expect(isinstance(ttl, int | float) and 0 < ttl < 1 << 31, "ttl", "a positive number of seconds", ttl)
+        expires = np.full(users, math.ceil(time.time() + ttl))
+    return Marks(events, expires, builds, versions)
