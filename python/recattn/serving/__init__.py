@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from recattn.serving.slot_map import SlotMap
+from recattn.serving.state_cache import StateCache
 from recattn.serving.state_table import Request, StateTable
 from recattn.serving.stores.memory import MemoryStore
 from recattn.serving.stores.schema import StateSchema
@@ -30,6 +31,7 @@ __all__ = [
     "RedisStore",
     "Request",
     "SlotMap",
+    "StateCache",
     "StateInfo",
     "StateRefusedError",
     "StateSchema",

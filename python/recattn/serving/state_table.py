@@ -50,6 +50,7 @@ class Request:
         self.tables = tables
         self.found = rows >= 0
         slots = rows.where(self.found, len(tables.keys) - 1)
+        self._rows = slots.numpy()
         if out is None:
             self.slots = _to_device(slots, tables.keys.device)
         else:
