@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recattn._imports import importing
+from recattn.serving.stores.layout import RowLayout
 from recattn.serving.stores.schema import DTYPE_CODES, FORMAT_VERSION, MODEL_BYTES, StateSchema
 from recattn.serving.stores.store import Marks
 
@@ -41,7 +42,6 @@ MAGIC = b"RS"
 _OFFSETS = {name: offset for name, (_, offset, *_) in (HEADER.fields or {}).items()}
 IDENTITY = slice(_OFFSETS["magic"], _OFFSETS["user_id"])  # what all records of a schema share
 CHECKSUM = slice(0, _OFFSETS["magic"])  # also the version of a state
-ALIGNMENT = 16
 Buffer = Any  # bytes, bytearray or memoryview
 
 
@@ -62,16 +62,12 @@ class RecordFormat:
 
     def __init__(self, schema: StateSchema, kind: Kind) -> None:
         self.schema = schema
-        self._fields = schema.fields
+        fields = schema.fields
         if kind == Kind.HISTORY:
             rows = (torch.float32, (schema.rank, schema.embed_dim))
-            self._fields = {"lengths": (torch.int64, ()), "compressed": rows}
-        self._slices = {}
-        self.nbytes = HEADER.itemsize
-        for name, (dtype, shape) in self._fields.items():
-            width = dtype.itemsize * int(np.prod(shape))
-            self._slices[name] = slice(self.nbytes, self.nbytes + width)
-            self.nbytes += -(-width // ALIGNMENT) * ALIGNMENT
+            fields = {"lengths": (torch.int64, ()), "compressed": rows}
+        self._layout = RowLayout(fields, HEADER.itemsize)
+        self.nbytes = self._layout.nbytes
         header = np.zeros(1, HEADER)
         header["magic"], header["version"], header["kind"] = MAGIC, FORMAT_VERSION, kind
         header["dtype"], header["model"] = DTYPE_CODES[schema.dtype], schema.model.encode()
@@ -127,13 +123,7 @@ class RecordFormat:
         return record is not None and record[IDENTITY] == self._identity
 
     def _views(self, records: np.ndarray) -> dict[str, Tensor]:
-        """The tensors in records [U, nbytes], each [U, ...], without a copy."""
-        rows = torch.from_numpy(records)
-        views = {name: rows[:, self._slices[name]].view(dtype) for name, (dtype, _) in self._fields.items()}
-        return {
-            name: views[name].unflatten(1, shape) if shape else views[name][:, 0]
-            for name, (_, shape) in self._fields.items()
-        }
+        return self._layout.views(torch.from_numpy(records))
 
     def _describe_refusal(self, header: bytes, user_id: int) -> str:
         """What a record with this header is, instead of a record of the schema."""

@@ -7,13 +7,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from recattn._check import expect
+from recattn._check import expect, expect_dtype, expect_shape, expect_tensors
 from recattn.nn.lrea import LREA, LREAState
 from recattn.serving.state_table import StateTable
-from recattn.serving.state_values import STATE_DTYPES
+from recattn.serving.state_values import STATE_DTYPES, as_stored, invalid_positions
+from recattn.serving.stores.layout import RowLayout
 
 FORMAT_VERSION = 1
 MODEL_BYTES = 16
+STATE_TENSORS = ("keys", "values", "key_scales", "value_scales")
+ROW_DTYPES = (torch.float32, torch.int32)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(STATE_DTYPES)}
 
 
@@ -94,6 +97,53 @@ class StateSchema:
         if self.dtype == torch.int8:
             fields |= {"key_scales": (torch.float32, rows), "value_scales": (torch.float32, rows)}
         return fields
+
+    @cached_property
+    def _row_layout(self) -> RowLayout:
+        return RowLayout(self.fields)
+
+    @property
+    def row_width(self) -> int:
+        """W, the float32 lanes of a state's row: `embedding_dim` of a table that holds states."""
+        return self._row_layout.nbytes // ROW_DTYPES[0].itemsize
+
+    def to_rows(self, state: LREAState) -> Tensor:
+        """States as rows of an embedding table, [U, W] float32. A row of zeros is a user without a state.
+
+        The rows hold the bytes of the state, not numbers: copy and exchange them, never add to them or cast them. Where
+        rows are added to zeros, as when a DTensor's `embedding` is reduced, pass `rows.view(torch.int32)` instead.
+
+        Args:
+            state: as from `LREA.export_state` or `get_many`, on any device; floating keys and values are cast to the
+                schema's dtype, or quantized.
+
+        Raises:
+            ValueError: a shape or dtype does not fit, or the schema's dtype cannot hold a state.
+        """
+        expect(isinstance(state, LREAState), "state", "an LREAState", type(state).__name__)
+        given = {name: getattr(state, name) for name in STATE_TENSORS}
+        expect_tensors(keys=state.keys)
+        tensors = as_stored(given, dict(self.sizes), self.dtype, state.keys.device)
+        invalid = invalid_positions(tensors, self.dtype)
+        expect(not invalid, "state", f"finite in {self.dtype}", f"entries that are not, of the users at {invalid[:3]}")
+        rows = state.keys.new_zeros((len(state.keys), self._row_layout.nbytes), dtype=torch.uint8)
+        for name, view in self._row_layout.views(rows).items():
+            view.copy_(tensors[name])
+        return rows.view(ROW_DTYPES[0])
+
+    def from_rows(self, rows: Tensor) -> LREAState:
+        """The states in rows that `to_rows` made, as views: nothing is copied.
+
+        Args:
+            rows: [U, W] float32 or int32, each row contiguous, on any device.
+
+        Raises:
+            ValueError: rows are of another dtype or width.
+        """
+        expect_tensors(rows=rows)
+        expect_dtype("rows", rows, ROW_DTYPES)
+        expect_shape({"W": self.row_width}, "rows", rows, "U W")
+        return as_state(self._row_layout.views(rows.detach().view(torch.uint8)))
 
     @property
     def appendable(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from recattn._check import expect, expect_choice, expect_dtype, expect_index, expect_shape, expect_tensors
 from recattn.nn.lrea import LREAState
 from recattn.serving.state_values import as_stored, invalid_positions, raise_invalid, user_ids_on_host
-from recattn.serving.stores.schema import StateSchema
+from recattn.serving.stores.schema import STATE_TENSORS, StateSchema
 
 NO_EVENT = -1
 OnInvalid = Literal["raise", "missing"]
@@ -149,7 +149,7 @@ class StateStore(ABC):
         ids = user_ids_on_host(user_ids).astype(np.int64)
         users = len(ids)
         expect(isinstance(state, LREAState), "state", "an LREAState", type(state).__name__)
-        given = {name: getattr(state, name) for name in ("keys", "values", "key_scales", "value_scales")}
+        given = {name: getattr(state, name) for name in STATE_TENSORS}
         tensors = as_stored(given, {"U": users, **self.schema.sizes}, self.schema.dtype, torch.device("cpu"))
         written = np.ones(users, bool)
         if invalid := invalid_positions(tensors, self.schema.dtype):
