@@ -33,13 +33,13 @@ end
 return 1
 """
 BATCH_BYTES = 4 << 20  # sent before the answers are read
-UNREACHABLE = (
+UNAVAILABLE = (
     redis.ConnectionError,
     redis.TimeoutError,
+    redis.ReadOnlyError,  # a replica, as after a failover
     exceptions.ClusterError,
     exceptions.RedisClusterException,
 )
-FULL = ("OOM", "MISCONF")  # maxmemory; a disk to which Redis cannot write its log
 
 
 class RedisStore(RecordStore):
@@ -144,7 +144,11 @@ class RedisStore(RecordStore):
                 pipeline = self._client.pipeline(transaction=False)
                 for command in commands[start : start + batch]:
                     pipeline.execute_command(*command)
-                answers += pipeline.execute()
+                # Raised here, as redis-py would put the script before the message.
+                for answer in pipeline.execute(raise_on_error=False):
+                    if isinstance(answer, Exception):
+                        raise answer
+                    answers.append(answer)
         return answers
 
 
@@ -156,8 +160,10 @@ def _connect(url, schema: StateSchema, cluster: bool, namespace: str, options: d
 def _as_store_errors() -> Iterator[None]:
     try:
         yield
-    except UNREACHABLE as error:
-        raise StoreUnavailableError(f"Redis cannot be reached or does not answer: {error}") from error
     except redis.RedisError as error:
-        full = isinstance(error, redis.OutOfMemoryError) or str(error).startswith(FULL)
-        raise (StoreFullError if full else StoreError)(f"Redis refused a command: {error}") from error
+        message = str(error)
+        if isinstance(error, UNAVAILABLE) or message.startswith("NOREPLICAS"):  # fewer than min-replicas-to-write
+            raise StoreUnavailableError(f"Redis is not available: {message}") from error
+        if isinstance(error, redis.OutOfMemoryError) or message.startswith("MISCONF"):
+            raise StoreFullError(f"Redis has no room: {message}") from error
+        raise StoreError(f"Redis refused a command: {message}") from error
