@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
+import redis
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -22,6 +23,7 @@ from recattn._imports import importing
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.integrations.transformers.generations import find_generation
 from recattn.ops import _support
+from recattn.serving.stores.redis import _as_store_errors as redis_errors
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 QUOTES = re.compile(r"^```\n(\w*(?:Error|Warning): .*?)\n```$", flags=re.DOTALL | re.MULTILINE)
@@ -317,6 +319,77 @@ def other_sizes(_):
 def full_history(_):
     lrea = recattn.nn.LREA(embed_dim=4, max_len=3, rank=2)
     lrea.append(lrea.export_state(torch.ones(1, 3, 4)), torch.ones(1, 4))
+
+
+def store(model: str = "2026-11", **options: object) -> recattn.serving.LMDBStore:
+    schema = recattn.serving.StateSchema(1, 2, 4, 4, torch.float32, model)
+    return recattn.serving.LMDBStore("states", schema, **options)
+
+
+def put(store: recattn.serving.StateStore, users: int) -> None:
+    keys = torch.ones(users, 1, 2, 4)
+    store.put_many(torch.arange(users), recattn.nn.LREAState(keys, keys, None, None))
+
+
+@provoked
+def state_of_another_model(monkeypatch):
+    with TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        with store("2026-10") as old:
+            put(old, 8)
+        with store() as new:
+            new.get_many(torch.tensor([7]))
+
+
+@provoked
+def damaged_record(monkeypatch):
+    with TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        with store() as states:
+            put(states, 8)
+            file = Path("states", "data.mdb")
+            content = file.read_bytes()
+            user = content.rindex((7).to_bytes(8, "little") + bytes([255] * 8))
+            file.write_bytes(content[: user + 24] + b"x" + content[user + 25 :])
+            states.get_many(torch.tensor([7]))
+
+
+@provoked
+def store_that_is_full(monkeypatch):
+    with TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        with store(max_bytes=1 << 15) as states:
+            put(states, 1000)
+
+
+@provoked
+def redis_that_is_full(_):
+    with redis_errors():
+        raise redis.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+
+
+@provoked
+def redis_that_does_not_run(_):
+    schema = recattn.serving.StateSchema(1, 2, 4, 4, torch.float32, "2026-11")
+    with recattn.serving.RedisStore("redis://127.0.0.1:1", schema) as states:
+        put(states, 1)
+
+
+def without(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"recattn.serving.stores.{library}")
+
+
+@provoked
+def without_lmdb(monkeypatch):
+    without("lmdb", monkeypatch)
+    recattn.serving.LMDBStore  # noqa: B018
+
+
+@provoked
+def without_redis(monkeypatch):
+    without("redis", monkeypatch)
+    recattn.serving.RedisStore  # noqa: B018
 
 
 # --- Models of other libraries ---

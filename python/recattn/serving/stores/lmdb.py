@@ -150,7 +150,7 @@ def _as_store_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except lmdb.MapFullError as error:
-        raise StoreFullError(f"the states in {path} have reached max_bytes: reopen the store with more") from error
+        raise StoreFullError(f"the store in {path} has reached its max_bytes: reopen it with more") from error
     except lmdb.DiskError as error:
         raise StoreFullError(f"the disk of {path} is full or failed: {error}") from error
     except lmdb.Error as error:
