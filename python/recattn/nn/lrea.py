@@ -1,7 +1,7 @@
 """Target attention over a long history compressed to rank r (LREA, arXiv 2503.02542), and its serving state."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,11 @@ class LREAState(NamedTuple):
     value_scales: Tensor | None  # [U, H, r] float32, for int8 values
     compressed: Tensor = None  # type: ignore[assignment]  # C [U, r, embed_dim], float32 (float64 for a float64 module)
     lengths: Tensor = None  # type: ignore[assignment]  # [U] int64
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LREAState":
+        """The state with `function` applied to each of its tensors, such as `lambda x: x[users]`."""
+        tensors: Any = (None if tensor is None else function(tensor) for tensor in self)
+        return LREAState(*tensors)
 
 
 class LREA(nn.Module):

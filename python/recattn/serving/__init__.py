@@ -3,7 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from recattn.serving.events import AppendedEvents, append_events
 from recattn.serving.slot_map import SlotMap
+from recattn.serving.state_builder import BuildProgress, build_states
 from recattn.serving.state_cache import StateCache
 from recattn.serving.state_table import Request, StateTable
 from recattn.serving.stores.memory import MemoryStore
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 _OF_EXTRAS = {"LMDBStore": "recattn.serving.stores.lmdb", "RedisStore": "recattn.serving.stores.redis"}
 
 __all__ = [
+    "AppendedEvents",
+    "BuildProgress",
     "LMDBStore",
     "MemoryStore",
     "RedisStore",
@@ -41,6 +45,8 @@ __all__ = [
     "StoreFullError",
     "StoreUnavailableError",
     "StoredStates",
+    "append_events",
+    "build_states",
 ]
 
 

@@ -181,7 +181,7 @@ class StateCache:
         if not info.found.all():
             self.table.erase(ids[~info.found])
             ids = ids[info.found]
-            state = LREAState(*(x if x is None else x[info.found] for x in state))
+            state = state.map(lambda x: x[info.found])
         self.table.put(ids, state)
         expires = info.expires.numpy()
         deadlines = np.where(expires > 0, np.minimum(expires, deadline), deadline)

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ class MemoryStore(StateStore):
         self._entries: dict[int, _Entry] = {}
         self._versions = itertools.count(1)
         self._lock = threading.RLock()  # table and entries change together
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a MemoryStore is the memory of this process: use LMDBStore or RedisStore to share states")
 
     def _get(self, ids: np.ndarray, histories: bool) -> tuple[StoredStates, dict[int, str]]:
         with self._lock, self._table.request(torch.from_numpy(ids)) as request:
