@@ -311,6 +311,11 @@ class LREA(nn.Module):
         compressed = state.compressed + rows[:, :, None] * behavior.to(rows.dtype)[:, None, :]
         return self._make_state(compressed, lengths + 1, state.keys.dtype)
 
+    @property
+    def absorbed_negative_slope(self) -> float:
+        """Slope of φ in the absorbed form: 1.0 for "weights", where φ is applied to W_decomp, within the values."""
+        return 1.0 if self.orientation == "weights" else self.negative_slope
+
     @torch.no_grad()
     def attend(
         self,
@@ -354,8 +359,7 @@ class LREA(nn.Module):
             target_offsets,
             key_scales=state.key_scales,
             value_scales=state.value_scales,
-            # With "weights" φ is applied to W_decomp, within the values.
-            negative_slope=1.0 if self.orientation == "weights" else self.negative_slope,
+            negative_slope=self.absorbed_negative_slope,
             impl=self.impl,
         )
         return self._reshape_like(targets, out).to(targets.dtype)

@@ -21,11 +21,16 @@ from recattn.serving.stores.store import (
 )
 
 if TYPE_CHECKING:
+    from recattn.serving.scorer import export_scorer
     from recattn.serving.stores.lmdb import LMDBStore
     from recattn.serving.stores.redis import RedisStore
 
 # Imported when used: their libraries are extras.
-_OF_EXTRAS = {"LMDBStore": "recattn.serving.stores.lmdb", "RedisStore": "recattn.serving.stores.redis"}
+_OF_EXTRAS = {
+    "LMDBStore": "recattn.serving.stores.lmdb",
+    "RedisStore": "recattn.serving.stores.redis",
+    "export_scorer": "recattn.serving.scorer",
+}
 
 __all__ = [
     "AppendedEvents",
@@ -47,6 +52,7 @@ __all__ = [
     "StoredStates",
     "append_events",
     "build_states",
+    "export_scorer",
 ]
 
 

@@ -84,7 +84,7 @@ class RecordFormat:
         headers[:] = self._header
         headers["user_id"], headers["event_id"] = user_ids, marks.event_ids
         headers["expires"], headers["build"] = marks.expires, marks.builds
-        for name, view in self._views(records).items():
+        for name, view in self.views(torch.from_numpy(records)).items():
             view.copy_(tensors[name])
         seen = records.reshape(-1).data
         starts = range(0, seen.nbytes, self.nbytes)
@@ -116,14 +116,20 @@ class RecordFormat:
             header = rows[position, : HEADER.itemsize].tobytes()
             refusals.setdefault(position, self._describe_refusal(header, int(user_ids[position])))
             rows[position] = 0
-        return Unpacked(headers, self._views(rows), right, refusals)
+        return Unpacked(headers, self.views(torch.from_numpy(rows)), right, refusals)
 
     def has_identity(self, record: Buffer | None) -> bool:
         """Whether a record, or its first 64 bytes, is of this kind and schema."""
         return record is not None and record[IDENTITY] == self._identity
 
-    def _views(self, records: np.ndarray) -> dict[str, Tensor]:
-        return self._layout.views(torch.from_numpy(records))
+    @property
+    def empty(self) -> bytes:
+        """A record of nobody: `nbytes` long, with the identity that all records share, and zeros."""
+        return self._header.tobytes().ljust(self.nbytes, b"\0")
+
+    def views(self, records: Tensor) -> dict[str, Tensor]:
+        """The tensors in records [U, nbytes] of uint8, each [U, ...], without a copy."""
+        return self._layout.views(records)
 
     def _describe_refusal(self, header: bytes, user_id: int) -> str:
         """What a record with this header is, instead of a record of the schema."""
