@@ -1,9 +1,9 @@
-// scorer FOLDER LMDB [REPEATS]: score candidates with what recattn.serving.export_scorer made, from states in LMDB.
+// scorer FOLDER LMDB [TIMES]: score candidates with what recattn.serving.export_scorer made, from states in LMDB.
 //
 // Reads a line per user: its id, then item ids. An empty line ends a batch, which is looked up and scored at once.
 // Answers each line by the user id, "ok" or why there is no state to use, and the scores as hexadecimal floats. A user
-// without a state is scored with zeros. With REPEATS it scores each batch that often and prints p50 and p99 to standard
-// error.
+// without a state is scored with zeros. With TIMES, a file, it writes there how many ms each batch took to read and
+// score.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <dlfcn.h>
@@ -68,7 +68,7 @@ at::Tensor read(MDB_env* env, MDB_dbi states, const std::string& empty, Batch& b
 }
 
 int main(int argc, char** argv) {
-    if (argc < 3) throw std::runtime_error("usage: scorer FOLDER LMDB [REPEATS]");
+    if (argc < 3) throw std::runtime_error("usage: scorer FOLDER LMDB [TIMES]");
     const std::filesystem::path folder = argv[1];
     for (const auto& library : std::filesystem::directory_iterator(folder / "ops"))
         if (!dlopen(library.path().c_str(), RTLD_NOW)) throw std::runtime_error(dlerror());
@@ -86,13 +86,9 @@ int main(int argc, char** argv) {
     check(mdb_dbi_open(txn, "states", 0, &states), "states");
     check(mdb_txn_commit(txn), "mdb_txn_commit");
 
+    const auto ids = [](std::vector<int64_t>& x) { return at::from_blob(x.data(), {int64_t(x.size())}, at::kLong); };
+    std::ofstream times(argc > 3 ? argv[3] : "/dev/null");
     Batch batch;
-    const auto score = [&] {
-        const auto ids = [](std::vector<int64_t>& x) {
-            return at::from_blob(x.data(), {int64_t(x.size())}, at::kLong);
-        };
-        return package.run({read(env, states, empty, batch), ids(batch.items), ids(batch.offsets)})[0];
-    };
     for (std::string line; std::getline(std::cin, line);) {
         std::istringstream words(line);
         if (int64_t id; words >> id) {
@@ -101,7 +97,10 @@ int main(int argc, char** argv) {
             batch.offsets.push_back(batch.items.size());
             continue;
         }
-        const at::Tensor scores = score();
+        const auto start = std::chrono::steady_clock::now();
+        const at::Tensor records = read(env, states, empty, batch);
+        const at::Tensor scores = package.run({records, ids(batch.items), ids(batch.offsets)})[0];
+        times << std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count() << "\n";
         const int64_t columns = scores.dim() == 1 ? 1 : scores.size(1);
         for (size_t u = 0; u < batch.users.size(); ++u) {
             std::printf("%ld %s", batch.users[u], batch.status[u].c_str());
@@ -110,15 +109,6 @@ int main(int argc, char** argv) {
             std::printf("\n");
         }
         std::fflush(stdout);
-        std::vector<double> times(argc > 3 ? std::stoi(argv[3]) : 0);
-        for (double& ms : times) {
-            const auto start = std::chrono::steady_clock::now();
-            score();
-            ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-        }
-        std::ranges::sort(times);
-        if (const size_t n = times.size())
-            std::fprintf(stderr, "p50 %.3f p99 %.3f\n", times[n / 2], times[n * 99 / 100]);
         batch = {};
     }
 }

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.serving import build_scorer
 from recattn._extension import MISSING
 from recattn.nn import LREA
 from recattn.serving import StateSchema
@@ -22,6 +21,7 @@ pytest.importorskip("xxhash")
 if "cpu" in MISSING:
     pytest.skip(MISSING["cpu"], allow_module_level=True)
 
+from benchmarks.serving.scorer import build_command
 from recattn.serving import LMDBStore, export_scorer
 
 EMBED_DIM, ITEMS = 16, 50
@@ -52,7 +52,7 @@ def dot(h, targets):
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """Compiles the C++ program while Python compiles the packages: call it to wait for the program's path."""
-    command = build_scorer.command(tmp_path_factory.mktemp("program") / "scorer")
+    command = build_command(tmp_path_factory.mktemp("program") / "scorer")
     if shutil.which(command[0]) is None:
         pytest.skip(f"no C++ compiler: {command[0]} is not on the PATH")
     headers = "".join(f"#include <{name}>\n" for name in ("lmdb.h", "xxhash.h"))
