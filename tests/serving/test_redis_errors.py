@@ -32,7 +32,7 @@ def without_a_disk(client, servers):
 
 
 def without_permission(client, _):
-    client.acl_setuser("default", commands=["-EVAL"])
+    client.acl_setuser("default", commands=["-SET"])
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """States in LMDB: one machine, crash-safe, larger than memory. Readers of any process never wait for the writer."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,14 +9,12 @@ import numpy as np
 
 from recattn._imports import importing
 from recattn.serving.stores.record_store import RecordStore
-from recattn.serving.stores.records import CHECKSUM, HEADER, Buffer, Kind, Unpacked
+from recattn.serving.stores.records import CHECKSUM, EXPIRES, HEADER, Buffer, Kind, Unpacked
 from recattn.serving.stores.schema import StateSchema
 from recattn.serving.stores.store import Marks, StoreError, StoreFullError, alive
 
 with importing("LMDB", module="lmdb", extra="lmdb", user="recattn.serving.LMDBStore"):
     import lmdb
-
-EXPIRY_KEY = np.dtype([("expires", ">u4"), ("user_id", ">i8")])
 
 
 class LMDBStore(RecordStore):
@@ -56,14 +55,11 @@ class LMDBStore(RecordStore):
     def delete_expired(self) -> int:
         deleted = 0
         with self._writing() as txn, txn.cursor(self._expiries) as cursor:
-            over = []
-            for key in cursor.iternext(values=False):
-                expires, user = np.frombuffer(key, EXPIRY_KEY)[0]
-                if alive(np.array(expires)):
-                    break
-                over.append(user)
-            for key in _keys(np.array(over, np.int64)):
-                deleted += self._forget(txn, key)
+            entries = map(bytes, cursor.iternext(values=False))  # the first to expire first
+            for entry in list(itertools.takewhile(lambda entry: not alive(int.from_bytes(entry[:4], "big")), entries)):
+                txn.delete(entry, db=self._expiries)
+                if not alive(self._expires(txn, key := entry[4:])):  # the state may be another by now
+                    deleted += self._forget(txn, key)
         return deleted
 
     def close(self) -> None:
@@ -73,13 +69,11 @@ class LMDBStore(RecordStore):
         path, schema, max_bytes, readonly = self._arguments
         return _open, (path, schema, max_bytes, readonly)
 
-    def _read(self, ids: np.ndarray, kinds: Sequence[Kind]) -> list[Unpacked]:
+    def _read(self, ids: np.ndarray, kinds: Sequence[Kind]) -> tuple[list[Unpacked], dict[int, Exception]]:
         keys = _keys(ids)
         with self._reading() as txn:
-            return [
-                self._formats[kind].unpack(ids, [txn.get(key, None, self._databases[kind]) for key in keys])
-                for kind in kinds
-            ]
+            records = ([txn.get(key, None, self._databases[kind]) for key in keys] for kind in kinds)
+            return [self._formats[kind].unpack(ids, own) for kind, own in zip(kinds, records, strict=True)], {}
 
     def _read_headers(self, ids: np.ndarray) -> list[Buffer | None]:
         with self._reading() as txn:
@@ -110,12 +104,17 @@ class LMDBStore(RecordStore):
 
     def _version(self, txn: lmdb.Transaction, key: bytes) -> int:
         record = txn.get(key, db=self._databases[Kind.STATE])
-        return 0 if record is None else int.from_bytes(record[CHECKSUM], "little", signed=True)
+        if record is None or not alive(self._expires(txn, key)):
+            return 0
+        return int.from_bytes(record[CHECKSUM], "little", signed=True)
+
+    def _expires(self, txn: lmdb.Transaction, key: bytes) -> int:
+        record = txn.get(key, b"", self._databases[Kind.STATE])
+        return int.from_bytes(record[EXPIRES], "little")
 
     def _forget(self, txn: lmdb.Transaction, key: bytes) -> bool:
         """Delete a user's records and its entry among the expiries."""
-        record = txn.get(key, db=self._databases[Kind.STATE])
-        if record is not None and (expires := int(np.frombuffer(record, HEADER, 1)[0]["expires"])):
+        if expires := self._expires(txn, key):
             txn.delete(_expiry_key(expires, key), db=self._expiries)
         txn.delete(key, db=self._databases[Kind.HISTORY])
         return txn.delete(key, db=self._databases[Kind.STATE])

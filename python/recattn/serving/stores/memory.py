@@ -83,7 +83,7 @@ class MemoryStore(StateStore):
 
     def delete_expired(self) -> int:
         with self._lock:
-            over = [user for user, entry in self._entries.items() if not alive(np.array(entry.expires))]
+            over = [user for user, entry in self._entries.items() if not alive(entry.expires)]
             return self._delete(np.array(over, np.int64))
 
     def _info(self, ids: np.ndarray) -> StateInfo:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from recattn.serving.stores.records import HEADER, Buffer, Kind, RecordFormat, Unpacked
 from recattn.serving.stores.schema import StateSchema, as_state
-from recattn.serving.stores.store import NO_EVENT, Marks, StateInfo, StateStore, StoredStates, alive
+from recattn.serving.stores.store import (
+    NO_EVENT,
+    Marks,
+    StateInfo,
+    StateStore,
+    StoredStates,
+    StoreUnavailableError,
+    alive,
+)
 
 
 class RecordStore(StateStore):
@@ -19,7 +27,7 @@ class RecordStore(StateStore):
 
     def _get(self, ids: np.ndarray, histories: bool) -> tuple[StoredStates, dict[int, str]]:
         kinds = (Kind.STATE, Kind.HISTORY) if histories else (Kind.STATE,)
-        read, *rest = self._read(ids, kinds)
+        (read, *rest), unread = self._read(ids, kinds)
         found, refusals = read.found & alive(read.headers["expires"]), dict(read.refusals)
         state = as_state(read.tensors)
         if histories:
@@ -33,7 +41,15 @@ class RecordStore(StateStore):
             for tensor in state:
                 if tensor is not None:
                     tensor[missing] = 0
-        return StoredStates(state, _info(read.headers, found)), refusals
+        stored = StoredStates(state, _info(read.headers, found))
+        if unread:
+            position, error = min(unread.items())
+            raise StoreUnavailableError(
+                f"the states of {len(unread)} of {len(ids)} users cannot be read (one is {ids[position]}): {error}",
+                torch.from_numpy(np.unique(ids[list(unread)])),
+                stored,
+            ) from error
+        return stored, refusals
 
     def _put(self, ids: np.ndarray, tensors: dict[str, Tensor], marks: Marks) -> np.ndarray:
         kinds = (Kind.STATE, Kind.HISTORY) if self.schema.appendable else (Kind.STATE,)
@@ -50,7 +66,8 @@ class RecordStore(StateStore):
         return _info(headers, found)
 
     @abstractmethod
-    def _read(self, ids: np.ndarray, kinds: Sequence[Kind]) -> list[Unpacked]: ...
+    def _read(self, ids: np.ndarray, kinds: Sequence[Kind]) -> tuple[list[Unpacked], dict[int, Exception]]:
+        """The records of each kind, and why those at some positions could not be read."""
 
     @abstractmethod
     def _read_headers(self, ids: np.ndarray) -> list[Buffer | None]:

@@ -42,6 +42,7 @@ MAGIC = b"RS"
 _OFFSETS = {name: offset for name, (_, offset, *_) in (HEADER.fields or {}).items()}
 IDENTITY = slice(_OFFSETS["magic"], _OFFSETS["user_id"])  # what all records of a schema share
 CHECKSUM = slice(0, _OFFSETS["magic"])  # also the version of a state
+EXPIRES = slice(_OFFSETS["expires"], _OFFSETS["build"])
 Buffer = Any  # bytes, bytearray or memoryview
 
 
@@ -86,32 +87,25 @@ class RecordFormat:
         headers["expires"], headers["build"] = marks.expires, marks.builds
         for name, view in self.views(torch.from_numpy(records)).items():
             view.copy_(tensors[name])
-        seen = records.reshape(-1).data
-        starts = range(0, seen.nbytes, self.nbytes)
-        headers["checksum"] = [xxh3_64_intdigest(seen[start + CHECKSUM.stop : start + self.nbytes]) for start in starts]
+        headers["checksum"] = self._checksums(records.reshape(-1).data)
         return records
 
     def unpack(self, user_ids: np.ndarray, records: Sequence[Buffer | None]) -> Unpacked:
         """One copy of all records, and what is wrong with those of another schema or user and with damaged ones."""
         users = len(user_ids)
-        found = np.fromiter((record is not None for record in records), bool, users)
+        found = np.array([record is not None for record in records], bool)
         refusals = {}
         parts = [self._missing if record is None else record for record in records]
-        for position, part in enumerate(parts):
-            if len(part) != self.nbytes:
-                refusals[position] = self._describe_refusal(bytes(part[: HEADER.itemsize]), int(user_ids[position]))
-                parts[position] = self._missing
+        if set(map(len, parts)) - {self.nbytes}:
+            for position, part in enumerate(parts):
+                if len(part) != self.nbytes:
+                    refusals[position] = self._describe_refusal(bytes(part[: HEADER.itemsize]), int(user_ids[position]))
+                    parts[position] = self._missing
         joined = bytearray().join(parts)
         rows = np.frombuffer(joined, np.uint8).reshape(users, self.nbytes)
         headers = rows[:, : HEADER.itemsize].view(HEADER)[:, 0]
-        checksums, seen = headers["checksum"].tolist(), memoryview(joined)
-        right = found & (headers["user_id"] == user_ids)
+        right = found & (headers["user_id"] == user_ids) & (headers["checksum"] == self._checksums(joined))
         right &= (rows[:, IDENTITY] == np.frombuffer(self._identity, np.uint8)).all(1)
-        for position in right.nonzero()[0].tolist():
-            start = position * self.nbytes
-            right[position] = (
-                xxh3_64_intdigest(seen[start + CHECKSUM.stop : start + self.nbytes]) == checksums[position]
-            )
         for position in (found & ~right).nonzero()[0].tolist():
             header = rows[position, : HEADER.itemsize].tobytes()
             refusals.setdefault(position, self._describe_refusal(header, int(user_ids[position])))
@@ -130,6 +124,12 @@ class RecordFormat:
     def views(self, records: Tensor) -> dict[str, Tensor]:
         """The tensors in records [U, nbytes] of uint8, each [U, ...], without a copy."""
         return self._layout.views(records)
+
+    def _checksums(self, joined: Buffer) -> np.ndarray:
+        """[U] of the records in one buffer, each of all that follows its own checksum."""
+        seen, size = memoryview(joined), self.nbytes
+        starts = range(0, seen.nbytes, size)
+        return np.array([xxh3_64_intdigest(seen[start + CHECKSUM.stop : start + size]) for start in starts], "<u8")
 
     def _describe_refusal(self, header: bytes, user_id: int) -> str:
         """What a record with this header is, instead of a record of the schema."""

@@ -1,7 +1,6 @@
 """States in Redis or a Redis Cluster: many machines."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,10 @@ from recattn.serving.stores.store import Marks, StoreError, StoreFullError, Stor
 
 with importing("redis-py", module="redis", extra="redis", user="recattn.serving.RedisStore"):
     import redis
-    from redis import exceptions
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    from recattn.serving.stores.redis_cluster import UNAVAILABLE, ClusterPipeline
 
 # A user's two keys have one hash slot, by the braces, and change together. ARGV: state, history or "", expiry or 0, and
 # the version of the state to replace, or "". A state that is not there has version 0.
@@ -32,14 +34,7 @@ for i = 1, 2 do
 end
 return 1
 """
-BATCH_BYTES = 4 << 20  # sent before the answers are read
-UNAVAILABLE = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    redis.ReadOnlyError,  # a replica, as after a failover
-    exceptions.ClusterError,
-    exceptions.RedisClusterException,
-)
+BATCH_BYTES = 1 << 20  # sent before the answers are read
 
 
 class RedisStore(RecordStore):
@@ -81,13 +76,11 @@ class RedisStore(RecordStore):
         expect("{" not in namespace, "namespace", "without braces", namespace)
         self._arguments = (url, schema, cluster, namespace, options)
         self._namespace = namespace.encode()
-        with _as_store_errors():
-            if callable(url):
-                self._client = url()
-            else:
-                limits = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
-                self._client = (redis.RedisCluster if cluster else redis.Redis).from_url(url, **(limits | options))
-        self._is_cluster = isinstance(self._client, redis.RedisCluster)
+        try:
+            self._client = url() if callable(url) else _client(url, cluster, options)
+        except UNAVAILABLE as error:
+            raise _store_error(error) from error
+        self._cluster = ClusterPipeline(self._client) if isinstance(self._client, redis.RedisCluster) else None
         decodes = self._client.get_encoder().decode_responses
         expect(not decodes, "decode_responses", "False: states are bytes", decodes)
 
@@ -97,73 +90,103 @@ class RedisStore(RecordStore):
     def __reduce__(self):
         return _connect, self._arguments
 
-    def _read(self, ids: np.ndarray, kinds: Sequence[Kind]) -> list[Unpacked]:
-        read = []
+    def _read(self, ids: np.ndarray, kinds: Sequence[Kind]) -> tuple[list[Unpacked], dict[int, Exception]]:
+        read, unread = [], {}
         for kind in kinds:
-            keys = self._keys(ids, kind)
-            with _as_store_errors():
-                if self._is_cluster:
-                    records = self._pipeline([("GET", key) for key in keys])
-                else:
-                    records = self._client.mget(keys) if keys else []
+            answers = self._get_records(self._keys(ids, kind))
+            unread |= {position: answer for position, answer in enumerate(answers) if isinstance(answer, UNAVAILABLE)}
+            records = [None if isinstance(answer, UNAVAILABLE) else answer for answer in answers] if unread else answers
             read.append(self._formats[kind].unpack(ids, records))
-        return read
+        return read, unread
 
     def _read_headers(self, ids: np.ndarray) -> list[Buffer | None]:
-        commands = [("GETRANGE", key, 0, HEADER.itemsize - 1) for key in self._keys(ids, Kind.STATE)]
-        return [head or None for head in self._pipeline(commands)]
+        keys = self._keys(ids, Kind.STATE)
+        commands = [("GETRANGE", key, 0, HEADER.itemsize - 1) for key in keys]
+        return [head or None for head in self._run(keys, commands)]
 
     def _write(self, ids: np.ndarray, records: list[np.ndarray], marks: Marks) -> np.ndarray:
         states, histories = records[0], records[1] if len(records) > 1 else None
+        keys, history_keys = self._keys(ids, Kind.STATE), self._keys(ids, Kind.HISTORY)
         commands = []
-        for position, keys in enumerate(self._key_pairs(ids)):
+        for position, key in enumerate(keys):
+            state, expires = states[position].data, int(marks.expires[position])
+            if histories is None and marks.replaces is None:  # the script takes Redis 50 us, a SET 3
+                commands.append(("SET", key, state, *(("EXAT", expires) if expires else ())))
+                continue
             history = b"" if histories is None else histories[position].data
             version = b"" if marks.replaces is None else marks.replaces[position].astype("<i8").tobytes()
-            expires = int(marks.expires[position])
-            commands.append(("EVAL", PUT, 2, *keys, states[position].data, history, expires, version))
+            commands.append(("EVAL", PUT, 2, key, history_keys[position], state, history, expires, version))
         per_user = sum(record.shape[1] for record in records)
-        return np.array(self._pipeline(commands, max(1, BATCH_BYTES // per_user)), bool)
+        return np.array(self._run(keys, commands, max(1, BATCH_BYTES // per_user)), bool)
 
     def _delete(self, ids: np.ndarray) -> int:
-        commands = [
-            ("DEL", *keys) for keys in zip(self._keys(ids, Kind.STATE), self._keys(ids, Kind.HISTORY), strict=True)
-        ]
-        return sum(map(bool, self._pipeline(commands)))
+        keys = self._keys(ids, Kind.STATE)
+        commands = [("DEL", *pair) for pair in zip(keys, self._keys(ids, Kind.HISTORY), strict=True)]
+        return sum(map(bool, self._run(keys, commands)))
 
     def _keys(self, ids: np.ndarray, kind: Kind) -> list[bytes]:
         suffix = b":history" if kind == Kind.HISTORY else b""
         return [b"%b:{%d}%b" % (self._namespace, user, suffix) for user in ids.tolist()]
 
-    def _key_pairs(self, ids: np.ndarray) -> Iterator[tuple[bytes, bytes]]:
-        return zip(self._keys(ids, Kind.STATE), self._keys(ids, Kind.HISTORY), strict=True)
-
-    def _pipeline(self, commands: list[tuple], batch: int = 1024) -> list[Any]:
-        answers = []
-        with _as_store_errors():
-            for start in range(0, len(commands), batch):
-                pipeline = self._client.pipeline(transaction=False)
-                for command in commands[start : start + batch]:
-                    pipeline.execute_command(*command)
-                # Raised here, as redis-py would put the script before the message.
-                for answer in pipeline.execute(raise_on_error=False):
-                    if isinstance(answer, Exception):
-                        raise answer
-                    answers.append(answer)
+    def _get_records(self, keys: list[bytes]) -> list[Any]:
+        """The record under each key, None, or an error of UNAVAILABLE."""
+        if self._cluster is not None:
+            answers = self._cluster.run(keys, [("GET", key) for key in keys])
+        else:
+            try:
+                return self._client.mget(keys) if keys else []
+            except UNAVAILABLE as error:
+                return [error] * len(keys)
+            except redis.RedisError as error:
+                raise _store_error(error) from error
+        _raise_errors([answer for answer in answers if not isinstance(answer, UNAVAILABLE)])
         return answers
+
+    def _run(self, keys: list[bytes], commands: list[tuple], batch: int = 1024) -> list[Any]:
+        """The answers to commands, each on the key beside it."""
+        answers = []
+        for start in range(0, len(commands), batch):
+            part = slice(start, start + batch)
+            answers += self._run_batch(keys[part], commands[part])
+        return answers
+
+    def _run_batch(self, keys: list[bytes], commands: list[tuple]) -> list[Any]:
+        if self._cluster is not None:
+            return _raise_errors(self._cluster.run(keys, commands))
+        # As a transaction, writes wait for the disk once a batch if Redis is set up to wait for it. Not by redis-py's,
+        # which puts the command, with the state, before the message of an error.
+        pipeline = self._client.pipeline(transaction=False)
+        for command in (("MULTI",), *commands, ("EXEC",)):
+            pipeline.execute_command(*command)
+        try:
+            answers = pipeline.execute(raise_on_error=False)
+        except UNAVAILABLE as error:
+            raise _store_error(error) from error
+        return _raise_errors(_raise_errors(answers)[-1])
 
 
 def _connect(url, schema: StateSchema, cluster: bool, namespace: str, options: dict[str, Any]) -> RedisStore:
     return RedisStore(url, schema, cluster=cluster, namespace=namespace, **options)
 
 
-@contextlib.contextmanager
-def _as_store_errors() -> Iterator[None]:
-    try:
-        yield
-    except redis.RedisError as error:
-        message = str(error)
-        if isinstance(error, UNAVAILABLE) or message.startswith("NOREPLICAS"):  # fewer than min-replicas-to-write
-            raise StoreUnavailableError(f"Redis is not available: {message}") from error
-        if isinstance(error, redis.OutOfMemoryError) or message.startswith("MISCONF"):
-            raise StoreFullError(f"Redis has no room: {message}") from error
-        raise StoreError(f"Redis refused a command: {message}") from error
+def _client(url: str, cluster: bool, options: dict[str, Any]) -> Any:
+    limits: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
+    if cluster:
+        return redis.RedisCluster.from_url(url, **({"retry": Retry(NoBackoff(), 3)} | limits | options))
+    return redis.Redis.from_url(url, **(limits | options))
+
+
+def _raise_errors(answers: list[Any]) -> list[Any]:
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise _store_error(answer) from answer
+    return answers
+
+
+def _store_error(error: Exception) -> StoreError:
+    message = str(error)
+    if isinstance(error, UNAVAILABLE) or message.startswith("NOREPLICAS"):  # fewer than min-replicas-to-write
+        return StoreUnavailableError(f"Redis is not available: {message}")
+    if isinstance(error, redis.OutOfMemoryError) or message.startswith("MISCONF"):
+        return StoreFullError(f"Redis has no room: {message}")
+    return StoreError(f"Redis refused a command: {message}")

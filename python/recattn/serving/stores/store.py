@@ -5,7 +5,7 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,16 @@ class StoreError(RuntimeError):
 
 
 class StoreUnavailableError(StoreError):
-    """The engine cannot be reached, or does not answer."""
+    """The engine cannot be reached, or does not answer; or a node of a cluster, and with it some of the users.
+
+    Attributes:
+        user_ids: from `get_many`, else None: [N] int64, the users whose states could not be read.
+        stored: from `get_many`, else None: what was read of the others, as with on_invalid="missing".
+    """
+
+    def __init__(self, message: str, user_ids: Tensor | None = None, stored: "StoredStates | None" = None) -> None:
+        super().__init__(message)
+        self.user_ids, self.stored = user_ids, stored
 
 
 class StoreFullError(StoreError):
@@ -97,7 +106,8 @@ class StateStore(ABC):
 
         Raises:
             StateRefusedError: such a state, with on_invalid="raise". The message names user, record and schema.
-            StoreUnavailableError: the engine cannot be reached.
+            StoreUnavailableError: the engine, or its part that has some of the users, cannot be reached. The error has
+                the states of the others.
             ValueError: an argument does not fit; histories of a schema without them.
         """
         expect_choice("on_invalid", on_invalid, ("raise", "missing"))
@@ -224,7 +234,8 @@ def build_number(build: str | None) -> int:
     return 0 if build is None else zlib.crc32(build.encode()) or 1
 
 
-def alive(expires: np.ndarray) -> np.ndarray:
+def alive(expires: Any) -> Any:
+    """Whether an expiry, or each of an array, is not over."""
     return (expires == 0) | (expires > time.time())
 
 
