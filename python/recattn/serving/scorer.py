@@ -100,7 +100,7 @@ def export_scorer(
         target_offsets [U + 1] int64    ascending from 0 to T; those of user u are target_offsets[u:u + 2]
         scores [T] or [T, n] float32    -inf for an id that is not a row of items
 
-    Compile it with the torch version that serves it, and on a CPU of the same instruction set.
+    Compile it with the torch version that serves it, and on a CPU of the same kind.
 
     Source: our own.
 
