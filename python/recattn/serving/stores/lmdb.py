@@ -1,6 +1,7 @@
 """States in LMDB: one machine, crash-safe, larger than memory. Readers of any process never wait for the writer."""
 
 import contextlib
+import errno
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from recattn.serving.stores.store import Marks, StoreError, StoreFullError, aliv
 
 with importing("LMDB", module="lmdb", extra="lmdb", user="recattn.serving.LMDBStore"):
     import lmdb
+
+# LMDB calls a write that was cut short EIO, as the first one on a full disk is.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class LMDBStore(RecordStore):
@@ -150,7 +154,7 @@ def _as_store_errors(path: str | Path) -> Iterator[None]:
         yield
     except lmdb.MapFullError as error:
         raise StoreFullError(f"the store in {path} has reached its max_bytes: reopen it with more") from error
-    except lmdb.DiskError as error:
-        raise StoreFullError(f"the disk of {path} is full or failed: {error}") from error
     except lmdb.Error as error:
+        if error.code in DISK_ERRORS:
+            raise StoreFullError(f"the disk of {path} is full or failed: {error}") from error
         raise StoreError(f"LMDB in {path}: {error}") from error
