@@ -66,6 +66,7 @@ def append_events(
     expect_tensors(behaviors=behaviors)
     expect_shape({"E": len(users), **sizes}, "behaviors", behaviors, "E embed_dim")
     events = event_ids.cpu().numpy().astype(np.int64)
+    expect(events.min(initial=0) >= 0, "event_ids", "at least 0", events.min(initial=0))
     outcome = np.full(len(users), PENDING)
     for _ in range(attempts):
         pending = (outcome == PENDING).nonzero()[0]

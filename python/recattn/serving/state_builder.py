@@ -114,12 +114,16 @@ class StateBuilder:
 
     def _histories(self, user_ids: Tensor, batch: "pyarrow.Table") -> tuple[np.ndarray, np.ndarray]:
         """Item ids [T] and cu_seqlens [U + 1] of the newest `max_len` behaviours of each user."""
+        from pyarrow import types
+
         column = batch.column(self._history_column).combine_chunks()
+        is_list = types.is_list(column.type) or types.is_large_list(column.type)
+        fits = is_list and types.is_integer(column.type.value_type)
+        expect(fits, f"column {self._history_column}", "lists of integers", column.type)
         lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         item_ids = column.flatten()
-        expected = "a list of integers without nulls"
-        integers = item_ids.null_count == 0 and np.issubdtype(item_ids.type.to_pandas_dtype(), np.integer)
-        expect(integers, f"column {self._history_column}", expected, f"{column.type}, {item_ids.null_count} nulls")
+        nulls = item_ids.null_count
+        expect(not nulls, f"column {self._history_column}", "lists without nulls in them", f"{nulls} nulls")
         item_ids = item_ids.to_numpy(zero_copy_only=False).astype(np.int64)
         ends = np.cumsum(lengths)
         kept = np.minimum(lengths, self._model.max_len)
@@ -136,8 +140,10 @@ class StateBuilder:
 
     @staticmethod
     def _integers(batch: "pyarrow.Table", name: str) -> np.ndarray:
+        from pyarrow import types
+
         column = batch.column(name)
-        integers = column.null_count == 0 and np.issubdtype(column.type.to_pandas_dtype(), np.integer)
+        integers = types.is_integer(column.type) and not column.null_count
         expect(integers, f"column {name}", "integers without nulls", f"{column.type}, {column.null_count} nulls")
         return column.to_numpy().astype(np.int64)
 
@@ -208,7 +214,7 @@ def build_states(
         "ttl": ttl,
         "device": device,
     }
-    columns = [name for name in (user_column, history_column, event_column) if name is not None]
+    columns = [name for name in dict.fromkeys((user_column, history_column, event_column)) if name is not None]
     start = time.monotonic()
     if hasattr(dataset, "map_batches"):
         _expect_columns(dataset.columns(), columns)

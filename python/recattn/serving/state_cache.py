@@ -86,8 +86,8 @@ class StateCache:
             misses = int(np.count_nonzero(stale))
             self._count(hits=len(stale) - misses, misses=misses)
             if misses:
-                # The pins of the first request keep what it found while the rest is read.
-                request = self._fill(user_ids, stale, out, pins)
+                with pins.pop_all():  # what the first request found stays while the rest is read
+                    request = self._fill(user_ids, stale, out, pins)
             yield request
 
     def attend(self, targets: Tensor, user_ids: Tensor, target_offsets: Tensor, **options: Any) -> Tensor:
@@ -140,24 +140,35 @@ class StateCache:
 
     def _fill(self, user_ids: Tensor, stale: np.ndarray, out: Tensor | None, pins: contextlib.ExitStack) -> Request:
         """Read the stale users, put them into the table, and pin all users of the request."""
-        users, positions = np.unique(user_ids_on_host(user_ids)[stale], return_inverse=True)
-        fill, forgotten = object(), set()
-        with self._filling:
-            self._forgotten[fill] = forgotten
-        try:
-            while True:
-                deadline = time.time() + self.max_age
+        ids = user_ids_on_host(user_ids)
+        while True:
+            users, positions = np.unique(ids[stale], return_inverse=True)
+            deadline = time.time() + self.max_age
+            with self._noting_forgotten() as forgotten:
                 stored = self._read(users)
-                with self._filling:
-                    if forgotten.isdisjoint(users.tolist()):
-                        deadlines = self._write(users, stored, deadline)
-                        request = pins.enter_context(self.table.request(user_ids, out=out))
-                        self._deadlines[request._rows[stale]] = deadlines[positions]
+                with self._filling, contextlib.ExitStack() as attempt:
+                    if not forgotten.isdisjoint(users.tolist()):
+                        continue
+                    deadlines = self._write(users, stored, deadline)
+                    request = attempt.enter_context(self.table.request(user_ids, out=out))
+                    self._deadlines[request._rows[stale]] = deadlines[positions]
+                    lost = ~request.found.numpy() & ~stale  # found before, and forgotten since
+                    if not lost.any():
+                        pins.enter_context(attempt.pop_all())
                         return request
-                    forgotten.clear()
+                    stale = stale | lost
+
+    @contextlib.contextmanager
+    def _noting_forgotten(self) -> Iterator[set[int]]:
+        """The users that `forget` is called with until the block ends."""
+        key, forgotten = object(), set()
+        with self._filling:
+            self._forgotten[key] = forgotten
+        try:
+            yield forgotten
         finally:
             with self._filling:
-                del self._forgotten[fill]
+                del self._forgotten[key]
 
     def _read(self, users: np.ndarray) -> StoredStates | None:
         """What the store has of users; None if it is unavailable and they are to be missing."""
