@@ -171,15 +171,16 @@ class StateCache:
                 del self._forgotten[key]
 
     def _read(self, users: np.ndarray) -> StoredStates | None:
-        """What the store has of users; None if it is unavailable and they are to be missing."""
+        """What the store has of users. None: it is unavailable, and all of them are to be missing."""
+        unread = 0
         try:
             stored = self.store.get_many(torch.from_numpy(users), on_invalid=self._on_invalid)
-        except StoreUnavailableError:
+        except StoreUnavailableError as error:
             if self._on_unavailable == "raise":
                 raise
-            self._count(unavailable=len(users))
-            return None
-        self._count(not_found=int((~stored.found).sum()))
+            stored, unread = error.stored, len(users) if error.user_ids is None else len(error.user_ids)
+        missing = len(users) if stored is None else int((~stored.found).sum())
+        self._count(unavailable=unread, not_found=missing - unread)
         return stored
 
     def _write(self, users: np.ndarray, stored: StoredStates | None, deadline: float) -> np.ndarray:

@@ -166,12 +166,12 @@ class StateStore(ABC):
             if on_invalid == "raise":
                 raise_invalid(int(ids[invalid[0]]), invalid[0], given, tensors, self.schema.dtype, len(invalid))
             written[invalid] = False
-            self._delete(ids[invalid])
         if self.schema.appendable:
             tensors |= self._histories(state, users)
         marks = _marks(users, event_ids, ttl, build, replaces)
         valid = written.nonzero()[0]
         if len(valid) < users:
+            self._delete(ids[~written])
             ids, marks = ids[valid], marks.of(valid)
             tensors = {name: tensor[torch.from_numpy(valid)] for name, tensor in tensors.items()}
         written[valid] = self._put(ids, tensors, marks)
