@@ -1,6 +1,11 @@
 """Engines for the tests of the stores: real servers, started once."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
+
+from tests.helpers.stores import ENGINES, Engine
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +31,37 @@ def redis_cluster(servers):
     """A cluster of three nodes for tests that leave it whole: each has a namespace of its own."""
     with servers.RedisCluster(nodes=3) as cluster:
         yield cluster
+
+
+def make_engine(name, request, folder):
+    if name == "memory":
+        return Engine(name)
+    if name == "lmdb":
+        pytest.importorskip("lmdb")
+        return Engine(name, folder / "states")
+    return Engine(name, request.getfixturevalue(f"redis_{name}" if name == "cluster" else "redis_server").url)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, tmp_path):
+    """Each engine in turn: a folder or namespace of the test's own."""
+    engine = make_engine(request.param, request, tmp_path)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["lmdb", "redis"])
+def record_engine(request, tmp_path):
+    """Those that hold records, whose bytes a test may change."""
+    engine = make_engine(request.param, request, tmp_path)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that stores read, to be moved: `clock.now += 10`."""
+    clock = SimpleNamespace(now=time.time())
+    clock.time = lambda: clock.now
+    monkeypatch.setattr("recattn.serving.stores.store.time", clock)
+    return clock

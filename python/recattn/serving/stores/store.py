@@ -161,20 +161,25 @@ class StateStore(ABC):
         expect(isinstance(state, LREAState), "state", "an LREAState", type(state).__name__)
         given = {name: getattr(state, name) for name in STATE_TENSORS}
         tensors = as_stored(given, {"U": users, **self.schema.sizes}, self.schema.dtype, torch.device("cpu"))
-        written = np.ones(users, bool)
-        if invalid := invalid_positions(tensors, self.schema.dtype):
-            if on_invalid == "raise":
-                raise_invalid(int(ids[invalid[0]]), invalid[0], given, tensors, self.schema.dtype, len(invalid))
-            written[invalid] = False
+        invalid = invalid_positions(tensors, self.schema.dtype)
+        if invalid and on_invalid == "raise":
+            raise_invalid(int(ids[invalid[0]]), invalid[0], given, tensors, self.schema.dtype, len(invalid))
         if self.schema.appendable:
             tensors |= self._histories(state, users)
         marks = _marks(users, event_ids, ttl, build, replaces)
+        written = np.ones(users, bool)
+        if invalid:
+            last = {user: position for position, user in enumerate(ids.tolist())}
+            missing = np.array([ids[position] for position in invalid if last[ids[position]] == position], np.int64)
+            self._delete(missing)
+            written[invalid] = False
+            written &= ~np.isin(ids, missing)
         valid = written.nonzero()[0]
         if len(valid) < users:
-            self._delete(ids[~written])
             ids, marks = ids[valid], marks.of(valid)
             tensors = {name: tensor[torch.from_numpy(valid)] for name, tensor in tensors.items()}
-        written[valid] = self._put(ids, tensors, marks)
+        if len(valid):
+            written[valid] = self._put(ids, tensors, marks)
         return torch.from_numpy(written)
 
     def delete_many(self, user_ids: Tensor) -> int:
