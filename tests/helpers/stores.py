@@ -81,7 +81,8 @@ class Engine:
         else:
             from recattn.serving import RedisStore
 
-            options = {"namespace": self.namespace} | options
+            # A machine that runs tests may be slow to answer.
+            options = {"namespace": self.namespace, "socket_timeout": 30, "socket_connect_timeout": 30} | options
             self.store = RedisStore(self.place, schema, cluster=self.name == "cluster", **options)
         return self.store
 

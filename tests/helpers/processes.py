@@ -1,0 +1,82 @@
+"""Work in processes that are forked from one that has imported everything and started no thread, to be killed at will.
+
+A fork of the tests' own process would hang in OpenMP, and a new process would import PyTorch for seconds.
+"""
+
+import multiprocessing
+import time
+
+import torch
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload([__name__, "recattn.serving.stores.lmdb", "recattn.serving.stores.redis"])
+
+
+def call(function, *arguments):
+    """function(*arguments) in another process. It and its arguments are pickled; what it raises fails the call."""
+    receiver, sender = FORKED.Pipe(duplex=False)
+    process = FORKED.Process(target=_call, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    with receiver:
+        result = receiver.recv()
+    process.join()
+    return result
+
+
+def _call(sender, function, arguments):
+    torch.set_num_threads(1)
+    sender.send(function(*arguments))
+
+
+class Writer:
+    """A process that runs work(acknowledge, *arguments), which calls acknowledge(anything) after each thing it did.
+
+    with Writer(work, *arguments) as writer:
+        writer.kill_after(0.01)
+    assert writer.acknowledged == [...]
+    """
+
+    def __init__(self, work, *arguments):
+        self._receiver, sender = FORKED.Pipe(duplex=False)
+        self._process = FORKED.Process(target=_work, args=(sender, work, arguments))
+        self._process.start()
+        sender.close()
+        self.acknowledged = []
+
+    def wait(self):
+        """Wait for the next acknowledgement."""
+        self.acknowledged.append(self._receiver.recv())
+
+    def kill_after(self, seconds):
+        """Kill it by SIGKILL so long after its next acknowledgement."""
+        self.wait()
+        time.sleep(seconds)
+        self._process.kill()
+        self._process.join()
+        self._read_all()
+
+    def join(self):
+        """Wait until the work is done."""
+        self._read_all()
+        self._process.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._process.kill()
+        self._process.join()
+        self._receiver.close()
+
+    def _read_all(self):
+        while True:
+            try:
+                self.acknowledged.append(self._receiver.recv())
+            except EOFError:  # also in the middle of a message
+                return
+
+
+def _work(sender, work, arguments):
+    torch.set_num_threads(1)
+    work(sender.send, *arguments)
