@@ -32,7 +32,8 @@ def build_command(program: Path) -> list[str]:
     includes = [f"-isystem{path}" for path in include_paths()]
     libraries = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    linked = ["-ltorch", "-ltorch_cpu", "-lc10", "-llmdb", "-ldl"]
+    # The package needs libtorch, which is looked for where the program has it.
+    linked = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-llmdb", "-ldl"]
     options = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", abi]
     return [os.environ.get("CXX", "g++"), *options, *includes, str(SOURCE), "-o", str(program), *libraries, *linked]
 

@@ -109,8 +109,9 @@ def export_scorer(
         schema: of the records.
         items: embedding table [I, d], float32 or the schema's dtype; for int8 states any floating dtype.
         negative_slope: of φ: `LREA.absorbed_negative_slope`.
-        score: maps h [T, H·dv] and the targets [T, d] to scores [T] or [T, n]. A copy in eval mode is compiled. By
-            default their dot product, summed in float64 and rounded to float32; it takes H·dv = d.
+        score: maps h [T, H·dv] and the targets [T, d], both in the dtype of items, to scores [T] or [T, n]. A copy in
+            eval mode is compiled. By default their dot product, summed in float64 and rounded to float32, which takes
+            H·dv = d.
 
     Returns:
         The folder.
