@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     costs = host_time.measure(chosen.op, chosen.repeats)
     if chosen.results:
-        records.append_host_costs(costs, common | {"threads": 1}, chosen.results)
+        records.append_lines(map(asdict, costs), common | {"threads": 1}, chosen.results)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(f"{common['device']}; torch {common['torch']}, triton {common['triton']}", highlight=False)
     console.print(host.table(costs))

@@ -18,10 +18,12 @@ from rich.console import Console
 
 from benchmarks import ROOT
 from benchmarks.harness import records
+from benchmarks.harness.host_time import HostCost
 from benchmarks.harness.registry import FORWARD, TRAINING, Operator, load_operators
 from benchmarks.harness.workloads import Workload
-from benchmarks.report import compare, cost_model, markdown
+from benchmarks.report import compare, cost_model, markdown, serving
 from benchmarks.report.markdown import OURS, SHORT, Machine
+from benchmarks.serving.outcomes import Fault, StoreLoad
 
 FOLDER = Path(__file__).parent
 RECORDS, FIGURES, RESULTS, README = FOLDER / "results", FOLDER / "figures", FOLDER / "RESULTS.md", ROOT / "README.md"
@@ -336,9 +338,10 @@ def pages() -> Pages:
                 figures[path] = figure
                 images.setdefault(kind, []).append((f"{FIGURES.name}/{path.name}", figure.caption))
     first = [image for own in images.values() for image in own if README_FIGURE in image[0]][-1:]
-    host = records.read_host_costs([RECORDS])
+    host = records.read_newest(HostCost, [RECORDS])
+    under_load = serving.section(*(records.read_newest(kind, [RECORDS]) for kind in (StoreLoad, Fault)))
     texts = {
-        RESULTS: markdown.results_page(operators, measured, images, host),
+        RESULTS: markdown.results_page(operators, measured, images, host, under_load),
         README: markdown.with_block(README.read_text(), markdown.readme_block(operators, measured, first, host)),
     }
     return Pages(texts, figures)

@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from benchmarks.harness.goals import Outcome
-from benchmarks.harness.host_time import HostCost
 from recattn import _environment
 
+Kind = TypeVar("Kind")
 TIMED, NOT_RUN, REFUSED, FAILED = "timed", "not run", "refused: wrong", "failed"
 
 # Records written before a name or a sentence changed keep the old one; they are read as the new one.
@@ -77,10 +77,6 @@ def append_lines(records: Iterable[dict[str, object]], common: dict[str, object]
         file.writelines(json.dumps({**record, **common}, allow_nan=False) + "\n" for record in records)
 
 
-def append_host_costs(costs: Iterable[HostCost], common: dict[str, object], path: Path) -> None:
-    append_lines(map(asdict, costs), common, path)
-
-
 def read(paths: Iterable[Path]) -> list[Record]:
     """The rows of `benchmarks.run` in the given files, and in the files of the given folders, sorted by file name.
 
@@ -99,22 +95,24 @@ def read(paths: Iterable[Path]) -> list[Record]:
     return records
 
 
-def read_host_costs(paths: Iterable[Path]) -> tuple[list[HostCost], dict[str, object]]:
-    """The newest rows of `benchmarks.host_cost` in the files of the given folders, and what they share."""
+def read_newest(kind: type[Kind], paths: Iterable[Path]) -> tuple[list[Kind], dict[str, object]]:
+    """The rows of a dataclass that `append_lines` wrote, of the newest run in the files of the given folders, and what
+    they share. The dataclass' first field has a name that no other kind of row has.
+    """
+    own = [f.name for f in fields(kind)]
     written = [
         json.loads(line)
         for path in paths
         for file in sorted(path.glob("*.jsonl"))
         for line in file.read_text().splitlines()
-        if '"host_of"' in line
+        if f'"{own[0]}"' in line
     ]
     if not written:
         return [], {}
     newest = max(row["started"] for row in written)
-    own = {f.name for f in fields(HostCost)}
     rows = [row for row in written if row["started"] == newest]
-    costs = [HostCost(**{name: row[name] for name in own & row.keys()}) for row in rows]
-    return costs, {name: value for name, value in rows[0].items() if name not in own}
+    found = [kind(**{name: row[name] for name in own if name in row}) for row in rows]
+    return found, {name: value for name, value in rows[0].items() if name not in own}
 
 
 def _record(written: dict[str, object]) -> Record:

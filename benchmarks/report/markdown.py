@@ -407,8 +407,9 @@ def results_page(
     measured: Sequence[Machine],
     images: dict[str, list[tuple[str, str]]],
     host_costs: HostCosts = NO_HOST_COSTS,
+    serving: str = "",
 ) -> str:
-    """RESULTS.md. `images`: the figures of each type of device, as files and captions."""
+    """RESULTS.md. `images`: the figures of each type of device, as files and captions; `serving`: a section."""
     parts = [
         "# Results\n\nWritten by `python -m benchmarks.plot` from the records in `results/`. Do not edit.\n",
         _summary_section(operators, measured),
@@ -420,6 +421,7 @@ def results_page(
         # Figures and times of the last machine of a type. Older machines appear in the summary and the goals.
         parts += [_machine_section(operators, machine, images.get(kind, [])) for machine in own[:1]]
     parts += [_host_section(*host_costs)] if host_costs[0] else []
+    parts += [serving] if serving else []
     parts.append(_predicted_section(operators, next((machine for machine in measured if machine.type == "cuda"), None)))
     return "\n".join(parts)
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks import plot
 from benchmarks.harness import records
 from benchmarks.harness.goals import NeverSlowerGoal, Outcome
+from benchmarks.harness.host_time import HostCost
 from benchmarks.harness.records import Record, Row
 from benchmarks.harness.registry import FORWARD, TRAINING, load_operators
 from benchmarks.report import cost_model, devices, markdown, predicted, reasons
@@ -188,7 +189,7 @@ def test_a_gpu_gets_a_column_once_it_was_measured(monkeypatch):
 
 
 def test_what_a_call_costs_the_host_is_in_both_pages():
-    costs, run = records.read_host_costs([plot.RECORDS])
+    costs, run = records.read_newest(HostCost, [plot.RECORDS])
     page = markdown.results_page(OPERATORS, markdown.machines(RECORDS), {}, (costs, run))
     lines = page.split("## Host time of a call")[1].split("\n## ")[0].splitlines()
     assert run["commit"][:8] in "".join(lines)

@@ -16,6 +16,7 @@ from rich.console import Console
 from benchmarks import run
 from benchmarks.harness import memory, records, timing
 from benchmarks.harness.ceilings import Ceilings, around
+from benchmarks.harness.host_time import HostCost
 from benchmarks.harness.registry import BACKWARD, DIRECTIONS, FORWARD, TRAINING, Cost
 from benchmarks.harness.workloads import Workload
 from benchmarks.report import table
@@ -348,7 +349,7 @@ def test_quick_run_end_to_end(tmp_path):
     (file,) = tmp_path.glob("*.jsonl")
     timed = {row.impl for row, _ in records.read([file]) if row.status == records.TIMED}
     assert {"recattn", "eager", "SDPA, dense bias", "unbiased SDPA"} <= timed
-    costs, shared = records.read_host_costs([tmp_path])
+    costs, shared = records.read_newest(HostCost, [tmp_path])
     assert {cost.host_of.partition(",")[0] for cost in costs} == {"sink_attention"}
     assert shared["threads"] == 1 and shared["device"]
 
