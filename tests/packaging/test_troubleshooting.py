@@ -23,7 +23,6 @@ from recattn._imports import importing
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.integrations.transformers.generations import find_generation
 from recattn.ops import _support
-from recattn.serving.stores.redis import _as_store_errors as redis_errors
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 QUOTES = re.compile(r"^```\n(\w*(?:Error|Warning): .*?)\n```$", flags=re.DOTALL | re.MULTILINE)
@@ -362,17 +361,22 @@ def store_that_is_full(monkeypatch):
             put(states, 1000)
 
 
+def put_into_redis() -> None:
+    schema = recattn.serving.StateSchema(1, 2, 4, 4, torch.float32, "2026-11")
+    with recattn.serving.RedisStore("redis://127.0.0.1:1", schema) as states:
+        put(states, 1)
+
+
 @provoked
-def redis_that_is_full(_):
-    with redis_errors():
-        raise redis.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+def redis_that_is_full(monkeypatch):
+    answer = redis.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+    monkeypatch.setattr(redis.client.Pipeline, "execute", lambda *_, **__: [answer])
+    put_into_redis()
 
 
 @provoked
 def redis_that_does_not_run(_):
-    schema = recattn.serving.StateSchema(1, 2, 4, 4, torch.float32, "2026-11")
-    with recattn.serving.RedisStore("redis://127.0.0.1:1", schema) as states:
-        put(states, 1)
+    put_into_redis()
 
 
 def without(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
