@@ -23,7 +23,7 @@ from benchmarks.harness.registry import FORWARD, TRAINING, Operator, load_operat
 from benchmarks.harness.workloads import Workload
 from benchmarks.report import compare, cost_model, markdown, serving
 from benchmarks.report.markdown import OURS, SHORT, Machine
-from benchmarks.serving.outcomes import Fault, StoreLoad
+from benchmarks.serving.outcomes import Fault, StateBuild, StoreLoad
 
 FOLDER = Path(__file__).parent
 RECORDS, FIGURES, RESULTS, README = FOLDER / "results", FOLDER / "figures", FOLDER / "RESULTS.md", ROOT / "README.md"
@@ -339,9 +339,9 @@ def pages() -> Pages:
                 images.setdefault(kind, []).append((f"{FIGURES.name}/{path.name}", figure.caption))
     first = [image for own in images.values() for image in own if README_FIGURE in image[0]][-1:]
     host = records.read_newest(HostCost, [RECORDS])
-    under_load = serving.section(*(records.read_newest(kind, [RECORDS]) for kind in (StoreLoad, Fault)))
+    stores = serving.section(*(records.read_newest(kind, [RECORDS]) for kind in (StateBuild, StoreLoad, Fault)))
     texts = {
-        RESULTS: markdown.results_page(operators, measured, images, host, under_load),
+        RESULTS: markdown.results_page(operators, measured, images, host, stores),
         README: markdown.with_block(README.read_text(), markdown.readme_block(operators, measured, first, host)),
     }
     return Pages(texts, figures)

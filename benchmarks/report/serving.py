@@ -1,4 +1,4 @@
-"""Stores of user states under load and faults, as tables: printed, and in RESULTS.md."""
+"""Stores of user states, built, under load and under faults, as tables: printed, and in RESULTS.md."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -9,8 +9,9 @@ from rich.table import Table
 
 from benchmarks.report.markdown import markdown
 from benchmarks.report.table import significant
-from benchmarks.serving.outcomes import P99_GOAL, Fault, StoreLoad
+from benchmarks.serving.outcomes import P99_GOAL, Fault, StateBuild, StoreLoad
 
+BUILD_COLUMNS = ("from", "users", "build s", "users/s", "load s", "disk MB", "states as computed directly")
 LOAD_COLUMNS = (
     "store",
     "users",
@@ -96,25 +97,54 @@ FAULT_LEGEND = (
 Written = tuple[list, dict[str, object]]  # rows, and what they share
 
 
-def section(loads: Written, faults: Written) -> str:
+def build_cells(build: StateBuild) -> tuple[str, ...]:
+    return (
+        build.built_by,
+        f"{build.users:,}",
+        significant(build.build_s),
+        f"{build.users / build.build_s:,.0f}",
+        significant(build.load_s),
+        f"{build.disk_mb:,.0f}",
+        "yes" if build.equal else "NO",
+    )
+
+
+BUILD_LEGEND = (
+    "States of rank 32, dim 64, int8, by `build_states` into an LMDBStore, from histories of {behaviors:,.0f} "
+    "behaviours on average (Zipf, of which the newest 200 count). By Ray: one actor on one of the cores, its start "
+    "included. load: all states from the store into a StateTable. The states of the first 4,096 users are compared "
+    "with `export_state` of these users, bit for bit."
+)
+
+
+def section(builds: Written, loads: Written, faults: Written) -> str:
     """Of RESULTS.md; empty without records."""
     parts = []
+    if builds[0]:
+        rows, legend = markdown(BUILD_COLUMNS, map(build_cells, builds[0])), BUILD_LEGEND.format_map(vars(builds[0][0]))
+        parts.append(f"### Build\n\n{_conditions('build', builds[1])} {legend}\n\n{rows}")
     if loads[0]:
         rows = markdown(LOAD_COLUMNS, map(load_cells, loads[0]))
-        parts.append(f"### Load\n\n{_conditions(loads[1])} {load_legend(loads[0][0])}\n\n{rows}")
+        parts.append(f"### Load\n\n{_conditions('load', loads[1])} {REDIS} {load_legend(loads[0][0])}\n\n{rows}")
         parts.append(f"{READ_LEGEND}\n\n{markdown(READ_COLUMNS, chain.from_iterable(map(read_cells, loads[0])))}")
     if faults[0]:
         rows = markdown(FAULT_COLUMNS, map(fault_cells, faults[0]))
-        parts.append(f"### Faults\n\n{_conditions(faults[1])} {FAULT_LEGEND}\n\n{rows}")
+        parts.append(f"### Faults\n\n{_conditions('load', faults[1])} {REDIS} {FAULT_LEGEND}\n\n{rows}")
     return "\n".join(["## Serving from a store\n", *parts]) if parts else ""
 
 
-def _conditions(run: dict[str, object]) -> str:
+REDIS = "Redis runs on the same machine, over loopback, with every write on disk before it is answered."
+
+
+def _conditions(command: str, run: dict[str, object]) -> str:
     return (
-        f"`python -m benchmarks.serving.load` on {run['device']}, {run['cores']} cores; torch {run['torch']}, Python "
-        f"{run['python']}; commit {run['commit'][:8]}. Redis runs on the same machine, over loopback, with every write "
-        "on disk before it is answered."
+        f"`python -m benchmarks.serving.{command}` on {run['device']}, {run['cores']} cores; torch {run['torch']}, "
+        f"Python {run['python']}; commit {run['commit'][:8]}."
     )
+
+
+def build_table(builds: Sequence[StateBuild]) -> Table:
+    return _table(BUILD_COLUMNS, map(build_cells, builds))
 
 
 def load_tables(loads: Sequence[StoreLoad]) -> Group:

@@ -1,8 +1,21 @@
-"""What `benchmarks.serving.load` measures: a row per store, and one per fault and setting."""
+"""What `benchmarks.serving` measures: a row per build, per store under load, and per fault and setting."""
 
 from dataclasses import dataclass, field
 
 P99_GOAL = 2.0  # get_many's p99 over that of the store's own floor
+
+
+@dataclass(kw_only=True)
+class StateBuild:
+    """`build_states` of all users into an LMDBStore, and a table loaded with all of them."""
+
+    built_by: str  # "parquet" or "ray"
+    users: int
+    behaviors: float  # of a user, mean
+    build_s: float
+    load_s: float  # from the store into a StateTable, through a StateCache
+    disk_mb: float
+    equal: bool  # to the direct computation, bit for bit
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serving.load`: small, with the faults of LMDB and of a single Redis."""
+"""`python -m benchmarks.serving.load` and `.build`: small, with the faults of LMDB and of a single Redis."""
 
 import subprocess
 import sys
@@ -51,8 +51,18 @@ def test_load_and_faults_give_no_wrong_answer_lose_no_write_and_raise_what_is_do
         if fault.setting != "missing":
             assert fault.errors.keys() == ERRORS.get((fault.fault_of, fault.fault.partition(" (")[0]), set())
         assert bool(fault.missing) == (fault.setting == "missing")
-    page = report.section((loads, run), (faults, run))
+    page = report.section(([], {}), (loads, run), (faults, run))
     assert all(f"| {fault.fault} |" in page for fault in faults) and page.count("\n| lmdb |") == 10
+
+
+def test_a_build_is_measured_and_compared_with_the_direct_computation(tmp_path):
+    pytest.importorskip("pyarrow")
+    from benchmarks.serving import build
+
+    built = build.measure("parquet", 5000, tmp_path)
+    assert built.equal and (built.built_by, built.users) == ("parquet", 5000)
+    run = {"device": "a CPU", "cores": 2, "torch": "2", "python": "3", "commit": "0" * 40}
+    assert "| parquet | 5,000 |" in report.section(([built], run), ([], {}), ([], {}))
 
 
 @pytest.fixture
