@@ -14,6 +14,7 @@ from benchmarks.harness.host_time import HostCost
 from benchmarks.harness.records import Record, Row
 from benchmarks.harness.registry import FORWARD, TRAINING, load_operators
 from benchmarks.report import cost_model, devices, markdown, predicted, reasons
+from benchmarks.serving.outcomes import Fault, StoreLoad
 
 OPERATORS = load_operators()
 RECORDS = records.read([plot.RECORDS])
@@ -199,6 +200,14 @@ def test_what_a_call_costs_the_host_is_in_both_pages():
         assert f"{cost.units:.1f}" in row and cost.reason is None
     readme = markdown.readme_block(OPERATORS, markdown.machines(RECORDS), [], (costs, run))
     assert "What a call costs the host" in readme and "`sink_attention`" in readme
+
+
+def test_every_store_and_fault_that_was_recorded_is_in_results():
+    (loads, _), (faults, _) = (records.read_newest(kind, [plot.RECORDS]) for kind in (StoreLoad, Fault))
+    section = plot.RESULTS.read_text().split("## Serving from a store")[1].split("\n## ")[0]
+    assert all(section.count(f"\n| {load.load_of} | {load.users:,} |") == 1 for load in loads)
+    assert all(f"\n| {fault.fault_of} | {fault.fault} | {fault.setting} |" in section for fault in faults)
+    assert {load.load_of for load in loads} == {fault.fault_of for fault in faults} == {"lmdb", "redis", "cluster"}
 
 
 def test_of_a_contest_the_newest_run_counts_as_a_whole():
