@@ -24,8 +24,7 @@ class RowLayout:
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """The tensors in rows [U, nbytes] of uint8, each [U, ...], without a copy."""
-        views = {name: rows[:, self._slices[name]].view(dtype) for name, (dtype, _) in self._fields.items()}
         return {
-            name: views[name].unflatten(1, shape) if shape else views[name][:, 0]
-            for name, (_, shape) in self._fields.items()
+            name: rows[:, self._slices[name]].view(dtype).view(len(rows), *shape)
+            for name, (dtype, shape) in self._fields.items()
         }

@@ -117,7 +117,9 @@ class RedisStore(RecordStore):
             version = b"" if marks.replaces is None else marks.replaces[position].astype("<i8").tobytes()
             commands.append(("EVAL", PUT, 2, key, history_keys[position], state, history, expires, version))
         per_user = sum(record.shape[1] for record in records)
-        return np.array(self._run(keys, commands, max(1, BATCH_BYTES // per_user)), bool)
+        batch = max(1, BATCH_BYTES // per_user)
+        # A transaction waits for the disk once, if Redis is set up to wait for it.
+        return np.array(self._run(keys, commands, batch=batch, transaction=True), bool)
 
     def _delete(self, ids: np.ndarray) -> int:
         keys = self._keys(ids, Kind.STATE)
@@ -142,27 +144,29 @@ class RedisStore(RecordStore):
         _raise_errors([answer for answer in answers if not isinstance(answer, UNAVAILABLE)])
         return answers
 
-    def _run(self, keys: list[bytes], commands: list[tuple], batch: int = 1024) -> list[Any]:
-        """The answers to commands, each on the key beside it."""
+    def _run(
+        self, keys: list[bytes], commands: list[tuple], *, batch: int = 1024, transaction: bool = False
+    ) -> list[Any]:
+        """The answers to commands, each on the key beside it. In a cluster no batch is a transaction."""
         answers = []
         for start in range(0, len(commands), batch):
             part = slice(start, start + batch)
-            answers += self._run_batch(keys[part], commands[part])
+            if self._cluster is not None:
+                answers += _raise_errors(self._cluster.run(keys[part], commands[part]))
+            elif transaction:  # not redis-py's, which puts the command, with the state, before the message of an error
+                answers += _raise_errors(self._pipeline([("MULTI",), *commands[part], ("EXEC",)])[-1])
+            else:
+                answers += self._pipeline(commands[part])
         return answers
 
-    def _run_batch(self, keys: list[bytes], commands: list[tuple]) -> list[Any]:
-        if self._cluster is not None:
-            return _raise_errors(self._cluster.run(keys, commands))
-        # As a transaction, writes wait for the disk once a batch if Redis is set up to wait for it. Not by redis-py's,
-        # which puts the command, with the state, before the message of an error.
+    def _pipeline(self, commands: list[tuple]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
-        for command in (("MULTI",), *commands, ("EXEC",)):
+        for command in commands:
             pipeline.execute_command(*command)
         try:
-            answers = pipeline.execute(raise_on_error=False)
+            return _raise_errors(pipeline.execute(raise_on_error=False))
         except UNAVAILABLE as error:
             raise _store_error(error) from error
-        return _raise_errors(_raise_errors(answers)[-1])
 
 
 def _connect(url, schema: StateSchema, cluster: bool, namespace: str, options: dict[str, Any]) -> RedisStore:
