@@ -24,6 +24,14 @@ def redis_store():
     return RedisStore
 
 
+@pytest.fixture
+def lmdb_store():
+    pytest.importorskip("lmdb")
+    from recattn.serving import LMDBStore
+
+    return LMDBStore
+
+
 def stamps(count=60, first=1):
     return stamped_state(range(first, first + count), SCHEMA)
 
@@ -122,6 +130,55 @@ def test_a_slot_that_moved_to_another_node_is_found_there(servers, redis_store):
             assert stamps_of(store.get_many(USERS, histories=True)) == list(range(3, 63))
 
 
+# A disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder of 2 MB, and a function that makes it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=32m", folder], check=True)
+    subprocess.run(["umount", folder], check=True)
+
+
+def put_until_it_fails(store, error):
+    """How many users, one after the other, were acknowledged."""
+    for user in range(10_000):
+        try:
+            store.put_many(ids(user), stamped_state([user + 1], store.schema))
+        except error:
+            return user
+    raise AssertionError("it has room for all")
+
+
+def test_redis_on_a_full_disk_ends_and_has_all_that_it_acknowledged_when_there_is_room(
+    servers, redis_store, small_disk
+):
+    folder, make_room = small_disk
+    schema = make_schema(rank=32)
+    with servers.RedisServer(dir=folder) as server, redis_store(server.url, schema, socket_timeout=30) as store:
+        written = put_until_it_fails(store, StoreUnavailableError)
+        assert server.process.wait(timeout=10) == 1
+        make_room()
+        server.start()
+        assert stamps_of(store.get_many(torch.arange(written))) == list(range(1, written + 1))
+        assert store.put_many(ids(written), stamped_state([written + 1], schema)).all()
+
+
+def test_lmdb_on_a_full_disk_reads_and_goes_on_when_there_is_room(lmdb_store, small_disk):
+    folder, make_room = small_disk
+    schema = make_schema(rank=32)
+    with lmdb_store(folder, schema) as store:
+        written = put_until_it_fails(store, StoreFullError)
+        assert stamps_of(store.get_many(torch.arange(written + 1))) == [*range(1, written + 1), 0]
+        make_room()
+        assert store.put_many(ids(written), stamped_state([written + 1], schema)).all()
+        assert stamps_of(store.get_many(torch.arange(written + 1))) == [*range(1, written + 2)]
+
+
 # How Redis is connected to
 
 
@@ -163,14 +220,6 @@ def test_options_that_would_change_bytes_are_refused(redis_store):
 
 
 # LMDB
-
-
-@pytest.fixture
-def lmdb_store():
-    pytest.importorskip("lmdb")
-    from recattn.serving import LMDBStore
-
-    return LMDBStore
 
 
 def test_a_store_that_reached_max_bytes_still_reads_and_deletes(lmdb_store, tmp_path):
