@@ -24,7 +24,8 @@ class RowLayout:
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """The tensors in rows [U, nbytes] of uint8, each [U, ...], without a copy."""
+        users = rows.shape[0]  # not len, which torch.export takes for a constant
         return {
-            name: rows[:, self._slices[name]].view(dtype).view(len(rows), *shape)
+            name: rows[:, self._slices[name]].view(dtype).view(users, *shape)
             for name, (dtype, shape) in self._fields.items()
         }
