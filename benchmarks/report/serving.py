@@ -147,13 +147,11 @@ def build_table(builds: Sequence[StateBuild]) -> Table:
     return _table(BUILD_COLUMNS, map(build_cells, builds))
 
 
-def load_tables(loads: Sequence[StoreLoad]) -> Group:
-    reads = chain.from_iterable(map(read_cells, loads))
-    return Group(_table(LOAD_COLUMNS, map(load_cells, loads)), _table(READ_COLUMNS, reads))
-
-
-def fault_table(faults: Sequence[Fault]) -> Table:
-    return _table(FAULT_COLUMNS, map(fault_cells, faults))
+def tables(row: StoreLoad | Fault) -> Group:
+    """What is printed of a row."""
+    if isinstance(row, Fault):
+        return Group(_table(FAULT_COLUMNS, [fault_cells(row)]))
+    return Group(_table(LOAD_COLUMNS, [load_cells(row)]), _table(READ_COLUMNS, read_cells(row)))
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

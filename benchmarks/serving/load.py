@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from rich.console import Console
 from benchmarks.harness import records
 from benchmarks.report import serving as report
 from benchmarks.serving import faults, traffic
-from benchmarks.serving.outcomes import StoreLoad
+from benchmarks.serving.outcomes import Fault, StoreLoad
 from benchmarks.serving.reads import floor, time_reads
 from benchmarks.serving.servers import REASON, RedisCluster, RedisServer
 from benchmarks.serving.traffic import BATCH, SCHEMA, Truth
@@ -41,6 +42,7 @@ from recattn.serving.stores.records import Kind, RecordFormat
 STORES = ("lmdb", "redis", "cluster")
 MAX_AGE = 10.0
 REWRITTEN, REWRITE_EVERY = 64, 0.05  # users, seconds
+WARM_UP = 300.0  # seconds that it may take
 READS = 4  # of get_many and of the floor, per request
 # A million states and their log; rewriting the log would need as much again.
 REDIS = {"auto_aof_rewrite_percentage": 0}
@@ -102,7 +104,7 @@ def ask(client: Client) -> Measured:
             popular = traffic.by_popularity(np.arange(start, start + BATCH), client.users)
             with cache.request(torch.from_numpy(popular)):
                 pass
-        _together.wait()
+        _together.wait(WARM_UP)
         before, end = cache.stats(), time.monotonic() + client.seconds
         while time.monotonic() < end:
             question = traffic.draw_question(rng, traffic.draw_zipf(rng, client.users, BATCH))
@@ -137,7 +139,7 @@ def rewrite(client: Client) -> float:
     """Rewrite users, popular and other ones, at a low rate. Returns users per second."""
     rng, truth, written = np.random.default_rng(client.seed), client.truth(), 0
     with client.open() as store:
-        _together.wait()
+        _together.wait(WARM_UP)
         began = time.monotonic()
         while (now := time.monotonic()) < began + client.seconds:
             drawn = (
@@ -284,28 +286,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cores": len(os.sched_getaffinity(0)),
     }
     console, failed = Console(width=None if sys.stdout.isatty() else 200), False
-
-    def keep(row) -> None:
-        nonlocal failed
-        failed |= bool(row.wrong_answers or row.lost_writes)
+    for row in _rows(chosen):
+        failed |= not row.as_expected
         if chosen.out:
             records.append_lines([asdict(row)], common, chosen.out)
-
-    loads, outcomes = [], []
-    for store in chosen.store if chosen.users else ():
-        with temporary(chosen.folder) as folder:
-            loads.append(
-                measure(store, users=chosen.users, seconds=chosen.seconds, clients=chosen.clients, folder=folder)
-            )
-        keep(loads[-1])
-        console.print(report.load_tables(loads[-1:]))
-    for fault in faults.of(chosen.store) if chosen.faults else ():
-        with temporary(chosen.folder) as folder:
-            outcomes.append(fault(folder, chosen.fault_users))
-        failed |= not outcomes[-1].as_expected
-        keep(outcomes[-1])
-        console.print(report.fault_table(outcomes[-1:]))
+        console.print(report.tables(row))
     return int(failed)
+
+
+def _rows(chosen: argparse.Namespace) -> Iterator[StoreLoad | Fault]:
+    sizes = {"users": chosen.users, "seconds": chosen.seconds, "clients": chosen.clients}
+    runs = [partial(measure, store, **sizes) for store in chosen.store if chosen.users]
+    runs += [partial(fault, users=chosen.fault_users) for fault in faults.of(chosen.store) if chosen.faults]
+    for run in runs:
+        with temporary(chosen.folder) as folder:
+            row = run(folder=folder)
+        yield row
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ class StoreLoad:
     wrong_answers: int
     lost_writes: int
 
+    @property
+    def as_expected(self) -> bool:
+        return not (self.wrong_answers or self.lost_writes)
+
 
 @dataclass(kw_only=True)
 class Fault:
