@@ -38,7 +38,7 @@ def of(stores: Sequence[str]) -> list[Provoke]:
         found += [evicted_in_flight, partial(deleted, "lmdb")]
     if "redis" in stores:
         found += [partial(redis_killed, setting) for setting in ("raise", "missing")]
-        found += [memory_full]
+        found += [memory_full, redis_disk_full]
         found += [partial(corrupt_record, "redis", setting) for setting in ("raise", "missing")]
         found += [partial(deleted, "redis")]
     if "cluster" in stores:
@@ -60,6 +60,7 @@ def redis_killed(setting: str, folder: Path, users: int) -> Fault:
             load.wait("errors")
             load.wait("missing" if setting == "missing" else UNAVAILABLE)
             back_s = _restart(server.start, load)
+            load.wait("writes", more=2)
         errors = {UNAVAILABLE}
         return _outcome("redis", "server killed and restarted", setting, load, truth.lost(store), errors, back_s)
 
@@ -85,6 +86,7 @@ def node_lost(setting: str, folder: Path, users: int) -> Fault:
             load.wait("missing" if setting == "missing" else UNAVAILABLE)
             live.wait("whole")
             back_s = _restart(lambda: cluster.start(2), load)
+            load.wait("writes", more=2)
         lost = truth.lost(store)
         fault = _outcome("cluster", "one of three nodes lost and restarted", setting, load, lost, {UNAVAILABLE}, back_s)
         fault.answers += live.counts["answers"]
@@ -102,7 +104,6 @@ def _restart(start: Callable[[], None], load: Traffic) -> float:
     load.wait("whole", more=1)
     back_s = time.perf_counter() - began
     load.wait("whole")
-    load.wait("writes", more=2)
     return back_s
 
 
@@ -186,6 +187,35 @@ def memory_full(folder: Path, users: int) -> Fault:
         )
 
 
+def redis_disk_full(folder: Path, users: int) -> Fault:
+    """A Redis that cannot write its log ends; once there is room it starts with all that it acknowledged."""
+    disk = folder / "disk"
+    with (
+        _small_disk(disk, 4096 * users // 2) as (what, enlarge),
+        RedisServer(dir=disk) as server,
+        RedisStore(server.url, SCHEMA) as store,
+    ):
+
+        def start() -> None:
+            enlarge()
+            server.start()
+
+        truth, batches = Truth(folder, users), _batches(users)
+        truth.write(store.put_many, batches[0])
+        with Traffic(_cache(store, users), truth, readers=[batches[0]] * 2) as load:
+            load.wait("whole")
+            refused = _write_until_refused(truth, store, batches[1:])
+            server.process.wait(10)
+            load.wait(UNAVAILABLE)
+            written, back_s = int((truth.acknowledged > 0).sum()), _restart(start, load)
+        truth.write(store.put_many, batches[-1])
+        lost = truth.lost(store)
+    load.counts.update(refused)
+    fault = _outcome("redis", f"disk full ({what})", "default", load, lost, {UNAVAILABLE}, back_s)
+    fault.outcome += f" after {written} users, as Redis ends"
+    return fault
+
+
 def _full(
     name: str,
     fault: str,
@@ -197,7 +227,7 @@ def _full(
     """Write users until there is no room, under load of those who are there; then make room and write on."""
     truth = Truth(folder, users)
     with small(max_bytes=8192 * users // 2) as store:
-        batches = [np.arange(start, min(start + 256, users)) for start in range(0, users, 256)]
+        batches = _batches(users)
         truth.write(store.put_many, batches[0])
         with Traffic(_cache(store, users), truth, readers=[batches[0]] * 2) as load:
             load.wait("whole")
@@ -214,6 +244,10 @@ def _full(
     found = _outcome(name, fault, "default", load, lost, {FULL}, back_s)
     found.outcome += f" after {written} users; back: a write once there was room"
     return found
+
+
+def _batches(users: int) -> list[np.ndarray]:
+    return [np.arange(start, min(start + 256, users)) for start in range(0, users, 256)]
 
 
 def _write_until_refused(truth: Truth, store: StateStore, batches: Sequence[np.ndarray]) -> dict[str, int]:

@@ -22,6 +22,7 @@ ERRORS = {
     ("lmdb", "a byte of a record flipped"): {"StateRefusedError"},
     ("redis", "server killed and restarted"): {"StoreUnavailableError"},
     ("redis", "maxmemory reached"): {"StoreFullError"},
+    ("redis", "disk full"): {"StoreUnavailableError"},
     ("redis", "a byte of a record flipped"): {"StateRefusedError"},
 }
 
@@ -30,7 +31,7 @@ def test_load_and_faults_give_no_wrong_answer_lose_no_write_and_raise_what_is_do
     from benchmarks.serving.servers import REASON
 
     stores = ["lmdb"] if REASON else ["lmdb", "redis"]
-    sizes = ("--users", "2048", "--seconds", "1", "--fault-users", "1024")
+    sizes = ("--users", "2048", "--seconds", "0.6", "--fault-users", "1024")
     command = (sys.executable, "-m", "benchmarks.serving.load", *sizes, "--faults", "--folder", str(tmp_path))
     out = tmp_path / "rows.jsonl"
     done = subprocess.run(
@@ -42,9 +43,9 @@ def test_load_and_faults_give_no_wrong_answer_lose_no_write_and_raise_what_is_do
     assert [load.load_of for load in loads] == stores
     for load in loads:
         assert (load.wrong_answers, load.lost_writes) == (0, 0)
-        assert load.requests > 5 and load.rewritten_per_s > 0 and 0 < load.hit_rate < 1
+        assert load.requests > 0 and load.rewritten_per_s > 0 and 0 < load.hit_rate < 1
     faults, _ = records.read_newest(Fault, [tmp_path])
-    assert len(faults) == (7 if REASON else 13)
+    assert len(faults) == (7 if REASON else 14)
     for fault in faults:
         assert fault.as_expected and (fault.wrong_answers, fault.lost_writes) == (0, 0), fault
         assert fault.answers > 0
