@@ -76,7 +76,7 @@ def write_histories(folder: Path, users: int) -> float:
     draw, count = np.random.default_rng(0), 0
     for first in range(0, users, ROWS_PER_FILE):
         rows = min(ROWS_PER_FILE, users - first)
-        lengths = np.minimum(8 * draw.zipf(1.3, rows), 2 * LONGEST)
+        lengths = 8 * np.minimum(draw.zipf(1.3, rows), 2 * LONGEST // 8)  # a draw may be as large as int64
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         item_ids = (draw.zipf(1.2, offsets[-1]) % ITEMS).astype(np.int32)
         histories = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(item_ids))
