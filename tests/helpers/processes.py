@@ -9,7 +9,10 @@ import time
 import torch
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload([__name__, "recattn.serving.stores.lmdb", "recattn.serving.stores.redis"])
+STORES = ("recattn.serving.stores.lmdb", "recattn.serving.stores.redis")
+FORKED.set_forkserver_preload(
+    [__name__, "pytest", "tests.helpers.stores", *STORES]
+)  # one that is missing is passed over
 
 
 def call(function, *arguments):
