@@ -47,6 +47,9 @@ class RedisStore(RecordStore):
     `put_many` acknowledged survives Redis as far as Redis is set up for it: see docs/serving.md. Redis expires states
     by itself.
 
+    In a cluster all commands go to masters, to all at a time. If one is lost, `get_many` raises StoreUnavailableError
+    with the states of the users of the others.
+
     A store can be sent to another process: it connects there.
 
     Args:
@@ -56,7 +59,7 @@ class RedisStore(RecordStore):
         cluster: connect to a Redis Cluster, of which the URL names one node.
         namespace: what keys begin with.
         options: of `redis.Redis.from_url` or `redis.RedisCluster.from_url`: TLS, credentials, time-outs, retries. By
-            default connecting and answering may take a second each.
+            default connecting and answering may take a second each, and a command that may have run is not sent again.
 
     Raises:
         ImportError: redis or xxhash is not installed.

@@ -52,12 +52,13 @@ class ClusterPipeline:
                     answers[position] = error
         return answers
 
-    def _node(self, key: bytes) -> Any:
-        """Who has the slot of a key, as far as is known here, or None."""
+    def _node(self, key: bytes) -> str | None:
+        """The name of who has the slot of a key, as far as is known here."""
         with contextlib.suppress(*UNAVAILABLE):
-            return self._client.get_node_from_key(key)
+            node = self._client.get_node_from_key(key)
+            return None if node is None else node.name
 
-    def _send(self, nodes: dict[int, Any], commands: Sequence[tuple], answers: list[Any]) -> set[int]:
+    def _send(self, nodes: dict[int, str | None], commands: Sequence[tuple], answers: list[Any]) -> set[int]:
         """Send the commands at positions to their nodes, and fill in the answers or errors.
 
         Returns the positions of which nothing was sent, as their node could not be reached.
@@ -85,7 +86,8 @@ class ClusterPipeline:
         return unsent
 
     @contextlib.contextmanager
-    def _connection(self, node: Any) -> Iterator[Any]:
+    def _connection(self, name: str | None) -> Iterator[Any]:
+        node = None if name is None else self._client.get_node(node_name=name)
         if node is None:
             raise exceptions.SlotNotCoveredError("no node has the slot of its key")
         pool = self._client.get_redis_connection(node).connection_pool
