@@ -174,8 +174,8 @@ def build_states(
     none is lost or done twice. If a user has two rows, the first counts.
 
     From Parquet everything runs in this process. A Ray dataset (`ray.data.read_parquet`, or any other) is built by
-    actors, one per GPU of the cluster, or `workers` of them on CPUs; each opens the store, so it must be one that can
-    be sent there: LMDBStore on one machine, RedisStore anywhere.
+    actors, one per GPU of the cluster, or else per CPU, or `workers` of them. Each opens the store, so it must be one
+    that can be sent there: LMDBStore on one machine, RedisStore anywhere.
 
     After a build from yesterday's histories, send the events since then to `append_events` again: those that a state
     has already are left out, if the dataset told the newest event of each user in `event_column`.
@@ -273,13 +273,13 @@ def _built_by_ray(
 
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0)) if options["device"] != "cpu" else 0
-    workers = workers or gpus or max(1, int(resources["CPU"]) - 1)  # one CPU is left to read
     counts = dataset.map_batches(
         _RayBuilder,
         fn_constructor_args=(copy.deepcopy(model).cpu(), store, ray.put(items.detach().cpu()), options),
         batch_format="pyarrow",
         batch_size=batch_size,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=ray.data.ActorPoolStrategy(size=workers or gpus or int(resources["CPU"])),
+        num_cpus=0.5,  # of what Ray counts: the other half is for the tasks that read, which need little
         num_gpus=1 if gpus else 0,
     )
     return counts.iter_batches(batch_size=None, batch_format="numpy")

@@ -81,6 +81,7 @@ class RecordStore(StateStore):
 def _info(headers: np.ndarray, found: np.ndarray) -> StateInfo:
     """Columns of the headers, as of nobody where a user is not found."""
     columns = [headers[name].astype(np.int64) for name in ("event_id", "expires", "build", "checksum")]
-    nobody = (NO_EVENT, 0, 0, 0)
-    kept = (np.where(found, column, missing) for column, missing in zip(columns, nobody, strict=True))
-    return StateInfo(torch.from_numpy(found), *map(torch.from_numpy, kept))
+    if not found.all():
+        for column, missing in zip(columns, (NO_EVENT, 0, 0, 0), strict=True):
+            column[~found] = missing
+    return StateInfo(torch.from_numpy(found), *map(torch.from_numpy, columns))

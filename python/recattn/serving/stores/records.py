@@ -5,6 +5,7 @@ Little endian, as on every processor that PyTorch runs on. The history of a user
 
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from recattn.serving.stores.schema import DTYPE_CODES, FORMAT_VERSION, MODEL_BYT
 from recattn.serving.stores.store import Marks
 
 with importing("xxhash", module="xxhash", extra="lmdb", user="a store of recattn.serving"):
-    from xxhash import xxh3_64_intdigest
+    from xxhash import xxh3_64_digest
 
 HEADER = np.dtype(
     [
@@ -92,25 +93,36 @@ class RecordFormat:
 
     def unpack(self, user_ids: np.ndarray, records: Sequence[Buffer | None]) -> Unpacked:
         """One copy of all records, and what is wrong with those of another schema or user and with damaged ones."""
-        users = len(user_ids)
-        found = np.array([record is not None for record in records], bool)
+        parts: Any = records
+        try:
+            joined = bytearray().join(parts)
+        except TypeError:  # None is among them: cheaper than to look for it
+            joined = bytearray().join(self._missing if part is None else part for part in parts)
+        if len(joined) == len(records) * self.nbytes:
+            rows, headers, right = self._verify(joined, user_ids)
+            if right.all() or all(records[position] is None for position in (~right).nonzero()[0].tolist()):
+                return Unpacked(headers, self.views(torch.from_numpy(rows)), right, {})
+        return self._unpack_without_refused(user_ids, records)
+
+    def _unpack_without_refused(self, user_ids: np.ndarray, records: Sequence[Buffer | None]) -> Unpacked:
+        fits = [record is not None and len(record) == self.nbytes for record in records]
+        parts = (record if fit else self._missing for record, fit in zip(records, fits, strict=True))
+        rows, headers, right = self._verify(bytearray().join(parts), user_ids)
         refusals = {}
-        parts = [self._missing if record is None else record for record in records]
-        if set(map(len, parts)) - {self.nbytes}:
-            for position, part in enumerate(parts):
-                if len(part) != self.nbytes:
-                    refusals[position] = self._describe_refusal(bytes(part[: HEADER.itemsize]), int(user_ids[position]))
-                    parts[position] = self._missing
-        joined = bytearray().join(parts)
-        rows = np.frombuffer(joined, np.uint8).reshape(users, self.nbytes)
-        headers = rows[:, : HEADER.itemsize].view(HEADER)[:, 0]
-        right = found & (headers["user_id"] == user_ids) & (headers["checksum"] == self._checksums(joined))
-        right &= (rows[:, IDENTITY] == np.frombuffer(self._identity, np.uint8)).all(1)
-        for position in (found & ~right).nonzero()[0].tolist():
-            header = rows[position, : HEADER.itemsize].tobytes()
-            refusals.setdefault(position, self._describe_refusal(header, int(user_ids[position])))
+        for position in (~right).nonzero()[0].tolist():
+            if (record := records[position]) is not None:
+                header = bytes(record[: HEADER.itemsize])
+                refusals[position] = self._describe_refusal(header, int(user_ids[position]))
             rows[position] = 0
         return Unpacked(headers, self.views(torch.from_numpy(rows)), right, refusals)
+
+    def _verify(self, joined: bytearray, user_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows [U, nbytes], their headers [U], and whether each is a whole record of the schema and its user."""
+        rows = np.frombuffer(joined, np.uint8).reshape(len(user_ids), self.nbytes)
+        headers = rows[:, : HEADER.itemsize].view(HEADER)[:, 0]
+        right = (headers["user_id"] == user_ids) & (headers["checksum"] == self._checksums(joined))
+        right &= (rows[:, IDENTITY] == np.frombuffer(self._identity, np.uint8)).all(1)
+        return rows, headers, right
 
     def has_identity(self, record: Buffer | None) -> bool:
         """Whether a record, or its first 64 bytes, is of this kind and schema."""
@@ -127,9 +139,9 @@ class RecordFormat:
 
     def _checksums(self, joined: Buffer) -> np.ndarray:
         """[U] of the records in one buffer, each of all that follows its own checksum."""
-        seen, size = memoryview(joined), self.nbytes
-        starts = range(0, seen.nbytes, size)
-        return np.array([xxh3_64_intdigest(seen[start + CHECKSUM.stop : start + size]) for start in starts], "<u8")
+        hashed = map(memoryview(joined).__getitem__, _hashed_slices(len(joined) // self.nbytes, self.nbytes))
+        # Digests are big endian. NumPy reads bytes several times faster than Python's integers.
+        return np.frombuffer(b"".join(map(xxh3_64_digest, hashed)), ">u8")
 
     def _describe_refusal(self, header: bytes, user_id: int) -> str:
         """What a record with this header is, instead of a record of the schema."""
@@ -142,6 +154,11 @@ class RecordFormat:
         if got["user_id"] != user_id:
             return f"is that of user {got['user_id']}"
         return "is damaged: its checksum does not match"
+
+
+@lru_cache
+def _hashed_slices(records: int, nbytes: int) -> list[slice]:
+    return [slice(start + CHECKSUM.stop, start + nbytes) for start in range(0, records * nbytes, nbytes)]
 
 
 def _printable(name: str, value: Any) -> str:
