@@ -171,7 +171,7 @@ def build_states(
     A row is a user: its id, and the list of the item ids of its behaviours, the oldest first, of which the newest
     `max_len` count. A state is written by one `put_many` with others of its batch, and says which build wrote it. A
     build that was killed goes on where you start it again under its name: users whose state it wrote are skipped, so
-    none is lost or done twice. If a user has two rows, the first counts.
+    none is lost or done twice. If a user has two rows, the first counts; by Ray, one of them.
 
     From Parquet everything runs in this process. A Ray dataset (`ray.data.read_parquet`, or any other) is built by
     actors, one per GPU of the cluster, or else per CPU, or `workers` of them. Each opens the store, so it must be one

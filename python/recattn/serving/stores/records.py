@@ -93,11 +93,11 @@ class RecordFormat:
 
     def unpack(self, user_ids: np.ndarray, records: Sequence[Buffer | None]) -> Unpacked:
         """One copy of all records, and what is wrong with those of another schema or user and with damaged ones."""
-        parts: Any = records
         try:
-            joined = bytearray().join(parts)
+            joined = bytearray().join(records)  # type: ignore[arg-type]
         except TypeError:  # None is among them: cheaper than to look for it
-            joined = bytearray().join(self._missing if part is None else part for part in parts)
+            parts = (self._missing if record is None else record for record in records)
+            joined = bytearray().join(parts)  # type: ignore[arg-type]
         if len(joined) == len(records) * self.nbytes:
             rows, headers, right = self._verify(joined, user_ids)
             if right.all() or all(records[position] is None for position in (~right).nonzero()[0].tolist()):
