@@ -9,10 +9,14 @@ import time
 import torch
 
 FORKED = multiprocessing.get_context("forkserver")
-STORES = ("recattn.serving.stores.lmdb", "recattn.serving.stores.redis")
-FORKED.set_forkserver_preload(
-    [__name__, "pytest", "tests.helpers.stores", *STORES]
-)  # one that is missing is passed over
+IMPORTED = (
+    "pytest",
+    "tests.helpers.stores",
+    "recattn.serving.stores.lmdb",
+    "recattn.serving.stores.redis",
+    "pyarrow.dataset",
+)
+FORKED.set_forkserver_preload([__name__, *IMPORTED])  # one that is missing is passed over
 
 
 def call(function, *arguments):

@@ -1,15 +1,13 @@
 """build_states: every user of a dataset once, whatever its files look like and whenever the build is killed."""
 
-import multiprocessing
-import os
 import random
-import signal
 
 import pytest
 import torch
 
 import recattn
 from recattn.serving import MemoryStore, StateSchema, build_states
+from tests.helpers.processes import Writer
 from tests.helpers.state_tables import ids
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -166,54 +164,33 @@ def test_what_does_not_fit_is_named(lrea, items, tmp_path):
     assert not store.info_many(ids(5, 6, 7)).found.any()
 
 
-def _build(arguments, acknowledged):
-    """A child process: opens the store, builds, and tells how many users the store acknowledged."""
-    path, folder, lrea, items, schema = arguments
-    store = recattn.serving.LMDBStore(folder, schema)
-    progress = build_states(
-        path, lrea, store, items=items, build="b", batch_size=16, on_progress=lambda done: acknowledged.send(done.built)
-    )
-    acknowledged.send(("finished", progress.built, progress.skipped))
+def build(acknowledge, path, store, lrea, items):
+    """Work of a Writer: tells how many users were written after every batch, and at the end how many in all."""
+    options = {"items": items, "build": "b", "batch_size": 16}
+    acknowledge(0)
+    done = build_states(path, lrea, store, on_progress=lambda progress: acknowledge(progress.built), **options)
+    acknowledge((done.built, done.skipped))
 
 
 def test_killed_at_twenty_moments_it_loses_and_doubles_nobody(lrea, items, tmp_path):
     lmdb_store = pytest.importorskip("recattn.serving.stores.lmdb").LMDBStore
     histories = draw_histories(2000)
     (tmp_path / "parquet").mkdir()
-    path = write(tmp_path / "parquet", list(histories.items()))
-    schema = StateSchema.of(lrea, torch.float32)
-    arguments = (path, tmp_path / "states", lrea, items, schema)
-    draw, context, kills, total = random.Random(0), multiprocessing.get_context("fork"), 0, 0
-    while True:
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_build, args=(arguments, sender))
-        child.start()
-        sender.close()
-        # After so many batches, and a little more or less of the next.
-        messages, last = draw.randint(0, 5), 0
-        while messages and not isinstance(last, tuple):
-            last = receiver.recv()
-            messages -= 1
-        if kills < 20:
-            if draw.random() < 0.5:
-                receiver.poll(draw.uniform(0, 0.01))
-            os.kill(child.pid, signal.SIGKILL)
-            kills += 1
-        child.join()
-        while receiver.poll():  # acknowledged before the kill
-            try:
-                last = receiver.recv()
-            except EOFError:
-                break
-        if isinstance(last, tuple):
-            assert last[2] >= total and last[1] + last[2] == len(histories)
-            break
-        total += last
-        with lmdb_store(tmp_path / "states", schema) as store:
-            found = store.get_many(ids(*histories)).found
-            assert int(found.sum()) >= total
-    assert kills == 20
-    with lmdb_store(tmp_path / "states", schema) as store:
+    path, users = write(tmp_path / "parquet", list(histories.items())), ids(*histories)
+    moments, acknowledged = random.Random(0), 0
+    with lmdb_store(tmp_path / "states", StateSchema.of(lrea, torch.float32)) as store:
+        for _ in range(20):
+            with Writer(build, path, store, lrea, items) as writer:
+                writer.wait()  # it has begun
+                writer.kill_after(moments.uniform(0, 0.03))  # of its first batch
+            acknowledged += writer.acknowledged[-1]
+            found = store.get_many(users).found
+            assert acknowledged <= int(found.sum()) < len(users)
+            assert bool(found[:acknowledged].all())  # in the order of the files
+        with Writer(build, path, store, lrea, items) as writer:
+            writer.join()
+        built, skipped = writer.acknowledged[-1]
+        assert skipped == int(found.sum()) and built == len(users) - skipped
         assert_built(store, lrea, items, histories)
 
 

@@ -97,7 +97,7 @@ class RecordFormat:
             joined = bytearray().join(records)  # type: ignore[arg-type]
         except TypeError:  # None is among them: cheaper than to look for it
             parts = (self._missing if record is None else record for record in records)
-            joined = bytearray().join(parts)  # type: ignore[arg-type]
+            joined = bytearray().join(parts)
         if len(joined) == len(records) * self.nbytes:
             rows, headers, right = self._verify(joined, user_ids)
             if right.all() or all(records[position] is None for position in (~right).nonzero()[0].tolist()):
@@ -105,8 +105,7 @@ class RecordFormat:
         return self._unpack_without_refused(user_ids, records)
 
     def _unpack_without_refused(self, user_ids: np.ndarray, records: Sequence[Buffer | None]) -> Unpacked:
-        fits = [record is not None and len(record) == self.nbytes for record in records]
-        parts = (record if fit else self._missing for record, fit in zip(records, fits, strict=True))
+        parts = (self._missing if record is None or len(record) != self.nbytes else record for record in records)
         rows, headers, right = self._verify(bytearray().join(parts), user_ids)
         refusals = {}
         for position in (~right).nonzero()[0].tolist():
