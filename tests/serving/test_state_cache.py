@@ -129,6 +129,22 @@ def test_a_change_through_the_cache_is_seen_at_once():
     assert not store.info_many(ids(2)).found
 
 
+def test_what_a_failed_write_has_written_is_seen_at_once():
+    class HalfWritten(Store):
+        def put_many(self, user_ids, state, **options):
+            written = super().put_many(user_ids, state, **options)
+            if options:
+                raise StoreUnavailableError("the others are not written")
+            return written
+
+    cache = StateCache(HalfWritten(), 8)
+    assert served(cache, 1, 2) == [101, 102]
+    keys, values = stamped([201])
+    with pytest.raises(StoreUnavailableError):
+        cache.put_many(ids(1), LREAState(keys, values, None, None), ttl=100)
+    assert served(cache, 1, 2) == [201, 102]
+
+
 def test_a_state_deleted_while_it_is_read_does_not_enter_the_table():
     store = Store()
     cache = StateCache(store, 8)

@@ -105,16 +105,18 @@ class StateCache:
         return self._prefetcher.submit(fill)
 
     def put_many(self, user_ids: Tensor, state: LREAState, **options: Any) -> Tensor:
-        """`StateStore.put_many`, and `forget`."""
-        written = self.store.put_many(user_ids, state, **options)
-        self.forget(user_ids)
-        return written
+        """`StateStore.put_many`, and `forget`, also after an error: some states may be written."""
+        try:
+            return self.store.put_many(user_ids, state, **options)
+        finally:
+            self.forget(user_ids)
 
     def delete_many(self, user_ids: Tensor) -> int:
         """`StateStore.delete_many`, and `forget`: no request that begins later sees the states."""
-        deleted = self.store.delete_many(user_ids)
-        self.forget(user_ids)
-        return deleted
+        try:
+            return self.store.delete_many(user_ids)
+        finally:
+            self.forget(user_ids)
 
     def forget(self, user_ids: Tensor) -> None:
         """Drop users from the table, and from what is being read for it: their states changed in the store."""
