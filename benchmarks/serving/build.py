@@ -5,6 +5,7 @@ and those of a batch are compared with the direct computation, bit for bit.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from dataclasses import asdict
