@@ -35,7 +35,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where Parquet files and states are kept meanwhile")
     parser.add_argument("--out", type=Path, help="append the record to this file")
     arguments = parser.parse_args()
-    common = records.environment(torch.device("cpu")) | {"cores": len(os.sched_getaffinity(0)), "started": started}
+    common = records.environment(torch.device("cpu")) | {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cores": len(os.sched_getaffinity(0)),
+    }
     builds = []
     for by in arguments.by:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
