@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recattn._check import expect, expect_index, expect_shape, expect_tensors
+from recattn._check import expect, expect_shape, expect_tensors
 from recattn.nn.lrea import LREA, LREAState
-from recattn.serving.state_values import user_ids_on_host
+from recattn.serving.state_values import event_ids_on_host, user_ids_on_host
 from recattn.serving.stores.store import StateInfo, StateStore, StoreError
 
 APPLIED, REPEATED, NOT_FOUND, FULL, PENDING = range(5)
@@ -60,13 +60,10 @@ def append_events(
         StoreError: the store failed, or others changed a state at each attempt. Send the batch again.
     """
     expect(store.schema.appendable, "store", "of a schema with embed_dim, to append events", str(store.schema))
-    sizes = {"embed_dim": model.embed_dim}
     users = user_ids_on_host(user_ids).astype(np.int64)
-    expect_index({"E": len(users)}, "event_ids", event_ids, "E")
+    events = event_ids_on_host(event_ids, "E", len(users))
     expect_tensors(behaviors=behaviors)
-    expect_shape({"E": len(users), **sizes}, "behaviors", behaviors, "E embed_dim")
-    events = event_ids.cpu().numpy().astype(np.int64)
-    expect(events.min(initial=0) >= 0, "event_ids", "at least 0", events.min(initial=0))
+    expect_shape({"E": len(users), "embed_dim": model.embed_dim}, "behaviors", behaviors, "E embed_dim")
     outcome = np.full(len(users), PENDING)
     for _ in range(attempts):
         pending = (outcome == PENDING).nonzero()[0]

@@ -69,11 +69,11 @@ class StateBuilder:
         *,
         items: Tensor,
         build: str,
-        user_column: str = "user_id",
-        history_column: str = "item_ids",
-        event_column: str | None = None,
-        ttl: float | None = None,
-        device: torch.device | str | None = None,
+        user_column: str,
+        history_column: str,
+        event_column: str | None,
+        ttl: float | None,
+        device: torch.device | str | None,
     ) -> None:
         expect_tensors(items=items)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,6 +22,14 @@ def user_ids_on_host(user_ids: Tensor) -> np.ndarray:
     return user_ids.numpy()
 
 
+def event_ids_on_host(event_ids: Tensor, axis: str, size: int) -> np.ndarray:
+    """Event ids [axis] as int64, none of them negative."""
+    expect_index({axis: size}, "event_ids", event_ids, axis)
+    events = event_ids.cpu().numpy().astype(np.int64)
+    expect(events.min(initial=0) >= 0, "event_ids", "at least 0", events.min(initial=0))
+    return events
+
+
 def as_stored(
     given: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from recattn._check import expect, expect_choice, expect_dtype, expect_index, expect_shape, expect_tensors
 from recattn.nn.lrea import LREAState
-from recattn.serving.state_values import as_stored, invalid_positions, raise_invalid, user_ids_on_host
+from recattn.serving.state_values import (
+    as_stored,
+    event_ids_on_host,
+    invalid_positions,
+    raise_invalid,
+    user_ids_on_host,
+)
 from recattn.serving.stores.schema import STATE_TENSORS, StateSchema
 
 NO_EVENT = -1
@@ -247,11 +253,7 @@ def alive(expires: Any) -> Any:
 def _marks(
     users: int, event_ids: Tensor | None, ttl: float | None, build: str | None, replaces: StateInfo | None
 ) -> Marks:
-    events = np.full(users, NO_EVENT)
-    if event_ids is not None:
-        expect_index({"U": users}, "event_ids", event_ids, "U")
-        events = event_ids.cpu().numpy().astype(np.int64)
-        expect(events.min(initial=0) >= 0, "event_ids", "at least 0", events.min(initial=0))
+    events = np.full(users, NO_EVENT) if event_ids is None else event_ids_on_host(event_ids, "U", users)
     expires, builds, versions = np.zeros(users, np.int64), np.full(users, build_number(build)), None
     if replaces is not None:
         expect(isinstance(replaces, StateInfo), "replaces", "a StateInfo", type(replaces).__name__)
