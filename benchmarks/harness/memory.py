@@ -12,7 +12,8 @@ MOST_BYTES = 60 * 10**9
 def limit_memory(device: torch.device) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(MOST_BYTES / total, 1.0), device)
+        # It takes no device without an index. None is the current device, which "cuda" means too.
+        torch.cuda.set_per_process_memory_fraction(min(MOST_BYTES / total, 1.0), device.index)
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
