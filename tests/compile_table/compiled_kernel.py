@@ -74,6 +74,7 @@ def compile_with_log(compilation: object) -> tuple[object, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from recattn.triton_kernels.common import assembler
     from recattn.triton_kernels.common.launch import ENABLE_FP_FUSION
 
     names = list(compilation.signature)
@@ -100,7 +101,10 @@ def compile_with_log(compilation: object) -> tuple[object, str]:
     options = {name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")}
     # Triton prints the log where it runs ptxas: not where its cache has the kernel.
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    with contextlib.redirect_stdout(io.StringIO()) as log:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as log,
+        assembler.for_architecture(compilation.architecture),
+    ):
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", compilation.architecture, 32),

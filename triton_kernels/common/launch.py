@@ -18,6 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from recattn import _native
+from recattn.triton_kernels.common import assembler
 
 # Ampere, Hopper, Blackwell: every shipped configuration is compiled for each.
 ARCHITECTURES = (80, 90, 100)
@@ -68,10 +69,12 @@ def launch_by_triton(kernel, grid: tuple[int, ...] | Callable, *arguments, **con
 
     Returns the compiled kernel as `launch` calls it, None for one that it cannot.
     """
-    first = arguments[0]
-    with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    # An interpreted kernel needs no assembler.
+    architecture = architecture_of(first) if type(kernel) is JITFunction else None
+    with torch.cuda.device_of(first), assembler.for_architecture(architecture):
         compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=ENABLE_FP_FUSION)
-    if compiled is None or type(kernel) is not JITFunction:
+    if compiled is None or architecture is None:
         return None
     names = kernel.arg_names[len(arguments) :]
     if list(constants)[: len(names)] != names:
