@@ -8,7 +8,7 @@ a GPU). Both versions also bring a later ptxas, for Blackwell.
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from triton import knobs
 
@@ -29,10 +29,8 @@ def path() -> str:
 
 def _tools() -> Iterator[knobs.NvidiaTool]:
     yield knobs.nvidia.ptxas
-    try:
+    with suppress(RuntimeError):  # a package of Triton without it
         yield knobs.nvidia.ptxas_blackwell
-    except RuntimeError:  # a package of Triton without it
-        pass
 
 
 def _version(tool: knobs.NvidiaTool) -> tuple[int, ...]:
