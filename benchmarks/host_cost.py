@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when a kernel is decorated
@@ -27,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=host_time.REPEATS, help="of each figure, %(default)s")
     parser.add_argument("--results", type=Path, help="file to add the rows to, as JSON lines")
     chosen = parser.parse_args(arguments)
-    common = records.environment(torch.device("cpu")) | {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds")
-    }
+    common = records.environment(torch.device("cpu"))
     costs = host_time.measure(chosen.op, chosen.repeats)
     if chosen.results:
         records.append_lines(map(asdict, costs), common | {"threads": 1}, chosen.results)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -171,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.fill:
         return fill_caches(console, plan, chosen, histories)
     clock = clock_for(chosen.device)
-    common = records.environment(chosen.device) | {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    common = records.environment(chosen.device)
     table.print_heading(console, common)
     rows: list[records.Row] = []
     bars = Bars(console, len(plan) * len(chosen.dtype))

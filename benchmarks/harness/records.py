@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -63,7 +64,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    return {**_environment.describe(device), "dirty": bool(_environment.git("status", "--porcelain"))}
+    """What all rows of a run share: the machine, versions, the commit, and when it started."""
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {
+        **_environment.describe(device),
+        "dirty": bool(_environment.git("status", "--porcelain")),
+        "started": started,
+    }
 
 
 def append(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,11 +76,7 @@ def check_arguments(parser: argparse.ArgumentParser, chosen: argparse.Namespace,
 
 def begin(name: str, chosen: argparse.Namespace, device: torch.device) -> tuple[dict[str, object], Path]:
     """What the rows of a run share, and the file they go to."""
-    common = records.environment(device) | {
-        "threads": 1,
-        "jobs": chosen.jobs,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    common = records.environment(device) | {"threads": 1, "jobs": chosen.jobs}
     return common, chosen.results / f"{datetime.now():%Y%m%d-%H%M%S}-{name}-{device.type}.jsonl"
 
 

@@ -9,7 +9,6 @@ import os
 import tempfile
 import time
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +34,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where Parquet files and states are kept meanwhile")
     parser.add_argument("--out", type=Path, help="append the record to this file")
     arguments = parser.parse_args()
-    common = records.environment(torch.device("cpu")) | {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cores": len(os.sched_getaffinity(0)),
-    }
+    common = records.environment(torch.device("cpu")) | {"cores": len(os.sched_getaffinity(0))}
     builds = []
     for by in arguments.by:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -281,10 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     if REASON and set(chosen.store) != {"lmdb"}:
         parser.error(f"--store: {REASON}")
-    common = records.environment(torch.device("cpu")) | {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cores": len(os.sched_getaffinity(0)),
-    }
+    common = records.environment(torch.device("cpu")) | {"cores": len(os.sched_getaffinity(0))}
     console, failed = Console(width=None if sys.stdout.isatty() else 200), False
     for row in _rows(chosen):
         failed |= not row.as_expected

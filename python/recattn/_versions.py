@@ -2,7 +2,7 @@
 
 import re
 
-OLDEST = {"torch": "2.10", "triton": "3.6"}
+OLDEST = {"torch": "2.10", "triton": "3.6.0"}
 
 
 def unsupported_reason(package: str, installed: str) -> str | None:

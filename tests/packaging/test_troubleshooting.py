@@ -67,6 +67,17 @@ def without_triton(monkeypatch):
         _support.installation_unsupported_reason.cache_clear()
 
 
+@provoked
+def old_assembler(monkeypatch):
+    from triton import knobs
+
+    from recattn.triton_kernels.common import assembler
+
+    tool = knobs.NvidiaTool("/usr/local/cuda/bin/ptxas", "12.8")
+    monkeypatch.setattr(assembler, "_tools", lambda: [tool])
+    assembler.path.__wrapped__()
+
+
 def missing_kernels(monkeypatch: pytest.MonkeyPatch) -> str:
     with monkeypatch.context() as context:
         context.setattr(_extension, "MISSING", {})
