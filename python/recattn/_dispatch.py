@@ -1,4 +1,4 @@
-"""Which implementation runs a call. An explicit `impl=` never falls back."""
+"""Which implementation runs a call. An explicit `impl=` never falls back to another."""
 
 from collections.abc import Mapping
 

@@ -16,13 +16,15 @@ import redis
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
+from triton.runtime.errors import OutOfResources
 
 import recattn
 from recattn import _dispatch, _extension, _versions
 from recattn._imports import importing
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.integrations.transformers.generations import find_generation
-from recattn.ops import _support
+from recattn.ops import _fallback, _support
+from recattn.ops.sink_attention import cpu as sink_attention_cpu
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 QUOTES = re.compile(r"^```\n(\w*(?:Error|Warning): .*?)\n```$", flags=re.DOTALL | re.MULTILINE)
@@ -128,6 +130,36 @@ def unknown_implementation(_):
 @provoked
 def implementation_of_another_operator(_):
     call_sink_attention(impl="chunked")
+
+
+def fail_to_launch(*_, **__):
+    raise OutOfResources(229376, 101376, "shared memory")
+
+
+def falling_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECATTN_FALLBACK", "reference")
+    monkeypatch.setattr(_fallback, "_failed", set())
+    monkeypatch.setattr(_fallback, "_reported", set())
+
+
+@provoked
+def kernel_that_fails(monkeypatch):
+    falling_back(monkeypatch)
+    monkeypatch.setattr(sink_attention_cpu, "sink_attention_fwd", fail_to_launch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        call_sink_attention()
+
+
+@provoked
+def backward_that_fails_after_dropout(monkeypatch):
+    falling_back(monkeypatch)
+    q = torch.ones(2, 4, 8, 16, requires_grad=True)
+    out = call_sink_attention(q=q, dropout_p=0.1)
+    monkeypatch.setattr(sink_attention_cpu, "sink_attention_bwd", fail_to_launch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        out.sum().backward()
 
 
 # --- Shapes, dtypes, devices ---

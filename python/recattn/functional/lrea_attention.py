@@ -273,10 +273,11 @@ def lrea_absorbed_attention(
     tensors = (targets, state_keys, state_values, slots, target_offsets)
     if chosen != "reference":
         arguments = (*tensors, negative_slope, item_ids, key_scales, value_scales)
+        # What torch.compile records is the operator itself: that raises where it fails.
+        falls_back = chosen == "cuda" and not torch.compiler.is_compiling()
+        attend = ops.absorbed_attention_or_reference if falls_back else ops.absorbed_attention
         try:
-            if invalid is None:
-                return torch.ops.recattn.lrea_absorbed_attention.default(*arguments)
-            return torch.ops.recattn.lrea_absorbed_attention.counting(*arguments, invalid)
+            return attend(*arguments) if invalid is None else attend(*arguments, invalid)
         except NotImplementedError:  # PyTorch's error for a tensor that is not dense does not name the argument
             names = {"state_keys": state_keys, "state_values": state_values, "slots": slots}
             names |= {"target_offsets": target_offsets, "item_ids": item_ids, "key_scales": key_scales}

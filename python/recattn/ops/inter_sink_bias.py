@@ -9,6 +9,7 @@ from torch import Tensor
 from recattn import reference
 from recattn._extension import MISSING
 from recattn._options import InterSinkBiasOptions
+from recattn.ops._fallback import or_reference, or_reference_gradients
 from recattn.ops._library import define, differentiable_again, refuse_dropout
 from recattn.ops._plans import replayed
 from recattn.ops._support import triton_kernels, triton_unsupported_reason
@@ -37,12 +38,23 @@ def _triton_call_reason(q_s: Tensor) -> str | None:
     return triton_unsupported_reason(q_s.device.type, q_s.dtype)
 
 
-def _reference(q_s, k_s, sink_mask, bias_scale, _dropout_seed, options) -> Tensor:
-    refuse_dropout("inter_sink_bias", options.dropout_p)
+def _bias(q_s, k_s, sink_mask, bias_scale, _dropout_seed, options) -> Tensor:
+    """By the reference."""
     bias_scale = options.factor if bias_scale is None else options.factor * bias_scale
     return reference.inter_sink_bias(
-        q_s, k_s, sink_mask=sink_mask, bias_scale=bias_scale, causal=options.causal, scale=options.scale
+        q_s,
+        k_s,
+        sink_mask=sink_mask,
+        bias_scale=bias_scale,
+        causal=options.causal,
+        dropout_p=options.dropout_p,
+        scale=options.scale,
     )
+
+
+def _reference(*inputs) -> Tensor:
+    refuse_dropout("inter_sink_bias", inputs[-1].dropout_p)
+    return _bias(*inputs)
 
 
 class InterSinkBiasFunction(torch.autograd.Function):
@@ -60,24 +72,41 @@ class InterSinkBiasFunction(torch.autograd.Function):
         return dq_s, dk_s, None, dbias_scale if ctx.needs_input_grad[3] else None, None, None
 
 
+def _like(x: Tensor) -> Tensor:
+    """A new tensor in x's memory layout, or contiguous if the layout's rows are not."""
+    like = torch.empty_like(x)
+    return like if like.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+def _fake_fwd(q_s, *_):
+    batch, _, sinks, _ = q_s.shape
+    return q_s.new_empty(batch, 1, sinks, sinks, dtype=torch.float32)
+
+
+def _fake_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options):
+    dbias_scale = dout.new_empty(0) if bias_scale is None else torch.empty_like(bias_scale)
+    like = _like if options.impl == "cpu" else torch.empty_like
+    return like(q_s), like(k_s), dbias_scale
+
+
+@or_reference("inter_sink_bias", _bias, like=_fake_fwd)
 def _fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> Tensor:
     if options.impl == "cpu":
         return _OPS.inter_sink_bias_cpu_fwd.default(q_s, k_s, sink_mask, bias_scale, dropout_seed, *options[:-1])
     return _triton_fwd(q_s, k_s, sink_mask, bias_scale, dropout_seed, options)
 
 
+def _inputs(dout, *inputs):
+    return (dout,), inputs
+
+
+@or_reference_gradients("inter_sink_bias", _bias, like=_fake_bwd, split=_inputs, wrt=(0, 1, 3))
 def _bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options) -> tuple:
     if options.impl != "cpu":
         return _triton_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options)
     dq_s, dk_s = _like(q_s), _like(k_s)
     tensors = (dout, q_s, k_s, sink_mask, bias_scale, dropout_seed)
     return dq_s, dk_s, _OPS.inter_sink_bias_cpu_bwd.default(*tensors, *options[:-1], dq_s, dk_s)
-
-
-def _like(x: Tensor) -> Tensor:
-    """A new tensor in x's memory layout, or contiguous if the layout's rows are not."""
-    like = torch.empty_like(x)
-    return like if like.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 @replayed
@@ -101,17 +130,6 @@ def _triton_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options) ->
 # --- Registration ---
 
 
-def _fake_fwd(q_s, *_):
-    batch, _, sinks, _ = q_s.shape
-    return q_s.new_empty(batch, 1, sinks, sinks, dtype=torch.float32)
-
-
-def _fake_bwd(dout, q_s, k_s, sink_mask, bias_scale, dropout_seed, options):
-    dbias_scale = dout.new_empty(0) if bias_scale is None else torch.empty_like(bias_scale)
-    like = _like if options.impl == "cpu" else torch.empty_like
-    return like(q_s), like(k_s), dbias_scale
-
-
 _ARGUMENTS = (
     "Tensor q_s, Tensor k_s, Tensor? sink_mask, Tensor? bias_scale, Tensor? dropout_seed, "
     "float factor, bool causal, float dropout_p, float? scale, str? impl=None"
@@ -119,14 +137,14 @@ _ARGUMENTS = (
 inter_sink_bias_fwd = define(
     f"inter_sink_bias_fwd({_ARGUMENTS}) -> Tensor",
     cpu=_fwd,
-    cuda=_triton_fwd,
+    cuda=_fwd,
     fake=_fake_fwd,
     options=InterSinkBiasOptions,
 )
 inter_sink_bias_bwd = define(
     f"inter_sink_bias_bwd(Tensor dout, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     cpu=_bwd,
-    cuda=_triton_bwd,
+    cuda=_bwd,
     fake=_fake_bwd,
     options=InterSinkBiasOptions,
 )

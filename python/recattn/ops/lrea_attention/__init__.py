@@ -21,6 +21,7 @@ from recattn._check import expect_same_device
 from recattn._dispatch import transform_unsupported_reason
 from recattn._extension import MISSING
 from recattn._options import LreaAttentionOptions, LreaCompressOptions
+from recattn.ops._fallback import or_reference
 from recattn.ops._library import apply, define, differentiable_again
 from recattn.ops._support import resolve_scale
 from recattn.ops.lrea_attention import triton as by_triton
@@ -216,30 +217,13 @@ lrea_gram_bwd = define(
 # --- Compression ---
 
 
-def _compress_fake(behaviors, w_comp, seq_lens, cu_seqlens, item_ids, max_seqlen=None):
-    if cu_seqlens is not None:
-        users = cu_seqlens.shape[0] - 1
-    else:
-        users = behaviors.shape[0] if item_ids is None else item_ids.shape[0]
-    return behaviors.new_empty(users, w_comp.shape[1], behaviors.shape[-1])
-
-
-def _compress_bwd_behaviors_fake(dcompressed, w_comp, seq_lens, cu_seqlens, num_rows, max_seqlen):
-    users = () if cu_seqlens is not None else dcompressed.shape[:1]
-    return dcompressed.new_empty(*users, num_rows, dcompressed.shape[2])
-
-
-def _compress_bwd_w_comp_fake(dcompressed, behaviors, seq_lens, cu_seqlens, longest, max_seqlen):
-    return behaviors.new_empty(longest, dcompressed.shape[1])
-
-
 # Triton's. The C++ operators are recattn::lrea_compress and lrea_compress_bwd.
 _LENGTHS = "Tensor? seq_lens, Tensor? cu_seqlens"
 lrea_compress_fwd = define(
     f"lrea_compress_fwd(Tensor behaviors, Tensor w_comp, {_LENGTHS}, Tensor? item_ids, SymInt? max_seqlen) -> Tensor",
     cpu=by_triton.compress_fwd,
     cuda=by_triton.compress_fwd,
-    fake=_compress_fake,
+    fake=by_triton.compress_fake,
 )
 # dE = W dC, [U, num_rows, d], or packed [num_rows, d]
 lrea_compress_bwd_behaviors = define(
@@ -247,7 +231,7 @@ lrea_compress_bwd_behaviors = define(
     " -> Tensor",
     cpu=by_triton.compress_bwd_behaviors,
     cuda=by_triton.compress_bwd_behaviors,
-    fake=_compress_bwd_behaviors_fake,
+    fake=by_triton.compress_bwd_behaviors_fake,
 )
 # dW = Σ E dCᵀ over the users, [longest, r]
 lrea_compress_bwd_w_comp = define(
@@ -255,14 +239,70 @@ lrea_compress_bwd_w_comp = define(
     " -> Tensor",
     cpu=by_triton.compress_bwd_w_comp,
     cuda=by_triton.compress_bwd_w_comp,
-    fake=_compress_bwd_w_comp_fake,
+    fake=by_triton.compress_bwd_w_comp_fake,
 )
 
 
 # --- The operators in C++ ---
 
+
+def _absorbed_fake(
+    targets,
+    state_keys,
+    state_values,
+    slots,
+    target_offsets,
+    negative_slope,
+    item_ids,
+    key_scales,
+    value_scales,
+    invalid=None,
+):
+    states = {"state_keys": state_keys, "state_values": state_values}
+    indices = {"slots": slots, "target_offsets": target_offsets, "item_ids": item_ids, "invalid": invalid}
+    expect_same_device("targets", targets, **states, **indices)
+    rows = targets.shape[0] if item_ids is None else item_ids.shape[0]
+    return targets.new_empty(rows, targets.shape[1], state_values.shape[-1])
+
+
+def _absorbed_by_reference(
+    targets,
+    state_keys,
+    state_values,
+    slots,
+    target_offsets,
+    negative_slope,
+    item_ids,
+    key_scales,
+    value_scales,
+    invalid=None,
+) -> Tensor:
+    return reference.lrea_absorbed_attention(
+        targets,
+        state_keys,
+        state_values,
+        slots,
+        target_offsets,
+        item_ids=item_ids,
+        key_scales=key_scales,
+        value_scales=value_scales,
+        negative_slope=negative_slope,
+        invalid=invalid,
+    )
+
+
+def absorbed_attention(*arguments) -> Tensor:
+    """The operator, with the arguments of its schema: the last, `invalid`, may be left out."""
+    operator = torch.ops.recattn.lrea_absorbed_attention
+    return (operator.default if len(arguments) == 9 else operator.counting)(*arguments)
+
+
+absorbed_attention_or_reference = or_reference("lrea_absorbed_attention", _absorbed_by_reference, like=_absorbed_fake)(
+    absorbed_attention
+)
+
 if "cpu" not in MISSING:
-    torch.library.register_fake("recattn::lrea_compress", _compress_fake)
+    torch.library.register_fake("recattn::lrea_compress", by_triton.compress_fake)
 
     @torch.library.register_fake("recattn::lrea_compress_bwd")
     def _compress_bwd_fake(dcompressed, behaviors, w_comp, seq_lens, cu_seqlens, wants_dbehaviors, wants_dw_comp):
@@ -278,22 +318,5 @@ if "cpu" not in MISSING:
     def _restored_bwd_fake(dout, targets, keys, values, w_decomp, *_):
         return tuple(x.new_empty(x.shape) for x in (targets, keys, values, w_decomp))
 
-    @torch.library.register_fake("recattn::lrea_absorbed_attention")
-    @torch.library.register_fake("recattn::lrea_absorbed_attention.counting")
-    def _absorbed_fake(
-        targets,
-        state_keys,
-        state_values,
-        slots,
-        target_offsets,
-        negative_slope,
-        item_ids,
-        key_scales,
-        value_scales,
-        invalid=None,
-    ):
-        states = {"state_keys": state_keys, "state_values": state_values}
-        indices = {"slots": slots, "target_offsets": target_offsets, "item_ids": item_ids, "invalid": invalid}
-        expect_same_device("targets", targets, **states, **indices)
-        rows = targets.shape[0] if item_ids is None else item_ids.shape[0]
-        return targets.new_empty(rows, targets.shape[1], state_values.shape[-1])
+    torch.library.register_fake("recattn::lrea_absorbed_attention", _absorbed_fake)
+    torch.library.register_fake("recattn::lrea_absorbed_attention.counting", _absorbed_fake)

@@ -11,6 +11,7 @@ from torch import Tensor
 from recattn import reference
 from recattn._extension import MISSING
 from recattn._options import RefinedAttentionOptions
+from recattn.ops._fallback import or_reference, or_reference_gradients
 from recattn.ops._library import apply, define, differentiable_again, distinct, refuse_dropout
 from recattn.ops._support import length_bound, triton_unsupported_reason
 from recattn.ops.refined_attention import chunked, cpu, triton_long, triton_short
@@ -68,8 +69,8 @@ def refined_attention(q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, 
     return apply(RefinedAttentionFunction, *tensors, w_v, *lengths, dropout_seed, options)
 
 
-def _reference(q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, _dropout_seed, options) -> Tensor:
-    refuse_dropout("refined_attention", options.dropout_p)
+def _out(q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, _dropout_seed, options) -> Tensor:
+    """By the reference."""
     return reference.refined_attention(
         q,
         k,
@@ -83,8 +84,14 @@ def _reference(q, k, v, w_q, w_k, w_v, seq_lens, seq_starts, cu_seqlens, _dropou
         seq_lens=seq_lens,
         seq_starts=seq_starts,
         cu_seqlens=cu_seqlens,
+        dropout_p=options.dropout_p,
         scale=options.scale,
     )
+
+
+def _reference(*inputs) -> Tensor:
+    refuse_dropout("refined_attention", inputs[-1].dropout_p)
+    return _out(*inputs)
 
 
 class RefinedAttentionFunction(torch.autograd.Function):
@@ -105,6 +112,15 @@ class RefinedAttentionFunction(torch.autograd.Function):
         return dq, dk, dv, dw_q, dw_k, *(dw_v or [None]), None, None, None, None, None
 
 
+def _fake_fwd(q, k, v, *_) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def _fake_bwd(dout, q, k, v, w_q, w_k, w_v, *_) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, w_q, w_k, w_v) if x is not None]
+
+
+@or_reference("refined_attention", _out, like=_fake_fwd)
 def _fwd(*inputs) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and in a tuple what the kernels keep for the backward."""
     *tensors, _dropout_seed, options = inputs
@@ -115,6 +131,11 @@ def _fwd(*inputs) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
     return chunked.refined_attention_fwd(*tensors, options=options)
 
 
+def _inputs(dout, *inputs):
+    return (dout,), inputs
+
+
+@or_reference_gradients("refined_attention", _out, like=_fake_bwd, split=_inputs, wrt=range(6))
 def _bwd(*inputs, saved=()) -> list[Tensor]:
     *tensors, _dropout_seed, options = inputs
     if options.impl == "triton":
@@ -134,7 +155,7 @@ refined_attention_fwd = define(
     f"refined_attention_fwd({_ARGUMENTS}) -> Tensor",
     cpu=_fwd,
     cuda=_fwd,
-    fake=lambda q, k, v, *_: v.new_empty(v.shape),
+    fake=_fake_fwd,
     options=RefinedAttentionOptions,
 )
 
@@ -142,8 +163,6 @@ refined_attention_bwd = define(
     f"refined_attention_bwd(Tensor dout, {_ARGUMENTS}) -> Tensor[]",
     cpu=_bwd,
     cuda=_bwd,
-    fake=lambda dout, q, k, v, w_q, w_k, w_v, *_: [
-        x.new_empty(x.shape) for x in (q, k, v, w_q, w_k, w_v) if x is not None
-    ],
+    fake=_fake_bwd,
     options=RefinedAttentionOptions,
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recattn._options import RefinedAttentionOptions, SinkAttentionOptions, WassersteinAttentionOptions
+from recattn.ops._fallback import or_reference, or_reference_gradients
 from recattn.ops._library import apply, define, differentiable_again
 from recattn.ops._support import (
     length_bound,
@@ -234,12 +235,30 @@ class RefinedProjectionFunction(torch.autograd.Function):
         return dq, dk, dw, None, None, None, None
 
 
+def _projection(q, k, w, seq_lens, seq_starts, cu_seqlens, *settings) -> Tensor:
+    return _projection_reference(q, k, w, seq_lens, seq_starts, cu_seqlens, settings)
+
+
+def _fake_fwd(q, k, w, *_) -> Tensor:
+    return q.new_empty(*q.shape[:-1], w.shape[-1])
+
+
+def _fake_bwd(dx, q, k, w, *_) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, w))
+
+
+def _inputs(dx, *inputs):
+    return (dx,), inputs
+
+
+@or_reference("refined_projection", _projection, like=_fake_fwd)
 def _fwd(q, k, w, seq_lens, seq_starts, cu_seqlens, causal, scale, max_seqlen) -> Tensor:
     batch = _batch(q, w, (seq_lens, seq_starts, cu_seqlens), causal, max_seqlen)
     kernels = triton_kernels("refined_attention")
     return kernels.launch_refined_projection_fwd(q, k, w, batch, resolve_scale(scale, q.shape[-1]))
 
 
+@or_reference_gradients("refined_projection", _projection, like=_fake_bwd, split=_inputs, wrt=range(3))
 def _bwd(dx, q, k, w, seq_lens, seq_starts, cu_seqlens, causal, scale, max_seqlen) -> tuple[Tensor, Tensor, Tensor]:
     batch = _batch(q, w, (seq_lens, seq_starts, cu_seqlens), causal, max_seqlen)
     kernels = triton_kernels("refined_attention")
@@ -263,12 +282,12 @@ refined_projection_fwd = define(
     f"refined_projection_fwd({_ARGUMENTS}) -> Tensor",
     cpu=_fwd,
     cuda=_fwd,
-    fake=lambda q, k, w, *_: q.new_empty(*q.shape[:-1], w.shape[-1]),
+    fake=_fake_fwd,
 )
 
 refined_projection_bwd = define(
     f"refined_projection_bwd(Tensor dx, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     cpu=_bwd,
     cuda=_bwd,
-    fake=lambda dx, q, k, w, *_: tuple(x.new_empty(x.shape) for x in (q, k, w)),
+    fake=_fake_bwd,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recattn import reference
 from recattn._options import SinkAttentionOptions
+from recattn.ops._fallback import or_reference, or_reference_gradients
 from recattn.ops._library import define, differentiable_again, is_traced, refuse_dropout
 from recattn.ops._support import triton_unsupported_reason
 from recattn.ops.sink_attention import cpu as on_cpu
@@ -54,11 +55,11 @@ def _triton_call_reason(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _reference(
+def _out_and_lse(
     q, k, v, sink_positions, inter_sink_bias, sink_logits, seq_lens, seq_starts, cu_seqlens, _seed, options
-) -> Tensor:
-    refuse_dropout("sink_attention", options.dropout_p)
-    return reference.sink_attention(
+) -> tuple[Tensor, Tensor]:
+    """By the reference; lse as the operator returns it, packed [T, Hq]."""
+    out, lse = reference.sink_attention(
         q,
         k,
         v,
@@ -69,8 +70,16 @@ def _reference(
         seq_lens=seq_lens,
         seq_starts=seq_starts,
         cu_seqlens=cu_seqlens,
+        dropout_p=options.dropout_p,
         scale=options.scale,
+        return_lse=True,
     )
+    return out, lse if cu_seqlens is None else lse.t()
+
+
+def _reference(*inputs) -> Tensor:
+    refuse_dropout("sink_attention", inputs[-1].dropout_p)
+    return _out_and_lse(*inputs)[0]
 
 
 class SinkAttentionFunction(torch.autograd.Function):
@@ -119,19 +128,6 @@ def _runs_in_cpp(q: Tensor, options: SinkAttentionOptions) -> bool:
     return q.is_cpu and options.impl in (None, "cpu")
 
 
-def _fwd(q, k, v, *tensors_and_options, keeps_streams=False):
-    if _runs_in_cpp(q, tensors_and_options[-1]):
-        return on_cpu.sink_attention_fwd(q, k, v, tensors_and_options)
-    return by_triton.sink_attention_fwd(q, k, v, by_triton.Context(*tensors_and_options), keeps_streams)
-
-
-def _bwd(dout, q, k, v, out, lse, sink_stats, *tensors_and_options, streams=None):
-    if _runs_in_cpp(q, tensors_and_options[-1]):
-        return on_cpu.sink_attention_bwd(dout, q, k, v, out, sink_stats, tensors_and_options)
-    context = by_triton.Context(*tensors_and_options)
-    return by_triton.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, context, streams)
-
-
 def _fake_fwd(q, k, v, sink_positions, *others):
     layout = on_cpu if _runs_in_cpp(q, others[-1]) else by_triton
     return layout.empty_fwd(q, v, sink_positions)
@@ -141,6 +137,25 @@ def _fake_bwd(dout, q, k, v, out, lse, sink_stats, _sink_positions, inter_sink_b
     layout = on_cpu if _runs_in_cpp(q, others[-1]) else by_triton
     dsink_logits = None if sink_logits is None else torch.empty_like(sink_logits)
     return *layout.empty_bwd(q, k, v), inter_sink_bias.new_empty(inter_sink_bias.shape), dsink_logits
+
+
+@or_reference("sink_attention", _out_and_lse, like=_fake_fwd)
+def _fwd(q, k, v, *tensors_and_options, keeps_streams=False):
+    if _runs_in_cpp(q, tensors_and_options[-1]):
+        return on_cpu.sink_attention_fwd(q, k, v, tensors_and_options)
+    return by_triton.sink_attention_fwd(q, k, v, by_triton.Context(*tensors_and_options), keeps_streams)
+
+
+def _inputs(dout, q, k, v, _out, _lse, _sink_stats, *tensors_and_options):
+    return (dout,), (q, k, v, *tensors_and_options)
+
+
+@or_reference_gradients("sink_attention", _out_and_lse, like=_fake_bwd, split=_inputs, wrt=(0, 1, 2, 4, 5))
+def _bwd(dout, q, k, v, out, lse, sink_stats, *tensors_and_options, streams=None):
+    if _runs_in_cpp(q, tensors_and_options[-1]):
+        return on_cpu.sink_attention_bwd(dout, q, k, v, out, sink_stats, tensors_and_options)
+    context = by_triton.Context(*tensors_and_options)
+    return by_triton.sink_attention_bwd(dout, q, k, v, out, lse, sink_stats, context, streams)
 
 
 _ARGUMENTS = (

@@ -7,8 +7,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from recattn._options import WassersteinAttentionOptions
+from recattn.ops._fallback import or_reference, or_reference_gradients
 from recattn.ops._library import apply, define, differentiable_again, refuse_dropout
 from recattn.ops._support import length_bound, resolve_scale, triton_kernels, triton_unsupported_reason
 from recattn.ops.refined_attention.triton_long import project
@@ -125,13 +127,13 @@ def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
 _MASKS = ("seq_lens", "seq_starts", "cu_seqlens", "_dropout_seed")
 
 
-def _attention_reference(
+def _mean_and_cov(
     mean_q, cov_q, mean_k, cov_k, mean_v, cov_v, seq_lens, seq_starts, cu_seqlens, _dropout_seed, options
-):
-    refuse_dropout("wasserstein_attention", options.dropout_p)
+) -> tuple[Tensor, ...]:
+    """mean and cov, by the reference's steps."""
     tensors = mean_q, cov_q, mean_k, cov_k, mean_v, cov_v
     if cu_seqlens is not None:
-        of_one = partial(_attention_reference, **dict.fromkeys(_MASKS), options=options)
+        of_one = partial(_mean_and_cov, **dict.fromkeys(_MASKS), options=options)
         return each_sequence(of_one, tensors, cu_seqlens)
     query, key = (x.to(mean_v.dtype) for x in _vectors(*tensors[:4], seq_lens, seq_starts, options))
     valid = valid_tokens(query.shape[0], query.shape[2], seq_lens, seq_starts, query.device)
@@ -141,7 +143,13 @@ def _attention_reference(
     distances = squared_wasserstein_distance(mean_q, std_q, mean_k, std_k, valid)
     scale = resolve_scale(options.scale, mean_q.shape[-1])
     p = masked_softmax(-scale * distances, ~visible_pairs(valid, options.causal))
+    p = F.dropout(p, options.dropout_p)
     return (p @ mean_v.to(p.dtype)).to(mean_v.dtype), (p.square() @ cov_v.to(p.dtype)).to(cov_v.dtype)
+
+
+def _attention_reference(*inputs) -> tuple[Tensor, ...]:
+    refuse_dropout("wasserstein_attention", inputs[-1].dropout_p)
+    return _mean_and_cov(*inputs)
 
 
 class WassersteinAttentionFunction(torch.autograd.Function):
@@ -213,18 +221,28 @@ _ARGUMENTS = (
     "Tensor mean_q, Tensor cov_q, Tensor mean_k, Tensor cov_k, Tensor mean_v, Tensor cov_v, "
     f"{_LENGTHS}, Tensor? dropout_seed, {_OPTIONS}"
 )
+
+
+def _inputs(dmean, dcov, _mean, _cov, _vectors, _row_stats, *inputs):
+    return (dmean, dcov), inputs
+
+
+_fwd = or_reference("wasserstein_attention", _mean_and_cov, like=_fake_fwd)(triton.wasserstein_attention_fwd)
+_bwd = or_reference_gradients("wasserstein_attention", _mean_and_cov, like=_fake_bwd, split=_inputs, wrt=range(6))(
+    triton.wasserstein_attention_bwd
+)
 wasserstein_attention_fwd = define(
     f"wasserstein_attention_fwd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=triton.wasserstein_attention_fwd,
-    cuda=triton.wasserstein_attention_fwd,
+    cpu=_fwd,
+    cuda=_fwd,
     fake=_fake_fwd,
     options=WassersteinAttentionOptions,
 )
 wasserstein_attention_bwd = define(
     "wasserstein_attention_bwd(Tensor dmean, Tensor dcov, Tensor mean, Tensor cov, Tensor vectors, Tensor row_stats, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=triton.wasserstein_attention_bwd,
-    cuda=triton.wasserstein_attention_bwd,
+    cpu=_bwd,
+    cuda=_bwd,
     fake=_fake_bwd,
     options=WassersteinAttentionOptions,
 )
@@ -236,17 +254,34 @@ def _fake_factors(mean_q, *_):
     return tuple(mean_q.new_empty(*sizes, 2 * head_dim + columns) for _ in range(2))
 
 
+def _fake_factors_bwd(dqueries, dkeys, queries, keys, *tensors):
+    return tuple(x.new_empty(x.shape) for x in tensors[:4])
+
+
+def _factors(mean_q, cov_q, mean_k, cov_k, seq_lens, seq_starts, cu_seqlens):
+    options = WassersteinAttentionOptions("logits", False, None)
+    return _factors_reference(mean_q, cov_q, mean_k, cov_k, seq_lens, seq_starts, cu_seqlens, options)
+
+
+def _factors_inputs(dqueries, dkeys, _queries, _keys, *inputs):
+    return (dqueries, dkeys), inputs
+
+
+_factors_fwd = or_reference("wasserstein_factors", _factors, like=_fake_factors)(triton.wasserstein_factors_fwd)
+_factors_bwd = or_reference_gradients(
+    "wasserstein_factors", _factors, like=_fake_factors_bwd, split=_factors_inputs, wrt=range(4)
+)(triton.wasserstein_factors_bwd)
 _FACTORS = f"Tensor mean_q, Tensor cov_q, Tensor mean_k, Tensor cov_k, {_LENGTHS}"
 wasserstein_factors_fwd = define(
     f"wasserstein_factors_fwd({_FACTORS}) -> (Tensor, Tensor)",
-    cpu=triton.wasserstein_factors_fwd,
-    cuda=triton.wasserstein_factors_fwd,
+    cpu=_factors_fwd,
+    cuda=_factors_fwd,
     fake=_fake_factors,
 )
 wasserstein_factors_bwd = define(
     f"wasserstein_factors_bwd(Tensor dqueries, Tensor dkeys, Tensor queries, Tensor keys, {_FACTORS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=triton.wasserstein_factors_bwd,
-    cuda=triton.wasserstein_factors_bwd,
-    fake=lambda dqueries, dkeys, queries, keys, *tensors: tuple(x.new_empty(x.shape) for x in tensors[:4]),
+    cpu=_factors_bwd,
+    cuda=_factors_bwd,
+    fake=_fake_factors_bwd,
 )
