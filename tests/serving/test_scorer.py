@@ -25,17 +25,19 @@ from benchmarks.serving.scorer import build_command
 from recattn.serving import LMDBStore, export_scorer
 
 EMBED_DIM, ITEMS = 16, 50
-ABSENT, EXPIRED, OTHER_SCHEMA, OTHER_USER, DAMAGED = range(90, 95)
+ABSENT, EXPIRED, OTHER_SCHEMA, OTHER_USER, DAMAGED, CUT, LONGER = range(90, 97)
 STATUSES = {
     ABSENT: "missing",
     EXPIRED: "expired",
     OTHER_SCHEMA: "refused:schema",
     OTHER_USER: "refused:user",
     DAMAGED: "refused:checksum",
+    CUT: "refused:schema",
+    LONGER: "refused:schema",
 }
 BATCHES = [
     {0: [3, 4, 0, 49, 7], ABSENT: [3, 4], 1: [], EXPIRED: [5], OTHER_SCHEMA: [1], 2: [9, -1, ITEMS, 9]},
-    {5: [11]},
+    {5: [11], CUT: [4, 2], LONGER: [3]},
     {OTHER_USER: [2, 8], DAMAGED: [8, 3], 3: [2, 8, 3]},
 ]
 
@@ -79,15 +81,19 @@ def fill(path: Path, schema: StateSchema, lrea: LREA, monkeypatch: pytest.Monkey
         return torch.tensor(users), lrea.export_state(torch.randn(len(users), lrea.max_len, EMBED_DIM))
 
     with LMDBStore(path, schema) as store, monkeypatch.context() as patch:
-        store.put_many(*state_of(*range(6), OTHER_USER, DAMAGED))
+        store.put_many(*state_of(*range(6), OTHER_USER, DAMAGED, CUT, LONGER))
         now = time.time()
         patch.setattr(time, "time", lambda: now - 100)
         store.put_many(*state_of(EXPIRED), ttl=99)
     with LMDBStore(path, dataclasses.replace(schema, model="another")) as store:
         store.put_many(*state_of(OTHER_SCHEMA))
     with lmdb.open(str(path), max_dbs=3) as env, env.begin(write=True, db=env.open_db(b"states")) as txn:
-        first, other_user, damaged = (user.to_bytes(8, "big") for user in (0, OTHER_USER, DAMAGED))
+        first, other_user, damaged, cut, longer = (
+            user.to_bytes(8, "big") for user in (0, OTHER_USER, DAMAGED, CUT, LONGER)
+        )
         txn.put(other_user, txn.get(first))
+        txn.put(cut, txn.get(cut)[:50])  # less than a header
+        txn.put(longer, txn.get(longer) + bytes(64))
         record = txn.get(damaged)
         txn.put(damaged, record[:-1] + bytes([record[-1] ^ 1]))
 

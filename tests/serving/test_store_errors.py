@@ -215,7 +215,7 @@ def test_tls_is_passed_through(servers, redis_store, tmp_path):
 def test_options_that_would_change_bytes_are_refused(redis_store):
     with pytest.raises(ValueError, match="decode_responses must be False"):
         redis_store("redis://127.0.0.1:1", SCHEMA, decode_responses=True)
-    with pytest.raises(ValueError, match="namespace must be without braces"):
+    with pytest.raises(ValueError, match="namespace must be a string without braces"):
         redis_store("redis://127.0.0.1:1", SCHEMA, namespace="{all}")
 
 

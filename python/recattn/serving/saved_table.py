@@ -18,29 +18,38 @@ def add_checksum(states: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**versioned, "checksum": torch.tensor(_checksum(versioned))}
 
 
-def verify_checksum(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Any]:
+def select(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Any]:
     """The states of these names, without `format_version` and `checksum`.
 
     Raises:
-        ValueError: another version or other names, or the checksum does not match.
+        ValueError: another version or other names.
     """
     expect(isinstance(saved, Mapping), "state", "a dict of StateTable.state_dict", type(saved).__name__)
     version = saved.get("format_version")
-    known = isinstance(version, Tensor) and version.numel() == 1 and version.item() == FORMAT_VERSION
+    known = _number(version) == FORMAT_VERSION
     advice = "save it anew with the recattn that wrote it, or put its states without a check"
     expect(known, "format_version of state", f"{FORMAT_VERSION} ({advice})", _printable(version))
     needed = ("format_version", *names, "checksum")
     expected = f"a dict of {', '.join(needed)} (load it into a table of the dtype that it was saved from)"
     expect(set(saved) == set(needed), "state", expected, ", ".join(map(str, saved)))
     expect_tensors(**saved)
+    for name, x in saved.items():
+        expect(not x.is_meta, f"{name} of state", "a tensor with entries", "one on the meta device")
+    return {name: saved[name] for name in names}
+
+
+def verify_checksum(saved: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if the checksum does not match."""
     states = dict(saved)
     checksum = states.pop("checksum")
     computed = _checksum(states)
-    intact = checksum.numel() == 1 and checksum.item() == computed
     expected = f"{computed}, that of its tensors (the state is damaged: load another copy)"
-    expect(intact, "checksum of state", expected, _printable(checksum))
-    del states["format_version"]
-    return states
+    expect(_number(checksum) == computed, "checksum of state", expected, _printable(checksum))
+
+
+def _number(x: object) -> object:
+    """What a tensor of one number holds, None for anything else."""
+    return x.item() if isinstance(x, Tensor) and x.numel() == 1 and not x.is_meta else None
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
@@ -54,4 +63,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _printable(value: object) -> object:
-    return value.tolist() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.tolist() if value.numel() < 10 and not value.is_meta else f"a tensor of shape {list(value.shape)}"

@@ -145,7 +145,11 @@ class StateBuilder:
         column = batch.column(name)
         integers = types.is_integer(column.type) and not column.null_count
         expect(integers, f"column {name}", "integers without nulls", f"{column.type}, {column.null_count} nulls")
-        return column.to_numpy().astype(np.int64)
+        values = column.to_numpy()
+        largest = values.max(initial=0)
+        # An unsigned id would become another user's.
+        expect(largest < 1 << 63, f"column {name}", "below 2^63", largest)
+        return values.astype(np.int64)
 
 
 def build_states(

@@ -301,13 +301,16 @@ class StateTable:
             RuntimeError: requests pin too many rows. The table is unchanged.
         """
         tables = self._tables.named()
-        states = saved_table.verify_checksum(state, ("user_ids", *tables))
-        user_ids = states.pop("user_ids")
+        states = saved_table.select(state, ("user_ids", *tables))
+        # Sizes before the checksum, which reads every entry: a damaged file may claim any number of them.
+        user_ids = states["user_ids"]
         _expect_saved("user_ids", user_ids, torch.int64, [user_ids.numel()])
-        for name, table in tables.items():
-            _expect_saved(name, states[name], table.dtype, [len(user_ids), *table.shape[1:]])
         needed = f"at least {len(user_ids)}, the users of state (grow the table)"
         expect(len(user_ids) <= self.capacity, "capacity", needed, self.capacity)
+        for name, table in tables.items():
+            _expect_saved(name, states[name], table.dtype, [len(user_ids), *table.shape[1:]])
+        saved_table.verify_checksum(state)
+        states.pop("user_ids")
         self.put(user_ids.cpu(), **states)
 
     def __reduce__(self) -> NoReturn:

@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from recattn._check import expect, expect_count
 from recattn._imports import importing
 from recattn.serving.stores.record_store import RecordStore
 from recattn.serving.stores.records import CHECKSUM, EXPIRES, HEADER, Buffer, Kind, Unpacked
@@ -39,17 +41,22 @@ class LMDBStore(RecordStore):
     Raises:
         ImportError: lmdb or xxhash is not installed.
         StoreError: the environment cannot be opened.
+        ValueError: the path has a NUL in it, or max_bytes is negative.
     """
 
     def __init__(
         self, path: str | Path, schema: StateSchema, *, max_bytes: int = 1 << 40, readonly: bool = False
     ) -> None:
         super().__init__(schema)
-        self._arguments = (str(path), schema, max_bytes, readonly)
+        path = os.fspath(path)
+        # LMDB would end the path there.
+        expect(isinstance(path, str) and "\0" not in path, "path", "a string or Path without NUL", repr(path))
+        expect_count("max_bytes", max_bytes)
+        self._arguments = (path, schema, max_bytes, readonly)
         with _as_store_errors(path):
             # Without readahead: users are asked for in no order, and a state is two or three pages.
             self._env = lmdb.open(
-                str(path), map_size=max_bytes, max_dbs=3, max_readers=1024, readonly=readonly, readahead=False
+                path, map_size=max_bytes, max_dbs=3, max_readers=1024, readonly=readonly, readahead=False
             )
             self._env.reader_check()  # what readers that were killed left behind keeps pages from being reused
             names = {Kind.STATE: b"states", Kind.HISTORY: b"histories"}
@@ -156,4 +163,6 @@ def _as_store_errors(path: str | Path) -> Iterator[None]:
     except lmdb.Error as error:
         if error.code in DISK_ERRORS:
             raise StoreFullError(f"the disk of {path} is full or failed: {error}") from error
+        raise StoreError(f"LMDB in {path}: {error}") from error
+    except OSError as error:  # of the folder
         raise StoreError(f"LMDB in {path}: {error}") from error

@@ -125,7 +125,7 @@ class RecordFormat:
 
     def has_identity(self, record: Buffer | None) -> bool:
         """Whether a record, or its first 64 bytes, is of this kind and schema."""
-        return record is not None and record[IDENTITY] == self._identity
+        return record is not None and len(record) >= HEADER.itemsize and record[IDENTITY] == self._identity
 
     @property
     def empty(self) -> bytes:

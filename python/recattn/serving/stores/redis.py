@@ -76,7 +76,8 @@ class RedisStore(RecordStore):
         **options: Any,
     ) -> None:
         super().__init__(schema)
-        expect("{" not in namespace, "namespace", "without braces", namespace)
+        fits = isinstance(namespace, str) and not set("{}") & set(namespace)  # which enclose the id of a user
+        expect(fits, "namespace", "a string without braces", repr(namespace))
         self._arguments = (url, schema, cluster, namespace, options)
         self._namespace = namespace.encode()
         try:
