@@ -1,8 +1,9 @@
-"""Compilation for a sanitizer, and what the tests of SlotMap run under more than one."""
+"""Compilation for a sanitizer, and what tests run under more than one."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def compile_command(sanitizer: str, folder: Path) -> list[str]:
         if result.returncode != 0:
             pytest.skip(f"no {sanitizer} sanitizer here: {result.stderr}")
     return command
+
+
+def run_odd_calls(environment: dict[str, str]) -> None:
+    """Run odd_calls.py to its end."""
+    program = [sys.executable, str(ROOT / "tests" / "helpers" / "odd_calls.py")]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True)
+    said = result.stdout + result.stderr[:5000]
+    assert result.returncode == 0 and "Sanitizer" not in said and "runtime error" not in said, said
 
 
 def preloaded(command: list[str]) -> str:
