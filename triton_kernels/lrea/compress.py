@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recattn.triton_kernels.common.launch import TileConfig, cdiv, host_block_width, launch, num_splits, reduce_splits
 from recattn.triton_kernels.common.ragged import Lengths, locate_sequence
-from recattn.triton_kernels.common.tiles import load_rows, offset, store_rows
+from recattn.triton_kernels.common.tiles import add_product, load_rows, offset, store_rows
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def lrea_compress_bwd_w_comp_kernel(
         e_tile = load_rows(base, rows, valid, stride_el, stride_ed, WIDTH - first_column, BLOCK_D)  # [BL, BD]
         d_base = dcompressed + user * RANK * WIDTH + first_column
         d_tile = load_rows(d_base, ranks, ranks < RANK, WIDTH, 1, WIDTH - first_column, BLOCK_D)  # [R, BD]
-        acc = tl.dot(e_tile, tl.trans(d_tile), acc, input_precision="ieee")
+        acc = add_product(acc, e_tile, tl.trans(d_tile))
     store_rows(dw + tl.program_id(1).to(tl.int64) * Lmax * RANK, acc, rows, rows < Lmax, RANK, 1, RANK, BLOCK_R)
 
 

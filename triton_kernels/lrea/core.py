@@ -23,7 +23,7 @@ are float32. φ' jumps at 0, so the backward adds the hidden layer of x's roundi
 import triton
 import triton.language as tl
 
-from recattn.triton_kernels.common.tiles import Matrix, load_rows, offset, store_rows
+from recattn.triton_kernels.common.tiles import Matrix, add_product, load_rows, offset, store_rows
 from recattn.triton_kernels.lrea.jagged import (
     count_at_most,
     load_tile,
@@ -80,7 +80,7 @@ def add_columns(
     activated = leaky_relu_grad(dhidden, hidden, negative_slope)
     if MASKED and RAGGED:
         activated = tl.where(columns[None, :] < lengths[:, None], activated, 0.0)
-    return tl.dot(activated.to(w_tile.dtype), tl.trans(w_tile), acc, input_precision="ieee")
+    return add_product(acc, activated.to(w_tile.dtype), tl.trans(w_tile))
 
 
 # A new batch, or a new number for an option, must not compile anew.
@@ -268,8 +268,8 @@ def add_rows(
     if MASKED:
         seen = columns[:, None] < tl.load(lengths + rows // H, mask=valid, other=0)[None, :]
         dhidden, activated = tl.where(seen, dhidden, 0.0), tl.where(seen, activated, 0.0)
-    acc = tl.dot(dhidden.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
-    return tl.dot(activated.to(dy_tile.dtype), dy_tile, acc, input_precision="ieee")
+    acc = add_product(acc, dhidden.to(x_tile.dtype), x_tile)
+    return add_product(acc, activated.to(dy_tile.dtype), dy_tile)
 
 
 @triton.jit(do_not_specialize=["T", "H", "L", "w_units", "negative_slope", "search_steps"])

@@ -17,7 +17,7 @@ from recattn.triton_kernels.wasserstein_attention.config import launch_constants
 from recattn.triton_kernels.wasserstein_attention.shared import (
     DO_NOT_SPECIALIZE,
     Forward,
-    dot_of_rows,
+    delta_of_rows,
     end_of_keys,
     grid_of_tiles,
     last_key_of,
@@ -129,7 +129,7 @@ def wasserstein_attention_bwd_dq_kernel(
     dcov_tile = load_tile(dcov, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
     mean_tile = load_tile(mean, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
     cov_tile = load_tile(cov, seq, row_positions, V_HEAD_DIM, BLOCK_DV)
-    row_delta = dot_of_rows(dmean_tile, mean_tile) + 2 * dot_of_rows(dcov_tile, cov_tile)  # [BM]
+    row_delta = delta_of_rows(dmean_tile, dcov_tile, mean_tile, cov_tile)  # [BM]
     tl.store(delta + seq.first + row_positions * seq.step, row_delta, mask=row_positions < seq.length)
     row_max, inv_row_sum = load_row_stats(row_stats, seq, row_positions)
     q_tile = load_tile(vectors, seq, row_positions, WIDTH, BLOCK_W)  # [BM, W]

@@ -126,13 +126,14 @@ def squared_norms(tile):
 
 
 @triton.jit
-def dot_of_rows(a_tile, b_tile):
-    """a · b of each row, summed in the order of a matmul of tiles.
+def delta_of_rows(dmean_tile, dcov_tile, mean_tile, cov_tile):
+    """dmean · mean + 2 dcov · cov of each row, summed in the order in which `p_and_ds` sums dp.
 
-    A row that sees one key has ds = 0: the difference of this sum and a matmul, which must round alike.
+    A row that sees one key has ds = 0, the difference of the two, which must round alike.
     """
-    row = tl.arange(0, a_tile.shape[0])
-    products = tl.dot(a_tile, tl.trans(b_tile), input_precision="ieee")
+    row = tl.arange(0, dmean_tile.shape[0])
+    products = 2 * tl.dot(dcov_tile, tl.trans(cov_tile), input_precision="ieee")
+    products = tl.dot(dmean_tile, tl.trans(mean_tile), products, input_precision="ieee")
     return tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
 
 
