@@ -9,7 +9,7 @@ DOCS := .venv/.docs
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*/*.* csrc/*/*/*.*)
 CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp benchmarks/*/*.cpp tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/*)
 
-.PHONY: bench plots examples clients docs docs-serve gpu gpu-bench test test-isa sanitize versions wheel wheel-test lint types format clean
+.PHONY: bench plots examples clients docs docs-serve fuzz gpu gpu-bench test test-isa sanitize versions wheel wheel-test lint types format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -42,6 +42,11 @@ test: $(INSTALLED)
 # The operators' CPU tests again, at each instruction set below the processor's best
 test-isa: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/packaging/lower_isas.py -n auto --maxprocesses 4
+
+# New inputs for every operator and its implementations on a CPU, and for the state machines: [MINUTES=60]
+# [ONLY="sink_attention cpu"]. Fails if it finds one that is wrong
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),60) $(if $(ONLY),--only $(ONLY))
 
 # What is too slow for every change: C++ and the emulated CUDA kernels under sanitizers, and mistakes that must be seen
 sanitize: $(INSTALLED)

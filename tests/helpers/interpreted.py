@@ -95,6 +95,19 @@ def sum_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_sequential_dot)
 
 
+def read_scalars() -> None:
+    """Have the interpreter of Triton 3.6, which passes arrays of one element to int(), run with NumPy 2.4."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
 def run_outer_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """From here on, interpret only the first program and the last `count` ones along each axis of a grid.
 
