@@ -1,10 +1,8 @@
 """The host's time of a call: its launches, its unit, its goals, and its row in the records."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -91,19 +89,11 @@ MOST_TORCH_LAUNCHES = {"inter_sink_bias, then sink_attention": 3}
 MOST_TORCH_LAUNCHES |= dict.fromkeys(("sink_attention", "sink_attention, padded", "sink_attention, packed"), 1)
 
 
-def triton_paths() -> list[Path | None]:
-    return [None, Path(sys.prefix) / "triton-3.6.0"]
-
-
-@pytest.mark.parametrize("triton", triton_paths(), ids=lambda path: path.name if path else "installed")
-def test_the_program(triton, tmp_path):
+def test_the_program(tmp_path):
     """Without a GPU, every operator reaches its launches; the rows say how many, and what they cost."""
     pytest.importorskip("triton")
-    if triton is not None and not triton.exists():
-        pytest.skip(f"{triton} does not exist")
-    path = {"PYTHONPATH": str(triton)} if triton else {}
     command = [sys.executable, "-m", "benchmarks.host_cost", "--repeats", "1", "--results", tmp_path / "rows.jsonl"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | path)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["path"], row["host_of"], row["step"]) for row in rows] == [

@@ -1,7 +1,7 @@
 """Compile what launches asked Triton for, by no more work than it takes to see what fails.
 
-Every request is lowered to Triton's IR, which runs all of the kernel's Python. The compile table has what most become
-on a GPU. Requests are compiled whole until every option that the table does not have was seen.
+The compile table has what most become on a GPU. Requests are compiled whole until every option that the table does not
+have was seen; the others are lowered to Triton's IR, which runs all of the kernel's Python.
 """
 
 from collections import defaultdict
@@ -24,9 +24,11 @@ class Requests:
         import triton
 
         for kernel, requests in self.of_kernel.items():
+            whole = showing(requests, shown_by_table(kernel, architecture))
             for request in requests:
-                lower(*request)
-            for source, target, options in showing(requests, shown_by_table(kernel, architecture)):
+                if not any(request is chosen for chosen in whole):
+                    lower(*request)
+            for source, target, options in whole:
                 yield kernel.__name__, triton.compile(source, target=target, options=options).metadata.shared
 
 

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,8 @@ from tests.triton import compile_launches
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("every_launch.py")
-TRITONS = {importlib.metadata.version("triton"): None, "3.6.0": Path(sys.prefix) / "triton-3.6.0"}
+INSTALLED = importlib.metadata.version("triton")
+TRITONS = {INSTALLED: None, "3.6.0": Path(sys.prefix) / "triton-3.6.0"}
 # Longer than a program holds in float32.
 BY_MATMULS = ["refined_attention ragged additive torch.float32"]
 # One more than a grid has in its second and third dimension.
@@ -36,20 +36,13 @@ def run(triton: str, *arguments: str) -> dict[str, list]:
     return json.loads(ran.stdout)
 
 
-@pytest.fixture(params=TRITONS)
-def launches(request) -> Callable[..., dict[str, list]]:
+def launches(*arguments: str, triton: str = INSTALLED) -> dict[str, list]:
     """The launches that public calls reach under a version of Triton: every call reaches some, with valid grids."""
-    if TRITONS[request.param] is not None and not TRITONS[request.param].exists():
-        pytest.skip(f"Triton {request.param} is not installed in {TRITONS[request.param]}")
-
-    def launched_by(*arguments: str) -> dict[str, list]:
-        made = run(request.param, *arguments)
-        for call, of_call in made.items():
-            if call not in BY_MATMULS:
-                dry_driver.expect_valid(call, of_call)
-        return made
-
-    return launched_by
+    made = run(triton, *arguments)
+    for call, of_call in made.items():
+        if call not in BY_MATMULS:
+            dry_driver.expect_valid(call, of_call)
+    return made
 
 
 def every_kernel() -> set[str]:
@@ -61,7 +54,7 @@ def launched(made: dict[str, list]) -> set[str]:
     return {kernel for call in made.values() for kernel, *_ in call}
 
 
-def test_grids_of_large_batches(launches):
+def test_grids_of_large_batches():
     made = launches(*LARGE)
     assert launched(made) == every_kernel()
     # The number of programs is the sum of tiles and sequences, not the product.
@@ -73,12 +66,15 @@ def test_grids_of_large_batches(launches):
     assert by_choice == by_name
 
 
-def test_repeated_calls_launch_the_same(launches):
+@pytest.mark.parametrize("triton", TRITONS)
+def test_repeated_calls_launch_the_same(triton):
     """Later calls find their kernels, grids and arguments another way than the first."""
-    assert launched(launches("--repeats", "3")) == every_kernel()
+    if TRITONS[triton] is not None and not TRITONS[triton].exists():
+        pytest.skip(f"Triton {triton} is not installed in {TRITONS[triton]}")
+    assert launched(launches("--repeats", "3", triton=triton)) == every_kernel()
 
 
-def test_calls_of_the_check(launches):
+def test_calls_of_the_check():
     """Each case in each dtype makes launches, and later the same. Only the correction's kernels are reached by none."""
     made = launches("--checks", "--repeats", "3")
     assert [call for call, of_call in made.items() if not of_call] == BY_MATMULS
@@ -89,7 +85,7 @@ def test_calls_of_the_check(launches):
 def test_every_launch_compiles(tmp_path, monkeypatch):
     """Whole, by its options, here or in the compile table; each is lowered to Triton's IR here."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    made = run(next(iter(TRITONS)), "--compile")
+    made = run(INSTALLED, "--compile")
     assert launched(made["launches"]) == every_kernel()
     for kernel, shared_bytes in made["compiled"]:
         assert shared_bytes <= table.SHARED_MEMORY[90], kernel

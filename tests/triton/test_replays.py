@@ -15,12 +15,18 @@ from tests.helpers.interpreted import DEVICE
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("replays.py")
-TRITONS = {importlib.metadata.version("triton"): None, "3.6.0": Path(sys.prefix) / "triton-3.6.0"}
+INSTALLED = importlib.metadata.version("triton")
+TRITONS = {INSTALLED: None, "3.6.0": Path(sys.prefix) / "triton-3.6.0"}
 
 
-@pytest.mark.parametrize("triton", TRITONS)
-@pytest.mark.parametrize("tests", [[], ["without"]], ids=["with recattn._host", "without"])
-def test_by_triton(tests, triton):
+# What depends on Triton: its search and its hooks.
+OF_TRITON = ["search", "hooks"]
+
+
+@pytest.mark.parametrize(
+    "triton, tests", zip([INSTALLED, INSTALLED, "3.6.0"], [[], ["without"], OF_TRITON], strict=True), ids=str
+)
+def test_by_triton(triton, tests):
     """In another process, because here kernels are interpreted."""
     pytest.importorskip("recattn._host")
     if TRITONS[triton] is not None and not TRITONS[triton].exists():
