@@ -1,6 +1,6 @@
-"""Slow tests of `make sanitize`: the emulated CUDA kernels under sanitizers, and planted mistakes to be found.
+"""Slow tests of `make sanitize`: the CUDA kernels compiled for every architecture, and emulated under sanitizers.
 
-Each CUDA thread is a thread of its own for ThreadSanitizer.
+Planted mistakes are to be found. Each CUDA thread is a thread of its own for ThreadSanitizer.
 """
 
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cuda.test_compile import assert_compiles_without_spills, each_source, needs_nvcc
 from tests.helpers.emulated_cuda import CSRC, altered, compile_program
 
 KERNELS = ("absorbed_fma.h", "absorbed_mma.h")
@@ -53,6 +54,12 @@ MISTAKES = {
 
 # Where offsets are wild, rows of nobody may be a user's too: each number is then of one of the two.
 ALLOWED_RACE = "race:store_unowned_rows\n"
+
+
+@needs_nvcc
+@each_source
+def test_compiles_for_every_architecture_without_spills(source, tmp_path):
+    assert_compiles_without_spills(source, tmp_path, ("80", "90a", "100"))
 
 
 def outcome(program: Path) -> tuple[int, str]:
