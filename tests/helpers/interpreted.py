@@ -17,13 +17,32 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
 
 def with_dtypes(*axes: Sequence) -> list[tuple]:
-    """Combinations of `axes` with a dtype: on a GPU every one, by the interpreter one that changes with each value."""
+    """Combinations of `axes` with a dtype: on a GPU every one, by the interpreter one that changes with each value.
+
+    Of three axes and more the interpreter gets few, in which every two values meet.
+    """
+    if len(axes) > 2 and DEVICE == "cpu":
+        return every_two(*axes, DTYPES)
     combinations = []
     for chosen in itertools.product(*map(enumerate, axes)):
         turn = sum(i for i, _ in chosen)
         dtypes = DTYPES if DEVICE == "cuda" else [DTYPES[turn % len(DTYPES)]]
         combinations += [(*(value for _, value in chosen), dtype) for dtype in dtypes]
     return combinations
+
+
+def every_two(*axes: Sequence) -> list[tuple]:
+    """Few combinations in which each value of an axis meets each of another: again and again the one with most new."""
+
+    def pairs(values: tuple) -> set:
+        return set(itertools.combinations(enumerate(values), 2))
+
+    every = [*itertools.product(*axes)]
+    chosen, missing = [], set().union(*map(pairs, every))
+    while missing:
+        chosen.append(max(every, key=lambda values: len(pairs(values) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
 
 
 def assert_matches_reference_twice_of_three(*args, **kwargs) -> None:

@@ -215,7 +215,7 @@ def test_dropout_of_the_final_weights(mechanism, source, dtype):
 # --- torch.compile, and what is refused ---
 
 
-@pytest.mark.parametrize("mechanism, source", [("simple", "logits"), ("stochastic", "weights")])
+@pytest.mark.parametrize("mechanism, source", [("stochastic", "weights")])
 def test_compiles_to_one_graph_without_recompiling(mechanism, source):
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -292,8 +292,7 @@ def test_empty_packed_batches(lengths, rank, function):
         assert results[f"d{name}"].shape == x.shape and not results[f"d{name}"].any()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("rank, compiled", [(None, False), (5, False), (5, True)])
 def test_nested(rank, compiled):
     """Nested in, nested out, with the bits of a packed batch; other lengths compile nothing anew."""
     function = cpu

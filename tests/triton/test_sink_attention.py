@@ -346,7 +346,7 @@ def test_every_tile_of_packed_sequences_is_found(sequences, first_token):
 # --- The operator ---
 
 
-@pytest.mark.parametrize("form", ["dense", "padded", "packed"])
+@pytest.mark.parametrize("form", ["padded", "packed"])
 def test_opcheck(form):
     packed = form == "packed"
     inputs = on_device(draw_packed([13, 0], [3, 0], heads=2, kv_heads=1)) if packed else small(length=20, sinks=5)
@@ -363,10 +363,9 @@ def test_opcheck(form):
     torch.library.opcheck(torch.ops.recattn.sink_attention_bwd.default, backward)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_compiles_to_one_graph_without_recompiling(dropout_p):
+def test_compiles_to_one_graph_without_recompiling():
     torch._dynamo.reset()
-    call = functools.partial(fused, causal=True, dropout_p=dropout_p)
+    call = functools.partial(fused, causal=True, dropout_p=0.2)
     compiled = torch.compile(lambda **inputs: call(**inputs), fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, length, sinks in ((3, 20, 5), (4, 40, 12)):
         inputs = small(batch=batch, length=length, sinks=sinks, heads=1, kv_heads=1)

@@ -67,11 +67,13 @@ def test_heads(suppressed, Hq, Hkv, bias_heads):
     assert_corrects(inputs)
 
 
-@pytest.mark.parametrize("layout", ["right", "window", "packed"])
-@pytest.mark.parametrize("bias, causal", [("-50", False), ("30", True)])
+@pytest.mark.parametrize(
+    "bias, causal, layout",
+    [("-50", False, "right"), ("30", True, "window"), ("-50", False, "packed"), ("30", True, "packed")],
+)
 def test_ragged(bias, causal, layout):
     assert_corrects(
-        with_bias(random_inputs(129, 64, Hq=1, lengths=[129, 0, 1, 64, 0], layout=layout, causal=causal), bias)
+        with_bias(random_inputs(70, 66, Hq=1, lengths=[70, 0, 1, 64, 0], layout=layout, causal=causal), bias)
     )
 
 

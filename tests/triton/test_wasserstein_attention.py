@@ -113,10 +113,14 @@ def test_windows(rank, dtype):
     check(inputs, seq_lens=lengths(9, 0, 17), seq_starts=lengths(6, 20, 1))
 
 
-@pytest.mark.parametrize("causal, dropout_p", [(True, 0.0), (False, 0.3)])
 @pytest.mark.parametrize(
-    "counts, dtype",
-    [((70, 0, 7, 33), torch.float32)] + [(counts, torch.float16) for counts in ((20, 0, 7, 33), (130, 0, 7, 33))],
+    "counts, dtype, causal, dropout_p",
+    [
+        ((70, 0, 7, 33), torch.float32, False, 0.3),
+        ((20, 0, 7, 33), torch.float16, True, 0.0),
+        ((20, 0, 7, 33), torch.float16, False, 0.3),
+        ((130, 0, 7, 33), torch.float16, True, 0.0),
+    ],
     ids=str,
 )
 def test_packed_equals_padded(counts, dtype, causal, dropout_p):
