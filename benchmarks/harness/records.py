@@ -79,9 +79,10 @@ def append(rows: Iterable[Row], common: dict[str, object], path: Path) -> None:
 
 
 def append_lines(records: Iterable[dict[str, object]], common: dict[str, object], path: Path) -> None:
+    lines = "".join(json.dumps({**record, **common}, allow_nan=False) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps({**record, **common}, allow_nan=False) + "\n" for record in records)
+    with path.open("a") as file:  # written at once: an interrupt leaves no part of a line
+        file.write(lines)
 
 
 def read(paths: Iterable[Path]) -> list[Record]:

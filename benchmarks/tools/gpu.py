@@ -44,7 +44,7 @@ OPERATORS = {
         ("sink_forward", "sink_backward"),
         (("sink_attention", "gpu_4k_d128_causal"), ("sink_attention", "gpu_many_short")),
         ("triton/test_sink_*.py",),
-        ("ops/test_backends_on_gpu.py", "ops/test_sink_attention_paths.py"),
+        ("ops/test_backends_on_gpu.py", "ops/test_sink_attention_paths.py", "concurrency/test_streams.py"),
     ),
     "inter_sink_bias": Operator(kernel_tests=("ops/test_inter_sink_bias.py",)),
     "refined_attention": Operator(
@@ -186,10 +186,12 @@ def sanitizers(targets: Sequence[str]) -> list[Step]:
     from benchmarks.tools.profile import OWN_KERNELS
 
     own = [word for name in OWN_KERNELS for word in ("--kernel-name", f"kernel_substring={name}")]
+    # initcheck must see what PyTorch's kernels write, too.
+    seen = {"memcheck": own, "racecheck": own, "initcheck": []}
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Step(tool, ("compute-sanitizer", "--error-exitcode", "1", *own, "--tool", tool, *targets), uncached)
-        for tool in ("memcheck", "racecheck")
+        Step(tool, ("compute-sanitizer", "--error-exitcode", "1", *kernels, "--tool", tool, *targets), uncached)
+        for tool, kernels in seen.items()
     ]
 
 

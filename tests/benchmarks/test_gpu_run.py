@@ -106,7 +106,8 @@ def test_what_is_measured_is_compiled_before(name):
 
 def test_ncu_takes_the_sanitizers_place():
     assert [step.name for step in both_plans(profile=True)["gpu-bench"][-1].steps] == ["profile"]
-    assert [step.name for step in both_plans(profile=False)["gpu-bench"][-1].steps] == ["memcheck", "racecheck"]
+    sanitizers = both_plans(profile=False)["gpu-bench"][-1].steps
+    assert [step.name for step in sanitizers] == ["memcheck", "racecheck", "initcheck"]
 
 
 REHEARSED = {

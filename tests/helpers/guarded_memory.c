@@ -29,9 +29,7 @@ __attribute__((constructor)) static void reserve(void) {
 
 static size_t page_of(const void* block) { return (size_t)((const char*)block - base) / kPage; }
 
-static int is_guarded(const void* block) {
-    return base && (uintptr_t)block - (uintptr_t)base < kReserved;
-}
+static int is_guarded(const void* block) { return base && (uintptr_t)block - (uintptr_t)base < kReserved; }
 
 // Ends flush with its last page, so its alignment is that of its size, or `alignment` if that is forced.
 static void* allocate(size_t size, size_t alignment) {

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
@@ -355,8 +355,9 @@ class StateTable:
 
     def _write(self, ids: object, states: dict[str, Tensor]) -> None:
         """Write to rows that no request reads, then publish them. If a user is given twice, the last state counts."""
-        rows = self._slot_map.reserve(ids)
+        rows = None
         try:
+            rows = self._slot_map.reserve(ids)
             last = rows >= 0
             if np.count_nonzero(last) < len(rows):
                 states = {name: state[torch.from_numpy(last).to(state.device)] for name, state in states.items()}
@@ -364,10 +365,12 @@ class StateTable:
             index = _to_device(torch.from_numpy(rows), self.device)
             for name, state in states.items():
                 _write_rows(getattr(self._tables, name), index, state)
+            self._slot_map.publish(rows)
         except BaseException:
-            self._slot_map.abandon(rows)
+            if rows is not None:
+                with suppress(ValueError):  # interrupted after they were published
+                    self._slot_map.abandon(rows)
             raise
-        self._slot_map.publish(rows)
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

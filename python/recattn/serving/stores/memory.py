@@ -66,13 +66,15 @@ class MemoryStore(StateStore):
                 self._table.grow(max(needed, 2 * self._table.capacity))
             rows = torch.from_numpy(written.nonzero()[0])
             states = as_state({name: tensors[name][rows] for name in self.schema.fields})
-            self._table.put(torch.from_numpy(ids)[rows], states)
+            entries = {}
             for row in rows.tolist():
                 length = 0 if lengths is None else int(lengths[row])
                 history = None if compressed is None else compressed[row].clone()
                 event_id, expires, build = (int(column[row]) for column in marks[:3])
-                version = next(self._versions)
-                self._entries[int(ids[row])] = _Entry(event_id, expires, build, version, length, history)
+                entries[int(ids[row])] = _Entry(event_id, expires, build, next(self._versions), length, history)
+            # Side by side, so that an interrupt leaves no state with another's history.
+            self._table.put(torch.from_numpy(ids)[rows], states)
+            self._entries.update(entries)
         return written
 
     def _delete(self, ids: np.ndarray) -> int:
