@@ -27,7 +27,12 @@ PROCESSES = {
     "baseline": ({"RECATTN_CPU_CAPABILITY": "baseline"}, "cpu", 0.2),
     "Triton 3.6.0": ({"PYTHONPATH": str(OLDER_TRITON)}, "triton", 0.2),
 }
-KINDS = {"reference": "against float64", "NaN": "NaN and infinity", "changes": "changed calls"}
+KINDS = {
+    "reference": "against float64",
+    "NaN": "NaN and infinity",
+    "changes": "changed calls",
+    "machines": "machines of 40 steps",
+}
 
 
 def main(options: argparse.Namespace) -> int:
@@ -59,10 +64,11 @@ def print_table(tried: Counter) -> None:
 def fuzz(options: argparse.Namespace) -> int:
     """In this process, each property in turn for a few seconds, until the time is over."""
     prepare()
+    from tests.fuzz.machines import MACHINES
     from tests.fuzz.properties import PROPERTIES, unsupported_reason
 
     ends, tried, found = time.monotonic() + 60 * options.minutes, {}, set()
-    chosen = [p for p in PROPERTIES.values() if all(word in p.id.split("-") for word in options.only)]
+    chosen = [p for p in (*PROPERTIES.values(), *MACHINES) if all(word in p.id.split("-") for word in options.only)]
     chosen = [p for p in chosen if unsupported_reason(p.impl) is None]
     while time.monotonic() < ends and len(found) < len(chosen):
         for one in random.sample(chosen, len(chosen)):
