@@ -1,7 +1,4 @@
-"""The kernels as compiled for use, while behind each tensor lies memory that nobody may touch (guarded_memory.c).
-
-sanitize.py makes the same calls under AddressSanitizer and ThreadSanitizer.
-"""
+"""The kernels as compiled for use, while behind each tensor lies memory that nobody may touch (guarded_memory.c)."""
 
 import os
 import signal

@@ -1,6 +1,6 @@
 """The C++ operators, called with indices that no public function passes on: each refuses them, or stays inside.
 
-Guarded memory and AddressSanitizer are the witnesses: test_guarded_memory.py and sanitize.py run this file again.
+Guarded memory is the witness: test_guarded_memory.py runs this file again.
 """
 
 import functools

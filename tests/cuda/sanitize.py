@@ -45,9 +45,9 @@ MISTAKES = {
         ("slots unchecked", "is_row(slot, op.table_size) ? slot : -1", "slot"),
         ("item ids unchecked", "if (!is_row(target, op.items)) {", "if (false) {"),
         ("offsets outside", "max(int64_t{0}, min(op.offsets[user], op.rows))", "op.offsets[user]"),
-        ("rows of no user", "    store_zeros(op, end, op.rows - end, first_column, columns);\n", ""),
+        ("rows of no user", "    store_zeros(op, end, op.rows - end, block.head);\n", ""),
         ("users outside", "user >= op.users || block.head > 0", "block.head > 0"),
-        ("the wrong user", "+ probe <= tile", "+ probe < tile"),
+        ("the wrong user", "log2_tile_rows) + probe <=", "log2_tile_rows) + probe <"),
     ),
 }
 
