@@ -453,8 +453,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def leaks_nothing(grown: Growth, calls: int) -> bool:
     """Less than a twentieth of an object or block a call and 64 bytes of memory, beside what Python itself keeps."""
-    few = 120 + calls // 20
-    return grown.objects < few and grown.blocks < few and grown.rss_kib < 2048 + calls // 16 and grown.cuda_bytes == 0
+    few = 500 + calls // 20
+    return grown.objects < few and grown.blocks < few and grown.rss_kib < 8192 + calls // 16 and grown.cuda_bytes == 0
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ def test_uneven_and_empty_shares_train_as_one_process():
 
 
 def test_no_operator_leaves_objects_or_memory_behind():
-    assert faults.main(["--only", "leaks", "--calls", "200", "--device", "cpu"]) == 0
+    assert faults.main(["--only", "leaks", "--calls", "1000", "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize("leaked", [list, lambda: bytes(1 << 17)])
 def test_a_leak_is_found(leaked):
     kept = []
-    grown = faults.growth(lambda: kept.append(leaked()), calls=200, warm_up=10)
-    assert not faults.leaks_nothing(grown, 200)
-    assert faults.leaks_nothing(Growth(0, 0, 0, 0), 200)
+    grown = faults.growth(lambda: kept.append(leaked()), calls=1000, warm_up=10)
+    assert not faults.leaks_nothing(grown, 1000)
+    assert faults.leaks_nothing(Growth(0, 0, 0, 0), 1000)
