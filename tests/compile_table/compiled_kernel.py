@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.compile_table import wgmma_operands
+
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z]\w*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 # HGMMA.64x128x16, by four warps together; HMMA.16816, by one.
@@ -32,7 +34,8 @@ def measure(compilation: object) -> Row:
     """The table's row for a `tests.compile_table.compilation.Compilation`."""
     compiled, ptxas = compile_with_log(compilation)
     used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage", compiled.asm["cubin"])))
-    code = instructions(cuobjdump("-sass", compiled.asm["cubin"]))
+    sass = cuobjdump("-sass", compiled.asm["cubin"])
+    code = instructions(sass)
     loop = main_loop(code)
     in_loop = Counter(i.opcode for i in loop)
     counts = {"": uses(code), "loop_": uses(loop)}
@@ -44,6 +47,7 @@ def measure(compilation: object) -> Row:
         "tf32": compiled.asm["ptx"].count("tf32"),
         "tensor_columns": compiled.metadata.tmem_size,
         **advisories(ptxas),
+        "misread": len(wgmma_operands.misread(compiled.asm["ptx"], sass)),
         "mma": sum(i.on_tensor_cores for i in code),
         "loop_instructions": len(loop),
         "loop_mma": sum(i.on_tensor_cores for i in loop),

@@ -97,18 +97,6 @@ def store_zeros(x, tokens, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
 
 
 @triton.jit
-def add_product(acc, a, b):
-    """acc + a @ b.
-
-    In float32 the product is summed apart: one chain of all terms that `acc` gets in a loop would have the error of all
-    of them. The compiler makes that chain of acc + a @ b, so the product of -a is subtracted.
-    """
-    if a.dtype == tl.float32:
-        return acc - tl.dot(-a, b, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
 def load_bias(bias, row_sinks, key_sinks, visible):
     """[rows, keys] of a Matrix that holds the bias between sinks; 0 where a row does not see the key."""
     addresses = bias.base + offset(row_sinks[:, None], bias.row_stride) + offset(key_sinks[None, :], bias.column_stride)
@@ -168,3 +156,15 @@ def dot_tokens(a, a_tokens, b, b_tokens, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.co
         BLOCK_WIDTH,
         tl.float64 if a.base.dtype.element_ty == tl.float32 else tl.float32,
     )
+
+
+@triton.jit
+def add_product(acc, a, b):
+    """acc + a @ b.
+
+    In float32 the product is summed apart: one chain of all terms that `acc` gets in a loop would have the error of all
+    of them. The compiler makes that chain of acc + a @ b, so the product of -a is subtracted.
+    """
+    if a.dtype == tl.float32:
+        return acc - tl.dot(-a, b, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")

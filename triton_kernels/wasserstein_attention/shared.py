@@ -127,13 +127,12 @@ def squared_norms(tile):
 
 @triton.jit
 def delta_of_rows(dmean_tile, dcov_tile, mean_tile, cov_tile):
-    """dmean · mean + 2 dcov · cov of each row, summed in the order in which `p_and_ds` sums dp.
-
-    A row that sees one key has ds = 0, the difference of the two, which must round alike.
-    """
-    row = tl.arange(0, dmean_tile.shape[0])
+    """dmean · mean + 2 dcov · cov of each row."""
+    # Summed in the order in which `p_and_ds` sums dp, so that they round alike: of a row that sees one key their
+    # difference, ds, is 0.
     products = 2 * tl.dot(dcov_tile, tl.trans(cov_tile), input_precision="ieee")
     products = tl.dot(dmean_tile, tl.trans(mean_tile), products, input_precision="ieee")
+    row = tl.arange(0, dmean_tile.shape[0])
     return tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
 
 
