@@ -1,7 +1,7 @@
 """The assembler of Hopper's kernels: the newer of the two that come with Triton.
 
 ptxas 12.8, which Triton 3.6 and 3.7 use for Hopper, can lose half of a 64-bit address: a wgmma then multiplies another
-tile than the one meant, and no error is raised. It was seen on an H200; `tests/compile_table/wgmma_operands.py` finds it
+tile than the one meant, and no error is raised. It was seen on an H200; tests/compile_table/wgmma_operands.py finds it
 without a GPU. Both versions also bring a later ptxas, for Blackwell.
 """
 
