@@ -101,7 +101,7 @@ Tensor checked_rows(const std::string& name, const Tensor& rows, int64_t table_s
     });
 }
 
-// Positions ascend below seq_len (with cu_seqlens, which are checked: below their sequence's length), then -1.
+// Positions ascend below seq_len (with cu_seqlens below their sequence's length), then -1.
 Tensor checked_sink_positions(const Tensor& sink_positions, std::optional<int64_t> seq_len,
                               const std::optional<Tensor>& cu_seqlens) {
     const std::string name = "sink_positions";
@@ -113,6 +113,7 @@ Tensor checked_sink_positions(const Tensor& sink_positions, std::optional<int64_
         expect_shape("cu_seqlens", *cu_seqlens, {{"B+1", batch + 1}});
         expect_integer("cu_seqlens", *cu_seqlens);
         offsets = to_vector(*cu_seqlens);
+        expect_offsets("cu_seqlens", offsets, offsets.back());  // whatever the number of tokens, no length overflows
     }
     const auto limit = [&](int64_t b) { return seq_len ? *seq_len : offsets[b + 1] - offsets[b]; };
     return check_copy(name, sink_positions,

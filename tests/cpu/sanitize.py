@@ -1,33 +1,96 @@
-"""Slow test of `make sanitize`: the C++ kernels under AddressSanitizer, while another thread writes their indices."""
+"""Slow tests of `make sanitize`: csrc/cpu and csrc/host under AddressSanitizer with UndefinedBehaviorSanitizer, and
+under ThreadSanitizer. Planted mistakes are to be found.
+"""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import pytest
 
-from torch.utils import cpp_extension
+from tests.helpers.sanitized_package import compile_package
 
-from tests.helpers.sanitizers import compile_command, preloaded
+ODD_CALLS, REPLAYS, RACES = "helpers/odd_calls.py", "triton/replays.py", "helpers/racing_indices.py"
+# What runs, the source, what it says, the mistake in its place, and what is seen.
+MISTAKES = {
+    "a sink too many": (
+        *(ODD_CALLS, "cpu/inter_sink_bias.cpp"),
+        *("op.num_sinks = q.size(2)", "op.num_sinks = q.size(2) + 1", "heap-buffer-overflow"),
+    ),
+    "offsets unchecked": (
+        *(ODD_CALLS, "cpu/index_checks.cpp"),
+        *('expect_offsets("cu_seqlens", offsets, offsets.back());', "", "signed integer overflow"),
+    ),
+    "a signature too long": (
+        *(REPLAYS, "host/signature.cpp"),
+        *("<Py_ssize_t>(text_.size())", "<Py_ssize_t>(text_.size() + 1000)", "heap-buffer-overflow"),
+    ),
+}
+WITHOUT_GIL = "static long count; auto* state = PyEval_SaveThread(); ++count; PyEval_RestoreThread(state);"
+RACES_OF_THREADS = {
+    "all tasks by each thread": (
+        *(ODD_CALLS, "cpu/inter_sink_bias.cpp"),
+        *("{ work(next); }", "{ std::atomic<int64_t> own = 0; work(own); }", "data race"),
+    ),
+    "one sum of two threads": (
+        *(ODD_CALLS, "cpu/lrea_compress.cpp"),
+        *("? partials.get() + group * size : nullptr", "? partials.get() : nullptr", "data race"),
+    ),
+    "a count without the GIL": (
+        *(REPLAYS, "host/signature.cpp"),
+        *("    Signature signature;\n", f"    Signature signature;\n    {WITHOUT_GIL}\n", "data race"),
+    ),
+}
+# A process of `make sanitize` compiles one of the packages, and runs its tests.
+ADDRESS, THREAD = pytest.mark.xdist_group("address"), pytest.mark.xdist_group("thread")
 
-ROOT = Path(__file__).parents[2]
-SOURCES = (
-    "index_checks",
-    "lrea_attention",
-    "lrea_compress",
-    "lrea_restored",
-    "sink_attention",
-    "sink_attention_bwd",
-)
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    return compile_package("address", tmp_path_factory.mktemp("address"))
 
 
-def test_races_under_address_sanitizer(tmp_path):
-    command, library = compile_command("address", tmp_path), str(tmp_path / "operators.so")
-    include = [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths())]
-    shared = ["-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    linked = [f"-L{path}" for path in cpp_extension.library_paths()]
-    sources = [str(ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in SOURCES]
-    subprocess.run([*command, *shared, *include, *sources, *linked, "-ltorch_cpu", "-o", library], check=True)
-    environment = os.environ | {"LD_PRELOAD": preloaded(command), "ASAN_OPTIONS": "detect_leaks=0"}
-    race = [sys.executable, str(ROOT / "tests" / "helpers" / "racing_indices.py"), "0.5", library]
-    result = subprocess.run(race, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and "AddressSanitizer" not in result.stderr, result.stderr[:5000]
+@pytest.fixture(scope="module")
+def thread(tmp_path_factory):
+    return compile_package("thread", tmp_path_factory.mktemp("thread"))
+
+
+def assert_clean(package, script, *arguments):
+    code, said = package.run(script, *arguments)
+    assert code == 0 and "Sanitizer" not in said, said
+
+
+def assert_seen(package, mistake, folder):
+    script, source, original, altered, seen = mistake
+    code, said = package.with_mistake(folder, source, original, altered).run(script)
+    assert code != 0 and seen in said, said
+
+
+@ADDRESS
+@pytest.mark.parametrize("script", [ODD_CALLS, REPLAYS])
+def test_nothing_outside_is_touched_and_nothing_is_undefined(address, script):
+    assert_clean(address, script)
+
+
+@ADDRESS
+def test_indices_that_another_thread_writes_lead_nowhere(address):
+    assert_clean(address, RACES, "0.1")
+    assert_clean(address, RACES, "0.5", str(address.operators))  # past the public checks
+
+
+@ADDRESS
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_seen(address, name, tmp_path):
+    assert_seen(address, MISTAKES[name], tmp_path)
+
+
+@THREAD
+def test_no_two_threads_of_an_operator_race(thread):
+    assert_clean(thread, ODD_CALLS)
+
+
+@THREAD
+def test_no_two_threads_that_record_and_replay_race(thread):
+    assert_clean(thread, REPLAYS, "threads")
+
+
+@THREAD
+@pytest.mark.parametrize("name", RACES_OF_THREADS)
+def test_a_race_is_seen(thread, name, tmp_path):
+    assert_seen(thread, RACES_OF_THREADS[name], tmp_path)

@@ -72,3 +72,10 @@ def outcome(name, arguments):
         return str(error)
     assert copy.data_ptr() != given.data_ptr() or copy.numel() == 0
     return copy.tolist(), copy.dtype, copy.shape
+
+
+def test_offsets_whose_differences_overflow_are_refused():
+    """By the operator itself: UndefinedBehaviorSanitizer saw it subtract them."""
+    offsets = torch.tensor([0, 7, torch.iinfo(torch.int64).min])
+    with pytest.raises((ValueError, RuntimeError), match=r"cu_seqlens must be ascending, got -9223372036854775808"):
+        torch.ops.recattn.checked_sink_positions_cpu(torch.tensor([[0, 1], [0, 1]]), None, offsets)

@@ -70,7 +70,8 @@ def run(function: Callable, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def odd_sizes() -> None:
-    for length, dim, dtype in product((1, 9, 33), (1, 17), DTYPES):
+    several_blocks = (300, 17, torch.float32)
+    for length, dim, dtype in [*product((1, 9, 33), (1, 17), DTYPES), several_blocks]:
         for function, inputs in odd_calls(length, dim, dtype):
             run(function, {name: x for name, x in inputs.items() if x is not None})
 

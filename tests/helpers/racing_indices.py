@@ -81,7 +81,7 @@ def operators_of_library(library: str, seconds: float) -> None:
     histories, lengths = ids.view(users, items).clone(), torch.randint(1, items + 1, (users,))
 
     def compress():
-        torch.ops.recattn.lrea_compress(table[:, 0], w, lengths, histories)
+        torch.ops.recattn.lrea_compress(table[:, 0], w, lengths, None, histories)
 
     w_decomp = torch.randn(rank, items)
 

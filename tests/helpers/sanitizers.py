@@ -32,17 +32,16 @@ def compile_command(sanitizer: str, folder: Path) -> list[str]:
     return command
 
 
-def run_odd_calls(environment: dict[str, str]) -> None:
-    """Run odd_calls.py to its end."""
-    program = [sys.executable, str(ROOT / "tests" / "helpers" / "odd_calls.py")]
-    result = subprocess.run(program, env=environment, capture_output=True, text=True)
-    said = result.stdout + result.stderr[:5000]
-    assert result.returncode == 0 and "Sanitizer" not in said and "runtime error" not in said, said
+def run_script(environment: dict[str, str], script: str, *arguments: str) -> tuple[int, str]:
+    """The exit status of a script in tests/, and what it and a sanitizer said."""
+    program = [sys.executable, "-W", "ignore", str(ROOT / "tests" / script), *arguments]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
+    return result.returncode, result.stdout[-5000:] + result.stderr[:5000]
 
 
-def preloaded(command: list[str]) -> str:
-    """LD_PRELOAD for a Python that loads a library under AddressSanitizer, which must see C++ exceptions."""
-    names = ("libasan.so", "libstdc++.so")
+def preloaded(command: list[str], runtime: str) -> str:
+    """LD_PRELOAD for a Python that loads a library under a sanitizer, which must see C++ exceptions."""
+    names = (runtime, "libstdc++.so")
     return " ".join(
         subprocess.check_output([command[0], f"-print-file-name={name}"], text=True).strip() for name in names
     )

@@ -164,6 +164,20 @@ def test_processes_end_with_the_run():
     assert not process.is_alive()
 
 
+def test_a_run_interrupted_before_its_process_has_begun_leaves_no_file(monkeypatch, tmp_path):
+    """Ctrl-C while PyTorch is imported for the first process."""
+    monkeypatch.setattr(supervisor.tempfile, "tempdir", str(tmp_path))
+
+    def interrupt(_):
+        assert len(list(tmp_path.rglob("*.log"))) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervisor.ForkServerContext.Process, "start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(supervisor.run([planted_operator("is right")], "cpu"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_processes_are_forked_from_does_not_touch_cuda():
     """PyTorch refuses CUDA in a process whose parent has even counted the devices."""
     code = f"""

@@ -44,30 +44,31 @@ def run(
 
 def _run(pending: list[Job], jobs: int) -> Iterator[Row]:
     running: list[Worker] = []
-    try:
-        while pending or running:
-            running += [Worker(pending.pop(0)) for _ in range(min(jobs - len(running), len(pending)))]
-            wait([worker.connection for worker in running], timeout=0.5)
-            for worker in list(running):
-                yield from worker.rows()
-                if worker.ended:
-                    running.remove(worker)
-                    if worker.remaining:
-                        pending.insert(0, worker.job._replace(implementations=tuple(worker.remaining)))
-    finally:
-        for worker in running:
-            worker.end()
+    with tempfile.TemporaryDirectory(prefix="recattn-check-") as outputs:
+        try:
+            while pending or running:
+                running += [Worker(pending.pop(0), outputs) for _ in range(min(jobs - len(running), len(pending)))]
+                wait([worker.connection for worker in running], timeout=0.5)
+                for worker in list(running):
+                    yield from worker.rows()
+                    if worker.ended:
+                        running.remove(worker)
+                        if worker.remaining:
+                            pending.insert(0, worker.job._replace(implementations=tuple(worker.remaining)))
+        finally:
+            for worker in running:
+                worker.end()
 
 
 class Worker:
-    """A process that runs a job, and its progress."""
+    """A process that runs a job, and its progress. What it prints goes to a file in `outputs`."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, outputs: str):
         self.job, self.remaining = job, list(job.implementations)
         self.at: Began | None = None
         self.deadline = time.monotonic() + START
         self.ended = False
-        with tempfile.NamedTemporaryFile(prefix="recattn-check-", suffix=".log", delete=False) as file:
+        with tempfile.NamedTemporaryFile(suffix=".log", dir=outputs, delete=False) as file:
             self.output = Path(file.name)
         context = _context()
         self.connection, other_end = context.Pipe(duplex=False)
@@ -122,7 +123,6 @@ class Worker:
         self.process.kill()
         self.process.join(GRACE)
         self.connection.close()
-        self.output.unlink(missing_ok=True)
         self.ended = True
 
 
