@@ -4,6 +4,8 @@ A fork of the tests' own process would hang in OpenMP, and a new process would i
 """
 
 import multiprocessing
+import os
+import signal
 import time
 
 import torch
@@ -55,12 +57,13 @@ class Writer:
         """Wait for the next acknowledgement."""
         self.acknowledged.append(self._receiver.recv())
 
-    def kill_after(self, seconds):
-        """Kill it by SIGKILL so long after its next acknowledgement."""
+    def kill_after(self, seconds, by=signal.SIGKILL):
+        """Kill it by a signal so long after its next acknowledgement."""
         self.wait()
         time.sleep(seconds)
-        self._process.kill()
-        self._process.join()
+        os.kill(self._process.pid, by)
+        self._process.join(20)
+        assert self._process.exitcode is not None, f"it goes on after {by.name}"
         self._read_all()
 
     def join(self):

@@ -1,6 +1,7 @@
-"""build_states: every user of a dataset once, whatever its files look like and whenever the build is killed."""
+"""build_states: every user of a dataset once, whatever its files look like and whenever the build is killed or interrupted."""
 
 import random
+import signal
 
 import pytest
 import torch
@@ -172,7 +173,8 @@ def build(acknowledge, path, store, lrea, items):
     acknowledge((done.built, done.skipped))
 
 
-def test_killed_at_twenty_moments_it_loses_and_doubles_nobody(lrea, items, tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=lambda by: by.name)
+def test_killed_at_twenty_moments_it_loses_and_doubles_nobody(lrea, items, tmp_path, by):
     lmdb_store = pytest.importorskip("recattn.serving.stores.lmdb").LMDBStore
     histories = draw_histories(2000)
     (tmp_path / "parquet").mkdir()
@@ -182,7 +184,7 @@ def test_killed_at_twenty_moments_it_loses_and_doubles_nobody(lrea, items, tmp_p
         for _ in range(20):
             with Writer(build, path, store, lrea, items) as writer:
                 writer.wait()  # it has begun
-                writer.kill_after(moments.uniform(0, 0.03))  # of its first batch
+                writer.kill_after(moments.uniform(0, 0.03), by)  # of its first batch
             acknowledged += writer.acknowledged[-1]
             found = store.get_many(users).found
             assert acknowledged <= int(found.sum()) < len(users)

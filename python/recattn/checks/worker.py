@@ -67,7 +67,10 @@ class Row:
 
 def work(connection: Connection, job: Job, output: str) -> None:
     """The main function of the process. What it prints goes to the file `output`."""
-    printed = os.open(output, os.O_WRONLY | os.O_APPEND)
+    try:
+        printed = os.open(output, os.O_WRONLY | os.O_APPEND)
+    except FileNotFoundError:  # the run was interrupted before this process began
+        return
     for stream in (1, 2):
         os.dup2(printed, stream)
     faulthandler.enable()
