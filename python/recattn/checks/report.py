@@ -81,7 +81,7 @@ def details(rows: Sequence[Row]) -> Iterator[str]:
 
 def summary(rows: Sequence[Row], seconds: float) -> str:
     counts = Counter(row.status for row in rows)
-    return ", ".join(f"{count} {status}" for status, count in counts.items()) + f"; {seconds:.0f} s"
+    return (", ".join(f"{count} {status}" for status, count in counts.items()) or "no rows") + f"; {seconds:.0f} s"
 
 
 def write_json(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
