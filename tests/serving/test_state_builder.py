@@ -1,4 +1,4 @@
-"""build_states: every user of a dataset once, whatever its files look like and whenever the build is killed or interrupted."""
+"""build_states: every user of a dataset once, whatever its files look like and whenever the build ends by a signal."""
 
 import random
 import signal
