@@ -163,6 +163,10 @@ struct Inputs {
         }
         segments.reserve(users * heads);
         for (const int64_t user : order) {
+            if (lengths[user] == 0) {  // nor do the others see a column
+                all_see_columns = false;
+                break;
+            }
             const int64_t count = offsets[user + 1] - offsets[user];
             for (int64_t head = 0; head < heads; ++head) {
                 add_segment({user, head, offsets[user], count, lengths[user]});
@@ -183,6 +187,14 @@ struct Inputs {
         return products * kBlockRows * rank * columns;
     }
 
+    // A result. Users without history have no segment: theirs are zeros, whatever their numbers are.
+    template <class T>
+    Tensor new_result(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
+        const Tensor result = new_empty(sizes, dtype);
+        if (!all_see_columns) std::fill_n(result.mutable_data_ptr<T>(), result.numel(), T(0));
+        return result;
+    }
+
     template <class T>
     RestoredAttention<T> operation(const PackedMatrix<T>& w, double negative_slope, std::optional<double> scale) const;
 
@@ -191,6 +203,7 @@ struct Inputs {
     std::vector<Segment> segments;
     std::vector<RowBlock> blocks;
     int64_t longest_seen = 0, seen = 0;  // columns of W that a row, and that all rows together, see
+    bool all_see_columns = true;
 
   private:
     void add_segment(const Segment& segment) {
@@ -289,16 +302,16 @@ std::tuple<Tensor, Tensor, Tensor> lrea_restored_fwd(const Tensor& targets, cons
                                                      const std::optional<Tensor>& seq_lens, double negative_slope,
                                                      std::optional<double> scale) {
     const Inputs inputs(targets, keys, values, w_decomp, target_offsets, seq_lens);
-    const Tensor out = new_empty({inputs.num_targets, inputs.heads, inputs.value_dim}, targets.scalar_type());
-    std::optional<Tensor> z, y;
+    std::optional<Tensor> out, z, y;
     dispatch_dtype<double, float, BFloat16, Half>("targets", targets, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;
-        z = new_empty({inputs.num_targets, inputs.heads, inputs.rank}, accumulate_dtype_v<A>);
-        y = new_empty(z->sizes(), accumulate_dtype_v<A>);
+        out = inputs.new_result<T>({inputs.num_targets, inputs.heads, inputs.value_dim}, targets.scalar_type());
+        z = inputs.new_result<A>({inputs.num_targets, inputs.heads, inputs.rank}, accumulate_dtype_v<A>);
+        y = inputs.new_result<A>(z->sizes(), accumulate_dtype_v<A>);
         const PackedMatrix<T> w(w_decomp, inputs.longest_seen);
         auto op = inputs.operation<T>(w, negative_slope, scale);
-        op.out = new_rows<T>(out);
+        op.out = new_rows<T>(*out);
         op.z = new_rows<A>(*z);
         op.y = new_rows<A>(*y);
         const auto kernel = RECATTN_PICK(restored_forward<T>);
@@ -306,7 +319,7 @@ std::tuple<Tensor, Tensor, Tensor> lrea_restored_fwd(const Tensor& targets, cons
         torch::stable::parallel_for(0, op.num_blocks, grain(inputs.block_cost(2)),
                                     [&](int64_t, int64_t) { kernel(op, next); });
     });
-    return {out, *z, *y};
+    return {*out, *z, *y};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lrea_restored_bwd(const Tensor& dout, const Tensor& targets,
@@ -320,10 +333,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrea_restored_bwd(const Tensor& dout,
     expect_shape("dout", dout, {{"T", inputs.num_targets}, {"H", heads}, {"dv", inputs.value_dim}});
     expect_dtype_of("targets", targets, "dout", dout);
     const Tensor dout_rows = with_contiguous_rows(dout);
-    const Tensor dtargets = new_empty(targets.sizes(), targets.scalar_type()),
-                 dkeys = new_empty(keys.sizes(), keys.scalar_type()),
-                 dvalues = new_empty(values.sizes(), values.scalar_type()),
-                 dw = new_empty(w_decomp.sizes(), w_decomp.scalar_type());
+    std::optional<Tensor> dtargets, dkeys, dvalues;
+    const Tensor dw = new_empty(w_decomp.sizes(), w_decomp.scalar_type());
     dispatch_dtype<double, float, BFloat16, Half>("targets", targets, [&](auto zero) {
         using T = decltype(zero);
         using A = accumulate_t<T>;
@@ -342,9 +353,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrea_restored_bwd(const Tensor& dout,
         op.z = {const_cast<A*>(z_rows.const_data_ptr<A>()), heads * rank, rank};
         op.y = {const_cast<A*>(y_rows.const_data_ptr<A>()), heads * rank, rank};
         op.dz = {dz.get(), heads * rank, rank};
-        op.dtargets = new_rows<T>(dtargets);
-        op.dkeys = new_matrices<T>(dkeys);
-        op.dvalues = new_matrices<T>(dvalues);
+        dtargets = inputs.new_result<T>(targets.sizes(), targets.scalar_type());
+        dkeys = inputs.new_result<T>(keys.sizes(), keys.scalar_type());
+        dvalues = inputs.new_result<T>(values.sizes(), values.scalar_type());
+        op.dtargets = new_rows<T>(*dtargets);
+        op.dkeys = new_matrices<T>(*dkeys);
+        op.dvalues = new_matrices<T>(*dvalues);
         const auto by_rows = RECATTN_PICK(restored_backward_rows<T>);
         const auto by_segment = RECATTN_PICK(restored_backward_segment<T>);
         std::atomic<int64_t> next = 0, next_segment = 0;
@@ -363,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrea_restored_bwd(const Tensor& dout,
                                         }
                                     });
     });
-    return {dtargets, dkeys, dvalues, dw};
+    return {*dtargets, *dkeys, *dvalues, dw};
 }
 
 #define RECATTN_ARGUMENTS \

@@ -288,6 +288,22 @@ def test_nan_of_a_weight_shows_in_all_gradients(as_on_a_gpu):
     assert torch.autograd.grad(out.sum(), v)[0].isnan().all()
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", ["targets", "keys", "values"])
+def test_of_a_user_without_history_count_for_nothing(name, impl):
+    seq_lens, target_offsets = torch.tensor([7, 0, 3]), torch.tensor([0, 2, 5, 6])
+    tensors = {"targets": torch.randn(6, 2, DIM), "keys": torch.randn(3, 2, RANK, DIM)}
+    tensors |= {"values": torch.randn(3, 2, RANK, DIM), "w_decomp": torch.randn(RANK, LENGTH)}
+    tensors[name][2 if name == "targets" else 1] = math.nan
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    out = recattn.lrea_attention(**tensors, target_offsets=target_offsets, seq_lens=seq_lens, impl=impl)
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert not out[2:5].any()
+    for of_user in (gradients[0][2:5], gradients[1][1], gradients[2][1]):
+        assert not of_user.any()
+    assert all(x.isfinite().all() for x in (out, *gradients))
+
+
 def test_infinite_scores_beside_one_of_nan():
     """PyTorch's CPU attention treats a few such scores as if there were no keys."""
     q, k, v = torch.randn(3, 1, 1, 5, DIM).bfloat16()

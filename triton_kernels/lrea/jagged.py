@@ -148,6 +148,7 @@ def locate_targets(jagged, positions, T, U, L, search_steps, SORTED: tl.constexp
     lengths = positions * 0 + L
     if jagged.seq_lens is not None:
         lengths = clamp(tl.load(jagged.seq_lens + user, mask=has_user, other=0), L)
+    has_user &= lengths > 0  # else zeros, though the user's keys or values may be NaN
     return TargetTile(lengths, tl.where(valid, targets, -1), tl.where(has_user, index, -1))
 
 
@@ -387,6 +388,8 @@ def lrea_user_gradients_kernel(
         first_target = tl.load(firsts + user + 1, mask=is_user, other=0)
         end = tl.load(firsts + user + 2, mask=is_user, other=0)
     count = tl.maximum(end - first_target, 0)
+    if jagged.seq_lens is not None:
+        count = tl.where(tl.load(jagged.seq_lens + user, mask=is_user, other=0) > 0, count, 0)
     split_size = tl.cdiv(tl.cdiv(count, BLOCK_T), tl.num_programs(1)) * BLOCK_T
     start = tl.program_id(1) * split_size
     stop = tl.minimum(start + split_size, count)
