@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -91,6 +92,45 @@ def speed_up_interpreter() -> None:
     # Without debug nobody reads whether an integer overflows.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    reuse_shapes()
+
+
+def reuse_shapes() -> None:
+    """Have Triton make the objects of a shape once, and compare and convert types only where they differ."""
+    from triton._utils import validate_block_shape
+    from triton.language import core, semantic
+
+    @functools.cache
+    def of_sizes(sizes: tuple[int, ...]) -> tuple:
+        shape = core.tuple(list(sizes))
+        of_constants = core.tuple([core.constexpr(size) for size in sizes])
+        return shape, validate_block_shape(sizes), str(shape), of_constants, core.constexpr(math.prod(sizes))
+
+    def init_block_type(self, element_ty, shape):
+        self.element_ty = element_ty
+        self.sizes = tuple([size.value if isinstance(size, core.constexpr) else size for size in shape])
+        if not self.sizes:
+            raise TypeError("0d block_type is forbidden")
+        self.shape, self.numel, name, *_ = of_sizes(self.sizes)
+        self.name = f"<{name}, {element_ty}>"
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        *_, self.shape, self.numel = of_sizes(type.sizes if type.is_block() else ())
+
+    core.block_type.__init__, core.tensor.__init__ = init_block_type, init_tensor
+    of_semantic, equal = semantic.TritonSemantic, core.dtype.__eq__
+    cast, broadcast = of_semantic.cast, of_semantic.broadcast_impl_value
+
+    def cast_if_needed(self, x, dtype, *rounding, **options):
+        return x if x.dtype is dtype else cast(self, x, dtype, *rounding, **options)
+
+    def broadcast_if_needed(self, a, b):
+        sizes_of_a, sizes_of_b = (x.type.sizes if x.type.is_block() else () for x in (a, b))
+        return (a, b) if sizes_of_a == sizes_of_b else broadcast(self, a, b)
+
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    of_semantic.cast, of_semantic.broadcast_impl_value = cast_if_needed, broadcast_if_needed
 
 
 def sum_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
