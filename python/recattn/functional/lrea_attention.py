@@ -60,8 +60,8 @@ def lrea_attention(
         values: [U, H, r, dv], targets' dtype.
         w_decomp: [r, Lmax], targets' dtype.
         target_offsets: [U + 1] integer, ascending from 0 to T.
-        seq_lens: [U] integer, the length of each user's history, Lmax by default. A user of length 0 gets zeros and gives
-            no gradient, whatever its keys and values are.
+        seq_lens: [U] integer, the length of each user's history, Lmax by default. A user of length 0 gets zeros and
+            gives no gradient, whatever its keys and values are.
         negative_slope: of φ.
         scale: of the scores, 1/√d by default.
         impl: None chooses; "cpu", "triton" or "reference" selects.
