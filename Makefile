@@ -50,7 +50,7 @@ fuzz: $(INSTALLED)
 
 # What is too slow for every change: C++ and the emulated CUDA kernels under sanitizers, and mistakes that must be seen
 sanitize: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup tests/cuda/sanitize.py tests/cpu/sanitize.py tests/serving/sanitize.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/cuda/sanitize.py tests/cpu/sanitize.py tests/serving/sanitize.py
 
 # The package under each Python, torch, Triton, numpy and transformers that it is tried with, to
 # tests/packaging/versions.md: [EVERY=8] [ONLY=2.11.0]

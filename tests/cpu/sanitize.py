@@ -4,7 +4,7 @@ under ThreadSanitizer. Planted mistakes are to be found.
 
 import pytest
 
-from tests.helpers.sanitized_package import compile_package
+from tests.helpers.sanitized_package import compiled_once
 
 ODD_CALLS, REPLAYS, RACES = "helpers/odd_calls.py", "triton/replays.py", "helpers/racing_indices.py"
 # What runs, the source, what it says, the mistake in its place, and what is seen.
@@ -37,18 +37,16 @@ RACES_OF_THREADS = {
         *("    Signature signature;\n", f"    Signature signature;\n    {WITHOUT_GIL}\n", "data race"),
     ),
 }
-# A process of `make sanitize` compiles one of the packages, and runs its tests.
-ADDRESS, THREAD = pytest.mark.xdist_group("address"), pytest.mark.xdist_group("thread")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    return compile_package("address", tmp_path_factory.mktemp("address"))
+    return compiled_once("address", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def thread(tmp_path_factory):
-    return compile_package("thread", tmp_path_factory.mktemp("thread"))
+    return compiled_once("thread", tmp_path_factory)
 
 
 def assert_clean(package, script, *arguments):
@@ -62,35 +60,29 @@ def assert_seen(package, mistake, folder):
     assert code != 0 and seen in said, said
 
 
-@ADDRESS
 @pytest.mark.parametrize("script", [ODD_CALLS, REPLAYS])
 def test_nothing_outside_is_touched_and_nothing_is_undefined(address, script):
     assert_clean(address, script)
 
 
-@ADDRESS
 def test_indices_that_another_thread_writes_lead_nowhere(address):
     assert_clean(address, RACES, "0.1")
     assert_clean(address, RACES, "0.5", str(address.operators))  # past the public checks
 
 
-@ADDRESS
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_seen(address, name, tmp_path):
     assert_seen(address, MISTAKES[name], tmp_path)
 
 
-@THREAD
 def test_no_two_threads_of_an_operator_race(thread):
     assert_clean(thread, ODD_CALLS)
 
 
-@THREAD
 def test_no_two_threads_that_record_and_replay_race(thread):
     assert_clean(thread, REPLAYS, "threads")
 
 
-@THREAD
 @pytest.mark.parametrize("name", RACES_OF_THREADS)
 def test_a_race_is_seen(thread, name, tmp_path):
     assert_seen(thread, RACES_OF_THREADS[name], tmp_path)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import os
+import pickle
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+from filelock import FileLock  # a dependency of torch
 from torch.utils import cpp_extension
 
 from tests.helpers.sanitizers import ROOT, compile_command, preloaded, run_script
@@ -63,6 +66,18 @@ class SanitizedPackage:
         package = dataclasses.replace(self, folder=folder / "package", objects=objects)
         package.link()
         return package
+
+
+def compiled_once(sanitizer: str, tmp_path_factory: pytest.TempPathFactory) -> SanitizedPackage:
+    """compile_package for all processes of a pytest run."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / sanitizer
+    folder.mkdir(exist_ok=True)
+    kept = folder / "package.pickle"
+    with FileLock(folder / "lock"):
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(compile_package(sanitizer, folder)))
+        return pickle.loads(kept.read_bytes())
 
 
 def compile_package(sanitizer: str, folder: Path) -> SanitizedPackage:
