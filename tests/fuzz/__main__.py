@@ -6,7 +6,6 @@ process, one after another.
 """
 
 import argparse
-import base64
 import json
 import os
 import random
@@ -86,7 +85,7 @@ def holds(one, tried) -> bool:
     """Whether a property holds of some new inputs."""
     from hypothesis import Phase, seed, settings
 
-    from tests.fuzz.properties import INTERPRETED, QUIET
+    from tests.fuzz.properties import INTERPRETED, PROPERTIES, QUIET
 
     # Without shrinking, which may take longer than all that is asked for.
     options = settings(
@@ -97,7 +96,8 @@ def holds(one, tried) -> bool:
     except Exception as error:
         traceback.print_exc()
         print(*getattr(error, "__notes__", []), sep="\n")
-        print(f"Again: python -m tests.fuzz --again {one.id} BLOB, of @reproduce_failure above", flush=True)
+        if one.id in PROPERTIES:
+            print(f"Again: python -m tests.fuzz --again {one.id} BLOB, of @reproduce_failure above", flush=True)
         return False
     return True
 
@@ -109,7 +109,7 @@ def again(name: str, blob: str) -> int:
 
     from tests.fuzz.properties import PROPERTIES, QUIET
 
-    reproduce = hypothesis.reproduce_failure(hypothesis.__version__, base64.b64encode(base64.b64decode(blob)))
+    reproduce = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())
     reproduce(PROPERTIES[name].test(hypothesis.settings(QUIET)))()
     return 0
 
