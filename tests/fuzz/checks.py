@@ -18,8 +18,8 @@ from tests.helpers.strategies import seeds
 # A value may be over its bound by the luck of one entry, for that of the reference is a part of the bound. So a call
 # counts as wrong if it is so for each of these other draws of its numbers, or by this factor for one.
 REDRAWS, FAR = 6, 50.0
-# Where all keys are equal, dq is a sum that cancels, and the reference's error is zero by luck: a bound of less than this
-# share of the call's largest says nothing.
+# Where all keys are equal, dq is a sum that cancels, and the reference may err by nothing: a bound below this share
+# of the call's largest says nothing.
 CANCELS = 1e-6
 BAD = (math.nan, math.inf, -math.inf)
 # Errors of products that underflow on the way, which depend on the order of the factors.
