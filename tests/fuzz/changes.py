@@ -155,6 +155,7 @@ def plain(call: Call) -> Call:
 
 def close(call: Call, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, x in expected.items():
+        assume(call.dtype != torch.float16 or x.isfinite().all())  # float16 overflows
         largest = x.double().nan_to_num(0).abs().max().item() if x.numel() else 0.0
         off = far(actual[name], x) if x.numel() else 0.0
         assert off <= TOLERANCES[call.dtype] * max(largest, 1e-3), f"{name} differs by {off} of {largest}"
