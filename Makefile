@@ -9,7 +9,7 @@ DOCS := .venv/.docs
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*/*.* csrc/*/*/*.*)
 CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp benchmarks/*/*.cpp tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/* tests/cpu/one_isa/*/*/*)
 
-.PHONY: bench plots examples clients docs docs-serve fuzz gpu gpu-bench test test-isa sanitize versions wheel wheel-test lint types format clean
+.PHONY: bench plots examples clients docs docs-serve fuzz gpu gpu-bench test test-isa test-ray sanitize versions wheel wheel-test lint types format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -37,7 +37,11 @@ gpu-bench:
 
 # All tests, or with OP=sink_attention those of one operator: tests/README.md
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(if $(OP),-k $(OP))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if $(OP),-k $(OP))
+
+# A build of states by Ray, whose processes take a minute to start
+test-ray: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving/by_ray.py
 
 # The operators' CPU tests again, at each instruction set below the processor's best
 test-isa: $(INSTALLED)

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BENCHMARK = ["benchmarks.run", "--quick", "--offline", "--seconds", "0.02", "--op", "inter_sink_bias", "lrea_compress"]
-CHECK = ["recattn", "check", "--device", "cpu", "--quick", "--op", "inter_sink_bias", "lrea_compress"]
+# Of all operators, so that much is left to do after the first rows.
+BENCHMARK = ["benchmarks.run", "--quick", "--offline", "--seconds", "0.02"]
+CHECK = ["recattn", "check", "--device", "cpu", "--quick"]
 
 
 def interrupt(command: list[str], has_rows) -> int:
@@ -35,7 +36,7 @@ def test_a_benchmark_leaves_whole_rows(tmp_path):
         return [line for path in tmp_path.iterdir() for line in path.read_text().splitlines()]
 
     assert interrupt([*BENCHMARK, "--results", str(tmp_path)], rows) == -signal.SIGINT
-    assert {json.loads(row)["op"] for row in rows()} == {"inter_sink_bias"}
+    assert len({json.loads(row)["op"] for row in rows()}) == 1
 
 
 def test_a_check_leaves_the_rows_so_far(tmp_path):

@@ -302,9 +302,8 @@ def of_layout(layout, inputs):
     return [*packed(inputs, [9, 0, 4]).values(), None, None, offsets_of([9, 0, 4], DEVICE)]
 
 
-@pytest.mark.parametrize("layout", ["windows", "packed"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype, layout):
+@pytest.mark.parametrize("layout, dtype", [("windows", torch.float32), ("packed", torch.float16)])
+def test_opcheck(layout, dtype):
     options = ("logits", True, None, 0.1, 9 if layout == "packed" else None, "triton", False)
     tokens = of_layout(layout, draw_here(b=3, n=9, d=3, dv=4, dtype=dtype))
     arguments = (*tokens, torch.tensor([5], device=DEVICE), *options)
