@@ -25,7 +25,11 @@ def assert_same_bits(call: Call, actual: Tensor, expected: Tensor, name: str) ->
 
 
 def rounds_by_sizes(call: Call) -> bool:
-    """Whether its products are PyTorch's, or have rows of many users and are NumPy's, as the interpreter's are."""
+    """Whether its products are PyTorch's, or have rows of many users and are NumPy's, as the interpreter's are, or its
+    sums are of blocks of sequences, as large as the batch allows.
+    """
+    if call.operator == "sink_attention":
+        return call.impl == "cpu" and call.sequences.n > 128
     if call.operator != "refined_attention":
         return call.operator == "lrea_absorb" or (call.operator, call.impl) == ("lrea_attention", "triton")
     chunked = call.sequences.n > 256 and call.options["mechanism"] != "stochastic"
