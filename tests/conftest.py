@@ -94,15 +94,7 @@ def suite_settings(histories):
 
 
 @pytest.fixture
-def frozen_garbage():
-    """The suite collects garbage before it times, which takes a second in a process that has loaded much."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def product(frozen_garbage):
+def product():
     """An operator, x @ w, with an eager implementation."""
     from benchmarks.harness.goals import TimeGoal
     from benchmarks.harness.registry import FORWARD, TRAINING, Cost, Operator
@@ -138,6 +130,12 @@ def only_product(product, monkeypatch, histories):
     monkeypatch.setattr(run, "load_operators", lambda: {"product": product})
     monkeypatch.setattr(movielens, "load", lambda offline: histories)
     return product
+
+
+def pytest_collection_finish():
+    """What the imports made stays: collecting garbage need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

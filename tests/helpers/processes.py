@@ -88,5 +88,6 @@ class Writer:
 
 
 def _work(sender, work, arguments):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     torch.set_num_threads(1)
     work(sender.send, *arguments)

@@ -17,6 +17,7 @@ CHECK = ["recattn", "check", "--device", "cpu", "--quick"]
 
 def interrupt(command: list[str], has_rows) -> int:
     """Its exit status, interrupted when it has written rows. Fails if it or a process that it started goes on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     command, pipe = [sys.executable, "-m", *command], subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=pipe, stderr=subprocess.STDOUT) as process:
         try:
