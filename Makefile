@@ -7,7 +7,7 @@ WITH_PATH = PATH="$(CURDIR)/$(BIN):$$PATH"
 INSTALLED := .venv/.installed
 DOCS := .venv/.docs
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*/*.* csrc/*/*/*.*)
-CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp benchmarks/*/*.cpp tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/* tests/cpu/one_isa/*/*/*)
+CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp benchmarks/*/*.cpp benchmarks/*/*.h tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/* tests/cpu/one_isa/*/*/*)
 
 .PHONY: bench plots examples clients docs docs-serve fuzz gpu gpu-bench test test-isa test-ray sanitize versions wheel wheel-test lint types format clean
 

@@ -21,7 +21,7 @@ from benchmarks.serving.servers import SLOTS, RedisCluster, RedisServer
 from benchmarks.serving.threads import USERS, Traffic
 from benchmarks.serving.traffic import SCHEMA, Truth
 from recattn.serving import LMDBStore, RedisStore, StateCache, StateStore, StoreError
-from recattn.serving.stores.records import HEADER
+from recattn.serving.stores.records import HEADER, Kind
 
 UNAVAILABLE, FULL, REFUSED = "StoreUnavailableError", "StoreFullError", "StateRefusedError"
 MAX_AGE = 0.1  # so that the caches ask the store all the time
@@ -321,8 +321,8 @@ def corrupt_record(name: str, setting: str, folder: Path, users: int) -> Fault:
 
 
 def _flip_in_lmdb(store: LMDBStore, user: int) -> None:
-    environment, key = store._env, user.to_bytes(8, "big")
-    with environment.begin(environment.open_db(b"states"), write=True) as txn:
+    key = user.to_bytes(8, "big")
+    with store._env.begin(store._databases[Kind.STATE], write=True) as txn:
         record = bytearray(txn.get(key))
         record[HEADER.itemsize + 5] ^= 16
         txn.put(key, bytes(record))

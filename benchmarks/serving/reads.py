@@ -10,6 +10,7 @@ import redis
 import torch
 
 from recattn.serving import StateStore
+from recattn.serving.stores.records import Kind
 
 Prepare = Callable[[np.ndarray], Callable[[], object]]  # of user ids: a read of them
 
@@ -34,10 +35,9 @@ def _get_many(store: StateStore) -> Prepare:
 def floor(name: str, address: str, store: StateStore) -> Iterator[Prepare]:
     """The least that the engine takes for some users: their keys are ready, and values are joined unseen."""
     if name == "lmdb":
-        environment = store._env  # a process may open a folder only once
-        yield _floor(
-            partial(_lmdb_get, environment, environment.open_db(b"states")), lambda user: user.to_bytes(8, "big")
-        )
+        # A process may open a folder only once.
+        read = partial(_lmdb_get, store._env, store._databases[Kind.STATE])
+        yield _floor(read, lambda user: user.to_bytes(8, "big"))
         return
     connect = redis.RedisCluster if name == "cluster" else redis.Redis
     with connect.from_url(address, socket_timeout=5.0) as engine:

@@ -1,7 +1,7 @@
 """`python -m benchmarks.serving.scorer`: requests of 256 users from LMDB, scored by scorer.cpp and by Python.
 
-It takes a C++20 compiler and the headers of LMDB and xxHash: on Debian, liblmdb-dev and libxxhash-dev. With `--build
-PROGRAM` it only compiles scorer.cpp against this environment's PyTorch.
+It takes a C++20 compiler and the headers of LMDB, hiredis and xxHash: on Debian, liblmdb-dev, libhiredis-dev and
+libxxhash-dev. With `--build PROGRAM` it only compiles scorer.cpp against this environment's PyTorch.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def build_command(program: Path) -> list[str]:
     libraries = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     # The package needs libtorch, which is looked for where the program has it.
-    linked = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-llmdb", "-ldl"]
+    linked = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-llmdb", "-lhiredis", "-ldl"]
     options = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", abi]
     return [os.environ.get("CXX", "g++"), *options, *includes, str(SOURCE), "-o", str(program), *libraries, *linked]
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,12 @@ pytest.importorskip("xxhash")
 if "cpu" in MISSING:
     pytest.skip(MISSING["cpu"], allow_module_level=True)
 
+from xxhash import xxh3_64_digest
+
 from benchmarks.serving.scorer import build_command
-from recattn.serving import LMDBStore, export_scorer
+from recattn.serving import StateStore, export_scorer
+from recattn.serving.stores.records import CHECKSUM, EXPIRES
+from tests.helpers.stores import Engine
 
 EMBED_DIM, ITEMS = 16, 50
 ABSENT, EXPIRED, OTHER_SCHEMA, OTHER_USER, DAMAGED, CUT, LONGER = range(90, 97)
@@ -57,10 +60,11 @@ def build(tmp_path_factory):
     command = build_command(tmp_path_factory.mktemp("program") / "scorer")
     if shutil.which(command[0]) is None:
         pytest.skip(f"no C++ compiler: {command[0]} is not on the PATH")
-    headers = "".join(f"#include <{name}>\n" for name in ("lmdb.h", "xxhash.h"))
+    headers = "".join(f"#include <{name}>\n" for name in ("lmdb.h", "hiredis/hiredis.h", "xxhash.h"))
     found = subprocess.run([command[0], "-E", "-xc", "-"], input=headers, capture_output=True, text=True)
     if found.returncode:
-        pytest.skip(f"no headers of LMDB and xxHash (liblmdb-dev, libxxhash-dev): {found.stderr.splitlines()[0]}")
+        packages = "liblmdb-dev, libhiredis-dev, libxxhash-dev"
+        pytest.skip(f"no headers of LMDB, hiredis and xxHash ({packages}): {found.stderr.splitlines()[0]}")
     compiler = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def program() -> str:
@@ -73,36 +77,31 @@ def build(tmp_path_factory):
     compiler.wait()
 
 
-def fill(path: Path, schema: StateSchema, lrea: LREA, monkeypatch: pytest.MonkeyPatch) -> None:
+def fill(engine: Engine, schema: StateSchema, lrea: LREA) -> None:
     """States of users 0 to 5, and every way not to have one."""
-    import lmdb
 
-    def state_of(*users: int) -> tuple[torch.Tensor, tuple]:
-        return torch.tensor(users), lrea.export_state(torch.randn(len(users), lrea.max_len, EMBED_DIM))
+    def put(schema: StateSchema, *users: int) -> None:
+        state = lrea.export_state(torch.randn(len(users), lrea.max_len, EMBED_DIM))
+        engine.open(schema).put_many(torch.tensor(users), state)
 
-    with LMDBStore(path, schema) as store, monkeypatch.context() as patch:
-        store.put_many(*state_of(*range(6), OTHER_USER, DAMAGED, CUT, LONGER))
-        now = time.time()
-        patch.setattr(time, "time", lambda: now - 100)
-        store.put_many(*state_of(EXPIRED), ttl=99)
-    with LMDBStore(path, dataclasses.replace(schema, model="another")) as store:
-        store.put_many(*state_of(OTHER_SCHEMA))
-    with lmdb.open(str(path), max_dbs=3) as env, env.begin(write=True, db=env.open_db(b"states")) as txn:
-        first, other_user, damaged, cut, longer = (
-            user.to_bytes(8, "big") for user in (0, OTHER_USER, DAMAGED, CUT, LONGER)
-        )
-        txn.put(other_user, txn.get(first))
-        txn.put(cut, txn.get(cut)[:50])  # less than a header
-        txn.put(longer, txn.get(longer) + bytes(64))
-        record = txn.get(damaged)
-        txn.put(damaged, record[:-1] + bytes([record[-1] ^ 1]))
+    put(dataclasses.replace(schema, model="another"), OTHER_SCHEMA)
+    put(schema, *range(6), EXPIRED, OTHER_USER, DAMAGED, CUT, LONGER)
+    engine.write_record(OTHER_USER, engine.record(0))
+    engine.write_record(CUT, engine.record(CUT)[:50])  # less than a header
+    engine.write_record(LONGER, engine.record(LONGER) + bytes(64))
+    record = engine.record(DAMAGED)
+    engine.write_record(DAMAGED, record[:-1] + bytes([record[-1] ^ 1]))
+    expired = bytearray(engine.record(EXPIRED))
+    expired[EXPIRES] = (1).to_bytes(4, "little")  # a second after 1970 began
+    expired[CHECKSUM] = xxh3_64_digest(expired[CHECKSUM.stop :])[::-1]
+    engine.write_record(EXPIRED, bytes(expired))
 
 
-def run(program: str, folder: Path, store: Path, **environment: str) -> list[list[tuple[int, str, torch.Tensor]]]:
+def run(program: str, folder: Path, store: str, **environment: str) -> list[list[tuple[int, str, torch.Tensor]]]:
     """User, status and scores of each line that the program answers, batch by batch."""
     lines = [[f"{user} {' '.join(map(str, ids))}\n" for user, ids in batch.items()] for batch in BATCHES]
     requests = "".join("".join(batch) + "\n" for batch in lines)
-    command, env = [program, str(folder), str(store)], {**os.environ, **environment}
+    command, env = [program, str(folder), store], {**os.environ, **environment}
     ran = subprocess.run(command, input=requests, env=env, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     words = [line.split() for line in ran.stdout.splitlines()]
@@ -110,7 +109,7 @@ def run(program: str, folder: Path, store: Path, **environment: str) -> list[lis
     return [[answers.pop(0) for _ in batch] for batch in BATCHES]
 
 
-def expected(store: LMDBStore, lrea: LREA, items: torch.Tensor, score) -> list[list[tuple[int, str, torch.Tensor]]]:
+def expected(store: StateStore, lrea: LREA, items: torch.Tensor, score) -> list[list[tuple[int, str, torch.Tensor]]]:
     """The same in Python, over `get_many`."""
     answers = []
     for batch in BATCHES:
@@ -126,7 +125,7 @@ def expected(store: LMDBStore, lrea: LREA, items: torch.Tensor, score) -> list[l
     return answers
 
 
-def test_cpp_scores_are_pythons_bit_for_bit(build, tmp_path, monkeypatch):
+def test_cpp_scores_are_pythons_bit_for_bit(build, tmp_path, redis_server):
     cases = (
         (torch.int8, torch.float32, {"orientation": "weights", "num_heads": 2}, TwoScores()),
         (torch.bfloat16, torch.bfloat16, {"negative_slope": 0.2, "num_heads": 2}, None),
@@ -135,22 +134,26 @@ def test_cpp_scores_are_pythons_bit_for_bit(build, tmp_path, monkeypatch):
         lrea = LREA(EMBED_DIM, 20, 8, **options)
         items = torch.randn(ITEMS, EMBED_DIM).to(item_dtype)
         schema = StateSchema.of(lrea, dtype, items=items)
-        path, slope = tmp_path / f"states {dtype}", lrea.absorbed_negative_slope
-        fill(path, schema, lrea, monkeypatch)
+        slope = lrea.absorbed_negative_slope
         folder = export_scorer(tmp_path / f"scorer_{dtype}", schema, items, negative_slope=slope, score=score)
         environment = {}
         if score is None:  # a server that loads no libraries has them preloaded
             libraries = shutil.move(folder / "ops", tmp_path / "preloaded")
             (folder / "ops").mkdir()
             environment["LD_PRELOAD"] = str(Path(libraries) / "_C.abi3.so")
-        got = run(build(), folder, path, **environment)
-        with LMDBStore(path, schema, readonly=True) as store:
-            right = expected(store, lrea, items, score or dot)
-        for answered, computed in zip(got, right, strict=True):
-            for (user, status, scores), (its_user, its_status, its_scores) in zip(answered, computed, strict=True):
-                assert (user, status) == (its_user, its_status)
-                assert torch.equal(scores, its_scores), (dtype, user)
-        assert len(set(got[0][0][2].tolist())) > 3
+        for engine in (Engine("lmdb", tmp_path / f"states {dtype}"), Engine("redis", redis_server.url)):
+            fill(engine, schema, lrea)
+            address = str(engine.place)
+            if engine.name == "redis":
+                address = f"redis:127.0.0.1:{redis_server.port}:{engine.namespace}"
+            got = run(build(), folder, address, **environment)
+            right = expected(engine.store, lrea, items, score or dot)
+            engine.close()
+            for answered, computed in zip(got, right, strict=True):
+                for (user, status, scores), (its_user, its_status, its_scores) in zip(answered, computed, strict=True):
+                    assert (user, status) == (its_user, its_status)
+                    assert torch.equal(scores, its_scores), (dtype, engine.name, user)
+            assert len(set(got[0][0][2].tolist())) > 3
     # What a server reads: the size of a record, and scores per candidate.
     config = (tmp_path / "scorer_torch.int8" / "config.pbtxt").read_text()
     nbytes = (tmp_path / "scorer_torch.int8" / "1" / "empty_record.bin").stat().st_size

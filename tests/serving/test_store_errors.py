@@ -2,13 +2,14 @@
 
 import shutil
 import subprocess
+import threading
 import time
 
 import pytest
 import torch
 
 from recattn.serving import StateCache, StoreError, StoreFullError, StoreUnavailableError
-from tests.helpers.processes import call
+from tests.helpers.processes import Writer, call
 from tests.helpers.state_tables import ids
 from tests.helpers.stores import E, make_schema, random_state, stamped_state, stamps_of
 
@@ -237,6 +238,25 @@ def test_a_store_that_reached_max_bytes_still_reads_and_deletes(lmdb_store, tmp_
         assert store.put_many(torch.arange(10), random_state(10, schema)).all()
     with lmdb_store(tmp_path, schema, max_bytes=1 << 22) as store:
         assert store.put_many(torch.arange(100), random_state(100, schema)).all()
+
+
+def hold_the_write_lock(acknowledge, store):
+    with store._env.begin(write=True):
+        acknowledge(0)
+        time.sleep(5)
+
+
+def test_threads_run_while_a_store_waits_to_be_opened_for_another_process_that_writes(lmdb_store, tmp_path):
+    with lmdb_store(tmp_path, SCHEMA) as store, Writer(hold_the_write_lock, store) as writer:
+        writer.wait()
+        store.close()
+        opening = threading.Thread(target=lambda: lmdb_store(tmp_path, SCHEMA).close())
+        began = time.monotonic()
+        opening.start()
+        opening.join(0.1)
+        assert opening.is_alive() and time.monotonic() - began < 4
+    opening.join(20)
+    assert not opening.is_alive()
 
 
 def test_a_readonly_store_reads_and_refuses_writes(lmdb_store, tmp_path):

@@ -60,8 +60,11 @@ class LMDBStore(RecordStore):
             )
             self._env.reader_check()  # what readers that were killed left behind keeps pages from being reused
             names = {Kind.STATE: b"states", Kind.HISTORY: b"histories"}
-            self._databases = {kind: self._env.open_db(name, create=not readonly) for kind, name in names.items()}
-            self._expiries = self._env.open_db(b"expiries", create=not readonly)
+            # open_db's own would wait for a writer with Python's lock held. One that only reads does not wait.
+            with contextlib.nullcontext() if readonly else self._env.begin(write=True) as txn:
+                options = {"txn": txn, "create": not readonly}
+                self._databases = {kind: self._env.open_db(name, **options) for kind, name in names.items()}
+                self._expiries = self._env.open_db(b"expiries", **options)
 
     def delete_expired(self) -> int:
         deleted = 0
