@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing import forkserver
 
 import torch
 
@@ -18,14 +19,24 @@ IMPORTED = (
     "recattn.serving.stores.redis",
     "pyarrow.dataset",
 )
-FORKED.set_forkserver_preload([__name__, *IMPORTED])  # one that is missing is passed over
+_server = None  # process id of the one that has imported it
+
+
+def _start(process):
+    """Start it from our server. In the same process recattn.checks starts one that imports other things."""
+    global _server
+    if _server is None or _server != forkserver._forkserver._forkserver_pid:
+        forkserver._forkserver._stop()
+        FORKED.set_forkserver_preload([__name__, *IMPORTED])  # one that is missing is passed over
+    process.start()
+    _server = forkserver._forkserver._forkserver_pid
 
 
 def call(function, *arguments):
     """function(*arguments) in another process. It and its arguments are pickled; what it raises fails the call."""
     receiver, sender = FORKED.Pipe(duplex=False)
     process = FORKED.Process(target=_call, args=(sender, function, arguments))
-    process.start()
+    _start(process)
     sender.close()
     with receiver:
         result = receiver.recv()
@@ -49,7 +60,7 @@ class Writer:
     def __init__(self, work, *arguments):
         self._receiver, sender = FORKED.Pipe(duplex=False)
         self._process = FORKED.Process(target=_work, args=(sender, work, arguments))
-        self._process.start()
+        _start(self._process)
         sender.close()
         self.acknowledged = []
 
