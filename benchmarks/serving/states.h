@@ -7,6 +7,9 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <ctime>
 #include <functional>
 #include <memory>
@@ -97,8 +100,8 @@ struct States {
 
 inline States read(const Store& store, const Users& users, const std::string& empty) {
     States states{at::empty({int64_t(users.size()), int64_t(empty.size())}, at::kByte), {}};
+    if (users.empty()) return states;  // MGET of nothing is an error
     auto* rows = static_cast<char*>(states.records.mutable_data_ptr());
-    if (users.empty()) return states;
     store(users, [&](size_t u, std::string_view record) {
         states.status.push_back(status_of(record, empty, users[u]));
         std::memcpy(rows + u * empty.size(), states.status[u] == "ok" ? record.data() : empty.data(), empty.size());

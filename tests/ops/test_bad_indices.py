@@ -21,7 +21,6 @@ from tests.helpers.operator_cases import CASES, INDICES
 
 
 @functools.cache
-@functools.lru_cache(maxsize=1)
 def compiled(name: str) -> Callable:
     torch._dynamo.reset()
     return torch.compile(CASES[name].function, backend="aot_eager")
