@@ -137,7 +137,9 @@ def inter_sink_bias_fwd_kernel(
         acc += p
         q_head += q_s.stride_h
         k_head += k_s.stride_h
-    store_rows(out + batch * M * M, factor * acc, rows, rows < M, M, 1, M, BLOCK_N)
+    # A factor that is not finite keeps to the visible entries.
+    bias = tl.where(visible, factor * acc, 0.0)
+    store_rows(out + batch * M * M, bias, rows, rows < M, M, 1, M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["stride_mb", "stride_mm", "num_heads", "M", "causal", "dropout_threshold"])
@@ -218,11 +220,13 @@ def inter_sink_bias_bwd_kernel(
             q_block = load_rows(q_base, rows, row_valid, q.row_stride, q.column_stride, width, BLOCK_D)
             k_block = load_rows(k_base, keys, key_valid, k.row_stride, k.column_stride, width, BLOCK_D)
             dq_block = gradient_scale * tl.dot(ds, k_block, input_precision="ieee")  # [BM, BD]
+            dq_block = tl.where(row_valid[:, None], dq_block, 0.0)
             store_rows(dq_base, dq_block, rows, rows < M, dq.row_stride, dq.column_stride, width, BLOCK_D)
             dk_block = gradient_scale * tl.dot(tl.trans(ds), q_block, input_precision="ieee")  # [BN, BD]
             if BLOCK_M < BLOCK_N:
                 dk_valid = (keys < M) & (first_row > 0)
                 dk_block += load_rows(dk_base, keys, dk_valid, dk.row_stride, dk.column_stride, width, BLOCK_D)
+            dk_block = tl.where(key_valid[:, None], dk_block, 0.0)
             store_rows(dk_base, dk_block, keys, keys < M, dk.row_stride, dk.column_stride, width, BLOCK_D)
         if BLOCK_M < BLOCK_N:  # in the next iteration other threads read dK than have written it
             tl.debug_barrier()

@@ -200,6 +200,18 @@ def test_masked_sinks_may_hold_anything(impl, causal):
 
 
 @pytest.mark.parametrize("impl", [*KERNELS, "reference"])
+@pytest.mark.parametrize("bias_scale", [math.nan, math.inf])
+@pytest.mark.parametrize("sinks", [15, 70])  # of one iteration of the backward, and of several
+def test_a_bias_scale_that_is_not_finite_changes_no_masked_sink(sinks, bias_scale, impl):
+    inputs = draw(sinks=sinks) | {"bias_scale": torch.tensor(bias_scale, device=DEVICE)}
+    bias, *gradients = with_gradients(functools.partial(recattn.inter_sink_bias, impl=impl), inputs)
+    ignored = ~inputs["sink_mask"]
+    assert not bias.masked_select((ignored[:, :, None] | ignored[:, None, :])[:, None]).any()
+    assert not any(x.masked_select(ignored[:, None, :, None]).any() for x in gradients[:2])
+    assert not bias[0].isfinite().any()
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 def test_gradients_that_come_in_at_masked_sinks_go_nowhere(impl):
     inputs = {**draw(batch=4, sinks=20), "causal": True, "impl": impl}
     leaves = {name: inputs[name].requires_grad_() for name in GRADS}
