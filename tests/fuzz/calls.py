@@ -54,7 +54,7 @@ class Call:
 
     def inputs(self, seed: int) -> dict[str, Tensor]:
         """The floating tensors."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         tensors = {name: how.make() for name, how in self.recipes.items()}
         self.finish(tensors)
         return tensors
