@@ -86,8 +86,20 @@ def speed_up_interpreter() -> None:
     def numpy_dtype(dtype):
         return of_type(dtype) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)  # pointers have no hash
 
+    checked = tl.core.builtin(lambda: None).__code__
+
+    def patch_attribute(obj, name, member, builder, scope):
+        # What checks that it is called from a kernel need not.
+        function = member.__wrapped__ if getattr(member, "__code__", None) is checked else member
+
+        def call(*args, **options):
+            options["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **options)
+
+        scope.set_attr(obj, name, call)
+
     # In each launch only, not again in each function that a kernel calls.
-    interpreter._patch_lang = patch_if_needed
+    interpreter._patch_lang, interpreter._patch_attr = patch_if_needed, patch_attribute
     interpreter._get_np_dtype = numpy_dtype
     # Without debug nobody reads whether an integer overflows.
     builder = interpreter.interpreter_builder
@@ -111,16 +123,28 @@ def reuse_shapes() -> None:
         self.sizes = tuple([size.value if isinstance(size, core.constexpr) else size for size in shape])
         if not self.sizes:
             raise TypeError("0d block_type is forbidden")
-        self.shape, self.numel, name, *_ = of_sizes(self.sizes)
-        self.name = f"<{name}, {element_ty}>"
+        self.shape, self.numel, *_ = of_sizes(self.sizes)
+
+    def name_block_type(self):
+        return f"<{of_sizes(self.sizes)[2]}, {self.element_ty}>"
 
     def init_tensor(self, handle, type):
         self.handle, self.type, self.dtype = handle, type, type.scalar
         *_, self.shape, self.numel = of_sizes(type.sizes if type.is_block() else ())
 
     core.block_type.__init__, core.tensor.__init__ = init_block_type, init_tensor
+    core.block_type.name = property(name_block_type)
     of_semantic, equal = semantic.TritonSemantic, core.dtype.__eq__
     cast, broadcast = of_semantic.cast, of_semantic.broadcast_impl_value
+    promote = of_semantic.binary_op_type_checking_impl
+
+    def promote_if_needed(
+        self, a, b, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False
+    ):
+        alike = isinstance(a, core.tensor) and isinstance(b, core.tensor) and a.dtype is b.dtype
+        if alike and not div_or_mod and not a.dtype.is_ptr():
+            return self.broadcast_impl_value(a, b)
+        return promote(self, a, b, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     def cast_if_needed(self, x, dtype, *rounding, **options):
         return x if x.dtype is dtype else cast(self, x, dtype, *rounding, **options)
@@ -136,6 +160,7 @@ def reuse_shapes() -> None:
 
     core.dtype.__eq__ = equal_if_named_alike
     of_semantic.cast, of_semantic.broadcast_impl_value = cast_if_needed, broadcast_if_needed
+    of_semantic.binary_op_type_checking_impl = promote_if_needed
 
 
 def sum_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
