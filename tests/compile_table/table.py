@@ -52,8 +52,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for tests.*, where this file is run as a script
 
-from triton.runtime.cache import triton_key
-
 from tests.compile_table import compiled_kernel
 from tests.compile_table.compiled_kernel import Row
 
@@ -206,8 +204,7 @@ def measure_or_say_why(modules: tuple[str, ...], index: int) -> Row | str:
 def measure_each(modules: tuple[str, ...], jobs: int, indices: Sequence[int]) -> tuple[dict[str, Row], list[str]]:
     """The rows, and the reasons why others could not be compiled."""
     keys = all_keys(modules)
-    # Forked workers inherit the imported kernels, and the hash of Triton's own files, a second's work.
-    triton_key()
+    # Forked workers inherit the imported kernels.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         measured = pool.map(functools.partial(measure_or_say_why, modules), indices)
         results = dict(sorted(zip((keys[i] for i in indices), measured, strict=True)))

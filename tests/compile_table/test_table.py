@@ -121,11 +121,14 @@ GOOD = (
 )
 
 
-# Imports take seconds. Each line is a run of the tool, in a fork: the folder of its output, and its arguments.
+# Imports take seconds, and Triton's hash of its own files another. Each line is a run of the tool, in a fork: the folder
+# of its output, and its arguments.
 FORKS = """
 import json, os, sys
+from triton.runtime.cache import triton_key
 from tests.compile_table import compilation, table
 
+triton_key()
 sys.dont_write_bytecode = True  # of a planted module that is soon another
 for line in sys.stdin:
     folder, *sys.argv[1:] = json.loads(line)
