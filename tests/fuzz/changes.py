@@ -152,8 +152,10 @@ def plain(call: Call) -> Call:
     """The call with numbers of the order of 1, of which two ways to compute agree closely."""
     recipes = {}
     for name, how in call.recipes.items():
-        layout = "contiguous" if how.layout in ("expanded", "overlapping") else how.layout  # of equal keys sums cancel
-        recipes[name] = replace(how, kind="normal", size=min(how.size, 1.0), layout=layout)
+        # Of keys that are equal, or nearly so, sums cancel.
+        layout = "contiguous" if how.layout in ("expanded", "overlapping") else how.layout
+        size = how.size if 0.01 <= how.size <= 1 else 1.0
+        recipes[name] = replace(how, kind="normal", size=size, layout=layout)
     return replace(call, recipes=recipes)
 
 
