@@ -1,8 +1,10 @@
 """State machines against dicts: SlotMap here; StateTable's and the stores' are those of tests/serving."""
 
+import contextlib
 import functools
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -124,18 +126,29 @@ def run_state_tables(options: settings) -> None:
 
 
 def run_stores(options: settings) -> None:
-    """In memory and in LMDB, where it is installed."""
-    from tests.helpers.stores import E, Engine, make_schema
+    """In every engine that is installed."""
+    from tests.helpers.stores import E, make_schema
     from tests.serving.test_stores import AgainstADict
 
-    for name in ("memory", "lmdb") if find_spec("lmdb") else ("memory",):
-        with tempfile.TemporaryDirectory() as folder:
-            engine = Engine(name, Path(folder) / "states")
+    with contextlib.ExitStack() as opened:
+        for engine in engines(opened):
             engine.open(make_schema(embed_dim=E))
-            try:
-                run_state_machine_as_test(functools.partial(AgainstADict, engine), settings=options)
-            finally:
-                engine.close()
+            opened.callback(engine.close)
+            run_state_machine_as_test(functools.partial(AgainstADict, engine), settings=options)
+
+
+def engines(opened: contextlib.ExitStack) -> Iterator:
+    """With Redis as one server, and as a cluster of three."""
+    from tests.helpers.stores import Engine
+
+    yield Engine("memory")
+    if find_spec("lmdb"):
+        yield Engine("lmdb", Path(opened.enter_context(tempfile.TemporaryDirectory())) / "states")
+    if find_spec("redis") and shutil.which("redis-server"):
+        from benchmarks.serving import servers
+
+        yield Engine("redis", opened.enter_context(servers.RedisServer()).url)
+        yield Engine("cluster", opened.enter_context(servers.RedisCluster(nodes=3)).url)
 
 
 class Machine(NamedTuple):
