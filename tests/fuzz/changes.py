@@ -298,6 +298,28 @@ def a_shift_of_all_biases_changes_nothing(data: st.DataObject, call: Call) -> No
     close(call, shifted_gradients, gradients)
 
 
+def gradients_are_of_the_weights_that_dropout_kept(data: st.DataObject, call: Call) -> None:
+    """With one seed, outputs along a line change as the gradients say: forward and backward drop the same weights."""
+    call = plain(call)
+    recipes = {name: replace(how, dtype=torch.float32) for name, how in call.recipes.items()}
+    tensors = replace(call, recipes=recipes).inputs(data.draw(seeds))
+    # Padding may hold NaN and infinity.
+    directions = {name: (x * torch.randn_like(x)).nan_to_num(0.0, 0.0, 0.0) for name, x in tensors.items()}
+    options = {**call.options, "dropout_p": data.draw(st.sampled_from((0.5, 0.1, 0.9)))}
+    seed, step = data.draw(seeds), 1e-3
+
+    def at(moved: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+        torch.default_generator.manual_seed(seed)
+        return run(call, {name: x + moved * directions[name] for name, x in tensors.items()}, options)
+
+    (ahead, _), (outs, gradients), (behind, _) = at(step), at(0.0), at(-step)
+    changes = [(a.double() - b.double()) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+    change = sum(((x * dout).sum().item() for x, dout in zip(changes, incoming_of(outs), strict=True)), 0.0)
+    parts = torch.cat([(gradients[name].double() * x).flatten() for name, x in directions.items()])
+    expected, size = parts.sum().item(), parts.norm().item()
+    assert abs(change - expected) <= 0.02 * size + 1e-3, f"outputs change by {change}, gradients say {expected}"
+
+
 ATTENTION = ("sink_attention", "refined_attention", "wasserstein_attention")
 WITH_HEADS = (*ATTENTION, "inter_sink_bias", "lrea_attention", "lrea_absorb")
 # Of which operators, and how their sequences lie.
@@ -309,4 +331,7 @@ CHANGES: dict[Callable, tuple[tuple[str, ...], tuple[str, ...]]] = {
     a_sequence_alone_is_as_in_a_batch: (("sink_attention",), ("right",)),
     scale_folds_into_queries: (tuple(SCALED), WAYS),
     a_shift_of_all_biases_changes_nothing: (("sink_attention",), ("dense",)),
+    gradients_are_of_the_weights_that_dropout_kept: ((*ATTENTION, "inter_sink_bias"), WAYS),
 }
+# What an implementation does not have.
+UNSUPPORTED = {("chunked", gradients_are_of_the_weights_that_dropout_kept)}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from recattn._extension import MISSING
 from tests.fuzz.calls import DTYPES, calls
-from tests.fuzz.changes import CHANGES
+from tests.fuzz.changes import CHANGES, UNSUPPORTED
 from tests.fuzz.checks import matches_reference, shows_and_stays
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -51,7 +51,7 @@ def _properties() -> list[Property]:
         for kind, check in (("reference", matches_reference), ("NaN", shows_and_stays)):
             found.append(Property(operator, implementation, kind, check.__name__, check, every()))
         for check, (operators, ways) in CHANGES.items():
-            if operator in operators:
+            if operator in operators and (impl, check) not in UNSUPPORTED:
                 inputs = every(ways=tuple(ways))
                 found.append(Property(operator, implementation, "changes", check.__name__, check, inputs))
     return found
