@@ -96,7 +96,9 @@ def sink_attention(draw, impl, dtype, longest, widest, ways) -> Call:
     groups, kv_heads = draw(st.sampled_from(((1, 1), (1, 2), (2, 1), (3, 1), (2, 2))))
     heads, dim, value_dim = groups * kv_heads, draw(dims(widest)), draw(dims(widest))
     # Where the bias or the sink is all of a large score, the reference rounds nothing: there is no bound.
-    large = draw(st.sampled_from((1.0, 1.0, 1e-8, 100.0, 1e9)))
+    # Beside a larger one gradients in float16 by Triton may be NaN: docs/accuracy.md, "Large numbers".
+    largest = 5e7 if (impl, dtype) == ("triton", F16) else 1e9
+    large = draw(st.sampled_from((1.0, 1.0, 1e-8, 100.0, largest)))
     of_scores = {"kinds": ("normal",)} if large > 1 else {"kinds": KINDS}
     recipes = {
         "q": recipe(
@@ -183,8 +185,9 @@ def wasserstein_attention(draw, impl, dtype, longest, widest, ways) -> Call:
     heads, dim, value_dim = draw(st.sampled_from((2, 1, 3))), draw(dims(widest)), draw(dims(widest))
     options = {**where.options, "causal": draw(st.booleans())}
     recipes = {}
+    sizes = (1.0, 1.0, 1e-4, 1.0 if dtype == F16 else 10.0)  # squared norms that float16 holds: the same section
     for role, width in (("q", dim), ("k", dim), ("v", value_dim)):
-        recipes[f"mean_{role}"] = recipe(draw, where.shape(heads, width), dtype, sizes=(1.0, 1.0, 1e-4, 10.0))
+        recipes[f"mean_{role}"] = recipe(draw, where.shape(heads, width), dtype, sizes=sizes)
         recipes[f"cov_{role}"] = recipe(draw, where.shape(heads, width), dtype, sizes=(1.0, 1.0, 10.0), positive=True)
     own = tuple(recipes)
     per_head = {}
