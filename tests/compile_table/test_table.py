@@ -121,8 +121,8 @@ GOOD = (
 )
 
 
-# Imports take seconds, and Triton's hash of its own files another. Each line is a run of the tool, in a fork: the folder
-# of its output, and its arguments.
+# Imports and the hash of Triton's own files take seconds. Each line is a run of the tool, in a fork: the folder of its
+# output, and its arguments.
 FORKS = """
 import json, os, sys
 from triton.runtime.cache import triton_key

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import signal
 
 import pytest
 import torch
@@ -152,12 +153,40 @@ def test_users_never_mix():
     assert not out[3:5].isfinite().any()
 
 
-@pytest.mark.parametrize("inputs", [{"counts": ()}, {"counts": (0, 0)}, {"counts": (3, 1), "length": 0}])
+@pytest.fixture
+def a_minute():
+    """A call that takes longer fails."""
+
+    def stop(*_):
+        raise TimeoutError("more than a minute")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# Where a whole tile is of no user, in 3 and in 7 parts of 16 columns, a negative number of steps overflowed to 2^30.
+WIDE = {"counts": (40, 1), "heads": 1, "rank": 40}
+
+
+@pytest.mark.usefixtures("a_minute")
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"counts": ()},
+        {"counts": (0, 0)},
+        {"counts": (3, 1), "length": 0},
+        {**WIDE, "dim": 40, "length": 0},
+        {**WIDE, "dim": 100, "seq_lens": (0, 0)},
+    ],
+)
 def test_restored_of_nothing(inputs):
     inputs = here(draw_restored(**inputs))
     leaves = [inputs[name].requires_grad_() for name in RESTORED_GRADS]
     out = attend(**inputs)
-    assert out.shape == (len(inputs["targets"]), 2, 12) and not out.any()
+    assert out.shape == (*inputs["targets"].shape[:2], 12) and not out.any()
     gradients = torch.autograd.grad(out.sum(), leaves)
     assert all(x.shape == leaf.shape and not x.any() for x, leaf in zip(gradients, leaves, strict=True))
 

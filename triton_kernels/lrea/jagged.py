@@ -216,7 +216,7 @@ def multiply_by_user(
     last = tl.max(index, 1)
     ns = tl.arange(0, BLOCK_N)
     acc = tl.zeros([GROUPS, GROUP, BLOCK_N], tl.float32)
-    for step in tl.range(0, (tl.max(last - first, 0) + 1) * STEPS, num_stages=2):
+    for step in tl.range(0, tl.maximum(tl.max(last - first, 0) + 1, 0) * STEPS, num_stages=2):
         current = first + step // STEPS
         known = current <= last
         user = current
