@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ PROCESSES = {
     "baseline": ({"RECATTN_CPU_CAPABILITY": "baseline"}, "cpu", 0.2),
     "Triton 3.6.0": ({"PYTHONPATH": str(OLDER_TRITON)}, "triton", 0.2),
 }
+SLOWEST = 900  # seconds that the inputs of one turn may take
 KINDS = {
     "reference": "against float64",
     "NaN": "NaN and infinity",
@@ -63,6 +65,7 @@ def print_table(tried: Counter) -> None:
 def fuzz(options: argparse.Namespace) -> int:
     """In this process, each property in turn for a few seconds, until the time is over."""
     prepare()
+    signal.signal(signal.SIGALRM, does_not_end)
     from tests.fuzz.machines import MACHINES
     from tests.fuzz.properties import PROPERTIES, unsupported_reason
 
@@ -92,6 +95,7 @@ def holds(one, tried) -> bool:
         QUIET, max_examples=3 if one.impl == INTERPRETED else 40, phases=[Phase.generate], print_blob=True
     )
     try:
+        signal.setitimer(signal.ITIMER_REAL, SLOWEST, SLOWEST)  # again, as Hypothesis repeats what failed
         seed(random.getrandbits(64))(one.test(options, tried))()
     except Exception as error:
         traceback.print_exc()
@@ -99,7 +103,13 @@ def holds(one, tried) -> bool:
         if one.id in PROPERTIES:
             print(f"Again: python -m tests.fuzz --again {one.id} BLOB, of @reproduce_failure above", flush=True)
         return False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return True
+
+
+def does_not_end(*_) -> None:
+    raise TimeoutError(f"more than {SLOWEST} seconds: does a kernel end?")
 
 
 def again(name: str, blob: str) -> int:
