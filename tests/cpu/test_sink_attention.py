@@ -370,7 +370,7 @@ def test_every_instruction_set(capability, tmp_path):
         sizes = {"kv_heads": 2, "dim": 37, "value_dim": 45, "sinks": 20, "bias_heads": 4, "logits": True}
         inputs = draw(layout, dtype, **sizes, lengths=(131, 0, 22), causal=causal)
         out = inputs["q"].new_empty(*inputs["q"].shape[:-1], 45)
-        cases.append((inputs, [torch.randn_like(out) for _ in range(3)], grads_of(inputs)))
+        cases.append((inputs, [torch.randn_like(out) for _ in range(4)], grads_of(inputs)))
     results = results_at(capability, run_each, cases, tmp_path)
     for (inputs, douts, grads), results_by_dout in zip(cases, results, strict=True):
 
