@@ -78,10 +78,7 @@ def draw(mechanism, b=3, h=2, n=21, d=13, dv=7, r=5, n_max=None, per_head=False,
 
 def check(inputs, **options):
     kernel, low = (functools.partial(f, **options) for f in (cpu, reference.refined_attention))
-    # Longer sequences end in a flash attention.
-    long = inputs["q"].shape[2] > on_cpu._LONGEST_IN_CPP
-    assert_matches = assert_matches_reference_twice_of_three if long else assert_matches_reference
-    assert_matches(kernel, low, inputs, grads=list(inputs))
+    assert_matches_reference_twice_of_three(kernel, low, inputs, grads=list(inputs))
 
 
 def run(function, inputs, **options):
@@ -250,10 +247,8 @@ def test_windows_and_packed(rank, causal, mechanism_and_n):
 def check_packed(inputs, **options):
     kernel, low = (functools.partial(f, **options) for f in (cpu, reference.refined_attention))
     grads = [name for name in inputs if name != "cu_seqlens"]
-    longest = int(inputs["cu_seqlens"].diff().max())
-    long = longest > on_cpu._LONGEST_IN_CPP
-    assert_matches = assert_matches_reference_twice_of_three if long else assert_matches_reference
-    assert_matches(functools.partial(kernel, max_seqlen=longest), low, inputs, grads=grads)
+    of_packed = functools.partial(kernel, max_seqlen=int(inputs["cu_seqlens"].diff().max()))
+    assert_matches_reference_twice_of_three(of_packed, low, inputs, grads=grads)
 
 
 def test_packed_reruns_and_neighbours(mechanism_and_n):
