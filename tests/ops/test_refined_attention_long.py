@@ -81,6 +81,14 @@ def test_sizes(mechanism, source, n):
     check({**draw(mechanism, source, n=n, dtype=torch.float16), "scale": 0.4})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vanishing_covariances(dtype):
+    """The standard deviations of the queries are less than what their difference from the keys' mean rounds off."""
+    inputs = draw("stochastic", "weights", r=8, dtype=dtype)
+    inputs["w_q"][:, 8:] -= 30
+    check(inputs)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mechanism, source", EVERY)
 def test_padded(mechanism, source, causal):

@@ -319,6 +319,7 @@ def gaussians_backward(dgaussians: Tensor, gaussians: Tensor, mean: Tensor) -> T
     """The gradient of x, from `gaussians(x)` with `mean` subtracted."""
     dmean, dstd = dgaussians.chunk(2, dim=-1)
     std = gaussians.chunk(2, dim=-1)[1].to(dstd.dtype) + (mean.chunk(2, dim=-1)[1] + 1)
+    std = std.clamp(min=0)  # near 0 the sum may be negative, and 1 / std a large negative number
     return torch.cat([dmean, dstd * torch.minimum(std, 1 / std) / 2], dim=-1)
 
 
