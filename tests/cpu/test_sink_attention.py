@@ -18,6 +18,7 @@ from recattn._extension import MISSING
 from recattn.testing import assert_matches_reference
 from tests.helpers.instruction_sets import CAPABILITIES, results_at
 from tests.helpers.interpreted import assert_matches_reference_twice_of_three, twice_of_three
+from tests.helpers.large_biases import assert_weights_sum_to_1, large_biases
 from tests.helpers.philox import dropout_weights
 
 pytestmark = pytest.mark.skipif("cpu" in MISSING, reason="needs the compiled extension")
@@ -138,6 +139,12 @@ def test_rows_that_see_no_key(layout, logits, dtype):
     assert not out[0].any() if layout == "packed" else not out[:1, :, :7].any()
     if not logits:
         assert (lse[:, 0] if layout == "packed" else lse[0, :, :7]).isneginf().all()
+
+
+@large_biases
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_biases(bias, dtype):
+    assert_weights_sum_to_1(functools.partial(cpu, scale=0.25), bias, dtype)
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 0.3, 3.0])

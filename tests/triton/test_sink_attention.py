@@ -32,6 +32,7 @@ from recattn.triton_kernels.sink_attention.config import TILES
 from tests.compile_table.compilation import Compilation, recorded
 from tests.helpers import philox
 from tests.helpers.interpreted import DEVICE, with_dtypes
+from tests.helpers.large_biases import any_dtype, assert_holds_beside_large_biases, large_biases
 from tests.helpers.memory import LargestTensor
 from tests.helpers.sink_inputs import draw, draw_packed
 
@@ -81,6 +82,12 @@ def test_extreme_bias(bias, causal, dtype):
     inputs["inter_sink_bias"] = torch.where(chosen, bias, 0.0)
     inputs["inter_sink_bias"][:, :, 3] = bias
     assert_fused({**inputs, "causal": causal})
+
+
+@large_biases
+@any_dtype
+def test_large_biases(bias, dtype):
+    assert_holds_beside_large_biases(functools.partial(fused, scale=0.25), bias, dtype)
 
 
 @pytest.mark.parametrize("scale, dtype", with_dtypes([-0.5, 0.0, 2.0]), ids=str)

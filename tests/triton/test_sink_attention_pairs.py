@@ -40,6 +40,7 @@ from tests.helpers.corrected_attention import (
     with_bias,
 )
 from tests.helpers.interpreted import DTYPES, with_dtypes
+from tests.helpers.large_biases import any_dtype, assert_holds_beside_large_biases, large_biases
 
 GRADS = ("q", "k", "v", "inter_sink_bias")
 
@@ -143,6 +144,15 @@ def test_small_bias_relative_accuracy(bias):
     )
     for x, y in zip(actual, expected, strict=True):
         assert (x - y).abs().max() < 1e-5 * y.abs().max()
+
+
+@large_biases
+@any_dtype
+def test_large_biases(bias, dtype):
+    def attention(**inputs):
+        return corrected_attention(**inputs, scale=0.25)[0]
+
+    assert_holds_beside_large_biases(attention, bias, dtype)
 
 
 # --- What is read and written ---
@@ -299,8 +309,9 @@ class WholePairs(torch.autograd.Function):
         dk = (g.masked_fill(pairs, 0).mT @ q_).unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)
         dv = (weights.masked_fill(pairs, 0).mT @ dout_).unflatten(1, (k.shape[1], -1)).sum(2).to(v.dtype)
 
-        row_max = scores.amax(-1).float().double()  # row_sum is that of row_max as it is stored
-        row_sum = (scores - row_max.masked_fill(row_max.isneginf(), 0.0)[..., None]).exp().sum(-1)
+        unit = 1.0 if q.dtype == torch.float32 else math.log2(math.e)  # log2e_scale
+        row_max = (unit * scores.amax(-1)).float().double()  # row_sum is that of row_max as it is stored
+        row_sum = (scores - row_max.masked_fill(row_max.isneginf(), 0.0)[..., None] / unit).exp().sum(-1)
         empty = row_sum == 0
         stats = [row_max.masked_fill(empty, math.inf), row_sum.masked_fill(empty, -1.0), delta]
         rows = sink_positions.clamp(min=0)[:, None].expand(-1, q.shape[1], -1)

@@ -48,15 +48,17 @@ def softmax_backward(p, dp):
 
 @triton.jit
 def exp_biased(qk, bias, row_max, x):
-    """exp(qk + bias - row_max). qk has been multiplied by `log2e_scale(x)`, bias and row_max have not."""
-    # A large bias is close to row_max: their difference is exact, where qk + bias would round.
-    return exp_scaled(qk + (bias - row_max) * log2e_scale(x), x)
+    """exp(qk + bias - row_max) of numbers times `log2e_scale(x)`. row_max is the largest qk + bias of a row."""
+    # A bias that counts is close to row_max: their difference is exact, where qk + bias would round. But a large
+    # row_max has itself rounded, and exp would leave the range of x: then qk + bias comes first, and rounds as it did.
+    sum_first = has_rounded(row_max, x)
+    return exp_scaled(qk + (bias - tl.where(sum_first, 0.0, row_max)) - tl.where(sum_first, row_max, 0.0), x)
 
 
 @triton.jit
 def exp_increase(qk, bias, row_max, x):
     """exp(qk + bias - row_max) - exp(qk - row_max): what the bias adds to a weight. Arguments as of `exp_biased`."""
-    unbiased = exp_scaled(qk - row_max * log2e_scale(x), x)
+    unbiased = exp_scaled(qk - row_max, x)
     increase = exp_biased(qk, bias, row_max, x) - unbiased
     # The difference of two exponentials loses a small bias: of no weight where the weights are of half precision.
     if x.dtype == tl.float32:
@@ -71,3 +73,9 @@ def expm1_series(x):
     for n in tl.static_range(7, 0, -1):
         series = series * x + 1.0 / math.factorial(n)
     return x * series
+
+
+@triton.jit
+def has_rounded(row_max, x):
+    """Whether float32 rounded row_max by more than 1, or by more than 64 where x has float32's range."""
+    return tl.abs(row_max) >= (2.0**24 if x.dtype == tl.float16 else 2.0**30)

@@ -24,7 +24,7 @@ from recattn.triton_kernels.common.ragged import (
     padding_tokens,
     sequence_of_tile,
 )
-from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
+from recattn.triton_kernels.common.softmax import exp_biased, exp_scaled, has_rounded, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
     Tokens,
@@ -66,12 +66,8 @@ from recattn.triton_kernels.sink_attention.split_tokens import Streams
 
 
 @triton.jit
-def p_and_ds(qk, lse, dp, delta, operand, dropout, philox_stream, rows, first_column):
-    """p with dropout, and ds, of one tile; both 0 in rows of lse = +inf.
-
-    lse has the shape of a row or column of the tile; where a bias is taken off it, that of the tile.
-    """
-    p = exp_scaled(qk - lse, operand)
+def p_and_ds(p, dp, delta, dropout, philox_stream, rows, first_column):
+    """p with dropout, and ds, of one tile."""
     dropped_p = p
     if dropout.seed is not None:
         factors = dropout_weights(
@@ -104,7 +100,8 @@ def attn_bwd_dq_inner(
         v_tile = load_block(keys.v, first, offsets, keys.length, V_HEAD_DIM, dout_tile.shape[1], MASKED)
         qk = qk_block(q_tile, k_tile, qk_scale, first, queries, keys, MASKED)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-        _, ds = p_and_ds(qk, lse[:, None], dp, delta[:, None], q_tile, dropout, PER_TOKEN, rows, first)
+        p = exp_scaled(qk - lse[:, None], q_tile)
+        _, ds = p_and_ds(p, dp, delta[:, None], dropout, PER_TOKEN, rows, first)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
     return dq
 
@@ -180,7 +177,8 @@ def sink_attention_bwd_dq_kernel(
     tl.store(row_stats.sink_delta + bh * M + index, delta, mask=of_sinks)
     sink_stats = row_stats.sink_stats + bh * M + index
     row_max = tl.load(sink_stats, mask=of_sinks, other=float("inf"))
-    lse = tl.where(is_sink_tile, scaled_lse(row_max, q_tile), lse)
+    lse = tl.where(is_sink_tile, row_max, lse)
+    largest_p = tl.where(has_rounded(row_max, q_tile), 1.0, float("inf"))
     row_sum = tl.abs(tl.load(sink_stats + B.to(tl.int64) * num_q_heads * M, mask=of_sinks, other=1.0))
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first_block = first_sink // BLOCK_S * BLOCK_S
@@ -191,9 +189,11 @@ def sink_attention_bwd_dq_kernel(
         k_tile = load_tokens(k, key_tokens, HEAD_DIM, BLOCK_D)
         v_tile = load_tokens(v, key_tokens, V_HEAD_DIM, BLOCK_DV)
         qk, bias_tile = sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_tokens.positions, bias)
+        p = exp_biased(qk, bias_tile, lse[:, None], q_tile)
+        # qk + β may round another way than row_max did: hence the limit, which keeps NaN.
+        p = tl.minimum(p, largest_p[:, None], propagate_nan=tl.PropagateNan.ALL)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-        lse_less_bias = lse[:, None] - bias_tile  # qk + β - lse: the difference of two large numbers first
-        _, ds = p_and_ds(qk, lse_less_bias, dp, delta[:, None], q_tile, dropout, PER_SINK, index, first)
+        _, ds = p_and_ds(p, dp, delta[:, None], dropout, PER_SINK, index, first)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     for MASKED in tl.static_range(2):
         acc = attn_bwd_dq_inner(

@@ -58,7 +58,7 @@ class RowStats(NamedTuple):
     stride_n: int  # of lse
     # [B, Hq, N, 4], packed [Hq, T, 4], from dQ for dK and dV: `scaled_lse`; the same, +inf for sinks; sum of dO · O; -
     lse_and_delta: Tensor | None
-    sink_stats: Tensor | None  # [2, B, Hq, M] row_max and row_sum of the sink rows
+    sink_stats: Tensor | None  # [2, B, Hq, M] row_max, times `log2e_scale`, and row_sum of the sink rows
     sink_delta: Tensor | None  # [B, Hq, M] delta of the sink rows
 
 
@@ -194,14 +194,18 @@ def qk_block(q_tile, k_tile, qk_scale, start, queries, keys, MASKED: tl.constexp
 
 @triton.jit
 def sink_qk_block(q_tile, k_tile, qk_scale, queries, key_sinks, key_positions, bias):
-    """[BM, BS] scaled qk of a sink tile with the given sinks, and the inter-sink bias β to add to it.
-
-    They come apart because a large β is close to row_max: qk + (β - row_max) is exact where qk + β would round.
-    """
+    """[BM, BS] scaled qk of a sink tile with the given sinks, and the inter-sink bias β that `exp_biased` adds."""
     visible = key_positions[None, :] <= queries.last_key[:, None]
     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * qk_scale
-    bias_tile = load_bias(bias, queries.index, key_sinks, visible) * log2e_scale(q_tile)
+    bias_tile = scaled_bias(load_bias(bias, queries.index, key_sinks, visible), q_tile)
     return tl.where(visible, qk, -float("inf")), bias_tile
+
+
+@triton.jit
+def scaled_bias(bias, x):
+    """β times `log2e_scale(x)`."""
+    # By fma: a sum may fuse a product into it, here and not there, which rounds a large β in two ways.
+    return bias if x.dtype == tl.float32 else tl.fma(bias, log2e_scale(x), 0.0)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from recattn._options import SinkAttentionOptions
 from recattn.triton_kernels.common.launch import MAX_REGISTERS, architecture_of, cdiv, host_block_width, launch
 from recattn.triton_kernels.common.ragged import Lengths, Sinks, is_sink, load_sinks, locate_sequence
-from recattn.triton_kernels.common.softmax import exp_increase, log2e_scale
+from recattn.triton_kernels.common.softmax import exp_increase, exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
     Tokens,
@@ -33,6 +33,7 @@ from recattn.triton_kernels.sink_attention.common import (
     mark_recomputed,
     number_of_tokens,
     row_strides,
+    scaled_bias,
 )
 from recattn.triton_kernels.sink_attention.config import CorrectionConfig
 from recattn.triton_kernels.sink_attention.forward import softmax_block
@@ -51,11 +52,11 @@ LARGEST_LSE: tl.constexpr = tl.constexpr(2.0**19)
 def correction_update(acc, row_max, row_sum, suppressed, qk, bias, v_tile):
     """Add the bias to one block of keys that acc / row_sum already contains without it.
 
-    suppressed sums what the bias takes away from row_sum. All three are scaled by exp(-row_max). qk has been multiplied
-    by `log2e_scale(v_tile)`; where a row does not see a key, it is -inf and the bias 0.
+    suppressed sums what the bias takes away from row_sum. All three are scaled by exp(-row_max). qk, bias and row_max
+    have been multiplied by `log2e_scale(v_tile)`; where a row does not see a key, qk is -inf and the bias 0.
     """
-    new_row_max = tl.maximum(row_max, tl.max(qk * (1.0 / log2e_scale(v_tile)) + bias, 1))
-    row_scale = tl.exp(row_max - new_row_max)
+    new_row_max = tl.maximum(row_max, tl.max(qk + bias, 1))
+    row_scale = exp_scaled(row_max - new_row_max, v_tile)
     # β is added here: exp(qk + β - row_max) - exp(qk - row_max).
     increase = exp_increase(qk, bias, new_row_max[:, None], v_tile)
     acc = tl.dot(increase.to(v_tile.dtype), v_tile, acc * row_scale[:, None], input_precision="ieee")
@@ -65,8 +66,8 @@ def correction_update(acc, row_max, row_sum, suppressed, qk, bias, v_tile):
 
 @triton.jit
 def online_softmax_update(acc, row_max, row_sum, qk, bias, v_tile):
-    """Add a block of keys to softmax(qk + β) @ v = acc / row_sum."""
-    p, row_scale, row_max, row_sum = softmax_block(row_max, row_sum, qk, 1.0, bias, qk, True)
+    """Add a block of keys to softmax(qk + β) @ v = acc / row_sum. qk, bias and row_max as in `correction_update`."""
+    p, row_scale, row_max, row_sum = softmax_block(row_max, row_sum, qk, 1.0, bias, v_tile, True)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * row_scale[:, None], input_precision="ieee")
     return acc, row_max, row_sum
 
@@ -75,14 +76,14 @@ def online_softmax_update(acc, row_max, row_sum, qk, bias, v_tile):
 def sink_keys(q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """scale * qk [BM, BN] with the sinks from first_key on, their bias [BM, BN], and their v [BN, Dv]."""
+    """scale * qk [BM, BN] with the sinks from first_key on, their bias, both times `log2e_scale`, and their v."""
     key_sinks = first_key + tl.arange(0, BLOCK_N)
     keys = load_sinks(sinks, key_sinks)
     visible = keys.positions[None, :] <= last_key[:, None]
     k_tile = load_tokens(k, keys, HEAD_DIM, q_tile.shape[1])
-    qk = scale * products(q, rows, q_tile, k, keys, k_tile, HEAD_DIM, BLOCK_K)
+    qk = scale * log2e_scale(q_tile) * products(q, rows, q_tile, k, keys, k_tile, HEAD_DIM, BLOCK_K)
     qk = tl.where(visible, qk, -float("inf"))
-    bias_tile = load_bias(bias, row_sinks, key_sinks, visible)
+    bias_tile = scaled_bias(load_bias(bias, row_sinks, key_sinks, visible), q_tile)
     return qk, bias_tile, load_tokens(v, keys, V_HEAD_DIM, block_width(V_HEAD_DIM))
 
 
@@ -132,25 +133,25 @@ def sink_attention_correction_fwd_kernel(
 
     q_tile = load_tokens(q, rows, HEAD_DIM, block_width(HEAD_DIM))
     acc = load_tokens(out, rows, V_HEAD_DIM, BLOCK_DV).to(tl.float32)  # [BM, Dv]
-    row_max = tl.load(lse_rows, mask=rows.valid, other=0.0)  # [BM]
+    row_max = tl.load(lse_rows, mask=rows.valid, other=0.0) * log2e_scale(q_tile)  # [BM]
     row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
     suppressed = tl.where(tl.abs(row_max) > LARGEST_LSE, float("inf"), 0.0)  # such a row is recomputed
     for first_key in range(0, end_sink, BLOCK_N):
         qk, bias_tile, v_tile = sink_keys(
-            q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale * log2e_scale(q_tile),
+            q, q_tile, k, v, bias, rows, row_sinks, last_key, sinks, first_key, scale,
             HEAD_DIM, V_HEAD_DIM, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc, row_max, row_sum, suppressed = correction_update(acc, row_max, row_sum, suppressed, qk, bias_tile, v_tile)
 
     key_sum = row_sum
     if sink_tensors.logits is not None:  # one more term of the softmax, without a value
-        logit = tl.load(sink_tensors.logits + head * sink_tensors.stride_h).to(tl.float32)
-        key_sum -= tl.exp(logit - row_max)
+        logit = tl.load(sink_tensors.logits + head * sink_tensors.stride_h).to(tl.float32) * log2e_scale(q_tile)
+        key_sum -= exp_scaled(logit - row_max, q_tile)
     recomputed = rows.valid & ((suppressed < 0.5 * key_sum) == 0)  # also where there is no sum, or NaN
     corrected = Tokens(rows.positions, rows.valid & (recomputed == 0))
     row_sum = tl.where(corrected.valid, row_sum, 1.0)
     store_tokens(out, acc / row_sum[:, None], corrected, V_HEAD_DIM, BLOCK_DV)
-    tl.store(lse_rows, row_max + tl.log(row_sum), mask=corrected.valid)
+    tl.store(lse_rows, row_max / log2e_scale(q_tile) + tl.log(row_sum), mask=corrected.valid)
     tl.store(row_max_rows, row_max, mask=corrected.valid)
     tl.store(row_sum_rows, row_sum, mask=corrected.valid)
     if tl.max(recomputed.to(tl.int32), 0) == 0:
@@ -174,7 +175,7 @@ def sink_attention_correction_fwd_kernel(
         keys = Tokens(positions, positions < length)
         visible = (positions[None, :] <= last_key[:, None]) & (is_sink(sinks, positions, search_steps) == 0)[None, :]
         k_tile = load_tokens(k, keys, HEAD_DIM, block_width(HEAD_DIM))
-        qk = scale * products(q, rows, q_tile, k, keys, k_tile, HEAD_DIM, BLOCK_K)
+        qk = scale * log2e_scale(q_tile) * products(q, rows, q_tile, k, keys, k_tile, HEAD_DIM, BLOCK_K)
         qk = tl.where(visible, qk, -float("inf"))  # [BM, BN]
         v_tile = load_tokens(v, keys, V_HEAD_DIM, BLOCK_DV)  # [BN, Dv]
         acc, row_max, row_sum = online_softmax_update(acc, row_max, row_sum, qk, 0.0, v_tile)
@@ -182,7 +183,8 @@ def sink_attention_correction_fwd_kernel(
     empty = row_sum == 0
     row_sum = tl.where(empty, 1.0, row_sum)
     store_tokens(out, acc / row_sum[:, None], Tokens(rows.positions, recomputed), V_HEAD_DIM, BLOCK_DV)
-    tl.store(lse_rows, tl.where(empty, -float("inf"), row_max + tl.log(row_sum)), mask=recomputed)
+    row_lse = row_max / log2e_scale(q_tile) + tl.log(row_sum)
+    tl.store(lse_rows, tl.where(empty, -float("inf"), row_lse), mask=recomputed)
     tl.store(row_max_rows, tl.where(empty, float("inf"), row_max), mask=recomputed)
     tl.store(row_sum_rows, mark_recomputed(row_sum), mask=recomputed)
 
@@ -210,8 +212,9 @@ def launch_sink_attention_correction_fwd(
     lse = -inf.
 
     Returns sink_stats [2, B, Hq, M] float32, row_max and row_sum of each sink that is not ignored: the probability of
-    sink j in sink row i is exp(S_ij + β_ij - row_max_i) / |row_sum_i|. row_sum is negative where the row was recomputed
-    over all its keys (`is_recomputed`). Where its sum is 0, row_max = +inf and row_sum = -1. Ignored sinks have 0, 0.
+    sink j in sink row i is exp(S_ij + β_ij - row_max_i) / |row_sum_i|. row_max is times `log2e_scale`. row_sum is
+    negative where the row was recomputed over all its keys (`is_recomputed`). Where its sum is 0, row_max = +inf and
+    row_sum = -1. Ignored sinks have 0, 0.
     """
     B, M = sinks.positions.shape
     num_q_heads, num_kv_heads, head_dim, v_head_dim = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]

@@ -20,7 +20,7 @@ from recattn.triton_kernels.common.ragged import (
     padding_tokens,
     sequence_of_tile,
 )
-from recattn.triton_kernels.common.softmax import exp_scaled, log2e_scale
+from recattn.triton_kernels.common.softmax import exp_biased, exp_scaled, log2e_scale
 from recattn.triton_kernels.common.tiles import (
     Matrix,
     bhnd,
@@ -75,8 +75,8 @@ def softmax_block(row_max, row_sum, qk, qk_scale, bias, operand, MASKED: tl.cons
     if bias is None:
         p = exp_scaled(qk * qk_scale - row_max_safe[:, None], operand)
     else:
-        # β is added here: exp(qk + β - row_max). A large β is close to row_max, so their difference comes first: exact.
-        p = exp_scaled(qk * qk_scale + (bias - row_max_safe[:, None]), operand)
+        # β is added here: exp(qk + β - row_max).
+        p = exp_biased(qk * qk_scale, bias, row_max_safe[:, None], operand)
     row_scale = exp_scaled(row_max - row_max_safe, operand)
     return p, row_scale, new_row_max, row_sum * row_scale + tl.sum(p, 1)
 
@@ -209,9 +209,9 @@ def sink_attention_fwd_kernel(
     # Loaded again: kept through the loops, the rows would take registers.
     is_sink_tile, index, rows, _, _, _ = query_tile(tile, sinks, non_sinks, sink_bounds, BLOCK_M)
     store_tokens(out, acc / row_sum[:, None], rows, V_HEAD_DIM, BLOCK_DV)
-    row_max = row_max / log2e_scale(q_tile)
     lse = row_stats.lse + batch * stride_lse_b + head * stride_lse_h + start * row_stats.stride_n
-    tl.store(lse + rows.positions.to(tl.int64) * row_stats.stride_n, row_max + tl.log(row_sum), mask=rows.valid)
+    row_lse = row_max / log2e_scale(q_tile) + tl.log(row_sum)
+    tl.store(lse + rows.positions.to(tl.int64) * row_stats.stride_n, row_lse, mask=rows.valid)
     if is_sink_tile:
         sink_stats = row_stats.sink_stats + bh * M + index
         tl.store(sink_stats, tl.where(empty, float("inf"), row_max), mask=rows.valid)
@@ -240,8 +240,9 @@ def launch_sink_attention_fwd(
         β[b, h, i, j] = inter_sink_bias[b, h, s(i), s(j)] when tokens i and j are both sinks, else 0
 
     q [B, Hq, N, D]; k [B, Hkv, N, D]; v [B, Hkv, N, Dv]; out [B, Hq, N, Dv]; lse [B, Hq, N] float32, natural logarithm;
-    sink_stats [2, B, Hq, M] float32, contiguous: row_max and row_sum of each sink row, whose probabilities are
-    exp(qk + β - row_max) / |row_sum|. Packed: [T, H, ...] and cu_seqlens. At padding out is 0 and lse -inf.
+    sink_stats [2, B, Hq, M] float32, contiguous: row_max, times `log2e_scale`, and row_sum of each sink row, whose
+    probabilities are exp(qk + β - row_max) / |row_sum|. Packed: [T, H, ...] and cu_seqlens. At padding out is 0 and lse
+    -inf.
     """
     if q.numel() == 0:
         return

@@ -17,7 +17,7 @@ from recattn.triton_kernels.common.tiles import (
     offset,
     store_tokens,
 )
-from recattn.triton_kernels.sink_attention.common import is_recomputed
+from recattn.triton_kernels.sink_attention.common import is_recomputed, scaled_bias
 
 
 class HeadMatrices(NamedTuple):
@@ -193,14 +193,15 @@ def visible_weights(exponentials, visible, rows):
 
 
 @triton.jit
-def load_pair_bias(sequence, head, first_row, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] bias of the sinks from first_row on with those from first_key on; beyond M it is anything."""
+def load_pair_bias(sequence, head, rows, first_key, BLOCK_N: tl.constexpr):
+    """[rows, BLOCK_N] `scaled_bias` of the rows with the sinks from first_key on; beyond M it is anything."""
     bias, last_sink = one_head(sequence.bias, head), sequence.sinks.count - 1
-    first = bias.base + offset(first_row, bias.row_stride) + offset(first_key, bias.column_stride)
-    rows = tl.minimum(tl.arange(0, BLOCK_M), last_sink - first_row)
+    first = bias.base + offset(rows.first, bias.row_stride) + offset(first_key, bias.column_stride)
+    row_offsets = tl.minimum(tl.arange(0, rows.sinks.shape[0]), last_sink - rows.first)
     keys = tl.arange(0, BLOCK_N)
-    addresses = (first + offset(rows, bias.row_stride))[:, None] + offset(keys, bias.column_stride)[None, :]
-    return tl.load(addresses, mask=(keys <= last_sink - first_key)[None, :], other=0.0).to(tl.float32)
+    addresses = (first + offset(row_offsets, bias.row_stride))[:, None] + offset(keys, bias.column_stride)[None, :]
+    bias_tile = tl.load(addresses, mask=(keys <= last_sink - first_key)[None, :], other=0.0).to(tl.float32)
+    return scaled_bias(bias_tile, rows.q_tile)
 
 
 @triton.jit
@@ -209,7 +210,7 @@ def sink_pair_weights(
     CORRECTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """w of the pairs with the sinks from first_key on, without CORRECTS p, and their dropout weights."""
-    bias = load_pair_bias(sequence, head, rows.first, first_key, rows.sinks.shape[0], BLOCK_N)
+    bias = load_pair_bias(sequence, head, rows, first_key, BLOCK_N)
     qk = scaled_qk(sequence, rows, keys, HEAD_DIM, BLOCK_K)
     exponentials = exp_biased(qk, bias, rows.row_max[:, None], rows.q_tile)
     if CORRECTS:
