@@ -92,7 +92,7 @@ def holds(one, tried) -> bool:
 
     # Without shrinking, which may take longer than all that is asked for.
     options = settings(
-        QUIET, max_examples=3 if one.impl == INTERPRETED else 40, phases=[Phase.generate], print_blob=True
+        QUIET, max_examples=3 if one.impl in INTERPRETED else 40, phases=[Phase.generate], print_blob=True
     )
     try:
         signal.setitimer(signal.ITIMER_REAL, SLOWEST, SLOWEST)  # again, as Hypothesis repeats what failed

@@ -26,14 +26,20 @@ def assert_same_bits(call: Call, actual: Tensor, expected: Tensor, name: str) ->
 
 def rounds_by_sizes(call: Call, name: str = "") -> bool:
     """Whether its products are PyTorch's, or have rows of many users and are NumPy's, as the interpreter's are, or its
-    sums, or the one of this name, are of blocks of sequences or heads, as large as the batch allows.
+    sums, or the one of this name, are of blocks of sequences or heads, as large as the batch allows, or W_q W_kᵀ is one
+    product where no sequence of the batch is longer than it has columns.
     """
     if call.operator == "sink_attention":
         return call.impl == "cpu" and (call.sequences.n > 128 or "inter_sink_bias" in name)
     if call.operator != "refined_attention":
         return call.operator == "lrea_absorb" or (call.operator, call.impl) == ("lrea_attention", "triton")
-    chunked = call.sequences.n > 256 and call.options["mechanism"] != "stochastic"
-    return call.impl == "chunked" or call.dtype == torch.float64 or chunked
+    shortest, longest = min(call.sequences.lengths, default=0), call.sequences.n
+    folds_or_not = shortest <= call.recipes["w_q"].shape[-1] < longest or longest > 256
+    return call.impl != "cpu" or call.dtype == torch.float64 or (folds_or_not and not between_gaussians(call))
+
+
+def between_gaussians(call: Call) -> bool:
+    return call.operator == "wasserstein_attention" or call.options.get("mechanism") == "stochastic"
 
 
 def far(actual: Tensor, expected: Tensor) -> float:
@@ -334,4 +340,5 @@ CHANGES: dict[Callable, tuple[tuple[str, ...], tuple[str, ...]]] = {
     gradients_are_of_the_weights_that_dropout_kept: ((*ATTENTION, "inter_sink_bias"), WAYS),
 }
 # What an implementation does not have.
-UNSUPPORTED = {("chunked", gradients_are_of_the_weights_that_dropout_kept)}
+UNSUPPORTED = {(impl, gradients_are_of_the_weights_that_dropout_kept) for impl in ("chunked", "correction:eager")}
+UNSUPPORTED_WAYS = {"correction:eager": ("right", "left", "windows")}

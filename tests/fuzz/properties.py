@@ -1,6 +1,6 @@
 """Everything that is fuzzed: a property of an operator's implementation, or a state machine."""
 
-import functools
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from recattn._extension import MISSING
 from tests.fuzz.calls import DTYPES, calls
-from tests.fuzz.changes import CHANGES, UNSUPPORTED
+from tests.fuzz.changes import CHANGES, UNSUPPORTED, UNSUPPORTED_WAYS
 from tests.fuzz.checks import matches_reference, shows_and_stays
+from tests.fuzz.draws import WAYS
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-INTERPRETED = "triton"  # by Triton's interpreter: an input takes seconds
+INTERPRETED = ("triton", "correction:eager")  # by Triton's interpreter: an input takes seconds
 
 
 class Property(NamedTuple):
@@ -33,7 +34,8 @@ class Property(NamedTuple):
         @options
         @given(self.inputs, st.data())
         def holds(call, data):
-            self.check(data, call)
+            with backend_of(self.impl):
+                self.check(data, call)
             tried()
 
         return holds
@@ -47,22 +49,32 @@ def _properties() -> list[Property]:
     found = []
     for operator, impl in DTYPES:
         implementation = impl or "PyTorch"
-        every = functools.partial(calls, operator, impl)
-        for kind, check in (("reference", matches_reference), ("NaN", shows_and_stays)):
-            found.append(Property(operator, implementation, kind, check.__name__, check, every()))
+        checks = [("reference", matches_reference, WAYS), ("NaN", shows_and_stays, WAYS)]
         for check, (operators, ways) in CHANGES.items():
             if operator in operators and (impl, check) not in UNSUPPORTED:
-                inputs = every(ways=tuple(ways))
-                found.append(Property(operator, implementation, "changes", check.__name__, check, inputs))
+                checks.append(("changes", check, ways))
+        for kind, check, ways in checks:
+            if has := [way for way in ways if way not in UNSUPPORTED_WAYS.get(impl, ())]:
+                inputs = calls(operator, impl, ways=tuple(has))
+                found.append(Property(operator, implementation, kind, check.__name__, check, inputs))
     return found
 
 
 PROPERTIES = {found.id: found for found in _properties()}
 
 
+def backend_of(impl: str) -> contextlib.AbstractContextManager:
+    """What an implementation needs around a call and its backward."""
+    if impl != "correction:eager":
+        return contextlib.nullcontext()
+    from tests.helpers.eager_backend import eager_backend_on_any_device  # imports Triton
+
+    return eager_backend_on_any_device()
+
+
 def unsupported_reason(impl: str) -> str | None:
     """Why this process cannot run an implementation."""
-    if impl == INTERPRETED:
+    if impl in INTERPRETED:
         from recattn.ops._support import triton_unsupported_reason
 
         return triton_unsupported_reason("cpu", torch.float32)

@@ -14,5 +14,5 @@ def test_holds(name):
     found = PROPERTIES[name]
     if reason := unsupported_reason(found.impl):
         pytest.skip(reason)
-    examples = (EXAMPLES_INTERPRETED if found.impl == INTERPRETED else EXAMPLES)[found.kind]
+    examples = (EXAMPLES_INTERPRETED if found.impl in INTERPRETED else EXAMPLES)[found.kind]
     found.test(settings(QUIET, derandomize=True, max_examples=examples, phases=[Phase.generate]))()

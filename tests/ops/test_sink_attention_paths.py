@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -15,71 +14,20 @@ import recattn
 from recattn import reference
 from recattn._options import SinkAttentionOptions
 from recattn.ops import sink_attention as ops
-from recattn.ops.backends import BACKENDS, AttentionBackend
+from recattn.ops.backends import BACKENDS
 from recattn.ops.sink_attention import dispatch
 from recattn.testing import assert_matches_reference
-from recattn.triton_kernels.sink_attention import CorrectionConfig, PairsConfig
-from tests.helpers.interpreted import DEVICE, with_dtypes
+from tests.helpers.eager_backend import eager_backend_on_any_device
+from tests.helpers.interpreted import with_dtypes
 from tests.helpers.sink_inputs import draw, draw_packed
 
 GRADS = ["q", "k", "v", "inter_sink_bias"]
 
 
-def unbiased(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    """Token-major scores [B, Hq, N, N], -inf where masked."""
-    q, k = q.transpose(1, 2).float(), k.transpose(1, 2).float()
-    scores = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf) if causal else scores
-
-
-def eager_fwd(q, k, v, options):
-    if options.cu_seqlens is not None:
-        parts = [eager_fwd(*one, options._replace(cu_seqlens=None)) for one in sequences(options, q, k, v)]
-        return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
-    scores = unbiased(q, k, options.scale, options.causal)
-    values = v.transpose(1, 2).float().repeat_interleave(q.shape[2] // v.shape[2], 1)
-    return (scores.softmax(-1) @ values).to(q.dtype).transpose(1, 2), scores.logsumexp(-1)
-
-
-def eager_bwd(dout, q, k, v, out, lse, options):
-    if options.cu_seqlens is not None:
-        parts = [
-            eager_bwd(*one[:5], rows.unsqueeze(0), options._replace(cu_seqlens=None))
-            for *one, rows in zip(
-                *zip(*sequences(options, dout, q, k, v, out), strict=True),
-                lse.split(options.cu_seqlens.diff().tolist(), 1),
-                strict=True,
-            )
-        ]
-        return tuple(torch.cat([part[i][0] for part in parts]) for i in range(3))
-    groups = q.shape[2] // k.shape[2]
-    weights = (unbiased(q, k, options.scale, options.causal) - lse.unsqueeze(-1)).exp()
-    dout, out, q, k, v = (x.transpose(1, 2).float() for x in (dout, out, q, k, v))
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    dscores = options.scale * weights * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
-    dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dscores.mT @ q, weights.mT @ dout))
-    return tuple(x.transpose(1, 2) for x in (dscores @ k, dk, dv))
-
-
-def sequences(options, *packed: Tensor) -> list[tuple[Tensor, ...]]:
-    lengths = options.cu_seqlens.diff().tolist()
-    return [tuple(x.unsqueeze(0) for x in one) for one in zip(*(x.split(lengths) for x in packed), strict=True)]
-
-
 @pytest.fixture
-def eager_backend(monkeypatch):
-    """An unbiased attention in plain PyTorch, on any device."""
-
-    def bwd(dout, q, k, v, *others):
-        return tuple(grad.to(x.dtype) for grad, x in zip(eager_bwd(dout, q, k, v, *others), (q, k, v), strict=True))
-
-    backend = AttentionBackend("eager", lambda call: None, eager_fwd, bwd, deterministic=True)
-    monkeypatch.setitem(BACKENDS, "eager", backend)
-    if DEVICE == "cpu":
-        # The interpreter's time goes by the number of tiles; the shipped ones have tests in tests/triton.
-        for config in (CorrectionConfig, PairsConfig):
-            tiles = config(32, 32, 16, num_warps=4, num_stages=1)
-            monkeypatch.setattr(config, "heuristic", lambda *args, tiles=tiles, **options: tiles)
+def eager_backend():
+    with eager_backend_on_any_device():
+        yield
 
 
 def by(impl: str, backend: str | None = None):
@@ -132,6 +80,14 @@ def test_sink_logits(eager_backend):
     inputs["inter_sink_bias"][:, :, 3] = -50.0
     inputs |= {"sink_logits": torch.randn(2), "causal": True}
     assert_matches_reference(correction, specification, inputs, grads=[*GRADS, "sink_logits"])
+
+
+def test_an_infinite_sink_logit_shows(eager_backend):
+    inputs = draw(batch=2, heads=2, kv_heads=2, length=63, sinks=40)
+    out = correction(**inputs, sink_logits=torch.tensor([math.inf, 1.0]))
+    assert out[:, 0].isnan().all()
+    expected = specification(**inputs, sink_logits=torch.ones(2))
+    torch.testing.assert_close(out[:, 1], expected[:, 1])
 
 
 @pytest.mark.parametrize("fwd, bwd", itertools.permutations([("triton", None), ("correction", "eager")]))

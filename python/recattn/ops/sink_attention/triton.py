@@ -3,6 +3,7 @@
 Both return the same three tensors, so that either is one operator to its callers.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +134,8 @@ def _correction_fwd(
     if c.sink_logits is not None:
         # One more term of each row's softmax. The correction finds it in out and lse.
         logits = _per_row(c.sink_logits, lse)
+        # Infinity is NaN in a softmax; of sigmoid it would be 0.
+        logits = logits.nan_to_num(math.nan, posinf=math.nan, neginf=-math.inf)
         out *= torch.sigmoid(lse - logits).unsqueeze(-1)
         torch.logaddexp(lse, logits, out=lse)
     sink_stats = triton_kernels("sink_attention").launch_sink_attention_correction_fwd(
