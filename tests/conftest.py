@@ -13,10 +13,11 @@ if not ON_GPU:
     # Triton reads this when a kernel is decorated: without a GPU its interpreter runs them on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
-        from tests.helpers.interpreted import read_scalars, speed_up_interpreter
+        from tests.helpers.interpreted import read_scalars, speed_up_interpreter, splat_masks
 
         speed_up_interpreter()
         read_scalars()
+        splat_masks()
 
 settings.register_profile("recattn", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("recattn")

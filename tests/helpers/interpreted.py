@@ -203,6 +203,22 @@ def read_scalars() -> None:
     interpreter._patch_lang_tensor = patch_tensor
 
 
+def splat_masks() -> None:
+    """Have the interpreter repeat a scalar's comparison as booleans: it makes integers of them, which 3.9 takes for no
+    mask."""
+    from triton.language import int1
+    from triton.runtime import interpreter
+
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self, shape, x):
+        if x.data.dtype == np.bool_:
+            x = interpreter.TensorHandle(x.data, int1)
+        return splat(self, shape, x)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
+
+
 def run_outer_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """From here on, interpret only the first program and the last `count` ones along each axis of a grid.
 
