@@ -282,6 +282,8 @@ def scale_folds_into_queries(data: st.DataObject, call: Call) -> None:
     scale = data.draw(st.sampled_from((4.0, 0.25, 16.0, 1.0)))
     factors = {name: factor(scale) for name, factor in SCALED[call.operator].items()}
     folded = {name: x * factors.get(name, 1.0) for name, x in tensors.items()}
+    # Subnormal numbers lose digits.
+    assume(all(torch.equal(folded[name] / by, tensors[name]) for name, by in factors.items() if name in tensors))
     outs, gradients = run(call, tensors, {**call.options, "scale": scale})
     folded_outs, folded_gradients = run(call, folded, {**call.options, "scale": 1.0})
     folded_gradients = {name: x * factors.get(name, 1.0) for name, x in folded_gradients.items()}
