@@ -32,7 +32,8 @@ def rounds_by_sizes(call: Call, name: str = "") -> bool:
     if call.operator == "sink_attention":
         return call.impl == "cpu" and (call.sequences.n > 128 or "inter_sink_bias" in name)
     if call.operator != "refined_attention":
-        return call.operator == "lrea_absorb" or (call.operator, call.impl) == ("lrea_attention", "triton")
+        tiled = call.impl == "triton" and call.operator in ("lrea_attention", "wasserstein_attention")
+        return call.operator == "lrea_absorb" or tiled
     shortest, longest = min(call.sequences.lengths, default=0), call.sequences.n
     folds_or_not = shortest <= call.recipes["w_q"].shape[-1] < longest or longest > 256
     return call.impl != "cpu" or call.dtype == torch.float64 or (folds_or_not and not between_gaussians(call))
