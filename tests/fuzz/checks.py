@@ -12,14 +12,17 @@ from torch import Tensor
 from recattn.testing import Error, Oracle
 from tests.fuzz.calls import Call
 from tests.fuzz.changes import TOLERANCES, between_gaussians, take, take_out, users_in
+from tests.fuzz.draws import Recipe
 from tests.fuzz.runs import run, using
 from tests.helpers.strategies import seeds
 
 # A value may be over its bound by the luck of one entry, for that of the reference is a part of the bound. So a call
 # counts as wrong if it is so for each of these other draws of its numbers, or by this factor for one.
 REDRAWS, FAR = 6, 50.0
-# Where all keys or all values are equal, gradients are sums that cancel, and the reference may err by nothing: they are
-# held to the bound of other keys and values, of the same size, that are not equal.
+# Where all keys or all values are equal, or one key has all the weight, gradients are sums that cancel, and the
+# reference may err by nothing: they are held to the bound of other keys and values, of the same size, that are not
+# equal, and of biases of ordinary size.
+ONE_TAKES_ALL = ("inter_sink_bias", "sink_logits")
 EQUAL_MAKE_CANCEL = ("k", "mean_k", "cov_k", "k_s", "v", "mean_v", "cov_v")
 BAD = (math.nan, math.inf, -math.inf)
 # Errors of products that underflow on the way, which depend on the order of the factors.
@@ -40,9 +43,9 @@ def matches_reference(data: st.DataObject, call: Call) -> None:
         errors = oracle.errors(using(call.function, wanted, layout))
         if call.dtype == torch.float64:
             errors = bounded_by_float32(errors, oracle)
-        if within(call, errors) or not equal_that_cancel(call):
+        if within(call, errors) or uncancelled(call) == call:
             return errors
-        return bounded_by_unequal(call, errors, oracle)
+        return bounded_by_uncancelled(call, errors, oracle)
 
     errors = errors_of(seed)
     if within(call, errors):
@@ -73,27 +76,27 @@ def bounded_by(error: Error, other: Error, factor: float = 1.0) -> Error:
     return replace(error, max_bound=max(error.max_bound, max_bound), mean_bound=max(error.mean_bound, mean_bound))
 
 
-def equal_that_cancel(call: Call) -> list[str]:
-    """Names of the keys and values that are equal."""
-    return [
-        name
-        for name, how in call.recipes.items()
-        if name in EQUAL_MAKE_CANCEL and (how.kind == "equal rows" or how.layout == "expanded")
-    ]
+def uncancelled(call: Call) -> Call:
+    """The call with keys and values that differ where they are equal, and biases that leave weight to several keys."""
+
+    def changed(name: str, how: Recipe) -> Recipe:
+        if name in EQUAL_MAKE_CANCEL and (how.kind in ("equal rows", "zeros") or how.layout == "expanded"):
+            return replace(how, kind="normal", layout="contiguous")
+        return replace(how, size=min(how.size, 1.0)) if name in ONE_TAKES_ALL else how
+
+    return replace(call, recipes={name: changed(name, how) for name, how in call.recipes.items()})
 
 
-def bounded_by_unequal(call: Call, errors: Sequence[Error], oracle: Oracle) -> list[Error]:
-    """The errors, of which gradients' bounds are at least those of the call with keys and values that differ."""
-    equal = equal_that_cancel(call)
-    recipes = {
-        name: replace(how, kind="normal", layout="contiguous") if name in equal else how
-        for name, how in call.recipes.items()
-    }
-    inputs = {**replace(call, recipes=recipes).inputs(oracle.seed), **call.options}
-    unequal = Oracle.of(oracle.reference, inputs, grads=oracle.grads, seed=oracle.seed).errors(oracle.reference)
+def bounded_by_uncancelled(call: Call, errors: Sequence[Error], oracle: Oracle) -> list[Error]:
+    """The errors, of which gradients' bounds are at least those of the call where nothing cancels."""
+    inputs = {**uncancelled(call).inputs(oracle.seed), **call.options}
+    oracle = Oracle.of(oracle.reference, inputs, grads=oracle.grads, seed=oracle.seed)
+    others = oracle.errors(oracle.reference)
+    if call.dtype == torch.float64:
+        others = bounded_by_float32(others, oracle)
     return [
         error if error.name.startswith("output") else bounded_by(error, other)
-        for error, other in zip(errors, unequal, strict=True)
+        for error, other in zip(errors, others, strict=True)
     ]
 
 

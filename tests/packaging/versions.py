@@ -54,7 +54,7 @@ ENVIRONMENTS = (
     Environment("3.13", "2.14.1", "3.8.0", "2.4.6", "5.24.0"),
     Environment("3.11", "2.13.0", "3.9.0", "2.4.6", "5.24.0"),
 )
-# Those above, and what recattn admits besides: the oldest, and the newest that was tried.
+# Those above, and others that recattn admits.
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 TOOLS = ("pytest", "hypothesis", "setuptools>=77,<82", "ninja", "pybind11")
 
