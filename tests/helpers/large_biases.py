@@ -14,7 +14,7 @@ large_biases = pytest.mark.parametrize("bias", [1e7, 4e8, 1e9, -1e9, 1e12, 1e30]
 any_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 TOKENS = 40
 # Up to here equal biases change nothing. Beyond, the sum of score and bias is rounded.
-LARGEST_EXACT = {torch.float32: 1e9, torch.float16: 1e7}
+LARGEST_EXACT = {torch.float32: 1e9, torch.bfloat16: 4e8, torch.float16: 1e7}
 
 
 def _inputs(dtype: torch.dtype, scores: float) -> dict[str, Tensor]:
