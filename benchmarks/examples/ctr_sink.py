@@ -24,7 +24,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.data import movielens, wheels
 from benchmarks.data.movielens import Event
-from benchmarks.quality.din import LIKED, area_under_curve
+from benchmarks.quality import paired
+from benchmarks.quality.din import LIKED
 from recattn.inspect import sink_mass
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.nn import SinkPooling, SinkTokenEmbedding, TwoStageSchedule
@@ -157,7 +158,8 @@ def evaluate(model: ClickModel, prompts: Prompts, test: Sequence[Sample], batch:
         inputs, liked = prompts.batch(test[first : first + batch])
         scores.append(model(**inputs))
         labels.append(liked)
-    return area_under_curve(torch.cat(scores), torch.cat(labels))
+    everyone = torch.zeros(len(test), dtype=torch.long)
+    return paired.value(paired.area_under_curve(torch.cat(scores), torch.cat(labels), everyone), 1)
 
 
 def train(model: ClickModel, prompts: Prompts, samples: Sequence[Sample], settings: Settings) -> list[float]:

@@ -14,12 +14,17 @@ from functools import partial
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness.records import dtype_name
 from benchmarks.harness.timing import CpuClock, finite, measure
-from benchmarks.quality import din
-from benchmarks.quality.din import DIN, SERVED_CANDIDATES, Hyperparameters, Ranker, Ratings, ServingRow
+from benchmarks.quality import din, din_serving, paired
+from benchmarks.quality.din import DIN, SERVED, Hyperparameters, Ranker, Ratings, Row
+from benchmarks.quality.din_serving import SERVED_CANDIDATES, ServingRow
+from benchmarks.quality.experiment import Trained
+from benchmarks.quality.training import new_table
+from recattn.nn import Fidelity
 from recattn.serving import StateTable
 
 LREA = "LREA 16"
@@ -53,7 +58,7 @@ def from_history(ranker: Ranker, behaviors: Tensor, candidates: Tensor) -> Tenso
     """h [n, d] of one user by the full attention, from the embedded behaviours [L, d]."""
     attend = partial(ranker.attention, behaviors=behaviors[None])
     per_candidate = len(behaviors) * ranker.attention.hidden[0]
-    return din.in_blocks(attend, ranker.items(candidates)[None], per_candidate).squeeze(0)
+    return din_serving.in_blocks(attend, ranker.items(candidates)[None], per_candidate).squeeze(0)
 
 
 @torch.no_grad()
@@ -88,6 +93,27 @@ def serve(
     ]
 
 
+def quality_table(trainings: Sequence[Trained]) -> Table:
+    """AUC of each model; for LREA also the AUC of each way to serve it."""
+    table = new_table(("attention",), ("AUC", *(f"served, {way}" for way in SERVED), "s per epoch", "parameters"))
+    for row, tested in trainings:
+        auc = paired.value(din.click_metrics(tested)["AUC"], din.users_scored(tested))
+        served = (f"{row.served_auc[way]:.4f}" if row.served_auc else "" for way in SERVED)
+        table.add_row(row.arm, f"{auc:.4f}", *served, f"{row.epoch_seconds:.2f}", f"{row.parameters:,}")
+    return table
+
+
+def fidelity_table(row: Row) -> Table:
+    """For the rank of the model and smaller ones; empty where a value is not finite."""
+    columns = [name for name in Fidelity._fields if name not in ("rank", "dtype")]
+    table = new_table(("states",), ("rank", *(name.replace("_", " ") for name in columns)))
+    for way, reports in row.fidelity.items():
+        for figures in reports:
+            cells = ("" if figures[name] is None else f"{figures[name]:.4f}" for name in columns)
+            table.add_row(f"{row.arm}, {way}", str(figures["rank"]), *cells)
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.examples.lrea", description=__doc__.partition("\n")[0])
@@ -100,13 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.quick:
         ratings, hyper, seconds = ratings.first(QUICK_USERS), replace(hyper, epochs=1), 0.5
 
-    rankers, rows = zip(*(din.trained(model, 0, ratings, hyper) for model in (DIN, LREA)), strict=True)
+    rankers, trainings = zip(*(din.trained(model, 0, ratings, hyper) for model in (DIN, LREA)), strict=True)
     console.print(f"AUC on {ratings.source}, one seed, at most {hyper.epochs} epochs")
-    console.print(din.quality_table(rows))
+    console.print(quality_table(trainings))
     console.print(f"absorbed vs restored, {din.CANDIDATES} candidates per user")
-    console.print(din.fidelity_table(rows))
+    console.print(fidelity_table(trainings[1].row))
     console.print(f"attention of 1 user and {SERVED_CANDIDATES} candidates, d = {hyper.dim}, one thread")
-    console.print(din.serving_table(serve(*rankers, ratings, hyper, seconds)))
+    console.print(din_serving.serving_table(serve(*rankers, ratings, hyper, seconds)))
     console.print(f"{time.perf_counter() - started:.0f} s")
     return 0
 

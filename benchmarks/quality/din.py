@@ -1,45 +1,37 @@
-"""`python -m benchmarks.quality.din`: target attention over MovieLens-100k, full and compressed: AUC, serving time.
+"""`python -m benchmarks.quality.din`: target attention over MovieLens-100k, full and compressed: is LREA as good?
 
 Each rating is a sample: is it 4 or more, given the movie and the user's earlier ratings (at most 200)? The last tenth
 of each user's ratings is the test, the tenth before it the validation. All models share the embeddings and the layers
 after the attention. The epoch with the best validation AUC counts. LREA is trained in the restored form and also served
-from its absorbed states, in float32 and int8.
+from its absorbed states, in float32 and int8. `benchmarks.quality.din_serving` measures the time to serve.
 """
 
-import argparse
 import copy
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.data import movielens
-from benchmarks.harness import records
-from benchmarks.harness.timing import CpuClock, finite, measure, percentile
-from benchmarks.quality import training
-from benchmarks.quality.training import TrainingRow, count_parameters, mean_and_spread, new_table, timed_epoch
-from recattn.nn import LREA, Fidelity, LREAState, TargetAttention
+from benchmarks.harness.timing import finite
+from benchmarks.quality import experiment, paired
+from benchmarks.quality.experiment import Experiment, Trained
+from benchmarks.quality.paired import Metric
+from benchmarks.quality.training import TrainingRow, count_parameters, timed_epoch
+from recattn.nn import LREA, Fidelity, TargetAttention
 
 MEAN, DOT, DIN = "mean", "dot product", "DIN"
 LREA_RANKS = {f"LREA {rank}": rank for rank in (4, 8, 16, 32)}
 MODELS = (MEAN, DOT, DIN, *LREA_RANKS)
-QUALITY, SERVING = "din", "din serving"
 CPU = torch.device("cpu")
 LIKED = 4  # the lowest rating that counts as liked
 CANDIDATES = 200  # per user, for the fidelity
-SERVED_CANDIDATES = 1000
-SERVED_LENGTHS = (200, 10_000)
-CACHED_ELEMENTS = 2**18  # scores or hidden units in a block of candidates
 # How a trained LREA is served: dtype of the states, and orientation. Training depends on neither.
 SERVED = {
     "float32": (torch.float32, "scores"),
@@ -66,30 +58,8 @@ class Hyperparameters:
 class Row(TrainingRow):
     """One training. Only LREA has `served_auc` and `fidelity` (also of smaller ranks), by the names in SERVED."""
 
-    op: str = "lrea_attention"
-    workload: str = QUALITY
-    model: str
-    auc: float
-    validation_auc: float
     served_auc: dict[str, float] = field(default_factory=dict)
     fidelity: dict[str, list[dict[str, object]]] = field(default_factory=dict)
-
-
-@dataclass(kw_only=True)
-class ServingRow:
-    """The attention of one user and `candidates`, from what is stored per user; without the layers after it."""
-
-    op: str = "lrea_attention"
-    workload: str = SERVING
-    model: str
-    dtype: str
-    length: int
-    candidates: int
-    dim: int
-    bytes_per_user: int
-    p50_ms: float
-    spread: float | None  # of the median; None after too few rounds
-    waiting: float
 
 
 # --- Data ---
@@ -245,24 +215,27 @@ def new_attention(model: str, hyper: Hyperparameters) -> nn.Module:
 # --- Training and evaluation ---
 
 
-def area_under_curve(scores: Tensor, labels: Tensor) -> float:
-    """Probability that a positive scores above a negative; ties count half. NaN if a score is not finite."""
+@torch.no_grad()
+def scored(
+    ratings: Ratings, samples: Tensor, hyper: Hyperparameters, score: Callable[[Batch], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores, labels and users of the samples, [S] each, sorted by the length of the history."""
+    by_length = samples[samples[:, 1].argsort()]
+    parts = [(score(batch), batch.labels) for batch in (ratings.batch(s, hyper.length) for s in by_length.split(1024))]
+    scores, labels = (torch.cat(x).flatten() for x in zip(*parts, strict=True))
+    return scores, labels, by_length[:, 0]
+
+
+def auc(ratings: Ratings, samples: Tensor, hyper: Hyperparameters, score: Callable[[Batch], Tensor]) -> float:
+    """Of all samples together; NaN if a score is not finite."""
+    scores, labels, _ = scored(ratings, samples, hyper, score)
     if not scores.isfinite().all():
         return math.nan
-    _, inverse, counts = scores.double().unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
-    positive = labels > 0
-    p, n = int(positive.sum()), int((~positive).sum())
-    return ((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)).item()
+    everyone = paired.area_under_curve(scores, labels, torch.zeros(len(scores), dtype=torch.long))
+    return paired.value(everyone, 1)
 
 
 @torch.no_grad()
-def auc(ratings: Ratings, samples: Tensor, hyper: Hyperparameters, score: Callable[[Batch], Tensor]) -> float:
-    by_length = samples[samples[:, 1].argsort()]
-    scored = [(score(batch), batch.labels) for batch in (ratings.batch(s, hyper.length) for s in by_length.split(1024))]
-    return area_under_curve(*(torch.cat(parts).flatten() for parts in zip(*scored, strict=True)))
-
-
 def served_score(ranker: Ranker, batch: Batch, dtype: torch.dtype) -> Tensor:
     targets, behaviors = ranker.embed(batch)
     state = ranker.attention.export_state(behaviors, batch.lengths, dtype=dtype)
@@ -270,7 +243,7 @@ def served_score(ranker: Ranker, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 class Fitted(NamedTuple):
-    validation_auc: float
+    validation: float
     best_epoch: int
     epoch_seconds: float
 
@@ -299,31 +272,34 @@ def fit(ranker: Ranker, seed: int, ratings: Ratings, hyper: Hyperparameters) -> 
     return Fitted(best, best_epoch, statistics.median(seconds))
 
 
-def train(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> Row:
+def train(model: str, seed: int, hyper: Hyperparameters, ratings: Ratings, device: torch.device = CPU) -> Trained:
     return trained(model, seed, ratings, hyper)[1]
 
 
-def trained(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> tuple[Ranker, Row]:
+def trained(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> tuple[Ranker, Trained]:
     torch.manual_seed(seed)
     ranker = Ranker(model, hyper)
     fitted = fit(ranker, seed, ratings, hyper)
     *_, test = ratings.split()
     row = Row(
-        model=model,
+        op="lrea_attention",
+        workload="din",
+        arm=model,
         seed=seed,
         shape=asdict(hyper),
         data=ratings.source,
         parameters=count_parameters(ranker),
-        auc=auc(ratings, test, hyper, lambda batch: ranker(batch)[0]),
         **fitted._asdict(),
     )
+    scores, labels, users = scored(ratings, test, hyper, lambda batch: ranker(batch)[0])
     if model in LREA_RANKS:
+        row.learned = reconstruction(ranker, ratings, hyper)
         for name, (dtype, orientation) in SERVED.items():
             ranker.attention.orientation = orientation
             row.served_auc[name] = auc(ratings, test, hyper, lambda batch, d=dtype: served_score(ranker, batch, d))
             row.fidelity[name] = fidelity(ranker, ratings, hyper, dtype)
         ranker.attention.orientation = "scores"
-    return ranker, row
+    return ranker, Trained(row, {"scores": scores, "labels": labels, "users": users})
 
 
 @torch.no_grad()
@@ -343,6 +319,28 @@ def fidelity(ranker: Ranker, ratings: Ratings, hyper: Hyperparameters, dtype: to
     return [as_json(figures) for figures in report]
 
 
+@torch.no_grad()
+def reconstruction(ranker: Ranker, ratings: Ratings, hyper: Hyperparameters) -> dict[str, list[float]]:
+    """The relative error of a restored history, ‖E - Ê‖ / ‖E‖ over users with full histories: by position from the
+    oldest, and over all positions the smallest that any two matrices of this rank could reach.
+    """
+    batch = ratings.batch(ratings.before_the_test(), hyper.length)
+    full = batch.lengths == hyper.length
+    if not full.any():
+        return {}
+    _, behaviors = ranker.embed(batch)
+    e = behaviors[full].double()  # [U, L, d]
+    lrea = ranker.attention
+    restored = lrea.w_decomp.double().T @ (lrea.w_comp.double().T @ e)
+    by_position = (e - restored).square().sum((0, 2)) / e.square().sum((0, 2))
+    spectrum = torch.linalg.eigvalsh(torch.einsum("uld,umd->lm", e, e))  # ascending
+    best = spectrum[: -lrea.rank].sum() / spectrum.sum()
+    return {
+        "error by position": [round(x, 4) for x in by_position.sqrt().tolist()],
+        "error, best": [round(best.sqrt().item(), 4)],
+    }
+
+
 def drawn_items(count: int) -> Tensor:
     return 1 + torch.randperm(movielens.ITEMS, generator=torch.Generator().manual_seed(0))[:count]
 
@@ -353,173 +351,45 @@ def as_json(figures: Fidelity) -> dict[str, object]:
     return {name: finite(value) for name, value in numbers.items()}
 
 
-# --- Serving ---
+# --- The experiment ---
 
 
-def serving_calls(length: int, candidates: int, hyper: Hyperparameters) -> dict[tuple[str, str], tuple[int, Callable]]:
-    """(model, dtype) -> bytes stored per user, and a call that attends for all candidates of one user. Random weights.
+def search(model: str) -> dict[str, Sequence[object]]:
+    common = {"learning_rate": (1.5e-3, 3e-3, 6e-3), "weight_decay": (1e-6, 1e-5, 1e-4), "dim": (16, 32)}
+    return common | {"nonnegativity": (1e-3, 1e-2, 1e-1)} if model in LREA_RANKS else common
 
-    The dot product stores projected keys and values. Both full attentions process the candidates in blocks, so that
-    intermediate results stay in the cache.
-    """
-    torch.manual_seed(0)
-    targets, behaviors = torch.randn(1, candidates, hyper.dim), torch.randn(1, length, hyper.dim)
-    dot, din = (new_attention(model, hyper) for model in (DOT, DIN))
-    keys, values, even = dot.key(behaviors), dot.value(behaviors), shares(torch.tensor([length]), length)
 
-    calls = {
-        (DOT, "float32"): (
-            size_of(keys, values),
-            lambda: in_blocks(lambda part: dot.attend(part, keys, values, even), targets, length),
-        ),
-        (DIN, "float32"): (
-            size_of(behaviors),
-            lambda: in_blocks(lambda part: din(part, behaviors), targets, length * hyper.activation_units),
-        ),
+def click_metrics(tested: dict[str, Tensor]) -> dict[str, Metric]:
+    scores, labels, users = (tested[name] for name in ("scores", "labels", "users"))
+    return {
+        "AUC": paired.area_under_curve(scores, labels, users),
+        "log loss": paired.log_loss(scores, labels, users),
     }
-    for model, rank in LREA_RANKS.items():
-        attention = LREA(hyper.dim, length, rank)
-        for dtype in (torch.float32, torch.bfloat16, torch.int8):
-            state = attention.export_state(behaviors, dtype=dtype)
-            served = targets if dtype == torch.int8 else targets.to(dtype)
-            call = lambda a=attention, s=state, t=served: a.attend(t, s)  # noqa: E731
-            calls[model, records.dtype_name(dtype)] = served_bytes(state), call
-    return calls
 
 
-def in_blocks(attend: Callable[[Tensor], Tensor], targets: Tensor, per_candidate: int) -> Tensor:
-    """Attend for blocks of candidates small enough that the intermediate results stay in the cache."""
-    block = max(1, CACHED_ELEMENTS // per_candidate)
-    return torch.cat([attend(part) for part in targets.split(block, dim=1)], dim=1)
+def users_scored(tested: dict[str, Tensor]) -> int:
+    return int(tested["users"].max()) + 1
 
 
-def size_of(*tensors: Tensor | None) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
-
-
-def served_bytes(state: LREAState) -> int:
-    return size_of(state.keys, state.values, state.key_scales, state.value_scales)
-
-
-@torch.no_grad()
-def measure_serving(
-    seconds: float, hyper: Hyperparameters, lengths: Sequence[int] = SERVED_LENGTHS
-) -> list[ServingRow]:
-    """Calls interleave, in two groups: full attention would evict LREA's states from the cache."""
-    rows = []
-    for length in lengths:
-        calls = serving_calls(length, SERVED_CANDIDATES, hyper)
-        full = {key: call for key, call in calls.items() if key[0] not in LREA_RANKS}
-        for group in (full, {key: call for key, call in calls.items() if key not in full}):
-            timed = measure({key: lambda turn, c=call: c for key, (_, call) in group.items()}, CpuClock(), seconds)
-            rows += [
-                ServingRow(
-                    model=model,
-                    dtype=dtype,
-                    length=length,
-                    candidates=SERVED_CANDIDATES,
-                    dim=hyper.dim,
-                    bytes_per_user=group[model, dtype][0],
-                    p50_ms=percentile(samples.times, 50),
-                    spread=finite(samples.spread),
-                    waiting=samples.waiting,
-                )
-                for (model, dtype), samples in timed.items()
-            ]
-    return rows
-
-
-# --- The command ---
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.din", description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="all by default")
-    training.add_arguments(parser, Hyperparameters.epochs)
-    parser.add_argument(
-        "--nonnegativity",
-        type=float,
-        default=Hyperparameters.nonnegativity,
-        help="weight of LREA's loss, which is divided by the users of a batch",
-    )
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for each serving measurement")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--serving-only", action="store_true", help="measure the serving without training")
-    only.add_argument("--training-only", action="store_true", help="do not measure the serving")
-    chosen = parser.parse_args(arguments)
-    training.check_arguments(parser, chosen, CPU)
-    if not (0 <= chosen.nonnegativity < math.inf and 0 < chosen.seconds < math.inf):
-        parser.error("--nonnegativity must be finite and at least 0, --seconds finite and above 0")
-    return chosen
-
-
-def quality_table(rows: Sequence[Row]) -> Table:
-    """AUC of each model; for LREA also the AUC of each way to serve it."""
-    table = new_table(("attention",), ("AUC", *(f"served, {way}" for way in SERVED), "s per epoch", "parameters"))
-    for model, own in by_model(rows):
-        served = [mean_and_spread([row.served_auc[way] for row in own]) if own[0].served_auc else "" for way in SERVED]
-        seconds = statistics.median(row.epoch_seconds for row in own)
-        auc = mean_and_spread([row.auc for row in own])
-        table.add_row(model, auc, *served, f"{seconds:.2f}", f"{own[0].parameters:,}")
-    return table
-
-
-def fidelity_table(rows: Sequence[Row]) -> Table:
-    """Median over seeds (empty if a value is not finite) for the rank of each model, and below it for smaller ranks."""
-    columns = [name for name in Fidelity._fields if name not in ("rank", "dtype")]
-    table = new_table(("states",), ("rank", *(name.replace("_", " ") for name in columns)))
-    for model, own in by_model([row for row in rows if row.fidelity]):
-        for way in SERVED:
-            for of_seeds in zip(*(row.fidelity[way] for row in own), strict=True):
-                figures = ([x[name] for x in of_seeds] for name in columns)
-                cells = ("" if None in values else f"{statistics.median(values):.4f}" for values in figures)
-                table.add_row(f"{model}, {way}", str(of_seeds[0]["rank"]), *cells)
-    return table
-
-
-def serving_table(rows: Sequence[ServingRow]) -> Table:
-    table = new_table(("attention", "states"), ("history", "ms", "spread", "waiting", "bytes per user"))
-    for row in rows:
-        share = ("" if x is None else f"{100 * x:.0f}%" for x in (row.spread, row.waiting))
-        table.add_row(row.model, row.dtype, f"{row.length:,}", f"{row.p50_ms:.3f}", *share, f"{row.bytes_per_user:,}")
-    return table
-
-
-def by_model(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    for model in MODELS:
-        if own := [row for row in rows if row.model == model]:
-            yield model, own
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    started = time.perf_counter()
-    chosen = parse_arguments(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    hyper = Hyperparameters(epochs=chosen.epochs, nonnegativity=chosen.nonnegativity)
-    torch.set_num_threads(1)
-    common, path = training.begin("din", chosen, CPU)
-
-    if not chosen.serving_only:
-        ratings = load(chosen.offline)
-        rows = []
-        finished = training.train_all(train, chosen.models, chosen.seeds, chosen.jobs, ratings, hyper)
-        total = chosen.seeds * len(chosen.models)
-        for row in track(finished, "DIN", total, console=console, transient=True):
-            records.append([row], common, path)
-            rows.append(row)
-        console.print(f"AUC on {ratings.source}, {chosen.seeds} seeds, {common['device']}")
-        console.print(quality_table(rows))
-        if any(row.fidelity for row in rows):
-            console.print(f"absorbed vs restored, {CANDIDATES} candidates per user, median over seeds")
-            console.print(fidelity_table(rows))
-    if not chosen.training_only:
-        served = measure_serving(chosen.seconds, hyper)
-        records.append(served, common, path)
-        console.print(f"attention of 1 user and {SERVED_CANDIDATES} candidates, d = {hyper.dim}, one thread")
-        console.print(serving_table(served))
-    console.print(f"rows in {path}, {time.perf_counter() - started:.0f} s")
-    return 0
+EXPERIMENT = Experiment(
+    name="din",
+    op="lrea_attention",
+    arms=MODELS,
+    hyper=Hyperparameters(),
+    search=search,
+    comparisons=(
+        (DIN, MEAN),
+        (DOT, MEAN),
+        *((lrea, baseline) for baseline in (MEAN, DOT, DIN) for lrea in LREA_RANKS),
+    ),
+    load=load,
+    train=train,
+    metrics=click_metrics,
+    users=users_scored,
+    budget=8,
+    seeds=20,
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(experiment.main(EXPERIMENT, None, __doc__))

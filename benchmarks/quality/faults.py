@@ -425,7 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = replace(Settings(), steps=chosen.steps, dtype=getattr(torch, chosen.dtype), device=chosen.device)
         names = [f"{name}/{impl}" for name in MODELS for impl in (KERNELS, REFERENCE)]
         curves = []
-        for curve in train_all(train, names, chosen.seeds, chosen.jobs, settings):
+        calls = [(name, seed) for seed in range(chosen.seeds) for name in names]
+        for curve in train_all(train, calls, chosen.jobs, settings):
             curves.append(curve)
             console.print(
                 f"{curve.name} by {curve.impl}, seed {curve.seed}: {statistics.mean(curve.losses[-100:]):.4f}"

@@ -1,44 +1,42 @@
-"""`python -m benchmarks.quality.sasrec`: SASRec on MovieLens-100k, plain and refined: quality, and seconds per epoch.
+"""`python -m benchmarks.quality.sasrec`: SASRec on MovieLens-100k, plain and refined: does refinement rank better?
 
 Leave-one-out: the last item of each user is the test, the one before it the validation. Every item outside the user's
-history is ranked. The epoch with the best validation NDCG@10 counts; its test HR@10 and NDCG@10 are reported. For the
-first seed, every mechanism is also trained for some epochs with the reference, and the loss curves are compared.
+history is ranked. The epoch with the best validation NDCG@10 counts; HR@10 and NDCG@10 are those of the test.
 """
 
-import argparse
+import copy
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.data import movielens
 from benchmarks.data.movielens import Histories
-from benchmarks.harness import records
-from benchmarks.quality import training
-from benchmarks.quality.training import TrainingRow, count_parameters, mean_and_spread, new_table, timed_epoch
+from benchmarks.quality import experiment, paired
+from benchmarks.quality.experiment import Experiment, Trained
+from benchmarks.quality.paired import Metric
+from benchmarks.quality.training import TrainingRow, count_parameters, timed_epoch
+from recattn._typing import RefinedAttentionImpl, Source
 from recattn.nn import RefinedSelfAttention
-from recattn.testing import largest
 
 PLAIN = "plain"
 ATTENTIONS = (PLAIN, "simple", "value", "additive", "stochastic")
-EVALUATE_EVERY = 10
-QUALITY, PARITY = "sasrec", "sasrec parity"
-# Training amplifies rounding differences, faster with larger steps. So few epochs, at SASRec's own learning rate.
-PARITY_EPOCHS, PARITY_LEARNING_RATE = 10, 1e-3
+EVALUATE_EVERY = 5
+CUTOFF = 10
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """SASRec's, except three times its learning rate and fewer epochs. No dropout inside the attention."""
+    """SASRec's, except a larger learning rate and fewer epochs. No dropout inside the attention.
+
+    `source` is that of a refinement: whether it refines the scores or their softmax.
+    """
 
     length: int = 50
     dim: int = 50
@@ -47,23 +45,13 @@ class Hyperparameters:
     dropout: float = 0.2
     batch: int = 128
     learning_rate: float = 3e-3
+    source: Source = "logits"
     epochs: int = 40
 
 
 @dataclass(kw_only=True)
 class Row(TrainingRow):
-    """One training. `curve_difference`, for impl="reference": largest |loss of impl None - loss| / loss over epochs."""
-
-    attention: str
-    impl: str | None
-    dtype: str
-    hr10: float
-    ndcg10: float
-    validation_ndcg10: float
-    losses: list[float]
-    curve_difference: float | None = None
-    op: str = "refined_attention"
-    workload: str = QUALITY
+    losses: list[float]  # of every epoch
 
 
 # --- Data ---
@@ -169,6 +157,10 @@ class SASRec(nn.Module):
             x = block(x, padding).masked_fill(padding[..., None], 0)
         return self.norm(x)
 
+    def scores(self, sequences: Tensor) -> Tensor:
+        """[B, items + 1] of the item after each sequence."""
+        return self(sequences)[:, -1] @ self.items.weight.T
+
     def loss(self, inputs: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
         """Binary cross-entropy of the next item and of a negative, over all positions."""
         states, tokens = self(inputs), inputs != 0
@@ -179,75 +171,106 @@ class SASRec(nn.Module):
 def attention_factory(name: str, hyper: Hyperparameters, impl: str | None) -> Callable[[], nn.Module]:
     if name == PLAIN:
         return lambda: nn.MultiheadAttention(hyper.dim, hyper.heads, batch_first=True)
-    return lambda: RefinedSelfAttention(hyper.dim, hyper.heads, max_len=hyper.length, mechanism=name, impl=impl)
+    return lambda: RefinedSelfAttention(
+        hyper.dim, hyper.heads, max_len=hyper.length, mechanism=name, source=hyper.source, impl=impl
+    )
 
 
 # --- Training and ranking ---
 
 
-def ranking_quality(scores: Tensor, answers: Tensor, candidates: Tensor, cutoff: int = 10) -> tuple[float, float]:
-    """HR and NDCG at the cutoff. One answer per row, [U], among candidates, [U, items]; ties rank above the answer."""
+def ranks(scores: Tensor, answers: Tensor, candidates: Tensor) -> Tensor:
+    """[U] ranks from 0. One answer per row, [U], among candidates, [U, items]; ties rank above the answer."""
     answer = scores.gather(1, answers[:, None])
     rivals = candidates & ~(scores < answer)  # NaN counts as a rival
-    rank = rivals.scatter(1, answers[:, None], False).sum(dim=1)
-    hit = rank < cutoff
-    return hit.double().mean().item(), (hit / torch.log2(rank + 2.0)).double().mean().item()
+    return rivals.scatter(1, answers[:, None], False).sum(dim=1)
+
+
+def gains(ranks: Tensor) -> Tensor:
+    """[U] the NDCG@10 of each user: there is one answer, so the ideal is 1."""
+    return (ranks < CUTOFF) / torch.log2(ranks + 2.0)
+
+
+def ranking_metrics(tested: dict[str, Tensor]) -> dict[str, Metric]:
+    own = tested["ranks"]
+    return {"NDCG@10": paired.mean_of_users(gains(own)), "HR@10": paired.mean_of_users(own < CUTOFF)}
+
+
+def users_ranked(tested: dict[str, Tensor]) -> int:
+    return len(tested["ranks"])
 
 
 @torch.no_grad()
-def evaluate(model: SASRec, queries: Tensor, answers: Tensor, seen: Tensor) -> tuple[float, float]:
+def evaluate(model: nn.Module, queries: Tensor, answers: Tensor, seen: Tensor) -> Tensor:
+    """[U] ranks of the answers among the items that are not in `seen`. `model.scores(queries)`: [U, items + 1]."""
     model.eval()
-    scores = model(queries)[:, -1] @ model.items.weight.T
+    scores = model.scores(queries)
     model.train()
     candidates = ~seen
     candidates[:, 0] = False
-    return ranking_quality(scores, answers, candidates)
+    return ranks(scores, answers, candidates)
 
 
 def train(
     attention: str,
-    impl: str | None,
     seed: int,
-    dtype: torch.dtype,
-    histories: Histories,
     hyper: Hyperparameters,
+    histories: Histories,
     device: torch.device,
-) -> Row:
+    impl: RefinedAttentionImpl | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Trained:
     split = Split(histories.items, hyper.length, device)
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)  # the same batches and negatives for every attention
     model = SASRec(split.items, hyper, attention_factory(attention, hyper, impl)).to(device, dtype)
-    optimizer = torch.optim.Adam(model.parameters(), hyper.learning_rate, betas=(0.9, 0.98))
-    seen_by_test = split.trained_on.scatter(1, split.validation[1][:, None], True)
-    losses, seconds = [], []
-    best, best_epoch, hr, ndcg = -1.0, 0, 0.0, 0.0
-    for epoch in range(1, hyper.epochs + 1):
-        with timed_epoch(seconds):
-            losses.append(train_epoch(model, optimizer, split, hyper.batch, generator))
-        if epoch % EVALUATE_EVERY == 0 or epoch == hyper.epochs:
-            _, validation = evaluate(model, *split.validation, split.trained_on)
-            if validation > best:
-                best, best_epoch = validation, epoch
-                hr, ndcg = evaluate(model, *split.test, seen_by_test)
-    return Row(
-        attention=attention,
-        impl=impl,
-        dtype=records.dtype_name(dtype),
+    fitted = fit(model, split, seed, hyper)
+    full = split.test[0][(split.test[0] != 0).all(1)]
+    row = Row(
+        op="refined_attention",
+        workload="sasrec",
+        arm=attention,
         seed=seed,
         shape=asdict(hyper),
         data=histories.source,
         parameters=count_parameters(model),
-        hr10=hr,
-        ndcg10=ndcg,
-        validation_ndcg10=best,
-        best_epoch=best_epoch,
-        epoch_seconds=statistics.median(seconds),
-        losses=losses,
+        learned=weights_by_lag(model, full),
+        **fitted.figures,
     )
+    return Trained(row, {"ranks": fitted.ranks})
+
+
+class Fitted(NamedTuple):
+    figures: dict[str, Any]  # of a Row
+    ranks: Tensor  # [U] of the test, at the best epoch
+
+
+def fit(model: nn.Module, split: Split, seed: int, hyper: Hyperparameters) -> Fitted:
+    """Train, and test at the best epoch, whose weights the model then has. Batches and negatives depend on the seed
+    alone. Raises ValueError if no epoch ranked anything."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), hyper.learning_rate, betas=(0.9, 0.98))
+    seen_by_test = split.trained_on.scatter(1, split.validation[1][:, None], True)
+    losses, seconds = [], []
+    best, best_epoch, best_weights = -1.0, 0, None
+    for epoch in range(1, hyper.epochs + 1):
+        with timed_epoch(seconds):
+            losses.append(train_epoch(model, optimizer, split, hyper.batch, generator))
+        if epoch % EVALUATE_EVERY == 0 or epoch == hyper.epochs:
+            reached = gains(evaluate(model, *split.validation, split.trained_on)).double().mean().item()
+            if reached > best:
+                best, best_epoch, best_weights = reached, epoch, copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_weights)
+    figures = {
+        "validation": best,
+        "best_epoch": best_epoch,
+        "epoch_seconds": statistics.median(seconds),
+        "losses": losses,
+    }
+    return Fitted(figures, evaluate(model, *split.test, seen_by_test).cpu())
 
 
 def train_epoch(
-    model: SASRec, optimizer: torch.optim.Optimizer, split: Split, batch: int, generator: torch.Generator
+    model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, batch: int, generator: torch.Generator
 ) -> float:
     """Train on each user once. Returns the mean loss."""
     total = torch.zeros((), dtype=torch.float64, device=split.inputs.device)
@@ -262,84 +285,70 @@ def train_epoch(
     return total.item() / len(order)
 
 
-def curve_difference(curve: Sequence[float], other: Sequence[float]) -> float:
-    """Largest relative difference; NaN if a curve holds NaN."""
-    return largest(abs(a - b) / abs(a) for a, b in zip(curve, other, strict=True))
+# --- What the attention learned ---
 
 
-# --- The command ---
+@torch.no_grad()
+def weights_by_lag(model: SASRec, sequences: Tensor) -> dict[str, list[float]]:
+    """Mean weights of the last token by how many items ago: [N] per block, before and after refinement.
 
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.sasrec", description=__doc__.partition("\n")[0])
-    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS, help="all by default")
-    training.add_arguments(parser, Hyperparameters.epochs)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="a CUDA device where there is one")
-    chosen = parser.parse_args(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
-    chosen.device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    training.check_arguments(parser, chosen, chosen.device)
-    return chosen
-
-
-def quality_table(rows: Sequence[Row]) -> Table:
-    dtypes = ("float32", "float64")
-    curves = [f"loss curve, {dtype}" for dtype in dtypes]
-    table = new_table(("attention",), ("HR@10", "NDCG@10", "s per epoch", "parameters", *curves))
-    for attention in sorted({row.attention for row in rows}, key=ATTENTIONS.index):
-        own = [row for row in rows if row.attention == attention]
-        trained = [row for row in own if row.workload == QUALITY]
-        differences = {row.dtype: row.curve_difference for row in own if row.curve_difference is not None}
-        table.add_row(
-            attention,
-            *(mean_and_spread([getattr(row, name) for row in trained]) for name in ("hr10", "ndcg10")),
-            f"{statistics.median(row.epoch_seconds for row in trained):.3f}",
-            f"{own[0].parameters:,}",
-            *(f"{differences[dtype]:.1e}" if dtype in differences else "" for dtype in dtypes),
+    Sequences [B, N] without padding. "raw" is softmax(Q Kᵀ/√D), which plain attention uses and refinement starts from.
+    """
+    inputs: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        block.attention.register_forward_pre_hook(lambda module, args: inputs.append(args[:2]))
+        for block in model.blocks
+    ]
+    model.eval()
+    model(sequences)
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    curves = {}
+    for number, (block, (queries, keys)) in enumerate(zip(model.blocks, inputs, strict=True)):
+        attention = block.attention
+        w_q, w_k, _ = attention.in_proj_weight.chunk(3)
+        b_q, b_k, _ = attention.in_proj_bias.chunk(3)
+        q, k = (
+            x.unflatten(-1, (attention.num_heads, -1))
+            for x in (F.linear(queries[:, -1:], w_q, b_q), F.linear(keys, w_k, b_k))
         )
-    return table
+        raw = torch.einsum("bihd,bjhd->bhij", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
+        curves[f"block {number}, raw"] = as_curve(raw.mean((0, 1, 2)))
+        if isinstance(attention, RefinedSelfAttention):
+            _, refined = attention(queries, keys, keys, is_causal=True, need_weights=True)
+            curves[f"block {number}, refined"] = as_curve(refined[:, -1].mean(0))
+    return curves
 
 
-def train_with_reference(
-    attention: str, seed: int, histories: Histories, hyper: Hyperparameters, device: torch.device
-) -> list[Row]:
-    """A training. For the first seed of a refined attention, also the trainings that compare its loss curve."""
-    rows = [train(attention, None, seed, torch.float32, histories, hyper, device)]
-    if attention == PLAIN or seed > 0:
-        return rows
-    gentle = replace(hyper, epochs=min(hyper.epochs, PARITY_EPOCHS), learning_rate=PARITY_LEARNING_RATE)
-    for dtype in (torch.float32, torch.float64):
-        fast, reference = (
-            train(attention, impl, seed, dtype, histories, gentle, device) for impl in (None, "reference")
-        )
-        fast.workload = reference.workload = PARITY
-        reference.curve_difference = curve_difference(fast.losses, reference.losses)
-        rows += [fast, reference]
-    return rows
+def as_curve(by_position: Tensor) -> list[float]:
+    """The newest first, five digits."""
+    return [round(x, 5) for x in by_position.flip(0).tolist()]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    started = time.perf_counter()
-    chosen = parse_arguments(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    histories = movielens.load(chosen.offline)
-    hyper = Hyperparameters(epochs=chosen.epochs)
-    common, path = training.begin("sasrec", chosen, chosen.device)
-    rows: list[Row] = []
-    arguments = histories, hyper, chosen.device
-    finished = training.train_all(train_with_reference, chosen.attention, chosen.seeds, chosen.jobs, *arguments)
-    total = chosen.seeds * len(chosen.attention)
-    for own in track(finished, "SASRec", total, console=console, transient=True):
-        records.append(own, common, path)
-        rows += own
+# --- The experiment ---
 
-    console.print(f"SASRec on {histories.source}, {hyper.epochs} epochs, {chosen.seeds} seeds, {common['device']}")
-    console.print(quality_table(rows))
-    console.print(f"loss curve: largest difference between impl None and the reference over {PARITY_EPOCHS} epochs")
-    console.print(f"{len(rows)} rows in {path}, {time.perf_counter() - started:.0f} s")
-    return 0
+
+def search(attention: str) -> dict[str, Sequence[object]]:
+    common = {"learning_rate": (1.5e-3, 3e-3, 6e-3), "dropout": (0.2, 0.35, 0.5), "blocks": (1, 2)}
+    return common if attention == PLAIN else common | {"source": ("logits", "weights")}
+
+
+EXPERIMENT = Experiment(
+    name="sasrec",
+    op="refined_attention",
+    arms=ATTENTIONS,
+    hyper=Hyperparameters(),
+    search=search,
+    comparisons=tuple((attention, PLAIN) for attention in ATTENTIONS if attention != PLAIN),
+    load=movielens.load,
+    train=train,
+    metrics=ranking_metrics,
+    users=users_ranked,
+    budget=8,
+    seeds=20,
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(experiment.main(EXPERIMENT, None, __doc__))

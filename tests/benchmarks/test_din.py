@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.data import movielens
 from benchmarks.data.movielens import Item
-from benchmarks.quality import din
+from benchmarks.quality import din, din_serving, experiment, paired
 from benchmarks.quality.din import LREA_RANKS, MODELS, Hyperparameters, Ratings
 from recattn.nn import Fidelity, TargetAttention
 
@@ -104,13 +104,11 @@ def test_batches_of_similar_lengths_hold_every_sample_once():
     assert lengths != sorted(lengths)
 
 
-def test_area_under_curve():
-    scores, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.9]), torch.tensor([0.0, 1, 0, 0, 1])
-    # Pairs won: 0.4 over 0.1, half of 0.4 against 0.4; 0.9 over all three.
-    assert din.area_under_curve(scores, labels) == pytest.approx(4.5 / 6)
-    assert din.area_under_curve(torch.zeros(5), labels) == pytest.approx(0.5)
+def test_auc_of_scores_that_are_not_finite(ratings):
+    samples = ratings.split()[2]
     for value in (math.nan, math.inf):
-        assert math.isnan(din.area_under_curve(scores.index_fill(0, torch.tensor([2]), value), labels))
+        assert math.isnan(din.auc(ratings, samples, HYPER, lambda batch, v=value: torch.full_like(batch.labels, v)))
+    assert din.auc(ratings, samples, HYPER, lambda batch: batch.labels) == 1
 
 
 def test_a_training_that_diverges_says_so(ratings):
@@ -121,17 +119,9 @@ def test_a_training_that_diverges_says_so(ratings):
         din.fit(ranker, 0, ratings, replace(HYPER, epochs=2))
 
 
-def test_figures_that_are_not_finite_stay_out_of_medians():
-    """A diverged seed still counts as a seed."""
-    report = Fidelity(4, torch.float32, 0.5, 1.0, 0.0, math.inf, math.nan)
-    figures = din.as_json(report)
+def test_figures_that_are_not_finite_are_null():
+    figures = din.as_json(Fidelity(4, torch.float32, 0.5, 1.0, 0.0, math.inf, math.nan))
     assert figures["relative_error"] == 0.5 and figures["rare_loss"] is figures["common_loss"] is None
-    training = {"model": "LREA 4", "shape": {}, "data": "", "parameters": 0, "auc": 0.5, "validation_auc": 0.5}
-    training |= {"best_epoch": 1, "epoch_seconds": 1.0}
-    seeds = figures, figures | {"rare_loss": 0.25}
-    rows = [din.Row(**training, seed=i, fidelity={way: [x] for way in din.SERVED}) for i, x in enumerate(seeds)]
-    columns = {column.header: list(column.cells) for column in din.fidelity_table(rows).columns}
-    assert set(columns["rare loss"]) == {""} and set(columns["relative error"]) == {"0.5000"}
 
 
 # --- Models ---
@@ -188,8 +178,9 @@ def test_the_penalty_is_that_of_lrea_alone(ratings):
 
 @pytest.mark.parametrize("model", [din.MEAN, din.DOT, din.DIN, "LREA 4"])
 def test_it_learns_the_tastes(model, ratings):
-    row = din.train(model, 0, ratings, HYPER)
-    assert row.auc > 0.9 and row.validation_auc > 0.9 and 1 <= row.best_epoch <= 25 and row.epoch_seconds > 0
+    row, tested = din.train(model, 0, HYPER, ratings)
+    auc = paired.value(din.click_metrics(tested)["AUC"], din.users_scored(tested))
+    assert auc > 0.9 and row.validation > 0.9 and 1 <= row.best_epoch <= 25 and row.epoch_seconds > 0
     if model in LREA_RANKS:
         assert set(row.served_auc) == set(row.fidelity) == set(din.SERVED)
         assert all(0.5 < auc <= 1 for auc in row.served_auc.values())
@@ -200,16 +191,37 @@ def test_it_learns_the_tastes(model, ratings):
 
 @pytest.mark.parametrize("model", [din.DIN, "LREA 4"])
 def test_a_training_repeats(model, ratings):
-    rows = [din.train(model, seed, ratings, replace(HYPER, epochs=1)) for seed in (0, 0, 1)]
-    first, again, other = (replace(row, epoch_seconds=0.0, seed=0) for row in rows)
-    assert again == first and other.auc != first.auc
+    trained = [din.train(model, seed, replace(HYPER, epochs=1), ratings) for seed in (0, 0, 1)]
+    first, again, other = (replace(row, epoch_seconds=0.0) for row, _ in trained)
+    assert again == first and other.validation != first.validation
+    assert torch.equal(trained[0].tested["scores"], trained[1].tested["scores"])
 
 
-# --- Serving ---
+def test_reconstruction(ratings):
+    """Matrices that project on the first four positions restore these and lose the others; none of that rank is better
+    than the best."""
+    full = ratings.first(40)
+    hyper = replace(HYPER, length=8)
+    ranker = din.Ranker("LREA 4", hyper)
+    with torch.no_grad():
+        ranker.attention.w_comp.copy_(torch.eye(8, 4))
+        ranker.attention.w_decomp.copy_(torch.eye(4, 8))
+    curves = din.reconstruction(ranker, full, hyper)
+    assert curves["error by position"] == [0] * 4 + [1] * 4
+    (best,) = curves["error, best"]
+    assert 0 < best < 0.5**0.5 + 0.02
 
 
-def test_what_is_timed_is_the_attention():
-    calls = din.serving_calls(700, 64, HYPER)
+def test_hidden_layers_are_every_models():
+    """Models differ in the attention only."""
+    torch.manual_seed(0)
+    rankers = [din.Ranker(model, HYPER) for model in MODELS]
+    shapes = [{name: p.shape for name, p in r.named_parameters() if not name.startswith("attention")} for r in rankers]
+    assert all(shape == shapes[0] for shape in shapes) and all(isinstance(r.norm, nn.LayerNorm) for r in rankers)
+
+
+def test_served_attention_is_timed():
+    calls = din_serving.serving_calls(700, 64, HYPER)
     assert set(calls) == {(din.DOT, "float32"), (din.DIN, "float32")} | {
         (model, dtype) for model in LREA_RANKS for dtype in ("float32", "bfloat16", "int8")
     }
@@ -225,48 +237,28 @@ def test_what_is_timed_is_the_attention():
         assert 0 < (calls["LREA 16", dtype][1]().float() - exact).norm() < bound * exact.norm()
 
 
-# --- The command ---
+def test_command(ratings, tmp_path, capsys):
+    small = replace(din.EXPERIMENT, hyper=HYPER, load=lambda offline: ratings)
+    options = ["--arms", "mean", "LREA 4", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--budget", "1"]
+    assert experiment.main(small, [*options, "--results", str(tmp_path)], din.__doc__) == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    trained = [(row["arm"], row["seed"]) for row in rows if "arm" in row]
+    assert sorted(trained) == [("LREA 4", 0), ("LREA 4", 1), ("mean", 0), ("mean", 1)]
+    assert {(row["effect_of"], row["over"], row["metric"]) for row in rows if "effect_of" in row} == {
+        ("LREA 4", "mean", "AUC"),
+        ("LREA 4", "mean", "log loss"),
+    }
+    assert "two tastes" in capsys.readouterr().out
 
 
-def test_command(ratings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(din, "load", lambda offline: ratings)
-    measure = din.measure_serving
-    monkeypatch.setattr(din, "measure_serving", lambda seconds, hyper: measure(seconds, hyper, (50,)))
-    options = ["--models", "mean", "LREA 4", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--seconds", "0.05"]
-    assert din.main([*options, "--results", str(tmp_path)]) == 0
+def test_serving_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(din_serving, "SERVED_LENGTHS", (50,))
+    assert din_serving.main(["--seconds", "0.05", "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    trained = [row for row in rows if row["workload"] == din.QUALITY]
-    assert sorted((row["model"], row["seed"]) for row in trained) == [
-        ("LREA 4", 0),
-        ("LREA 4", 1),
-        ("mean", 0),
-        ("mean", 1),
-    ]
-    served = [row for row in rows if row["workload"] == din.SERVING]
-    assert len(served) == 14 and all(row["p50_ms"] > 0 and row["length"] == 50 for row in served)
-    assert all(row["torch"] == torch.__version__ and row["threads"] == 1 for row in rows)
-    printed = capsys.readouterr().out
-    assert "two tastes" in printed and "truncation error" in printed and str(path) in printed
-    assert din.main(["--serving-only", "--seconds", "0.05", "--results", str(tmp_path / "serving")]) == 0
-    (path,) = (tmp_path / "serving").iterdir()
-    assert {json.loads(line)["workload"] for line in path.read_text().splitlines()} == {din.SERVING}
-
-
-def test_requests_that_cannot_be_met(capsys):
-    for options, message in (
-        (["--seeds", "0"], "--seeds, --epochs and --jobs must be at least 1"),
-        (["--nonnegativity", "nan"], "--nonnegativity must be finite and at least 0"),
-        (["--serving-only", "--training-only"], "not allowed with"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            din.main(options)
-        assert message in capsys.readouterr().err
-
-
-def test_hidden_layers_are_every_models():
-    """Models differ in the attention only."""
-    torch.manual_seed(0)
-    rankers = [din.Ranker(model, HYPER) for model in MODELS]
-    shapes = [{name: p.shape for name, p in r.named_parameters() if not name.startswith("attention")} for r in rankers]
-    assert all(shape == shapes[0] for shape in shapes) and all(isinstance(r.norm, nn.LayerNorm) for r in rankers)
+    assert len(rows) == 14 and all(row["p50_ms"] > 0 and row["length"] == 50 for row in rows)
+    assert {row["workload"] for row in rows} == {din_serving.SERVING} and str(path) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        din_serving.main(["--seconds", "nan"])
+    assert "--seconds must be finite and above 0" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from benchmarks.data import movielens
 from benchmarks.data.movielens import Item
 from benchmarks.examples import embedding_bag, lrea
 from benchmarks.examples.embedding_bag import BOTH, GENRES, IDS, GenreEmbedding
-from benchmarks.quality import din
+from benchmarks.quality import din, din_serving
 from benchmarks.quality.din import DIN, Hyperparameters, Ranker, Ratings
 
 HYPER = Hyperparameters(length=32, dim=8, batch=64, epochs=4, patience=4, learning_rate=1e-2)
@@ -48,7 +48,7 @@ def test_the_table_serves_the_states_before_the_test(dtype, ratings):
 
 
 def test_the_full_attention_in_blocks_is_the_full_attention(monkeypatch):
-    monkeypatch.setattr(din, "CACHED_ELEMENTS", 36 * 32 * 7)  # seven candidates a block
+    monkeypatch.setattr(din_serving, "CACHED_ELEMENTS", 36 * 32 * 7)  # seven candidates a block
     ranker, behaviors, candidates = Ranker(DIN, HYPER), torch.randn(32, 8), 1 + torch.randperm(50)
     expected = ranker.attention(ranker.items(candidates)[None], behaviors[None])[0]
     torch.testing.assert_close(lrea.from_history(ranker, behaviors, candidates), expected)

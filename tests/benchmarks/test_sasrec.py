@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.data import movielens
-from benchmarks.quality import sasrec
-from benchmarks.quality.sasrec import PLAIN, Split, pad_left, ranking_quality, train
+from benchmarks.quality import experiment, paired, sasrec
+from benchmarks.quality.sasrec import PLAIN, Split, pad_left, ranks, train
 from recattn.nn import RefinedSelfAttention
 from tests.helpers.suite_runs import SMALL_SASREC, histories_by_steps
 
@@ -78,17 +78,19 @@ def test_ranking_by_hand():
     candidates[:, 0] = False
     candidates[1, 9] = False  # in the history
     scores[2, 3] = 1.5  # below items 1, 2 and 4 to 11
-    hr, ndcg = ranking_quality(scores, answers, candidates)
-    assert hr == pytest.approx(2 / 3)
-    assert ndcg == pytest.approx((1 + 1 / math.log2(4)) / 3)
-    assert ranking_quality(scores, answers, candidates, cutoff=2)[0] == pytest.approx(1 / 3)
-    assert ranking_quality(scores, answers, candidates, cutoff=11)[1] == pytest.approx((1.5 + 1 / math.log2(12)) / 3)
+    own = ranks(scores, answers, candidates)
+    assert own.tolist() == [0, 2, 10]
+    assert sasrec.gains(own).tolist() == pytest.approx([1, 1 / math.log2(4), 0])
+    metrics = sasrec.ranking_metrics({"ranks": own})
+    assert paired.value(metrics["HR@10"], 3) == pytest.approx(2 / 3)
+    assert paired.value(metrics["NDCG@10"], 3) == pytest.approx((1 + 1 / math.log2(4)) / 3)
 
 
 def test_ties_and_nan_do_not_score():
     candidates = torch.ones(1, 20, dtype=torch.bool)
+    candidates[0, 0] = False
     for scores in (torch.zeros(1, 20), torch.full((1, 20), math.nan)):
-        assert ranking_quality(scores, torch.tensor([4]), candidates) == (0.0, 0.0)
+        assert ranks(scores, torch.tensor([4]), candidates).tolist() == [18]
 
 
 # --- Training ---
@@ -96,21 +98,52 @@ def test_ties_and_nan_do_not_score():
 
 @pytest.mark.parametrize("attention", sasrec.ATTENTIONS)
 def test_training(attention, histories):
-    row = train(attention, None, 0, torch.float32, histories, HYPER, CPU)
+    row, tested = train(attention, 0, HYPER, histories, CPU)
     assert row.losses[1] < row.losses[0] < 1.5
-    assert len(row.losses) == 2 and row.best_epoch == 2
-    assert 0 <= row.ndcg10 <= row.hr10 <= 1 and 0 <= row.validation_ndcg10 <= 1
-    assert row.epoch_seconds > 0
-    again = train(attention, None, 0, torch.float32, histories, HYPER, CPU)
+    assert len(row.losses) == 2 and row.best_epoch == 2 and 0 <= row.validation <= 1
+    assert row.epoch_seconds > 0 and len(tested["ranks"]) == len(histories.items)
+    again, tested_again = train(attention, 0, HYPER, histories, CPU)
     assert replace(again, epoch_seconds=row.epoch_seconds) == row
+    assert torch.equal(tested_again["ranks"], tested["ranks"])
     if attention != PLAIN:
-        reference = train(attention, "reference", 0, torch.float32, histories, HYPER, CPU)
-        assert sasrec.curve_difference(row.losses, reference.losses) < 1e-5
+        reference, _ = train(attention, 0, HYPER, histories, CPU, impl="reference")
+        assert reference.losses == pytest.approx(row.losses, rel=1e-5)
 
 
 def test_it_learns_the_steps(histories):
-    row = train("simple", None, 0, torch.float32, histories, replace(HYPER, epochs=30), CPU)
-    assert row.hr10 > 0.9 and row.losses[-1] < 0.5
+    row, tested = train("simple", 0, replace(HYPER, epochs=30), histories, CPU)
+    assert (tested["ranks"] < 10).double().mean() > 0.9 and row.losses[-1] < 0.5
+
+
+def test_the_test_is_that_of_the_best_epoch(histories, monkeypatch):
+    """Validation ranks only after the first of two evaluations; what is tested is the model as it then was."""
+    monkeypatch.setattr(sasrec, "EVALUATE_EVERY", 1)
+    one, ranked = train(PLAIN, 0, replace(HYPER, epochs=1), histories, CPU)
+    original = sasrec.gains
+    validations = iter([0.9, 0.1])
+    monkeypatch.setattr(sasrec, "gains", lambda own: torch.full_like(original(own), next(validations)))
+    row, tested = train(PLAIN, 0, HYPER, histories, CPU)
+    assert row.best_epoch == 1 and row.losses[0] == one.losses[0]
+    assert torch.equal(tested["ranks"], ranked["ranks"])
+
+
+def test_weights_by_lag_by_hand(histories):
+    """Before the refinement, and after it: what plain attention and the module itself give the last token."""
+    torch.manual_seed(0)
+    model = sasrec.SASRec(30, HYPER, sasrec.attention_factory("value", HYPER, None)).eval()
+    items = 1 + torch.arange(16).view(2, 8)
+    curves = sasrec.weights_by_lag(model, items)
+    assert set(curves) == {f"block {b}, {kind}" for b in range(2) for kind in ("raw", "refined")}
+    x = model.items(items) * 4 + model.positions.weight
+    attention = model.blocks[0].attention
+    queries = model.blocks[0].attention_norm(x)
+    plain = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    plain.load_state_dict({name: p for name, p in attention.state_dict().items() if not name.startswith("w_")})
+    _, weights = plain(queries, x, x)  # the last token sees all
+    assert curves["block 0, raw"] == pytest.approx(weights[:, -1].mean(0).flip(0).tolist(), abs=1e-5)
+    _, refined = attention(queries, x, x, is_causal=True, need_weights=True)
+    assert curves["block 0, refined"] == pytest.approx(refined[:, -1].mean(0).flip(0).tolist(), abs=1e-5)
+    assert curves["block 0, raw"] != curves["block 0, refined"]
 
 
 @pytest.mark.parametrize("attention", sasrec.ATTENTIONS)
@@ -130,34 +163,32 @@ def test_no_state_depends_on_the_future_or_on_padding(attention):
     torch.testing.assert_close(model(items)[:, 3:], states[:, 3:])
 
 
-def test_curve_difference():
-    assert sasrec.curve_difference([1.0, 2.0], [1.0, 1.9]) == pytest.approx(0.05)
-    assert math.isnan(sasrec.curve_difference([1.0, math.nan], [1.0, 1.0]))
+# --- The experiment ---
 
 
-# --- The command ---
+def test_what_is_searched():
+    """Refinement's own hyperparameter is tried within the same budget; what both have, both try in the same draws."""
+    plain, refined = (experiment.draws(sasrec.EXPERIMENT, attention) for attention in (PLAIN, "value"))
+    assert len(plain) == len(refined) == 8 == len(set(plain)) == len(set(refined))
+    assert plain[0] == refined[0] == sasrec.Hyperparameters()
+    assert [replace(hyper, source="logits") for hyper in refined] == plain
+    assert {hyper.source for hyper in refined} == {"logits", "weights"}
 
 
 def test_command(histories, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(movielens, "load", lambda offline: histories)
-    options = ["--attention", "plain", "simple", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--device", "cpu"]
-    assert sasrec.main([*options, "--results", str(tmp_path)]) == 0
-    (path,) = tmp_path.iterdir()
+    small = replace(sasrec.EXPERIMENT, hyper=HYPER, load=movielens.load, budget=2)
+    options = ["--arms", "plain", "simple", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--device", "cpu"]
+    assert experiment.main(small, [*options, "--results", str(tmp_path)], sasrec.__doc__) == 0
+    (path,) = tmp_path.glob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    quality = [row for row in rows if row["workload"] == sasrec.QUALITY]
-    assert {(row["attention"], row["seed"]) for row in quality} == set(product(("plain", "simple"), (0, 1)))
-    assert len(quality) == 4 and all(row["impl"] is None and row["curve_difference"] is None for row in quality)
-    parity = {(row["dtype"], row["impl"]): row for row in rows if row["workload"] == sasrec.PARITY}
-    assert len(parity) == 4 and all(row["attention"] == "simple" for row in parity.values())
-    for dtype, bound in (("float32", 1e-5), ("float64", 1e-13)):
-        assert parity[dtype, None]["curve_difference"] is None
-        assert parity[dtype, "reference"]["curve_difference"] < bound
+    trained = [row for row in rows if row["workload"] == "sasrec" and "arm" in row]
+    assert {(row["arm"], row["seed"]) for row in trained} == set(product(("plain", "simple"), (0, 1)))
+    assert sum(row["workload"] == "sasrec tuning" for row in rows) == 4
+    compared = {row["metric"]: row for row in rows if "effect_of" in row}
+    assert set(compared) == {"NDCG@10", "HR@10"}
+    mean = {arm: sum(row["test"]["NDCG@10"] for row in trained if row["arm"] == arm) / 2 for arm in ("plain", "simple")}
+    assert compared["NDCG@10"]["effect"] == pytest.approx(mean["simple"] - mean["plain"])
     assert all(row["data"] == "steps" and row["torch"] == torch.__version__ for row in rows)
     printed = capsys.readouterr().out
     assert "plain" in printed and "simple" in printed and str(path) in printed
-
-
-def test_requests_that_cannot_be_met(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        sasrec.main(["--seeds", "0"])
-    assert "--seeds, --epochs and --jobs must be at least 1" in capsys.readouterr().err
