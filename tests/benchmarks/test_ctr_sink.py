@@ -1,0 +1,136 @@
+"""CTR-Sink's experiment on a few users of MovieLens-100k: what is written, who sees what, and that it trains."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers")
+
+from benchmarks.data import minilm, movielens
+from benchmarks.quality import ctr_sink, paired
+from benchmarks.quality.ctr_sink import ARMS, BIAS, NO_SINKS, SEPARATORS, SINKS, ClickModel, Clicks, Hyperparameters
+
+CPU = torch.device("cpu")
+HYPER = Hyperparameters(behaviors=5, targets=4, batch=4, dtype="float32", epochs=1)
+
+
+@pytest.fixture(scope="module")
+def clicks():
+    try:
+        minilm.folder()
+        movielens.items()
+    except FileNotFoundError as error:
+        pytest.skip(f"needs MiniLM and MovieLens-100k: {error}")
+    if (users := movielens.events()) is None:
+        pytest.skip("needs MovieLens-100k")
+    return Clicks([own[:20] for own in users[:12]], "twelve users")
+
+
+def writer(arm):
+    torch.manual_seed(0)
+    model = ClickModel(arm, HYPER).eval()
+    return model, ctr_sink.Writer(arm, model.sink_embedding)
+
+
+def test_no_sample_knows_the_future(clicks):
+    training, validation, test = clicks.split(HYPER)
+    assert training and validation and test
+    for sample in (*training, *validation, *test):
+        times = [event.time for event in (*sample.history, *sample.targets)]
+        assert times == sorted(times) and 1 <= len(sample.targets) <= 4 <= len(sample.history) <= 5
+    assert max(s.targets[0].time for s in training) < min(s.targets[0].time for s in validation)
+    assert max(s.targets[0].time for s in validation) < min(s.targets[0].time for s in test)
+    asked = [(s.user, event.item) for s in (*training, *validation, *test) for event in s.targets]
+    assert len(asked) == len(set(asked)) == 12 * 16  # each of a user's ratings after the fourth, once
+
+
+def test_batches_hold_every_sample_once_in_an_order_of_the_seed(clicks):
+    samples = list(clicks.samples(HYPER))
+    first, again, other = (
+        [[id(s) for s in b] for b in ctr_sink.batches(samples, 4, ctr_sink.random.Random(seed))] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert sorted(i for batch in first for i in batch) == sorted(map(id, samples))
+
+
+def test_what_is_written(clicks):
+    """The arms differ in what is between two ratings, and in nothing else."""
+    sample = next(s for s in clicks.samples(HYPER) if len(s.history) == 5)
+    written = {}
+    for arm in ARMS:
+        _, own = writer(arm)
+        text = own.histories([sample])
+        tokenizer = minilm.tokenizer()
+        written[arm] = tokenizer.convert_ids_to_tokens(text.input_ids[0].tolist())
+        count = 0 if arm == NO_SINKS else 4
+        assert text.sink_positions.shape == text.sink_ids.shape == (1, count)
+        between = [written[arm][i] for i in text.sink_positions[0].tolist()]
+        assert between == [{SEPARATORS: "[SEP]"}.get(arm, ctr_sink.SINK)] * count
+    assert written[SINKS] == written[BIAS]
+    assert [t for t in written[SINKS] if t != ctr_sink.SINK] == written[NO_SINKS]
+    assert [t for t in written[SEPARATORS][:-1] if t != "[SEP]"] == written[NO_SINKS][:-1]
+    title = minilm.tokenizer().tokenize(movielens.items()[sample.history[0].item].title)[: ctr_sink.TITLE_TOKENS]
+    assert written[NO_SINKS][1:3] == [str(int(sample.history[0].rating)), "stars"]
+    assert written[NO_SINKS][3 : 3 + len(title)] == title
+    assert written[NO_SINKS][3 + len(title)] in [name for name, _ in ctr_sink.AGES]
+
+
+def test_targets(clicks):
+    samples = list(clicks.samples(HYPER))[:3]
+    _, own = writer(NO_SINKS)
+    films = own.targets(samples)
+    expected = [(row, event) for row, s in enumerate(samples) for event in s.targets]
+    assert films.histories.tolist() == [row for row, _ in expected]
+    assert films.labels.tolist() == [float(event.rating >= 4) for _, event in expected]
+    tokens = [films.input_ids[i][films.attention_mask[i] > 0].tolist() for i in films.films.tolist()]
+    assert tokens == [[own.start, *own.films[event.item], own.end] for _, event in expected]
+
+
+def test_a_score_depends_on_its_history_and_its_film_alone(clicks):
+    """Not on the batch: not on padding, and not on the chunk that a film is in."""
+    samples = list(clicks.samples(HYPER))[:6]
+    for arm in ARMS:
+        model, own = writer(arm)
+        together = ctr_sink.score(model, own, samples, HYPER)["scores"]
+        by_length = sorted(samples, key=lambda s: len(s.history))
+        alone = torch.cat([ctr_sink.score(model, own, [s], HYPER)["scores"] for s in by_length])
+        torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+
+
+def test_the_bias_is_the_only_difference_between_the_last_two_arms(clicks):
+    samples = list(clicks.samples(HYPER))[:2]
+    (without, own), (with_bias, _) = writer(SINKS), writer(BIAS)
+    scales = with_bias.bias_scales()
+    assert len(scales) == ctr_sink.LAYERS and all(scale == 10 for scale in scales)
+    assert all(scale == 0 for scale in without.bias_scales())
+    text = own.histories(samples)
+    assert not torch.allclose(with_bias.users(text), without.users(text), atol=1e-3)
+    with torch.no_grad():
+        for scale in scales:
+            scale.zero_()
+    torch.testing.assert_close(with_bias.users(text), without.users(text))
+
+
+@pytest.mark.parametrize("arm", [NO_SINKS, SEPARATORS, BIAS])
+def test_training(arm, clicks):
+    row, tested = ctr_sink.train(arm, 0, HYPER, clicks, CPU)
+    assert 0 <= row.validation <= 1 and tested["scores"].isfinite().all()
+    assert len(tested["labels"]) == sum(len(s.targets) for s in clicks.split(HYPER)[2])
+    assert 0 <= paired.value(ctr_sink.click_metrics(tested)["AUC"], ctr_sink.users_scored(tested)) <= 1
+    if arm == NO_SINKS:
+        assert row.learned == {}
+    else:
+        assert row.learned["to sinks, before"] != row.learned["to sinks, after"]
+        assert len(row.learned["to sinks, after"]) == 6
+    if arm == BIAS:
+        assert all(scale != 10 for scale in row.learned["bias scale"])
+        again, tested_again = ctr_sink.train(arm, 0, HYPER, clicks, CPU)
+        assert replace(again, epoch_seconds=row.epoch_seconds) == row
+        assert torch.equal(tested_again["scores"], tested["scores"])
+
+
+def test_schedule():
+    rates = [ctr_sink.schedule(step, 5, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(rates) == 1
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.001
