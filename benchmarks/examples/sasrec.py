@@ -49,8 +49,7 @@ def train(model: SASRec, split: Split, hyper: Hyperparameters, console: Console,
     for _ in track(range(hyper.epochs), name, console=console, transient=True):
         with timed_epoch(seconds):
             losses.append(sasrec.train_epoch(model, optimizer, split, hyper.batch, generator))
-    seen = split.trained_on.scatter(1, split.validation[1][:, None], True)
-    ranks = sasrec.evaluate(model, *split.test, seen)
+    ranks = sasrec.evaluate(model, split.test)
     hr, ndcg = ((x.double().mean().item()) for x in (ranks < sasrec.CUTOFF, sasrec.gains(ranks)))
     return Trained(hr, ndcg, statistics.median(seconds), count_parameters(model), losses)
 

@@ -208,7 +208,7 @@ def train(attention: str, seed: int, hyper: Hyperparameters, histories: Historie
 
 
 def search(attention: str) -> dict[str, Sequence[object]]:
-    common = {"learning_rate": (1.5e-3, 3e-3, 6e-3), "dropout": (0.1, 0.3, 0.5), "blocks": (1, 2)}
+    common = {"learning_rate": (3e-3, 6e-3, 1e-2), "dropout": (0.3, 0.5, 0.7), "blocks": (1, 2)}
     return common if attention == PLAIN else common | {"source": ("logits", "weights")}
 
 

@@ -16,7 +16,7 @@ from recattn.nn import RefinedSelfAttention
 from tests.helpers.suite_runs import SMALL_SASREC, histories_by_steps
 
 CPU = torch.device("cpu")
-HYPER = replace(SMALL_SASREC, epochs=2)
+HYPER = replace(SMALL_SASREC, blocks=2, dropout=0.2, epochs=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +43,23 @@ def test_items_of_one_second_stay_in_the_order_of_the_file(tmp_path, monkeypatch
     assert [items.tolist() for items in movielens.load(offline=True).items] == [[7, 9, 4]]
 
 
-def test_the_last_two_items_are_left_out():
-    split = Split([torch.tensor([3, 1, 4, 2, 5]), torch.tensor([1, 2])], 4, CPU)
-    assert split.items == 5
+def test_the_last_items_are_held_out(monkeypatch):
+    monkeypatch.setattr(sasrec, "TESTED", 2)
+    monkeypatch.setattr(sasrec, "VALIDATED", 1)
+    split = Split([torch.tensor([3, 1, 4, 2, 5, 6]), torch.tensor([1, 2, 3, 4])], 4, CPU)
+    assert split.items == 6
     assert split.inputs.tolist() == [[0, 0, 3, 1]]  # too short a history has no training
     assert split.targets.tolist() == [[0, 0, 1, 4]]
-    (queries, answers), (test_queries, test_answers) = split.validation, split.test
-    assert queries.tolist() == [[0, 3, 1, 4]] and answers.tolist() == [2]
-    assert test_queries.tolist() == [[3, 1, 4, 2]] and test_answers.tolist() == [5]
+    assert split.validation.queries.tolist() == [[0, 3, 1, 4]] and split.validation.answers.tolist() == [2]
+    assert split.test.queries.tolist() == [[3, 1, 4, 2], [1, 4, 2, 5]] and split.test.answers.tolist() == [5, 6]
     assert split.trained_on.nonzero()[:, 1].tolist() == [1, 3, 4]
+    seen = [[x.nonzero()[:, 0].tolist() for x in part.seen] for part in (split.validation, split.test)]
+    assert seen == [[[1, 3, 4]], [[1, 2, 3, 4], [1, 2, 3, 4, 5]]]
 
 
-def test_negatives_are_uniform_over_what_the_training_lacks():
+def test_negatives_are_uniform_over_what_the_training_lacks(monkeypatch):
+    monkeypatch.setattr(sasrec, "TESTED", 1)
+    monkeypatch.setattr(sasrec, "VALIDATED", 1)
     split = Split([torch.tensor([3, 1, 4, 2, 6, 5]), torch.tensor([1, 2, 3, 4, 5, 6])], 4, CPU)
     users = torch.tensor([0, 1]).repeat(500)
     negatives = split.draw_negatives(users, torch.Generator().manual_seed(0))
@@ -81,9 +86,9 @@ def test_ranking_by_hand():
     own = ranks(scores, answers, candidates)
     assert own.tolist() == [0, 2, 10]
     assert sasrec.gains(own).tolist() == pytest.approx([1, 1 / math.log2(4), 0])
-    metrics = sasrec.ranking_metrics({"ranks": own})
-    assert paired.value(metrics["HR@10"], 3) == pytest.approx(2 / 3)
-    assert paired.value(metrics["NDCG@10"], 3) == pytest.approx((1 + 1 / math.log2(4)) / 3)
+    metrics = sasrec.ranking_metrics({"ranks": torch.stack([own, own[[0, 0, 2]]])})  # two users with three each
+    assert paired.value(metrics["HR@10"], 2) == pytest.approx(4 / 6)
+    assert paired.value(metrics["NDCG@10"], 2) == pytest.approx((3 + 1 / math.log2(4)) / 6)
 
 
 def test_ties_and_nan_do_not_score():
@@ -101,7 +106,7 @@ def test_training(attention, histories):
     row, tested = train(attention, 0, HYPER, histories, CPU)
     assert row.losses[1] < row.losses[0] < 1.5
     assert len(row.losses) == 2 and row.best_epoch == 2 and 0 <= row.validation <= 1
-    assert row.epoch_seconds > 0 and len(tested["ranks"]) == len(histories.items)
+    assert row.epoch_seconds > 0 and tested["ranks"].shape == (len(histories.items), 5)
     again, tested_again = train(attention, 0, HYPER, histories, CPU)
     assert replace(again, epoch_seconds=row.epoch_seconds) == row
     assert torch.equal(tested_again["ranks"], tested["ranks"])

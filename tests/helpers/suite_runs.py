@@ -22,7 +22,7 @@ def measured(*milliseconds: float, peak: int = 0) -> Measured:
 
 
 def histories_by_steps() -> Histories:
-    """Each user walks through 30 items, one after another."""
+    """Each user walks around a circle of 30 items, one after another."""
     generator = torch.Generator().manual_seed(0)
     starts, lengths = torch.randint(15, (2, 48), generator=generator)
-    return Histories([1 + torch.arange(s, s + n + 4) for s, n in zip(starts, lengths, strict=True)], "steps")
+    return Histories([1 + torch.arange(s, s + n + 12) % 30 for s, n in zip(starts, lengths, strict=True)], "steps")
