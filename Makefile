@@ -9,7 +9,7 @@ DOCS := .venv/.docs
 BUILT_FROM := setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*/*.* csrc/*/*/*.*)
 CXX_FILES := $(wildcard csrc/*/*.* csrc/*/*/*.* tests/*/*.cpp benchmarks/*/*.cpp benchmarks/*/*.h tests/cuda/cuda_emulation/*.* tests/cuda/cuda_emulation/*/* tests/cpu/one_isa/*/*/*)
 
-.PHONY: bench plots examples clients docs docs-serve fuzz gpu gpu-bench test test-isa test-ray sanitize versions wheel wheel-test lint types format clean
+.PHONY: bench plots examples clients docs docs-serve fuzz gpu gpu-bench quality test test-isa test-ray sanitize versions wheel wheel-test lint types format clean
 
 # [BASELINE=a file or folder of records to hold this run against]
 bench: $(INSTALLED)
@@ -25,6 +25,12 @@ examples: $(INSTALLED)
 # Recommender libraries' own trainers, stock and with our attention, and tests that CI leaves out: the table in docs/integrations.md [ONLY="recbole rectools"]
 clients: $(INSTALLED)
 	$(BIN)/python -m benchmarks.clients.run $(if $(ONLY),--only $(ONLY))
+
+# Do the papers' claims hold on real data? benchmarks/QUALITY.md's records, to results/quality: hours; an interrupted
+# run goes on where it stopped [ONLY="sasrec din"]
+QUALITY = $(or $(ONLY),ctr_sink sasrec sasrec_recbole stosa din long_histories)
+quality: $(INSTALLED)
+	for name in $(QUALITY); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.$$name || exit 1; done
 
 # Right? And the headline times. With the interpreter and packages at hand: PYTHON=python3 make gpu RESULTS=folder [OP=refined_attention]
 GPU = $(PYTHON) -m benchmarks.tools.gpu --results $(or $(RESULTS),results/gpu) $(if $(OP),--op $(OP))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "benchmarks/QUALITY.md",
     "benchmarks/README.md",
     "benchmarks/RESULTS.md",
     "benchmarks/figures/*.svg",

@@ -27,6 +27,8 @@ from recattn.nn import RefinedSelfAttention
 
 PLAIN = "plain"
 ATTENTIONS = (PLAIN, "simple", "value", "additive", "stochastic")
+# A control: refinement's matrices know positions, and so does this, with N numbers per head.
+RELATIVE = "relative bias"
 EVALUATE_EVERY = 5
 CUTOFF = 10
 # Of each user. One item each, as is usual, leaves effects below 7% of NDCG@10 in the noise.
@@ -118,6 +120,19 @@ class Split:
 # --- Model ---
 
 
+class RelativeBiasAttention(nn.MultiheadAttention):
+    """softmax(Q Kᵀ/√D + b[i - j]) V with a learned b [heads, N], as in T5."""
+
+    def __init__(self, dim: int, heads: int, length: int) -> None:
+        super().__init__(dim, heads, batch_first=True)
+        self.by_distance = nn.Parameter(torch.zeros(heads, length))
+
+    def bias(self) -> Tensor:
+        """[heads, N, N]"""
+        positions = torch.arange(self.by_distance.shape[1], device=self.by_distance.device)
+        return self.by_distance[:, (positions[:, None] - positions).clamp(min=0)]
+
+
 class Block(nn.Module):
     """Attention of the normalised states over the states, then a point-wise feed-forward, both with a residual."""
 
@@ -142,7 +157,10 @@ class Block(nn.Module):
         n, heads = x.shape[1], self.attention.num_heads
         ones = torch.ones(n, n, dtype=torch.bool, device=x.device)
         hidden = (ones.triu(1) | padding[:, None, :]) & ~ones.diag().diag()  # [B, N, N]
-        return self.attention(queries, x, x, attn_mask=hidden.repeat_interleave(heads, 0), need_weights=False)[0]
+        mask = hidden.repeat_interleave(heads, 0)
+        if isinstance(self.attention, RelativeBiasAttention):
+            mask = self.attention.bias().repeat(len(x), 1, 1).masked_fill(mask, -math.inf)
+        return self.attention(queries, x, x, attn_mask=mask, need_weights=False)[0]
 
 
 class SASRec(nn.Module):
@@ -182,6 +200,8 @@ class SASRec(nn.Module):
 def attention_factory(name: str, hyper: Hyperparameters, impl: str | None) -> Callable[[], nn.Module]:
     if name == PLAIN:
         return lambda: nn.MultiheadAttention(hyper.dim, hyper.heads, batch_first=True)
+    if name == RELATIVE:
+        return lambda: RelativeBiasAttention(hyper.dim, hyper.heads, hyper.length)
     return lambda: RefinedSelfAttention(
         hyper.dim, hyper.heads, max_len=hyper.length, mechanism=name, source=hyper.source, impl=impl
     )
@@ -302,9 +322,9 @@ def train_epoch(
 
 @torch.no_grad()
 def weights_by_lag(model: SASRec, sequences: Tensor) -> dict[str, list[float]]:
-    """Mean weights of the last token by how many items ago: [N] per block, before and after refinement.
+    """Mean weights of the last token by how many items ago: [N] per block.
 
-    Sequences [B, N] without padding. "raw" is softmax(Q Kᵀ/√D), which plain attention uses and refinement starts from.
+    Sequences [B, N] without padding. "raw" is softmax(Q Kᵀ/√D), "used" what the attention makes of it.
     """
     inputs: list[tuple[Tensor, Tensor]] = []
     hooks = [
@@ -325,11 +345,14 @@ def weights_by_lag(model: SASRec, sequences: Tensor) -> dict[str, list[float]]:
             x.unflatten(-1, (attention.num_heads, -1))
             for x in (F.linear(queries[:, -1:], w_q, b_q), F.linear(keys, w_k, b_k))
         )
-        raw = torch.einsum("bihd,bjhd->bhij", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
-        curves[f"block {number}, raw"] = as_curve(raw.mean((0, 1, 2)))
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+        curves[f"block {number}, raw"] = as_curve(scores.softmax(-1).mean((0, 1, 2)))
         if isinstance(attention, RefinedSelfAttention):
-            _, refined = attention(queries, keys, keys, is_causal=True, need_weights=True)
-            curves[f"block {number}, refined"] = as_curve(refined[:, -1].mean(0))
+            _, used = attention(queries, keys, keys, is_causal=True, need_weights=True)
+            curves[f"block {number}, used"] = as_curve(used[:, -1].mean(0))
+        if isinstance(attention, RelativeBiasAttention):
+            used = (scores + attention.bias()[:, -1:]).softmax(-1)
+            curves[f"block {number}, used"] = as_curve(used.mean((0, 1, 2)))
     return curves
 
 
@@ -343,16 +366,19 @@ def as_curve(by_position: Tensor) -> list[float]:
 
 def search(attention: str) -> dict[str, Sequence[object]]:
     common = {"learning_rate": (3e-3, 6e-3, 1e-2), "dropout": (0.3, 0.5, 0.7), "blocks": (1, 2)}
-    return common if attention == PLAIN else common | {"source": ("logits", "weights")}
+    return common if attention in (PLAIN, RELATIVE) else common | {"source": ("logits", "weights")}
 
 
 EXPERIMENT = Experiment(
     name="sasrec",
     op="refined_attention",
-    arms=ATTENTIONS,
+    arms=(*ATTENTIONS, RELATIVE),
     hyper=Hyperparameters(),
     search=search,
-    comparisons=tuple((attention, PLAIN) for attention in ATTENTIONS if attention != PLAIN),
+    comparisons=(
+        *((attention, PLAIN) for attention in (*ATTENTIONS[1:], RELATIVE)),
+        *((attention, RELATIVE) for attention in ATTENTIONS[1:]),
+    ),
     load=movielens.load,
     train=train,
     metrics=ranking_metrics,

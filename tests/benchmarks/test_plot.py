@@ -29,10 +29,12 @@ def test_nothing_is_stale():
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """Redirect all output to a temporary folder."""
-    for name, path in {"FIGURES": "figures", "RESULTS": "RESULTS.md", "README": "README.md"}.items():
+    names = {"FIGURES": "figures", "RESULTS": "RESULTS.md", "README": "README.md", "QUALITY": "QUALITY.md"}
+    for name, path in names.items():
         monkeypatch.setattr(plot, name, tmp_path / path)
     monkeypatch.setattr(plot, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text(f"before\n{markdown.MARKS[0]}\nold\n{markdown.MARKS[1]}\nafter\n")
+    (tmp_path / "QUALITY.md").write_text("before\n<!-- plot: claims -->\nold\n<!-- plot: end -->\nafter\n")
     return tmp_path
 
 

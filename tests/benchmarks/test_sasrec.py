@@ -101,7 +101,7 @@ def test_ties_and_nan_do_not_score():
 # --- Training ---
 
 
-@pytest.mark.parametrize("attention", sasrec.ATTENTIONS)
+@pytest.mark.parametrize("attention", sasrec.EXPERIMENT.arms)
 def test_training(attention, histories):
     row, tested = train(attention, 0, HYPER, histories, CPU)
     assert row.losses[1] < row.losses[0] < 1.5
@@ -110,7 +110,7 @@ def test_training(attention, histories):
     again, tested_again = train(attention, 0, HYPER, histories, CPU)
     assert replace(again, epoch_seconds=row.epoch_seconds) == row
     assert torch.equal(tested_again["ranks"], tested["ranks"])
-    if attention != PLAIN:
+    if attention in sasrec.ATTENTIONS[1:]:
         reference, _ = train(attention, 0, HYPER, histories, CPU, impl="reference")
         assert reference.losses == pytest.approx(row.losses, rel=1e-5)
 
@@ -138,7 +138,7 @@ def test_weights_by_lag_by_hand(histories):
     model = sasrec.SASRec(30, HYPER, sasrec.attention_factory("value", HYPER, None)).eval()
     items = 1 + torch.arange(16).view(2, 8)
     curves = sasrec.weights_by_lag(model, items)
-    assert set(curves) == {f"block {b}, {kind}" for b in range(2) for kind in ("raw", "refined")}
+    assert set(curves) == {f"block {b}, {kind}" for b in range(2) for kind in ("raw", "used")}
     x = model.items(items) * 4 + model.positions.weight
     attention = model.blocks[0].attention
     queries = model.blocks[0].attention_norm(x)
@@ -147,11 +147,11 @@ def test_weights_by_lag_by_hand(histories):
     _, weights = plain(queries, x, x)  # the last token sees all
     assert curves["block 0, raw"] == pytest.approx(weights[:, -1].mean(0).flip(0).tolist(), abs=1e-5)
     _, refined = attention(queries, x, x, is_causal=True, need_weights=True)
-    assert curves["block 0, refined"] == pytest.approx(refined[:, -1].mean(0).flip(0).tolist(), abs=1e-5)
-    assert curves["block 0, raw"] != curves["block 0, refined"]
+    assert curves["block 0, used"] == pytest.approx(refined[:, -1].mean(0).flip(0).tolist(), abs=1e-5)
+    assert curves["block 0, raw"] != curves["block 0, used"]
 
 
-@pytest.mark.parametrize("attention", sasrec.ATTENTIONS)
+@pytest.mark.parametrize("attention", sasrec.EXPERIMENT.arms)
 def test_no_state_depends_on_the_future_or_on_padding(attention):
     torch.manual_seed(0)
     model = sasrec.SASRec(30, HYPER, sasrec.attention_factory(attention, HYPER, None)).eval()
@@ -166,6 +166,31 @@ def test_no_state_depends_on_the_future_or_on_padding(attention):
     assert not torch.allclose(states[:, 6:], other[:, 6:])
     torch.nn.init.normal_(model.items.weight[0].detach())
     torch.testing.assert_close(model(items)[:, 3:], states[:, 3:])
+
+
+def test_a_relative_bias_by_hand():
+    """Each head adds its number for the distance; with zeros it is plain attention."""
+    torch.manual_seed(0)
+    model = sasrec.SASRec(30, HYPER, sasrec.attention_factory(sasrec.RELATIVE, HYPER, None)).eval()
+    plain = sasrec.SASRec(30, HYPER, sasrec.attention_factory(PLAIN, HYPER, None)).eval()
+    plain.load_state_dict({name: p for name, p in model.state_dict().items() if "by_distance" not in name})
+    items = 1 + torch.arange(16).view(2, 8)
+    torch.testing.assert_close(model(items), plain(items))
+    attention = model.blocks[0].attention
+    torch.nn.init.normal_(attention.by_distance)
+    assert attention.bias()[1, 5, 2] == attention.by_distance[1, 3]
+    x = torch.randn(1, 8, 16)
+    causal = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    actual = model.blocks[0]._attend(x, x, torch.zeros(1, 8, dtype=torch.bool))
+    q, k, v = (
+        y.unflatten(-1, (2, 8)).transpose(1, 2) for y in attention.in_proj_weight.mul(1).matmul(x.mT).mT.chunk(3, -1)
+    )
+    scores = (q @ k.mT / 8**0.5 + attention.bias()).masked_fill(causal, -math.inf)
+    torch.testing.assert_close(actual, attention.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)))
+    curves = sasrec.weights_by_lag(model, items)
+    assert curves["block 0, used"] != curves["block 0, raw"] and sum(curves["block 0, used"]) == pytest.approx(
+        1, abs=1e-3
+    )
 
 
 # --- The experiment ---

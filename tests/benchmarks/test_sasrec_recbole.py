@@ -1,4 +1,4 @@
-"""What RecBole reads, and its scores in our numbers. Its trainer needs more than this environment has: `make quality`."""
+"""What RecBole reads, and its scores in our numbers. Its trainer runs in `make quality`, which installs it."""
 
 import torch
 from torch import nn

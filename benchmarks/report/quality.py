@@ -1,0 +1,319 @@
+"""The records of `benchmarks.quality` as tables and figures of QUALITY.md, and the papers' claims with verdicts."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from benchmarks.quality.experiment import Effect
+from benchmarks.report.figures import Figure, Panel, Series
+from benchmarks.report.markdown import markdown
+
+CONFIRMED, REFUTED, BELOW, MISSING = "confirmed", "refuted", "below what the data can show", "not measured"
+SMALLER = "confirmed, but smaller than claimed"
+BLOCK = re.compile(r"(<!-- plot: (?P<name>[\w ]+) -->\n).*?(<!-- plot: end -->)", flags=re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An experiment's newest record."""
+
+    path: Path
+    trainings: list[dict]  # without those of the tuning
+    effects: list[Effect]
+    run: dict[str, object]
+
+    def effect(self, method: str, over: str, metric: str) -> Effect | None:
+        same = (e for e in self.effects if (e.effect_of, e.over, e.metric) == (method, over, metric))
+        return next(same, None)
+
+    def by_arm(self) -> dict[str, list[dict]]:
+        arms: dict[str, list[dict]] = {}
+        for row in self.trainings:
+            arms.setdefault(row["arm"], []).append(row)
+        return arms
+
+
+def read(folder: Path, experiment: str) -> Finished | None:
+    """The newest record of an experiment; None if there is none."""
+    files = sorted(folder.glob(f"*-{experiment}-c*.jsonl"))
+    if not files:
+        return None
+    rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    trainings = [row for row in rows if row.get("workload") == experiment and "arm" in row]
+    own = [f.name for f in fields(Effect)]
+    compared = [row for row in rows if "effect_of" in row]
+    effects = [Effect(**{name: row[name] for name in own}) for row in compared]
+    return Finished(files[-1], trainings, effects, compared[0])
+
+
+# --- Claims ---
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`methods` are better than `over`; by `size` where the paper says by how much, in the unit of the metric."""
+
+    paper: str
+    says: str
+    experiment: str
+    methods: tuple[str, ...]
+    over: str
+    metric: str
+    size: float | None = None
+
+
+REFINED = ("simple", "value", "additive", "stochastic")
+RANKS = ("LREA 4", "LREA 8", "LREA 16", "LREA 32")
+CLAIMS = (
+    Claim(
+        "CTR-Sink",
+        "sinks and their bias, in two stages, raise AUC (paper: +0.36% on its MovieLens)",
+        "ctr_sink",
+        ("sinks with the bias",),
+        "no sinks",
+        "AUC",
+        0.0036,
+    ),
+    Claim("CTR-Sink", "sinks do more than separators", "ctr_sink", ("sinks, no bias",), "[SEP]", "AUC"),
+    Claim("CTR-Sink", "the bias between sinks helps", "ctr_sink", ("sinks with the bias",), "sinks, no bias", "AUC"),
+    Claim("AWRSR", "refinement improves SASRec", "sasrec", REFINED, "plain", "NDCG@10"),
+    Claim("AWRSR", "and more than a learned bias by distance does", "sasrec", REFINED, "relative bias", "NDCG@10"),
+    Claim("AWRSR", "refinement improves STOSA", "stosa", REFINED, "plain", "NDCG@10"),
+    Claim("LREA", "LREA beats DIN", "din", RANKS, "DIN", "AUC"),
+    Claim("LREA", "LREA beats full target attention", "din", RANKS, "softmax", "AUC"),
+)
+
+
+def verdict(effect: Effect | None, size: float | None = None) -> str:
+    """An interval above 0 confirms. One below 0, or below the claimed size, refutes. Any other leaves it open."""
+    if effect is None:
+        return MISSING
+    if effect.low > 0:
+        return CONFIRMED if size is None or effect.high >= size else SMALLER
+    return REFUTED if effect.high < (size or 0) else BELOW
+
+
+def claims_table(finished: Mapping[str, Finished]) -> str:
+    heads = ("paper", "claim", "arm", "metric", "effect [95% interval]", "seeds × users", "would show", "verdict")
+    return markdown(heads, (cells for claim in CLAIMS for cells in _claim_rows(claim, finished.get(claim.experiment))))
+
+
+def _claim_rows(claim: Claim, finished: Finished | None) -> Iterator[tuple[str, ...]]:
+    for number, method in enumerate(claim.methods):
+        first = (claim.paper, claim.says) if number == 0 else ("", "")
+        effect = finished.effect(method, claim.over, claim.metric) if finished else None
+        figures = ("–", "–", "–") if effect is None else (interval(effect), counts(effect), f"{effect.detectable:.4f}")
+        yield (*first, f"{method} over {claim.over}", claim.metric, *figures, verdict(effect, claim.size))
+
+
+def interval(effect: Effect) -> str:
+    return f"{effect.effect:+.4f} [{effect.low:+.4f}, {effect.high:+.4f}]"
+
+
+def counts(effect: Effect) -> str:
+    return f"{effect.seeds} × {effect.users}"
+
+
+def summary(finished: Mapping[str, Finished]) -> str:
+    """A line per claim, for README.md."""
+    rows = []
+    for claim in CLAIMS:
+        own = finished.get(claim.experiment)
+        effects = [own.effect(method, claim.over, claim.metric) if own else None for method in claim.methods]
+        found = [verdict(effect, claim.size) for effect in effects]
+        measured = [effect for effect in effects if effect is not None]
+        best = max(measured, key=lambda effect: effect.effect, default=None)
+        said = (
+            found[0]
+            if len(set(found)) == 1
+            else "; ".join(
+                f"{', '.join(m for m, v in zip(claim.methods, found, strict=True) if v == kind)}: {kind}"
+                for kind in dict.fromkeys(found)
+            )
+        )
+        rows.append((claim.paper, claim.says, "–" if best is None else f"{interval(best)} {claim.metric}", said))
+    return markdown(("paper", "claim", "effect of the best arm", "verdict"), rows)
+
+
+# --- Experiments ---
+
+
+def section(finished: Finished | None) -> str:
+    """Arms, effects, and where they are from."""
+    if finished is None:
+        return "Not measured yet.\n"
+    run, (any_effect, *_) = finished.run, finished.effects
+    source = (
+        f"{any_effect.data}; {any_effect.seeds} seeds, {any_effect.users} users; {_machine(run)}; "
+        f"`python -m benchmarks.quality.{any_effect.workload}`; record "
+        f"[{finished.path.stem}](results/{finished.path.name}).\n"
+    )
+    return f"{arms_table(finished)}\n{effects_table(finished.effects)}\n{source}"
+
+
+def arms_table(finished: Finished) -> str:
+    arms = finished.by_arm()
+    metrics = list(finished.trainings[0]["test"])
+    changed = _changing(finished.trainings)
+    rows = []
+    for arm, own in arms.items():
+        settings = ", ".join(f"{name.replace('_', ' ')} {own[0]['shape'][name]}" for name in changed)
+        figures = (_mean_and_spread([row["test"][name] for row in own]) for name in metrics)
+        rows.append((arm, settings or "–", *figures, f"{own[0]['parameters']:,}"))
+    return markdown(("arm", "hyperparameters", *metrics, "parameters"), rows)
+
+
+def _changing(trainings: Iterable[dict]) -> list[str]:
+    """The hyperparameters in which arms differ."""
+    values: dict[str, set] = {}
+    for row in trainings:
+        for name, value in row["shape"].items():
+            values.setdefault(name, set()).add(value)
+    return [name for name, found in values.items() if len(found) > 1]
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def effects_table(effects: Iterable[Effect]) -> str:
+    rows = ((f"{e.effect_of} over {e.over}", e.metric, interval(e), f"{e.detectable:.4f}") for e in effects)
+    return markdown(("arm", "metric", "effect [95% interval]", "would show"), rows)
+
+
+def serving(folder: Path) -> str:
+    """The newest record of `benchmarks.quality.din_serving`."""
+    files = sorted(folder.glob("*-din-serving-cpu.jsonl"))
+    if not files:
+        return "Not measured yet.\n"
+    rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    lengths = sorted({row["length"] for row in rows})
+    served: dict[tuple[str, str], dict[int, dict]] = {}
+    for row in rows:
+        served.setdefault((row["model"], row["dtype"]), {})[row["length"]] = row
+    heads = ("attention", "stored in", *(f"ms, L={n:,}" for n in lengths), f"bytes per user, L={lengths[-1]:,}")
+    cells = (
+        (*key, *(f"{own[n]['p50_ms']:.3g}" for n in lengths), f"{own[lengths[-1]]['bytes_per_user']:,}")
+        for key, own in served.items()
+    )
+    source = f"{_machine(rows[0])}, one thread; record [{files[-1].stem}](results/{files[-1].name}).\n"
+    return f"{markdown(heads, cells)}\n{source}"
+
+
+def _machine(run: Mapping[str, object]) -> str:
+    device = str(run["device"]).replace("(R)", "").replace(" Processor", "")
+    capability = f", {run['cpu_capability']}" if run.get("cpu_capability") else ""
+    return f"{device}{capability}, torch {run['torch']}"
+
+
+# --- What the attention learned ---
+
+
+def mean_curve(rows: Sequence[dict], name: str) -> tuple[float, ...]:
+    """The mean over seeds of a curve."""
+    curves = [row["learned"][name] for row in rows if name in row["learned"]]
+    return tuple(statistics.mean(points) for points in zip(*curves, strict=True))
+
+
+def weights_by_lag(finished: Finished) -> Figure:
+    arms = finished.by_arm()
+    panels = []
+    for arm, own in arms.items():
+        if arm == "plain":
+            continue
+        series = []
+        for label, rows, kind in (
+            ("plain attention", arms["plain"], "raw"),
+            ("raw", own, "raw"),
+            ("used", own, "used"),
+        ):
+            curve = mean_curve(rows, f"block 0, {kind}")
+            role = "ours" if kind == "used" else "peer"
+            series.append(Series(label, role, tuple(range(1, len(curve) + 1)), curve))
+        panels.append(Panel(arm, "items ago", "weight of the last token", tuple(series)))
+    return Figure(
+        "weights-by-lag",
+        "SASRec, first block: the weight that the last token gives to the item so many places back, mean over users "
+        "with full sequences and over seeds. Raw: softmax(Q Kᵀ/√D); used: what the refinement or the bias makes of it.",
+        tuple(panels),
+    )
+
+
+def reconstruction(finished: Finished) -> Figure:
+    arms = {arm: own for arm, own in finished.by_arm().items() if arm.startswith("LREA")}
+    by_position = []
+    for arm, own in arms.items():
+        curve = mean_curve(own, "error by position")
+        by_position.append(Series(arm, "peer", tuple(range(1, len(curve) + 1)), curve))
+    ranks = tuple(float(arm.removeprefix("LREA ")) for arm in arms)
+    reached = tuple(statistics.mean(mean_curve(own, "error by position")) for own in arms.values())
+    best = tuple(mean_curve(own, "error, best")[0] for own in arms.values())
+    by_rank = (
+        Series("restored", "ours", ranks, reached),
+        Series("the best that any two matrices reach", "limit", ranks, best),
+    )
+    return Figure(
+        "reconstruction",
+        "LREA: relative error of a restored history, ‖E - Ê‖ / ‖E‖, over users with 200 behaviours: by position (1 is "
+        "the oldest), and by rank (mean over positions). Restoring nothing would leave 1.",
+        (
+            Panel("by position", "position", "relative error", tuple(by_position), x_base=None, log_y=False),
+            Panel("by rank", "rank", "relative error", by_rank, log_y=False),
+        ),
+    )
+
+
+def sink_mass(finished: Finished) -> Figure:
+    arms = finished.by_arm()
+    panels = []
+    for quantity in ("to sinks", "among sinks"):
+        series = []
+        for arm, own in arms.items():
+            if not any(f"{quantity}, after" in row["learned"] for row in own):
+                continue
+            for when, role in (("before", "peer"), ("after", "peer")):
+                curve = mean_curve(own, f"{quantity}, {when}")
+                series.append(Series(f"{arm}, {when} training", role, tuple(range(1, len(curve) + 1)), curve))
+        uniform = mean_curve(next(own for arm, own in arms.items() if arm != "no sinks"), f"{quantity}, uniform")
+        series.append(Series("if all keys had the same weight", "limit", tuple(range(1, len(uniform) + 1)), uniform))
+        panels.append(Panel(quantity, "layer", "share of attention", tuple(series), x_base=None, log_y=False))
+    return Figure(
+        "sink-mass",
+        "CTR-Sink in MiniLM: the share of attention that the tokens between two ratings get, from all tokens and from "
+        "each other, before and after training; mean over heads, 64 histories and seeds. The bias is in the first two "
+        "layers.",
+        tuple(panels),
+    )
+
+
+FIGURES: dict[str, Callable[[Finished], Figure]] = {
+    "sasrec": weights_by_lag,
+    "din": reconstruction,
+    "ctr_sink": sink_mass,
+}
+EXPERIMENTS = ("ctr_sink", "sasrec", "sasrec_recbole", "stosa", "din", "long_histories")
+
+
+def finished_experiments(folder: Path) -> dict[str, Finished]:
+    found = {name: read(folder, name) for name in EXPERIMENTS}
+    return {name: own for name, own in found.items() if own is not None}
+
+
+def figures(finished: Mapping[str, Finished]) -> dict[str, Figure]:
+    """By experiment."""
+    return {name: of(finished[name]) for name, of in FIGURES.items() if name in finished}
+
+
+def with_blocks(page: str, folder: Path, drawn: Mapping[str, str]) -> str:
+    """A page with the text between its marks replaced. `drawn`: the path of each experiment's figure, for the page."""
+    finished = finished_experiments(folder)
+    blocks = {"claims": claims_table(finished), "summary": summary(finished), "serving": serving(folder)}
+    captions = {name: figure.caption for name, figure in figures(finished).items()}
+    for name in EXPERIMENTS:
+        image = f"\n![]({drawn[name]})\n\n{captions[name]}\n" if name in captions else ""
+        blocks[name] = section(finished.get(name)) + image
+    return BLOCK.sub(lambda found: f"{found[1]}\n{blocks[found['name']]}\n{found[3]}", page)
