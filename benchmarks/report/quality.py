@@ -185,6 +185,28 @@ def effects_table(effects: Iterable[Effect]) -> str:
     return markdown(("arm", "metric", "effect [95% interval]", "would show"), rows)
 
 
+def absorbed_table(finished: Finished | None) -> str:
+    """What LREA loses where it is served from its state: means over seeds, medians of the fidelity."""
+    if finished is None:
+        return "Not measured yet.\n"
+    rows = []
+    for arm, own in finished.by_arm().items():
+        if not own[0].get("served_auc"):
+            continue
+        losses = {way: [row["served_auc"][way] - row["test"]["AUC"] for row in own] for way in own[0]["served_auc"]}
+        # The first report of a way to serve is that of the whole rank.
+        reports = [row["fidelity"]["float32"][0] for row in own]
+        median = {
+            name: statistics.median(report[name] for report in reports if report[name] is not None)
+            for name in ("rank_correlation", "rare_loss")
+        }
+        figures = (f"{statistics.mean(x):+.4f} ({min(x):+.4f} to {max(x):+.4f})" for x in losses.values())
+        rows.append((arm, *figures, f"{median['rank_correlation']:.4f}", f"{median['rare_loss']:.2f}"))
+    ways = ("from float32 states", "from int8 states", 'float32, orientation "weights"')
+    heads = ("arm", *(f"AUC {way} (range over seeds)" for way in ways), "rank correlation", "rare loss")
+    return markdown(heads, rows)
+
+
 def serving(folder: Path) -> str:
     """The newest record of `benchmarks.quality.din_serving`."""
     files = sorted(folder.glob("*-din-serving-cpu.jsonl"))
@@ -312,6 +334,7 @@ def with_blocks(page: str, folder: Path, drawn: Mapping[str, str]) -> str:
     """A page with the text between its marks replaced. `drawn`: the path of each experiment's figure, for the page."""
     finished = finished_experiments(folder)
     blocks = {"claims": claims_table(finished), "summary": summary(finished), "serving": serving(folder)}
+    blocks["absorbed"] = absorbed_table(finished.get("din"))
     captions = {name: figure.caption for name, figure in figures(finished).items()}
     for name in EXPERIMENTS:
         image = f"\n![]({drawn[name]})\n\n{captions[name]}\n" if name in captions else ""
