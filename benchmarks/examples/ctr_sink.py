@@ -141,7 +141,7 @@ def evaluate(model: ClickModel, prompts: Prompts, test: Sequence[Sample], batch:
         scores.append(model(**inputs))
         labels.append(liked)
     everyone = torch.zeros(len(test), dtype=torch.long)
-    return paired.value(paired.area_under_curve(torch.cat(scores), torch.cat(labels), everyone), 1)
+    return paired.value(paired.area_under_curve(torch.cat(scores), torch.cat(labels), everyone))
 
 
 def train(model: ClickModel, prompts: Prompts, samples: Sequence[Sample], settings: Settings) -> list[float]:

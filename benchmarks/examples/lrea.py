@@ -97,7 +97,7 @@ def quality_table(trainings: Sequence[Trained]) -> Table:
     """AUC of each model; for LREA also the AUC of each way to serve it."""
     table = new_table(("attention",), ("AUC", *(f"served, {way}" for way in SERVED), "s per epoch", "parameters"))
     for row, tested in trainings:
-        auc = paired.value(din.click_metrics(tested)["AUC"], din.users_scored(tested))
+        auc = paired.value(din.click_metrics(tested)["AUC"])
         served = (f"{row.served_auc[way]:.4f}" if row.served_auc else "" for way in SERVED)
         table.add_row(row.arm, f"{auc:.4f}", *served, f"{row.epoch_seconds:.2f}", f"{row.parameters:,}")
     return table

@@ -28,7 +28,7 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks.data import minilm, movielens
 from benchmarks.data.movielens import Event
 from benchmarks.quality import experiment, paired
-from benchmarks.quality.din import LIKED, click_metrics, users_scored
+from benchmarks.quality.din import LIKED, click_metrics
 from benchmarks.quality.experiment import Experiment, Trained
 from benchmarks.quality.training import TrainingRow, count_parameters, timed_epoch
 from recattn.inspect import SinkMass, sink_mass
@@ -373,7 +373,7 @@ def train(arm: str, seed: int, hyper: Hyperparameters, clicks: Clicks, device: t
         shape=asdict(hyper),
         data=clicks.source,
         parameters=count_parameters(model),
-        validation=paired.value(click_metrics(validated)["AUC"], users_scored(validated)),
+        validation=paired.value(click_metrics(validated)["AUC"]),
         best_epoch=hyper.epochs,
         epoch_seconds=statistics.median(seconds),
         learned=learned,
@@ -398,7 +398,6 @@ EXPERIMENT = Experiment(
     load=load,
     train=train,
     metrics=click_metrics,
-    users=users_scored,
     budget=1,
     seeds=5,
 )

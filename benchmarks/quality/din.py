@@ -240,7 +240,7 @@ def auc(ratings: Ratings, samples: Tensor, hyper: Hyperparameters, score: Callab
     if not scores.isfinite().all():
         return math.nan
     everyone = paired.area_under_curve(scores, labels, torch.zeros(len(scores), dtype=torch.long))
-    return paired.value(everyone, 1)
+    return paired.value(everyone)
 
 
 @torch.no_grad()
@@ -387,10 +387,6 @@ def click_metrics(tested: dict[str, Tensor]) -> dict[str, Metric]:
     }
 
 
-def users_scored(tested: dict[str, Tensor]) -> int:
-    return int(tested["users"].max()) + 1
-
-
 EXPERIMENT = Experiment(
     name="din",
     op="lrea_attention",
@@ -404,7 +400,6 @@ EXPERIMENT = Experiment(
     load=load,
     train=train,
     metrics=click_metrics,
-    users=users_scored,
     budget=8,
     seeds=20,
 )

@@ -26,7 +26,6 @@ from benchmarks.harness import records
 from benchmarks.quality import paired
 from benchmarks.quality.paired import Metric
 from benchmarks.quality.training import TrainingRow, new_table, train_all
-from recattn import _environment
 
 TUNING_SEED = 1000  # no seed of a comparison
 
@@ -36,23 +35,19 @@ class Trained(NamedTuple):
     tested: dict[str, Tensor]  # what the metrics of the test are computed from
 
 
+Train = Callable[[str, int, Any, Any, torch.device], Trained]
+Metrics = Callable[[dict[str, Tensor]], dict[str, Metric]]
+
+
 class Task(NamedTuple):
     arm: str
     seed: int
     hyper: Any  # a dataclass of hyperparameters
 
 
-class Measured(NamedTuple):
-    """What a worker process needs of an experiment."""
-
-    train: Callable[[str, int, Any, Any, torch.device], Trained]
-    metrics: Callable[[dict[str, Tensor]], dict[str, Metric]]
-    users: Callable[[dict[str, Tensor]], int]
-
-
 @dataclass(frozen=True)
 class Experiment:
-    """`train(arm, seed, hyper, data, device)` trains one arm. The first of `metrics(tested)` is the main one."""
+    """`train(arm, seed, hyper, data, device)` trains one arm, and `metrics` makes metrics of what it tested."""
 
     name: str
     op: str
@@ -61,9 +56,8 @@ class Experiment:
     search: Callable[[str], Mapping[str, Sequence[object]]]  # values to try of the hyperparameters of an arm
     comparisons: tuple[tuple[str, str], ...]  # (method, baseline)
     load: Callable[[bool], Any]  # the data; True: without a download
-    train: Callable[[str, int, Any, Any, torch.device], Trained]
-    metrics: Callable[[dict[str, Tensor]], dict[str, Metric]]
-    users: Callable[[dict[str, Tensor]], int]
+    train: Train
+    metrics: Metrics
     budget: int  # draws of hyperparameters per arm; 1: the defaults
     seeds: int
 
@@ -113,14 +107,11 @@ def draws(experiment: Experiment, arm: str) -> list[Any]:
 
 
 def run_task(
-    arm: str, seed: int, hyper: Any, path: Path, common: dict, measured: Measured, data: Any, device: torch.device
+    arm: str, seed: int, hyper: Any, path: Path, train: Train, metrics: Metrics, common: dict, data: Any, device: Any
 ) -> None:
     """Train, and write the row, what all rows of the run share, and what was tested."""
-    trained = measured.train(arm, seed, hyper, data, device)
-    trained.row.test = {
-        name: paired.value(metric, measured.users(trained.tested))
-        for name, metric in measured.metrics(trained.tested).items()
-    }
+    trained = train(arm, seed, hyper, data, device)
+    trained.row.test = {name: paired.value(metric) for name, metric in metrics(trained.tested).items()}
     part = path.with_suffix(".part")  # renamed when complete
     torch.save({"row": asdict(trained.row), "common": common, "tested": trained.tested}, part)
     part.rename(path)
@@ -135,20 +126,20 @@ class Run:
         self.source: str = self.data.source
         self.folder = chosen.results / experiment.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.torch = str(torch.__version__)  # not a TorchVersion, which torch.load refuses
-        self.common = records.environment(chosen.device) | {"threads": 1, "jobs": chosen.jobs, "torch": self.torch}
+        self.common = records.environment(chosen.device) | {"threads": 1, "jobs": chosen.jobs}
+        self.common["torch"] = str(torch.__version__)  # not a TorchVersion, which torch.load refuses
 
     def path(self, task: Task) -> Path:
-        device = _environment.device_name(self.chosen.device)
-        same = [task.arm, task.seed, asdict(task.hyper), self.source, device, self.torch]
+        device = [self.common[name] for name in ("device", "cpu_capability", "torch")]
+        same = [task.arm, task.seed, asdict(task.hyper), self.source, device]
         digest = hashlib.sha256(repr(same).encode()).hexdigest()[:12]
         return self.folder / f"{task.arm.replace(' ', '-')}-{task.seed}-{digest}.pt"
 
     def train(self, what: str, tasks: Sequence[Task]) -> dict[Task, dict]:
         paths = {task: self.path(task) for task in tasks}
-        missing = [(*task, path) for task, path in paths.items() if not path.exists()]
-        measured = Measured(self.experiment.train, self.experiment.metrics, self.experiment.users)
-        finished = train_all(run_task, missing, self.chosen.jobs, self.common, measured, self.data, self.chosen.device)
+        functions = self.experiment.train, self.experiment.metrics
+        missing = [(*task, path, *functions) for task, path in paths.items() if not path.exists()]
+        finished = train_all(run_task, missing, self.chosen.jobs, self.common, self.data, self.chosen.device)
         label = f"{self.experiment.name}, {what}"
         for _ in track(finished, label, len(missing), console=self.console, transient=True):
             pass
@@ -176,7 +167,6 @@ def effects(experiment: Experiment, trained: Mapping[str, Sequence[dict]]) -> It
     for method, baseline in experiment.comparisons:
         if method not in trained or baseline not in trained:
             continue
-        users = experiment.users(trained[method][0]["tested"])
         for name in metrics[baseline][0]:
             both = ([of_seed[name] for of_seed in metrics[arm]] for arm in (method, baseline))
             yield Effect(
@@ -186,10 +176,10 @@ def effects(experiment: Experiment, trained: Mapping[str, Sequence[dict]]) -> It
                 workload=experiment.name,
                 metric=name,
                 seeds=len(trained[method]),
-                users=users,
+                users=metrics[method][0][name].users,
                 data=trained[method][0]["row"]["data"],
                 baseline=statistics.mean(one["row"]["test"][name] for one in trained[baseline]),
-                **paired.estimate(*both, users)._asdict(),
+                **paired.estimate(*both)._asdict(),
             )
 
 

@@ -115,7 +115,7 @@ def scores(ranker: Ranker, histories: Histories) -> Tensor:
 def validation_auc(ranker: Ranker, histories: Histories) -> float:
     own = scores(ranker, histories)
     everyone = torch.zeros(own.numel(), dtype=torch.long)
-    return paired.value(paired.area_under_curve(own.flatten(), histories.labels.flatten(), everyone), 1)
+    return paired.value(paired.area_under_curve(own.flatten(), histories.labels.flatten(), everyone))
 
 
 def train(model: str, seed: int, hyper: Hyperparameters, parts: Parts, device: torch.device) -> Trained:
@@ -164,10 +164,6 @@ def _against(own: Tensor, kinds: Tensor, kind: str, others: str, chosen: Tensor)
     return paired.area_under_curve(values, labels, users)
 
 
-def users_tested(tested: dict[str, Tensor]) -> int:
-    return len(tested["scores"])
-
-
 # --- The experiment ---
 
 HYPER = Hyperparameters(length=512, batch=32, epochs=20, patience=5, weight_decay=0.0)
@@ -188,7 +184,6 @@ EXPERIMENT = Experiment(
     load=load,
     train=train,
     metrics=metrics,
-    users=users_tested,
     budget=3,
     seeds=5,
 )

@@ -4,6 +4,7 @@ For one seed, all arms see the same batches, and they are tested on the same use
 otherwise with other users and with other seeds, so a replicate of the bootstrap draws both again.
 """
 
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,9 @@ DETECTED = 2.80
 class Metric(Protocol):
     """A metric of one training, of users that count with the given weights."""
 
+    @property
+    def users(self) -> int: ...
+
     def of(self, weights: Tensor) -> Tensor:
         """Weights [B, U] -> metrics [B]."""
         ...
@@ -31,6 +35,10 @@ class Mean(NamedTuple):
     sums: Tensor  # [U]
     counts: Tensor  # [U]
 
+    @property
+    def users(self) -> int:
+        return len(self.counts)
+
     def of(self, weights: Tensor) -> Tensor:
         return (weights @ self.sums) / (weights @ self.counts)
 
@@ -41,6 +49,10 @@ class AreaUnderCurve(NamedTuple):
     wins: Tensor  # [U, U] pairs of a positive of the row's user and a negative of the column's that the positive wins
     positives: Tensor  # [U]
     negatives: Tensor  # [U]
+
+    @property
+    def users(self) -> int:
+        return len(self.wins)
 
     def of(self, weights: Tensor) -> Tensor:
         won = ((weights @ self.wins) * weights).sum(1)
@@ -96,21 +108,20 @@ def _sum_by_user(values: Tensor, users: Tensor) -> Tensor:
 # --- Effects ---
 
 
-def value(metric: Metric, users: int) -> float:
+def value(metric: Metric) -> float:
     """The metric, each user counted once."""
-    return metric.of(torch.ones(1, users, dtype=torch.float64)).item()
+    return metric.of(torch.ones(1, metric.users, dtype=torch.float64)).item()
 
 
-def estimate(method: Sequence[Metric], baseline: Sequence[Metric], users: int) -> Estimate:
+def estimate(method: Sequence[Metric], baseline: Sequence[Metric]) -> Estimate:
     """The mean over seeds of method - baseline. A metric per seed each, in the same order.
 
     A replicate draws as many users as there are, and one seed less than there are: so its variance is that of a mean
     over seeds, and not smaller by the factor (S - 1) / S.
     """
     generator = torch.Generator().manual_seed(0)
-    seeds = len(method)
-    one = torch.ones(1, users, dtype=torch.float64)
-    effect = torch.stack([m.of(one) - b.of(one) for m, b in zip(method, baseline, strict=True)]).mean().item()
+    seeds, users = len(method), method[0].users
+    effect = statistics.mean(value(m) - value(b) for m, b in zip(method, baseline, strict=True))
     by_user = _times_drawn(users, users, generator)
     by_seed = _times_drawn(seeds, max(seeds - 1, 1), generator)
     differences = [m.of(by_user) - b.of(by_user) for m, b in zip(method, baseline, strict=True)]

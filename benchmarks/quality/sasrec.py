@@ -228,10 +228,6 @@ def ranking_metrics(tested: dict[str, Tensor]) -> dict[str, Metric]:
     return {name: paired.mean_of_users(x.double().mean(1)) for name, x in values.items()}
 
 
-def users_ranked(tested: dict[str, Tensor]) -> int:
-    return len(tested["ranks"])
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: HeldOut) -> Tensor:
     """[U k] ranks of the answers among the items outside the history. `model.scores(queries)`: [U k, items + 1]."""
@@ -382,7 +378,6 @@ EXPERIMENT = Experiment(
     load=movielens.load,
     train=train,
     metrics=ranking_metrics,
-    users=users_ranked,
     budget=8,
     seeds=20,
 )

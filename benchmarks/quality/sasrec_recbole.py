@@ -22,7 +22,7 @@ from benchmarks.data import movielens
 from benchmarks.data.movielens import Histories
 from benchmarks.quality import experiment
 from benchmarks.quality.experiment import Experiment, Trained
-from benchmarks.quality.sasrec import PLAIN, TESTED, Split, evaluate, ranking_metrics, users_ranked
+from benchmarks.quality.sasrec import PLAIN, TESTED, Split, evaluate, ranking_metrics
 from benchmarks.quality.training import TrainingRow, count_parameters
 
 ARMS = (PLAIN, "simple")
@@ -159,7 +159,6 @@ EXPERIMENT = Experiment(
     load=movielens.load,
     train=train,
     metrics=ranking_metrics,
-    users=users_ranked,
     budget=1,
     seeds=3,
 )

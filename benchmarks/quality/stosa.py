@@ -16,7 +16,7 @@ from benchmarks.data import movielens
 from benchmarks.data.movielens import Histories
 from benchmarks.quality import experiment
 from benchmarks.quality.experiment import Experiment, Trained
-from benchmarks.quality.sasrec import ATTENTIONS, PLAIN, Row, Split, fit, ranking_metrics, users_ranked
+from benchmarks.quality.sasrec import ATTENTIONS, PLAIN, Row, Split, fit, ranking_metrics
 from benchmarks.quality.training import count_parameters
 from recattn import refined_attention
 from recattn._typing import Mechanism, Source
@@ -222,7 +222,6 @@ EXPERIMENT = Experiment(
     load=movielens.load,
     train=train,
     metrics=ranking_metrics,
-    users=users_ranked,
     budget=8,
     seeds=20,
 )

@@ -45,7 +45,7 @@ def test_metrics_by_hand():
     own = knows.expand(60, -1).clone()
     own[:, drawn.kinds == KINDS.index("rare")] = (drawn.rare_counts[:, None] == 4).float().expand(-1, 2)
     tested = {"scores": own, "kinds": drawn.kinds, "rare_counts": drawn.rare_counts}
-    found = {name: paired.value(m, 60) for name, m in long_histories.metrics(tested).items()}
+    found = {name: paired.value(m) for name, m in long_histories.metrics(tested).items()}
     assert found == pytest.approx({"main": 1, "rare, 1": 0.5, "rare, 4": 1, "rare, 16": 0.5, "recent": 1})
     assert n == sum(long_histories.CANDIDATES)
 
@@ -58,7 +58,7 @@ def parts():
 def test_training_repeats_and_finds_what_is_planted(parts):
     """In a short history, a mean finds the main interests."""
     row, tested = long_histories.train(MEAN, 0, HYPER, parts, CPU)
-    assert paired.value(long_histories.metrics(tested)["main"], 64) > 0.8
+    assert paired.value(long_histories.metrics(tested)["main"]) > 0.8
     hyper = replace(HYPER, epochs=1)
     first, again = (long_histories.train("LREA 4", 0, hyper, parts, CPU) for _ in range(2))
     assert torch.equal(first.tested["scores"], again.tested["scores"])

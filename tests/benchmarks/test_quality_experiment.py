@@ -24,7 +24,7 @@ def test_area_under_curve_by_hand():
     scores, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.9]), torch.tensor([0.0, 1, 0, 0, 1])
     users = torch.tensor([0, 1, 0, 1, 1])
     # Pairs won: 0.4 over 0.1, half of 0.4 against 0.4; 0.9 over all three.
-    assert paired.value(paired.area_under_curve(scores, labels, users), 2) == pytest.approx(4.5 / 6)
+    assert paired.value(paired.area_under_curve(scores, labels, users)) == pytest.approx(4.5 / 6)
     with pytest.raises(ValueError, match="scores must be finite, got 1 of 5 that are not"):
         paired.area_under_curve(scores.index_fill(0, torch.tensor([2]), math.nan), labels, users)
 
@@ -63,7 +63,7 @@ def drawn(seed, seeds, users, effect, by_seed, by_user):
 def test_the_interval_is_as_wide_as_its_two_sources(by_seed, by_user):
     """The standard error of a mean over users and seeds, whichever of them varies; with few seeds too."""
     seeds, users = 5, 400
-    estimates = [paired.estimate(*drawn(i, seeds, users, 0.3, by_seed, by_user), users) for i in range(30)]
+    estimates = [paired.estimate(*drawn(i, seeds, users, 0.3, by_seed, by_user)) for i in range(30)]
     error = (by_seed**2 / seeds + by_user**2 / users) ** 0.5
     squares = statistics.mean((e.detectable / paired.DETECTED) ** 2 for e in estimates)
     assert squares == pytest.approx(error**2, rel=0.35)
@@ -75,9 +75,9 @@ def test_the_interval_is_as_wide_as_its_two_sources(by_seed, by_user):
 def test_pairing_removes_what_arms_share():
     """Users and seeds that differ a lot, alike in both arms, leave no trace in the interval."""
     method, baseline = drawn(0, 4, 100, 0.25, 0.0, 0.0)
-    estimate = paired.estimate(method, baseline, 100)
+    estimate = paired.estimate(method, baseline)
     assert estimate.effect == pytest.approx(0.25) and estimate.high - estimate.low < 1e-12
-    assert paired.estimate(method[::-1], baseline, 100).high - paired.estimate(method[::-1], baseline, 100).low > 0.01
+    assert paired.estimate(method[::-1], baseline).high - paired.estimate(method[::-1], baseline).low > 0.01
 
 
 # --- Runs ---
@@ -117,13 +117,9 @@ def metrics(tested):
     return {"mean": paired.mean_of_users(tested["values"])}
 
 
-def users(tested):
-    return 5
-
-
 EXPERIMENT = Experiment(
     name="small", op="op", arms=("old", "new"), hyper=Hyper(), search=search, comparisons=(("new", "old"),),
-    load=lambda offline: Data("numbers"), train=train, metrics=metrics, users=users, budget=9, seeds=3,
+    load=lambda offline: Data("numbers"), train=train, metrics=metrics, budget=9, seeds=3,
 )  # fmt: skip
 
 

@@ -87,8 +87,8 @@ def test_ranking_by_hand():
     assert own.tolist() == [0, 2, 10]
     assert sasrec.gains(own).tolist() == pytest.approx([1, 1 / math.log2(4), 0])
     metrics = sasrec.ranking_metrics({"ranks": torch.stack([own, own[[0, 0, 2]]])})  # two users with three each
-    assert paired.value(metrics["HR@10"], 2) == pytest.approx(4 / 6)
-    assert paired.value(metrics["NDCG@10"], 2) == pytest.approx((3 + 1 / math.log2(4)) / 6)
+    assert paired.value(metrics["HR@10"]) == pytest.approx(4 / 6)
+    assert paired.value(metrics["NDCG@10"]) == pytest.approx((3 + 1 / math.log2(4)) / 6)
 
 
 def test_ties_and_nan_do_not_score():
