@@ -1,8 +1,8 @@
 """`python -m benchmarks.quality.ctr_sink`: CTR-Sink on MovieLens-100k as text: do sinks and their bias predict better?
 
 MiniLM (22 million parameters) reads a user's last 16 ratings, each as "5 stars Toy Story months", and a film as title
-and genres. A click is a rating of 4 or more. A history is read once for the user's next 16 films. The oldest 75% of all
-ratings are for training, the next 5% for validation, the newest 20% for the test. Four arms:
+and genres. A click is a rating of 4 or more. A history is read once for the user's next 16 films. The first 75% of each
+user's ratings are for training, the next 5% for validation, the last 20% for the test. Four arms:
 
     no sinks             the ratings one after another
     [SEP]                the tokenizer's separator between two ratings
@@ -87,18 +87,16 @@ class Clicks:
     source: str
 
     def split(self, hyper: Hyperparameters) -> tuple[list[Sample], list[Sample], list[Sample]]:
-        """Training, validation and test: by the time of a sample's first target, at 75% and 80% of all ratings."""
-        times = sorted(event.time for own in self.users for event in own)
-        bounds = [-math.inf, *(times[int(share * len(times))] for share in (0.75, 0.8)), math.inf]
-        return tuple(
-            [s for s in self.samples(hyper) if low <= s.targets[0].time < high] for low, high in pairwise(bounds)
-        )
+        """Training, validation and test: the first 75% of each user's ratings, the next 5%, the last 20%."""
+        return tuple([*self.samples(low, high, hyper)] for low, high in pairwise((0, 0.75, 0.8, 1)))
 
-    def samples(self, hyper: Hyperparameters) -> Iterator[Sample]:
+    def samples(self, low: float, high: float, hyper: Hyperparameters) -> Iterator[Sample]:
+        """Of every user's ratings between two fractions, and after the first few."""
         for user, own in enumerate(self.users):
-            for start in range(FEWEST, len(own), hyper.targets):
+            stop = int(high * len(own))
+            for start in range(max(FEWEST, int(low * len(own))), stop, hyper.targets):
                 history = own[max(0, start - hyper.behaviors) : start]
-                yield Sample(user, history, own[start : start + hyper.targets])
+                yield Sample(user, history, own[start : min(start + hyper.targets, stop)])
 
 
 def load(offline: bool = False) -> Clicks:

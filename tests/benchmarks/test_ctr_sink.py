@@ -34,19 +34,18 @@ def writer(arm):
 
 
 def test_no_sample_knows_the_future(clicks):
-    training, validation, test = clicks.split(HYPER)
-    assert training and validation and test
-    for sample in (*training, *validation, *test):
+    parts = clicks.split(HYPER)
+    assert [{s.user for s in part} for part in parts] == [set(range(12))] * 3
+    for sample in (s for part in parts for s in part):
         times = [event.time for event in (*sample.history, *sample.targets)]
         assert times == sorted(times) and 1 <= len(sample.targets) <= 4 <= len(sample.history) <= 5
-    assert max(s.targets[0].time for s in training) < min(s.targets[0].time for s in validation)
-    assert max(s.targets[0].time for s in validation) < min(s.targets[0].time for s in test)
-    asked = [(s.user, event.item) for s in (*training, *validation, *test) for event in s.targets]
-    assert len(asked) == len(set(asked)) == 12 * 16  # each of a user's ratings after the fourth, once
+    for user, own in enumerate(clicks.users):
+        asked = [[event for s in part if s.user == user for event in s.targets] for part in parts]
+        assert asked == [own[4:15], own[15:16], own[16:]]  # each rating after the fourth, once
 
 
 def test_batches_hold_every_sample_once_in_an_order_of_the_seed(clicks):
-    samples = list(clicks.samples(HYPER))
+    samples = list(clicks.samples(0, 1, HYPER))
     first, again, other = (
         [[id(s) for s in b] for b in ctr_sink.batches(samples, 4, ctr_sink.random.Random(seed))] for seed in (0, 0, 1)
     )
@@ -56,7 +55,7 @@ def test_batches_hold_every_sample_once_in_an_order_of_the_seed(clicks):
 
 def test_what_is_written(clicks):
     """The arms differ in what is between two ratings, and in nothing else."""
-    sample = next(s for s in clicks.samples(HYPER) if len(s.history) == 5)
+    sample = next(s for s in clicks.samples(0, 1, HYPER) if len(s.history) == 5)
     written = {}
     for arm in ARMS:
         _, own = writer(arm)
@@ -77,7 +76,7 @@ def test_what_is_written(clicks):
 
 
 def test_targets(clicks):
-    samples = list(clicks.samples(HYPER))[:3]
+    samples = list(clicks.samples(0, 1, HYPER))[:3]
     _, own = writer(NO_SINKS)
     films = own.targets(samples)
     expected = [(row, event) for row, s in enumerate(samples) for event in s.targets]
@@ -89,7 +88,7 @@ def test_targets(clicks):
 
 def test_a_score_depends_on_its_history_and_its_film_alone(clicks):
     """Not on the batch: not on padding, and not on the chunk that a film is in."""
-    samples = list(clicks.samples(HYPER))[:6]
+    samples = list(clicks.samples(0, 1, HYPER))[:6]
     for arm in ARMS:
         model, own = writer(arm)
         together = ctr_sink.score(model, own, samples, HYPER)["scores"]
@@ -99,7 +98,7 @@ def test_a_score_depends_on_its_history_and_its_film_alone(clicks):
 
 
 def test_the_bias_is_the_only_difference_between_the_last_two_arms(clicks):
-    samples = list(clicks.samples(HYPER))[:2]
+    samples = list(clicks.samples(0, 1, HYPER))[:2]
     (without, own), (with_bias, _) = writer(SINKS), writer(BIAS)
     scales = with_bias.bias_scales()
     assert len(scales) == ctr_sink.LAYERS and all(scale == 10 for scale in scales)
