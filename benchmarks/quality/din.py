@@ -375,7 +375,7 @@ def as_json(figures: Fidelity) -> dict[str, object]:
 
 
 def search(model: str) -> dict[str, Sequence[object]]:
-    common = {"learning_rate": (1.5e-3, 3e-3, 6e-3), "weight_decay": (1e-6, 1e-5, 1e-4), "dim": (16, 32)}
+    common = {"learning_rate": (3e-3, 6e-3, 1.2e-2), "weight_decay": (1e-5, 1e-4, 1e-3)}
     return common | {"nonnegativity": (1e-3, 1e-2, 1e-1)} if model in LREA_RANKS else common
 
 

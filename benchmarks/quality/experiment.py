@@ -85,22 +85,23 @@ class Effect:
 
 
 def draws(experiment: Experiment, arm: str) -> list[Any]:
-    """The hyperparameters to try: the defaults, then random ones, none twice.
+    """The hyperparameters to try: the defaults, then random ones.
 
-    A value that two arms choose among depends on its name and the number of the draw alone, so that arms try the same.
+    What all arms choose among is the same in the same draw, and differs between draws. An arm's own options are drawn
+    beside it, within the same budget.
     """
     space = experiment.search(arm)
-    tried = [experiment.hyper]
+    shared = set.intersection(*(set(experiment.search(other)) for other in experiment.arms))
+    tried = {tuple(getattr(experiment.hyper, name) for name in sorted(shared)): experiment.hyper}
     for number in range(1, 1000):
         if len(tried) == experiment.budget:
             break
         chosen = {
             name: random.Random(f"{experiment.name} {name} {number}").choice(values) for name, values in space.items()
         }
-        hyper = replace(experiment.hyper, **chosen)
-        if hyper not in tried:
-            tried.append(hyper)
-    return tried
+        common = tuple(chosen[name] for name in sorted(shared))
+        tried.setdefault(common, replace(experiment.hyper, **chosen))
+    return list(tried.values())
 
 
 # --- Trainings ---

@@ -101,7 +101,7 @@ class Row(TrainingRow):
 
 
 def search(arm):
-    return {"rate": (1.0, 2.0, 3.0)} | ({"own": (0, 1, 2)} if arm == "new" else {})
+    return {"rate": (1.0, 2.0, 3.0, 4.0, 5.0)} | ({"own": (0, 1, 2)} if arm == "new" else {})
 
 
 def train(arm, seed, hyper, data, device):
@@ -119,7 +119,7 @@ def metrics(tested):
 
 EXPERIMENT = Experiment(
     name="small", op="op", arms=("old", "new"), hyper=Hyper(), search=search, comparisons=(("new", "old"),),
-    load=lambda offline: Data("numbers"), train=train, metrics=metrics, budget=9, seeds=3,
+    load=lambda offline: Data("numbers"), train=train, metrics=metrics, budget=4, seeds=3,
 )  # fmt: skip
 
 
@@ -146,15 +146,22 @@ def run(folder, monkeypatch, *options):
 
 
 def test_each_arm_is_tuned_with_the_same_budget(tmp_path, monkeypatch):
+    old, new = (experiment.draws(EXPERIMENT, arm) for arm in ("old", "new"))
+    assert len(old) == len(new) == 4 and old[0] == new[0] == Hyper()
+    assert [hyper.rate for hyper in old] == [hyper.rate for hyper in new]  # all arms try the same, and none twice
+    assert len({hyper.rate for hyper in old}) == 4 and len({hyper.own for hyper in new}) > 1
+    assert all(hyper.own == 0 for hyper in old)
+
     calls = run(tmp_path, monkeypatch)
     tuning = [call for call in calls if call[1] == experiment.TUNING_SEED]
-    assert (
-        sum(call[0] == "new" for call in tuning) == 9 and sum(call[0] == "old" for call in tuning) == 3
-    )  # all there are
-    assert {call[2] for call in calls if call[0] == "new" and call not in tuning} == {Hyper(2.0, 1)}
-    assert {call[2] for call in calls if call[0] == "old" and call not in tuning} == {Hyper(2.0, 0)}
+    assert [call[2] for call in tuning] == [*old, *new]
+    best_old = min(old, key=lambda hyper: abs(hyper.rate - 2))
+    best_new = min(new, key=lambda hyper: abs(hyper.rate - 2) + abs(hyper.own - 1))
+    assert {call[2] for call in calls if call[0] == "old" and call not in tuning} == {best_old}
+    assert {call[2] for call in calls if call[0] == "new" and call not in tuning} == {best_new}
     (effect,) = (row for row in records_of(tmp_path) if "effect_of" in row)
-    assert (effect["effect"], effect["seeds"], effect["users"], effect["baseline"]) == (2.0, 3, 5, 12.0)
+    assert effect["effect"] == best_new.rate
+    assert (effect["seeds"], effect["users"], effect["baseline"]) == (3, 5, 12.0)
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
