@@ -35,10 +35,10 @@ class Hyperparameters:
     blocks: int = 1
     dropout: float = 0.3
     batch: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     margin: float = 0.005  # weight of the loss that keeps a positive nearer to the next than to the negative
     source: Source = "logits"
-    epochs: int = 40
+    epochs: int = 30
 
 
 # --- Model ---
@@ -208,7 +208,7 @@ def train(attention: str, seed: int, hyper: Hyperparameters, histories: Historie
 
 
 def search(attention: str) -> dict[str, Sequence[object]]:
-    common = {"learning_rate": (3e-3, 6e-3, 1e-2), "dropout": (0.3, 0.5, 0.7), "blocks": (1, 2)}
+    common = {"learning_rate": (1e-3, 2e-3, 4e-3), "dropout": (0.1, 0.3, 0.5)}
     return common if attention == PLAIN else common | {"source": ("logits", "weights")}
 
 
@@ -222,7 +222,7 @@ EXPERIMENT = Experiment(
     load=movielens.load,
     train=train,
     metrics=ranking_metrics,
-    budget=8,
+    budget=6,
     seeds=20,
 )
 
