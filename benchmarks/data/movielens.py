@@ -7,6 +7,7 @@ lengths come from that histogram, and the items are drawn.
 import csv
 import hashlib
 import io
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,7 +130,9 @@ def _cached_or_downloaded(cached: Path, sha256: str, offline: bool) -> bytes | N
         data = files[cached.name]
         _expect_genuine(data, sha256, f"{cached.name} of {PACKAGE}")
         cached.parent.mkdir(exist_ok=True)
-        cached.write_bytes(data)
+        part = cached.with_suffix(f".{os.getpid()}")
+        part.write_bytes(data)
+        part.rename(cached)  # complete, for other processes that look for it
     data = cached.read_bytes()
     _expect_genuine(data, sha256, str(cached))
     return data
