@@ -118,14 +118,16 @@ def counts(effect: Effect) -> str:
 
 
 def summary(finished: Mapping[str, Finished]) -> str:
-    """A line per claim, for README.md."""
+    """A line per claim that is measured, for README.md."""
     rows = []
     for claim in CLAIMS:
         own = finished.get(claim.experiment)
         effects = [own.effect(method, claim.over, claim.metric) if own else None for method in claim.methods]
         found = [verdict(effect, claim.size) for effect in effects]
         measured = [effect for effect in effects if effect is not None]
-        best = max(measured, key=lambda effect: effect.effect, default=None)
+        if not measured:
+            continue
+        best = max(measured, key=lambda effect: effect.effect)
         said = (
             found[0]
             if len(set(found)) == 1
@@ -134,8 +136,8 @@ def summary(finished: Mapping[str, Finished]) -> str:
                 for kind in dict.fromkeys(found)
             )
         )
-        rows.append((claim.paper, claim.says, "–" if best is None else f"{interval(best)} {claim.metric}", said))
-    return markdown(("paper", "claim", "effect of the best arm", "verdict"), rows)
+        rows.append((claim.paper, claim.says, f"{interval(best)} {claim.metric}", said))
+    return markdown(("paper", "claim", "effect of the best arm", "verdict"), rows) if rows else "Not measured yet.\n"
 
 
 # --- Experiments ---
