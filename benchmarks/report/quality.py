@@ -258,7 +258,7 @@ def weights_by_lag(finished: Finished) -> Figure:
             curve = mean_curve(rows, f"block 0, {kind}")
             role = "ours" if kind == "used" else "peer"
             series.append(Series(label, role, tuple(range(1, len(curve) + 1)), curve))
-        panels.append(Panel(arm, "items ago", "weight of the last token", tuple(series)))
+        panels.append(Panel(arm, "items ago", "weight of the last token", tuple(series), log_y=False))
     return Figure(
         "weights-by-lag",
         "SASRec, first block: the weight that the last token gives to the item so many places back, mean over users "
