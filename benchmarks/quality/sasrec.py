@@ -275,7 +275,7 @@ class Fitted(NamedTuple):
 
 def fit(model: nn.Module, split: Split, seed: int, hyper: Hyperparameters) -> Fitted:
     """Train, and test at the best epoch, whose weights the model then has. Batches and negatives depend on the seed
-    alone. Raises ValueError if no epoch ranked anything."""
+    alone."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), hyper.learning_rate, betas=(0.9, 0.98))
     losses, seconds = [], []

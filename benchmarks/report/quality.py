@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from benchmarks.quality.experiment import Effect
+from benchmarks.quality.training import mean_and_spread
 from benchmarks.report.figures import Figure, Panel, Series
 from benchmarks.report.markdown import markdown
 
@@ -170,7 +171,7 @@ def arms_table(finished: Finished) -> str:
     rows = []
     for arm, own in arms.items():
         settings = ", ".join(f"{name.replace('_', ' ')} {own[0]['shape'][name]}" for name in changed)
-        figures = (_mean_and_spread([row["test"][name] for row in own]) for name in metrics)
+        figures = (mean_and_spread([row["test"][name] for row in own]) for name in metrics)
         rows.append((arm, settings or "–", *figures, f"{own[0]['parameters']:,}"))
     return markdown(("arm", "hyperparameters", *metrics, "parameters"), rows)
 
@@ -182,11 +183,6 @@ def _changing(trainings: Iterable[dict]) -> list[str]:
         for name, value in row["shape"].items():
             values.setdefault(name, set()).add(value)
     return [name for name, found in values.items() if len(found) > 1]
-
-
-def _mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def effects_table(effects: Iterable[Effect]) -> str:
