@@ -34,7 +34,7 @@ from benchmarks.quality.training import TrainingRow, count_parameters, timed_epo
 from recattn.inspect import SinkMass, sink_mass
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.nn import SinkPooling, SinkTokenEmbedding, TwoStageSchedule
-from recattn.nn.sink_tokens import at_sinks, insert_sinks, replace_sink_embeddings
+from recattn.nn.sink_tokens import SinkTokens, at_sinks, insert_sinks, replace_sink_embeddings
 
 NO_SINKS, SEPARATORS, SINKS, BIAS = "no sinks", "[SEP]", "sinks, no bias", "sinks with the bias"
 ARMS = (NO_SINKS, SEPARATORS, SINKS, BIAS)
@@ -160,9 +160,7 @@ class Writer:
         ]
         if self.arm == NO_SINKS:
             written = [[[token for rating in own for token in rating]] for own in written]  # one piece: nothing between
-        tokens = insert_sinks(
-            written, self.sink, prefix_ids=[self.start], suffix_ids=[self.end], pad_token_id=self.padding
-        )
+        tokens = self._tokens(written)
         longest = max(len(sample.history) for sample in samples)
         times = torch.zeros(len(samples), longest, dtype=torch.float64)
         present = torch.zeros(len(samples), longest, dtype=torch.bool)
@@ -182,17 +180,15 @@ class Writer:
         items = sorted(asked_for, key=lambda item: (len(self.films[item]), item))  # the shortest text first
         number = {item: row for row, item in enumerate(items)}
         asked = [(row, event) for row, sample in enumerate(samples) for event in sample.targets]
-        text = self.text_of_films(items)
+        text = self._tokens([[self.films[item]] for item in items])
         histories = torch.tensor([row for row, _ in asked])
         films = torch.tensor([number[event.item] for _, event in asked])
-        return Films(*text, histories, films, torch.tensor([float(event.rating >= LIKED) for _, event in asked]))
+        labels = torch.tensor([float(event.rating >= LIKED) for _, event in asked])
+        return Films(text.input_ids, text.attention_mask, histories, films, labels)
 
-    def text_of_films(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        written = [[self.films[item]] for item in items]
-        tokens = insert_sinks(
-            written, self.sink, prefix_ids=[self.start], suffix_ids=[self.end], pad_token_id=self.padding
-        )
-        return tokens.input_ids, tokens.attention_mask
+    def _tokens(self, written: Sequence[Sequence[list[int]]]) -> SinkTokens:
+        ends = {"prefix_ids": [self.start], "suffix_ids": [self.end]}
+        return insert_sinks(written, self.sink, **ends, pad_token_id=self.padding)
 
     def _rating(self, event: Event, age: float) -> list[int]:
         word = next(number for number, (_, limit) in enumerate(AGES) if age < limit)
