@@ -239,17 +239,18 @@ def pages() -> Pages:
     first = [image for own in images.values() for image in own if README_FIGURE in image[0]][-1:]
     host = records.read_newest(HostCost, [RECORDS])
     stores = serving.section(*(records.read_newest(kind, [RECORDS]) for kind in (StateBuild, StoreLoad, Fault)))
-    learned = {
-        name: (FIGURES / f"quality-{figure.name}.svg", figure)
-        for name, figure in quality.figures(quality.finished_experiments(RECORDS)).items()
-    }
-    figures |= dict(learned.values())
-    drawn = {name: f"{FIGURES.name}/{path.name}" for name, (path, _) in learned.items()}
-    readme = markdown.with_block(README.read_text(), markdown.readme_block(operators, measured, first, host))
+    finished = quality.finished_experiments(RECORDS)
+    learned = {}
+    for name, figure in quality.figures(finished).items():
+        path = FIGURES / f"quality-{figure.name}.svg"
+        figures[path] = figure
+        learned[name] = f"{FIGURES.name}/{path.name}", figure.caption
+    blocks = quality.blocks(finished, RECORDS, learned)
+    blocks["speed"] = markdown.readme_block(operators, measured, first, host)
     texts = {
         RESULTS: markdown.results_page(operators, measured, images, host, stores),
-        README: quality.with_blocks(readme, RECORDS, drawn),
-        QUALITY: quality.with_blocks(QUALITY.read_text(), RECORDS, drawn),
+        README: markdown.with_blocks(README.read_text(), blocks),
+        QUALITY: markdown.with_blocks(QUALITY.read_text(), blocks),
     }
     return Pages(texts, figures)
 

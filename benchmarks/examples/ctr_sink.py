@@ -24,14 +24,12 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks.data import minilm, movielens
 from benchmarks.data.movielens import Event
 from benchmarks.quality import paired
+from benchmarks.quality.ctr_sink import LAYERS, SINK, parameter_groups
 from benchmarks.quality.din import LIKED
 from recattn.inspect import sink_mass
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.nn import SinkPooling, SinkTokenEmbedding, TwoStageSchedule
 from recattn.nn.sink_tokens import at_sinks, insert_sinks, replace_sink_embeddings
-
-SINK = "[unused0]"  # one of the free tokens in BERT's vocabulary
-LAYERS = 2  # with the bias; the official code's choice for BERT
 
 
 @dataclass(frozen=True)
@@ -147,10 +145,7 @@ def evaluate(model: ClickModel, prompts: Prompts, test: Sequence[Sample], batch:
 def train(model: ClickModel, prompts: Prompts, samples: Sequence[Sample], settings: Settings) -> list[float]:
     """Train both stages with one optimizer and one cosine schedule, like the official code. Returns the losses."""
     schedule = TwoStageSchedule(model.pooling, sink_steps=settings.steps)
-    body = [p for name, p in model.named_parameters() if name.startswith("encoder") and "sink_interaction" not in name]
-    known = {id(p) for p in body}
-    new = [p for p in model.parameters() if id(p) not in known]
-    optimizer = torch.optim.AdamW([{"params": body, "lr": 3e-5}, {"params": new, "lr": 1e-3}], weight_decay=5e-5)
+    optimizer = torch.optim.AdamW(parameter_groups(model, known_rate=3e-5, new_rate=1e-3), weight_decay=5e-5)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * settings.steps)
     generator = torch.Generator().manual_seed(settings.seed)
     losses = []
@@ -185,11 +180,8 @@ def run(settings: Settings, console: Console) -> dict[str, dict[str, object]]:
     for name in ("sinks with the bias", "sinks without"):
         torch.manual_seed(settings.seed)
         sink_embedding = SinkTokenEmbedding(384, "temporal")
-        encoder = minilm.model()
         # A CPU has no fused attention kernel with dropout.
-        for module in encoder.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        encoder = minilm.model(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
         model = ClickModel(encoder, sink_embedding, with_bias=name == "sinks with the bias")
         prompts = Prompts(tokenizer, sink_embedding)
         inputs, _ = prompts.batch(test_samples[: settings.batch])

@@ -8,7 +8,7 @@ timed from that table, and in full over the history.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -93,13 +93,13 @@ def serve(
     ]
 
 
-def quality_table(trainings: Sequence[Trained]) -> Table:
+def quality_table(trainings: Mapping[str, Trained]) -> Table:
     """AUC of each model; for LREA also the AUC of each way to serve it."""
     table = new_table(("attention",), ("AUC", *(f"served, {way}" for way in SERVED), "s per epoch", "parameters"))
-    for row, tested in trainings:
+    for model, (row, tested) in trainings.items():
         auc = paired.value(din.click_metrics(tested)["AUC"])
         served = (f"{row.served_auc[way]:.4f}" if row.served_auc else "" for way in SERVED)
-        table.add_row(row.arm, f"{auc:.4f}", *served, f"{row.epoch_seconds:.2f}", f"{row.parameters:,}")
+        table.add_row(model, f"{auc:.4f}", *served, f"{row.epoch_seconds:.2f}", f"{row.parameters:,}")
     return table
 
 
@@ -110,7 +110,7 @@ def fidelity_table(row: Row) -> Table:
     for way, reports in row.fidelity.items():
         for figures in reports:
             cells = ("" if figures[name] is None else f"{figures[name]:.4f}" for name in columns)
-            table.add_row(f"{row.arm}, {way}", str(figures["rank"]), *cells)
+            table.add_row(f"{LREA}, {way}", str(figures["rank"]), *cells)
     return table
 
 
@@ -126,9 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.quick:
         ratings, hyper, seconds = ratings.first(QUICK_USERS), replace(hyper, epochs=1), 0.5
 
-    rankers, trainings = zip(*(din.trained(model, 0, ratings, hyper) for model in (DIN, LREA)), strict=True)
+    models = DIN, LREA
+    rankers, trainings = zip(*(din.trained(model, 0, ratings, hyper) for model in models), strict=True)
     console.print(f"AUC on {ratings.source}, one seed, at most {hyper.epochs} epochs")
-    console.print(quality_table(trainings))
+    console.print(quality_table(dict(zip(models, trainings, strict=True))))
     console.print(f"absorbed vs restored, {din.CANDIDATES} candidates per user")
     console.print(fidelity_table(trainings[1].row))
     console.print(f"attention of 1 user and {SERVED_CANDIDATES} candidates, d = {hyper.dim}, one thread")

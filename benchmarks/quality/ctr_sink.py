@@ -13,24 +13,24 @@ The user's vector is the mean over the tokens; with sinks, over the sinks in the
 """
 
 import math
-import random
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from transformers import get_cosine_schedule_with_warmup
 
 from benchmarks.data import minilm, movielens
 from benchmarks.data.movielens import Event
 from benchmarks.quality import experiment, paired
 from benchmarks.quality.din import LIKED, click_metrics
 from benchmarks.quality.experiment import Experiment, Trained
-from benchmarks.quality.training import TrainingRow, count_parameters, timed_epoch
+from benchmarks.quality.training import TrainingRow, batches_of_similar_lengths, count_parameters, timed_epoch
 from recattn.inspect import SinkMass, sink_mass
 from recattn.integrations.transformers import enable_sink_attention
 from recattn.nn import SinkPooling, SinkTokenEmbedding, TwoStageSchedule
@@ -104,15 +104,6 @@ def load(offline: bool = False) -> Clicks:
     if users is None:
         raise FileNotFoundError(f"{movielens.CACHED}, MovieLens-100k, is not there and was not downloaded")
     return Clicks(users, "MovieLens-100k")
-
-
-def batches(samples: Sequence[Sample], size: int, generator: random.Random) -> list[list[Sample]]:
-    """Random batches of histories of similar lengths, to save padding."""
-    shuffled = generator.sample(samples, len(samples))
-    pools = [shuffled[first : first + 16 * size] for first in range(0, len(shuffled), 16 * size)]
-    pools = [sorted(pool, key=lambda sample: len(sample.history)) for pool in pools]
-    whole = [pool[first : first + size] for pool in pools for first in range(0, len(pool), size)]
-    return generator.sample(whole, len(whole))
 
 
 class Text(NamedTuple):
@@ -261,35 +252,30 @@ def to(device: torch.device, batch: NamedTuple):
 # --- Training and test ---
 
 
-def parameter_groups(model: ClickModel, hyper: Hyperparameters) -> list[dict]:
+def parameter_groups(model: nn.Module, known_rate: float, new_rate: float) -> list[dict]:
+    """A learning rate for what `model.encoder` was pretrained with, and one for all else."""
     known = [p for name, p in model.named_parameters() if name.startswith("encoder") and "sink_interaction" not in name]
     ids = {id(p) for p in known}
     new = [p for p in model.parameters() if id(p) not in ids]
-    return [{"params": known, "lr": hyper.learning_rate}, {"params": new, "lr": hyper.new_learning_rate}]
-
-
-def schedule(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return [{"params": known, "lr": known_rate}, {"params": new, "lr": new_rate}]
 
 
 def fit(model: ClickModel, writer: Writer, samples: Sequence[Sample], seed: int, hyper: Hyperparameters) -> list[float]:
     """Train both stages with one optimizer and one schedule. Returns the seconds of each epoch."""
     device = next(model.parameters()).device
-    order = random.Random(seed)
-    per_epoch = [batches(samples, hyper.batch, order) for _ in range(hyper.epochs)]
-    steps = sum(map(len, per_epoch))
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([len(sample.history) for sample in samples])
+    steps = hyper.epochs * math.ceil(len(samples) / hyper.batch)
     stages = TwoStageSchedule(model.pooling, sink_steps=steps // 2)
-    optimizer = torch.optim.AdamW(parameter_groups(model, hyper), weight_decay=hyper.weight_decay, fused=True)
-    warmup = max(1, int(hyper.warmup * steps))
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, warmup, steps))
+    groups = parameter_groups(model, hyper.learning_rate, hyper.new_learning_rate)
+    optimizer = torch.optim.AdamW(groups, weight_decay=hyper.weight_decay, fused=True)
+    rate = get_cosine_schedule_with_warmup(optimizer, int(hyper.warmup * steps), steps)
     seconds: list[float] = []
     model.train()
-    for own in per_epoch:
+    for _ in range(hyper.epochs):
         with timed_epoch(seconds):
-            for batch in own:
+            for chosen in batches_of_similar_lengths(lengths, hyper.batch, generator):
+                batch = [samples[i] for i in chosen.tolist()]
                 text, films = to(device, writer.histories(batch)), to(device, writer.targets(batch))
                 with autocast(device, hyper):
                     users, vectors = model.users(text), model.films(films.input_ids, films.attention_mask)
@@ -358,12 +344,6 @@ def train(arm: str, seed: int, hyper: Hyperparameters, clicks: Clicks, device: t
         learned["bias scale"] = [round(scale.item(), 4) for scale in model.bias_scales()]
     validated = score(model, writer, validation, hyper)
     row = TrainingRow(
-        op="sink_attention",
-        workload="ctr_sink",
-        arm=arm,
-        seed=seed,
-        shape=asdict(hyper),
-        data=clicks.source,
         parameters=count_parameters(model),
         validation=paired.value(click_metrics(validated)["AUC"]),
         best_epoch=hyper.epochs,

@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from benchmarks.harness.timing import finite
 from benchmarks.quality import experiment, paired
 from benchmarks.quality.experiment import Experiment, Trained
 from benchmarks.quality.paired import Metric
-from benchmarks.quality.training import TrainingRow, count_parameters, timed_epoch
+from benchmarks.quality.training import TrainingRow, batches_of_similar_lengths, count_parameters, timed_epoch
 from recattn.nn import LREA, Fidelity, TargetAttention
 
 MEAN, DOT, SOFTMAX, DIN = "mean", "dot product", "softmax", "DIN"
@@ -124,13 +124,6 @@ def load(offline: bool = False) -> Ratings:
     items = [torch.tensor([event.item for event in own]) for own in users]
     liked = [torch.tensor([int(event.rating >= LIKED) for event in own]) for own in users]
     return Ratings(items, liked, "MovieLens-100k")
-
-
-def batches_of_similar_lengths(samples: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Random batches, each cut from 16 batches' worth of samples sorted by length, to save padding."""
-    shuffled = samples[torch.randperm(len(samples), generator=generator)]
-    batches = [batch for pool in shuffled.split(16 * size) for batch in pool[pool[:, 1].argsort()].split(size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 # --- Models: [U, n, d] targets, [U, L, d] behaviours, [U] lengths -> [U, n, d] ---
@@ -262,8 +255,8 @@ def fit(ranker: Ranker, seed: int, ratings: Ratings, hyper: Hyperparameters) -> 
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[Batch]:
-        for samples in batches_of_similar_lengths(train_samples, hyper.batch, generator):
-            yield ratings.batch(samples, hyper.length)
+        for chosen in batches_of_similar_lengths(train_samples[:, 1], hyper.batch, generator):
+            yield ratings.batch(train_samples[chosen], hyper.length)
 
     return fit_batches(ranker, hyper, batches, lambda: auc(ratings, validation, hyper, lambda batch: ranker(batch)[0]))
 
@@ -301,16 +294,7 @@ def trained(model: str, seed: int, ratings: Ratings, hyper: Hyperparameters) -> 
     ranker = Ranker(model, hyper)
     fitted = fit(ranker, seed, ratings, hyper)
     *_, test = ratings.split()
-    row = Row(
-        op="lrea_attention",
-        workload="din",
-        arm=model,
-        seed=seed,
-        shape=asdict(hyper),
-        data=ratings.source,
-        parameters=count_parameters(ranker),
-        **fitted._asdict(),
-    )
+    row = Row(parameters=count_parameters(ranker), **fitted._asdict())
     scores, labels, users = scored(ratings, test, hyper, lambda batch: ranker(batch)[0])
     if model in LREA_RANKS:
         row.learned = reconstruction(ranker, ratings, hyper)

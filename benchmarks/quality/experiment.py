@@ -108,13 +108,14 @@ def draws(experiment: Experiment, arm: str) -> list[Any]:
 
 
 def run_task(
-    arm: str, seed: int, hyper: Any, path: Path, train: Train, metrics: Metrics, common: dict, data: Any, device: Any
+    task: Task, known: dict, path: Path, train: Train, metrics: Metrics, common: dict, data: Any, device: torch.device
 ) -> None:
-    """Train, and write the row, what all rows of the run share, and what was tested."""
-    trained = train(arm, seed, hyper, data, device)
-    trained.row.test = {name: paired.value(metric) for name, metric in metrics(trained.tested).items()}
+    """Train, and write the row, which `known` begins, what all rows of the run share, and what was tested."""
+    trained = train(*task, data, device)
+    test = {name: paired.value(metric) for name, metric in metrics(trained.tested).items()}
+    row = {**known, **asdict(trained.row), "test": test}
     part = path.with_suffix(".part")  # renamed when complete
-    torch.save({"row": asdict(trained.row), "common": common, "tested": trained.tested}, part)
+    torch.save({"row": row, "common": common, "tested": trained.tested}, part)
     part.rename(path)
 
 
@@ -136,11 +137,16 @@ class Run:
         digest = hashlib.sha256(repr(same).encode()).hexdigest()[:12]
         return self.folder / f"{task.arm.replace(' ', '-')}-{task.seed}-{digest}.pt"
 
+    def known(self, task: Task) -> dict[str, object]:
+        """What a row says before the training."""
+        of_run = {"op": self.experiment.op, "workload": self.experiment.name, "data": self.source}
+        return of_run | {"arm": task.arm, "seed": task.seed, "shape": asdict(task.hyper)}
+
     def train(self, what: str, tasks: Sequence[Task]) -> dict[Task, dict]:
         paths = {task: self.path(task) for task in tasks}
-        functions = self.experiment.train, self.experiment.metrics
-        missing = [(*task, path, *functions) for task, path in paths.items() if not path.exists()]
-        finished = train_all(run_task, missing, self.chosen.jobs, self.common, self.data, self.chosen.device)
+        missing = [(task, self.known(task), path) for task, path in paths.items() if not path.exists()]
+        shared = self.experiment.train, self.experiment.metrics, self.common, self.data, self.chosen.device
+        finished = train_all(run_task, missing, self.chosen.jobs, *shared)
         label = f"{self.experiment.name}, {what}"
         for _ in track(finished, label, len(missing), console=self.console, transient=True):
             pass

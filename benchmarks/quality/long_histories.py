@@ -17,7 +17,7 @@ LREA knows positions, so only LREA can tell `recent` from `expired`.
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -128,16 +128,7 @@ def train(model: str, seed: int, hyper: Hyperparameters, parts: Parts, device: t
             yield parts.training.batch(users)
 
     fitted = fit_batches(ranker, hyper, batches, lambda: validation_auc(ranker, parts.validation))
-    row = TrainingRow(
-        op="lrea_attention",
-        workload="long_histories",
-        arm=model,
-        seed=seed,
-        shape=asdict(hyper),
-        data=parts.source,
-        parameters=count_parameters(ranker),
-        **fitted._asdict(),
-    )
+    row = TrainingRow(parameters=count_parameters(ranker), **fitted._asdict())
     test = parts.test
     return Trained(row, {"scores": scores(ranker, test), "kinds": test.kinds, "rare_counts": test.rare_counts})
 

@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -255,12 +255,6 @@ def train(
     queries = split.test.queries[::TESTED]
     full = queries[(queries != 0).all(1)]
     row = Row(
-        op="refined_attention",
-        workload="sasrec",
-        arm=attention,
-        seed=seed,
-        shape=asdict(hyper),
-        data=histories.source,
         parameters=count_parameters(model),
         learned=weights_by_lag(model, full),
         **fitted.figures,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,12 +131,6 @@ def train(arm: str, seed: int, hyper: Hyperparameters, histories: Histories, dev
     numbers = torch.tensor([names.get(str(item), 0) for item in range(split.items + 1)], device=device)
     numbers[0] = 0
     row = TrainingRow(
-        op="refined_attention",
-        workload="sasrec_recbole",
-        arm=arm,
-        seed=seed,
-        shape=asdict(hyper),
-        data=histories.source,
         parameters=count_parameters(model),
         validation=float(best),
         best_epoch=trainer.start_epoch + len(trainer.train_loss_dict),

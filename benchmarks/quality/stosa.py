@@ -6,7 +6,7 @@ STOSA (WWW 2022): an item is a Gaussian with a diagonal covariance, and attentio
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -194,17 +194,7 @@ def train(attention: str, seed: int, hyper: Hyperparameters, histories: Historie
     torch.manual_seed(seed)
     model = STOSA(split.items, hyper, attention).to(device)
     fitted = fit(model, split, seed, hyper)
-    row = Row(
-        op="wasserstein_attention",
-        workload="stosa",
-        arm=attention,
-        seed=seed,
-        shape=asdict(hyper),
-        data=histories.source,
-        parameters=count_parameters(model),
-        **fitted.figures,
-    )
-    return Trained(row, {"ranks": fitted.ranks})
+    return Trained(Row(parameters=count_parameters(model), **fitted.figures), {"ranks": fitted.ranks})
 
 
 def search(attention: str) -> dict[str, Sequence[object]]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from rich import box
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.harness.timing import seconds_waited
 
@@ -21,19 +21,12 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class TrainingRow:
-    """One training. `epoch_seconds`: the median, without evaluation and without waiting for a core."""
+    """What a training reports. `epoch_seconds`: the median, without evaluation and without waiting for a core."""
 
-    op: str
-    workload: str
-    arm: str
-    seed: int
-    shape: dict[str, object]
-    data: str
     parameters: int
     validation: float  # the metric that chooses the epoch and the hyperparameters; higher is better
     best_epoch: int
     epoch_seconds: float
-    test: dict[str, float] = field(default_factory=dict)
     learned: dict[str, list[float]] = field(default_factory=dict)  # curves that a figure shows
 
 
@@ -43,6 +36,13 @@ def timed_epoch(seconds: list[float]) -> Iterator[None]:
     started, waited = time.perf_counter(), seconds_waited()
     yield
     seconds.append(time.perf_counter() - started - (seconds_waited() - waited))
+
+
+def batches_of_similar_lengths(lengths: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Random batches of numbers of samples, each cut from 16 batches' worth sorted by length, to save padding."""
+    shuffled = torch.randperm(len(lengths), generator=generator)
+    batches = [batch for pool in shuffled.split(16 * size) for batch in pool[lengths[pool].argsort()].split(size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def count_parameters(model: nn.Module) -> int:

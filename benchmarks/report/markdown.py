@@ -3,8 +3,9 @@
 If a machine measured a workload more than once, the newest run counts, with all its contestants.
 """
 
+import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +19,7 @@ from benchmarks.harness.workloads import Workload
 from benchmarks.report import cost_model, devices, host, predicted, reasons, table
 
 OURS = "recattn"
-MARKS = "<!-- python -m benchmarks.plot writes what follows -->", "<!-- until here -->"
+BLOCK = re.compile(r"(<!-- plot: (?P<name>[\w ]+) -->\n).*?(<!-- plot: end -->)", flags=re.DOTALL)
 SHORT = {FORWARD: "fwd", BACKWARD: "bwd", TRAINING: "fwd + bwd"}
 MOST_NAMED = 5  # workloads in a line of the list of what was not timed
 
@@ -29,7 +30,7 @@ HostCosts = tuple[list[HostCost], dict[str, object]]  # rows, and what they shar
 NO_HOST_COSTS: HostCosts = ([], {})
 
 
-def _title(device: str) -> str:
+def short_name(device: str) -> str:
     return device.replace("(R)", "").replace(" Processor", "")
 
 
@@ -45,7 +46,7 @@ class Machine:
     @property
     def title(self) -> str:
         """The name without the vendor's decoration."""
-        return _title(self.name)
+        return short_name(self.name)
 
     @property
     def capability(self) -> str | None:
@@ -470,10 +471,11 @@ def _machine_section(operators: dict[str, Operator], machine: Machine, images: I
 
 def _host_section(costs: Sequence[HostCost], run: dict[str, object]) -> str:
     return (
-        f"## Host time of a call\n\n{_title(run['device'])}, one thread; torch {run['torch']}, triton {run['triton']}, "
-        f"Python {run['python']}; commit {run['commit'][:8]}. The path of a GPU runs without one: Triton's launch path "
-        f"for Hopper, with launches that do nothing (B = 2, H = 4, N = 16, D = 64, bfloat16; on the CPU B = H = 1, N = "
-        f"2, float32).\n\n{host.legend(costs)}\n\n{markdown(host.COLUMNS, map(host.cells, costs))}"
+        f"## Host time of a call\n\n{short_name(run['device'])}, one thread; torch {run['torch']}, triton "
+        f"{run['triton']}, Python {run['python']}; commit {run['commit'][:8]}. The path of a GPU runs without one: "
+        f"Triton's launch path for Hopper, with launches that do nothing (B = 2, H = 4, N = 16, D = 64, bfloat16; on "
+        f"the CPU B = H = 1, N = 2, float32).\n\n{host.legend(costs)}\n\n"
+        f"{markdown(host.COLUMNS, map(host.cells, costs))}"
     )
 
 
@@ -492,19 +494,18 @@ def readme_block(
     images: Iterable[tuple[str, str]],
     host_costs: HostCosts = NO_HOST_COSTS,
 ) -> str:
-    """The text between the marks of README.md: its one figure, the summary, and what a call costs the host."""
+    """README.md's speed: its one figure, the summary, and what a call costs the host."""
     figures = "".join(f"![](benchmarks/{file})\n\n{caption}\n" for file, caption in images)
     no_gpu = "" if _has_gpu(measured) else "\nNo GPU has run the suite yet.\n"
     costs, run = host_costs
-    cost = f"\n{host.sentence(costs, _title(run['device']))}\n" if costs else ""
+    cost = f"\n{host.sentence(costs, short_name(run['device']))}\n" if costs else ""
     slow = slower_sentence(operators, measured)
-    return f"\n{figures}\n{_conditions(measured)}\n\n{summary_table(operators, measured)}{slow}{no_gpu}{cost}\n"
+    return f"{figures}\n{_conditions(measured)}\n\n{summary_table(operators, measured)}{slow}{no_gpu}{cost}"
 
 
-def with_block(readme: str, block: str) -> str:
-    """README.md with the text between its marks replaced."""
-    begin, end = MARKS
-    if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise ValueError(f"README.md must hold each of {begin!r} and {end!r} once")
-    before, rest = readme.split(begin)
-    return f"{before}{begin}\n{block}{end}{rest.split(end)[1]}"
+def with_blocks(page: str, texts: Mapping[str, str]) -> str:
+    """A page with the text between its marks replaced. Raises ValueError if it has none, or one of another name."""
+    names = [found["name"] for found in BLOCK.finditer(page)]
+    if not names or not texts.keys() >= set(names):
+        raise ValueError(f"a page must hold some of the blocks {sorted(texts)} between its marks, got {names}")
+    return BLOCK.sub(lambda found: f"{found[1]}\n{texts[found['name']]}\n{found[3]}", page)

@@ -1,7 +1,6 @@
 """The records of `benchmarks.quality` as tables and figures of QUALITY.md, and the papers' claims with verdicts."""
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -10,11 +9,10 @@ from pathlib import Path
 from benchmarks.quality.experiment import Effect
 from benchmarks.quality.training import mean_and_spread
 from benchmarks.report.figures import Figure, Panel, Series
-from benchmarks.report.markdown import markdown
+from benchmarks.report.markdown import markdown, short_name
 
 CONFIRMED, REFUTED, BELOW, MISSING = "confirmed", "refuted", "below what the data can show", "not measured"
 SMALLER = "confirmed, but smaller than claimed"
-BLOCK = re.compile(r"(<!-- plot: (?P<name>[\w ]+) -->\n).*?(<!-- plot: end -->)", flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -232,9 +230,8 @@ def serving(folder: Path) -> str:
 
 
 def _machine(run: Mapping[str, object]) -> str:
-    device = str(run["device"]).replace("(R)", "").replace(" Processor", "")
     capability = f", {run['cpu_capability']}" if run.get("cpu_capability") else ""
-    return f"{device}{capability}, torch {run['torch']}"
+    return f"{short_name(run['device'])}{capability}, torch {run['torch']}"
 
 
 # --- What the attention learned ---
@@ -335,13 +332,13 @@ def figures(finished: Mapping[str, Finished]) -> dict[str, Figure]:
     return {name: of(finished[name]) for name, of in FIGURES.items() if name in finished}
 
 
-def with_blocks(page: str, folder: Path, drawn: Mapping[str, str]) -> str:
-    """A page with the text between its marks replaced. `drawn`: the path of each experiment's figure, for the page."""
-    finished = finished_experiments(folder)
-    blocks = {"claims": claims_table(finished), "summary": summary(finished), "serving": serving(folder)}
-    blocks["absorbed"] = absorbed_table(finished.get("din"))
-    captions = {name: figure.caption for name, figure in figures(finished).items()}
-    for name in EXPERIMENTS:
-        image = f"\n![]({drawn[name]})\n\n{captions[name]}\n" if name in captions else ""
-        blocks[name] = section(finished.get(name)) + image
-    return BLOCK.sub(lambda found: f"{found[1]}\n{blocks[found['name']]}\n{found[3]}", page)
+def blocks(finished: Mapping[str, Finished], folder: Path, images: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """The text of each block by its name. `images`: the path and the caption of an experiment's figure."""
+    drawn = {name: f"\n![]({path})\n\n{caption}\n" for name, (path, caption) in images.items()}
+    return {
+        "claims": claims_table(finished),
+        "summary": summary(finished),
+        "serving": serving(folder),
+        "absorbed": absorbed_table(finished.get("din")),
+        **{name: section(finished.get(name)) + drawn.get(name, "") for name in EXPERIMENTS},
+    }

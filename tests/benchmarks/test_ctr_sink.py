@@ -44,15 +44,6 @@ def test_no_sample_knows_the_future(clicks):
         assert asked == [own[4:15], own[15:16], own[16:]]  # each rating after the fourth, once
 
 
-def test_batches_hold_every_sample_once_in_an_order_of_the_seed(clicks):
-    samples = list(clicks.samples(0, 1, HYPER))
-    first, again, other = (
-        [[id(s) for s in b] for b in ctr_sink.batches(samples, 4, ctr_sink.random.Random(seed))] for seed in (0, 0, 1)
-    )
-    assert first == again != other
-    assert sorted(i for batch in first for i in batch) == sorted(map(id, samples))
-
-
 def test_what_is_written(clicks):
     """The arms differ in what is between two ratings, and in nothing else."""
     sample = next(s for s in clicks.samples(0, 1, HYPER) if len(s.history) == 5)
@@ -127,9 +118,3 @@ def test_training(arm, clicks):
         again, tested_again = ctr_sink.train(arm, 0, HYPER, clicks, CPU)
         assert replace(again, epoch_seconds=row.epoch_seconds) == row
         assert torch.equal(tested_again["scores"], tested["scores"])
-
-
-def test_schedule():
-    rates = [ctr_sink.schedule(step, 5, 100) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(rates) == 1
-    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.001

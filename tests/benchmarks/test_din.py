@@ -94,16 +94,6 @@ def test_without_the_data_ratings_are_drawn(tmp_path, monkeypatch):
     assert 0.3 < ratings.liked.sum() / ratings.counts.sum() < 0.7
 
 
-def test_batches_of_similar_lengths_hold_every_sample_once():
-    samples = torch.stack([torch.arange(1000), torch.arange(1000) % 97], dim=1)
-    batches = din.batches_of_similar_lengths(samples, 32, torch.Generator().manual_seed(0))
-    assert torch.cat(batches)[:, 0].sort().values.tolist() == list(range(1000))
-    spreads = [float(batch[:, 1].max() - batch[:, 1].min()) for batch in batches]
-    assert sum(spreads) / len(spreads) < 12 and [len(batch) for batch in batches].count(32) >= 30
-    lengths = [int(batch[0, 1]) for batch in batches]
-    assert lengths != sorted(lengths)
-
-
 def test_auc_of_scores_that_are_not_finite(ratings):
     samples = ratings.split()[2]
     for value in (math.nan, math.inf):

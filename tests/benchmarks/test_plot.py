@@ -33,7 +33,7 @@ def elsewhere(tmp_path, monkeypatch):
     for name, path in names.items():
         monkeypatch.setattr(plot, name, tmp_path / path)
     monkeypatch.setattr(plot, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{markdown.MARKS[0]}\nold\n{markdown.MARKS[1]}\nafter\n")
+    (tmp_path / "README.md").write_text("before\n<!-- plot: speed -->\nold\n<!-- plot: end -->\nafter\n")
     (tmp_path / "QUALITY.md").write_text("before\n<!-- plot: claims -->\nold\n<!-- plot: end -->\nafter\n")
     return tmp_path
 
@@ -89,11 +89,12 @@ def test_a_figure_that_nothing_draws_any_more_is_stale(elsewhere, undrawn):
 def test_the_readme_is_left_as_it_is_around_the_marks(elsewhere, undrawn):
     assert plot.main([]) == 0
     text = (elsewhere / "README.md").read_text()
-    assert text.startswith(f"before\n{markdown.MARKS[0]}\n") and text.endswith(f"{markdown.MARKS[1]}\nafter\n")
+    assert text.startswith("before\n<!-- plot: speed -->\n") and text.endswith("<!-- plot: end -->\nafter\n")
     assert "old" not in text.split() and text.count("![](") == 1
-    (elsewhere / "README.md").write_text("no marks")
-    with pytest.raises(ValueError, match=r"README\.md must hold"):
-        plot.pages()
+    for page in ("no marks", text.replace("plot: speed", "plot: sped")):
+        (elsewhere / "README.md").write_text(page)
+        with pytest.raises(ValueError, match=r"must hold some of the blocks \['absorbed', 'claims'"):
+            plot.pages()
 
 
 def goals_of(kind: str):

@@ -3,14 +3,14 @@
 import json
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 
 from benchmarks.quality import experiment, paired
 from benchmarks.quality.experiment import Experiment, Trained
-from benchmarks.quality.training import TrainingRow
+from benchmarks.quality.training import TrainingRow, batches_of_similar_lengths
 
 # --- Metrics ---
 
@@ -95,11 +95,6 @@ class Data:
     source: str
 
 
-@dataclass(kw_only=True)
-class Row(TrainingRow):
-    pass
-
-
 def search(arm):
     return {"rate": (1.0, 2.0, 3.0, 4.0, 5.0)} | ({"own": (0, 1, 2)} if arm == "new" else {})
 
@@ -107,8 +102,7 @@ def search(arm):
 def train(arm, seed, hyper, data, device):
     """A rate of 2 is best for the old arm; for the new one also an `own` of 1."""
     validation = -abs(hyper.rate - 2) - (abs(hyper.own - 1) if arm == "new" else 0)
-    row = Row(op="op", workload="w", arm=arm, seed=seed, shape={}, data=data.source, parameters=1,
-              validation=validation, best_epoch=1, epoch_seconds=0.0)  # fmt: skip
+    row = TrainingRow(parameters=1, validation=validation, best_epoch=1, epoch_seconds=0.0)
     gain = 1.0 if arm == "new" else 0.0
     return Trained(row, {"values": torch.arange(5.0) + 10 * seed + gain * hyper.rate})
 
@@ -136,7 +130,7 @@ def run(folder, monkeypatch, *options):
 
     def train_all(function, tasks, jobs, *arguments):
         for task in tasks:
-            calls.append(task[:3])
+            calls.append(task[0])
             yield function(*task, *arguments)
 
     monkeypatch.setattr(experiment, "train_all", train_all)
@@ -159,9 +153,26 @@ def test_each_arm_is_tuned_with_the_same_budget(tmp_path, monkeypatch):
     best_new = min(new, key=lambda hyper: abs(hyper.rate - 2) + abs(hyper.own - 1))
     assert {call[2] for call in calls if call[0] == "old" and call not in tuning} == {best_old}
     assert {call[2] for call in calls if call[0] == "new" and call not in tuning} == {best_new}
-    (effect,) = (row for row in records_of(tmp_path) if "effect_of" in row)
+    rows = records_of(tmp_path)
+    same = {"op": "op", "workload": "small", "arm": "new", "seed": 2, "shape": asdict(best_new), "data": "numbers"}
+    (row,) = (row for row in rows if row.get("arm") == "new" and row["seed"] == 2)
+    assert row.items() >= {**same, "parameters": 1, "test": {"mean": 22 + best_new.rate}}.items()
+    (effect,) = (row for row in rows if "effect_of" in row)
     assert effect["effect"] == best_new.rate
     assert (effect["seeds"], effect["users"], effect["baseline"]) == (3, 5, 12.0)
+
+
+def test_batches_of_similar_lengths_hold_every_sample_once_in_an_order_of_the_seed():
+    lengths = torch.arange(1000) % 97
+    batches, again, other = (
+        batches_of_similar_lengths(lengths, 32, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.cat(batches).sort().values.tolist() == list(range(1000))
+    assert torch.equal(torch.cat(batches), torch.cat(again)) and not torch.equal(torch.cat(batches), torch.cat(other))
+    spreads = [float(lengths[batch].max() - lengths[batch].min()) for batch in batches]
+    assert sum(spreads) / len(spreads) < 12 and [len(batch) for batch in batches].count(32) >= 30
+    firsts = [int(lengths[batch[0]]) for batch in batches]
+    assert firsts != sorted(firsts)
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks.quality.experiment import Effect
-from benchmarks.report import quality
+from benchmarks.report import markdown, quality
 from benchmarks.report.quality import BELOW, CLAIMS, CONFIRMED, MISSING, REFUTED, SMALLER, Claim
 
 RUN = {"device": "A CPU", "cpu_capability": "avx2", "torch": "2.13.0", "started": "2026-11-30T10:00:00+00:00"}
@@ -75,8 +75,9 @@ def test_a_page(folder):
     assert set(finished) == {"sasrec"}
     page = "# Head\n<!-- plot: claims -->\nold\n<!-- plot: end -->\nprose\n<!-- plot: sasrec -->\n<!-- plot: end -->\n"
     page += "<!-- plot: din -->\n<!-- plot: end -->\n<!-- plot: serving -->\n<!-- plot: end -->\n"
-    written = quality.with_blocks(page, folder, {"sasrec": "figures/lags.svg"})
-    assert quality.with_blocks(written, folder, {"sasrec": "figures/lags.svg"}) == written
+    blocks = quality.blocks(finished, folder, {"sasrec": ("figures/lags.svg", "Weights by lag.")})
+    written = markdown.with_blocks(page, blocks)
+    assert markdown.with_blocks(written, blocks) == written
     assert "old" not in written and written.startswith("# Head\n") and "\nprose\n" in written
     row = "| AWRSR | refinement improves SASRec | simple over plain | NDCG@10 | +0.0020 [+0.0010, +0.0030] | 20 × 943 "
     assert f"{row}| 0.0063 | confirmed |" in written
@@ -84,14 +85,14 @@ def test_a_page(folder):
     assert "| plain | dropout 0.5 | 0.0850 ± 0.0071 | 1,000 |" in written  # what all arms share is left out
     assert "| simple over plain | HR@10 | +0.0010 [-0.0020, +0.0040] | 0.0063 |" in written
     assert "[20261130-100000-sasrec-cpu](results/20261130-100000-sasrec-cpu.jsonl)" in written
-    assert "![](figures/lags.svg)" in written and written.count("Not measured yet.") == 2
+    assert "![](figures/lags.svg)\n\nWeights by lag.\n" in written and written.count("Not measured yet.") == 2
 
 
 def test_the_summary_names_which_arms_differ(folder):
-    page = quality.with_blocks("<!-- plot: summary -->\n<!-- plot: end -->\n", folder, {"sasrec": ""})
+    page = quality.summary(quality.finished_experiments(folder))
     assert "simple: confirmed; value, additive, stochastic: not measured" in page
     assert "| +0.0020 [+0.0010, +0.0030] NDCG@10 |" in page
-    assert page.count("\n| ") == 3  # the head, and the one claim that is measured
+    assert page.count("\n| ") == 2  # the dashes, and the one claim that is measured
     assert quality.summary({}) == "Not measured yet.\n"
 
 
