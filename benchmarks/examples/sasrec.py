@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.data import movielens
 from benchmarks.quality import sasrec
-from benchmarks.quality.sasrec import ATTENTIONS, PLAIN, Hyperparameters, SASRec, Split
+from benchmarks.quality.sasrec import PLAIN, REFINED, Hyperparameters, SASRec, Split
 from benchmarks.quality.training import count_parameters, new_table, timed_epoch
 from recattn.integrations.patching import patch
 from recattn.nn import RefinedSelfAttention
@@ -81,8 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.examples.sasrec", description=__doc__.partition("\n")[0]
     )
-    mechanisms = [name for name in ATTENTIONS if name != PLAIN]
-    parser.add_argument("--mechanism", choices=mechanisms, default=mechanisms[0])
+    parser.add_argument("--mechanism", choices=REFINED, default=REFINED[0])
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_EPOCHS} epochs instead of {EPOCHS}")
     parser.add_argument("--device", help="a CUDA device if there is one")
     parser.add_argument("--offline", action="store_true", help="do not download MovieLens-100k; draw its items")

@@ -26,9 +26,11 @@ from recattn._typing import RefinedAttentionImpl, Source
 from recattn.nn import RefinedSelfAttention
 
 PLAIN = "plain"
-ATTENTIONS = (PLAIN, "simple", "value", "additive", "stochastic")
+REFINED = ("simple", "value", "additive", "stochastic")
 # A control: refinement's matrices know positions, and so does this, with N numbers per head.
 RELATIVE = "relative bias"
+ARMS = (PLAIN, *REFINED, RELATIVE)
+COMPARISONS = (*((arm, PLAIN) for arm in ARMS[1:]), *((arm, RELATIVE) for arm in REFINED))
 EVALUATE_EVERY = 5
 CUTOFF = 10
 # Of each user. One item each, as is usual, leaves effects below 7% of NDCG@10 in the noise.
@@ -120,17 +122,25 @@ class Split:
 # --- Model ---
 
 
+def bias_by_distance(b: Tensor) -> Tensor:
+    """[heads, N] -> [heads, N, N]: b[i - j] of query i and key j <= i."""
+    positions = torch.arange(b.shape[1], device=b.device)
+    return b[:, (positions[:, None] - positions).clamp(min=0)]
+
+
+def hidden_keys(padding: Tensor) -> Tensor:
+    """[B, N, N] later and padding keys. Padding sees itself: the softmax of a query that sees no key is NaN."""
+    n = padding.shape[1]
+    ones = torch.ones(n, n, dtype=torch.bool, device=padding.device)
+    return (ones.triu(1) | padding[:, None, :]) & ~ones.diag().diag()
+
+
 class RelativeBiasAttention(nn.MultiheadAttention):
     """softmax(Q Kᵀ/√D + b[i - j]) V with a learned b [heads, N], as in T5."""
 
     def __init__(self, dim: int, heads: int, length: int) -> None:
         super().__init__(dim, heads, batch_first=True)
         self.by_distance = nn.Parameter(torch.zeros(heads, length))
-
-    def bias(self) -> Tensor:
-        """[heads, N, N]"""
-        positions = torch.arange(self.by_distance.shape[1], device=self.by_distance.device)
-        return self.by_distance[:, (positions[:, None] - positions).clamp(min=0)]
 
 
 class Block(nn.Module):
@@ -153,13 +163,9 @@ class Block(nn.Module):
     def _attend(self, queries: Tensor, x: Tensor, padding: Tensor) -> Tensor:
         if isinstance(self.attention, RefinedSelfAttention):
             return self.attention(queries, x, x, key_padding_mask=padding, is_causal=True)[0]
-        # nn.MultiheadAttention returns NaN for a query that sees no key, so padding sees itself.
-        n, heads = x.shape[1], self.attention.num_heads
-        ones = torch.ones(n, n, dtype=torch.bool, device=x.device)
-        hidden = (ones.triu(1) | padding[:, None, :]) & ~ones.diag().diag()  # [B, N, N]
-        mask = hidden.repeat_interleave(heads, 0)
+        mask = hidden_keys(padding).repeat_interleave(self.attention.num_heads, 0)
         if isinstance(self.attention, RelativeBiasAttention):
-            mask = self.attention.bias().repeat(len(x), 1, 1).masked_fill(mask, -math.inf)
+            mask = bias_by_distance(self.attention.by_distance).repeat(len(x), 1, 1).masked_fill(mask, -math.inf)
         return self.attention(queries, x, x, attn_mask=mask, need_weights=False)[0]
 
 
@@ -341,7 +347,7 @@ def weights_by_lag(model: SASRec, sequences: Tensor) -> dict[str, list[float]]:
             _, used = attention(queries, keys, keys, is_causal=True, need_weights=True)
             curves[f"block {number}, used"] = as_curve(used[:, -1].mean(0))
         if isinstance(attention, RelativeBiasAttention):
-            used = (scores + attention.bias()[:, -1:]).softmax(-1)
+            used = (scores + bias_by_distance(attention.by_distance)[:, -1:]).softmax(-1)
             curves[f"block {number}, used"] = as_curve(used.mean((0, 1, 2)))
     return curves
 
@@ -362,13 +368,10 @@ def search(attention: str) -> dict[str, Sequence[object]]:
 EXPERIMENT = Experiment(
     name="sasrec",
     op="refined_attention",
-    arms=(*ATTENTIONS, RELATIVE),
+    arms=ARMS,
     hyper=Hyperparameters(),
     search=search,
-    comparisons=(
-        *((attention, PLAIN) for attention in (*ATTENTIONS[1:], RELATIVE)),
-        *((attention, RELATIVE) for attention in ATTENTIONS[1:]),
-    ),
+    comparisons=COMPARISONS,
     load=movielens.load,
     train=train,
     metrics=ranking_metrics,

@@ -4,6 +4,7 @@ STOSA (WWW 2022): an item is a Gaussian with a diagonal covariance, and attentio
 2-Wasserstein distances. Data, split, training and metrics are those of `benchmarks.quality.sasrec`.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,18 @@ from benchmarks.data import movielens
 from benchmarks.data.movielens import Histories
 from benchmarks.quality import experiment
 from benchmarks.quality.experiment import Experiment, Trained
-from benchmarks.quality.sasrec import ATTENTIONS, PLAIN, Row, Split, fit, ranking_metrics
+from benchmarks.quality.sasrec import (
+    ARMS,
+    COMPARISONS,
+    PLAIN,
+    RELATIVE,
+    Row,
+    Split,
+    bias_by_distance,
+    fit,
+    hidden_keys,
+    ranking_metrics,
+)
 from benchmarks.quality.training import count_parameters
 from recattn import refined_attention
 from recattn._typing import Mechanism, Source
@@ -54,41 +66,28 @@ def positive(x: Tensor) -> Tensor:
     return F.elu(x) + 1 + 1e-6
 
 
-class DistanceRefinedSelfAttention(nn.Module):
-    """STOSA's attention refined as `recattn.refined_attention` refines SASRec's: its A is -W²/√D here.
+class DistanceSelfAttention(nn.Module):
+    """STOSA's attention with the weights P of a subclass: P for the means, P∘P for the covariances."""
 
-    -‖x - y‖² is the dot product of (2x, -‖x‖², -1) and (y, 1, ‖y‖²), with which refined_attention of an identity gives
-    the weights P; STOSA needs P for the means and P∘P for the covariances.
-    """
-
-    def __init__(self, dim: int, heads: int, length: int, mechanism: Mechanism, source: Source) -> None:
+    def __init__(self, dim: int, heads: int, length: int) -> None:
         super().__init__()
         self.maps = StochasticRefinedSelfAttention(dim, heads, max_len=length, refine=False, **LEFT)
-        self.heads, self.mechanism, self.source = heads, mechanism, source
-        count = 2 if mechanism == "simple" else 3
-        # The sum of the squares of a row of A: see StochasticRefinedSelfAttention.reset_parameters.
-        squares = length * dim // heads if source == "logits" else 1
-        self.matrices = nn.ParameterList(torch.randn(length, length) * squares**-0.5 for _ in range(count))
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+
+    def weights(self, queries: Tensor, keys: Tensor, seq_lens: Tensor) -> Tensor:
+        """[B, H, N, D'] each -> P [B, H, N, N]. `queries` @ `keys`ᵀ is -W²."""
+        raise NotImplementedError
 
     def forward(self, mean: Tensor, cov: Tensor, *, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.maps
         mean_q, mean_k, mean_v = self._heads(maps.mean_in_proj(mean))
         cov_q, cov_k, cov_v = (positive(x) for x in self._heads(maps.cov_in_proj(cov)))
         x, y = torch.cat([mean_q, cov_q.sqrt()], -1), torch.cat([mean_k, cov_k.sqrt()], -1)
+        # -‖x - y‖² is the dot product of (2x, -‖x‖², -1) and (y, 1, ‖y‖²).
         x_squared, y_squared = (z.square().sum(-1, keepdim=True) for z in (x, y))
         one = torch.ones_like(x_squared)
-        identity = torch.eye(x.shape[2], dtype=x.dtype, device=x.device).expand(*x.shape[:2], -1, -1)
-        weights = refined_attention(
-            torch.cat([2 * x, -x_squared, -one], -1),
-            torch.cat([y, one, y_squared], -1),
-            identity,
-            *self.matrices,
-            mechanism=self.mechanism,
-            source=self.source,
-            seq_lens=seq_lens,
-            scale=mean_q.shape[-1] ** -0.5,
-            **LEFT,
-        )
+        queries, keys = torch.cat([2 * x, -x_squared, -one], -1), torch.cat([y, one, y_squared], -1)
+        weights = self.weights(queries, keys, seq_lens)
         mean, cov = weights @ mean_v, weights.square() @ cov_v
         return tuple(
             proj(z.transpose(1, 2).flatten(-2)) for proj, z in ((maps.mean_out_proj, mean), (maps.cov_out_proj, cov))
@@ -97,6 +96,46 @@ class DistanceRefinedSelfAttention(nn.Module):
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, N, 3 E] -> three of [B, H, N, D]."""
         return x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class DistanceRefinedSelfAttention(DistanceSelfAttention):
+    """Refined as `recattn.refined_attention` refines SASRec's: its A is -W²/√D here."""
+
+    def __init__(self, dim: int, heads: int, length: int, mechanism: Mechanism, source: Source) -> None:
+        super().__init__(dim, heads, length)
+        self.mechanism, self.source = mechanism, source
+        count = 2 if mechanism == "simple" else 3
+        # The sum of the squares of a row of A: see StochasticRefinedSelfAttention.reset_parameters.
+        squares = length * dim // heads if source == "logits" else 1
+        self.matrices = nn.ParameterList(torch.randn(length, length) * squares**-0.5 for _ in range(count))
+
+    def weights(self, queries: Tensor, keys: Tensor, seq_lens: Tensor) -> Tensor:
+        identity = torch.eye(keys.shape[2], dtype=keys.dtype, device=keys.device).expand(*keys.shape[:2], -1, -1)
+        return refined_attention(
+            queries,
+            keys,
+            identity,
+            *self.matrices,
+            mechanism=self.mechanism,
+            source=self.source,
+            seq_lens=seq_lens,
+            scale=self.scale,
+            **LEFT,
+        )
+
+
+class DistanceBiasSelfAttention(DistanceSelfAttention):
+    """P = softmax(-W²/√D + b[i - j]) with a learned b [heads, N]: the control, as in SASRec."""
+
+    def __init__(self, dim: int, heads: int, length: int) -> None:
+        super().__init__(dim, heads, length)
+        self.by_distance = nn.Parameter(torch.zeros(heads, length))
+
+    def weights(self, queries: Tensor, keys: Tensor, seq_lens: Tensor) -> Tensor:
+        n = keys.shape[2]
+        padding = torch.arange(n, device=keys.device) < n - seq_lens[:, None]
+        scores = queries @ keys.mT * self.scale + bias_by_distance(self.by_distance)
+        return scores.masked_fill(hidden_keys(padding)[:, None], -math.inf).softmax(-1)
 
 
 class FeedForward(nn.Module):
@@ -183,6 +222,8 @@ def new_attention(name: str, hyper: Hyperparameters) -> nn.Module:
     if name in (PLAIN, "stochastic"):
         options = {"refine": name != PLAIN, "source": hyper.source, **LEFT}
         return StochasticRefinedSelfAttention(hyper.dim, hyper.heads, max_len=hyper.length, **options)
+    if name == RELATIVE:
+        return DistanceBiasSelfAttention(hyper.dim, hyper.heads, hyper.length)
     return DistanceRefinedSelfAttention(hyper.dim, hyper.heads, hyper.length, name, hyper.source)
 
 
@@ -199,16 +240,16 @@ def train(attention: str, seed: int, hyper: Hyperparameters, histories: Historie
 
 def search(attention: str) -> dict[str, Sequence[object]]:
     common = {"learning_rate": (1e-3, 2e-3, 4e-3), "dropout": (0.1, 0.3, 0.5)}
-    return common if attention == PLAIN else common | {"source": ("logits", "weights")}
+    return common if attention in (PLAIN, RELATIVE) else common | {"source": ("logits", "weights")}
 
 
 EXPERIMENT = Experiment(
     name="stosa",
     op="wasserstein_attention",
-    arms=ATTENTIONS,
+    arms=ARMS,
     hyper=Hyperparameters(),
     search=search,
-    comparisons=tuple((attention, PLAIN) for attention in ATTENTIONS if attention != PLAIN),
+    comparisons=COMPARISONS,
     load=movielens.load,
     train=train,
     metrics=ranking_metrics,

@@ -110,7 +110,7 @@ def test_training(attention, histories):
     again, tested_again = train(attention, 0, HYPER, histories, CPU)
     assert replace(again, epoch_seconds=row.epoch_seconds) == row
     assert torch.equal(tested_again["ranks"], tested["ranks"])
-    if attention in sasrec.ATTENTIONS[1:]:
+    if attention in sasrec.REFINED:
         reference, _ = train(attention, 0, HYPER, histories, CPU, impl="reference")
         assert reference.losses == pytest.approx(row.losses, rel=1e-5)
 
@@ -178,14 +178,15 @@ def test_a_relative_bias_by_hand():
     torch.testing.assert_close(model(items), plain(items))
     attention = model.blocks[0].attention
     torch.nn.init.normal_(attention.by_distance)
-    assert attention.bias()[1, 5, 2] == attention.by_distance[1, 3]
+    bias = sasrec.bias_by_distance(attention.by_distance)
+    assert bias[1, 5, 2] == attention.by_distance[1, 3]
     x = torch.randn(1, 8, 16)
     causal = torch.ones(8, 8, dtype=torch.bool).triu(1)
     actual = model.blocks[0]._attend(x, x, torch.zeros(1, 8, dtype=torch.bool))
     q, k, v = (
         y.unflatten(-1, (2, 8)).transpose(1, 2) for y in attention.in_proj_weight.mul(1).matmul(x.mT).mT.chunk(3, -1)
     )
-    scores = (q @ k.mT / 8**0.5 + attention.bias()).masked_fill(causal, -math.inf)
+    scores = (q @ k.mT / 8**0.5 + bias).masked_fill(causal, -math.inf)
     torch.testing.assert_close(actual, attention.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)))
     curves = sasrec.weights_by_lag(model, items)
     assert curves["block 0, used"] != curves["block 0, raw"] and sum(curves["block 0, used"]) == pytest.approx(

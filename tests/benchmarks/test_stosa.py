@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.quality import stosa
-from benchmarks.quality.sasrec import ATTENTIONS, PLAIN
-from benchmarks.quality.stosa import STOSA, DistanceRefinedSelfAttention, Hyperparameters
+from benchmarks.quality.sasrec import ARMS, PLAIN
+from benchmarks.quality.stosa import STOSA, DistanceBiasSelfAttention, DistanceRefinedSelfAttention, Hyperparameters
 from recattn import reference
 from recattn.nn import StochasticRefinedSelfAttention
 from tests.helpers.suite_runs import histories_by_steps
@@ -47,7 +47,25 @@ def test_an_addition_of_nothing_is_plain_attention():
     assert not torch.allclose(refined(mean, cov, seq_lens=lengths)[0], plain(mean, cov, seq_lens=lengths)[0], atol=1e-2)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_bias_of_nothing_is_plain_attention():
+    torch.manual_seed(0)
+    biased = DistanceBiasSelfAttention(16, 2, 8)
+    plain = StochasticRefinedSelfAttention(16, 2, max_len=8, refine=False, **stosa.LEFT)
+    plain.load_state_dict(biased.maps.state_dict())
+    mean, cov = torch.randn(2, 3, 8, 16)
+    lengths = torch.tensor([8, 3, 1])
+    tokens = torch.arange(8) >= 8 - lengths[:, None]
+    for actual, expected in zip(biased(mean, cov, seq_lens=lengths), plain(mean, cov, seq_lens=lengths), strict=True):
+        torch.testing.assert_close(actual[tokens], expected[tokens], atol=2e-5, rtol=1e-5)
+    # With a bias that leaves a token only itself, its values come out.
+    torch.nn.init.constant_(biased.by_distance[:, 1:].detach(), -1e4)
+    attended, maps = biased(mean, cov, seq_lens=lengths), plain
+    values = maps.mean_in_proj(mean)[..., 32:], stosa.positive(maps.cov_in_proj(cov)[..., 32:])
+    for actual, proj, own in zip(attended, (maps.mean_out_proj, maps.cov_out_proj), values, strict=True):
+        torch.testing.assert_close(actual[tokens], proj(own)[tokens])
+
+
+@pytest.mark.parametrize("attention", ARMS)
 def test_no_state_depends_on_the_future_or_on_padding(attention):
     torch.manual_seed(0)
     model = STOSA(30, HYPER, attention).eval()
@@ -75,7 +93,7 @@ def test_scores_are_minus_the_distances():
     assert (cov > 0).all() and (covs > 0).all()
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ARMS)
 def test_training(attention, histories):
     row, tested = stosa.train(attention, 0, HYPER, histories, CPU)
     assert row.losses[1] < row.losses[0]
