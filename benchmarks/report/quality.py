@@ -85,6 +85,8 @@ CLAIMS = (
     Claim("our question", "it does more than a bias by distance", "stosa", REFINED, "relative bias", "NDCG@10"),
     Claim("LREA", "LREA beats DIN", "din", RANKS, "DIN", "AUC"),
     Claim("LREA", "LREA beats full target attention", "din", RANKS, "softmax", "AUC"),
+    Claim("our question", "LREA tells recent from expired (synthetic)", "long_histories", RANKS, "softmax", "recent"),
+    Claim("our question", "LREA keeps rare interests (synthetic)", "long_histories", RANKS, "softmax", "rare, 4"),
 )
 
 
@@ -179,8 +181,13 @@ def _changing(trainings: Iterable[dict]) -> list[str]:
 
 
 def effects_table(effects: Iterable[Effect]) -> str:
-    rows = ((f"{e.effect_of} over {e.over}", e.metric, interval(e), f"{e.detectable:.4f}") for e in effects)
-    return markdown(("arm", "metric", "effect [95% interval]", "would show"), rows)
+    """A row per comparison, a column per metric."""
+    compared: dict[str, dict[str, str]] = {}
+    for effect in effects:
+        compared.setdefault(f"{effect.effect_of} over {effect.over}", {})[effect.metric] = interval(effect)
+    metrics = next(iter(compared.values()))
+    rows = ((name, *(own[metric] for metric in metrics)) for name, own in compared.items())
+    return markdown(("effect [95% interval]", *metrics), rows)
 
 
 def absorbed_table(finished: Finished | None) -> str:

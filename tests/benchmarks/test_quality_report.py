@@ -83,7 +83,8 @@ def test_a_page(folder):
     assert f"{row}| 0.0063 | confirmed |" in written
     assert "| value over plain | NDCG@10 | – | – | – | not measured |" in written
     assert "| plain | dropout 0.5 | 0.0850 ± 0.0071 | 1,000 |" in written  # what all arms share is left out
-    assert "| simple over plain | HR@10 | +0.0010 [-0.0020, +0.0040] | 0.0063 |" in written
+    assert "| effect [95% interval] | NDCG@10 | HR@10 |" in written
+    assert "| simple over plain | +0.0020 [+0.0010, +0.0030] | +0.0010 [-0.0020, +0.0040] |" in written
     assert "[20261130-100000-sasrec-cpu](results/20261130-100000-sasrec-cpu.jsonl)" in written
     assert "![](figures/lags.svg)\n\nWeights by lag.\n" in written and written.count("Not measured yet.") == 2
 
@@ -109,9 +110,10 @@ def test_curves_are_means_over_seeds(folder):
 
 def test_every_claim_can_be_measured():
     """Its arms and its comparison are those of its experiment."""
-    from benchmarks.quality import ctr_sink, din, sasrec, stosa
+    from benchmarks.quality import ctr_sink, din, long_histories, sasrec, stosa
 
-    experiments = {module.EXPERIMENT.name: module.EXPERIMENT for module in (ctr_sink, din, sasrec, stosa)}
+    modules = ctr_sink, din, long_histories, sasrec, stosa
+    experiments = {module.EXPERIMENT.name: module.EXPERIMENT for module in modules}
     for claim in CLAIMS:
         assert isinstance(claim, Claim) and claim.experiment in quality.EXPERIMENTS
         assert all((method, claim.over) in experiments[claim.experiment].comparisons for method in claim.methods)
