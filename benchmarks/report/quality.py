@@ -85,8 +85,8 @@ CLAIMS = (
     Claim("our question", "it does more than a bias by distance", "stosa", REFINED, "relative bias", "NDCG@10"),
     Claim("LREA", "LREA beats DIN", "din", RANKS, "DIN", "AUC"),
     Claim("LREA", "LREA beats full target attention", "din", RANKS, "softmax", "AUC"),
-    Claim("our question", "LREA tells recent from expired (synthetic)", "long_histories", RANKS, "softmax", "recent"),
-    Claim("our question", "LREA keeps rare interests (synthetic)", "long_histories", RANKS, "softmax", "rare, 4"),
+    Claim("our question", "LREA tells recent from expired (synthetic, AUC)", "long_histories", RANKS, "softmax", "recent"),
+    Claim("our question", "LREA keeps rare interests (synthetic, AUC)", "long_histories", RANKS, "softmax", "rare, 4"),
 )
 
 
