@@ -22,7 +22,8 @@ class Finished:
     """An experiment's newest record."""
 
     path: Path
-    trainings: list[dict]  # without those of the tuning
+    tuning: list[dict]
+    trainings: list[dict]  # those that are compared
     effects: list[Effect]
     run: dict[str, object]
 
@@ -43,11 +44,14 @@ def read(folder: Path, experiment: str) -> Finished | None:
     if not files:
         return None
     rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
-    trainings = [row for row in rows if row.get("workload") == experiment and "arm" in row]
+    tuning, trainings = (
+        [row for row in rows if row["workload"] == workload and "arm" in row]
+        for workload in (f"{experiment} tuning", experiment)
+    )
     own = [f.name for f in fields(Effect)]
     compared = [row for row in rows if "effect_of" in row]
     effects = [Effect(**{name: row[name] for name in own}) for row in compared]
-    return Finished(files[-1], trainings, effects, compared[0])
+    return Finished(files[-1], tuning, trainings, effects, compared[0])
 
 
 # --- Claims ---
@@ -85,7 +89,9 @@ CLAIMS = (
     Claim("our question", "it does more than a bias by distance", "stosa", REFINED, "relative bias", "NDCG@10"),
     Claim("LREA", "LREA beats DIN", "din", RANKS, "DIN", "AUC"),
     Claim("LREA", "LREA beats full target attention", "din", RANKS, "softmax", "AUC"),
-    Claim("our question", "LREA tells recent from expired (synthetic, AUC)", "long_histories", RANKS, "softmax", "recent"),
+    Claim(
+        "our question", "LREA tells recent from expired (synthetic, AUC)", "long_histories", RANKS, "softmax", "recent"
+    ),
     Claim("our question", "LREA keeps rare interests (synthetic, AUC)", "long_histories", RANKS, "softmax", "rare, 4"),
 )
 
@@ -162,17 +168,19 @@ def section(finished: Finished | None) -> str:
 def arms_table(finished: Finished) -> str:
     arms = finished.by_arm()
     metrics = list(finished.trainings[0]["test"])
-    changed = _changing(finished.trainings)
+    differ = _changing(finished.trainings)
     rows = []
     for arm, own in arms.items():
-        settings = ", ".join(f"{name.replace('_', ' ')} {own[0]['shape'][name]}" for name in changed)
+        searched = _changing(row for row in finished.tuning if row["arm"] == arm)
+        tuned = [name for name in differ if name in searched]
+        settings = ", ".join(f"{name.replace('_', ' ')} {own[0]['shape'][name]}" for name in tuned)
         figures = (mean_and_spread([row["test"][name] for row in own]) for name in metrics)
         rows.append((arm, settings or "–", *figures, f"{own[0]['parameters']:,}"))
     return markdown(("arm", "hyperparameters", *metrics, "parameters"), rows)
 
 
 def _changing(trainings: Iterable[dict]) -> list[str]:
-    """The hyperparameters in which arms differ."""
+    """The hyperparameters in which trainings differ."""
     values: dict[str, set] = {}
     for row in trainings:
         for name, value in row["shape"].items():

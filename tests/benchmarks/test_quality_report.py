@@ -20,7 +20,11 @@ def effect(low, high, method="simple", over="plain", metric="NDCG@10", workload=
 
 
 def training(arm, seed, ndcg, **learned):
-    shape = {"dropout": 0.5 if arm == "plain" else 0.2, "length": 50}
+    shape = {
+        "dropout": 0.5 if arm == "plain" else 0.2,
+        "length": 50,
+        "source": "logits" if arm == "plain" else "weights",
+    }
     return {
         "workload": "sasrec", "arm": arm, "seed": seed, "shape": shape,
         "parameters": 1000, "test": {"NDCG@10": ndcg}, "learned": learned,
@@ -34,7 +38,10 @@ def folder(tmp_path):
     ]
     rows = [training("plain", seed, 0.08 + seed / 100, **{"block 0, raw": [0.5, 0.5]}) for seed in range(2)]
     rows += [training("simple", seed, 0.09, **own) for seed, own in enumerate(curves)]
-    rows += [{**training("simple", 1000, 0.5), "workload": "sasrec tuning"}]
+    for arm in ("plain", "simple"):  # the length is searched for neither, and the dropout for both
+        tuned = [training(arm, 1000, 0.5), training(arm, 1000, 0.4)]
+        tuned[0]["shape"] = {**tuned[0]["shape"], "dropout": 0.9}
+        rows += [{**row, "workload": "sasrec tuning"} for row in tuned]
     rows += [asdict(effect(0.001, 0.003)), asdict(effect(-0.002, 0.004, metric="HR@10"))]
     older = [asdict(effect(-0.003, -0.001))]
     for name, own in (("20261130-100000-sasrec-cpu", rows), ("20261129-100000-sasrec-cpu", older)):
