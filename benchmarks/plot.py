@@ -246,10 +246,10 @@ def pages() -> Pages:
         figures[path] = figure
         learned[name] = f"{FIGURES.name}/{path.name}", figure.caption
     blocks = quality.blocks(finished, RECORDS, learned)
-    blocks["speed"] = markdown.readme_block(operators, measured, first, host)
+    speed = markdown.readme_block(operators, measured, first, host)
     texts = {
         RESULTS: markdown.results_page(operators, measured, images, host, stores),
-        README: markdown.with_blocks(README.read_text(), blocks),
+        README: markdown.with_blocks(README.read_text(), {"speed": speed, "summary": quality.summary(finished)}),
         QUALITY: markdown.with_blocks(QUALITY.read_text(), blocks),
     }
     return Pages(texts, figures)

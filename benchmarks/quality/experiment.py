@@ -110,7 +110,7 @@ def draws(experiment: Experiment, arm: str) -> list[Any]:
 def run_task(
     task: Task, known: dict, path: Path, train: Train, metrics: Metrics, common: dict, data: Any, device: torch.device
 ) -> None:
-    """Train, and write the row, which `known` begins, what all rows of the run share, and what was tested."""
+    """Train, and write the row (`known` and what the training reports), what all rows share, and what was tested."""
     trained = train(*task, data, device)
     test = {name: paired.value(metric) for name, metric in metrics(trained.tested).items()}
     row = {**known, **asdict(trained.row), "test": test}

@@ -504,8 +504,8 @@ def readme_block(
 
 
 def with_blocks(page: str, texts: Mapping[str, str]) -> str:
-    """A page with the text between its marks replaced. Raises ValueError if it has none, or one of another name."""
+    """A page with the text between its marks replaced. Raises ValueError unless it holds each block once."""
     names = [found["name"] for found in BLOCK.finditer(page)]
-    if not names or not texts.keys() >= set(names):
-        raise ValueError(f"a page must hold some of the blocks {sorted(texts)} between its marks, got {names}")
+    if sorted(names) != sorted(texts):
+        raise ValueError(f"a page must hold each of the blocks {sorted(texts)} once, got {names}")
     return BLOCK.sub(lambda found: f"{found[1]}\n{texts[found['name']]}\n{found[3]}", page)

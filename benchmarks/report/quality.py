@@ -347,11 +347,10 @@ def figures(finished: Mapping[str, Finished]) -> dict[str, Figure]:
 
 
 def blocks(finished: Mapping[str, Finished], folder: Path, images: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """The text of each block by its name. `images`: the path and the caption of an experiment's figure."""
+    """QUALITY.md's blocks by name. `images`: the path and the caption of an experiment's figure."""
     drawn = {name: f"\n![]({path})\n\n{caption}\n" for name, (path, caption) in images.items()}
     return {
         "claims": claims_table(finished),
-        "summary": summary(finished),
         "serving": serving(folder),
         "absorbed": absorbed_table(finished.get("din")),
         **{name: section(finished.get(name)) + drawn.get(name, "") for name in EXPERIMENTS},

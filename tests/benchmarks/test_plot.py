@@ -13,7 +13,7 @@ from benchmarks.harness.goals import NeverSlowerGoal, Outcome
 from benchmarks.harness.host_time import HostCost
 from benchmarks.harness.records import Record, Row
 from benchmarks.harness.registry import FORWARD, TRAINING, load_operators
-from benchmarks.report import cost_model, devices, markdown, predicted, reasons
+from benchmarks.report import cost_model, devices, markdown, predicted, quality, reasons
 from benchmarks.serving.outcomes import Fault, StoreLoad
 
 OPERATORS = load_operators()
@@ -33,8 +33,9 @@ def elsewhere(tmp_path, monkeypatch):
     for name, path in names.items():
         monkeypatch.setattr(plot, name, tmp_path / path)
     monkeypatch.setattr(plot, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text("before\n<!-- plot: speed -->\nold\n<!-- plot: end -->\nafter\n")
-    (tmp_path / "QUALITY.md").write_text("before\n<!-- plot: claims -->\nold\n<!-- plot: end -->\nafter\n")
+    for page, blocks in (("README.md", ("speed", "summary")), ("QUALITY.md", quality.blocks({}, tmp_path, {}))):
+        marked = "".join(f"<!-- plot: {name} -->\nold\n<!-- plot: end -->\n" for name in blocks)
+        (tmp_path / page).write_text(f"before\n{marked}after\n")
     return tmp_path
 
 
@@ -91,9 +92,9 @@ def test_the_readme_is_left_as_it_is_around_the_marks(elsewhere, undrawn):
     text = (elsewhere / "README.md").read_text()
     assert text.startswith("before\n<!-- plot: speed -->\n") and text.endswith("<!-- plot: end -->\nafter\n")
     assert "old" not in text.split() and text.count("![](") == 1
-    for page in ("no marks", text.replace("plot: speed", "plot: sped")):
+    for page in ("no marks", text.replace("plot: speed", "plot: sped"), text + text):
         (elsewhere / "README.md").write_text(page)
-        with pytest.raises(ValueError, match=r"must hold some of the blocks \['absorbed', 'claims'"):
+        with pytest.raises(ValueError, match=r"must hold each of the blocks \['speed', 'summary'\] once"):
             plot.pages()
 
 
