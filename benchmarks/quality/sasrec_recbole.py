@@ -64,11 +64,10 @@ class Scores(nn.Module):
 
     def scores(self, sequences: Tensor) -> Tensor:
         """[B, N] -> [B, items + 1]"""
-        lengths = (sequences != 0).sum(1)
-        columns = torch.arange(sequences.shape[1]) + (sequences.shape[1] - lengths)[:, None]
-        to_the_right = self.numbers[sequences.gather(1, columns % sequences.shape[1])]
-        to_the_right[torch.arange(sequences.shape[1]) >= lengths[:, None]] = 0
-        return (self.model(to_the_right, lengths) @ self.model.item_embedding.weight.T)[:, self.numbers]
+        numbers = self.numbers[sequences]
+        order = (numbers == 0).sort(dim=1, stable=True).indices  # padding and items that RecBole never saw come last
+        scores = self.model(numbers.gather(1, order), (numbers != 0).sum(1)) @ self.model.item_embedding.weight.T
+        return scores[:, self.numbers]
 
 
 def train(arm: str, seed: int, hyper: Hyperparameters, histories: Histories, device: torch.device) -> Trained:

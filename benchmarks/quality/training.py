@@ -54,8 +54,11 @@ def train_all(train: Callable[..., T], calls: Sequence[tuple], jobs: int, *argum
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawned, torch.set_num_threads, (1,)) as pool:
         futures = [pool.submit(train, *call, *arguments) for call in calls]
-        for future in as_completed(futures):
-            yield future.result()
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # a failure starts no other
 
 
 def new_table(names: Sequence[str], figures: Sequence[str]) -> Table:

@@ -34,6 +34,7 @@ class StandIn(nn.Module):
 
 def test_scores_are_in_our_numbers():
     numbers = torch.tensor([0, 3, 1, 0, 2])  # RecBole's numbers of our items 0-4; item 3 was never seen
-    scores = sasrec_recbole.Scores(StandIn(4), numbers).scores(torch.tensor([[0, 0, 1, 4], [0, 0, 0, 2], [4, 2, 4, 1]]))
-    assert scores.argmax(1).tolist() == [4, 2, 1]
-    assert scores.shape == (3, 5) and (scores.sum(1) == 1).all()
+    sequences = torch.tensor([[0, 0, 1, 4], [0, 0, 0, 2], [4, 2, 4, 1], [0, 1, 3, 4], [1, 3, 2, 3]])
+    scores = sasrec_recbole.Scores(StandIn(4), numbers).scores(sequences)
+    assert scores.argmax(1).tolist() == [4, 2, 1, 4, 2]
+    assert scores.shape == (5, 5) and (scores.sum(1) == 1).all()
