@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import time
 from dataclasses import asdict, dataclass, replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.quality import experiment, paired
 from benchmarks.quality.experiment import Experiment, Trained
-from benchmarks.quality.training import TrainingRow, batches_of_similar_lengths
+from benchmarks.quality.training import TrainingRow, batches_of_similar_lengths, train_all
 
 # --- Metrics ---
 
@@ -186,6 +187,19 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert run(tmp_path / "part", monkeypatch) == []  # all is there
     (tmp_path / "part" / "small" / "old-0-0.part").write_bytes(b"cut off")
     assert run(tmp_path / "part", monkeypatch) == []
+
+
+def fail_the_first(number, folder):
+    (folder / str(number)).touch()
+    if number == 0:
+        raise ValueError("training 0 failed")
+    time.sleep(0.5)  # not done before the failure is known
+
+
+def test_a_failed_training_starts_no_other(tmp_path):
+    with pytest.raises(ValueError, match="training 0 failed"):
+        list(train_all(fail_the_first, [(number,) for number in range(20)], 1, tmp_path))
+    assert len(list(tmp_path.iterdir())) < 10
 
 
 def test_other_hyperparameters_are_trained_again(tmp_path, monkeypatch):
