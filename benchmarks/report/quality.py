@@ -283,14 +283,14 @@ def weights_by_lag(finished: Finished) -> Figure:
 
 def reconstruction(finished: Finished) -> Figure:
     arms = {arm: own for arm, own in finished.by_arm().items() if arm.startswith("LREA")}
+    curves = {arm: mean_curve(own, "error by position") for arm, own in arms.items()}
     by_position = []
-    for arm, own in arms.items():
-        curve = mean_curve(own, "error by position")
+    for arm, curve in curves.items():
         starts = range(0, len(curve), 10)
         means = tuple(statistics.mean(curve[start : start + 10]) for start in starts)
         by_position.append(Series(arm, "peer", tuple(start + 5.5 for start in starts), means))
     ranks = tuple(float(arm.removeprefix("LREA ")) for arm in arms)
-    reached = tuple(statistics.mean(mean_curve(own, "error by position")) for own in arms.values())
+    reached = tuple(map(statistics.mean, curves.values()))
     best = tuple(mean_curve(own, "error, best")[0] for own in arms.values())
     by_rank = (
         Series("restored", "ours", ranks, reached),
