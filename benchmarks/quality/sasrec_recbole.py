@@ -132,7 +132,7 @@ def train(arm: str, seed: int, hyper: Hyperparameters, histories: Histories, dev
     row = TrainingRow(
         parameters=count_parameters(model),
         validation=float(best),
-        best_epoch=trainer.start_epoch + len(trainer.train_loss_dict),
+        best_epoch=len(trainer.train_loss_dict) - trainer.cur_step,
         epoch_seconds=seconds / max(len(trainer.train_loss_dict), 1),
     )
     return Trained(row, {"ranks": evaluate(Scores(model, numbers), split.test).view(-1, TESTED).cpu()})
