@@ -129,11 +129,12 @@ def train(arm: str, seed: int, hyper: Hyperparameters, histories: Histories, dev
     names = dataset.field2token_id["item_id"]
     numbers = torch.tensor([names.get(str(item), 0) for item in range(split.items + 1)], device=device)
     numbers[0] = 0
+    epochs = len(trainer.train_loss_dict)
     row = TrainingRow(
         parameters=count_parameters(model),
         validation=float(best),
-        best_epoch=len(trainer.train_loss_dict) - trainer.cur_step,
-        epoch_seconds=seconds / max(len(trainer.train_loss_dict), 1),
+        best_epoch=epochs - trainer.cur_step,  # cur_step: epochs since the best validation
+        epoch_seconds=seconds / epochs,  # a mean, with RecBole's validation
     )
     return Trained(row, {"ranks": evaluate(Scores(model, numbers), split.test).view(-1, TESTED).cpu()})
 
